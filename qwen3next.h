@@ -1,0 +1,7889 @@
+/* =====================================================================================
+ * FILE FORMAT  .q3n, version 1
+ *
+ * All numbers are little-endian; offsets count bytes from the start of the file.  The file is
+ * used in place: the header, the sections and the tensors are read through the mapping and
+ * nothing is unpacked.  `meta_bytes` below covers header and sections; the tensors follow.
+ *
+ *   HEADER, 64 bytes
+ *      0  u8[8]  magic           89 51 33 4E 0D 0A 1A 0A  ("\x89Q3N\r\n\x1a\n")
+ *      8  u32    version         1; a reader refuses any other
+ *     12  u32    n_sections      at most 64
+ *     16  u64    file_bytes      size of the whole file
+ *     24  u64    meta_bytes      header + section table + all sections
+ *     32  u32    meta_crc        CRC-32 of bytes [0, meta_bytes) with this field taken as 0
+ *     36  u8[28] zero
+ *
+ *   SECTION TABLE, at 64: n_sections records of 32 bytes.  A kind may stand once.
+ *      0  u32    kind            1 CONFIG, 2 TENSORS, 3 NAMES, 4 TOKENIZER
+ *      4  u32    flags           bit 0: a reader that does not know the kind must refuse the file;
+ *                                without it an unknown section is passed over
+ *      8  u64    offset          multiple of 8, inside [64 + 32 n_sections, meta_bytes)
+ *     16  u64    bytes
+ *     24  u64    zero
+ *
+ *   CONFIG: key/value entries back to back, each padded with zeros to a multiple of 8 bytes.
+ *      0  u8     key_bytes       1 .. 255
+ *      1  u8     type            1 int (i64 values), 2 float (f64 values), 3 string (UTF-8)
+ *      2  u16    zero
+ *      4  u32    value_bytes     ints and floats: 8 x the number of values (arrays are > 8)
+ *      8  u8[]   key, then (unaligned) value
+ *     Unknown keys are passed over; a known key with another type or twice is an error.  Keys:
+ *     the fields of q3n_config by name (Q3N_CONFIG_LIST; family, rope_type, pooling and
+ *     classifier_input as strings), layer_types (ints, one a layer: 0 attention, 1 DeltaNet),
+ *     layer_experts (ints: 0 dense FFN, 1 experts), name (string), eos_ids (ints), bos_id, pad_id,
+ *     chat (string: "none", "chatml", "qwen3", ...), tokenizer_pattern (string: "qwen2" or
+ *     "qwen3_5"), tokenizer_nfc (int 0 or 1), converter (string, for people).
+ *
+ *   TENSORS
+ *      0  u32    n_tensors
+ *      4  u32    record_bytes    80 in version 1; larger records may follow, the rest is ignored
+ *      8  records of record_bytes each:
+ *          0  u32  name_offset   in NAMES
+ *          4  u32  name_bytes    1 .. 255
+ *          8  u32  type          id of Q3N_TYPE_LIST; an unknown one is an error
+ *         12  u32  n_dims        1 .. 3
+ *         16  u64  dim[3]        slowest first, unused ones 1
+ *         40  u64  offset        multiple of 64, >= meta_bytes
+ *         48  u64  slice_bytes   bytes of one slice: [dim1, dim2] of three dimensions, else all
+ *         56  u64  stride        bytes from one slice to the next (three dimensions), else 0
+ *         64  u32  crc           CRC-32 of the slices in order, without what lies between them
+ *         68  u8[12] zero
+ *
+ *   NAMES: the tensor names, without terminator.
+ *
+ *   TOKENIZER (optional: a model without one works on ids)
+ *      0  u32    n_tokens        ids 0 .. n_tokens - 1, added tokens included
+ *      4  u32    n_merges
+ *      8  u32    n_added
+ *     12  u32    zero
+ *     16  u32[n_tokens + 1]      token_offset: token i is bytes [offset[i], offset[i + 1]) of TEXT
+ *         u32[3][n_merges]       left id, right id, result id; in order of rank
+ *         u32[2][n_added]        id, flags: 1 special, 2 lstrip, 4 rstrip, 8 normalized, 16 single_word
+ *         u8[]                   TEXT: raw bytes of every token (the byte-to-unicode map is undone)
+ *     An id with no token has length 0.
+ *
+ *   TENSOR DATA: float types row by row as they are.  Each tensor starts at a multiple of 64 and
+ *   ends before the next; gaps are zero.  The experts of a layer are three tensors of three
+ *   dimensions, mlp.experts.{gate,up,down}_proj.weight, whose slices interleave: expert e is
+ *   gate | up | down, each at a multiple of 64, and the whole starts at a multiple of 4096, so that
+ *   the three tensors have one stride (a multiple of 4096) and one read fetches an expert.
+ *
+ *   TENSORS BY NAME.  `lN` is layers.N; mats may have any type, vecs are f32, routers are a float
+ *   type.  d hidden_size, V vocab_size, H heads, K kv heads, D head_dim, E experts, I width.
+ *      embed_tokens.weight                      mat [V, d]
+ *      norm.weight                              vec [d]
+ *      lm_head.weight                           mat [V, d]      absent if tie_word_embeddings
+ *      score.weight, score.bias                 mat [num_labels, d or V], vec (bias optional)
+ *      rope.cos, rope.sin                       vec [positions, D/2]   only if rope_type is "table"
+ *      lN.input_layernorm.weight                vec [d]
+ *      lN.post_attention_layernorm.weight       vec [d]
+ *    attention
+ *      lN.self_attn.q_proj.weight               mat [H D, d]; gated: [H 2D, d], per head D rows of
+ *                                               query, then D of gate
+ *      lN.self_attn.{k,v}_proj.weight           mat [K D, d]
+ *      lN.self_attn.o_proj.weight               mat [d, H D]
+ *      lN.self_attn.{q,k,v,o}_proj.bias         vec             if attention_bias
+ *      lN.self_attn.{q,k}_norm.weight           vec [D]         if qk_norm
+ *    DeltaNet (Hk key heads of dk, Hv value heads of dv, channels C = 2 Hk dk + Hv dv)
+ *      lN.linear_attn.in_proj_qkvz.weight       mat [C + Hv dv, d]: all q, all k, all v, all z
+ *      lN.linear_attn.in_proj_ba.weight         router [2 Hv, d]: all b, all a
+ *      lN.linear_attn.conv1d.weight             vec [width, C]: transposed, oldest column first
+ *      lN.linear_attn.{A_log,dt_bias}           vec [Hv]
+ *      lN.linear_attn.norm.weight               vec [dv]
+ *      lN.linear_attn.out_proj.weight           mat [d, Hv dv]
+ *    dense FFN
+ *      lN.mlp.{gate,up}_proj.weight             mat [I, d]      I = intermediate_size
+ *      lN.mlp.down_proj.weight                  mat [d, I]
+ *      lN.mlp.{gate,up,down}_proj.bias          vec             if mlp_bias
+ *    experts
+ *      lN.mlp.gate.weight                       router [E, d]
+ *      lN.mlp.gate.bias                         vec [E]         if router_bias
+ *      lN.mlp.experts.{gate,up}_proj.weight     mat [E, I, d]   I = moe_intermediate_size
+ *      lN.mlp.experts.down_proj.weight          mat [E, d, I]
+ *      lN.mlp.experts.{gate,up,down}_proj.bias  vec [E, I], [E, I], [E, d]   if mlp_bias
+ *      lN.mlp.shared_expert.{gate,up}_proj.weight   mat [Is, d]  if shared_expert_intermediate_size
+ *      lN.mlp.shared_expert.down_proj.weight    mat [d, Is]
+ *      lN.mlp.shared_expert_gate.weight         router [1, d]
+ *    multi-token prediction (num_mtp_layers = 1)
+ *      mtp.fc.weight                            mat [d, 2d]
+ *      mtp.{pre_fc_norm_embedding,pre_fc_norm_hidden,norm}.weight   vec [d]
+ *      mtp.layers.0.*                           a layer with attention, experts as the trunk's
+ *
+ *   Norms hold the factor itself: where the family scales by 1 + w the writer has added the 1
+ *   (in f32, exactly as [HF] does at run time).  q and k rows of checkpoints with interleaved
+ *   rotary pairs are permuted to the half-rotate form.
+ * ===================================================================================== */
+
+/* =====================================================================================
+ * [1] API                                                                         >>api
+ * ===================================================================================== */
+#ifndef QWEN3NEXT_H
+#define QWEN3NEXT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define Q3N_VERSION_MAJOR 0
+#define Q3N_VERSION_MINOR 1
+#define Q3N_VERSION_PATCH 0
+#define Q3N_VERSION (Q3N_VERSION_MAJOR * 10000 + Q3N_VERSION_MINOR * 100 + Q3N_VERSION_PATCH)
+
+#ifndef Q3N_DEF
+#  ifdef Q3N_STATIC
+#    define Q3N_DEF static
+#  else
+#    define Q3N_DEF extern
+#  endif
+#endif
+
+/* ---- Results ---- */
+
+/* Every function that can fail returns one of these: one list makes the enum, names, messages. */
+#define Q3N_RESULT_LIST(X)                                                              \
+    X(OK,                0, "success")                                                  \
+    X(ERR_ARG,          -1, "argument out of range")                                    \
+    X(ERR_MEMORY,       -2, "out of memory")                                            \
+    X(ERR_IO,           -3, "cannot read or write the file")                            \
+    X(ERR_FORMAT,       -4, "not a valid model file")                                   \
+    X(ERR_CHECKSUM,     -5, "checksum does not match: the file is damaged")             \
+    X(ERR_UNSUPPORTED,  -6, "not supported by this version or this model")              \
+    X(ERR_FULL,         -7, "context is full")                                          \
+    X(ERR_THREAD,       -8, "cannot start a thread")                                    \
+    X(ERR_CANCELLED,    -9, "cancelled by the caller")
+
+typedef enum q3n_result {
+#define Q3N__X(name, value, message) Q3N_##name = value,
+    Q3N_RESULT_LIST(Q3N__X)
+#undef Q3N__X
+    Q3N__RESULT_MIN = -128
+} q3n_result;
+
+/* What went wrong, in words for a person.  Filled when a function fails, left alone otherwise. */
+typedef struct q3n_error {
+    q3n_result code;
+    int64_t    offset;         /* byte of the file where it was noticed, -1 if none              */
+    char       message[500];   /* "layers.3.self_attn.q_proj.weight: shape [..], expected [..]"  */
+} q3n_error;
+
+Q3N_DEF const char *q3n_result_string(q3n_result r);  /* never NULL; static storage */
+Q3N_DEF int         q3n_version(void);                /* Q3N_VERSION of the implementation */
+
+/* ---- Tensor types and instruction sets ---- */
+
+/* One row per stored type: ID, name, number in the file, elements and bytes per block. */
+#define Q3N_TYPE_LIST(X)                                                                \
+    X(F32,  f32,  0, 1, 4)                                                              \
+    X(F16,  f16,  1, 1, 2)                                                              \
+    X(BF16, bf16, 2, 1, 2)
+
+typedef enum q3n_type {
+#define Q3N__X(ID, id, number, block_len, block_bytes) Q3N_TYPE_##ID = number,
+    Q3N_TYPE_LIST(Q3N__X)
+#undef Q3N__X
+    Q3N_TYPE_COUNT
+} q3n_type;
+
+/* Instruction sets, worst first.  Each is compiled in and chosen at run time. */
+#define Q3N_ISA_LIST(X)                                                                 \
+    X(SCALAR, scalar)                                                                   \
+    X(AVX2,   avx2)                                                                     \
+    X(AVX512, avx512)                                                                   \
+    X(NEON,   neon)
+
+typedef enum q3n_isa {
+#define Q3N__X(ID, id) Q3N_ISA_##ID,
+    Q3N_ISA_LIST(Q3N__X)
+#undef Q3N__X
+    Q3N_ISA_COUNT
+} q3n_isa;
+
+Q3N_DEF const char *q3n_type_name(q3n_type t);        /* "bf16"; NULL if t is none */
+Q3N_DEF q3n_result  q3n_type_from_name(const char *name, q3n_type *out);
+Q3N_DEF const char *q3n_isa_name(q3n_isa isa);        /* "avx2"; NULL if isa is none */
+Q3N_DEF q3n_result  q3n_isa_from_name(const char *name, q3n_isa *out);
+Q3N_DEF int         q3n_isa_supported(q3n_isa isa);   /* 1 if compiled in and CPU and OS allow it */
+Q3N_DEF q3n_isa     q3n_isa_best(void);
+
+/* ---- What the host may supply ---- */
+
+/* Memory.  Both functions or neither (then malloc and free).  Any alignment that malloc gives is
+ * enough.  free gets the bytes that alloc got.  Called by open, create and their counterparts
+ * only, never by evaluation. */
+typedef struct q3n_allocator {
+    void *(*alloc)(void *user, size_t bytes);            /* NULL = out of memory */
+    void  (*free)(void *user, void *memory, size_t bytes);
+    void   *user;
+} q3n_allocator;
+
+typedef enum q3n_log_level { Q3N_LOG_INFO, Q3N_LOG_WARNING } q3n_log_level;
+
+/* Notes such as "rotary table of the file is all zeros".  NULL = silent.  The message is valid
+ * during the call. */
+typedef struct q3n_logger {
+    void (*log)(void *user, q3n_log_level level, const char *message);
+    void  *user;
+} q3n_logger;
+
+/* The host's own threads.  run must call task(arg, i) once for each i in [0, n), on any threads,
+ * and return when all calls have returned.  n is at most n_threads. */
+typedef struct q3n_executor {
+    void (*run)(void *user, int n, void (*task)(void *arg, int i), void *arg);
+    void  *user;
+    int    n_threads;
+} q3n_executor;
+
+/* Long work calls this now and then: done of total units.  Return nonzero to stop: the function
+ * then returns Q3N_ERR_CANCELLED. */
+typedef struct q3n_progress {
+    int (*report)(void *user, int64_t done, int64_t total);
+    void *user;
+} q3n_progress;
+
+/* ---- Configuration ---- */
+
+#define Q3N_MAX_LAYERS 256
+
+typedef enum q3n_family {
+    Q3N_FAMILY_DESIGN,         /* GQA + RoPE, top-k experts; Keras checkpoints of the design model  */
+    Q3N_FAMILY_QWEN3_NEXT,     /* gated DeltaNet hybrid, experts + shared expert                    */
+    Q3N_FAMILY_QWEN3_5,        /* gated DeltaNet hybrid, dense                                      */
+    Q3N_FAMILY_QWEN3_5_MOE,
+    Q3N_FAMILY_QWEN3_MOE,
+    Q3N_FAMILY_QWEN3,
+    Q3N_FAMILY_COUNT           /* in the file: "design", "qwen3_next", "qwen3_5", "qwen3_5_moe", ... */
+} q3n_family;
+
+typedef enum q3n_rope_type {
+    Q3N_ROPE_DEFAULT,          /* "default"                                                        */
+    Q3N_ROPE_LINEAR,           /* "linear": positions divided by rope_factor                       */
+    Q3N_ROPE_YARN,             /* "yarn"                                                           */
+    Q3N_ROPE_TABLE,            /* "table": cos and sin come from the file                          */
+    Q3N_ROPE_TYPE_COUNT
+} q3n_rope_type;
+
+typedef enum q3n_pooling { Q3N_POOLING_LAST, Q3N_POOLING_FIRST, Q3N_POOLING_MEAN,
+                           Q3N_POOLING_COUNT } q3n_pooling;        /* "last" "first" "mean"      */
+typedef enum q3n_classifier_input { Q3N_CLASSIFIER_HIDDEN, Q3N_CLASSIFIER_LOGITS,
+                                    Q3N_CLASSIFIER_INPUT_COUNT } q3n_classifier_input; /* "hidden" "logits" */
+
+/* Fields that a file, a preset or q3n_config_set may give: kind, name, least, most.
+ * Kinds: I int, B 0 or 1, F double, E enum. */
+#define Q3N_CONFIG_LIST(X)                                                              \
+    X(E, family,                          0, Q3N_FAMILY_COUNT - 1)                      \
+    X(I, vocab_size,                      1, 1 << 24)                                   \
+    X(I, hidden_size,                     1, 1 << 20)                                   \
+    X(I, num_hidden_layers,               1, Q3N_MAX_LAYERS)                            \
+    X(I, max_position_embeddings,         1, 1 << 30)                                   \
+    X(I, intermediate_size,               0, 1 << 24)                                   \
+    X(I, num_attention_heads,             1, 4096)                                      \
+    X(I, num_key_value_heads,             1, 4096)                                      \
+    X(I, head_dim,                        1, 8192)                                      \
+    X(I, rotary_dim,                      0, 8192)                                      \
+    X(I, num_experts,                     0, 1 << 16)                                   \
+    X(I, num_experts_per_tok,             0, 1024)                                      \
+    X(I, moe_intermediate_size,           0, 1 << 24)                                   \
+    X(I, shared_expert_intermediate_size, 0, 1 << 24)                                   \
+    X(I, linear_num_key_heads,            0, 4096)                                      \
+    X(I, linear_num_value_heads,          0, 4096)                                      \
+    X(I, linear_key_head_dim,             0, 8192)                                      \
+    X(I, linear_value_head_dim,           0, 8192)                                      \
+    X(I, linear_conv_kernel_dim,          0, 16)                                        \
+    X(I, num_mtp_layers,                  0, 1)                                         \
+    X(I, num_labels,                      0, 1 << 20)                                   \
+    X(B, norm_topk_prob,                  0, 1)                                         \
+    X(B, attention_bias,                  0, 1)                                         \
+    X(B, attn_output_gate,                0, 1)                                         \
+    X(B, qk_norm,                         0, 1)                                         \
+    X(B, mlp_bias,                        0, 1)                                         \
+    X(B, router_bias,                     0, 1)                                         \
+    X(B, causal,                          0, 1)                                         \
+    X(B, tie_word_embeddings,             0, 1)                                         \
+    X(E, pooling,                         0, Q3N_POOLING_COUNT - 1)                     \
+    X(E, classifier_input,                0, Q3N_CLASSIFIER_INPUT_COUNT - 1)            \
+    X(E, rope_type,                       0, Q3N_ROPE_TYPE_COUNT - 1)                   \
+    X(I, rope_original_max_position,      0, 1 << 30)                                   \
+    X(F, rms_norm_eps,                    0.0, 1.0)                                     \
+    X(F, rope_theta,                      1.0, 1e12)                                    \
+    X(F, rope_factor,                     1.0, 1e6)                                     \
+    X(F, rope_beta_fast,                  0.0, 1e6)                                     \
+    X(F, rope_beta_slow,                  0.0, 1e6)                                     \
+    X(F, rope_attention_factor,           0.0, 1e6)
+
+/* The geometry of a model.  Field names are those of [HF]'s config.json where it has them. */
+typedef struct q3n_config {
+    int family;                          /* q3n_family                                          */
+    int vocab_size;
+    int hidden_size;                     /* d                                                   */
+    int num_hidden_layers;
+    int max_position_embeddings;         /* tokens the model was made for                       */
+    int intermediate_size;               /* width of a dense FFN                                */
+    int num_attention_heads;             /* H                                                   */
+    int num_key_value_heads;             /* K; H is a multiple                                  */
+    int head_dim;                        /* D                                                   */
+    int rotary_dim;                      /* leading dims of a head that rotate; even            */
+    int num_experts;                     /* 0 = no layer has experts                            */
+    int num_experts_per_tok;             /* k of top-k                                          */
+    int moe_intermediate_size;           /* width of one expert                                 */
+    int shared_expert_intermediate_size; /* 0 = no shared expert                                */
+    int linear_num_key_heads;            /* DeltaNet: Hk                                        */
+    int linear_num_value_heads;          /* Hv; a multiple of Hk                                */
+    int linear_key_head_dim;             /* dk                                                  */
+    int linear_value_head_dim;           /* dv                                                  */
+    int linear_conv_kernel_dim;          /* width of the causal convolution                     */
+    int num_mtp_layers;                  /* 1 = the file has a multi-token-prediction module    */
+    int num_labels;                      /* > 0 = sequence classification head                  */
+    int norm_topk_prob;                  /* 1 = the k router weights are divided by their sum   */
+    int attention_bias;                  /* biases on q, k, v, o                                */
+    int attn_output_gate;                /* q_proj also gives a gate for the attention's output */
+    int qk_norm;                         /* RMS norm of every query and key head                */
+    int mlp_bias;                        /* biases in FFNs and experts                          */
+    int router_bias;
+    int causal;                          /* 0 = attends both ways (older design checkpoints)    */
+    int tie_word_embeddings;
+    int pooling;                         /* q3n_pooling: which token is classified              */
+    int classifier_input;                /* q3n_classifier_input                                */
+    int rope_type;                       /* q3n_rope_type                                       */
+    int rope_original_max_position;      /* yarn: tokens before scaling                         */
+    double rms_norm_eps;
+    double rope_theta;
+    double rope_factor;                  /* linear, yarn: how many times longer                 */
+    double rope_beta_fast;               /* yarn; [HF] default 32                               */
+    double rope_beta_slow;               /* yarn; [HF] default 1                                */
+    double rope_attention_factor;        /* multiplies cos and sin; 0 = 0.1 ln(factor) + 1 (yarn) */
+    unsigned char layer_types[Q3N_MAX_LAYERS];    /* 0 attention, 1 DeltaNet                    */
+    unsigned char layer_experts[Q3N_MAX_LAYERS];  /* 0 dense FFN, 1 experts                     */
+} q3n_config;
+
+/* Fill *out with a named geometry: "tiny" "small" "80b" "80b_a3b" (the design model), "g1" "g2"
+ * "g3" (benchmarks) and published models such as "qwen3-next-80b-a3b", "qwen3-30b-a3b",
+ * "qwen3-0.6b".  Errors: Q3N_ERR_ARG with the list of names in err. */
+Q3N_DEF q3n_result  q3n_config_preset(const char *name, q3n_config *out, q3n_error *err);
+Q3N_DEF const char *q3n_config_preset_name(int i);    /* i = 0, 1, ...; NULL after the last */
+
+/* Override one field by its name: ("num_experts", "64").  Enums take their word or number;
+ * "layers", "heads", "kv_heads", "hidden", "experts", "top_k", "vocab", "context" are short forms.
+ * num_hidden_layers keeps the pattern of layer kinds going.  "layer_types" and "layer_experts"
+ * take a comma-separated list of 0 and 1, repeated to the number of layers. */
+Q3N_DEF q3n_result  q3n_config_set(q3n_config *c, const char *field, const char *value, q3n_error *err);
+
+/* Field i of Q3N_CONFIG_LIST as text, for printing.  NULL after the last; text is at least 64 bytes. */
+Q3N_DEF const char *q3n_config_field(const q3n_config *c, int i, char text[64]);
+
+/* Q3N_OK if a model of this geometry can be built; else which fields contradict each other. */
+Q3N_DEF q3n_result  q3n_config_check(const q3n_config *c, q3n_error *err);
+
+/* ---- Model: an open file ---- */
+
+/* Immutable once open: any number of threads and sessions may use it.  Close it after the last
+ * session. */
+typedef struct q3n_model q3n_model;
+
+typedef struct q3n_model_options {       /* all zero = defaults                                  */
+    q3n_allocator allocator;
+    q3n_logger    logger;
+    int           skip_checksum;         /* 1 = do not check meta_crc (fuzzing)                  */
+} q3n_model_options;
+
+/* Map a model file and check it: header, sections, every tensor's type, shape and place.
+ * Tensor data are not read: see q3n_model_verify.
+ *
+ *   out    out: the model, NULL on error
+ *   o      NULL = defaults
+ *   err    NULL = not wanted
+ *
+ * Errors: Q3N_ERR_IO, _FORMAT, _CHECKSUM, _UNSUPPORTED, _MEMORY.
+ */
+Q3N_DEF q3n_result q3n_model_open(q3n_model **out, const char *path, const q3n_model_options *o,
+                                  q3n_error *err);
+
+/* The same from bytes [bytes] that the caller keeps, unchanged, until the model is closed.
+ * data should be aligned to 64 bytes; Q3N_ERR_ARG if it is not. */
+Q3N_DEF q3n_result q3n_model_open_memory(q3n_model **out, const void *data, size_t bytes,
+                                         const q3n_model_options *o, q3n_error *err);
+Q3N_DEF void       q3n_model_close(q3n_model *m);     /* NULL is allowed */
+
+Q3N_DEF const q3n_config *q3n_model_config(const q3n_model *m);
+Q3N_DEF const char       *q3n_model_name(const q3n_model *m);        /* "" if the file has none */
+Q3N_DEF const char       *q3n_model_chat_kind(const q3n_model *m);   /* "none" if it has none   */
+
+/* Ids that end a text; *n of them.  The array lives as long as the model. */
+Q3N_DEF const int32_t    *q3n_model_eos_ids(const q3n_model *m, int *n);
+Q3N_DEF int               q3n_model_is_eos(const q3n_model *m, int32_t id);
+
+typedef struct q3n_tensor {
+    const char *name;                    /* ends with 0; lives as long as the model              */
+    q3n_type    type;
+    int         n_dims;
+    int64_t     dim[3];                  /* slowest first; unused ones 1                         */
+    int64_t     offset;                  /* byte in the file                                     */
+    int64_t     bytes;                   /* of all slices, without what lies between them        */
+    const void *data;                    /* first slice                                          */
+    size_t      stride;                  /* bytes from slice to slice, 0 if n_dims < 3           */
+} q3n_tensor;
+
+Q3N_DEF int        q3n_model_n_tensors(const q3n_model *m);
+Q3N_DEF q3n_result q3n_model_tensor(const q3n_model *m, int i, q3n_tensor *out);
+Q3N_DEF q3n_result q3n_model_find_tensor(const q3n_model *m, const char *name, q3n_tensor *out);
+
+/* Read every tensor and compare its checksum.  progress (NULL = none) counts bytes. */
+Q3N_DEF q3n_result q3n_model_verify(const q3n_model *m, const q3n_progress *progress, q3n_error *err);
+
+typedef struct q3n_model_stats {
+    int64_t file_bytes;
+    int64_t n_weights;                   /* all tensors but the MTP module                       */
+    int64_t n_weights_active;            /* that one token uses                                  */
+    int64_t decode_bytes;                /* weight bytes that one decoded token reads            */
+    int64_t mtp_weights;
+} q3n_model_stats;
+
+Q3N_DEF void q3n_model_stats_get(const q3n_model *m, q3n_model_stats *out);
+
+/* ---- Session: the state of one text ---- */
+
+/* One thread at a time; sessions of one model may run concurrently. */
+typedef struct q3n_session q3n_session;
+
+/* Called after each layer during evaluation, on the thread that called eval: x [n, d] is the
+ * residual stream behind layer l (l = -1: the embeddings; l = layers: after the final norm). */
+typedef struct q3n_layer_hook {
+    void (*layer)(void *user, int l, const float *x, int n, int d);
+    void  *user;
+} q3n_layer_hook;
+
+typedef struct q3n_session_options {     /* all zero = defaults                                  */
+    int            capacity;             /* tokens; 0 = min(max_position_embeddings, 4096)       */
+    int            batch;                /* most tokens evaluated at once, 0 = 512               */
+    int            n_threads;            /* 0 = one per CPU that the process may use             */
+    q3n_isa        max_isa;              /* Q3N_ISA_SCALAR (0) = the best there is; see scalar_only */
+    int            scalar_only;          /* 1 = reference kernels                                */
+    q3n_type       kv_type;              /* KV cache: f32 (0, default), f16 or bf16              */
+    q3n_executor   executor;             /* run = NULL: the session makes its own threads        */
+    int            count_experts;        /* 1 = keep counts for q3n_session_expert_counts        */
+    q3n_layer_hook layer_hook;
+} q3n_session_options;
+
+/* Where a session's memory goes, in bytes. */
+typedef struct q3n_session_memory {
+    size_t kv_cache;                     /* attention layers                                     */
+    size_t delta_state;                  /* DeltaNet matrices                                    */
+    size_t conv_state;                   /* last columns before each convolution                 */
+    size_t scratch;                      /* activations of one batch, logits                     */
+    size_t other;                        /* bookkeeping                                          */
+    size_t total;                        /* the one allocation that q3n_session_create makes     */
+} q3n_session_memory;
+
+/* Bytes that q3n_session_create will ask of the allocator; 0 if the options are impossible.
+ * memory (NULL = not wanted) explains it.  The threads' stacks are the system's. */
+Q3N_DEF size_t     q3n_session_bytes(const q3n_model *m, const q3n_session_options *o,
+                                     q3n_session_memory *memory);
+Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
+                                      const q3n_session_options *o, q3n_error *err);
+Q3N_DEF void       q3n_session_destroy(q3n_session *s);   /* NULL is allowed */
+
+/* Append n tokens to the session and evaluate them.
+ *
+ *   tokens  [n]       0 <= id < vocab_size
+ *   n                 1 .. capacity - length
+ *   logits  [vocab]   out: unnormalised log-probability of the next token; NULL = not wanted
+ *
+ * Errors: Q3N_ERR_ARG (id or n out of range), Q3N_ERR_FULL, Q3N_ERR_UNSUPPORTED (a model that
+ * attends both ways takes a text whole: length 0, n <= batch).  On error the session is as before
+ * and q3n_session_error tells more.  Allocates nothing.
+ */
+Q3N_DEF q3n_result q3n_session_eval(q3n_session *s, const int32_t *tokens, int n, float *logits);
+
+/* What to give back of an evaluation; NULL = not wanted. */
+typedef struct q3n_outputs {
+    float *logits;             /* [vocab]: last token                                            */
+    float *all_logits;         /* [n, vocab]                                                     */
+    float *hidden;             /* [d]: last token, after the final norm                          */
+    float *all_hidden;         /* [n, d]                                                         */
+} q3n_outputs;
+
+Q3N_DEF q3n_result q3n_session_eval_outputs(q3n_session *s, const int32_t *tokens, int n,
+                                            const q3n_outputs *out);
+
+/* Scores of a classification model for a text: the session is reset first.
+ *   scores  [num_labels]  out: unnormalised */
+Q3N_DEF q3n_result q3n_session_classify(q3n_session *s, const int32_t *tokens, int n, float *scores);
+
+Q3N_DEF int              q3n_session_length(const q3n_session *s);    /* tokens evaluated so far */
+Q3N_DEF int              q3n_session_capacity(const q3n_session *s);
+Q3N_DEF int              q3n_session_n_threads(const q3n_session *s);
+Q3N_DEF q3n_isa          q3n_session_isa(const q3n_session *s);
+Q3N_DEF void             q3n_session_reset(q3n_session *s);           /* back to length 0 */
+Q3N_DEF const q3n_error *q3n_session_error(const q3n_session *s);     /* of the last failure */
+
+/* How often layer l's router chose each expert since the session was made or reset: [num_experts],
+ * or NULL if the layer has no experts or count_experts was not set. */
+Q3N_DEF const int64_t   *q3n_session_expert_counts(const q3n_session *s, int l);
+
+/* ---- Tokenizer: part of the model, no state ---- */
+
+Q3N_DEF int q3n_model_n_tokens(const q3n_model *m);   /* ids with a text; 0 = no tokenizer */
+
+/* Text to ids.
+ *
+ *   text     [bytes]   UTF-8; invalid bytes are encoded as the bytes they are
+ *   flags              0, or Q3N_TOKENIZE_NO_SPECIAL: special tokens in the text are plain text
+ *   ids      [max]     out; NULL with max 0 to count
+ *   n        out: number of ids of the whole text, also when it is > max
+ *
+ * Errors: Q3N_ERR_FULL (n > max; the first max ids are there), Q3N_ERR_UNSUPPORTED (no
+ * tokenizer), Q3N_ERR_MEMORY.  Uses the model's allocator for O(longest word) bytes.  Thread-safe.
+ */
+#define Q3N_TOKENIZE_NO_SPECIAL 1
+Q3N_DEF q3n_result q3n_tokenize(const q3n_model *m, const char *text, size_t bytes, int flags,
+                                int32_t *ids, size_t max, size_t *n);
+
+/* The bytes of one token, *bytes of them: not always whole characters.  NULL if id has none. */
+Q3N_DEF const char *q3n_token_text(const q3n_model *m, int32_t id, size_t *bytes);
+Q3N_DEF int         q3n_token_is_special(const q3n_model *m, int32_t id);
+
+/* Ids to text as it comes: whole UTF-8 characters only.  Start from a zeroed struct. */
+typedef struct q3n_decoder {
+    unsigned char pending[4];
+    int           n_pending;
+    int           skip_special;   /* 1 = special tokens give no text */
+} q3n_decoder;
+
+/* Append the text of one token to out [max], without terminator; *n bytes are written.  Bytes that
+ * can never become a character give U+FFFD, as everyone does.  *n is at most 3 (token bytes + 3).
+ * Errors: Q3N_ERR_ARG (no such id), Q3N_ERR_FULL (nothing was taken in; *n is what is needed). */
+Q3N_DEF q3n_result q3n_decoder_next(q3n_decoder *dec, const q3n_model *m, int32_t id, char *out,
+                                    size_t max, size_t *n);
+/* What is left at the end: an unfinished character gives U+FFFD.  out has room for 3 bytes. */
+Q3N_DEF void       q3n_decoder_finish(q3n_decoder *dec, char *out, size_t *n);
+
+/* Ids to text at once.  *n is the length of the whole text; Q3N_ERR_FULL if it is > max. */
+Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t n_ids,
+                                  char *out, size_t max, size_t *n);
+
+/* ---- Sampler ---- */
+
+typedef struct q3n_sampler q3n_sampler;
+
+typedef struct q3n_sampler_options {
+    float    temperature;          /* 0 = greedy: the largest logit, the lowest id among equals  */
+    int      top_k;                /* 0 = off                                                    */
+    float    top_p;                /* 0 or >= 1 = off                                            */
+    float    min_p;                /* 0 = off; keep p >= min_p x the largest p                   */
+    float    repetition_penalty;   /* 0 or 1 = off; [HF]'s: logit / r if > 0, else logit x r     */
+    int      penalty_window;       /* last tokens that count; 0 = 64                             */
+    uint64_t seed;
+} q3n_sampler_options;
+
+/* One per text and thread.  Order: repetition penalty, temperature, top-k, top-p, min-p. */
+Q3N_DEF q3n_result q3n_sampler_create(q3n_sampler **out, const q3n_model *m,
+                                      const q3n_sampler_options *o, q3n_error *err);
+Q3N_DEF void       q3n_sampler_destroy(q3n_sampler *s);
+/* Choose a token from logits [vocab] (left as they are) and remember it for the penalty. */
+Q3N_DEF int32_t    q3n_sampler_sample(q3n_sampler *s, const float *logits);
+/* Remember a token that was not sampled, such as the prompt's. */
+Q3N_DEF void       q3n_sampler_accept(q3n_sampler *s, int32_t id);
+Q3N_DEF void       q3n_sampler_reset(q3n_sampler *s);    /* forget tokens, seed again */
+
+/* ---- Making files ---- */
+
+typedef struct q3n_init_options {
+    q3n_type      type;            /* of the matrices                                            */
+    uint64_t      seed;
+    double        stddev;          /* 0 = 0.02                                                   */
+    const char   *name;            /* NULL = ""                                                  */
+    q3n_allocator allocator;
+    q3n_progress  progress;        /* counts bytes                                               */
+} q3n_init_options;
+
+/* Write a model file of geometry c with random weights: matrices from a normal distribution
+ * truncated at two standard deviations, norms 1, biases 0, A_log and dt_bias as [HF] initialises
+ * them.  The file is written as a stream; a failed or stopped run leaves nothing under path.
+ * The same seed gives the same file on every machine. */
+Q3N_DEF q3n_result q3n_init_file(const char *path, const q3n_config *c, const q3n_init_options *o,
+                                 q3n_error *err);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* QWEN3NEXT_H */
+
+/* =====================================================================================
+ * Below is the implementation: it is compiled where Q3N_IMPLEMENTATION is defined.
+ * ===================================================================================== */
+#if defined(Q3N_IMPLEMENTATION) && !defined(Q3N__IMPLEMENTED)
+#define Q3N__IMPLEMENTED
+#ifdef __cplusplus
+#  error "define Q3N_IMPLEMENTATION in a C file: the implementation is C11, the API is C and C++"
+#endif
+
+/* =====================================================================================
+ * [2] PLATFORM                                                               >>platform
+ *
+ * Everything that differs between compilers and systems: macros with their defaults, target
+ * regions, atomics, threads, mapped and written files.  The only #ifdefs for a system or compiler
+ * stand here and around the kernel sections.
+ * ===================================================================================== */
+#if defined(_WIN32)
+#  ifndef WIN32_LEAN_AND_MEAN
+#    define WIN32_LEAN_AND_MEAN
+#  endif
+#  ifndef NOMINMAX
+#    define NOMINMAX
+#  endif
+#  include <windows.h>
+#else
+#  include <fcntl.h>
+#  include <sched.h>
+#  include <sys/mman.h>
+#  include <sys/stat.h>
+#  include <unistd.h>
+#  ifndef Q3N_NO_THREADS
+#    include <pthread.h>
+#  endif
+#endif
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- Build macros ---- */
+#ifndef Q3N_ASSERT
+#  include <assert.h>
+#  define Q3N_ASSERT(x) assert(x)    /* for what only a bug of this file can break, never for input */
+#endif
+#if !defined(Q3N_NO_SIMD) && (defined(__x86_64__) || defined(_M_X64))
+#  define Q3N__X86 1
+#  include <immintrin.h>
+#else
+#  define Q3N__X86 0
+#endif
+#if !defined(Q3N_NO_SIMD) && (defined(__aarch64__) || defined(_M_ARM64))
+#  define Q3N__ARM64 1
+#  include <arm_neon.h>
+#else
+#  define Q3N__ARM64 0
+#endif
+#if defined(__BYTE_ORDER__) && defined(__ORDER_BIG_ENDIAN__)
+#  if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#    error "model files are little-endian and used in place: big-endian machines are not supported"
+#  endif
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#  define Q3N__UNUSED __attribute__((unused))
+#  define Q3N__PRINTF(text, first) __attribute__((format(printf, text, first)))
+#else
+#  define Q3N__UNUSED
+#  define Q3N__PRINTF(text, first)
+#endif
+
+/* ---- Target regions ---- */
+
+/* Everything between BEGIN and END is compiled for the named ISA whatever the command line says, so
+ * that one translation unit holds every variant. */
+#define Q3N__PRAGMA(x) _Pragma(#x)
+#if defined(__clang__)
+#  define Q3N__TARGET_BEGIN(isa)                                                        \
+     Q3N__PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#  define Q3N__TARGET_END Q3N__PRAGMA(clang attribute pop)
+#elif defined(__GNUC__)
+#  define Q3N__TARGET_BEGIN(isa) Q3N__PRAGMA(GCC push_options) Q3N__PRAGMA(GCC target(isa))
+#  define Q3N__TARGET_END Q3N__PRAGMA(GCC pop_options)
+#else
+#  define Q3N__TARGET_BEGIN(isa)
+#  define Q3N__TARGET_END
+#endif
+
+/* ---- Atomics: sequentially consistent, which costs nothing at the rate they are used ---- */
+#if defined(_MSC_VER) && !defined(__clang__)
+typedef volatile LONG64 q3n__atomic;
+static int64_t q3n__atomic_load(q3n__atomic *a) { return InterlockedCompareExchange64(a, 0, 0); }
+static void    q3n__atomic_store(q3n__atomic *a, int64_t v) { InterlockedExchange64(a, v); }
+static int64_t q3n__atomic_add(q3n__atomic *a, int64_t v)   /* returns the value before */
+{
+    return InterlockedExchangeAdd64(a, v);
+}
+static int q3n__atomic_cas(q3n__atomic *a, int64_t expected, int64_t desired)
+{
+    return InterlockedCompareExchange64(a, desired, expected) == expected;
+}
+static void q3n__pause(void) { YieldProcessor(); }
+#else
+typedef int64_t q3n__atomic;
+static int64_t q3n__atomic_load(q3n__atomic *a) { return __atomic_load_n(a, __ATOMIC_SEQ_CST); }
+static void    q3n__atomic_store(q3n__atomic *a, int64_t v)
+{
+    __atomic_store_n(a, v, __ATOMIC_SEQ_CST);
+}
+static int64_t q3n__atomic_add(q3n__atomic *a, int64_t v)   /* returns the value before */
+{
+    return __atomic_fetch_add(a, v, __ATOMIC_SEQ_CST);
+}
+static int q3n__atomic_cas(q3n__atomic *a, int64_t expected, int64_t desired)
+{
+    return __atomic_compare_exchange_n(a, &expected, desired, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+}
+static void q3n__pause(void)
+{
+#  if defined(__x86_64__)
+    __asm__ volatile("pause");
+#  elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#  endif
+}
+#endif
+
+/* ---- Threads: start, join, mutex, condition ---- */
+#if defined(Q3N_NO_THREADS)
+typedef int q3n__thread;
+typedef int q3n__mutex;
+typedef int q3n__cond;
+static int  q3n__thread_start(q3n__thread *t, void (*fn)(void *), void *arg)
+{
+    (void)t; (void)fn; (void)arg;
+    return 0;
+}
+static void q3n__thread_join(q3n__thread *t) { (void)t; }
+static int  q3n__mutex_init(q3n__mutex *m) { *m = 0; return 1; }
+static void q3n__mutex_free(q3n__mutex *m) { (void)m; }
+static void q3n__mutex_lock(q3n__mutex *m) { (void)m; }
+static void q3n__mutex_unlock(q3n__mutex *m) { (void)m; }
+static int  q3n__cond_init(q3n__cond *c) { *c = 0; return 1; }
+static void q3n__cond_free(q3n__cond *c) { (void)c; }
+static void q3n__cond_wait(q3n__cond *c, q3n__mutex *m) { (void)c; (void)m; }
+static void q3n__cond_broadcast(q3n__cond *c) { (void)c; }
+static int  q3n__cpu_count(void) { return 1; }
+#elif defined(_WIN32)
+typedef struct { HANDLE handle; void (*fn)(void *); void *arg; } q3n__thread;
+typedef SRWLOCK q3n__mutex;
+typedef CONDITION_VARIABLE q3n__cond;
+static DWORD WINAPI q3n__thread_main(LPVOID p)
+{
+    q3n__thread *t = (q3n__thread *)p;
+    t->fn(t->arg);
+    return 0;
+}
+static int q3n__thread_start(q3n__thread *t, void (*fn)(void *), void *arg)
+{
+    t->fn = fn;
+    t->arg = arg;
+    t->handle = CreateThread(NULL, 0, q3n__thread_main, t, 0, NULL);
+    return t->handle != NULL;
+}
+static void q3n__thread_join(q3n__thread *t)
+{
+    WaitForSingleObject(t->handle, INFINITE);
+    CloseHandle(t->handle);
+}
+static int  q3n__mutex_init(q3n__mutex *m) { InitializeSRWLock(m); return 1; }
+static void q3n__mutex_free(q3n__mutex *m) { (void)m; }
+static void q3n__mutex_lock(q3n__mutex *m) { AcquireSRWLockExclusive(m); }
+static void q3n__mutex_unlock(q3n__mutex *m) { ReleaseSRWLockExclusive(m); }
+static int  q3n__cond_init(q3n__cond *c) { InitializeConditionVariable(c); return 1; }
+static void q3n__cond_free(q3n__cond *c) { (void)c; }
+static void q3n__cond_wait(q3n__cond *c, q3n__mutex *m) { SleepConditionVariableSRW(c, m, INFINITE, 0); }
+static void q3n__cond_broadcast(q3n__cond *c) { WakeAllConditionVariable(c); }
+static int  q3n__cpu_count(void)
+{
+    SYSTEM_INFO si;
+    GetSystemInfo(&si);
+    return (int)si.dwNumberOfProcessors;
+}
+#else
+typedef struct { pthread_t handle; void (*fn)(void *); void *arg; } q3n__thread;
+typedef pthread_mutex_t q3n__mutex;
+typedef pthread_cond_t q3n__cond;
+static void *q3n__thread_main(void *p)
+{
+    q3n__thread *t = (q3n__thread *)p;
+    t->fn(t->arg);
+    return NULL;
+}
+static int q3n__thread_start(q3n__thread *t, void (*fn)(void *), void *arg)
+{
+    t->fn = fn;
+    t->arg = arg;
+    return pthread_create(&t->handle, NULL, q3n__thread_main, t) == 0;
+}
+static void q3n__thread_join(q3n__thread *t) { pthread_join(t->handle, NULL); }
+static int  q3n__mutex_init(q3n__mutex *m) { return pthread_mutex_init(m, NULL) == 0; }
+static void q3n__mutex_free(q3n__mutex *m) { pthread_mutex_destroy(m); }
+static void q3n__mutex_lock(q3n__mutex *m) { pthread_mutex_lock(m); }
+static void q3n__mutex_unlock(q3n__mutex *m) { pthread_mutex_unlock(m); }
+static int  q3n__cond_init(q3n__cond *c) { return pthread_cond_init(c, NULL) == 0; }
+static void q3n__cond_free(q3n__cond *c) { pthread_cond_destroy(c); }
+static void q3n__cond_wait(q3n__cond *c, q3n__mutex *m) { pthread_cond_wait(c, m); }
+static void q3n__cond_broadcast(q3n__cond *c) { pthread_cond_broadcast(c); }
+
+/* CPUs that this process may run on: a container's or taskset's share counts, where the C library
+ * shows it (CPU_COUNT needs _GNU_SOURCE); else all that are on line. */
+static int q3n__cpu_count(void)
+{
+#  ifdef CPU_COUNT
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#  endif
+    const long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n > 1024 ? 1024 : (int)n;
+}
+#endif
+
+/* ---- Files ---- */
+#ifndef Q3N_NO_STDIO
+#if defined(_WIN32)
+/* Map a whole file for reading.  Returns NULL on failure with a reason in *why. */
+static const uint8_t *q3n__file_map(const char *path, size_t *bytes, const char **why)
+{
+    wchar_t wide[1024];
+    *why = "path too long or not UTF-8";
+    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, 1024)) return NULL;
+    *why = "cannot open";
+    HANDLE f = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING,
+                           FILE_ATTRIBUTE_NORMAL, NULL);
+    if (f == INVALID_HANDLE_VALUE) return NULL;
+    const uint8_t *data = NULL;
+    LARGE_INTEGER size;
+    *why = "is empty or too large";
+    if (GetFileSizeEx(f, &size) && size.QuadPart > 0 && (uint64_t)size.QuadPart <= SIZE_MAX) {
+        *why = "cannot map";
+        HANDLE mapping = CreateFileMappingW(f, NULL, PAGE_READONLY, 0, 0, NULL);
+        if (mapping) {
+            data = (const uint8_t *)MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0);
+            CloseHandle(mapping);
+        }
+        *bytes = (size_t)size.QuadPart;
+    }
+    CloseHandle(f);
+    return data;
+}
+static void q3n__file_unmap(const uint8_t *data, size_t bytes)
+{
+    (void)bytes;
+    UnmapViewOfFile(data);
+}
+static int q3n__file_replace(const char *from, const char *to)
+{
+    return MoveFileExA(from, to, MOVEFILE_REPLACE_EXISTING) != 0;
+}
+#else
+/* Map a whole file for reading.  Returns NULL on failure with a reason in *why. */
+static const uint8_t *q3n__file_map(const char *path, size_t *bytes, const char **why)
+{
+    *why = "cannot open";
+    const int fd = open(path, O_RDONLY);
+    if (fd < 0) return NULL;
+    const uint8_t *data = NULL;
+    struct stat st;
+    *why = "is not a regular file, is empty or too large";
+    if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size > 0
+        && (uint64_t)st.st_size <= SIZE_MAX) {
+        *why = "cannot map";
+        void *p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
+        if (p != MAP_FAILED) data = (const uint8_t *)p;
+        *bytes = (size_t)st.st_size;
+    }
+    close(fd);
+    return data;
+}
+static void q3n__file_unmap(const uint8_t *data, size_t bytes)
+{
+    munmap((void *)(uintptr_t)data, bytes);
+}
+static int q3n__file_replace(const char *from, const char *to) { return rename(from, to) == 0; }
+#endif
+#endif /* Q3N_NO_STDIO */
+
+/* ---- CPU features ---- */
+#if Q3N__X86
+static void q3n__cpuid(uint32_t leaf, uint32_t sub, uint32_t r[4])
+{
+#  if defined(_MSC_VER) && !defined(__clang__)
+    __cpuidex((int *)r, (int)leaf, (int)sub);
+#  else
+    __asm__ volatile("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3])
+                             : "a"(leaf), "c"(sub));
+#  endif
+}
+
+/* Which register files the operating system saves (XCR0; [SDM] vol. 1, 13.3). */
+static uint64_t q3n__xcr0(void)
+{
+#  if defined(_MSC_VER) && !defined(__clang__)
+    return _xgetbv(0);
+#  else
+    uint32_t lo, hi;
+    __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+    return ((uint64_t)hi << 32) | lo;
+#  endif
+}
+
+/* CPU flag and OS state-saving are both needed: a CPU can have AVX-512 while the kernel does not
+ * save ZMM registers ([SDM] vol. 1, 14.3 and 15.2). */
+static int q3n__cpu_has(q3n_isa isa)
+{
+    uint32_t r0[4], r1[4], r7[4];
+    q3n__cpuid(0, 0, r0);
+    q3n__cpuid(1, 0, r1);
+    if (r0[0] < 7 || !(r1[2] & (1u << 27))) return 0;
+    q3n__cpuid(7, 0, r7);
+    const uint64_t os = q3n__xcr0();
+    const int avx2 = (os & 0x06) == 0x06 && (r7[1] & (1u << 5))                   /* AVX2     */
+                  && (r1[2] & (1u << 12)) && (r1[2] & (1u << 29));                /* FMA F16C */
+    const uint32_t f512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);   /* F DQ BW VL */
+    if (isa == Q3N_ISA_AVX2)   return avx2;
+    if (isa == Q3N_ISA_AVX512) return avx2 && (os & 0xe6) == 0xe6 && (r7[1] & f512) == f512;
+    return 0;
+}
+#else
+static int q3n__cpu_has(q3n_isa isa) { return Q3N__ARM64 && isa == Q3N_ISA_NEON; }
+#endif
+
+/* =====================================================================================
+ * [3] MEMORY                                                                   >>memory
+ *
+ * Sizes that cannot wrap, unaligned little-endian reads, the host's allocator, an arena that lays
+ * out one allocation, CRC-32.
+ * ===================================================================================== */
+static int q3n__mul_size(size_t a, size_t b, size_t *out)   /* 0 = overflow */
+{
+    if (b != 0 && a > SIZE_MAX / b) return 0;
+    *out = a * b;
+    return 1;
+}
+
+static int q3n__add_size(size_t a, size_t b, size_t *out)
+{
+    if (a > SIZE_MAX - b) return 0;
+    *out = a + b;
+    return 1;
+}
+
+static Q3N__UNUSED uint16_t q3n__load_u16(const void *p) { uint16_t v; memcpy(&v, p, 2); return v; }
+static uint32_t q3n__load_u32(const void *p) { uint32_t v; memcpy(&v, p, 4); return v; }
+static uint64_t q3n__load_u64(const void *p) { uint64_t v; memcpy(&v, p, 8); return v; }
+static int64_t  q3n__load_i64(const void *p) { int64_t  v; memcpy(&v, p, 8); return v; }
+static double   q3n__load_f64(const void *p) { double   v; memcpy(&v, p, 8); return v; }
+
+/* ---- Allocation: the base pointer and size lie before the aligned block ---- */
+#define Q3N__ALIGN 64
+
+typedef struct {
+    void  *base;
+    size_t bytes;
+} q3n__block_head;
+
+static void *q3n__alloc(const q3n_allocator *a, size_t bytes)
+{
+    size_t total;
+    if (!q3n__add_size(bytes, Q3N__ALIGN + sizeof(q3n__block_head), &total)) return NULL;
+    void *base = a && a->alloc ? a->alloc(a->user, total) : malloc(total);
+    if (!base) return NULL;
+    const uintptr_t first = (uintptr_t)base + sizeof(q3n__block_head);
+    uint8_t *p = (uint8_t *)base + ((first + Q3N__ALIGN - 1) / Q3N__ALIGN * Q3N__ALIGN
+                                    - (uintptr_t)base);
+    const q3n__block_head head = { base, total };
+    memcpy(p - sizeof head, &head, sizeof head);
+    return p;
+}
+
+static void q3n__free(const q3n_allocator *a, void *memory)
+{
+    if (!memory) return;
+    q3n__block_head head;
+    memcpy(&head, (uint8_t *)memory - sizeof head, sizeof head);
+    if (a && a->alloc) a->free(a->user, head.base, head.bytes);
+    else               free(head.base);
+}
+
+/* ---- Arena: the same code first measures (base NULL), then hands out ---- */
+typedef struct {
+    uint8_t *base;       /* NULL = only measure */
+    size_t   used;
+    int      overflow;   /* a size did not fit size_t */
+} q3n__arena;
+
+/* count elements of elem bytes, 64-byte aligned; NULL while measuring */
+static void *q3n__arena_take(q3n__arena *a, size_t count, size_t elem)
+{
+    size_t bytes, end;
+    if (!q3n__mul_size(count, elem, &bytes) || !q3n__add_size(a->used, bytes, &end)
+        || end > SIZE_MAX - Q3N__ALIGN) {
+        a->overflow = 1;
+        return NULL;
+    }
+    void *p = a->base ? a->base + a->used : NULL;
+    a->used = (end + Q3N__ALIGN - 1) / Q3N__ALIGN * Q3N__ALIGN;
+    return p;
+}
+
+/* ---- CRC-32 (IEEE 802.3, reflected 0xEDB88320; zlib's), eight bytes a step ---- */
+
+/* table[k][b]: the CRC of byte b followed by k zero bytes ([CRC]: "slicing by 8"). */
+typedef struct { uint32_t t[8][256]; } q3n__crc_table;
+
+static void q3n__crc_table_make(q3n__crc_table *c)
+{
+    for (uint32_t i = 0; i < 256; i++) {
+        uint32_t v = i;
+        for (int k = 0; k < 8; k++) v = (v >> 1) ^ (0xEDB88320u & (0u - (v & 1)));
+        c->t[0][i] = v;
+    }
+    for (int k = 1; k < 8; k++)
+        for (int i = 0; i < 256; i++)
+            c->t[k][i] = (c->t[k - 1][i] >> 8) ^ c->t[0][c->t[k - 1][i] & 255];
+}
+
+static uint32_t q3n__crc32_with(const q3n__crc_table *c, uint32_t crc, const void *data, size_t bytes)
+{
+    const uint8_t *p = (const uint8_t *)data;
+    crc = ~crc;
+    for (; bytes >= 8; bytes -= 8, p += 8) {
+        const uint32_t a = crc ^ q3n__load_u32(p), b = q3n__load_u32(p + 4);
+        crc = c->t[7][a & 255] ^ c->t[6][(a >> 8) & 255] ^ c->t[5][(a >> 16) & 255]
+            ^ c->t[4][a >> 24] ^ c->t[3][b & 255] ^ c->t[2][(b >> 8) & 255]
+            ^ c->t[1][(b >> 16) & 255] ^ c->t[0][b >> 24];
+    }
+    while (bytes--) crc = (crc >> 8) ^ c->t[0][(crc ^ *p++) & 255];
+    return ~crc;
+}
+
+/* The table is made anew each call (about 10 microseconds): there is no writable global to keep it
+ * in.  Long runs of small pieces make it once and use q3n__crc32_with. */
+static uint32_t q3n__crc32(uint32_t crc, const void *data, size_t bytes)
+{
+    q3n__crc_table c;
+    q3n__crc_table_make(&c);
+    return q3n__crc32_with(&c, crc, data, bytes);
+}
+
+/* =====================================================================================
+ * [4] ERRORS                                                                   >>errors
+ * ===================================================================================== */
+
+/* Fill err (NULL = not wanted) and return code. */
+static Q3N__PRINTF(4, 5)
+q3n_result q3n__fail(q3n_error *err, q3n_result code, int64_t offset, const char *format, ...)
+{
+    if (err) {
+        va_list args;
+        va_start(args, format);
+        err->code = code;
+        err->offset = offset;
+        vsnprintf(err->message, sizeof err->message, format, args);
+        va_end(args);
+    }
+    return code;
+}
+
+static Q3N__PRINTF(3, 4)
+void q3n__log(const q3n_logger *l, q3n_log_level level, const char *format, ...)
+{
+    if (!l || !l->log) return;
+    char text[500];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    l->log(l->user, level, text);
+}
+
+Q3N_DEF const char *q3n_result_string(q3n_result r)
+{
+    switch (r) {
+#define Q3N__X(name, value, message) case Q3N_##name: return message;
+    Q3N_RESULT_LIST(Q3N__X)
+#undef Q3N__X
+    case Q3N__RESULT_MIN: break;
+    }
+    return "unknown result";
+}
+
+Q3N_DEF int q3n_version(void) { return Q3N_VERSION; }
+
+/* =====================================================================================
+ * [5] PARALLEL                                                               >>parallel
+ *
+ * One primitive: q3n__parallel runs a task over [0, n) in pieces and waits.  Threads claim pieces
+ * from a counter, so a thread that the system has put aside delays nobody; which thread computes a
+ * piece never changes its result.  Kernels and model know nothing else of threads.
+ * ===================================================================================== */
+typedef void (*q3n__task)(void *arg, int begin, int end);
+
+typedef struct q3n__pool {
+    q3n__atomic  ticket;        /* generation << 32 | pieces not yet claimed                     */
+    q3n__atomic  n_done;        /* pieces finished in this generation                            */
+    q3n__atomic  n_sleeping;    /* workers asleep                                                */
+    q3n__atomic  caller_sleeps;
+    q3n__atomic  stop;
+    q3n__task    fn;            /* the job: fixed from the ticket's store to the last piece      */
+    void        *arg;
+    int          n, n_pieces;
+    int          n_threads;     /* the calling thread counts                                     */
+    int          n_started;     /* threads that this pool made                                   */
+    int          has_locks;
+    q3n_executor executor;      /* run != NULL: no threads of our own                            */
+    q3n__mutex   mutex;
+    q3n__cond    work, done;
+    q3n__thread *threads;
+} q3n__pool;
+
+/* Pause this many times before sleeping: about 50 microseconds, longer than the gaps between two
+ * regions of a layer, shorter than anything a person or a battery would notice. */
+#define Q3N__SPINS 2000
+
+/* Claim a piece of generation gen; -1 when none is left or another generation runs. */
+static int q3n__pool_claim(q3n__pool *p, int64_t gen)
+{
+    for (;;) {
+        const int64_t t = q3n__atomic_load(&p->ticket);
+        if (t >> 32 != gen || (t & 0xffffffff) == 0) return -1;
+        if (q3n__atomic_cas(&p->ticket, t, t - 1)) return p->n_pieces - (int)(t & 0xffffffff);
+    }
+}
+
+static void q3n__pool_work(q3n__pool *p, int64_t gen)
+{
+    int piece;
+    while ((piece = q3n__pool_claim(p, gen)) >= 0) {
+        const int begin = (int)((int64_t)p->n * piece / p->n_pieces);
+        const int end   = (int)((int64_t)p->n * (piece + 1) / p->n_pieces);
+        const int last  = p->n_pieces - 1;
+        p->fn(p->arg, begin, end);
+        if (q3n__atomic_add(&p->n_done, 1) == last && q3n__atomic_load(&p->caller_sleeps)) {
+            q3n__mutex_lock(&p->mutex);
+            q3n__cond_broadcast(&p->done);
+            q3n__mutex_unlock(&p->mutex);
+        }
+    }
+}
+
+/* Wait for a generation other than seen, spinning first; returns it. */
+static int64_t q3n__pool_next(q3n__pool *p, int64_t seen)
+{
+    for (int i = 0; i < Q3N__SPINS; i++) {
+        const int64_t gen = q3n__atomic_load(&p->ticket) >> 32;
+        if (gen != seen || q3n__atomic_load(&p->stop)) return gen;
+        q3n__pause();
+    }
+    q3n__mutex_lock(&p->mutex);
+    q3n__atomic_add(&p->n_sleeping, 1);
+    while (q3n__atomic_load(&p->ticket) >> 32 == seen && !q3n__atomic_load(&p->stop))
+        q3n__cond_wait(&p->work, &p->mutex);
+    q3n__atomic_add(&p->n_sleeping, -1);
+    q3n__mutex_unlock(&p->mutex);
+    return q3n__atomic_load(&p->ticket) >> 32;
+}
+
+static void q3n__pool_main(void *arg)
+{
+    q3n__pool *p = (q3n__pool *)arg;
+    int64_t gen = 0;
+    for (;;) {
+        gen = q3n__pool_next(p, gen);
+        if (q3n__atomic_load(&p->stop)) return;
+        q3n__pool_work(p, gen);
+    }
+}
+
+static void q3n__pool_wait(q3n__pool *p)
+{
+    const int n = p->n_pieces;
+    for (int i = 0; i < Q3N__SPINS; i++) {
+        if (q3n__atomic_load(&p->n_done) == n) return;
+        q3n__pause();
+    }
+    q3n__mutex_lock(&p->mutex);
+    q3n__atomic_store(&p->caller_sleeps, 1);
+    while (q3n__atomic_load(&p->n_done) != n) q3n__cond_wait(&p->done, &p->mutex);
+    q3n__atomic_store(&p->caller_sleeps, 0);
+    q3n__mutex_unlock(&p->mutex);
+}
+
+static void q3n__pool_executor_task(void *arg, int i)
+{
+    q3n__pool *p = (q3n__pool *)arg;
+    (void)i;
+    q3n__pool_work(p, q3n__atomic_load(&p->ticket) >> 32);
+}
+
+/* Run fn over [0, n) in pieces of at least grain items and wait.  Runs inline when one piece is all
+ * there is.  The split depends on n, grain and the thread count, never on timing. */
+static void q3n__parallel(q3n__pool *p, int n, int grain, q3n__task fn, void *arg)
+{
+    if (n <= 0) return;
+    int pieces = n / (grain < 1 ? 1 : grain);
+    if (pieces > p->n_threads * 4) pieces = p->n_threads * 4;
+    if (pieces <= 1 || p->n_threads == 1) {
+        fn(arg, 0, n);
+        return;
+    }
+    p->fn = fn;
+    p->arg = arg;
+    p->n = n;
+    p->n_pieces = pieces;
+    q3n__atomic_store(&p->n_done, 0);
+    const int64_t gen = ((q3n__atomic_load(&p->ticket) >> 32) + 1) & 0x7fffffff;
+    q3n__atomic_store(&p->ticket, (gen << 32) | pieces);
+    if (p->executor.run) {
+        p->executor.run(p->executor.user, p->n_threads, q3n__pool_executor_task, p);
+        return;
+    }
+    if (q3n__atomic_load(&p->n_sleeping) > 0) {
+        q3n__mutex_lock(&p->mutex);
+        q3n__cond_broadcast(&p->work);
+        q3n__mutex_unlock(&p->mutex);
+    }
+    q3n__pool_work(p, gen);
+    q3n__pool_wait(p);
+}
+
+static void q3n__pool_close(q3n__pool *p)
+{
+    if (!p->has_locks) return;
+    q3n__mutex_lock(&p->mutex);
+    q3n__atomic_store(&p->stop, 1);
+    q3n__cond_broadcast(&p->work);
+    q3n__mutex_unlock(&p->mutex);
+    for (int i = 0; i < p->n_started; i++) q3n__thread_join(&p->threads[i]);
+    q3n__cond_free(&p->work);
+    q3n__cond_free(&p->done);
+    q3n__mutex_free(&p->mutex);
+    p->has_locks = 0;
+}
+
+/* p is zeroed, threads has room for n_threads - 1 and neither moves while the pool is open. */
+static q3n_result q3n__pool_open(q3n__pool *p, int n_threads, const q3n_executor *executor,
+                                 q3n__thread *threads, q3n_error *err)
+{
+    p->n_threads = n_threads;
+    p->threads = threads;
+    if (executor->run) p->executor = *executor;
+    if (executor->run || n_threads == 1) return Q3N_OK;
+    if (!q3n__mutex_init(&p->mutex)) return q3n__fail(err, Q3N_ERR_THREAD, -1, "no mutex");
+    if (!q3n__cond_init(&p->work)) {
+        q3n__mutex_free(&p->mutex);
+        return q3n__fail(err, Q3N_ERR_THREAD, -1, "no condition variable");
+    }
+    if (!q3n__cond_init(&p->done)) {
+        q3n__cond_free(&p->work);
+        q3n__mutex_free(&p->mutex);
+        return q3n__fail(err, Q3N_ERR_THREAD, -1, "no condition variable");
+    }
+    p->has_locks = 1;
+    while (p->n_started < n_threads - 1) {
+        if (!q3n__thread_start(&threads[p->n_started], q3n__pool_main, p)) {
+            const int n = p->n_started;
+            q3n__pool_close(p);
+            return q3n__fail(err, Q3N_ERR_THREAD, -1, "thread %d of %d did not start", n + 2, n_threads);
+        }
+        p->n_started++;
+    }
+    return Q3N_OK;
+}
+
+/* =====================================================================================
+ * [6] TYPES                                                                     >>types
+ *
+ * What a tensor type is, and the kernel table: every function that the model needs from an
+ * instruction set.  The scalar section defines what each entry computes; the model knows only this
+ * struct.  Whatever the ISA, one output element depends on its own row and its own token, never on
+ * how many tokens or rows a call covers: splitting work in other pieces changes no bit.
+ * ===================================================================================== */
+typedef struct {
+    const char *name;
+    int         block_len;      /* elements */
+    int         block_bytes;
+} q3n__type_info;
+
+static const q3n__type_info q3n__types[Q3N_TYPE_COUNT] = {
+#define Q3N__X(ID, id, number, block_len, block_bytes) [number] = { #id, block_len, block_bytes },
+    Q3N_TYPE_LIST(Q3N__X)
+#undef Q3N__X
+};
+
+Q3N_DEF const char *q3n_type_name(q3n_type t)
+{
+    return (unsigned)t < Q3N_TYPE_COUNT ? q3n__types[t].name : NULL;
+}
+
+Q3N_DEF q3n_result q3n_type_from_name(const char *name, q3n_type *out)
+{
+    for (int t = 0; t < Q3N_TYPE_COUNT; t++)
+        if (q3n__types[t].name && strcmp(q3n__types[t].name, name) == 0) {
+            *out = (q3n_type)t;
+            return Q3N_OK;
+        }
+    return Q3N_ERR_ARG;
+}
+
+/* Bytes of one row of n elements; the loader has checked that n fills whole blocks. */
+static size_t q3n__row_bytes(q3n_type t, int n)
+{
+    return (size_t)(n / q3n__types[t].block_len) * (size_t)q3n__types[t].block_bytes;
+}
+
+/* ---- Float conversions ---- */
+static float q3n__bits_f32(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+static uint32_t q3n__f32_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+
+static float q3n__bf16_to_f32(uint16_t h) { return q3n__bits_f32((uint32_t)h << 16); }
+
+/* Round to nearest even; NaN stays NaN. */
+static uint16_t q3n__f32_to_bf16(float f)
+{
+    const uint32_t u = q3n__f32_bits(f);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((u >> 16) | 0x40);
+    return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+}
+
+/* Shift exponent and mantissa into place and let the multiplication mend the exponent's bias: exact,
+ * denormals included.  Infinity and NaN keep their exponent of all ones. */
+static float q3n__f16_to_f32(uint16_t h)
+{
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7fff) << 13;
+    if (rest >= 0x0f800000u) return q3n__bits_f32(sign | rest | 0x70000000u);
+    return q3n__bits_f32(sign | q3n__f32_bits(q3n__bits_f32(rest) * 0x1p112f));
+}
+
+/* Round to nearest even; too large becomes infinity; NaN stays NaN. */
+static uint16_t q3n__f32_to_f16(float f)
+{
+    const uint32_t u = q3n__f32_bits(f), sign = (u >> 16) & 0x8000, a = u & 0x7fffffffu;
+    if (a > 0x7f800000u) return (uint16_t)(sign | 0x7e00 | ((a >> 13) & 0x3ff));
+    if (a >= 0x477ff000u) return (uint16_t)(sign | 0x7c00);
+    if (a < 0x38800000u) {      /* denormal in f16: adding 0.5 rounds at the right bit */
+        const float d = q3n__bits_f32(a) + 0.5f;
+        return (uint16_t)(sign | (q3n__f32_bits(d) - 0x3f000000u));
+    }
+    return (uint16_t)(sign | ((a - 0x38000000u + 0xfffu + ((a >> 13) & 1)) >> 13));
+}
+
+/* ---- Operands of the kernels ---- */
+
+/* y[t][r] = <w[r], x[t]> (+ bias[r]) for rows [row0, row1) and n tokens.  No aliasing. */
+typedef struct {
+    const void  *w;              /* row r starts at w + r * q3n__row_bytes(type, n_cols)         */
+    const float *x;              /* token t's input is row x_rows[t] of x, or row t              */
+    const int   *x_rows;         /* [n], NULL = 0 .. n - 1; how experts pick their tokens        */
+    const float *bias;           /* indexed by r, NULL = none                                    */
+    float       *y;              /* token t, row r at y[t * y_stride + r]                        */
+    int          x_stride, y_stride;   /* floats from row to row                                 */
+    int          n, n_cols, row0, row1;
+} q3n__matmul;
+
+static const float *q3n__matmul_x(const q3n__matmul *m, int t)
+{
+    return m->x + (size_t)(m->x_rows ? m->x_rows[t] : t) * (size_t)m->x_stride;
+}
+
+/* Keys of one KV block: one layer, one KV head.  Both parts have the KV cache's type:
+ *   k [D, Q3N__KV_BLOCK]   transposed: dimension i of key j at i * Q3N__KV_BLOCK + j
+ *   v [Q3N__KV_BLOCK, D]                                                                  */
+#define Q3N__KV_BLOCK 256
+
+/* Softmax attention of n queries over one block, not yet normalised:
+ *   s_j = <q, k_j>,  m = max_j s_j,  l = sum_j e^(s_j - m),  o = sum_j e^(s_j - m) v_j
+ * over the first n_keys[i] keys for query i.  With n_keys 0: m = -FLT_MAX, l = 0, o = 0.  What
+ * the block holds behind the last visible key is not looked at: it may be any bytes. */
+typedef struct {
+    const void  *k, *v;
+    const float *q;              /* [n, D], rows q_stride apart; divided by sqrt(D) before       */
+    float       *o;              /* [n, D], rows o_stride apart                                  */
+    float       *m, *l;          /* [n]                                                          */
+    float       *scores;         /* [n, Q3N__KV_BLOCK] scratch                                   */
+    const int   *n_keys;         /* [n], 0 .. Q3N__KV_BLOCK                                      */
+    int          q_stride, o_stride;
+    int          n, dim;         /* dim is D                                                     */
+} q3n__attend;
+
+/* One token's key and value [dim] become key and value `slot` of a block. */
+typedef struct {
+    void        *k, *v;          /* as in q3n__attend                                            */
+    const float *key, *value;
+    int          slot, dim;
+} q3n__store_kv;
+
+/* The gated delta rule over n tokens for one value head, columns [col0, col1) of its state; see
+ * q3n__delta_scalar for the equations.  Strides are in floats from token to token. */
+typedef struct {
+    float       *S;              /* [dk, dv], updated                                            */
+    const float *q, *k;          /* [n][dk] of the head's key head                               */
+    const float *v;              /* [n][dv]                                                      */
+    float       *o;              /* [n][dv] out                                                  */
+    const float *g, *beta;       /* [n]: log decay <= 0, write strength in (0, 1)                */
+    int          qk_stride, v_stride, o_stride, gb_stride;
+    int          n, dk, dv, col0, col1;
+} q3n__delta;
+
+/* Causal depthwise convolution and SiLU for channels [c0, c1):
+ *   y[t][c] = silu(sum_j w[j][c] u[t - width + 1 + j][c])
+ * where u is the state's width - 1 columns followed by x; the state becomes the last of them. */
+typedef struct {
+    const float *w;              /* [width, n_channels]                                          */
+    float       *state;          /* [width - 1, n_channels], oldest first                        */
+    const float *x;              /* [n, ...] rows x_stride apart                                 */
+    float       *y;              /* [n, ...] rows y_stride apart; not x                          */
+    int          x_stride, y_stride;
+    int          n, width, n_channels, c0, c1;
+} q3n__conv;
+
+typedef struct q3n__kernels {
+    void  (*matmul[Q3N_TYPE_COUNT])(const q3n__matmul *m);
+    void  (*to_f32[Q3N_TYPE_COUNT])(float *y, const void *x, int n);       /* one row            */
+    void  (*attend[Q3N_TYPE_COUNT])(const q3n__attend *a);                 /* float types        */
+    void  (*store_kv[Q3N_TYPE_COUNT])(const q3n__store_kv *s);             /* float types        */
+    void  (*delta)(const q3n__delta *d);
+    void  (*conv)(const q3n__conv *c);
+    float (*dot)(const float *a, const float *b, int n);
+    void  (*axpy)(float *y, float a, const float *x, int n);               /* y += a x           */
+    void  (*rms_norm)(float *y, const float *x, const float *w, int n, float eps); /* y may be x */
+    void  (*softmax)(float *x, int n);                                     /* in place           */
+    void  (*silu_mul)(float *y, const float *gate, int n);                 /* y *= silu(gate)    */
+    void  (*sigmoid_mul)(float *y, const float *gate, int n);              /* y *= sigmoid(gate) */
+} q3n__kernels;
+
+/* Fill k with the best kernels up to max and return the ISA that they are of; see >>dispatch. */
+static q3n_isa q3n__kernels_init(q3n__kernels *k, q3n_isa max);
+
+/* =====================================================================================
+ * CONFIG                                                                       >>config
+ *
+ * The geometry of a model: its fields by name, named presets, what may go together, and the tensor
+ * plan: which tensors a geometry has, in the order of the file.  The loader binds by this plan and
+ * every writer writes by it, so they cannot differ.  Knows nothing of files or memory.
+ * ===================================================================================== */
+
+/* ---- What the tensors are bound to ---- */
+
+/* A matrix in the file: n_rows x n_cols of one slice (an expert), slices stride bytes apart. */
+typedef struct q3n__mat {
+    const uint8_t *data;
+    size_t         stride;       /* 0 if there is one slice                                      */
+    q3n_type       type;
+    int            n_rows, n_cols;
+} q3n__mat;
+
+/* One layer, with the reference's names.  Absent tensors have data (or pointer) NULL. */
+typedef struct q3n__layer {
+    int          is_delta, has_experts;
+    const float *input_norm, *post_norm;                       /* [d]                            */
+    q3n__mat     q_proj, k_proj, v_proj, o_proj;               /* attention                      */
+    const float *q_bias, *k_bias, *v_bias, *o_bias;
+    const float *q_norm, *k_norm;                              /* [D]                            */
+    q3n__mat     in_proj_qkvz, in_proj_ba, out_proj;           /* DeltaNet                       */
+    const float *conv1d;                                       /* [width, C]                     */
+    const float *A_log, *dt_bias;                              /* [Hv]                           */
+    const float *delta_norm;                                   /* [dv]                           */
+    q3n__mat     router;                                       /* [E, d]                         */
+    const float *router_bias;                                  /* [E]                            */
+    q3n__mat     gate, up, down;                               /* the dense FFN, or the experts  */
+    const float *gate_bias, *up_bias, *down_bias;              /* dense: [I], [I], [d]; experts:
+                                                                  [E, I], [E, I], [E, d]         */
+    q3n__mat     shared_gate_proj, shared_up_proj, shared_down_proj;
+    q3n__mat     shared_expert_gate;                           /* [1, d]                         */
+} q3n__layer;
+
+/* What belongs to no layer. */
+typedef struct q3n__weights {
+    q3n__mat     embed_tokens, lm_head, score, mtp_fc;
+    const float *norm, *score_bias;
+    const float *rope_cos, *rope_sin;                          /* [rope_positions, D/2]          */
+    const float *mtp_norm_embedding, *mtp_norm_hidden, *mtp_norm;
+    int          rope_positions;
+} q3n__weights;
+
+/* ---- Tensor plan ---- */
+typedef enum {
+    Q3N__ROLE_MAT,               /* any type; bound to a q3n__mat                                */
+    Q3N__ROLE_VEC,               /* f32; bound to a const float *                                */
+    Q3N__ROLE_ROUTER             /* a float type; bound to a q3n__mat                            */
+} q3n__role;
+
+typedef enum {
+    Q3N__INIT_NORMAL, Q3N__INIT_ONES, Q3N__INIT_ZEROS, Q3N__INIT_A_LOG, Q3N__INIT_COS,
+    Q3N__INIT_SIN
+} q3n__init;
+
+#define Q3N__LAYER_NONE (-1)
+#define Q3N__LAYER_MTP  Q3N_MAX_LAYERS
+
+typedef struct q3n__plan_item {
+    char      name[96];
+    q3n__role role;
+    q3n__init init;
+    int       optional;          /* a file may lack it                                           */
+    int       experts;           /* one of the three tensors whose slices interleave             */
+    int       layer;             /* Q3N__LAYER_NONE, 0 .. num_hidden_layers - 1, Q3N__LAYER_MTP  */
+    int       n_dims;
+    int64_t   dim[3];            /* slowest first, unused ones 1; dim[0] = 0: any number         */
+    size_t    field;             /* offset in q3n__layer, or in q3n__weights without a layer     */
+} q3n__plan_item;
+
+/* Rows of the two lists below: role, init, the part of the model that has it, name, field, dims. */
+#define Q3N__GLOBAL_LIST(X)                                                             \
+    X(MAT, NORMAL, ALWAYS,     "embed_tokens.weight", embed_tokens, V, d, ONE)          \
+    X(VEC, ONES,   ALWAYS,     "norm.weight",         norm,         d, ONE, ONE)        \
+    X(MAT, NORMAL, HEAD,       "lm_head.weight",      lm_head,      V, d, ONE)          \
+    X(MAT, NORMAL, SCORE,      "score.weight",        score,        LABELS, SCORE, ONE) \
+    X(VEC, ZEROS,  SCORE_BIAS, "score.bias",          score_bias,   LABELS, ONE, ONE)   \
+    X(VEC, COS,    ROPE_TABLE, "rope.cos",            rope_cos,     ANY, HALF, ONE)     \
+    X(VEC, SIN,    ROPE_TABLE, "rope.sin",            rope_sin,     ANY, HALF, ONE)
+
+#define Q3N__MTP_LIST(X)                                                                          \
+    X(MAT, NORMAL, MTP, "mtp.fc.weight",                    mtp_fc,             d, 2d, ONE)       \
+    X(VEC, ONES,   MTP, "mtp.pre_fc_norm_embedding.weight", mtp_norm_embedding, d, ONE, ONE)      \
+    X(VEC, ONES,   MTP, "mtp.pre_fc_norm_hidden.weight",    mtp_norm_hidden,    d, ONE, ONE)      \
+    X(VEC, ONES,   MTP, "mtp.norm.weight",                  mtp_norm,           d, ONE, ONE)
+
+#define Q3N__LAYER_LIST(X)                                                                        \
+    X(VEC, ONES,   ALWAYS,  "input_layernorm.weight",          input_norm,   d, ONE, ONE)         \
+    X(VEC, ONES,   ALWAYS,  "post_attention_layernorm.weight", post_norm,    d, ONE, ONE)         \
+    X(MAT, NORMAL, ATTENTION, "self_attn.q_proj.weight",       q_proj,       Q, d, ONE)           \
+    X(MAT, NORMAL, ATTENTION, "self_attn.k_proj.weight",       k_proj,       KD, d, ONE)          \
+    X(MAT, NORMAL, ATTENTION, "self_attn.v_proj.weight",       v_proj,       KD, d, ONE)          \
+    X(MAT, NORMAL, ATTENTION, "self_attn.o_proj.weight",       o_proj,       d, HD, ONE)          \
+    X(VEC, ZEROS,  ATTENTION_BIAS, "self_attn.q_proj.bias",    q_bias,       Q, ONE, ONE)         \
+    X(VEC, ZEROS,  ATTENTION_BIAS, "self_attn.k_proj.bias",    k_bias,       KD, ONE, ONE)        \
+    X(VEC, ZEROS,  ATTENTION_BIAS, "self_attn.v_proj.bias",    v_bias,       KD, ONE, ONE)        \
+    X(VEC, ZEROS,  ATTENTION_BIAS, "self_attn.o_proj.bias",    o_bias,       d, ONE, ONE)         \
+    X(VEC, ONES,   QK_NORM, "self_attn.q_norm.weight",         q_norm,       D, ONE, ONE)         \
+    X(VEC, ONES,   QK_NORM, "self_attn.k_norm.weight",         k_norm,       D, ONE, ONE)         \
+    X(MAT, NORMAL, DELTA,   "linear_attn.in_proj_qkvz.weight", in_proj_qkvz, QKVZ, d, ONE)        \
+    X(ROUTER, NORMAL, DELTA, "linear_attn.in_proj_ba.weight",  in_proj_ba,   BA, d, ONE)          \
+    X(VEC, NORMAL, DELTA,   "linear_attn.conv1d.weight",       conv1d,       WIDTH, C, ONE)       \
+    X(VEC, A_LOG,  DELTA,   "linear_attn.A_log",               A_log,        HV, ONE, ONE)        \
+    X(VEC, ONES,   DELTA,   "linear_attn.dt_bias",             dt_bias,      HV, ONE, ONE)        \
+    X(VEC, ONES,   DELTA,   "linear_attn.norm.weight",         delta_norm,   DV, ONE, ONE)        \
+    X(MAT, NORMAL, DELTA,   "linear_attn.out_proj.weight",     out_proj,     d, HVDV, ONE)        \
+    X(MAT, NORMAL, DENSE,   "mlp.gate_proj.weight",            gate,         I, d, ONE)           \
+    X(MAT, NORMAL, DENSE,   "mlp.up_proj.weight",              up,           I, d, ONE)           \
+    X(MAT, NORMAL, DENSE,   "mlp.down_proj.weight",            down,         d, I, ONE)           \
+    X(VEC, ZEROS,  DENSE_BIAS, "mlp.gate_proj.bias",           gate_bias,    I, ONE, ONE)         \
+    X(VEC, ZEROS,  DENSE_BIAS, "mlp.up_proj.bias",             up_bias,      I, ONE, ONE)         \
+    X(VEC, ZEROS,  DENSE_BIAS, "mlp.down_proj.bias",           down_bias,    d, ONE, ONE)         \
+    X(ROUTER, NORMAL, EXPERTS, "mlp.gate.weight",              router,       E, d, ONE)           \
+    X(VEC, ZEROS,  ROUTER_BIAS, "mlp.gate.bias",               router_bias,  E, ONE, ONE)         \
+    X(MAT, NORMAL, EXPERTS, "mlp.experts.gate_proj.weight",    gate,         E, IE, d)            \
+    X(MAT, NORMAL, EXPERTS, "mlp.experts.up_proj.weight",      up,           E, IE, d)            \
+    X(MAT, NORMAL, EXPERTS, "mlp.experts.down_proj.weight",    down,         E, d, IE)            \
+    X(VEC, ZEROS,  EXPERTS_BIAS, "mlp.experts.gate_proj.bias", gate_bias,    E, IE, ONE)          \
+    X(VEC, ZEROS,  EXPERTS_BIAS, "mlp.experts.up_proj.bias",   up_bias,      E, IE, ONE)          \
+    X(VEC, ZEROS,  EXPERTS_BIAS, "mlp.experts.down_proj.bias", down_bias,    E, d, ONE)           \
+    X(MAT, NORMAL, SHARED,  "mlp.shared_expert.gate_proj.weight", shared_gate_proj, IS, d, ONE)   \
+    X(MAT, NORMAL, SHARED,  "mlp.shared_expert.up_proj.weight",   shared_up_proj,   IS, d, ONE)   \
+    X(MAT, NORMAL, SHARED,  "mlp.shared_expert.down_proj.weight", shared_down_proj, d, IS, ONE)   \
+    X(ROUTER, NORMAL, SHARED, "mlp.shared_expert_gate.weight", shared_expert_gate, ROW, d, ONE)
+
+/* Parts of a model or of a layer, as bits. */
+enum {
+    Q3N__PART_ALWAYS = 1, Q3N__PART_HEAD = 1 << 1, Q3N__PART_SCORE = 1 << 2,
+    Q3N__PART_SCORE_BIAS = 1 << 3, Q3N__PART_ROPE_TABLE = 1 << 4, Q3N__PART_MTP = 1 << 5,
+    Q3N__PART_ATTENTION = 1 << 6, Q3N__PART_ATTENTION_BIAS = 1 << 7, Q3N__PART_QK_NORM = 1 << 8,
+    Q3N__PART_DELTA = 1 << 9, Q3N__PART_DENSE = 1 << 10, Q3N__PART_DENSE_BIAS = 1 << 11,
+    Q3N__PART_EXPERTS = 1 << 12, Q3N__PART_ROUTER_BIAS = 1 << 13,
+    Q3N__PART_EXPERTS_BIAS = 1 << 14, Q3N__PART_SHARED = 1 << 15
+};
+
+/* Lengths of dimensions; ONE closes the list of a tensor's dimensions, ROW is a length of 1. */
+#define Q3N__DIM_LIST(X)                                                                \
+    X(ONE,    1)                                                                        \
+    X(ROW,    1)                                                                        \
+    X(ANY,    0)                                                                        \
+    X(V,      c->vocab_size)                                                            \
+    X(d,      c->hidden_size)                                                           \
+    X(2d,     2 * (int64_t)c->hidden_size)                                              \
+    X(LABELS, c->num_labels)                                                            \
+    X(SCORE,  c->classifier_input == Q3N_CLASSIFIER_LOGITS ? c->vocab_size : c->hidden_size) \
+    X(D,      c->head_dim)                                                              \
+    X(HALF,   c->head_dim / 2)                                                          \
+    X(HD,     (int64_t)c->num_attention_heads * c->head_dim)                            \
+    X(Q,      (int64_t)c->num_attention_heads * c->head_dim * (c->attn_output_gate ? 2 : 1)) \
+    X(KD,     (int64_t)c->num_key_value_heads * c->head_dim)                            \
+    X(HV,     c->linear_num_value_heads)                                                \
+    X(DV,     c->linear_value_head_dim)                                                 \
+    X(HVDV,   (int64_t)c->linear_num_value_heads * c->linear_value_head_dim)            \
+    X(C,      q3n__config_channels(c))                                                  \
+    X(QKVZ,   q3n__config_channels(c)                                                   \
+              + (int64_t)c->linear_num_value_heads * c->linear_value_head_dim)          \
+    X(BA,     2 * (int64_t)c->linear_num_value_heads)                                   \
+    X(WIDTH,  c->linear_conv_kernel_dim)                                                \
+    X(I,      c->intermediate_size)                                                     \
+    X(E,      c->num_experts)                                                           \
+    X(IE,     c->moe_intermediate_size)                                                 \
+    X(IS,     c->shared_expert_intermediate_size)
+
+typedef enum {
+#define Q3N__X(id, length) Q3N__DIM_##id,
+    Q3N__DIM_LIST(Q3N__X)
+#undef Q3N__X
+    Q3N__DIM_COUNT
+} q3n__dim;
+
+typedef struct {
+    const char *name;
+    q3n__role   role;
+    q3n__init   init;
+    unsigned    part;
+    q3n__dim    dim[3];
+    size_t      field;
+} q3n__plan_row;
+
+static const q3n__plan_row q3n__global_rows[] = {
+#define Q3N__X(role, init, part, name, field, d0, d1, d2)                               \
+    { name, Q3N__ROLE_##role, Q3N__INIT_##init, Q3N__PART_##part,                       \
+      { Q3N__DIM_##d0, Q3N__DIM_##d1, Q3N__DIM_##d2 }, offsetof(q3n__weights, field) },
+    Q3N__GLOBAL_LIST(Q3N__X)
+};
+static const q3n__plan_row q3n__mtp_rows[] = {
+    Q3N__MTP_LIST(Q3N__X)
+#undef Q3N__X
+};
+static const q3n__plan_row q3n__layer_rows[] = {
+#define Q3N__X(role, init, part, name, field, d0, d1, d2)                               \
+    { name, Q3N__ROLE_##role, Q3N__INIT_##init, Q3N__PART_##part,                       \
+      { Q3N__DIM_##d0, Q3N__DIM_##d1, Q3N__DIM_##d2 }, offsetof(q3n__layer, field) },
+    Q3N__LAYER_LIST(Q3N__X)
+#undef Q3N__X
+};
+
+/* Channels of DeltaNet's convolution: all q, all k, all v. */
+static int64_t q3n__config_channels(const q3n_config *c)
+{
+    return 2 * (int64_t)c->linear_num_key_heads * c->linear_key_head_dim
+         + (int64_t)c->linear_num_value_heads * c->linear_value_head_dim;
+}
+
+static int64_t q3n__config_dim(const q3n_config *c, q3n__dim id)
+{
+    switch (id) {
+#define Q3N__X(name, length) case Q3N__DIM_##name: return length;
+    Q3N__DIM_LIST(Q3N__X)
+#undef Q3N__X
+    case Q3N__DIM_COUNT: break;
+    }
+    return 0;
+}
+
+/* The parts that layer l has, or the model besides its layers. */
+static unsigned q3n__config_parts(const q3n_config *c, int l)
+{
+    if (l == Q3N__LAYER_NONE)
+        return Q3N__PART_ALWAYS
+             | (c->tie_word_embeddings ? 0u : Q3N__PART_HEAD)
+             | (c->num_labels > 0 ? Q3N__PART_SCORE | Q3N__PART_SCORE_BIAS : 0u)
+             | (c->rope_type == Q3N_ROPE_TABLE ? Q3N__PART_ROPE_TABLE : 0u)
+             | (c->num_mtp_layers > 0 ? Q3N__PART_MTP : 0u);
+    const int mtp = l == Q3N__LAYER_MTP;
+    const int delta   = mtp ? 0 : c->layer_types[l];
+    const int experts = mtp ? c->num_experts > 0 : c->layer_experts[l];
+    unsigned parts = Q3N__PART_ALWAYS;
+    if (delta) parts |= Q3N__PART_DELTA;
+    else       parts |= Q3N__PART_ATTENTION | (c->attention_bias ? Q3N__PART_ATTENTION_BIAS : 0u)
+                                            | (c->qk_norm ? Q3N__PART_QK_NORM : 0u);
+    if (experts) parts |= Q3N__PART_EXPERTS | (c->router_bias ? Q3N__PART_ROUTER_BIAS : 0u)
+                        | (c->mlp_bias ? Q3N__PART_EXPERTS_BIAS : 0u)
+                        | (c->shared_expert_intermediate_size > 0 ? Q3N__PART_SHARED : 0u);
+    else         parts |= Q3N__PART_DENSE | (c->mlp_bias ? Q3N__PART_DENSE_BIAS : 0u);
+    return parts;
+}
+
+static void q3n__plan_item_make(const q3n_config *c, const q3n__plan_row *row, int l,
+                                q3n__plan_item *item)
+{
+    memset(item, 0, sizeof *item);
+    char *name = item->name;
+    const size_t size = sizeof item->name;
+    if (l == Q3N__LAYER_NONE)     snprintf(name, size, "%s", row->name);
+    else if (l == Q3N__LAYER_MTP) snprintf(name, size, "mtp.layers.0.%s", row->name);
+    else                          snprintf(name, size, "layers.%d.%s", l, row->name);
+    item->role = row->role;
+    item->init = row->init;
+    item->layer = l;
+    item->field = row->field;
+    item->experts = row->part == Q3N__PART_EXPERTS && row->role == Q3N__ROLE_MAT;
+    /* A classifier of hidden states has no use for lm_head, and its checkpoints have none. */
+    item->optional = row->part == Q3N__PART_SCORE_BIAS
+                  || (row->part == Q3N__PART_HEAD && c->num_labels > 0
+                      && c->classifier_input == Q3N_CLASSIFIER_HIDDEN);
+    for (int k = 0; k < 3; k++) {
+        item->dim[k] = q3n__config_dim(c, row->dim[k]);
+        if (row->dim[k] != Q3N__DIM_ONE) item->n_dims = k + 1;
+    }
+}
+
+typedef q3n_result (*q3n__plan_fn)(void *user, const q3n__plan_item *item);
+
+static q3n_result q3n__plan_visit_rows(const q3n_config *c, const q3n__plan_row *rows, size_t n,
+                                       int l, q3n__plan_fn fn, void *user)
+{
+    const unsigned parts = q3n__config_parts(c, l);
+    for (size_t i = 0; i < n; i++) {
+        if (!(rows[i].part & parts)) continue;
+        q3n__plan_item item;
+        q3n__plan_item_make(c, &rows[i], l, &item);
+        const q3n_result r = fn(user, &item);
+        if (r != Q3N_OK) return r;
+    }
+    return Q3N_OK;
+}
+
+/* Call fn for every tensor that a model of this geometry has, in the order of the file, until one
+ * call does not return Q3N_OK; returns the last result.  The experts' gate, up and down follow one
+ * another. */
+static q3n_result q3n__plan_visit(const q3n_config *c, q3n__plan_fn fn, void *user)
+{
+    const size_t n_global = sizeof q3n__global_rows / sizeof q3n__global_rows[0];
+    const size_t n_mtp    = sizeof q3n__mtp_rows / sizeof q3n__mtp_rows[0];
+    const size_t n_layer  = sizeof q3n__layer_rows / sizeof q3n__layer_rows[0];
+
+    q3n_result r = q3n__plan_visit_rows(c, q3n__global_rows, n_global, Q3N__LAYER_NONE, fn, user);
+    for (int l = 0; l < c->num_hidden_layers && r == Q3N_OK; l++)
+        r = q3n__plan_visit_rows(c, q3n__layer_rows, n_layer, l, fn, user);
+    if (r != Q3N_OK || c->num_mtp_layers == 0) return r;
+    r = q3n__plan_visit_rows(c, q3n__mtp_rows, n_mtp, Q3N__LAYER_NONE, fn, user);
+    if (r != Q3N_OK) return r;
+    return q3n__plan_visit_rows(c, q3n__layer_rows, n_layer, Q3N__LAYER_MTP, fn, user);
+}
+
+/* ---- Fields by name ---- */
+typedef struct q3n__config_row {
+    const char *name;
+    char        kind;            /* 'I' int, 'B' 0 or 1, 'E' enum (all int), 'F' double          */
+    size_t      offset;          /* in q3n_config                                                */
+    double      least, most;
+} q3n__config_row;
+
+static const q3n__config_row q3n__config_rows[] = {
+#define Q3N__X(kind, name, least, most)                                                 \
+    { #name, #kind[0], offsetof(q3n_config, name), least, most },
+    Q3N_CONFIG_LIST(Q3N__X)
+#undef Q3N__X
+};
+#define Q3N__N_CONFIG_ROWS (sizeof q3n__config_rows / sizeof q3n__config_rows[0])
+
+/* Words of the enum fields, in the order of their values. */
+static const char *const q3n__family_words[] = {
+    "design", "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_moe", "qwen3"
+};
+static const char *const q3n__rope_type_words[] = { "default", "linear", "yarn", "table" };
+static const char *const q3n__pooling_words[] = { "last", "first", "mean" };
+static const char *const q3n__classifier_input_words[] = { "hidden", "logits" };
+
+static const struct {
+    const char        *field;
+    const char *const *words;
+    int                n;
+} q3n__config_enums[] = {
+#define Q3N__WORDS(field) { #field, q3n__##field##_words,                               \
+                            (int)(sizeof q3n__##field##_words / sizeof q3n__##field##_words[0]) }
+    Q3N__WORDS(family), Q3N__WORDS(rope_type), Q3N__WORDS(pooling), Q3N__WORDS(classifier_input)
+#undef Q3N__WORDS
+};
+
+static const q3n__config_row *q3n__config_find(const char *name)   /* NULL = no such field */
+{
+    for (size_t i = 0; i < Q3N__N_CONFIG_ROWS; i++)
+        if (strcmp(q3n__config_rows[i].name, name) == 0) return &q3n__config_rows[i];
+    return NULL;
+}
+
+/* The word of value v of an enum field; NULL if there is none. */
+static const char *q3n__config_enum_word(const char *field, int v)
+{
+    for (size_t i = 0; i < sizeof q3n__config_enums / sizeof q3n__config_enums[0]; i++)
+        if (strcmp(q3n__config_enums[i].field, field) == 0)
+            return v >= 0 && v < q3n__config_enums[i].n ? q3n__config_enums[i].words[v] : NULL;
+    return NULL;
+}
+
+static int q3n__config_enum_value(const char *field, const char *word)   /* -1 = no such word */
+{
+    for (int v = 0; ; v++) {
+        const char *w = q3n__config_enum_word(field, v);
+        if (!w) return -1;
+        if (strcmp(w, word) == 0) return v;
+    }
+}
+
+/* Any numeric field; ints are exact in a double. */
+static double q3n__config_value(const q3n_config *c, const q3n__config_row *row)
+{
+    double f;
+    int i;
+    if (row->kind == 'F') {
+        memcpy(&f, (const uint8_t *)c + row->offset, sizeof f);
+        return f;
+    }
+    memcpy(&i, (const uint8_t *)c + row->offset, sizeof i);
+    return i;
+}
+
+/* v is inside [least, most], and whole unless the field is a double. */
+static void q3n__config_store(q3n_config *c, const q3n__config_row *row, double v)
+{
+    const int i = row->kind == 'F' ? 0 : (int)v;
+    if (row->kind == 'F') memcpy((uint8_t *)c + row->offset, &v, sizeof v);
+    else                  memcpy((uint8_t *)c + row->offset, &i, sizeof i);
+}
+
+Q3N_DEF const char *q3n_config_field(const q3n_config *c, int i, char text[64])
+{
+    if (i < 0 || (size_t)i >= Q3N__N_CONFIG_ROWS) return NULL;
+    const q3n__config_row *row = &q3n__config_rows[i];
+    const double v = q3n__config_value(c, row);
+    const char *word = row->kind == 'E' ? q3n__config_enum_word(row->name, (int)v) : NULL;
+    if (word) {
+        snprintf(text, 64, "%s", word);
+    } else if (row->kind != 'F') {
+        snprintf(text, 64, "%.0f", v);
+    } else {
+        snprintf(text, 64, "%.15g", v);
+        for (char *p = text; *p; p++) if (*p == ',') *p = '.';   /* the host's locale */
+    }
+    return row->name;
+}
+
+/* ---- Presets ---- */
+typedef struct {
+    const char *name;
+    int         family, vocab, hidden, layers, context, heads, kv_heads, head_dim;
+    int         dense, experts, top_k, moe, shared;    /* widths of FFNs; 0 = none               */
+    int         hv;                                    /* DeltaNet value heads; 0 = no DeltaNet  */
+    int         tied, mtp;
+    double      theta;
+} q3n__preset;
+
+/* Geometries of [CARDS], and of the design and the benchmarks.  Columns:
+ *   P  name, family, V, d, layers, context, H, K, D, I, E, k, IE, tied, theta
+ *   H  name, family, V, d, layers, H, K, I, E, k, IE, Hv, tied, mtp; there D is 256, 16 key
+ *      heads of 128, value heads of 128, convolution of 4, the shared expert as wide as one
+ *      expert, a quarter of each head rotates and every fourth layer is attention */
+#define Q3N__P(name, family, V, d, L, context, H, K, D, I, E, k, IE, tied, theta)       \
+    { name, Q3N_FAMILY_##family, V, d, L, context, H, K, D, I, E, k, IE, 0, 0, tied, 0, theta }
+#define Q3N__H(name, family, V, d, L, H, K, I, E, k, IE, Hv, tied, mtp)                 \
+    { name, Q3N_FAMILY_##family, V, d, L, 262144, H, K, 256, I, E, k, IE, IE, Hv, tied, mtp, 1e7 }
+
+static const q3n__preset q3n__presets[] = {
+    Q3N__P("tiny",    DESIGN, 151936,  512,  6, 1024,  8, 2,  64, 0,  4, 1,  512, 0, 1e6),
+    Q3N__P("small",   DESIGN, 151936, 1024, 12, 2048, 16, 4,  64, 0,  8, 2,  768, 0, 1e6),
+    Q3N__P("80b",     DESIGN, 151936, 2048, 48, 8192, 16, 4, 128, 0,  1, 1, 2816, 0, 1e6),
+    Q3N__P("80b_a3b", DESIGN, 151936, 2048, 48, 8192, 16, 4, 128, 0, 64, 8, 1536, 0, 1e6),
+
+    Q3N__H("g1", QWEN3_NEXT, 32000, 1024, 12, 16, 2, 0,  64,  8, 256, 32, 0, 0),
+    Q3N__H("g2", QWEN3_NEXT, 32000, 2048,  4, 16, 2, 0, 512, 10, 512, 32, 0, 0),
+    Q3N__P("g3", QWEN3_MOE, 151936, 1024, 12, 40960, 16, 4, 128, 0, 8, 2, 2752, 0, 1e6),
+
+    Q3N__H("qwen3-next-80b-a3b", QWEN3_NEXT, 151936, 2048, 48, 16, 2, 0, 512, 10, 512, 32, 0, 1),
+    Q3N__H("qwen3-coder-next",   QWEN3_NEXT, 151936, 2048, 48, 16, 2, 0, 512, 10, 512, 32, 0, 1),
+
+    Q3N__H("qwen3.5-0.8b", QWEN3_5, 248320, 1024, 24,  8, 2,  3584, 0, 0, 0, 16, 1, 1),
+    Q3N__H("qwen3.5-2b",   QWEN3_5, 248320, 2048, 24,  8, 2,  6144, 0, 0, 0, 16, 1, 1),
+    Q3N__H("qwen3.5-4b",   QWEN3_5, 248320, 2560, 32, 16, 4,  9216, 0, 0, 0, 32, 1, 1),
+    Q3N__H("qwen3.5-9b",   QWEN3_5, 248320, 4096, 32, 16, 4, 12288, 0, 0, 0, 32, 0, 1),
+    Q3N__H("qwen3.5-27b",  QWEN3_5, 248320, 5120, 64, 24, 4, 17408, 0, 0, 0, 48, 0, 1),
+    Q3N__H("qwen3.6-27b",  QWEN3_5, 248320, 5120, 64, 24, 4, 17408, 0, 0, 0, 48, 0, 1),
+
+    Q3N__H("qwen3.5-35b-a3b",   QWEN3_5_MOE, 248320, 2048, 40, 16, 2, 0, 256,  8,  512, 32, 0, 1),
+    Q3N__H("qwen3.6-35b-a3b",   QWEN3_5_MOE, 248320, 2048, 40, 16, 2, 0, 256,  8,  512, 32, 0, 1),
+    Q3N__H("qwen3.5-122b-a10b", QWEN3_5_MOE, 248320, 3072, 48, 32, 2, 0, 256,  8, 1024, 64, 0, 1),
+    Q3N__H("qwen3.5-397b-a17b", QWEN3_5_MOE, 248320, 4096, 60, 32, 2, 0, 512, 10, 1024, 64, 0, 1),
+
+    Q3N__P("qwen3-30b-a3b",
+           QWEN3_MOE, 151936, 2048, 48, 40960, 32, 4, 128, 0, 128, 8,  768, 0, 1e6),
+    Q3N__P("qwen3-235b-a22b",
+           QWEN3_MOE, 151936, 4096, 94, 40960, 64, 4, 128, 0, 128, 8, 1536, 0, 1e6),
+    Q3N__P("qwen3-coder-480b-a35b",
+           QWEN3_MOE, 151936, 6144, 62, 262144, 96, 8, 128, 0, 160, 8, 2560, 0, 1e7),
+
+    Q3N__P("qwen3-0.6b", QWEN3, 151936, 1024, 28, 40960, 16, 8, 128,  3072, 0, 0, 0, 1, 1e6),
+    Q3N__P("qwen3-1.7b", QWEN3, 151936, 2048, 28, 40960, 16, 8, 128,  6144, 0, 0, 0, 1, 1e6),
+    Q3N__P("qwen3-4b",   QWEN3, 151936, 2560, 36, 40960, 32, 8, 128,  9728, 0, 0, 0, 1, 1e6),
+    Q3N__P("qwen3-8b",   QWEN3, 151936, 4096, 36, 40960, 32, 8, 128, 12288, 0, 0, 0, 0, 1e6),
+    Q3N__P("qwen3-14b",  QWEN3, 151936, 5120, 40, 40960, 40, 8, 128, 17408, 0, 0, 0, 0, 1e6),
+    Q3N__P("qwen3-32b",  QWEN3, 151936, 5120, 64, 40960, 64, 8, 128, 25600, 0, 0, 0, 0, 1e6)
+};
+#undef Q3N__P
+#undef Q3N__H
+#define Q3N__N_PRESETS (sizeof q3n__presets / sizeof q3n__presets[0])
+
+/* Values that mean "as usual", for fields that a file or a preset does not give. */
+static void q3n__config_defaults(q3n_config *c)
+{
+    memset(c, 0, sizeof *c);
+    c->causal = 1;
+    c->norm_topk_prob = 1;
+    c->rms_norm_eps = 1e-6;
+    c->rope_theta = 1e4;
+    c->rope_factor = 1.0;
+    c->rope_beta_fast = 32.0;
+    c->rope_beta_slow = 1.0;
+    c->rope_attention_factor = 1.0;
+}
+
+static void q3n__preset_fill(const q3n__preset *p, q3n_config *c)
+{
+    const int hybrid = p->hv > 0;
+    q3n__config_defaults(c);
+    c->family = p->family;
+    c->vocab_size = p->vocab;
+    c->hidden_size = p->hidden;
+    c->num_hidden_layers = p->layers;
+    c->max_position_embeddings = p->context;
+    c->intermediate_size = p->dense;
+    c->num_attention_heads = p->heads;
+    c->num_key_value_heads = p->kv_heads;
+    c->head_dim = p->head_dim;
+    c->rotary_dim = hybrid ? p->head_dim / 4 : p->head_dim;
+    c->num_experts = p->experts;
+    c->num_experts_per_tok = p->top_k;
+    c->moe_intermediate_size = p->moe;
+    c->shared_expert_intermediate_size = p->shared;
+    if (hybrid) {
+        c->linear_num_key_heads = 16;
+        c->linear_num_value_heads = p->hv;
+        c->linear_key_head_dim = c->linear_value_head_dim = 128;
+        c->linear_conv_kernel_dim = 4;
+    }
+    c->num_mtp_layers = p->mtp;
+    c->attn_output_gate = hybrid;
+    c->qk_norm = p->family != Q3N_FAMILY_DESIGN;
+    c->tie_word_embeddings = p->tied;
+    c->rope_theta = p->theta;
+    for (int l = 0; l < p->layers; l++) {
+        c->layer_types[l] = hybrid && (l + 1) % 4 != 0;
+        c->layer_experts[l] = p->experts > 0;
+    }
+}
+
+Q3N_DEF const char *q3n_config_preset_name(int i)
+{
+    return i >= 0 && (size_t)i < Q3N__N_PRESETS ? q3n__presets[i].name : NULL;
+}
+
+Q3N_DEF q3n_result q3n_config_preset(const char *name, q3n_config *out, q3n_error *err)
+{
+    for (size_t i = 0; i < Q3N__N_PRESETS; i++)
+        if (strcmp(q3n__presets[i].name, name) == 0) {
+            q3n__preset_fill(&q3n__presets[i], out);
+            return Q3N_OK;
+        }
+    char list[sizeof err->message];
+    size_t at = 0;
+    for (size_t i = 0; i < Q3N__N_PRESETS && at < sizeof list; i++)
+        at += (size_t)snprintf(list + at, sizeof list - at, " %s", q3n__presets[i].name);
+    return q3n__fail(err, Q3N_ERR_ARG, -1, "no preset '%.32s'; there are%s", name, list);
+}
+
+/* ---- Overrides ---- */
+
+/* A decimal number in the C locale's form, whatever the host's locale is; 0 = text is none.  Exact
+ * for up to 15 digits and powers of ten to 22 ([Clinger]: both operands are then exact doubles). */
+static int q3n__parse_number(const char *text, double *out)
+{
+    const char *p = text;
+    const int negative = *p == '-';
+    double v = 0.0, scale = 1.0;
+    int digits = 0, fraction = 0, exponent = 0;
+    if (*p == '-' || *p == '+') p++;
+    for (; (*p >= '0' && *p <= '9') || (*p == '.' && !fraction); p++) {
+        if (*p == '.') { fraction = 1; continue; }
+        v = v * 10.0 + (*p - '0');
+        digits++;
+        if (fraction) exponent--;
+    }
+    if (digits == 0 || digits > 60) return 0;
+    if (*p == 'e' || *p == 'E') {
+        int e = 0;
+        const int minus = *++p == '-';
+        if (*p == '-' || *p == '+') p++;
+        if (*p < '0' || *p > '9') return 0;
+        for (; *p >= '0' && *p <= '9'; p++) if (e < 1000) e = e * 10 + (*p - '0');
+        exponent += minus ? -e : e;
+    }
+    if (*p || exponent > 300 || exponent < -300) return 0;
+    for (int i = exponent < 0 ? -exponent : exponent; i > 0; i--) scale *= 10.0;
+    v = exponent < 0 ? v / scale : v * scale;
+    *out = negative ? -v : v;
+    return 1;
+}
+
+/* The first n layers show a pattern of kinds: its shortest period. */
+static int q3n__layer_period(const q3n_config *c, int n)
+{
+    for (int period = 1; period < n; period++) {
+        int same = 1;
+        for (int l = period; l < n && same; l++)
+            same = c->layer_types[l] == c->layer_types[l - period]
+                && c->layer_experts[l] == c->layer_experts[l - period];
+        if (same) return period;
+    }
+    return n < 1 ? 1 : n;
+}
+
+static void q3n__config_set_layers(q3n_config *c, int n)
+{
+    int before = c->num_hidden_layers;
+    if (before < 0 || before > Q3N_MAX_LAYERS) before = 0;
+    const int period = q3n__layer_period(c, before);
+    for (int l = before; l < n; l++) {
+        c->layer_types[l] = l >= period ? c->layer_types[l - period] : 0;
+        c->layer_experts[l] = l >= period ? c->layer_experts[l - period] : 0;
+    }
+    for (int l = n; l < Q3N_MAX_LAYERS; l++) c->layer_types[l] = c->layer_experts[l] = 0;
+    c->num_hidden_layers = n;
+}
+
+/* "1,1,1,0": repeated to the number of layers. */
+static q3n_result q3n__config_set_kinds(const q3n_config *c, unsigned char *kinds,
+                                        const char *field, const char *value, q3n_error *err)
+{
+    unsigned char list[Q3N_MAX_LAYERS];
+    int n = 0;
+    const char *p = value;
+    for (;; p += 2) {
+        const int ends = *p ? p[1] == 0 : 1;
+        if ((*p != '0' && *p != '1') || (!ends && p[1] != ',') || n == Q3N_MAX_LAYERS)
+            return q3n__fail(err, Q3N_ERR_ARG, -1, "%s: '%.64s', expected at most %d of 0 and 1"
+                             " with commas between", field, value, Q3N_MAX_LAYERS);
+        list[n++] = (unsigned char)(*p - '0');
+        if (ends) break;
+    }
+    for (int l = 0; l < c->num_hidden_layers && l < Q3N_MAX_LAYERS; l++) kinds[l] = list[l % n];
+    return Q3N_OK;
+}
+
+static const char *q3n__config_long_name(const char *field)
+{
+    static const char *const names[][2] = {
+        { "layers", "num_hidden_layers" }, { "heads", "num_attention_heads" },
+        { "kv_heads", "num_key_value_heads" }, { "hidden", "hidden_size" },
+        { "experts", "num_experts" }, { "top_k", "num_experts_per_tok" },
+        { "vocab", "vocab_size" }, { "context", "max_position_embeddings" }
+    };
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+        if (strcmp(names[i][0], field) == 0) return names[i][1];
+    return field;
+}
+
+Q3N_DEF q3n_result q3n_config_set(q3n_config *c, const char *field, const char *value,
+                                  q3n_error *err)
+{
+    if (strcmp(field, "layer_types") == 0)
+        return q3n__config_set_kinds(c, c->layer_types, field, value, err);
+    if (strcmp(field, "layer_experts") == 0)
+        return q3n__config_set_kinds(c, c->layer_experts, field, value, err);
+    const q3n__config_row *row = q3n__config_find(q3n__config_long_name(field));
+    if (!row)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "the configuration has no field '%.64s'", field);
+
+    double v;
+    const int word = row->kind == 'E' ? q3n__config_enum_value(row->name, value) : -1;
+    if (word >= 0) v = word;
+    else if (row->kind == 'B' && (strcmp(value, "true") == 0 || strcmp(value, "false") == 0))
+        v = value[0] == 't';
+    else if (!q3n__parse_number(value, &v))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "%s: '%.64s' is not %s", row->name, value,
+                         row->kind == 'E' ? "one of its words" : "a number");
+    if (!(v >= row->least && v <= row->most) || (row->kind != 'F' && v != (double)(int)v))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "%s: '%.64s' is not a %snumber in [%.15g, %.15g]",
+                         row->name, value, row->kind == 'F' ? "" : "whole ", row->least, row->most);
+    if (row->offset == offsetof(q3n_config, num_hidden_layers)) q3n__config_set_layers(c, (int)v);
+    else                                                        q3n__config_store(c, row, v);
+    return Q3N_OK;
+}
+
+/* ---- What goes together ---- */
+
+/* Lengths stay far enough below INT_MAX, and tensors below SIZE_MAX and every file system, that
+ * later code adds and multiplies a few of them freely. */
+#define Q3N__MAX_DIM      ((int64_t)1 << 26)
+#define Q3N__MAX_ELEMENTS ((int64_t)1 << 46)
+
+static q3n_result q3n__check_item(void *user, const q3n__plan_item *item)
+{
+    q3n_error *err = (q3n_error *)user;
+    int64_t elements = 1;
+    for (int i = 0; i < item->n_dims; i++) {
+        const int64_t d = item->dim[i];
+        if (d > Q3N__MAX_DIM || (d > 0 && elements > Q3N__MAX_ELEMENTS / d))
+            return q3n__fail(err, Q3N_ERR_ARG, -1, "%s would be too large: [%lld, %lld, %lld]",
+                             item->name, (long long)item->dim[0], (long long)item->dim[1],
+                             (long long)item->dim[2]);
+        if (d > 0) elements *= d;
+    }
+    return Q3N_OK;
+}
+
+static q3n_result q3n__check_layer(const q3n_config *c, int l, q3n_error *err)
+{
+    const unsigned parts = q3n__config_parts(c, l);
+    char name[32];
+    if (l == Q3N__LAYER_MTP) snprintf(name, sizeof name, "mtp.layers.0");
+    else                     snprintf(name, sizeof name, "layer %d", l);
+    if ((parts & Q3N__PART_DENSE) && c->intermediate_size == 0)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "%s has a dense FFN, but intermediate_size is 0",
+                         name);
+    if ((parts & Q3N__PART_EXPERTS)
+        && (c->num_experts == 0 || c->num_experts_per_tok == 0 || c->moe_intermediate_size == 0))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "%s has experts, but num_experts is %d,"
+                         " num_experts_per_tok %d and moe_intermediate_size %d", name,
+                         c->num_experts, c->num_experts_per_tok, c->moe_intermediate_size);
+    if ((parts & Q3N__PART_EXPERTS) && c->num_experts_per_tok > c->num_experts)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "num_experts_per_tok %d is more than num_experts %d",
+                         c->num_experts_per_tok, c->num_experts);
+    if (!(parts & Q3N__PART_DELTA)) return Q3N_OK;
+    if (c->linear_num_key_heads == 0 || c->linear_num_value_heads == 0
+        || c->linear_key_head_dim == 0 || c->linear_value_head_dim == 0
+        || c->linear_conv_kernel_dim == 0)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "%s is a DeltaNet layer: linear_num_key_heads,"
+                         " linear_num_value_heads, linear_key_head_dim, linear_value_head_dim and"
+                         " linear_conv_kernel_dim must not be 0", name);
+    if (c->linear_num_value_heads % c->linear_num_key_heads != 0)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "linear_num_value_heads %d is not a multiple of"
+                         " linear_num_key_heads %d", c->linear_num_value_heads,
+                         c->linear_num_key_heads);
+    if (!c->causal)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "%s is a DeltaNet layer, so causal must be 1", name);
+    return Q3N_OK;
+}
+
+static q3n_result q3n__check_rope(const q3n_config *c, q3n_error *err)
+{
+    if (c->rotary_dim % 2 != 0 || c->rotary_dim > c->head_dim)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "rotary_dim %d must be even and at most head_dim %d",
+                         c->rotary_dim, c->head_dim);
+    if (c->rope_type == Q3N_ROPE_TABLE && c->rotary_dim != c->head_dim)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "with rope_type table rotary_dim %d must be head_dim"
+                         " %d", c->rotary_dim, c->head_dim);
+    if (c->rope_type != Q3N_ROPE_YARN) return Q3N_OK;
+    if (c->rope_original_max_position == 0)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "rope_type yarn needs rope_original_max_position");
+    if (!(c->rope_theta > 1.0 && c->rope_beta_slow > 0.0 && c->rope_beta_fast >= c->rope_beta_slow))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "rope_type yarn needs rope_theta above 1 and"
+                         " rope_beta_fast >= rope_beta_slow > 0");
+    return Q3N_OK;
+}
+
+Q3N_DEF q3n_result q3n_config_check(const q3n_config *c, q3n_error *err)
+{
+    for (size_t i = 0; i < Q3N__N_CONFIG_ROWS; i++) {
+        const q3n__config_row *row = &q3n__config_rows[i];
+        const double v = q3n__config_value(c, row);
+        if (!(v >= row->least && v <= row->most))
+            return q3n__fail(err, Q3N_ERR_ARG, -1, "%s is %.15g, not in [%.15g, %.15g]", row->name,
+                             v, row->least, row->most);
+    }
+    if (c->num_attention_heads % c->num_key_value_heads != 0)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "num_attention_heads %d is not a multiple of"
+                         " num_key_value_heads %d", c->num_attention_heads, c->num_key_value_heads);
+    if (c->num_mtp_layers > 0 && !c->causal)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "num_mtp_layers needs causal 1");
+    for (int l = 0; l < c->num_hidden_layers; l++)
+        if (c->layer_types[l] > 1 || c->layer_experts[l] > 1)
+            return q3n__fail(err, Q3N_ERR_ARG, -1, "layer_types and layer_experts of layer %d must"
+                             " be 0 or 1", l);
+    q3n_result r = q3n__check_rope(c, err);
+    for (int l = 0; l < c->num_hidden_layers && r == Q3N_OK; l++) r = q3n__check_layer(c, l, err);
+    if (r == Q3N_OK && c->num_mtp_layers > 0) r = q3n__check_layer(c, Q3N__LAYER_MTP, err);
+    if (r != Q3N_OK) return r;
+    return q3n__plan_visit(c, q3n__check_item, err);
+}
+
+/* ---- The tokenizer as the model holds it; section >>tokenizer makes and uses it ---- */
+
+/* How text is cut into words before merging: the Split patterns of the published tokenizer.json. */
+typedef enum q3n__pattern {
+    Q3N__PATTERN_QWEN2,       /* letters \p{L}; "qwen2" in the file */
+    Q3N__PATTERN_QWEN3_5      /* letters and marks [\p{L}\p{M}]; "qwen3_5" */
+} q3n__pattern;
+
+/* What the loader found in the file. */
+typedef struct q3n__tokenizer_params {
+    const uint8_t *section;       /* [bytes] TOKENIZER, mapped; stays as long as the tokenizer */
+    size_t         bytes;
+    int64_t        file_offset;   /* of the section, for error records */
+    int            vocab_size;
+    q3n__pattern   pattern;
+    int            nfc;           /* 1 = text is brought to Normalization Form C first */
+} q3n__tokenizer_params;
+
+typedef struct q3n__unicode q3n__unicode;      /* character classes and normalisation */
+typedef struct q3n__pair_slot q3n__pair_slot;  /* hash table: pair of ids -> merge */
+typedef struct q3n__added q3n__added;          /* an added token */
+
+/* Added tokens sorted by text; those that start with byte b are [first[b], first[b + 1]). */
+typedef struct q3n__added_index {
+    const q3n__added *tokens;
+    uint32_t          first[257];
+} q3n__added_index;
+
+typedef struct q3n__tokenizer {
+    uint32_t          n_tokens;        /* 0 = the model has no tokenizer */
+    uint32_t          vocab_size;      /* >= n_tokens */
+    const uint8_t    *token_offset;    /* u32[n_tokens + 1] */
+    const uint8_t    *merges;          /* u32[n_merges][3] */
+    const uint8_t    *text;            /* bytes of all tokens */
+    q3n__pattern      pattern;
+    int               nfc;
+    uint32_t          byte_id[256];    /* token of each single byte */
+    q3n__unicode     *unicode;
+    q3n__pair_slot   *pairs;
+    uint32_t          pairs_shift;     /* slot = hash >> shift; 2^(64 - shift) slots */
+    q3n__added       *added;           /* [n_added] behind both indexes */
+    uint8_t          *added_text;      /* texts of `normalized` tokens, where NFC changes them */
+    uint8_t          *flags;           /* [n_tokens] Q3N__TOKEN_*, 0 unless added */
+    q3n__added_index  raw;             /* searched in the text as given */
+    q3n__added_index  normalized;      /* searched after normalisation */
+} q3n__tokenizer;
+
+/* Check the section and build the tables.  On failure nothing is left allocated and t is zeroed.
+ * Errors: Q3N_ERR_FORMAT, Q3N_ERR_MEMORY. */
+static q3n_result q3n__tokenizer_open(q3n__tokenizer *t, const q3n__tokenizer_params *p,
+                                      const q3n_allocator *a, q3n_error *err);
+static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a);
+
+/* =====================================================================================
+ * [7] LOADER                                                                   >>loader
+ *
+ * Turns the bytes of a file into a q3n_model: header, sections, configuration, tensor table, then
+ * binds every tensor of the plan to its field, checking type, shape and place.  After q3n__bind
+ * succeeds nothing looks up a name or checks a shape again.  Its input is hostile.
+ * ===================================================================================== */
+#define Q3N__MAX_SECTIONS 64
+#define Q3N__MAX_TENSORS  (1 << 16)
+#define Q3N__MAX_EOS      16
+#define Q3N__SECTION_BYTES 32
+#define Q3N__HEADER_BYTES  64
+
+enum { Q3N__SECTION_CONFIG = 1, Q3N__SECTION_TENSORS, Q3N__SECTION_NAMES, Q3N__SECTION_TOKENIZER,
+       Q3N__SECTION_COUNT };
+enum { Q3N__VALUE_INT = 1, Q3N__VALUE_FLOAT, Q3N__VALUE_STRING };
+
+static const uint8_t q3n__magic[8] = { 0x89, 'Q', '3', 'N', 0x0D, 0x0A, 0x1A, 0x0A };
+
+struct q3n_model {
+    q3n_allocator  allocator;
+    q3n_logger     logger;
+    const uint8_t *data;                 /* the whole file                                       */
+    size_t         bytes;
+    int            mapped;               /* 1 = data is ours to unmap                            */
+    q3n_config     config;
+    char           name[256], chat[32];
+    int32_t        eos[Q3N__MAX_EOS];
+    int            n_eos;
+    q3n__pattern   pattern;
+    int            nfc;
+    int            n_tensors;
+    q3n_tensor    *tensors;              /* [n_tensors], in the order of the file                */
+    char          *names;                /* their names, each with a 0 behind                    */
+    int32_t       *by_name;              /* hash table of tensor numbers, -1 = empty             */
+    uint32_t       by_name_mask;
+    q3n__weights   weights;
+    q3n__layer    *layers;               /* [num_hidden_layers + num_mtp_layers], trunk first    */
+    double        *inv_freq;             /* [rotary_dim / 2]                                     */
+    double         rope_scale;           /* multiplies cos and sin                               */
+    q3n__tokenizer tokenizer;            /* n_tokens 0 = none                                    */
+};
+
+typedef struct {
+    const uint8_t *data;                 /* NULL = the file has no such section                  */
+    size_t         offset, bytes;
+} q3n__section;
+
+/* What the parser carries along. */
+typedef struct {
+    q3n_model   *m;
+    q3n__section section[Q3N__SECTION_COUNT];
+    size_t       meta_bytes;
+    q3n_error   *err;
+} q3n__load;
+
+/* ---- Header and sections ---- */
+static q3n_result q3n__load_header(q3n__load *ld, int skip_checksum)
+{
+    const q3n_model *m = ld->m;
+    const uint8_t *p = m->data;
+    if (m->bytes < Q3N__HEADER_BYTES)
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, 0, "file has %zu bytes, a model has at least %d",
+                         m->bytes, Q3N__HEADER_BYTES);
+    if (memcmp(p, q3n__magic, sizeof q3n__magic) != 0)
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, 0, "not a .q3n file: the first bytes are not \\x89Q3N"
+                         " (convert a checkpoint with tools/convert.py)");
+    const uint32_t version = q3n__load_u32(p + 8), n_sections = q3n__load_u32(p + 12);
+    const uint64_t file_bytes = q3n__load_u64(p + 16), meta_bytes = q3n__load_u64(p + 24);
+    if (version != 1)
+        return q3n__fail(ld->err, Q3N_ERR_UNSUPPORTED, 8, "file format version %u, this library reads 1",
+                         version);
+    if (file_bytes != m->bytes)
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, 16, "file has %zu bytes, its header says %llu: "
+                         "it is cut off or has something behind it", m->bytes,
+                         (unsigned long long)file_bytes);
+    if (n_sections > Q3N__MAX_SECTIONS)
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, 12, "%u sections, at most %d", n_sections,
+                         Q3N__MAX_SECTIONS);
+    if (meta_bytes > file_bytes
+        || meta_bytes < Q3N__HEADER_BYTES + (uint64_t)n_sections * Q3N__SECTION_BYTES)
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, 24, "metadata of %llu bytes in a file of %llu",
+                         (unsigned long long)meta_bytes, (unsigned long long)file_bytes);
+    ld->meta_bytes = (size_t)meta_bytes;
+    if (skip_checksum) return Q3N_OK;
+    const uint8_t zero[4] = { 0, 0, 0, 0 };
+    uint32_t crc = q3n__crc32(0, p, 32);
+    crc = q3n__crc32(crc, zero, 4);
+    crc = q3n__crc32(crc, p + 36, ld->meta_bytes - 36);
+    if (crc != q3n__load_u32(p + 32))
+        return q3n__fail(ld->err, Q3N_ERR_CHECKSUM, 32, "metadata checksum is %08x, expected %08x: "
+                         "the file is damaged", crc, q3n__load_u32(p + 32));
+    return Q3N_OK;
+}
+
+static q3n_result q3n__load_sections(q3n__load *ld)
+{
+    const uint8_t *p = ld->m->data;
+    const uint32_t n = q3n__load_u32(p + 12);
+    const uint64_t first = Q3N__HEADER_BYTES + (uint64_t)n * Q3N__SECTION_BYTES;
+    for (uint32_t i = 0; i < n; i++) {
+        const size_t at = Q3N__HEADER_BYTES + (size_t)i * Q3N__SECTION_BYTES;
+        const uint32_t kind = q3n__load_u32(p + at), flags = q3n__load_u32(p + at + 4);
+        const uint64_t offset = q3n__load_u64(p + at + 8), bytes = q3n__load_u64(p + at + 16);
+        if (offset % 8 != 0 || offset < first || offset > ld->meta_bytes
+            || bytes > ld->meta_bytes - offset)
+            return q3n__fail(ld->err, Q3N_ERR_FORMAT, (int64_t)at, "section %u (kind %u): bytes [%llu, "
+                             "+%llu) are not inside the metadata [%llu, %zu)", i, kind,
+                             (unsigned long long)offset, (unsigned long long)bytes,
+                             (unsigned long long)first, ld->meta_bytes);
+        if (kind == 0 || kind >= Q3N__SECTION_COUNT) {
+            if (flags & 1)
+                return q3n__fail(ld->err, Q3N_ERR_UNSUPPORTED, (int64_t)at, "section of kind %u is "
+                                 "needed and not known to this version of the library", kind);
+            continue;
+        }
+        if (ld->section[kind].data)
+            return q3n__fail(ld->err, Q3N_ERR_FORMAT, (int64_t)at, "section of kind %u stands twice", kind);
+        ld->section[kind].data = p + offset;
+        ld->section[kind].offset = (size_t)offset;
+        ld->section[kind].bytes = (size_t)bytes;
+    }
+    static const char *const names[] = { "", "CONFIG", "TENSORS", "NAMES" };
+    for (int kind = Q3N__SECTION_CONFIG; kind <= Q3N__SECTION_NAMES; kind++)
+        if (!ld->section[kind].data)
+            return q3n__fail(ld->err, Q3N_ERR_FORMAT, Q3N__HEADER_BYTES, "section %s is missing",
+                             names[kind]);
+    return Q3N_OK;
+}
+
+/* ---- Configuration ---- */
+
+/* One key with its value, as it lies in the file. */
+typedef struct {
+    char           key[256];             /* ends with 0                                          */
+    int            type, n_values;       /* ints and floats                                      */
+    const uint8_t *value;
+    size_t         value_bytes;
+    int64_t        offset;               /* of the entry in the file                             */
+} q3n__entry;
+
+/* Read the entry at *at and move on.  0 = the section is over; -1 = error. */
+static int q3n__entry_next(q3n__load *ld, size_t *at, q3n__entry *e)
+{
+    const q3n__section *s = &ld->section[Q3N__SECTION_CONFIG];
+    if (*at >= s->bytes) return 0;
+    e->offset = (int64_t)(s->offset + *at);
+    const size_t left = s->bytes - *at;
+    if (left < 8) {
+        q3n__fail(ld->err, Q3N_ERR_FORMAT, e->offset, "configuration entry is cut off");
+        return -1;
+    }
+    const uint8_t *p = s->data + *at;
+    const size_t key_bytes = p[0];
+    e->type = p[1];
+    e->value_bytes = q3n__load_u32(p + 4);
+    e->value = p + 8 + key_bytes;
+    e->n_values = 0;
+    if (key_bytes == 0 || e->value_bytes > left - 8 || key_bytes > left - 8 - e->value_bytes) {
+        q3n__fail(ld->err, Q3N_ERR_FORMAT, e->offset, "configuration entry is empty or cut off");
+        return -1;
+    }
+    memcpy(e->key, p + 8, key_bytes);
+    e->key[key_bytes] = 0;
+    if (e->type == Q3N__VALUE_INT || e->type == Q3N__VALUE_FLOAT) {
+        e->n_values = e->value_bytes / 8 > INT_MAX ? INT_MAX : (int)(e->value_bytes / 8);
+        if (e->value_bytes % 8 != 0 || e->value_bytes == 0) {
+            q3n__fail(ld->err, Q3N_ERR_FORMAT, e->offset, "configuration '%s': %zu bytes are not "
+                      "numbers of 8", e->key, e->value_bytes);
+            return -1;
+        }
+    }
+    size_t step = (8 + key_bytes + e->value_bytes + 7) / 8 * 8;
+    *at += step < left ? step : left;
+    return 1;
+}
+
+static q3n_result q3n__entry_error(q3n__load *ld, const q3n__entry *e, const char *expected)
+{
+    return q3n__fail(ld->err, Q3N_ERR_FORMAT, e->offset, "configuration '%s': expected %s", e->key,
+                     expected);
+}
+
+/* A string value as text; 0 if it is none, too long, or has a byte 0 in it. */
+static int q3n__entry_string(const q3n__entry *e, char *out, size_t size)
+{
+    if (e->type != Q3N__VALUE_STRING || e->value_bytes >= size
+        || memchr(e->value, 0, e->value_bytes)) return 0;
+    memcpy(out, e->value, e->value_bytes);
+    out[e->value_bytes] = 0;
+    return 1;
+}
+
+static q3n_result q3n__load_layer_kinds(q3n__load *ld, const q3n__entry *e, unsigned char *out)
+{
+    if (e->type != Q3N__VALUE_INT || e->n_values > Q3N_MAX_LAYERS)
+        return q3n__entry_error(ld, e, "at most 256 ints, one a layer");
+    for (int i = 0; i < e->n_values; i++) {
+        const int64_t v = q3n__load_i64(e->value + 8 * (size_t)i);
+        if (v != 0 && v != 1) return q3n__entry_error(ld, e, "0 or 1 for every layer");
+        out[i] = (unsigned char)v;
+    }
+    return Q3N_OK;
+}
+
+static q3n_result q3n__load_eos(q3n__load *ld, const q3n__entry *e)
+{
+    q3n_model *m = ld->m;
+    if (e->type != Q3N__VALUE_INT || e->n_values > Q3N__MAX_EOS)
+        return q3n__entry_error(ld, e, "at most 16 ints");
+    for (int i = 0; i < e->n_values; i++) {
+        const int64_t v = q3n__load_i64(e->value + 8 * (size_t)i);
+        if (v < 0 || v >= INT32_MAX) return q3n__entry_error(ld, e, "token ids");
+        m->eos[i] = (int32_t)v;
+    }
+    m->n_eos = e->n_values;
+    return Q3N_OK;
+}
+
+/* One of q3n_config's fields. */
+static q3n_result q3n__load_field(q3n__load *ld, const q3n__entry *e, const q3n__config_row *row)
+{
+    q3n_config *c = &ld->m->config;
+    uint8_t *field = (uint8_t *)c + row->offset;
+    if (row->kind == 'F') {
+        if (e->type != Q3N__VALUE_FLOAT || e->n_values != 1) return q3n__entry_error(ld, e, "one float");
+        const double v = q3n__load_f64(e->value);
+        if (!(v >= row->least && v <= row->most))
+            return q3n__fail(ld->err, Q3N_ERR_FORMAT, e->offset, "configuration '%s': %g is not in "
+                             "[%g, %g]", e->key, v, row->least, row->most);
+        memcpy(field, &v, sizeof v);
+        return Q3N_OK;
+    }
+    int64_t v = -1;
+    if (row->kind == 'E') {
+        char word[64];
+        if (!q3n__entry_string(e, word, sizeof word)) return q3n__entry_error(ld, e, "a word");
+        v = q3n__config_enum_value(row->name, word);
+        if (v < 0)
+            return q3n__fail(ld->err, Q3N_ERR_UNSUPPORTED, e->offset, "configuration '%s': '%s' is not "
+                             "known to this version of the library", e->key, word);
+    } else {
+        if (e->type != Q3N__VALUE_INT || e->n_values != 1) return q3n__entry_error(ld, e, "one int");
+        v = q3n__load_i64(e->value);
+    }
+    if (v < (int64_t)row->least || v > (int64_t)row->most)
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, e->offset, "configuration '%s': %lld is not in "
+                         "[%.0f, %.0f]", e->key, (long long)v, row->least, row->most);
+    const int value = (int)v;
+    memcpy(field, &value, sizeof value);
+    return Q3N_OK;
+}
+
+static q3n_result q3n__load_entry(q3n__load *ld, const q3n__entry *e)
+{
+    q3n_model *m = ld->m;
+    const q3n__config_row *row = q3n__config_find(e->key);
+    char word[64];
+    if (row) return q3n__load_field(ld, e, row);
+    if (strcmp(e->key, "layer_types") == 0) return q3n__load_layer_kinds(ld, e, m->config.layer_types);
+    if (strcmp(e->key, "layer_experts") == 0) return q3n__load_layer_kinds(ld, e, m->config.layer_experts);
+    if (strcmp(e->key, "eos_ids") == 0) return q3n__load_eos(ld, e);
+    if (strcmp(e->key, "name") == 0)
+        return q3n__entry_string(e, m->name, sizeof m->name) ? Q3N_OK
+             : q3n__entry_error(ld, e, "a string of at most 255 bytes");
+    if (strcmp(e->key, "chat") == 0)
+        return q3n__entry_string(e, m->chat, sizeof m->chat) ? Q3N_OK
+             : q3n__entry_error(ld, e, "a string of at most 31 bytes");
+    if (strcmp(e->key, "tokenizer_nfc") == 0) {
+        if (e->type != Q3N__VALUE_INT || e->n_values != 1) return q3n__entry_error(ld, e, "one int");
+        m->nfc = q3n__load_i64(e->value) != 0;
+    }
+    if (strcmp(e->key, "tokenizer_pattern") == 0) {
+        if (!q3n__entry_string(e, word, sizeof word)) return q3n__entry_error(ld, e, "a word");
+        if (strcmp(word, "qwen3_5") == 0)    m->pattern = Q3N__PATTERN_QWEN3_5;
+        else if (strcmp(word, "qwen2") == 0) m->pattern = Q3N__PATTERN_QWEN2;
+        else return q3n__fail(ld->err, Q3N_ERR_UNSUPPORTED, e->offset, "tokenizer pattern '%s' is not "
+                              "known to this version of the library", word);
+    }
+    return Q3N_OK;
+}
+
+/* Keys may stand once.  Compares each with those before it: a file has about fifty. */
+static q3n_result q3n__load_config(q3n__load *ld)
+{
+    q3n__entry e, before;
+    size_t at = 0;
+    int got, n = 0;
+    while ((got = q3n__entry_next(ld, &at, &e)) > 0) {
+        size_t other = 0;
+        if (++n > 1000) return q3n__entry_error(ld, &e, "at most 1000 entries");
+        while (q3n__entry_next(ld, &other, &before) > 0 && before.offset < e.offset)
+            if (strcmp(before.key, e.key) == 0) return q3n__entry_error(ld, &e, "each key once");
+        const q3n_result r = q3n__load_entry(ld, &e);
+        if (r != Q3N_OK) return r;
+    }
+    if (got < 0) return Q3N_ERR_FORMAT;
+    q3n_error why;
+    if (q3n_config_check(&ld->m->config, &why) != Q3N_OK)
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, (int64_t)ld->section[Q3N__SECTION_CONFIG].offset,
+                         "configuration: %s", why.message);
+    return Q3N_OK;
+}
+
+/* ---- Tensor table ---- */
+static uint32_t q3n__hash_name(const char *name, size_t bytes)   /* FNV-1a */
+{
+    uint32_t h = 2166136261u;
+    for (size_t i = 0; i < bytes; i++) h = (h ^ (uint8_t)name[i]) * 16777619u;
+    return h;
+}
+
+/* The slot of name: that of the tensor, or the empty one where it would go. */
+static uint32_t q3n__name_slot(const q3n_model *m, const char *name)
+{
+    uint32_t i = q3n__hash_name(name, strlen(name)) & m->by_name_mask;
+    while (m->by_name[i] >= 0 && strcmp(m->tensors[m->by_name[i]].name, name) != 0)
+        i = (i + 1) & m->by_name_mask;
+    return i;
+}
+
+/* Name, type and dimensions of the record at p, which begins at byte `at` of the file. */
+static q3n_result q3n__load_tensor_shape(q3n__load *ld, const uint8_t *p, int64_t at, q3n_tensor *t,
+                                         char *name)
+{
+    const q3n__section *names = &ld->section[Q3N__SECTION_NAMES];
+    const uint32_t name_offset = q3n__load_u32(p), name_bytes = q3n__load_u32(p + 4);
+    if (name_bytes == 0 || name_bytes > 255 || name_offset > names->bytes
+        || name_bytes > names->bytes - name_offset
+        || memchr(names->data + name_offset, 0, name_bytes))
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, at, "tensor name at %u, %u bytes long, is not a name "
+                         "inside NAMES of %zu bytes", name_offset, name_bytes, names->bytes);
+    memcpy(name, names->data + name_offset, name_bytes);
+    name[name_bytes] = 0;
+    t->name = name;
+    const uint32_t type = q3n__load_u32(p + 8), n_dims = q3n__load_u32(p + 12);
+    if (type >= Q3N_TYPE_COUNT || !q3n__types[type].name)
+        return q3n__fail(ld->err, Q3N_ERR_UNSUPPORTED, at + 8, "%s: tensor type %u is not known to this "
+                         "version of the library", name, type);
+    if (n_dims < 1 || n_dims > 3)
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, at + 12, "%s: %u dimensions, expected 1 to 3", name,
+                         n_dims);
+    t->type = (q3n_type)type;
+    t->n_dims = (int)n_dims;
+    for (int i = 0; i < 3; i++) {
+        const uint64_t dim = q3n__load_u64(p + 16 + 8 * i);
+        if (dim < 1 || dim > (1u << 30) || (i >= t->n_dims && dim != 1))
+            return q3n__fail(ld->err, Q3N_ERR_FORMAT, at + 16 + 8 * i, "%s: dimension %d is %llu", name,
+                             i, (unsigned long long)dim);
+        t->dim[i] = (int64_t)dim;
+    }
+    return Q3N_OK;
+}
+
+/* Where the tensor lies, and that it lies inside the file. */
+static q3n_result q3n__load_tensor_place(q3n__load *ld, const uint8_t *p, int64_t at, q3n_tensor *t)
+{
+    const q3n__type_info *ty = &q3n__types[t->type];
+    const uint64_t offset = q3n__load_u64(p + 40), slice = q3n__load_u64(p + 48);
+    const uint64_t stride = q3n__load_u64(p + 56), file = ld->m->bytes;
+    const int64_t cols = t->dim[t->n_dims - 1];
+    if (cols % ty->block_len != 0)
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, at + 16, "%s: rows of %lld do not fill blocks of %d "
+                         "(type %s)", t->name, (long long)cols, ty->block_len, ty->name);
+    const int64_t n_slices = t->n_dims == 3 ? t->dim[0] : 1;
+    const int64_t rows = t->n_dims == 3 ? t->dim[1] : t->n_dims == 2 ? t->dim[0] : 1;
+    /* dimensions are at most 2^30 and blocks at most 2^10 bytes: the product fits 2^70 only in
+     * parts, so the size is compared through a division */
+    const uint64_t row = (uint64_t)(cols / ty->block_len) * (uint64_t)ty->block_bytes;
+    if (row > file || (uint64_t)rows > file / row || slice != (uint64_t)rows * row)
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, at + 48, "%s: slice of %llu bytes, expected %lld rows "
+                         "of %llu bytes (type %s)", t->name, (unsigned long long)slice,
+                         (long long)rows, (unsigned long long)row, ty->name);
+    if (offset % Q3N__ALIGN != 0 || offset < ld->meta_bytes || offset > file || slice > file - offset)
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, at + 40, "%s: data at %llu, %llu bytes, are not inside "
+                         "the file's [%zu, %llu) or not at a multiple of %d", t->name,
+                         (unsigned long long)offset, (unsigned long long)slice, ld->meta_bytes,
+                         (unsigned long long)file, Q3N__ALIGN);
+    if (t->n_dims == 3
+        ? stride % Q3N__ALIGN != 0 || stride < slice
+          || (n_slices > 1 && stride > (file - offset - slice) / (uint64_t)(n_slices - 1))
+        : stride != 0)
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, at + 56, "%s: stride of %llu bytes for %lld slices of "
+                         "%llu", t->name, (unsigned long long)stride, (long long)n_slices,
+                         (unsigned long long)slice);
+    t->offset = (int64_t)offset;
+    t->bytes = (int64_t)slice * n_slices;
+    t->data = ld->m->data + offset;
+    t->stride = (size_t)stride;
+    return Q3N_OK;
+}
+
+static q3n_result q3n__load_table_alloc(q3n__load *ld, uint32_t n)
+{
+    q3n_model *m = ld->m;
+    uint32_t slots = 16;
+    while (slots < 2 * n) slots *= 2;
+    m->tensors = (q3n_tensor *)q3n__alloc(&m->allocator, ((size_t)n + 1) * sizeof *m->tensors);
+    m->by_name = (int32_t *)q3n__alloc(&m->allocator, (size_t)slots * sizeof *m->by_name);
+    m->names   = (char *)q3n__alloc(&m->allocator, ((size_t)n + 1) * 256);
+    if (!m->tensors || !m->by_name || !m->names)
+        return q3n__fail(ld->err, Q3N_ERR_MEMORY, -1, "no memory for a table of %u tensors", n);
+    for (uint32_t i = 0; i < slots; i++) m->by_name[i] = -1;
+    m->by_name_mask = slots - 1;
+    return Q3N_OK;
+}
+
+static q3n_result q3n__load_tensors(q3n__load *ld)
+{
+    q3n_model *m = ld->m;
+    const q3n__section *s = &ld->section[Q3N__SECTION_TENSORS];
+    if (s->bytes < 8) return q3n__fail(ld->err, Q3N_ERR_FORMAT, (int64_t)s->offset, "TENSORS is cut off");
+    const uint32_t n = q3n__load_u32(s->data), record = q3n__load_u32(s->data + 4);
+    if (n > Q3N__MAX_TENSORS || record < 80 || record > 4096
+        || (uint64_t)n * record > s->bytes - 8)
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, (int64_t)s->offset, "%u tensor records of %u bytes do "
+                         "not fit a section of %zu", n, record, s->bytes);
+    q3n_result r = q3n__load_table_alloc(ld, n);
+    for (uint32_t i = 0; i < n && r == Q3N_OK; i++) {
+        const size_t in_section = 8 + (size_t)i * record;
+        const int64_t at = (int64_t)(s->offset + in_section);
+        q3n_tensor *t = &m->tensors[i];
+        r = q3n__load_tensor_shape(ld, s->data + in_section, at, t, m->names + (size_t)i * 256);
+        if (r == Q3N_OK) r = q3n__load_tensor_place(ld, s->data + in_section, at, t);
+        if (r != Q3N_OK) break;
+        const uint32_t slot = q3n__name_slot(m, t->name);
+        if (m->by_name[slot] >= 0)
+            return q3n__fail(ld->err, Q3N_ERR_FORMAT, at, "%s: the name stands twice", t->name);
+        m->by_name[slot] = (int32_t)i;
+        m->n_tensors++;
+    }
+    return r;
+}
+
+/* ---- Binding ---- */
+static const char *q3n__dims_string(const int64_t *dim, int n, char text[80])
+{
+    int at = snprintf(text, 80, "[");
+    for (int i = 0; i < n; i++)
+        at += snprintf(text + at, 80 - (size_t)at, dim[i] ? "%s%lld" : "%sany", i ? ", " : "",
+                       (long long)dim[i]);
+    snprintf(text + at, 80 - (size_t)at, "]");
+    return text;
+}
+
+static q3n_result q3n__bind_check(q3n__load *ld, const q3n__plan_item *item, const q3n_tensor *t)
+{
+    char found[80], expected[80];
+    int same = t->n_dims == item->n_dims;
+    for (int i = 0; i < 3; i++) if (item->dim[i] != 0 && item->dim[i] != t->dim[i]) same = 0;
+    if (!same)
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, t->offset, "%s: shape %s, expected %s", t->name,
+                         q3n__dims_string(t->dim, t->n_dims, found),
+                         q3n__dims_string(item->dim, item->n_dims, expected));
+    if (item->role == Q3N__ROLE_VEC && t->type != Q3N_TYPE_F32)
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, t->offset, "%s: type %s, expected f32", t->name,
+                         q3n__types[t->type].name);
+    if (item->role == Q3N__ROLE_ROUTER && q3n__types[t->type].block_len != 1)
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, t->offset, "%s: type %s, expected f32, f16 or bf16",
+                         t->name, q3n__types[t->type].name);
+    return Q3N_OK;
+}
+
+static q3n_result q3n__bind(void *user, const q3n__plan_item *item)
+{
+    q3n__load *ld = (q3n__load *)user;
+    q3n_model *m = ld->m;
+    const int32_t i = m->by_name[q3n__name_slot(m, item->name)];
+    if (i < 0) {
+        char expected[80];
+        if (item->optional) return Q3N_OK;
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, (int64_t)ld->section[Q3N__SECTION_TENSORS].offset,
+                         "%s: tensor is missing, expected %s", item->name,
+                         q3n__dims_string(item->dim, item->n_dims, expected));
+    }
+    const q3n_tensor *t = &m->tensors[i];
+    const q3n_result r = q3n__bind_check(ld, item, t);
+    if (r != Q3N_OK) return r;
+    uint8_t *owner = item->layer == Q3N__LAYER_NONE ? (uint8_t *)&m->weights
+                   : item->layer == Q3N__LAYER_MTP  ? (uint8_t *)&m->layers[m->config.num_hidden_layers]
+                                                    : (uint8_t *)&m->layers[item->layer];
+    if (item->role == Q3N__ROLE_VEC) {
+        const float *data = (const float *)t->data;
+        memcpy(owner + item->field, &data, sizeof data);
+        return Q3N_OK;
+    }
+    const q3n__mat mat = { (const uint8_t *)t->data, t->stride, t->type,
+                           (int)t->dim[t->n_dims - 2], (int)t->dim[t->n_dims - 1] };
+    memcpy(owner + item->field, &mat, sizeof mat);
+    return Q3N_OK;
+}
+
+static q3n_result q3n__load_weights(q3n__load *ld)
+{
+    q3n_model *m = ld->m;
+    q3n_config *c = &m->config;
+    const int n_layers = c->num_hidden_layers + c->num_mtp_layers;
+    m->layers = (q3n__layer *)q3n__alloc(&m->allocator, (size_t)n_layers * sizeof *m->layers);
+    if (!m->layers) return q3n__fail(ld->err, Q3N_ERR_MEMORY, -1, "no memory for %d layers", n_layers);
+    memset(m->layers, 0, (size_t)n_layers * sizeof *m->layers);
+    for (int l = 0; l < n_layers; l++) {
+        const int mtp = l >= c->num_hidden_layers;
+        m->layers[l].is_delta = mtp ? 0 : c->layer_types[l];
+        m->layers[l].has_experts = mtp ? c->num_experts > 0 : c->layer_experts[l];
+    }
+    const q3n_result r = q3n__plan_visit(c, q3n__bind, ld);
+    if (r != Q3N_OK) return r;
+    if (c->tie_word_embeddings) m->weights.lm_head = m->weights.embed_tokens;
+    if (c->rope_type == Q3N_ROPE_TABLE) {
+        q3n_tensor cosines, sines;
+        q3n_model_find_tensor(m, "rope.cos", &cosines);
+        q3n_model_find_tensor(m, "rope.sin", &sines);
+        if (cosines.dim[0] != sines.dim[0])
+            return q3n__fail(ld->err, Q3N_ERR_FORMAT, sines.offset, "rope.sin: %lld positions, rope.cos "
+                             "has %lld", (long long)sines.dim[0], (long long)cosines.dim[0]);
+        m->weights.rope_positions = (int)cosines.dim[0];
+    }
+    return Q3N_OK;
+}
+
+/* ---- Rotary frequencies ---- */
+
+/* Dimension at which a wave turns `rotations` times within the original context ([YaRN] 3.2). */
+static double q3n__yarn_dim(const q3n_config *c, double rotations)
+{
+    const double two_pi = 6.283185307179586;
+    return c->rotary_dim * log(c->rope_original_max_position / (rotations * two_pi))
+         / (2.0 * log(c->rope_theta));
+}
+
+/* inv_freq[j] = theta^(-2j / R); "linear" divides all by the factor, "yarn" those that turn slowly,
+ * with a ramp between beta_fast and beta_slow rotations ([HF] modeling_rope_utils). */
+static q3n_result q3n__load_rope(q3n__load *ld)
+{
+    q3n_model *m = ld->m;
+    const q3n_config *c = &m->config;
+    const int half = c->rotary_dim / 2;
+    m->inv_freq = (double *)q3n__alloc(&m->allocator, ((size_t)half + 1) * sizeof *m->inv_freq);
+    if (!m->inv_freq) return q3n__fail(ld->err, Q3N_ERR_MEMORY, -1, "no memory for rotary frequencies");
+    m->rope_scale = c->rope_attention_factor > 0 ? c->rope_attention_factor
+                  : c->rope_type == Q3N_ROPE_YARN ? 0.1 * log(c->rope_factor) + 1.0 : 1.0;
+    double low = 0, high = 0;
+    if (c->rope_type == Q3N_ROPE_YARN) {
+        low  = floor(q3n__yarn_dim(c, c->rope_beta_fast));
+        high = ceil(q3n__yarn_dim(c, c->rope_beta_slow));
+        if (!(low > 0)) low = 0;
+        if (!(high < c->rotary_dim - 1)) high = c->rotary_dim - 1;
+        if (high <= low) high = low + 0.001;
+    }
+    for (int j = 0; j < half; j++) {
+        const double f = pow(c->rope_theta, -2.0 * j / c->rotary_dim);
+        double ramp = 0.0;                                 /* share of the divided frequency */
+        if (c->rope_type == Q3N_ROPE_LINEAR) ramp = 1.0;
+        if (c->rope_type == Q3N_ROPE_YARN) {
+            ramp = (j - low) / (high - low);
+            ramp = ramp < 0 ? 0 : ramp > 1 ? 1 : ramp;
+        }
+        m->inv_freq[j] = f * (1.0 - ramp) + (ramp > 0 ? f / c->rope_factor * ramp : 0.0);
+    }
+    return Q3N_OK;
+}
+
+/* ---- Tokenizer and the whole ---- */
+static q3n_result q3n__load_tokenizer(q3n__load *ld)
+{
+    q3n_model *m = ld->m;
+    const q3n__section *s = &ld->section[Q3N__SECTION_TOKENIZER];
+    if (!s->data) return Q3N_OK;
+    const q3n__tokenizer_params p = { s->data, s->bytes, (int64_t)s->offset, m->config.vocab_size,
+                                      m->pattern, m->nfc };
+    return q3n__tokenizer_open(&m->tokenizer, &p, &m->allocator, ld->err);
+}
+
+static void q3n__load_warnings(const q3n_model *m)
+{
+    if (m->config.rope_type == Q3N_ROPE_TABLE) {
+        const size_t n = (size_t)m->weights.rope_positions * (size_t)(m->config.head_dim / 2);
+        size_t zeros = 0;
+        for (size_t i = 0; i < n; i++)
+            zeros += m->weights.rope_cos[i] == 0.0f && m->weights.rope_sin[i] == 0.0f;
+        if (zeros == n)
+            q3n__log(&m->logger, Q3N_LOG_WARNING, "the file's rotary tables are all zeros: queries and "
+                     "keys vanish and attention weighs every token alike, as in the checkpoint");
+    }
+    if (!m->config.causal)
+        q3n__log(&m->logger, Q3N_LOG_WARNING, "the model attends both ways: a text is evaluated whole");
+}
+
+static q3n_result q3n__model_load(q3n_model *m, int skip_checksum, q3n_error *err)
+{
+    q3n__load ld;
+    memset(&ld, 0, sizeof ld);
+    ld.m = m;
+    ld.err = err;
+    q3n_result r = q3n__load_header(&ld, skip_checksum);
+    if (r == Q3N_OK) r = q3n__load_sections(&ld);
+    if (r == Q3N_OK) r = q3n__load_config(&ld);
+    if (r == Q3N_OK) r = q3n__load_tensors(&ld);
+    if (r == Q3N_OK) r = q3n__load_weights(&ld);
+    if (r == Q3N_OK) r = q3n__load_rope(&ld);
+    if (r == Q3N_OK) r = q3n__load_tokenizer(&ld);
+    if (r == Q3N_OK) q3n__load_warnings(m);
+    return r;
+}
+
+static void q3n__model_free(q3n_model *m)
+{
+    const q3n_allocator a = m->allocator;
+    q3n__tokenizer_close(&m->tokenizer, &a);
+    q3n__free(&a, m->inv_freq);
+    q3n__free(&a, m->layers);
+    q3n__free(&a, m->names);
+    q3n__free(&a, m->by_name);
+    q3n__free(&a, m->tensors);
+#ifndef Q3N_NO_STDIO
+    if (m->mapped) q3n__file_unmap(m->data, m->bytes);
+#endif
+    q3n__free(&a, m);
+}
+
+static q3n_result q3n__model_create(q3n_model **out, const q3n_model_options *o, q3n_error *err)
+{
+    *out = NULL;
+    const q3n_allocator none = { NULL, NULL, NULL };
+    const q3n_allocator *a = o ? &o->allocator : &none;
+    if (!a->alloc != !a->free)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "an allocator needs both alloc and free");
+    q3n_model *m = (q3n_model *)q3n__alloc(a, sizeof *m);
+    if (!m) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a model");
+    memset(m, 0, sizeof *m);
+    m->allocator = *a;
+    if (o) m->logger = o->logger;
+    m->config.causal = 1;
+    memcpy(m->chat, "none", 5);
+    *out = m;
+    return Q3N_OK;
+}
+
+/* =====================================================================================
+ * UNICODE                                                                     >>unicode
+ *
+ * UTF-8, character classes and Normalization Form C for the tokenizer.  Bytes that are no UTF-8
+ * count as characters outside every class, which normalisation leaves alone.  The tables are
+ * printed by tools/unicode_tables.py and unpacked once per model.
+ * ===================================================================================== */
+
+/* Numbers in printable characters, see q3n__unpack.  Runs: length and properties, over all code
+ * points from 0 (classes of Unicode 16.0, normalisation of Unicode 9.0: what the published
+ * tokenizers were made with, [HFT]).  Decompositions, sorted by character: 2 x step to it, + 1 if
+ * it must not be composed again; zigzag step of the first part; second part - 0x2FF, 0 = none. */
+#define Q3N__N_CHAR_RUNS      2362
+#define Q3N__N_DECOMPOSITIONS 2060
+
+static const char q3n__packed_runs[][94] = {
+    "I@EDR@ADO@JCG@ZAF@ZAJ@ADZ@ADI@AAG@BCA@AAC@ACAAA@CCA@WAA@`AA@)XAD@LAN@EAG@AAA@AAQ@U/DA/TD-qA/T",
+    "A-PE-qB,oD-qB,oK-qEZD-qH/DA0FA/DC-qC/DB-qABC/DD-qA/DA/TB-qA/DA/eB/uA/eB/uA/eM/DDAAIA@BAB@DAAH",
+    "AAF@AAAHCAA@AAA@TAA@#UAA@$OAA@E/DBB$kAA@gAB@AAF@jAH@A-qD/DA-qC/DA.BA-qF/DF-qB/DA-qB/DA.BA.sA/",
+    "DA#]A#mA#}A$NA$_A$oA%@A%PA%aB%qA&BA&RA&cA@A&sA@A'DA'TA@A/DA-qA@A%aH@[AD@DA^@H/DA(gA(wA)HE@lAA",
+    "'uA(FA(VA(gA(wA)HA)XA)iB/DB-qE/DA-qB/DA-qJCD@BAA)y#fAA@AAG/DB@D/DA-qA/DBAB/DA@A-qB/DA-qBAJCCA",
+    "B@AAP@AAA*J_AA/DA-qB/DA-qB/DC-qA/DB-qA/DA-qC/DA-qA/DA-qA/DA-qA/DA-qB/DB@#[AKBAAN@JCbAG/DA-qA/",
+    "DBAD@AAB@ABB@VAD/DAAI/DAAC/DAAE/DR@YAC-qD@KAE@XAA@FAH@IBkAJBN/DA@A-qB/DA-qB/DA-qC/DC-qA'uA(FA",
+    "(VC/DA-qB/DB-qE/DDBwABBAkAAOBA#LBBAAA/DA-qB/DCBHIBABBB@JCA@PACBA@HAB@BAB@VAA@GAA@AAC@DAB@AkAA",
+    "AJFBB@BBB@BBA#LAAH@AJD@BIA@AIBABBB@JCBAB@FCB@AAA@ABB@CBA@FAD@BAB@VAA@GAA@AAAIA@AAAIA@BAB@AkA@",
+    "EBD@BBB@BBA#LC@ABG@CIAAA@AIG@JCBBCAABK@CBA@IAA@CAA@VAA@GAA@BAA@EAB@AkAAHBA@CBA@BBA#LB@AAO@BAB",
+    "BB@JCI@AAFBA@CBA@HAB@BAB@VAA@GAA@BAA@EAB@AkAAAJFBB@BBB@BBA#LG@ABBJD@BIA@CABBB@JCA@AAFCJ@ABAAA",
+    "@FAC@CAA@DAC@BAA@AAA@BAC@BAC@CAC@LAD@AJDBC@CBA@CBA#LB@AAF@AJN@MCM@EBHAA@CAA@WAA@PAB@ABAAGBA@C",
+    "BA@CBA#LG@A*ZA*kA@CAB@AAB@BABBB@JCH@GCA@AACBA@HAA@CAA@WAA@JAA@EAB@AkAADBAJBBA@CBA@CBA#LG@BJF@",
+    "BAA@BABBB@JCA@BAABL@DBIAA@CAA@jABBAAAJFBA@CBA@CBA#LAAE@CAAJGCCABBB@SCA@FAA@CBA@RAC@XAA@IAA@AA",
+    "B@GAC@A#LD@AJEBA@ABA@GBAJF@JCB@BBM@qAABBADBB*{A#LE@GAABD+LCBA@JCh@BAA@AAA@EAA@XAA@AAA@JAABBAD",
+    "BB+]CBAAB@EAA@AAA@D+mCBA@JCB@DAa@AAW@B-qF@TCA@A-qA@A-qA@A-PD@BBCAAIDAA@DAAIDAAIDAAIDAAILAAICA",
+    "D@A+}A,NAJA,_BJABAJABD,NBBA,NAJB/DA#LA@B/DEAFBAJDBA@DBAJDBAJDBAJDBAJLBAJCBI@A-qz@lACBAJHBAkAB",
+    "B#LDBAAJCF@FADBDACBAACBBAGBCADBMAKBA-qAAABJCDBB@gAA@AAE@AAB@lAA@#hAUIsA[I$JAA@DAB@GAA@AAA@DAB",
+    "@jAA@DAB@bAA@DAB@GAA@AAA@DAB@OAA@zAA@DAB@#EAB@C/DI@TCC@PAP@#XAB@FAC@,@AB@QAADZAE@#MAC@CCHAG@R",
+    "ABBA#LABI@SABBA#LK@RABBL@MAA@CAA@BBL@uA_BA#LABC@AAD@AAA/DB@JCF@JCQ@CBA@ABJCF@#[AG@EABBcAA.sAA",
+    "E@#HAJ@`AA@LBD@IBA.BA/DA-qJ@JC_AB@EAK@mAD@ZAF@KCf@WAA/DA-qCBD@vAJBA@A#LTBH/DB@A-qJCF@JCM@AAH@",
+    "E/DF-qB/DA-qQBr@EBpAAkAJNBA#LHAC@JCQ@A/DA-qG/DL@CB_AIBB#LBBBAJCmAAkKBB#LL@eASBAkH@JCC@CAJCeAB",
+    "@KAE@lAB@CAP@C/DA@AZE-qB/DD-qA/DABGZDAA-qFAA/DBAABB/DAAE@%FAB/DA-qG/DA-qB/DA/uA-@A-qA,of/DEBA",
+    "/DA/eA-qA/DA-q&_AB@FAB@gAB@FAB@HAA@AAA@AAA@AAA@RAAIAAAIAAAIAAAIAAAIAAAIAAAIB@vAA@EAAIAAA@AIC@",
+    "CAA@CAAIAAAIAAC@CAAIB@EAAID@CAAIGAAIAAA@BHB@CAA@CAAIAAAIAAAHB@BLID^@BDE@ADp@ADP@ACAAB@FCE@AAJ",
+    "CF@MAt@B/DBZD/DCZB/DDBA/DCBBZA/DA-qA/DBZD-qA/DQ@AAD@AAB@JAA@AAC@EAF@AAA@AIA@AAA@BIBAA@KAB@DAE",
+    "@EAD@AAA@tCBAEC(l@BH&~@}C#P@VC,J@_C/c@AH&l@%lAF@DAC/DBAI@ACB@gAA@AAE@AAB@yAG@AAO@A#LWAI@GAA@G",
+    "AA@GAA@GAA@GAA@GAA@GAA@GAA@a/Dp@AA)_@ADD@BAACY@ICA-aA.sA/TA.BB.RA@EAB@CCBAD@#XAB@B{B@CAA@#]AA",
+    "@DAE@lAA@#aAC@DCJ@aAq@PAa@JC_@HCA@OCa@JCh@OC'J@%8TA#B@.7WA#E@oAB@&UAC@PAJCBAT@pAA/DCBA@J/DA@`",
+    "AB/D#HAJCB/Df@IAB@#jAB@#EAB@BAA@AAA@HAU@PAABCAA#LDAABWAEBD@ABC@FCJ@uAL@BBsAPBA#LABJ@JCF@R/DFA",
+    "C@AAA@BAABJC]AEBC-qB@WALBA#LL@^AC@DBpAAkLBA#LN@AAJCF@EAABJAJCEAA@jANBI@CAABHABBB@JCF@WAC@AACB",
+    "sAA/DAAB/DA-qBAB/DEAB/DAAA/DAAX@CAB@KAEBB@CAABA#LJ@FAB@FAB@FAI@GAA@GAA@lAA@NAF@#vAHBA@ABA#LB@",
+    "JCF@(.LAL@WAD@rA&:T@&VIBAAIAAAIBAJIAAAIAAAIBABICA#FIB@#mIg@GAL@EAE@AIA'eAIIAA@MIA@EIA@AIA@BIA",
+    "@BIA@II#fAb@'vAR@#BAB@wAi@LAD@PBP@G/DG-qB/D#B@EAA@$KAS@JCG@ZAF@ZAK@#[AC@FAB@FAB@FAB@CAd@LAA@Z",
+    "AA@SAA@BAA@OAB@NAc@#~AL@nCL@zCQ@BC#t@A-q$F@^AC@rAO@A-q[CD@aADCI@TAACHAACE@gAE/DE@_AB@eAD@HAA@",
+    "ECk@$cAB@JCF@eAD@eAD@iAH@uAL@KAA@OAA@GAA@BAA@KAA@OAA@GAA@BAC@uAL@'AAI@VAJ@HAX@FAA@kAA@IA#G@FA",
+    "B@AAA@mAA@BAC@AAB@WAB@HCWAB@GC`AH@ICq@SAA@BAE@ECVAFCD@ZA#H@yAD@BCBAPCB@oCAACBA@BBE@ABA-qABA/D",
+    "DAA@CAA@^AB@A/DAZA-qD@A#LICW@^ABCA@^ACCa@HAA@]AA/DA-qD@ECP@wAJ@VAB@HCSAE@HCRAW@GC#R@#KAx@tAM@",
+    "tAG@FCeADBH@JCF@JC]AC@EBA@WA%a@`CA@kAA@BBC@BAP@CAx@DB^AJCAAH@VAKBDC[@RADBk@UAGCT@WAI@CBvANBA#",
+    "LK@_CABBABBAAI@A#LCBnAIBA#LAkG@ABM@YAG@JCF@C/DeAAJKBB#LA@JCD@AABBAAH@dAAkB@AAI@CBqAMBA#LDAD@A",
+    "BAkBBA@BBJCAAA@AAD@TCK@RAA@YAIBA#LAkABF@ABBAAB#@@GAA@AAA@DAA@OAA@JAG@pAJBAkA#LE@JCF@DBA@HAB@B",
+    "AB@VAA@GAA@BAA@EAA@ABAkAAAJFBB@BBB@BBA#LB@AAF@AJE@EABBB@G/DC@E/DK@JAA@AAB@AAA@gAA@AAIBA@ABB@A",
+    "BA@DBA@EBAAABAAM@BB^@vAMBA#LCBAkDAE@JCD@ABCA_@qAAJIBAJBBAJDBA#LAkBAA@AAH@JC$k@pAAJFBB@GBA#LAk",
+    "W@DABBc@qAOBA#LABC@AAK@JCg@lAKBA#LAkAAG@JCF@TC]@[AB@NBA#LD@LCD@GA$~@mAOB#h@#BASCL@HAB@AAB@HAA",
+    "@BAA@XAFBA@BBB@DBAAABAABBL@JC#H@HAB@hAGBB@GBAAA@AAAB[@AAJBiAGBAADBH@ABH@AAKBoAPBC@AAR@#KA%M@b",
+    "AO@JCF@IAA@fAHBA@GBA#LAAO@^CE@_AB@VBA@NB#K@GAA@BAA@gAFBC@ABA@BBA@GBAAABH@JCF@FAA@BAA@aAEBA@BB",
+    "A@EBAAG@JC'@@SADBI@BBAAABMAA@cAGBC@EBM@JCAB#W@AAO@UCl@0wA#i@#rCQ@%JA#0a@#dAO@3RAP@ABFAOBJ@$*[",
+    "AE@+YA%<U@_ARBJC=}@+KAG@`AA@JCF@#QAA@JCF@_AB@EZK@qAG/DI@DAL@JCA@GCA@UAE@SA(}@nAC@JC%L@#BAWC#l",
+    "@#MAD@ABAAxBG@DBMA#B@BAA@AAABK@BBN@%0}AH@5}Aj@JA'&G@DAA@GAA@BAA@&lAO@AA^@CAB@AAN@DAH@(XA#+N@#",
+    "nAE@MAC@IAG@JAC@ABAZ$-W@JC*V@oBB@WB*h@GHB-PCZC@A.cE-PH@H-qB@E/DB-q_@D/DM@FH$E@C/D#~@TCL@TC#o@",
+    "YC$K@#WAA@#IAA@BAB@AAB@BAB@DAA@LAA@AAA@GAA@#CAA@DAB@HAA@GAA@]AA@DAA@EAA@AAC@GAA@'_AB@YAA@YAA@",
+    "`AA@YAA@`AA@YAA@`AA@YAA@`AA@YAA@HAB@sC*P@xBD@sBH@ABN@ABV@EBA@OB3s@`AF@FA%[@G/DA@Q/DB@G/DA@B/D",
+    "A@E/DE@#@Ab@AB#s@nAC@GBGAB@JCD@AA'K@_AABQ@mADBJC)e@]ADBJC%]@_ABBAAJC)t@GAA@DAA@BAA@OAA@%KAB@I",
+    "CG-qj@#FAF/DAkAAD@JC.p@|CA@CCA@DC#N@nCA@OC%H@DAA@[AA@BAA@AAB@AAA@JAA@DAA@AAA@AAF@AAD@AAA@AAA@",
+    "AAA@CAA@BAA@AAB@AAA@AAA@AAA@AAA@AAA@BAA@AAB@DAA@GAA@DAA@DAA@AAA@JAA@QAE@CAA@EAA@QA+V@MC#2|@JC",
+    "2g@:3BAa@$-@AF@%eAB@%*{AN@&*bAO@,BA#-q@*oI:R@$9jAE@$-gA04&H@%wB%>=F@",
+};
+
+static const char q3n__packed_decompositions[][94] = {
+    "(L$FAB@BB@CB@DB@IB@KDDiBDAB@BB@CB@IBHAB@BB@CB@IDJDBBAB@BB@CB@DB@IFLAB@BB@CB@IBHBFPAB@BB@CB@DB",
+    "@IB@KDDiBDAB@BB@CB@IBHAB@BB@CB@IDJDBBAB@BB@CB@DB@IFLAB@BB@CB@IBHBD@IB#rEB#BEB#AGB#BGB#AjB#BjB",
+    "|BB#BBB#ACB#BCB#AHB#BHB#AMB#BMB~MB#BMF~EB#BEB#AGB#BGB#AHB#BHB#AjB#BjB#AMB#BMB|CB#BCB#AGB#BGB#",
+    "AHB#BHB#AiB#BiB~CB#BCF~DB#BDB#AEB#BEB#AGB#BGB#AjB#BjB#AHHBCB#BCB~iB#BiD~BB#BBB#AiB#BiB#AMB#BM",
+    "J|BB#BBB#AiB#BiB#AMB#BMH~EB#BEB#AGB#BGB#ALB#BLFzBB#BBB#AiB#BiB#AMB#BMB~BB#BBB#ACB#BCB#AiB#BiB",
+    "#AMB#BMB~iB#BiB#AMB#BMF~DB#BDB#AEB#BEB#AGB#BGB#AKB#BKB#ALB#BLB#AjB#BjB|CB#BCB|CB#BCB#AIBBBB#B",
+    "BB#AHB#BHB#AMB#BM#F#W]B#B]]t]B#B]{#jMB#BMBpMB#BMBtMB#BMBtMB#BMB%TEB#BEB#ABB#BBB#AMB#BMB#AAB#B",
+    "AD#rEB#BEB,XEBBEB-WEB#BEF'GMB#BMBxMB#BMBxjB#BjB.NEBBEB#jMB)DMB3rMH#GBB#BBFrAB#BAB$sBB#BBB~BB#",
+    "BBB[BB#BBB'xPB#BPB#ARB#BRBxPB#BPB#ARB#BRBxPB#BPB#ARB#BRBtPB#BPB#ARB#BRBzPB#BPB#ARB#BRBzPB#BPB",
+    "#ARB#BRB#EhB#BhB~hB#BhF#YMB#BMN#OHB#BHBxiB#BiB%iEB#BEB#CEB#BEB'UHB#BHB0ZEBBEB1IEB#BE*k6w@BB@D",
+    "e@CUB#c$b@T6d@N%aBB:BBB9b@B9kBBDBBDBDLBDLBBHBB#DBu#dIBXIBXBBHBBDBBDBBeBudIBXIBKBBLBBHBJRBB@I#",
+    "Z$JAB@IDCBHYIJiBBCABVGVUG#B#BGoEAB@IDCBH#HIJxBBCABVGq#ePBBP$X%CGB#BG]#MGB#BGB#AIB#BIFvGB#BGF'",
+    "PIBBIB(QIB#BIB~IB#BIF~EB#BEB#AIB#BIBtIB#BIF'_IBBIB(CIB#BIB#UEB#BEB#AIB#BIB#ALB#BLBxIB#BIFxIB#",
+    "BI+e1V/oB@/pB#D/pB#C/qB#H/p&}&_/pDh/pcc/p5R5R;pPP;pFF;p#K|;pCB;pCB;pCJ;pCJ;pCB;pCR;pCH;p%_&y=",
+    "vB@>Pb#M=tCB=tEZ=t$n&N##xGL##x#I#E##xCB##xCJ##xG_##x)c+J#([F@#(CB@#(]b#M#(ACB#(A#q%g#*a#o#k#*",
+    "GBB#*GBA#*a&@&H#,d%w%y#.gNN#.gB@#.hD@#.SBH#.g&F&@#0SBB#0SBA#0m&e&o#2dD@#2iBF#2dBE#2y-b-i#:aUT",
+    "#:aKJ#:aKJ#:aKJ#:a[v#:_U#e#9YE@#9[C$F#9hEB#9hS$G#9hf#D#:aUT#:aKJ#:aKJ#:aKJ#:a[v#:_%a&s#<[%'s%",
+    "'s%1}DD%1}DD%1}DD%1}DD%1}HH%1}#T#T%1}DD%1}FD%1}BB%1}DF%1}8g)<~gB#BgB~HB#BHB#AeB#BeB#AsB#BsB%P",
+    "BB#BBB'OHB#BHB#AeB#BeB#AsB#BsB#AiB#BiB#AoB#BoB'gABBABABBBBB(hoB#BoB#ArB#BrB0cGBBGB1dHB#BHB~EB",
+    "#BEB~HB#BHB#AeB#BeB#AIB#BIB#AiB#BiB#ApB#BpB~rB#BrB%RBB#BBB'QBB#BBB#AeB#BeB#AsB#BsB~eB#BeB*8@E",
+    "BBEB*9CsB#BsB#AoB#BoB~BB#BBB#AHB#BHB#AeB#BeB~HB#BHB#AeB#BeB#AsB#BsB#AoB#BoB%TBB#BBB#AIB#BIB$s",
+    "ABBABABBBBB*IBB#BBB#AHB#BHB|HB#BHB#AeB#BeB*8}EBBEB*:AsB#BsB~HB#BHB#AeB#BeB)]HBBHBJHBBHB*1aHBB",
+    "HB*:MHB#BHB#AeB#BeB#AsB#BsB#AoB#BoB~fB#BfB#ArB#BrB#AoB#BoB)uBBBBBBIBBIB*zDB#BDB#AeB#BeB~AB#BA",
+    "B#ABB#BBB#AIB#BIB#AHB#BHB#AeB#BeB~HB#BHB#AIB#BIB~HB#BHB~CB#BCB#AeB#BeB#AsB#BsBdsBXIBFKBDKD*]H",
+    "J,OeB#BeB#AJB#BJB%HBB#BBB#AAB#BAB#AJB#BJB#ADB#BDB*7gCBBCB*6fBBBBBAABBABAJBBJBADBBDB*6cGBBGB*<",
+    "leB#BeB#AJB#BJB#ADB#BDB%PBB#BBB#AAB#BAB#AJB#BJB#ADB#BDB*8HCBBCB*=UJB#BJB#AeB#BeBteB#BeB#AJB#B",
+    "JB%PBB#BBB#AAB#BAB#AJB#BJB#ADB#BDB*8]CBBCB*2zBBBBBAABBABAJBBJBADBBDBAeBBeB,leB#BeB#AJB#BJB,HB",
+    "BBBBAABBABAJBBJBADBBDBAeBBeB-CAB#BAB#AeB#BeB#AJB#BJB#ADB#BDN<eTB@UB*#aABBABABBBBBA#EBB#EB*$dT",
+    "B@UB*$sABBABABBBBBA#EBB#EB*#jTB@UB*#yABBABABBBBF*$|TB@UB*%LABBABABBBBF*$GTB@UB*$VABBABABBBBBA",
+    "#EBB#EB*%YTB@UB*%iABBABABBBBBA#EBB#EB*$dTB@UB*$sABBABABBBBBA#EBB#EB*%vTB@UB*&FABBABABBBBBA#EB",
+    "B#EB*$xTB@UB*%HABBABABBBBF*&KTB@UB*&ZABBABABBBBF*%MTB@UB*%]ABBABABBBBBA#EBB#ED*&`UD*&qAD@BD@#",
+    "EB*%fTB@UB*%uABBABABBBBBA#EBB#EB*&xTB@UB*'HABBABABBBBBA#EBB#EB*&xABI@BRABO@BTABQ@BVABS@BaABZ@",
+    "BMABP@BGABJ@F)>e#HBB#HBB#HBB#HBB#HBB#HBB#HBB#HBB#HBB#HBB#HBB#HBB#HBB#HBB#HBB#HBc#HBB#HBB#HBB#",
+    "HBB#HBB#HBB#HBB#HBB#HBB#HBB#HBB#HBB#HBB#HBB#HBB#HB#e#HBB#HBB#HBB#HBB#HBB#HBB#HBB#HBB#HBB#HBB#",
+    "HBB#HBB#HBB#HBB#HBB#HB*'EGB@EB*'H#HB*'G#HBI#HDJ#EB*)X#HB**YGB@EB@ABU@BV#HD#R@F;S#EB+$T#HB*'C#",
+    "HBQ#HDR#EB*)m#HB**rABY@B_AB[@B]#HB**aAB@BB@#EB*)YGB@EBcAB#v@F#T#EBc#EB#dGB@EB@AB^@D*,}AB@BB@#",
+    "EB*+CGB@EBLABv@BcTB@UBH#EBL#EB#MGB@EB@ABn@BgUB:bAB9i@B;|@F+&y#HB*&n#HBJ#HDI#EB**k#HB*,AABf@B{",
+    "ABt@Bu#HB:Y@F+(a@BB@+]*,G@H=r@B%{@%e+4szBDzgDz#@#{zBHzBCz#m#ezJJzFFzqqzDDzwozFNzFDzDFzo,#GzD,",
+    "#{zVhzB,#SzBDzB,$@zBBzFZzBBzFFzBBzNFzBBzFNzBBzFFzBBz#HwzBLzBBzBDz#e#`zBBzBizBBzN#BzBBzBBzBBz#",
+    "{%<B@BB@$)d#0lz#2y#2u(6RDD(6RDD(6RDD(6RDD(6RDD(6RDD(6RDD(6RDD(6RDD(6RDD(6RDD(6RFF(6RDD(6RDD(6",
+    "RNN(6RB@(6SDF(6RB@(6SDF(6RB@(6SDF(6RB@(6SDF(6RB@(6So#l(6RT$s(6R]](6RDD(6RDD(6RDD(6RDD(6RDD(6R",
+    "DD(6RDD(6RDD(6RDD(6RDD(6RDD(6RFF(6RDD(6RDD(6RNN(6RB@(6SDF(6RB@(6SDF(6RB@(6SDF(6RB@(6SDF(6RB@(",
+    "6So#l(6RF$V(6RBB(6RBB(6RBB(6RHV(6R$$=k<;y@B,>O@B-6}@B2d@B*9[@B+3W@B#5D@B8+P@B@@B66^@B24e@B37v",
+    "@B#%@@B$1k@B'>w@B$5N@B#=c@B.N@B,P@B$(k@B-,U@B;e@B#$y@B:{@B&9L@B%:s@B$0Z@B8(z@B#.w@B(<c@B$$c@B",
+    "';o@B)#m@B5%I@B'/i@B(.m@B##i@B-,r@B+&_@B#9u@B.'S@B$.c@B#:N@B#4@@B*8P@B5)E@B4F@B+a@B')s@B#8B@B",
+    "$%q@B#-}@B$5J@B#7m@B$q@B$(c@B$6_@B#)@@B7@@B-#E@B)u@B#(F@B#8w@B&/q@B%,s@B'8U@B06f@B#8o@B*4]@B#",
+    "(@@B&&`@B#:y@B':y@B$>R@B4*~@B##N@B&#D@B#%L@B+}@B&&i@B*a@B)$u@B5;K@B//e@B/7`@B`@B-:y@B#$@@B#9L",
+    "@B'.y@B%(^@B->A@B$%]@B+6X@B3;t@B%>}@B#(Z@B'6k@B1q@B,%h@B-&y@B.&`@B&5Z@B''Y@B+#y@B$&`@B(=Z@B.'",
+    "h@B#,B@B+#@@B%;k@B#:k@B+%^@B,2}@B,,S@B$8p@B+-]@B+(M@B'(o@B--l@B8c@B%F@B(5g@B'>]@B#3k@B$/P@B$#",
+    "m@B41A@B,o@B#0w@B#3L@B#>c@B$>Z@B$5o@B*-]@B#-H@B#(_@B#q@B8/O@B'<c@B#,o@B,2g@B0.C@B;k@B%g@B7_@B",
+    "%%@@B3o@B<u@B#1X@B#(X@B6_@B&+a@B$>W@B%*c@B<B@B5(Y@B&a@B3V@B*)e@B)$@@B1o@B.<U@B+k@B##F@B$-m@B&",
+    ":q@B$2b@B,7|@B$,o@B#.m@B1D@B5k@B'7o@B'y@B%*Z@B'c@B'*D@B#-R@B$i@B(m@B7-G@B.-}@B)$X@B#/Z@B1:f@B",
+    "'-d@B5N@B%)_@B$g@B$7N@B#*Z@B$*X@B#*q@B&+g@B%,}@B&.Z@B28v@B0#_@B5<f@B(&}@B%w@B#1s@B-L@B#2s@B,u",
+    "@B;V@B#,V@B*#_@B6;t@B&<V@B1-s@B66b@B%8q@B&<w@B+8e@B0#O@B0N@B#>V@B%,]@B,+@@B6&b@B1k@B$.u@B$9{@",
+    "B,J@B-J@B#)@@B$$w@B1V@B$9L@B$7F@Be@B$3i@B#0@@B5<b@B*${@B)9p@B*7P@B8}@B'%c@B&;e@B#5F@B4u@B2([@",
+    "B#9N@B'<F@B$$n@B$o@B-{@B$;E@B3p@B):w@B3:W@B1/N@B0.`@B#h@B%6N@B#(_@B)4s@B+9G@B''T@B#:|@B-<k@B$",
+    "#O@B&%i@B%7U@B.2p@B%>E@B#+J@F7_@D&&]@F(#~@B+8}@B##{@B6L@B#F@BN@B#V@B*7y@B)9f@B:o@D#:R@D#.]@F#",
+    "1V@B(V@H$+g@BZ@B#Z@B#+c@B%7~@B#6R@B6<f@B,F@B%R@B.P@Bw@B%a@B4}@B%X@B%J@B1N@B%V@B#$u@BT@B#(P@B(",
+    "u@B#N@B%N@B=q@B&o@B'i@B2H@B#.u@B'P@B*a@B4}@B(F@B2N@B#*g@B'e@BV@BA@BP@BL@BN@B#c@BB@B'o@B$F@B,R",
+    "@B4L@Bk@B#s@B+u@B&o@B1o@B&a@B@@B1Z@B#-@@B&T@B-m@B#s@B/N@B#m@B8H@B&L@B#=D@B+J@B#{@B2.d@B'$*R@B",
+    "&6,`@F1*|@B##X@B$^@B1n@B0g@B#y@B,c@B#i@B7q@B$S@B$L@B$V@B6X@B$w@B&k@Ba@B*m@B(X@B#$P@BN@B&i@B$L",
+    "@B+i@B%s@B$O@B&T@B#^@B&m@B$H@B.y@B$u@B#o@B*X@B+N@B'P@BH@B#y@B#(J@B$F@B.g@B/N@B`@B$s@B*H@B,u@B",
+    "#9X@B#2|@B%{@B%}@B,c@B&s@B#m@B)R@BD@B'a@Bc@Bs@B$q@BS@B.q@B1i@B*o@B(B@B)N@B&{@B,i@B(Z@B=P@B'D@",
+    "B##N@B0m@B$N@Ba@B+e@B#u@B#[@B#o@BE@Bb@B$]@B$g@B.T@B4D@B,H@B+a@B)H@B#'N@B%T@B%m@B&R@B#J@BX@B#c",
+    "@B9]@B#+_@B&%8q@BK@B%-a@B'*5v@B#+@@B#D@B'2+R@B%${@B+>w@B'#.O@B$Z@$M#3+S-KEs-NWQ-XC@-YC$2,T-XC",
+    "@-YC$2-G-NC@-OC@-SCB-SCB-SCB-SCB-SCB-SCB-SED-SCB-SCB-SCB-SCB-SED-SED-SCB-SED-SCB-SED-SCB-SCB-",
+    "SCB-SCB-SCj-PCG-VCT-VCR-V()w$84_#-7nDD#-7n_T#-7n&N&a#-9_BB#-9_3Z3L#.&GB@#.&a-u-{#.,OB@#.,ED@#",
+    ".,R*H*N#.0LBB#.0L#=+b#=+V$.'PCB$.'PCN$.'YC@$.'ZC@$.'[C@$.']C@$.'^$t$y$.'PCB$.'PCB$.'YCB$.'YCA",
+    "$.'ZCB$.'Z%$7{&$)|@BI@BR@B&2)P@B&1;~@B$a@BZ@B$R@B%w@B#@@B$a@Bp@B**r@B&;+B@B&2:I@BN@Ba@Bg@B&2/",
+    "e@B&:<z@B*.u@B#N@B&20X@B&20C@BZ@B9^@B9o@BR@B(#<@@B(#9z@B]@B*2h@B*4]@BV@B#Z@BJ@B*4h@B*7N@BD@Bw",
+    "@Bm@BV@BB@Bc@B#g@BP@BR@Bs@BT@BD@B@@B@@B&3,g@B&*9f@B*.d@Bk@B&33c@B&33I@BL@Bk@B&y@B%Q@Ba@B#B@B#",
+    "w@B$m@Bu@B$J@Ba@B#D@B@@Bk@Be@BP@B_@B,}@B*p@B*s@B(W@B#H@B#*b@B$#@@B+Q@B#N@Bs@B&K@B'X@BA@B%}@B&",
+    "4>X@B&4<G@BJ@B_@Bi@BP@B$D@B&5+F@B$H@B&5(p@B#a@BX@B$b@B&e@B,.x@B]@B,3k@B#o@B@@B&55c@B&51O@Bk@B",
+    "_@BX@B&5:c@B&5:I@BN@B=P@B<U@B,8^@B,:_@B]@B$i@B#h@B&60k@B&6*r@B&6*w@B&6)^@BE@Bc@B%P@BB@B-%S@B-",
+    "&L@B#X@Bk@B#Z@B-(A@B'&)P@B'&(Y@B-)_@BF@BF@Bi@B(%*H@B(%([@B&7,R@B@@B&-#I@B,)|@B@@B-*n@B'+(F@B/",
+    ";N@B'-6`@BR@B-,K@B--m@B#i@BT@B#F@B&X@B-2U@B|@B-3{@B&7=N@B&7;d@B&J@BH@BD@BC@B#_@Bi@B#J@B[@BV@B",
+    "#a@Bi@BH@Bu@BV@B$H@B$m@B#H@B&@@B&8-_@B&8.E@B$E@B%_@Bw@B%H@B&80F@B&8.E@B$~@Bx@B.(b@B..o@Bk@B#@",
+    "@B#M@B.-K@B.4J@B{@B&9)R@B&9%[@B*{@B'h@B.6h@B.8}@B.9`@B#I@B(5R@BF@B(*w@B%M@B)5P@B3<S@B,-B@BH@B",
+    "L@B#}@BU@B&98T@B'*7~@B/'D@B%p@B(g@B#i@B&93{@B&93h@B%d@B)y@B/-[@B/.{@B%H@B$R@B(H@B&94c@B&92x@B",
+    "/8I@B/:Z@B&:%R@B&:#h@B/:S@B/;R@B#]@Bw@BB@B&:0@@B*5j@B*9L@B&:.p@B&:=R@B&:9h@B]@B%Q@B'i@B#R@B#u",
+    "@B#n@B#R@B_@BZ@B&:6Z@B&:9A@B*F@B$B@B00b@B03c@BG@B&::D@B&;$l@B.B@B&:9N@B#c@B&:7z@B%m@Bv@BE@B0;",
+    "K@B0<m@B#i@BK@B#o@B&)*H@B&)%M@B&;&}@B&;$I@B&;.o@B&;*M@BZ@Bw@B&;<]@B&;:x@Bk@B&<'{@B)L@B&<'n@Bc",
+    "@B12f@B13]@B13C@B@@B18R@Bk@Bk@Bi@B$N@B19S@B1<N@B&<<H@B&<;Q@B&<>P@B&<<h@B&0)}@B&0$r@B&=4o@Bo@B",
+    "&a@B'18d@BX@B2'c@B&=8R@BA@B#P@Bu@B&=8~@BB@B@@B#X@B2(n@B2*u@B2*Y@B$e@B'27X@B&>+O@B$@@B$D@B2/l@",
+    "B'3)m@B&>3b@B&>7R@B#X@B&>6t@B$}@B26`@B29P@BT@BJ@B'#+D@B+i@B@@B'#/d@B28C@B'42B@B'#0~@BF@B2=z@B",
+    "'47m@B'#/M@B3&d@B3'R@BI@B{@B'$*m@B'$'`@B3(G@B3+V@B#y@B$J@B3-p@B'6%o@B#@@B'6%b@B'6*P@B'$1l@B'$",
+    "4}@B'$4E@B%P@BV@B'$=q@B$V@B'$=K@B'%%_@B'%$|@B&2)m@B'(&K@B3<g@B$g@B3=^@B4#X@B-,M@B'09B@B]@B1,`",
+    "@BR@B&1:n@BF@B%>T@B8&~@B4+N@BK@Be@B0%j@B0&T@BD@BT@B#T@B'%>m@B'%>n@B#s@B$P@B$X@B&[@B&}@B#V@B%g",
+    "@B*W@B%u@BD@Ba@B'%>u@B+}@B&t@B'85j@B48i@BD@B#H@B'';R@B''8p@B'&.i@B'9+W@BH@B'9/c@B+T@B'98b@B5%",
+    "y@BX@BV@BD@B$D@B#C@B&T@B#Y@B&w@B$f@B$J@Bw@B5,Y@B5/V@B#B@B5/Q@B52V@BF@B''5g@B''1v@BN@B54^@B55X",
+    "@B:9l@B(%#P@B'{@B';<[@BR@B5>R@B$_@B'D@B(c@B'(,k@B'()x@Bm@B$y@B$}@B'(8L@B#)&E@B%=1W@B^@B#k@B%=",
+    "7N@B%=/v@B%N@B'*(a@Bw@B'):I@B%@@B#B@B'*$_@B'*$I@B+L@B'H@BB@B$|@B.R@By@B'*3L@B'*'G@B8-Q@B8.m@B",
+    "'*2@@B($<E@B84o@B29O@B2<V@B'+)k@B(w@B(&%~@BP@B89R@B'+:]@B(&3r@B(&8T@B'+=d@B@@B}@B',)y@B',#z@B",
+    "8;`@B8=s@B&D@Bw@B#{@B9#j@B((-k@B'-#E@B+o@B(F@B94I@B#@@B96e@B'->N@B()6[@B()8N@B*c@B&N@B'.%r@B9",
+    ">I@B:$J@BJ@BN@BT@BN@B#L@B'.>B@",
+};
+
+/* ---- Unicode: characters ---- */
+
+/* Classes as sets of one, so that a pattern's brackets become a mask. */
+#define Q3N__CLASS_OTHER  1u
+#define Q3N__CLASS_LETTER 2u     /* \p{L} */
+#define Q3N__CLASS_MARK   4u     /* \p{M} */
+#define Q3N__CLASS_NUMBER 8u     /* \p{N} */
+#define Q3N__CLASS_SPACE  16u    /* \s, White_Space */
+
+/* Properties of a code point: class number (bits 0-2), unstable (bit 3), rank of its canonical
+ * combining class (bits 4-9; 0 = starter).  A stable character is a starter that NFC leaves alone
+ * and that joins nothing before it: normalisation may begin anew at each. */
+#define Q3N__UNSTABLE     8u
+#define Q3N__RANK_SHIFT   4
+
+#define Q3N__HASH_SIZE    4096   /* at most half full */
+
+struct q3n__unicode {
+    uint32_t run[Q3N__N_CHAR_RUNS + 1];   /* first code point << 10 | properties, then 0x110000 */
+    uint16_t page[0x1100];                /* run that holds code point i << 8 */
+    uint16_t latin[256];                  /* properties of the first code points */
+    uint32_t composed[Q3N__N_DECOMPOSITIONS];
+    uint32_t first[Q3N__N_DECOMPOSITIONS];
+    uint32_t second[Q3N__N_DECOMPOSITIONS];   /* 0 = decomposes to `first` alone */
+    uint16_t by_composed[Q3N__HASH_SIZE];     /* entry + 1, 0 = empty */
+    uint16_t by_parts[Q3N__HASH_SIZE];        /* those that may be composed again */
+};
+
+/* A number: digits '#' .. '>' are worth 1 .. 28 and lead on, the last is '@' .. '~' without the
+ * backslash, worth 0 .. 61.  Zeros end the lines of a table. */
+static uint32_t q3n__unpack(const char **p)
+{
+    uint32_t v = 0;
+    for (;;) {
+        const uint32_t c = (uint8_t)*(*p)++;
+        if (c >= '@') return v * 62 + c - '@' - (c > '\\');
+        if (c) v = v * 28 + c - 34;
+    }
+}
+
+static uint32_t q3n__hash_char(uint32_t cp) { return cp * 0x9E3779B1u >> 20; }
+static uint32_t q3n__hash_parts(uint32_t first, uint32_t second)
+{
+    return (first * 0x9E3779B1u ^ second * 0x85EBCA77u) * 0xC2B2AE3Du >> 20;
+}
+
+static void q3n__hash_put(uint16_t *table, uint32_t slot, uint32_t entry)
+{
+    while (table[slot]) slot = (slot + 1) % Q3N__HASH_SIZE;
+    table[slot] = (uint16_t)(entry + 1);
+}
+
+static void q3n__unicode_init(q3n__unicode *u)
+{
+    memset(u, 0, sizeof *u);
+    const char *p = q3n__packed_runs[0];
+    uint32_t cp = 0;
+    for (uint32_t i = 0; i < Q3N__N_CHAR_RUNS; i++) {
+        const uint32_t length = q3n__unpack(&p), props = q3n__unpack(&p);
+        u->run[i] = cp << 10 | props;
+        for (uint32_t c = cp; c < cp + length && c < 256; c++) u->latin[c] = (uint16_t)props;
+        for (uint32_t page = (cp + 255) >> 8; page << 8 < cp + length; page++)
+            u->page[page] = (uint16_t)i;
+        cp += length;
+    }
+    u->run[Q3N__N_CHAR_RUNS] = cp << 10;
+
+    p = q3n__packed_decompositions[0];
+    uint32_t composed = 0, first = 0;
+    for (uint32_t i = 0; i < Q3N__N_DECOMPOSITIONS; i++) {
+        const uint32_t step = q3n__unpack(&p), zigzag = q3n__unpack(&p), second = q3n__unpack(&p);
+        u->composed[i] = composed += step >> 1;
+        u->first[i] = first += zigzag >> 1 ^ (0u - (zigzag & 1));
+        u->second[i] = second ? second + 0x2FF : 0;
+        q3n__hash_put(u->by_composed, q3n__hash_char(composed), i);
+        if (second && !(step & 1))
+            q3n__hash_put(u->by_parts, q3n__hash_parts(first, u->second[i]), i);
+    }
+}
+
+static uint32_t q3n__char_props(const q3n__unicode *u, uint32_t cp)
+{
+    if (cp < 256) return u->latin[cp];
+    uint32_t i = u->page[cp >> 8];
+    while (u->run[i + 1] >> 10 <= cp) i++;
+    return u->run[i] & 1023;
+}
+
+/* Decode the character at p < end.  Returns its bytes, or 0 if there is no valid UTF-8: overlong
+ * forms, surrogates, numbers beyond U+10FFFF and unfinished characters are not. */
+static int q3n__utf8_decode(const uint8_t *p, const uint8_t *end, uint32_t *cp)
+{
+    *cp = p[0];
+    if (p[0] < 0x80) return 1;
+    if (p[0] < 0xC2 || p[0] > 0xF4) return 0;
+    const int n = p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3 : 4;
+    if (end - p < n) return 0;
+    uint32_t c = p[0] & (0x7Fu >> n);
+    for (int i = 1; i < n; i++) {
+        if ((p[i] & 0xC0) != 0x80) return 0;
+        c = c << 6 | (p[i] & 0x3Fu);
+    }
+    if (n == 3 && (c < 0x800 || c >> 11 == 0x1B)) return 0;
+    if (n == 4 && (c < 0x10000 || c > 0x10FFFF)) return 0;
+    *cp = c;
+    return n;
+}
+
+/* Returns the bytes written, 1 .. 4. */
+static int q3n__utf8_encode(uint8_t *out, uint32_t cp)
+{
+    if (cp < 0x80) {
+        out[0] = (uint8_t)cp;
+        return 1;
+    }
+    const int n = cp < 0x800 ? 2 : cp < 0x10000 ? 3 : 4;
+    for (int i = n - 1; i > 0; i--, cp >>= 6) out[i] = (uint8_t)(0x80 | (cp & 0x3F));
+    out[0] = (uint8_t)((0xF00u >> n & 0xF0u) | cp);
+    return n;
+}
+
+typedef struct {
+    uint32_t cp;
+    uint32_t props;
+    uint32_t mask;      /* Q3N__CLASS_*; 0 at the end of the text */
+    int      bytes;     /* 0 at the end of the text */
+    int      valid;     /* 0: one byte that is no UTF-8, a stable character outside every class */
+} q3n__char;
+
+static q3n__char q3n__char_at(const q3n__unicode *u, const uint8_t *p, const uint8_t *end)
+{
+    q3n__char c = { 0, 0, 0, 0, 0 };
+    if (p == end) return c;
+    c.bytes = q3n__utf8_decode(p, end, &c.cp);
+    c.valid = c.bytes > 0;
+    if (c.valid) c.props = q3n__char_props(u, c.cp);
+    else         c.bytes = 1;
+    c.mask = 1u << (c.props & 7);
+    return c;
+}
+
+static int q3n__is_line_end(q3n__char c) { return c.cp == '\n' || c.cp == '\r'; }
+
+/* Start of the character that ends at p > begin; p - 1 if there is no valid one. */
+static const uint8_t *q3n__char_before(const uint8_t *begin, const uint8_t *p)
+{
+    uint32_t cp;
+    for (int n = 1; n <= 4 && p - begin >= n; n++)
+        if ((p[-n] & 0xC0) != 0x80) return q3n__utf8_decode(p - n, p, &cp) == n ? p - n : p - 1;
+    return p - 1;
+}
+
+/* ---- Buffers ---- */
+
+/* Bytes that grow; data is aligned for any element. */
+typedef struct {
+    uint8_t *data;
+    size_t   bytes, capacity;
+} q3n__buffer;
+
+/* Make room for more bytes.  0 = out of memory, the content stays. */
+static int q3n__reserve(q3n__buffer *b, size_t more, const q3n_allocator *a)
+{
+    if (b->capacity - b->bytes >= more) return 1;
+    size_t capacity = b->capacity < 256 ? 256 : b->capacity;
+    while (capacity - b->bytes < more)
+        if (!q3n__mul_size(capacity, 2, &capacity)) return 0;
+    uint8_t *data = (uint8_t *)q3n__alloc(a, capacity);
+    if (!data) return 0;
+    if (b->bytes) memcpy(data, b->data, b->bytes);
+    q3n__free(a, b->data);
+    b->data = data;
+    b->capacity = capacity;
+    return 1;
+}
+
+/* ---- Normalization Form C ([UAX15]) ---- */
+
+typedef struct {
+    const q3n__unicode  *unicode;
+    const q3n_allocator *allocator;
+    q3n__buffer          chars;     /* u32 rank << 24 | code point: what is being normalised */
+    q3n__buffer          sorted;    /* u32: scratch for a long run of marks */
+    q3n__buffer          out;       /* UTF-8 */
+} q3n__normalizer;
+
+#define Q3N__HANGUL_S 0xAC00u    /* syllables: ((L x 21) + V) x 28 + T */
+#define Q3N__HANGUL_L 0x1100u
+#define Q3N__HANGUL_V 0x1161u
+#define Q3N__HANGUL_T 0x11A7u    /* T = 0: none */
+
+/* The first unstable character of [p, end), or end: before it the text is in NFC.  Every character
+ * below U+0300, that is every byte below CC, is stable. */
+static const uint8_t *q3n__find_unstable(const q3n__unicode *u, const uint8_t *p,
+                                         const uint8_t *end)
+{
+    for (;;) {
+        while (end - p >= 8 && !(q3n__load_u64(p) & 0x8080808080808080u)) p += 8;
+        while (p < end && *p < 0xCC) p++;
+        if (p == end) return end;
+        const q3n__char c = q3n__char_at(u, p, end);
+        if (c.props & Q3N__UNSTABLE) return p;
+        p += c.bytes;
+    }
+}
+
+static void q3n__push_char(q3n__normalizer *z, uint32_t cp)   /* room has been made */
+{
+    const uint32_t c = q3n__char_props(z->unicode, cp) >> Q3N__RANK_SHIFT << 24 | cp;
+    memcpy(z->chars.data + z->chars.bytes, &c, sizeof c);
+    z->chars.bytes += sizeof c;
+}
+
+/* Append the canonical decomposition of cp to z->chars.  Only first parts decompose further, four
+ * times at most; both are properties of the table. */
+static int q3n__push_decomposed(q3n__normalizer *z, uint32_t cp)
+{
+    const q3n__unicode *u = z->unicode;
+    if (!q3n__reserve(&z->chars, 5 * sizeof cp, z->allocator)) return 0;
+    if (cp - Q3N__HANGUL_S < 11172) {
+        const uint32_t s = cp - Q3N__HANGUL_S;
+        q3n__push_char(z, Q3N__HANGUL_L + s / 588);
+        q3n__push_char(z, Q3N__HANGUL_V + s % 588 / 28);
+        if (s % 28) q3n__push_char(z, Q3N__HANGUL_T + s % 28);
+        return 1;
+    }
+    uint32_t seconds[4];
+    int n = 0;
+    for (uint32_t slot = q3n__hash_char(cp); u->by_composed[slot];) {
+        const uint32_t entry = u->by_composed[slot] - 1u;
+        if (u->composed[entry] != cp) {
+            slot = (slot + 1) % Q3N__HASH_SIZE;
+            continue;
+        }
+        if (u->second[entry]) seconds[n++] = u->second[entry];
+        cp = u->first[entry];
+        slot = q3n__hash_char(cp);
+    }
+    q3n__push_char(z, cp);
+    while (n) q3n__push_char(z, seconds[--n]);
+    return 1;
+}
+
+/* The character that two others make, 0 if none. */
+static uint32_t q3n__compose(const q3n__unicode *u, uint32_t first, uint32_t second)
+{
+    if (first - Q3N__HANGUL_L < 19 && second - Q3N__HANGUL_V < 21)
+        return Q3N__HANGUL_S + ((first - Q3N__HANGUL_L) * 21 + second - Q3N__HANGUL_V) * 28;
+    if (first - Q3N__HANGUL_S < 11172 && (first - Q3N__HANGUL_S) % 28 == 0
+        && second - Q3N__HANGUL_T - 1 < 27)
+        return first + second - Q3N__HANGUL_T;
+    uint32_t slot = q3n__hash_parts(first, second);
+    for (; u->by_parts[slot]; slot = (slot + 1) % Q3N__HASH_SIZE) {
+        const uint32_t entry = u->by_parts[slot] - 1u;
+        if (u->first[entry] == first && u->second[entry] == second) return u->composed[entry];
+    }
+    return 0;
+}
+
+/* Stable sort of c [n] by rank.  Marks come in twos and threes; text made to be slow has runs of
+ * any length, and those are distributed by counting. */
+static int q3n__sort_marks(q3n__normalizer *z, uint32_t *c, size_t n)
+{
+    if (n <= 32) {
+        for (size_t i = 1; i < n; i++) {
+            const uint32_t x = c[i];
+            size_t j = i;
+            for (; j > 0 && c[j - 1] >> 24 > x >> 24; j--) c[j] = c[j - 1];
+            c[j] = x;
+        }
+        return 1;
+    }
+    z->sorted.bytes = 0;
+    if (!q3n__reserve(&z->sorted, n * sizeof *c, z->allocator)) return 0;
+    uint32_t *out = (uint32_t *)(void *)z->sorted.data;
+    size_t start[65] = { 0 };
+    for (size_t i = 0; i < n; i++) start[(c[i] >> 24) + 1]++;
+    for (int r = 0; r < 64; r++) start[r + 1] += start[r];
+    for (size_t i = 0; i < n; i++) out[start[c[i] >> 24]++] = c[i];
+    memcpy(c, out, n * sizeof *c);
+    return 1;
+}
+
+/* Bring the decomposed z->chars to canonical order, compose, append to z->out as UTF-8. */
+static int q3n__flush_chars(q3n__normalizer *z)
+{
+    uint32_t *c = (uint32_t *)(void *)z->chars.data;
+    const size_t n = z->chars.bytes / sizeof *c;
+    for (size_t i = 0; i < n;) {
+        size_t j = i;
+        while (j < n && c[j] >> 24) j++;
+        if (j - i > 1 && !q3n__sort_marks(z, c + i, j - i)) return 0;
+        i = j + 1;
+    }
+    /* A mark joins the last starter unless one of its own or a higher class stands between. */
+    size_t kept = 0, starter = n;
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t rank = c[i] >> 24;
+        if (starter < n && (kept == starter + 1 || c[kept - 1] >> 24 < rank)) {
+            const uint32_t both = q3n__compose(z->unicode, c[starter], c[i] & 0xFFFFFF);
+            if (both) {
+                c[starter] = both;
+                continue;
+            }
+        }
+        if (!rank) starter = kept;
+        c[kept++] = c[i];
+    }
+    if (!q3n__reserve(&z->out, 4 * kept, z->allocator)) return 0;
+    for (size_t i = 0; i < kept; i++)
+        z->out.bytes += (size_t)q3n__utf8_encode(z->out.data + z->out.bytes, c[i] & 0xFFFFFF);
+    z->chars.bytes = 0;
+    return 1;
+}
+
+/* Append [p, end) in NFC to z->out.  Each unstable run is normalised together with the stable
+ * character before it, which it may change; the rest is copied. */
+static int q3n__append_nfc(q3n__normalizer *z, const uint8_t *p, const uint8_t *end)
+{
+    const q3n__unicode *u = z->unicode;
+    while (p < end) {
+        const uint8_t *q = q3n__find_unstable(u, p, end);
+        if (q > p && q < end) {
+            const uint8_t *before = q3n__char_before(p, q);
+            if (q3n__char_at(u, before, q).valid) q = before;
+        }
+        if (!q3n__reserve(&z->out, (size_t)(q - p), z->allocator)) return 0;
+        if (q > p) memcpy(z->out.data + z->out.bytes, p, (size_t)(q - p));
+        z->out.bytes += (size_t)(q - p);
+        for (p = q; p < end;) {
+            const q3n__char c = q3n__char_at(u, p, end);
+            if (!c.valid || (p > q && !(c.props & Q3N__UNSTABLE))) break;
+            if (!q3n__push_decomposed(z, c.cp)) return 0;
+            p += c.bytes;
+        }
+        if (!q3n__flush_chars(z)) return 0;
+    }
+    return 1;
+}
+
+static q3n__normalizer q3n__normalizer_begin(const q3n__unicode *u, const q3n_allocator *a)
+{
+    return (q3n__normalizer){ u, a, { NULL, 0, 0 }, { NULL, 0, 0 }, { NULL, 0, 0 } };
+}
+
+static void q3n__normalizer_end(q3n__normalizer *z)
+{
+    q3n__free(z->allocator, z->chars.data);
+    q3n__free(z->allocator, z->sorted.data);
+    q3n__free(z->allocator, z->out.data);
+}
+
+/* =====================================================================================
+ * [8] TOKENIZER                                                           >>tokenizer
+ *
+ * Byte-level BPE.  Text goes through four steps, each a subsection: added tokens are cut out, the
+ * rest is brought to NFC and cut into words by the pattern, each word's bytes are merged pair by
+ * pair in order of rank.  Text passes in pieces: memory grows with the longest word only, time with
+ * the length of the text (times its logarithm within one word).  Both the section of the file and
+ * the text are hostile.  Of the model it knows the tokenizer and the allocator.
+ * ===================================================================================== */
+
+/* What one call of q3n_tokenize keeps. */
+typedef struct {
+    const q3n__tokenizer *t;
+    int                   no_special;   /* special tokens in the text are plain text */
+    q3n__normalizer       nfc;
+    q3n__buffer           work;         /* a long word */
+    int32_t              *ids;          /* [max] */
+    size_t                max, n;       /* n counts on beyond max */
+} q3n__encoder;
+
+static void q3n__emit(q3n__encoder *e, uint32_t id)
+{
+    if (e->n < e->max) e->ids[e->n] = (int32_t)id;
+    e->n++;
+}
+
+/* ---- Words: the pre-tokenizer's pattern ----
+ *
+ *     (?i:'s|'t|'re|'ve|'m|'ll|'d) | [^\r\n\p{L}\p{N}]?\p{L}+ | \p{N} | ?[^\s\p{L}\p{N}]+[\r\n]*
+ *     | \s*[\r\n]+ | \s+(?!\S) | \s+
+ *
+ * (the fourth alternative begins with an optional blank); the qwen3_5 pattern writes [\p{L}\p{M}]+
+ * in the second and [^\s\p{L}\p{M}\p{N}]+ in the fourth.  The first alternative that matches wins,
+ * and one of them does at every character. */
+
+/* Bytes of the contraction at p, 0 if there is none. */
+static int q3n__contraction(const uint8_t *p, const uint8_t *end)
+{
+    if (end - p < 2 || p[0] != '\'') return 0;
+    const int a = p[1] | 0x20, b = end - p > 2 ? p[2] | 0x20 : 0;
+    if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
+    if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) return 3;
+    if (end - p > 2 && p[1] == 0xC5 && p[2] == 0xBF) return 3;   /* U+017F, a long s, folds to s */
+    return 0;
+}
+
+static const uint8_t *q3n__skip(const q3n__unicode *u, const uint8_t *p, const uint8_t *end,
+                                uint32_t mask)
+{
+    for (;;) {
+        const q3n__char c = q3n__char_at(u, p, end);
+        if (!(c.mask & mask)) return p;
+        p += c.bytes;
+    }
+}
+
+/* End of the word that begins with white space: up to the last line end of the run; else all but
+ * its last character, which goes with the next word, if there is one. */
+static const uint8_t *q3n__space_end(const q3n__unicode *u, const uint8_t *p, const uint8_t *end)
+{
+    const uint8_t *q = p, *last = p, *line_end = NULL;
+    for (;;) {
+        const q3n__char c = q3n__char_at(u, q, end);
+        if (!(c.mask & Q3N__CLASS_SPACE)) break;
+        last = q;
+        q += c.bytes;
+        if (q3n__is_line_end(c)) line_end = q;
+    }
+    if (line_end) return line_end;
+    return q == end || last == p ? q : last;
+}
+
+/* End of the word at p < end. */
+static const uint8_t *q3n__word_end(const q3n__tokenizer *t, const uint8_t *p, const uint8_t *end)
+{
+    const q3n__unicode *u = t->unicode;
+    const int joins = t->pattern == Q3N__PATTERN_QWEN3_5;     /* marks go with letters */
+    const uint32_t letters = Q3N__CLASS_LETTER | (joins ? Q3N__CLASS_MARK : 0);
+    const uint32_t others = Q3N__CLASS_OTHER | (joins ? 0 : Q3N__CLASS_MARK);
+    const int contraction = q3n__contraction(p, end);
+    if (contraction) return p + contraction;
+
+    const q3n__char c = q3n__char_at(u, p, end);
+    const uint8_t *q = p + c.bytes;
+    if (c.mask & letters) return q3n__skip(u, q, end, letters);
+    if (c.mask & Q3N__CLASS_NUMBER) return q;
+
+    const q3n__char next = q3n__char_at(u, q, end);
+    if ((next.mask & letters) && !q3n__is_line_end(c))
+        return q3n__skip(u, q + next.bytes, end, letters);
+    if ((c.mask & others) || (c.cp == ' ' && (next.mask & others))) {
+        q = q3n__skip(u, q, end, others);
+        while (q < end && (*q == '\n' || *q == '\r')) q++;
+        return q;
+    }
+    return q3n__space_end(u, p, end);
+}
+
+/* ---- Added tokens: found in the text before it is cut into words ---- */
+
+#define Q3N__TOKEN_SPECIAL      1u
+#define Q3N__TOKEN_LSTRIP       2u      /* takes the white space before it along */
+#define Q3N__TOKEN_RSTRIP       4u
+#define Q3N__TOKEN_NORMALIZED   8u      /* searched in the normalised text */
+#define Q3N__TOKEN_SINGLE_WORD 16u      /* only where no word character touches it */
+#define Q3N__TOKEN_FLAGS       31u      /* those that the file may set */
+#define Q3N__TOKEN_ADDED      128u      /* always, so that flags tell added tokens from others */
+
+#define Q3N__MAX_ADDED 4096     /* bytes; at worst, finding a token takes as many steps a byte */
+
+struct q3n__added {
+    const uint8_t *text;
+    uint32_t       bytes, id, flags;
+};
+
+typedef struct {
+    const q3n__added *token;            /* NULL = none, then start = stop = end of the text */
+    const uint8_t    *start, *stop;     /* with the white space that it takes along */
+} q3n__match;
+
+/* First of tokens [lo, hi), which agree in their first depth bytes, whose byte at depth is >= b. */
+static uint32_t q3n__lower_bound(const q3n__added *tokens, uint32_t lo, uint32_t hi, size_t depth,
+                                 unsigned b)
+{
+    while (lo < hi) {
+        const uint32_t mid = lo + (hi - lo) / 2;
+        if (tokens[mid].text[depth] < b) lo = mid + 1;
+        else                             hi = mid;
+    }
+    return lo;
+}
+
+/* The longest token at p < end, NULL if none: narrow the sorted range byte by byte. */
+static const q3n__added *q3n__added_at(const q3n__added_index *x, const uint8_t *p,
+                                       const uint8_t *end)
+{
+    const q3n__added *best = NULL;
+    uint32_t lo = x->first[*p], hi = x->first[*p + 1];
+    for (size_t depth = 1; lo < hi; depth++) {
+        if (x->tokens[lo].bytes == depth) best = &x->tokens[lo];
+        while (lo < hi && x->tokens[lo].bytes == depth) lo++;
+        if (p + depth == end) break;
+        lo = q3n__lower_bound(x->tokens, lo, hi, depth, p[depth]);
+        hi = q3n__lower_bound(x->tokens, lo, hi, depth, p[depth] + 1u);
+    }
+    return best;
+}
+
+static int q3n__is_word_char(const q3n__unicode *u, const uint8_t *p, const uint8_t *end)
+{
+    const q3n__char c = q3n__char_at(u, p, end);
+    return (c.mask & (Q3N__CLASS_LETTER | Q3N__CLASS_MARK | Q3N__CLASS_NUMBER)) || c.cp == '_';
+}
+
+/* The next added token in [p, end) of a text that starts at begin. */
+static q3n__match q3n__next_added(const q3n__encoder *e, const q3n__added_index *x,
+                                  const uint8_t *begin, const uint8_t *p, const uint8_t *end)
+{
+    const q3n__unicode *u = e->t->unicode;
+    for (const uint8_t *s = p; s < end; s++) {
+        if (x->first[*s] == x->first[*s + 1]) continue;
+        const q3n__added *token = q3n__added_at(x, s, end);
+        if (!token) continue;
+        q3n__match m = { token, s, s + token->bytes };
+        const int alone = (s == begin || !q3n__is_word_char(u, q3n__char_before(begin, s), s))
+                       && !q3n__is_word_char(u, m.stop, end);
+        if (((token->flags & Q3N__TOKEN_SPECIAL) && e->no_special)
+            || ((token->flags & Q3N__TOKEN_SINGLE_WORD) && !alone)) {
+            s = m.stop - 1;
+            continue;
+        }
+        while ((token->flags & Q3N__TOKEN_LSTRIP) && m.start > p) {
+            const uint8_t *before = q3n__char_before(p, m.start);
+            if (!(q3n__char_at(u, before, m.start).mask & Q3N__CLASS_SPACE)) break;
+            m.start = before;
+        }
+        if (token->flags & Q3N__TOKEN_RSTRIP) m.stop = q3n__skip(u, m.stop, end, Q3N__CLASS_SPACE);
+        return m;
+    }
+    return (q3n__match){ NULL, end, end };
+}
+
+/* ---- Merges ---- */
+
+#define Q3N__NO_RANK    UINT32_MAX
+#define Q3N__SHORT_WORD 64
+#define Q3N__MAX_PROBES 4096     /* a sound file needs about 60: more is made on purpose */
+
+struct q3n__pair_slot {
+    uint32_t check;              /* low half of the pair's hash */
+    uint32_t rank_1;             /* rank + 1, 0 = empty */
+};
+
+static uint64_t q3n__pair_hash(uint32_t left, uint32_t right)
+{
+    uint64_t h = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u;
+    h ^= h >> 32;
+    return h * 0xD6E8FEB86659FD93u;
+}
+
+/* Rank of the merge of two neighbours, Q3N__NO_RANK if they do not merge. */
+static uint32_t q3n__pair_rank(const q3n__tokenizer *t, uint32_t left, uint32_t right)
+{
+    const uint64_t h = q3n__pair_hash(left, right), mask = UINT64_MAX >> t->pairs_shift;
+    for (uint64_t i = h >> t->pairs_shift; t->pairs[i].rank_1; i = (i + 1) & mask) {
+        if (t->pairs[i].check != (uint32_t)h) continue;
+        const uint32_t rank = t->pairs[i].rank_1 - 1;
+        const uint8_t *merge = t->merges + 12 * (size_t)rank;
+        if (q3n__load_u32(merge) == left && q3n__load_u32(merge + 4) == right) return rank;
+    }
+    return Q3N__NO_RANK;
+}
+
+static uint32_t q3n__merge_result(const q3n__tokenizer *t, uint32_t rank)
+{
+    return q3n__load_u32(t->merges + 12 * (size_t)rank + 8);
+}
+
+/* n <= Q3N__SHORT_WORD bytes: look for the best pair afresh after each merge. */
+static void q3n__encode_short(q3n__encoder *e, const uint8_t *p, size_t n)
+{
+    const q3n__tokenizer *t = e->t;
+    uint32_t id[Q3N__SHORT_WORD], rank[Q3N__SHORT_WORD];   /* rank of the pair (i, i + 1) */
+    for (size_t i = 0; i < n; i++) id[i] = t->byte_id[p[i]];
+    for (size_t i = 0; i + 1 < n; i++) rank[i] = q3n__pair_rank(t, id[i], id[i + 1]);
+    while (n > 1) {
+        size_t best = 0;
+        for (size_t i = 1; i + 1 < n; i++)
+            if (rank[i] < rank[best]) best = i;
+        if (rank[best] == Q3N__NO_RANK) break;
+        id[best] = q3n__merge_result(t, rank[best]);
+        n--;
+        for (size_t i = best + 1; i < n; i++) {
+            id[i] = id[i + 1];
+            rank[i - 1] = rank[i];
+        }
+        if (best > 0) rank[best - 1] = q3n__pair_rank(t, id[best - 1], id[best]);
+        if (best + 1 < n) rank[best] = q3n__pair_rank(t, id[best], id[best + 1]);
+    }
+    for (size_t i = 0; i < n; i++) q3n__emit(e, id[i]);
+}
+
+/* A long word is a linked list of tokens with a heap of its pairs, least rank and then leftmost
+ * first.  Pairs that a merge has undone stay in the heap and are dropped when they come up. */
+typedef struct {
+    uint32_t id;
+    uint32_t rank;              /* of the pair with the next; Q3N__NO_RANK also if merged away */
+    uint32_t prev, next;        /* next = n after the last */
+} q3n__node;
+
+static void q3n__sift_down(uint64_t *heap, size_t n, size_t i)
+{
+    const uint64_t x = heap[i];
+    for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        child += child + 1 < n && heap[child + 1] < heap[child];
+        if (x <= heap[child]) break;
+        heap[i] = heap[child];
+    }
+    heap[i] = x;
+}
+
+static void q3n__sift_up(uint64_t *heap, size_t i)
+{
+    const uint64_t x = heap[i];
+    for (; i > 0 && heap[(i - 1) / 2] > x; i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
+    heap[i] = x;
+}
+
+/* Recompute the pair that begins at node i and put it into the heap of *n keys. */
+static void q3n__pair_changed(const q3n__tokenizer *t, q3n__node *nodes, uint32_t i, uint64_t *heap,
+                              size_t *n)
+{
+    nodes[i].rank = q3n__pair_rank(t, nodes[i].id, nodes[nodes[i].next].id);
+    if (nodes[i].rank == Q3N__NO_RANK) return;
+    heap[*n] = (uint64_t)nodes[i].rank << 32 | i;
+    q3n__sift_up(heap, (*n)++);
+}
+
+static q3n_result q3n__encode_long(q3n__encoder *e, const uint8_t *p, size_t bytes)
+{
+    /* n nodes, at most 2n keys: n - 1 at first, and each of n - 1 merges takes one and adds two */
+    const size_t each = sizeof(q3n__node) + 2 * sizeof(uint64_t);
+    size_t need;
+    if (bytes >= UINT32_MAX || !q3n__mul_size(bytes, each, &need)) return Q3N_ERR_MEMORY;
+    e->work.bytes = 0;
+    if (!q3n__reserve(&e->work, need, e->nfc.allocator)) return Q3N_ERR_MEMORY;
+    const q3n__tokenizer *t = e->t;
+    const uint32_t n = (uint32_t)bytes;
+    uint64_t *heap = (uint64_t *)(void *)e->work.data;
+    q3n__node *nodes = (q3n__node *)(void *)(heap + 2 * (size_t)n);
+    size_t n_heap = 0;
+
+    for (uint32_t i = 0; i < n; i++) {
+        nodes[i] = (q3n__node){ t->byte_id[p[i]], Q3N__NO_RANK, i - 1, i + 1 };
+        if (i == 0) continue;
+        nodes[i - 1].rank = q3n__pair_rank(t, nodes[i - 1].id, nodes[i].id);
+        if (nodes[i - 1].rank != Q3N__NO_RANK)
+            heap[n_heap++] = (uint64_t)nodes[i - 1].rank << 32 | (i - 1);
+    }
+    for (size_t i = n_heap / 2; i-- > 0;) q3n__sift_down(heap, n_heap, i);
+
+    while (n_heap > 0) {
+        const uint32_t i = (uint32_t)heap[0], rank = (uint32_t)(heap[0] >> 32);
+        heap[0] = heap[--n_heap];
+        q3n__sift_down(heap, n_heap, 0);
+        if (nodes[i].rank != rank) continue;
+        const uint32_t gone = nodes[i].next, next = nodes[gone].next;
+        nodes[i].id = q3n__merge_result(t, rank);
+        nodes[i].next = next;
+        nodes[i].rank = nodes[gone].rank = Q3N__NO_RANK;
+        if (next < n) {
+            nodes[next].prev = i;
+            q3n__pair_changed(t, nodes, i, heap, &n_heap);
+        }
+        if (i > 0) q3n__pair_changed(t, nodes, nodes[i].prev, heap, &n_heap);
+    }
+    for (uint32_t i = 0; i < n; i = nodes[i].next) q3n__emit(e, nodes[i].id);
+    return Q3N_OK;
+}
+
+/* ---- Encoding ---- */
+
+#define Q3N__PIECE 4096          /* bytes of text that are normalised at once, if a cut is found */
+
+/* Where a piece of about Q3N__PIECE bytes may end: before white space that follows something else,
+ * or between a line end and something else.  No word of either pattern reaches across such a place,
+ * and none looks across it. */
+static const uint8_t *q3n__piece_end(const q3n__unicode *u, const uint8_t *p, const uint8_t *end)
+{
+    if (end - p <= Q3N__PIECE) return end;
+    p += Q3N__PIECE;
+    while (p < end && (*p & 0xC0) == 0x80) p++;
+    q3n__char before = q3n__char_at(u, p, end);
+    while ((p += before.bytes) < end) {
+        const q3n__char c = q3n__char_at(u, p, end);
+        const int after_line = q3n__is_line_end(before) && !(c.mask & Q3N__CLASS_SPACE);
+        const int after_word = !(before.mask & Q3N__CLASS_SPACE) && (c.mask & Q3N__CLASS_SPACE)
+                            && !q3n__is_line_end(c);
+        if ((after_line || after_word) && !(c.props & Q3N__UNSTABLE)) return p;
+        before = c;
+    }
+    return end;
+}
+
+static q3n_result q3n__encode_words(q3n__encoder *e, const uint8_t *p, const uint8_t *end)
+{
+    while (p < end) {
+        const uint8_t *q = q3n__word_end(e->t, p, end);
+        const size_t n = (size_t)(q - p);
+        if (n <= Q3N__SHORT_WORD) q3n__encode_short(e, p, n);
+        else if (q3n__encode_long(e, p, n) != Q3N_OK) return Q3N_ERR_MEMORY;
+        p = q;
+    }
+    return Q3N_OK;
+}
+
+/* Text in NFC: cut out the added tokens that are searched there. */
+static q3n_result q3n__encode_normal(q3n__encoder *e, const uint8_t *p, const uint8_t *end)
+{
+    const uint8_t *begin = p;
+    if (e->t->normalized.first[256] == 0) return q3n__encode_words(e, p, end);
+    while (p < end) {
+        const q3n__match m = q3n__next_added(e, &e->t->normalized, begin, p, end);
+        if (q3n__encode_words(e, p, m.start) != Q3N_OK) return Q3N_ERR_MEMORY;
+        if (m.token) q3n__emit(e, m.token->id);
+        p = m.stop;
+    }
+    return Q3N_OK;
+}
+
+/* Text without added tokens that are searched in the raw text: normalise what is not in NFC.  It
+ * goes whole where an added token might lie across a cut. */
+static q3n_result q3n__encode_plain(q3n__encoder *e, const uint8_t *p, const uint8_t *end)
+{
+    const q3n__tokenizer *t = e->t;
+    const int whole = !t->nfc || t->normalized.first[256] > 0;
+    while (p < end) {
+        const uint8_t *q = whole ? end : q3n__piece_end(t->unicode, p, end);
+        if (!t->nfc || q3n__find_unstable(t->unicode, p, q) == q) {
+            if (q3n__encode_normal(e, p, q) != Q3N_OK) return Q3N_ERR_MEMORY;
+        } else {
+            q3n__buffer *out = &e->nfc.out;
+            out->bytes = 0;
+            if (!q3n__append_nfc(&e->nfc, p, q)
+                || q3n__encode_normal(e, out->data, out->data + out->bytes) != Q3N_OK)
+                return Q3N_ERR_MEMORY;
+        }
+        p = q;
+    }
+    return Q3N_OK;
+}
+
+static q3n_result q3n__encode_text(q3n__encoder *e, const uint8_t *p, const uint8_t *end)
+{
+    const uint8_t *begin = p;
+    while (p < end) {
+        const q3n__match m = q3n__next_added(e, &e->t->raw, begin, p, end);
+        if (q3n__encode_plain(e, p, m.start) != Q3N_OK) return Q3N_ERR_MEMORY;
+        if (m.token) q3n__emit(e, m.token->id);
+        p = m.stop;
+    }
+    return Q3N_OK;
+}
+
+/* ---- Decoding ---- */
+
+static const char q3n__replacement[] = "\xEF\xBF\xBD";    /* U+FFFD */
+
+/* May b follow the unfinished character pending [n]?  After E0, ED, F0 and F4 not every
+ * continuation byte may (overlong forms, surrogates, beyond U+10FFFF). */
+static int q3n__utf8_continues(const uint8_t *pending, int n, uint8_t b)
+{
+    const uint8_t lead = pending[0];
+    if (n == 1 && lead == 0xE0) return b >= 0xA0 && b <= 0xBF;
+    if (n == 1 && lead == 0xED) return b >= 0x80 && b <= 0x9F;
+    if (n == 1 && lead == 0xF0) return b >= 0x90 && b <= 0xBF;
+    if (n == 1 && lead == 0xF4) return b >= 0x80 && b <= 0x8F;
+    return (b & 0xC0) == 0x80;
+}
+
+static size_t q3n__put(char *out, size_t at, const void *bytes, size_t n)   /* out NULL: count */
+{
+    if (out) memcpy(out + at, bytes, n);
+    return at + n;
+}
+
+/* Feed bytes to the decoder.  Returns what it writes to out (NULL = only count).  The longest part
+ * that could have become a character is replaced by one U+FFFD, as Unicode 3.9 recommends and
+ * Python's errors="replace" does. */
+static size_t q3n__decode_bytes(q3n_decoder *dec, const uint8_t *p, size_t bytes, char *out)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < bytes; i++) {
+        const uint8_t b = p[i];
+        if (dec->n_pending > 0) {
+            if (q3n__utf8_continues(dec->pending, dec->n_pending, b)) {
+                const uint8_t lead = dec->pending[0];
+                dec->pending[dec->n_pending++] = b;
+                if (dec->n_pending < (lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4)) continue;
+                n = q3n__put(out, n, dec->pending, (size_t)dec->n_pending);
+                dec->n_pending = 0;
+                continue;
+            }
+            n = q3n__put(out, n, q3n__replacement, 3);
+            dec->n_pending = 0;
+        }
+        if (b < 0x80) {
+            n = q3n__put(out, n, &b, 1);
+        } else if (b >= 0xC2 && b <= 0xF4) {
+            dec->pending[dec->n_pending++] = b;
+        } else {
+            n = q3n__put(out, n, q3n__replacement, 3);
+        }
+    }
+    return n;
+}
+
+/* Bytes of a token; 0 if id has none. */
+static size_t q3n__token_bytes(const q3n__tokenizer *t, uint32_t id, const uint8_t **text)
+{
+    *text = NULL;
+    if (id >= t->n_tokens) return 0;
+    const uint32_t start = q3n__load_u32(t->token_offset + 4 * (size_t)id);
+    const uint32_t stop = q3n__load_u32(t->token_offset + 4 * (size_t)id + 4);
+    *text = t->text + start;
+    return stop - start;
+}
+
+/* The bytes that id adds to the text.  0 = id lies outside the vocabulary. */
+static int q3n__decoder_input(const q3n__tokenizer *t, const q3n_decoder *dec, int32_t id,
+                              const uint8_t **text, size_t *bytes)
+{
+    if (id < 0 || (uint32_t)id >= t->vocab_size) return 0;
+    *bytes = q3n__token_bytes(t, (uint32_t)id, text);
+    if (*bytes && dec->skip_special && (t->flags[id] & Q3N__TOKEN_SPECIAL)) *bytes = 0;
+    return 1;
+}
+
+/* ---- Opening ---- */
+
+typedef struct {
+    const q3n__tokenizer_params *params;
+    q3n_error                   *err;
+    uint32_t                     n_tokens, n_merges, n_added;
+    const uint8_t               *added;        /* u32[n_added][2] */
+    size_t                       text_bytes;
+} q3n__tokenizer_layout;
+
+static q3n_result q3n__tokenizer_bad(const q3n__tokenizer_layout *l, const uint8_t *where,
+                                     const char *what, uint32_t i, uint32_t found)
+{
+    return q3n__fail(l->err, Q3N_ERR_FORMAT,
+                     l->params->file_offset + (int64_t)(where - l->params->section),
+                     "tokenizer: %s %u: found %u, of %u tokens in %u bytes of text", what,
+                     (unsigned)i, (unsigned)found, (unsigned)l->n_tokens, (unsigned)l->text_bytes);
+}
+
+/* Find the parts of the section. */
+static q3n_result q3n__tokenizer_split(q3n__tokenizer *t, q3n__tokenizer_layout *l)
+{
+    const q3n__tokenizer_params *p = l->params;
+    if (p->bytes < 16)
+        return q3n__fail(l->err, Q3N_ERR_FORMAT, p->file_offset,
+                         "tokenizer: section of %zu bytes, expected at least 16", p->bytes);
+    l->n_tokens = q3n__load_u32(p->section);
+    l->n_merges = q3n__load_u32(p->section + 4);
+    l->n_added = q3n__load_u32(p->section + 8);
+    if (l->n_tokens < 1 || p->vocab_size < 1 || l->n_tokens > (uint32_t)p->vocab_size)
+        return q3n__fail(l->err, Q3N_ERR_FORMAT, p->file_offset,
+                         "tokenizer: %u tokens, expected 1 to vocab_size %d", (unsigned)l->n_tokens,
+                         p->vocab_size);
+    if (l->n_added > l->n_tokens || l->n_merges > UINT32_MAX / 4)
+        return q3n__fail(l->err, Q3N_ERR_FORMAT, p->file_offset + 4,
+                         "tokenizer: %u merges and %u added tokens are too many for %u tokens",
+                         (unsigned)l->n_merges, (unsigned)l->n_added, (unsigned)l->n_tokens);
+    const uint64_t fixed = 16 + 4 * ((uint64_t)l->n_tokens + 1) + 12 * (uint64_t)l->n_merges
+                         + 8 * (uint64_t)l->n_added;
+    if (fixed > p->bytes)
+        return q3n__fail(l->err, Q3N_ERR_FORMAT, p->file_offset,
+                         "tokenizer: %u tokens, %u merges and %u added tokens need %llu bytes, the "
+                         "section has %zu", (unsigned)l->n_tokens, (unsigned)l->n_merges,
+                         (unsigned)l->n_added, (unsigned long long)fixed, p->bytes);
+    t->n_tokens = l->n_tokens;
+    t->vocab_size = (uint32_t)p->vocab_size;
+    t->pattern = p->pattern;
+    t->nfc = p->nfc;
+    t->token_offset = p->section + 16;
+    t->merges = t->token_offset + 4 * ((size_t)l->n_tokens + 1);
+    l->added = t->merges + 12 * (size_t)l->n_merges;
+    t->text = l->added + 8 * (size_t)l->n_added;
+    l->text_bytes = p->bytes - (size_t)fixed;
+    return Q3N_OK;
+}
+
+/* Offsets ascend within the text; every byte has a token of its own. */
+static q3n_result q3n__tokenizer_check_tokens(q3n__tokenizer *t, const q3n__tokenizer_layout *l)
+{
+    memset(t->byte_id, 0xFF, sizeof t->byte_id);
+    uint32_t start = q3n__load_u32(t->token_offset);
+    for (uint32_t i = 0; i < l->n_tokens; i++) {
+        const uint8_t *next = t->token_offset + 4 * ((size_t)i + 1);
+        const uint32_t stop = q3n__load_u32(next);
+        if (stop < start || stop > l->text_bytes)
+            return q3n__tokenizer_bad(l, next, "end of token", i, stop);
+        if (stop - start == 1 && t->byte_id[t->text[start]] == UINT32_MAX)
+            t->byte_id[t->text[start]] = i;
+        start = stop;
+    }
+    for (uint32_t b = 0; b < 256; b++)
+        if (t->byte_id[b] == UINT32_MAX)
+            return q3n__fail(l->err, Q3N_ERR_FORMAT, l->params->file_offset,
+                             "tokenizer: no token for the single byte 0x%02X, all 256 need one",
+                             (unsigned)b);
+    return Q3N_OK;
+}
+
+static uint32_t q3n__token_length(const q3n__tokenizer *t, uint32_t id)   /* id < n_tokens */
+{
+    const uint8_t *text;
+    return (uint32_t)q3n__token_bytes(t, id, &text);
+}
+
+/* Put merge `rank` into the table unless its pair is there already: the lower rank wins. */
+static q3n_result q3n__add_merge(q3n__tokenizer *t, const q3n__tokenizer_layout *l, uint32_t rank)
+{
+    const uint8_t *merge = t->merges + 12 * (size_t)rank;
+    const uint32_t left = q3n__load_u32(merge), right = q3n__load_u32(merge + 4);
+    const uint32_t result = q3n__load_u32(merge + 8);
+    if (left >= l->n_tokens) return q3n__tokenizer_bad(l, merge, "left id of merge", rank, left);
+    if (right >= l->n_tokens)
+        return q3n__tokenizer_bad(l, merge + 4, "right id of merge", rank, right);
+    if (result >= l->n_tokens)
+        return q3n__tokenizer_bad(l, merge + 8, "result of merge", rank, result);
+    const uint32_t n_left = q3n__token_length(t, left), n_right = q3n__token_length(t, right);
+    if (n_left == 0 || n_right == 0 || q3n__token_length(t, result) - n_left != n_right)
+        return q3n__tokenizer_bad(l, merge + 8, "length of the result of merge", rank,
+                                  q3n__token_length(t, result));
+
+    const uint64_t h = q3n__pair_hash(left, right), mask = UINT64_MAX >> t->pairs_shift;
+    uint64_t i = h >> t->pairs_shift;
+    for (int probes = 0; t->pairs[i].rank_1; i = (i + 1) & mask) {
+        const uint8_t *other = t->merges + 12 * (size_t)(t->pairs[i].rank_1 - 1);
+        if (t->pairs[i].check == (uint32_t)h && q3n__load_u32(other) == left
+            && q3n__load_u32(other + 4) == right)
+            return Q3N_OK;
+        if (++probes == Q3N__MAX_PROBES)
+            return q3n__tokenizer_bad(l, merge, "too many merges collide at merge", rank, left);
+    }
+    t->pairs[i] = (q3n__pair_slot){ (uint32_t)h, rank + 1 };
+    return Q3N_OK;
+}
+
+static q3n_result q3n__tokenizer_add_merges(q3n__tokenizer *t, const q3n__tokenizer_layout *l,
+                                            const q3n_allocator *a)
+{
+    uint32_t bits = 4;
+    while ((1ull << bits) < l->n_merges + (uint64_t)l->n_merges / 2) bits++;
+    size_t bytes;
+    if (!q3n__mul_size(sizeof *t->pairs, (size_t)1 << bits, &bytes)
+        || !(t->pairs = (q3n__pair_slot *)q3n__alloc(a, bytes)))
+        return q3n__fail(l->err, Q3N_ERR_MEMORY, -1, "tokenizer: out of memory for %u merges",
+                         (unsigned)l->n_merges);
+    memset(t->pairs, 0, bytes);
+    t->pairs_shift = 64 - bits;
+    for (uint32_t rank = 0; rank < l->n_merges; rank++) {
+        const q3n_result r = q3n__add_merge(t, l, rank);
+        if (r != Q3N_OK) return r;
+    }
+    return Q3N_OK;
+}
+
+/* Order of q3n__tokenizer.added: raw ones first, then by text, then by id. */
+static int q3n__added_before(const q3n__added *x, const q3n__added *y)
+{
+    const uint32_t nx = x->flags & Q3N__TOKEN_NORMALIZED, ny = y->flags & Q3N__TOKEN_NORMALIZED;
+    if (nx != ny) return nx < ny;
+    const int order = memcmp(x->text, y->text, x->bytes < y->bytes ? x->bytes : y->bytes);
+    if (order != 0) return order < 0;
+    return x->bytes != y->bytes ? x->bytes < y->bytes : x->id < y->id;
+}
+
+static void q3n__sort_added(q3n__added *x, size_t n)   /* heap sort: in place, never quadratic */
+{
+    for (size_t i = n / 2, end = n; end > 1;) {
+        q3n__added moved;
+        if (i > 0) {
+            moved = x[--i];
+        } else {
+            moved = x[--end];
+            x[end] = x[0];
+        }
+        size_t at = i;
+        for (size_t child; (child = 2 * at + 1) < end; at = child) {
+            if (child + 1 < end && q3n__added_before(&x[child], &x[child + 1])) child++;
+            if (!q3n__added_before(&moved, &x[child])) break;
+            x[at] = x[child];
+        }
+        x[at] = moved;
+    }
+}
+
+static void q3n__index_added(q3n__added_index *x, const q3n__added *tokens, uint32_t n)
+{
+    x->tokens = tokens;
+    for (uint32_t b = 0, i = 0; b < 257; b++) {
+        while (i < n && tokens[i].text[0] < b) i++;
+        x->first[b] = i;
+    }
+}
+
+/* Tokens that are searched in normalised text are themselves normalised. */
+static q3n_result q3n__normalize_added(q3n__tokenizer *t, uint32_t n_added, const q3n_allocator *a)
+{
+    q3n__normalizer z = q3n__normalizer_begin(t->unicode, a);
+    int ok = 1;
+    for (uint32_t i = 0; i < n_added && ok; i++) {
+        q3n__added *x = &t->added[i];
+        if (!(x->flags & Q3N__TOKEN_NORMALIZED)) continue;
+        const size_t before = z.out.bytes;
+        ok = q3n__append_nfc(&z, x->text, x->text + x->bytes) && z.out.bytes <= UINT32_MAX;
+        x->bytes = (uint32_t)(z.out.bytes - before);
+    }
+    const uint8_t *text = z.out.data;
+    for (uint32_t i = 0; i < n_added && ok; i++) {
+        q3n__added *x = &t->added[i];
+        if (!(x->flags & Q3N__TOKEN_NORMALIZED)) continue;
+        x->text = text;
+        text += x->bytes;
+    }
+    t->added_text = z.out.data;
+    z.out.data = NULL;
+    q3n__normalizer_end(&z);
+    return ok ? Q3N_OK : Q3N_ERR_MEMORY;
+}
+
+/* Read and index the list of added tokens. */
+static q3n_result q3n__tokenizer_add_added(q3n__tokenizer *t, const q3n__tokenizer_layout *l,
+                                           const q3n_allocator *a)
+{
+    uint32_t n_raw = 0;
+    memset(t->flags, 0, l->n_tokens);
+    for (uint32_t i = 0; i < l->n_added; i++) {
+        const uint8_t *record = l->added + 8 * (size_t)i;
+        q3n__added *x = &t->added[i];
+        x->id = q3n__load_u32(record);
+        if (x->id >= l->n_tokens)
+            return q3n__tokenizer_bad(l, record, "id of added token", i, x->id);
+        if (t->flags[x->id])
+            return q3n__tokenizer_bad(l, record, "repeated id of added token", i, x->id);
+        x->bytes = (uint32_t)q3n__token_bytes(t, x->id, &x->text);
+        if (x->bytes < 1 || x->bytes > Q3N__MAX_ADDED)
+            return q3n__tokenizer_bad(l, record, "length of added token", i, x->bytes);
+        x->flags = Q3N__TOKEN_ADDED | (q3n__load_u32(record + 4) & Q3N__TOKEN_FLAGS);
+        t->flags[x->id] = (uint8_t)x->flags;
+        n_raw += !(x->flags & Q3N__TOKEN_NORMALIZED);
+    }
+    if (t->nfc && n_raw < l->n_added && q3n__normalize_added(t, l->n_added, a) != Q3N_OK)
+        return q3n__fail(l->err, Q3N_ERR_MEMORY, -1, "tokenizer: out of memory for added tokens");
+    q3n__sort_added(t->added, l->n_added);
+    q3n__index_added(&t->raw, t->added, n_raw);
+    q3n__index_added(&t->normalized, t->added + n_raw, l->n_added - n_raw);
+    return Q3N_OK;
+}
+
+static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a)
+{
+    q3n__free(a, t->unicode);
+    q3n__free(a, t->pairs);
+    q3n__free(a, t->added);
+    q3n__free(a, t->added_text);
+    q3n__free(a, t->flags);
+    memset(t, 0, sizeof *t);
+}
+
+static q3n_result q3n__tokenizer_open(q3n__tokenizer *t, const q3n__tokenizer_params *p,
+                                      const q3n_allocator *a, q3n_error *err)
+{
+    q3n__tokenizer_layout l = { p, err, 0, 0, 0, NULL, 0 };
+    memset(t, 0, sizeof *t);
+    q3n_result r = q3n__tokenizer_split(t, &l);
+    if (r != Q3N_OK) goto done;
+    size_t bytes;
+    t->unicode = (q3n__unicode *)q3n__alloc(a, sizeof *t->unicode);
+    t->flags = (uint8_t *)q3n__alloc(a, l.n_tokens);
+    t->added = q3n__mul_size(sizeof *t->added, (size_t)l.n_added + 1, &bytes)
+                   ? (q3n__added *)q3n__alloc(a, bytes) : NULL;
+    if (!t->unicode || !t->flags || !t->added) {
+        r = q3n__fail(err, Q3N_ERR_MEMORY, -1, "tokenizer: out of memory for %u tokens",
+                      (unsigned)l.n_tokens);
+        goto done;
+    }
+    q3n__unicode_init(t->unicode);
+    r = q3n__tokenizer_check_tokens(t, &l);
+    if (r == Q3N_OK) r = q3n__tokenizer_add_merges(t, &l, a);
+    if (r == Q3N_OK) r = q3n__tokenizer_add_added(t, &l, a);
+done:
+    if (r != Q3N_OK) q3n__tokenizer_close(t, a);
+    return r;
+}
+
+/* ---- Public functions ---- */
+
+Q3N_DEF int q3n_model_n_tokens(const q3n_model *m) { return (int)m->tokenizer.n_tokens; }
+
+Q3N_DEF q3n_result q3n_tokenize(const q3n_model *m, const char *text, size_t bytes, int flags,
+                                int32_t *ids, size_t max, size_t *n)
+{
+    *n = 0;
+    if ((!text && bytes) || (!ids && max) || (flags & ~Q3N_TOKENIZE_NO_SPECIAL)) return Q3N_ERR_ARG;
+    if (m->tokenizer.n_tokens == 0) return Q3N_ERR_UNSUPPORTED;
+    if (bytes == 0) return Q3N_OK;
+    q3n__encoder e = { &m->tokenizer, (flags & Q3N_TOKENIZE_NO_SPECIAL) != 0,
+                       q3n__normalizer_begin(m->tokenizer.unicode, &m->allocator),
+                       { NULL, 0, 0 }, ids, max, 0 };
+    const uint8_t *p = (const uint8_t *)text;
+    const q3n_result r = q3n__encode_text(&e, p, p + bytes);
+    q3n__normalizer_end(&e.nfc);
+    q3n__free(&m->allocator, e.work.data);
+    if (r != Q3N_OK) return r;
+    *n = e.n;
+    return e.n > max ? Q3N_ERR_FULL : Q3N_OK;
+}
+
+Q3N_DEF const char *q3n_token_text(const q3n_model *m, int32_t id, size_t *bytes)
+{
+    const uint8_t *text;
+    *bytes = id < 0 ? 0 : q3n__token_bytes(&m->tokenizer, (uint32_t)id, &text);
+    return *bytes ? (const char *)text : NULL;
+}
+
+Q3N_DEF int q3n_token_is_special(const q3n_model *m, int32_t id)
+{
+    const q3n__tokenizer *t = &m->tokenizer;
+    return id >= 0 && (uint32_t)id < t->n_tokens && (t->flags[id] & Q3N__TOKEN_SPECIAL);
+}
+
+Q3N_DEF q3n_result q3n_decoder_next(q3n_decoder *dec, const q3n_model *m, int32_t id, char *out,
+                                    size_t max, size_t *n)
+{
+    const uint8_t *text;
+    size_t bytes;
+    *n = 0;
+    if (dec->n_pending < 0 || dec->n_pending > 3) return Q3N_ERR_ARG;
+    if (!q3n__decoder_input(&m->tokenizer, dec, id, &text, &bytes)) return Q3N_ERR_ARG;
+    q3n_decoder trial = *dec;
+    *n = q3n__decode_bytes(&trial, text, bytes, NULL);
+    if (*n > max) return Q3N_ERR_FULL;
+    q3n__decode_bytes(dec, text, bytes, out);
+    return Q3N_OK;
+}
+
+Q3N_DEF void q3n_decoder_finish(q3n_decoder *dec, char *out, size_t *n)
+{
+    *n = dec->n_pending > 0 ? 3 : 0;
+    if (*n) memcpy(out, q3n__replacement, 3);
+    dec->n_pending = 0;
+}
+
+Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t n_ids,
+                                  char *out, size_t max, size_t *n)
+{
+    *n = 0;
+    for (int writing = 0; writing < 2; writing++) {
+        q3n_decoder dec = { { 0 }, 0, 0 };
+        size_t total = 0;
+        for (size_t i = 0; i < n_ids; i++) {
+            const uint8_t *text;
+            size_t bytes;
+            if (!q3n__decoder_input(&m->tokenizer, &dec, ids[i], &text, &bytes)) return Q3N_ERR_ARG;
+            total += q3n__decode_bytes(&dec, text, bytes, writing ? out + total : NULL);
+        }
+        if (dec.n_pending) total = q3n__put(writing ? out : NULL, total, q3n__replacement, 3);
+        *n = total;
+        if (total == 0) return Q3N_OK;
+        if (total > max) return Q3N_ERR_FULL;
+    }
+    return Q3N_OK;
+}
+
+/* =====================================================================================
+ * [9] OPS                                                                         >>ops
+ *
+ * Portable drivers over the kernel table: linear layers, rotary embedding, the KV cache.  Each is
+ * one parallel region or less.  They know shapes and pieces of work, not the model.
+ * ===================================================================================== */
+
+/* ---- Linear layers: y = x W' (+ bias) ---- */
+typedef struct {
+    const q3n__mat *w;
+    const float    *bias;        /* [n_rows] or NULL                                             */
+    const float    *x;           /* [n, n_cols], rows x_stride apart                             */
+    float          *y;           /* [n, n_rows], rows y_stride apart                             */
+    int             x_stride, y_stride;
+} q3n__linear;
+
+#define Q3N__MAX_LINEARS 4
+
+typedef struct {
+    const q3n__kernels *k;
+    const q3n__linear  *job;
+    int                 n_jobs, n;
+    int                 rows_per_block;
+    int                 first_block[Q3N__MAX_LINEARS + 1];   /* blocks of all jobs, one after another */
+} q3n__linear_run;
+
+/* Tokens and rows of one kernel call in a long run: 48 tokens of 2048 floats and 64 rows of bf16
+ * fit a 1 MiB second-level cache together. */
+#define Q3N__TOKEN_TILE 48
+#define Q3N__ROW_TILE   64
+
+static void q3n__matmul_tiled(const q3n__kernels *k, q3n_type type, const q3n__matmul *whole)
+{
+    q3n__matmul m = *whole;
+    for (int r = whole->row0; r < whole->row1; r += Q3N__ROW_TILE) {
+        m.row0 = r;
+        m.row1 = r + Q3N__ROW_TILE < whole->row1 ? r + Q3N__ROW_TILE : whole->row1;
+        for (int t = 0; t < whole->n; t += Q3N__TOKEN_TILE) {
+            m.n = whole->n - t < Q3N__TOKEN_TILE ? whole->n - t : Q3N__TOKEN_TILE;
+            m.y = whole->y + (size_t)t * (size_t)whole->y_stride;
+            if (whole->x_rows) m.x_rows = whole->x_rows + t;
+            else               m.x = whole->x + (size_t)t * (size_t)whole->x_stride;
+            k->matmul[type](&m);
+        }
+    }
+}
+
+static void q3n__linear_task(void *arg, int begin, int end)
+{
+    const q3n__linear_run *run = (const q3n__linear_run *)arg;
+    for (int i = 0; i < run->n_jobs; i++) {
+        const int b0 = begin > run->first_block[i] ? begin : run->first_block[i];
+        const int b1 = end < run->first_block[i + 1] ? end : run->first_block[i + 1];
+        if (b0 >= b1) continue;
+        const q3n__linear *j = &run->job[i];
+        const int row1 = (b1 - run->first_block[i]) * run->rows_per_block;
+        const q3n__matmul m = {
+            .w = j->w->data, .x = j->x, .bias = j->bias, .y = j->y,
+            .x_stride = j->x_stride, .y_stride = j->y_stride, .n = run->n, .n_cols = j->w->n_cols,
+            .row0 = (b0 - run->first_block[i]) * run->rows_per_block,
+            .row1 = row1 < j->w->n_rows ? row1 : j->w->n_rows,
+        };
+        q3n__matmul_tiled(run->k, j->w->type, &m);
+    }
+}
+
+/* Rows of one piece of work: enough pieces for every thread, a multiple of 16 so that interleaved
+ * types are cut at tile borders, not so few that claiming a piece costs. */
+static int q3n__rows_per_block(const q3n__pool *p, int n_rows)
+{
+    const int wanted = n_rows / (p->n_threads * 4);
+    return wanted < 16 ? 16 : wanted > 256 ? 256 : wanted / 16 * 16;
+}
+
+/* All jobs in one parallel region, n tokens each. */
+static void q3n__linear_all(q3n__pool *p, const q3n__kernels *k, const q3n__linear *jobs, int n_jobs,
+                            int n)
+{
+    q3n__linear_run run = { .k = k, .job = jobs, .n_jobs = n_jobs, .n = n };
+    int rows = 0;
+    for (int i = 0; i < n_jobs; i++) rows += jobs[i].w->n_rows;
+    run.rows_per_block = q3n__rows_per_block(p, rows);
+    for (int i = 0; i < n_jobs; i++)
+        run.first_block[i + 1] = run.first_block[i]
+                               + (jobs[i].w->n_rows + run.rows_per_block - 1) / run.rows_per_block;
+    q3n__parallel(p, run.first_block[n_jobs], 1, q3n__linear_task, &run);
+}
+
+static float q3n__sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+/* ---- Rotary position embedding ---- */
+
+/* cos and sin [rotary_dim / 2] at a position.  Angles in double: at position 200,000 a float angle
+ * is off by 0.01. */
+static void q3n__rope_at(const q3n_model *m, int position, float *cosines, float *sines)
+{
+    const int half = m->config.rotary_dim / 2;
+    if (m->config.rope_type == Q3N_ROPE_TABLE) {
+        const size_t row = (size_t)position * (size_t)(m->config.head_dim / 2);
+        memcpy(cosines, m->weights.rope_cos + row, (size_t)half * sizeof *cosines);
+        memcpy(sines, m->weights.rope_sin + row, (size_t)half * sizeof *sines);
+        return;
+    }
+    for (int j = 0; j < half; j++) {
+        const double angle = position * m->inv_freq[j];
+        cosines[j] = (float)(cos(angle) * m->rope_scale);
+        sines[j]   = (float)(sin(angle) * m->rope_scale);
+    }
+}
+
+/* Rotate pairs (j, j + R/2) of one head ([HF] rotate_half). */
+static void q3n__rope_rotate(float *x, const float *cosines, const float *sines, int half)
+{
+    for (int j = 0; j < half; j++) {
+        const float a = x[j], b = x[j + half];
+        x[j]        = a * cosines[j] - b * sines[j];
+        x[j + half] = b * cosines[j] + a * sines[j];
+    }
+}
+
+/* ---- KV cache: [attention layer][block][kv head] blocks, keys then values of Q3N__KV_BLOCK ---- */
+typedef struct {
+    uint8_t *data;
+    q3n_type type;
+    int      n_blocks;           /* per layer                                                    */
+    int      n_kv_heads, dim;
+} q3n__kv_cache;
+
+/* Bytes of one block: the keys, and behind them as many of values. */
+static size_t q3n__kv_block_bytes(q3n_type type, int dim)
+{
+    return 2 * (size_t)Q3N__KV_BLOCK * q3n__row_bytes(type, dim);
+}
+
+static uint8_t *q3n__kv_block(const q3n__kv_cache *kv, int layer, int block, int head)
+{
+    const size_t i = ((size_t)layer * (size_t)kv->n_blocks + (size_t)block) * (size_t)kv->n_kv_heads
+                   + (size_t)head;
+    return kv->data + i * q3n__kv_block_bytes(kv->type, kv->dim);
+}
+
+/* Add one block's softmax (m, l, o) to the running one (M, L, O), both relative to their maximum
+ * (online softmax; [FA] algorithm 1). */
+typedef struct { float m, l; } q3n__softmax_part;
+
+static void q3n__attend_merge(q3n__softmax_part *run, float *O, q3n__softmax_part part, const float *o,
+                              int dim)
+{
+    if (part.l == 0.0f) return;
+    const float m = run->m > part.m ? run->m : part.m;
+    const float a = run->l == 0.0f ? 0.0f : expf(run->m - m), b = expf(part.m - m);
+    run->l = run->l * a + part.l * b;
+    run->m = m;
+    for (int i = 0; i < dim; i++) O[i] = O[i] * a + o[i] * b;
+}
+
+/* =====================================================================================
+ * [10] MODEL                                                                    >>model
+ *
+ * The forward pass, in the words and letters of the reference.  One path serves one token and five
+ * hundred, of one session or of several: a run is a list of token rows, cut into segments that
+ * belong to one session each.  Knows no type, no instruction set, no file.
+ * ===================================================================================== */
+
+/* State of one session that the layers read and write. */
+typedef struct {
+    q3n__kv_cache kv;
+    float        *delta;         /* [DeltaNet layer][Hv][dk, dv]                                 */
+    float        *conv;          /* [DeltaNet layer][width - 1, C]                               */
+    int           length;        /* tokens before this run                                       */
+    int64_t      *expert_counts; /* [layer][E] or NULL                                           */
+} q3n__state;
+
+/* Rows [row0, row0 + n) of a run: the next n tokens of one session. */
+typedef struct {
+    q3n__state *state;
+    int         row0, n;
+} q3n__segment;
+
+/* One feed-forward network applied to some rows: an expert, the shared expert or a dense FFN. */
+typedef struct {
+    q3n__mat     gate, up, down; /* of one expert: data points at its slice                      */
+    const float *gate_bias, *up_bias, *down_bias;
+    const int   *rows;           /* [n] rows of the run, ascending; NULL = all                   */
+    const float *weight;         /* [n] factor of each row's output; NULL = 1                    */
+    int          n, first;       /* its rows of r->ffn_gate and r->ffn_up begin at first         */
+    int          first_block;    /* its pieces of work begin here                                */
+} q3n__ffn;
+
+/* Activations of a run of at most `max` tokens; [max, width] each unless said otherwise. */
+typedef struct {
+    const q3n_model   *model;
+    const q3n__kernels *k;
+    q3n__pool         *pool;
+    const q3n__segment *segments;
+    int    n_segments, n;
+    float *x;                    /* [d] residual stream                                          */
+    float *a, *b;                /* [d] input and output of a mixer or FFN                       */
+    float *proj;                 /* [Q] or [QKVZ]                                                */
+    float *key, *value;          /* [K D]                                                        */
+    float *q;                    /* [K][max][H / K, D]: queries of a kv head together            */
+    float *attn;                 /* the same for the attention's output                          */
+    float *rope_cos, *rope_sin;  /* [R / 2]                                                      */
+    float *u;                    /* [C] behind the convolution: q, k, v                          */
+    float *ba;                   /* [2 Hv]: b, a; then beta, g                                   */
+    float *mixed;                /* [H D] or [Hv dv]: input of the last projection               */
+    float *part_o;               /* split attention: [queries][blocks][D]                        */
+    q3n__softmax_part *part;     /* split attention: [queries][blocks]                           */
+    float *router;               /* [E] probabilities                                            */
+    int   *top;                  /* [k] experts, ascending                                       */
+    float *top_weight;           /* [k]                                                          */
+    int   *expert_row;           /* [max k] rows by expert                                       */
+    float *expert_weight;        /* [max k]                                                      */
+    int   *expert_first;         /* [E + 1]                                                      */
+    float *shared_weight;        /* [1]                                                          */
+    q3n__ffn *ffn;               /* [E + 1] jobs of this layer                                   */
+    float *ffn_gate, *ffn_up;    /* [max (k + 1)] rows of the widest FFN                         */
+    int    max;
+} q3n__run;
+
+/* ---- Small steps over all rows ---- */
+typedef struct {
+    const q3n__run *r;
+    float          *y;
+    const float    *x, *w;
+    int             dim;
+} q3n__rows_arg;
+
+static void q3n__rms_norm_task(void *arg, int begin, int end)
+{
+    const q3n__rows_arg *j = (const q3n__rows_arg *)arg;
+    for (int t = begin; t < end; t++)
+        j->r->k->rms_norm(j->y + (size_t)t * (size_t)j->dim, j->x + (size_t)t * (size_t)j->dim, j->w,
+                          j->dim, (float)j->r->model->config.rms_norm_eps);
+}
+
+static void q3n__rms_norm(const q3n__run *r, float *y, const float *x, const float *w)
+{
+    q3n__rows_arg arg = { r, y, x, w, r->model->config.hidden_size };
+    q3n__parallel(r->pool, r->n, 8, q3n__rms_norm_task, &arg);
+}
+
+static void q3n__add_task(void *arg, int begin, int end)
+{
+    const q3n__rows_arg *j = (const q3n__rows_arg *)arg;
+    const size_t at = (size_t)begin * (size_t)j->dim;
+    for (int t = begin; t < end; t++)
+        j->r->k->axpy(j->y + at + (size_t)(t - begin) * (size_t)j->dim, 1.0f,
+                      j->x + at + (size_t)(t - begin) * (size_t)j->dim, j->dim);
+}
+
+static void q3n__add(const q3n__run *r, float *y, const float *x)
+{
+    q3n__rows_arg arg = { r, y, x, NULL, r->model->config.hidden_size };
+    q3n__parallel(r->pool, r->n, 8, q3n__add_task, &arg);
+}
+
+/* The segment of row t; position in the text is the segment's length + t - row0. */
+static const q3n__segment *q3n__segment_of(const q3n__run *r, int t)
+{
+    int i = 0;
+    while (t >= r->segments[i].row0 + r->segments[i].n) i++;
+    return &r->segments[i];
+}
+
+static int q3n__position(const q3n__run *r, int t)
+{
+    const q3n__segment *s = q3n__segment_of(r, t);
+    return s->state->length + t - s->row0;
+}
+
+static void q3n__embed(const q3n__run *r, const int32_t *tokens)
+{
+    const q3n__mat *w = &r->model->weights.embed_tokens;
+    const size_t d = (size_t)w->n_cols, half = (size_t)r->model->config.rotary_dim / 2;
+    for (int t = 0; t < r->n; t++) {
+        r->k->to_f32[w->type](r->x + (size_t)t * d,
+                              w->data + (size_t)tokens[t] * q3n__row_bytes(w->type, w->n_cols), (int)d);
+        q3n__rope_at(r->model, q3n__position(r, t), r->rope_cos + (size_t)t * half,
+                     r->rope_sin + (size_t)t * half);
+    }
+}
+
+/* ---- Attention ---- */
+typedef struct {
+    const q3n__run   *r;
+    const q3n__layer *w;
+    int               layer;         /* number among the attention layers                        */
+    int               n_tiles;       /* of all segments, for one kv head                         */
+    int               n_blocks;      /* split attention: blocks of the longest segment           */
+} q3n__attention_arg;
+
+/* Per token: norm and rotate the heads of q and k, scale q, lay q out by kv head, store k and v. */
+static void q3n__attention_prepare_task(void *arg, int begin, int end)
+{
+    const q3n__attention_arg *j = (const q3n__attention_arg *)arg;
+    const q3n__run *r = j->r;
+    const q3n_config *c = &r->model->config;
+    const int D = c->head_dim, H = c->num_attention_heads, K = c->num_key_value_heads, g = H / K;
+    const int half = c->rotary_dim / 2, q_step = c->attn_output_gate ? 2 * D : D;
+    const float eps = (float)c->rms_norm_eps, scale = 1.0f / sqrtf((float)D);
+    for (int t = begin; t < end; t++) {
+        const q3n__segment *s = q3n__segment_of(r, t);
+        const int position = s->state->length + t - s->row0;
+        const float *cosines = r->rope_cos + (size_t)t * (size_t)half;
+        const float *sines = r->rope_sin + (size_t)t * (size_t)half;
+        for (int h = 0; h < H; h++) {
+            const float *from = r->proj + ((size_t)t * (size_t)H + (size_t)h) * (size_t)q_step;
+            float *q = r->q + (((size_t)(h / g) * (size_t)r->n + (size_t)t) * (size_t)g
+                               + (size_t)(h % g)) * (size_t)D;
+            if (j->w->q_norm) r->k->rms_norm(q, from, j->w->q_norm, D, eps);
+            else              memcpy(q, from, (size_t)D * sizeof *q);
+            q3n__rope_rotate(q, cosines, sines, half);
+            for (int i = 0; i < D; i++) q[i] *= scale;
+        }
+        for (int h = 0; h < K; h++) {
+            float *key = r->key + ((size_t)t * (size_t)K + (size_t)h) * (size_t)D;
+            const float *value = r->value + ((size_t)t * (size_t)K + (size_t)h) * (size_t)D;
+            if (j->w->k_norm) r->k->rms_norm(key, key, j->w->k_norm, D, eps);
+            q3n__rope_rotate(key, cosines, sines, half);
+            const q3n__kv_cache *kv = &s->state->kv;
+            uint8_t *block = q3n__kv_block(kv, j->layer, position / Q3N__KV_BLOCK, h);
+            const q3n__store_kv store = { block, block + q3n__kv_block_bytes(kv->type, D) / 2, key, value,
+                                          position % Q3N__KV_BLOCK, D };
+            r->k->store_kv[kv->type](&store);
+        }
+    }
+}
+
+/* Queries of one kv head that are answered together: enough to share each load of keys and values,
+ * few enough for scores and outputs to stay in the first-level cache, and on the stack. */
+#define Q3N__QUERY_TILE   32
+#define Q3N__TILE_OUTPUTS 8192
+
+typedef struct {
+    const q3n__segment *s;
+    int                 head;        /* kv head                                                  */
+    int                 first, n;    /* queries of r->q, counted within the kv head              */
+} q3n__tile;
+
+static int q3n__query_tile(const q3n_config *c)
+{
+    const int n = Q3N__TILE_OUTPUTS / c->head_dim;
+    return n < Q3N__QUERY_TILE ? n : Q3N__QUERY_TILE;
+}
+
+static q3n__tile q3n__tile_get(const q3n__run *r, int i, int head)
+{
+    const q3n_config *c = &r->model->config;
+    const int g = c->num_attention_heads / c->num_key_value_heads, size = q3n__query_tile(c);
+    const q3n__segment *s = r->segments;
+    for (;; s++) {
+        const int tiles = (s->n * g + size - 1) / size;
+        if (i < tiles) break;
+        i -= tiles;
+    }
+    const int left = s->n * g - i * size;
+    return (q3n__tile){ s, head, s->row0 * g + i * size, left < size ? left : size };
+}
+
+/* Keys that query i of the kv head may see: those of its own and earlier tokens, or all. */
+static int q3n__n_visible(const q3n__run *r, const q3n__tile *tile, int i)
+{
+    const q3n_config *c = &r->model->config;
+    const q3n__segment *s = tile->s;
+    if (!c->causal) return s->state->length + s->n;
+    const int g = c->num_attention_heads / c->num_key_value_heads;
+    return s->state->length + (tile->first + i) / g - s->row0 + 1;
+}
+
+/* A tile against one block: part [n], o [n, D] with rows o_stride floats apart. */
+static void q3n__attend_block(const q3n__attention_arg *j, const q3n__tile *tile, int block,
+                              q3n__softmax_part *part, float *o, int o_stride)
+{
+    const q3n__run *r = j->r;
+    const q3n__kv_cache *kv = &tile->s->state->kv;
+    const int g = r->model->config.num_attention_heads / kv->n_kv_heads, D = kv->dim;
+    float scores[Q3N__QUERY_TILE * Q3N__KV_BLOCK], m[Q3N__QUERY_TILE], l[Q3N__QUERY_TILE];
+    int n_keys[Q3N__QUERY_TILE];
+    for (int i = 0; i < tile->n; i++) {
+        const int n = q3n__n_visible(r, tile, i) - block * Q3N__KV_BLOCK;
+        n_keys[i] = n < 0 ? 0 : n > Q3N__KV_BLOCK ? Q3N__KV_BLOCK : n;
+    }
+    const uint8_t *keys = q3n__kv_block(kv, j->layer, block, tile->head);
+    const size_t query = (size_t)tile->head * (size_t)r->n * (size_t)g + (size_t)tile->first;
+    const q3n__attend call = {
+        .k = keys, .v = keys + q3n__kv_block_bytes(kv->type, D) / 2, .q = r->q + query * (size_t)D,
+        .o = o, .m = m, .l = l, .scores = scores, .n_keys = n_keys,
+        .q_stride = D, .o_stride = o_stride, .n = tile->n, .dim = D,
+    };
+    r->k->attend[kv->type](&call);
+    for (int i = 0; i < tile->n; i++) part[i] = (q3n__softmax_part){ m[i], l[i] };
+}
+
+/* Pieces are (tile, kv head): all blocks one after another, merged as they come. */
+static void q3n__attend_task(void *arg, int begin, int end)
+{
+    const q3n__attention_arg *j = (const q3n__attention_arg *)arg;
+    const q3n__run *r = j->r;
+    const q3n_config *c = &r->model->config;
+    const int K = c->num_key_value_heads, g = c->num_attention_heads / K, D = c->head_dim;
+    float o[Q3N__TILE_OUTPUTS];
+    for (int i = begin; i < end; i++) {
+        const q3n__tile tile = q3n__tile_get(r, i / K, i % K);
+        q3n__softmax_part run[Q3N__QUERY_TILE], part[Q3N__QUERY_TILE];
+        float *O = r->attn + ((size_t)tile.head * (size_t)r->n * (size_t)g + (size_t)tile.first)
+                           * (size_t)D;
+        memset(O, 0, (size_t)tile.n * (size_t)D * sizeof *O);
+        for (int q = 0; q < tile.n; q++) run[q] = (q3n__softmax_part){ -FLT_MAX, 0.0f };
+        const int last = (q3n__n_visible(r, &tile, tile.n - 1) - 1) / Q3N__KV_BLOCK;
+        for (int block = 0; block <= last; block++) {
+            q3n__attend_block(j, &tile, block, part, o, D);
+            for (int q = 0; q < tile.n; q++)
+                q3n__attend_merge(&run[q], O + (size_t)q * (size_t)D, part[q], o + q * D, D);
+        }
+        for (int q = 0; q < tile.n; q++)
+            for (int x = 0; x < D; x++) O[(size_t)q * (size_t)D + (size_t)x] /= run[q].l;
+    }
+}
+
+/* Pieces are (tile, kv head, block), for few tokens and long texts: partial results, merged by the
+ * next region in the same order and so to the same bits. */
+static void q3n__attend_split_task(void *arg, int begin, int end)
+{
+    const q3n__attention_arg *j = (const q3n__attention_arg *)arg;
+    const q3n__run *r = j->r;
+    const q3n_config *c = &r->model->config;
+    const int K = c->num_key_value_heads, g = c->num_attention_heads / K, D = c->head_dim;
+    for (int i = begin; i < end; i++) {
+        const int block = i % j->n_blocks, rest = i / j->n_blocks;
+        const q3n__tile tile = q3n__tile_get(r, rest / K, rest % K);
+        if (block > (q3n__n_visible(r, &tile, tile.n - 1) - 1) / Q3N__KV_BLOCK) continue;
+        q3n__softmax_part part[Q3N__QUERY_TILE];
+        const size_t query = (size_t)tile.head * (size_t)r->n * (size_t)g + (size_t)tile.first;
+        const size_t at = query * (size_t)j->n_blocks + (size_t)block;
+        q3n__attend_block(j, &tile, block, part, r->part_o + at * (size_t)D, j->n_blocks * D);
+        for (int q = 0; q < tile.n; q++) r->part[at + (size_t)(q * j->n_blocks)] = part[q];
+    }
+}
+
+static void q3n__attend_merge_task(void *arg, int begin, int end)
+{
+    const q3n__attention_arg *j = (const q3n__attention_arg *)arg;
+    const q3n__run *r = j->r;
+    const int D = r->model->config.head_dim;
+    const int g = r->model->config.num_attention_heads / r->model->config.num_key_value_heads;
+    for (int q = begin; q < end; q++) {
+        const int t = q / g % r->n;
+        const q3n__segment *s = q3n__segment_of(r, t);
+        const int visible = r->model->config.causal ? s->state->length + t - s->row0 + 1
+                                                    : s->state->length + s->n;
+        q3n__softmax_part run = { -FLT_MAX, 0.0f };
+        float *O = r->attn + (size_t)q * (size_t)D;
+        memset(O, 0, (size_t)D * sizeof *O);
+        for (int block = 0; block <= (visible - 1) / Q3N__KV_BLOCK; block++) {
+            const size_t at = (size_t)q * (size_t)j->n_blocks + (size_t)block;
+            q3n__attend_merge(&run, O, r->part[at], r->part_o + at * (size_t)D, D);
+        }
+        for (int x = 0; x < D; x++) O[x] /= run.l;
+    }
+}
+
+/* Back to rows of tokens, times the gate: mixed = attn * sigmoid(gate). */
+static void q3n__attention_gate_task(void *arg, int begin, int end)
+{
+    const q3n__attention_arg *j = (const q3n__attention_arg *)arg;
+    const q3n__run *r = j->r;
+    const q3n_config *c = &r->model->config;
+    const int D = c->head_dim, H = c->num_attention_heads, g = H / c->num_key_value_heads;
+    for (int t = begin; t < end; t++)
+        for (int h = 0; h < H; h++) {
+            float *to = r->mixed + ((size_t)t * (size_t)H + (size_t)h) * (size_t)D;
+            memcpy(to, r->attn + (((size_t)(h / g) * (size_t)r->n + (size_t)t) * (size_t)g
+                                  + (size_t)(h % g)) * (size_t)D, (size_t)D * sizeof *to);
+            if (c->attn_output_gate)
+                r->k->sigmoid_mul(to, r->proj + (((size_t)t * (size_t)H + (size_t)h) * 2 + 1)
+                                                * (size_t)D, D);
+        }
+}
+
+/* Tokens up to which attention may be split by blocks: the scratch is made for so many. */
+#define Q3N__SPLIT_TOKENS 4
+
+/* Grouped-query attention with an optional output gate ([HF] Qwen3NextAttention.forward):
+ *
+ *     q, gate = x Wq';  k = x Wk';  v = x Wv'        q_proj holds both, head by head
+ *     q = rope(norm(q)) / sqrt(D);  k = rope(norm(k))
+ *     y = (softmax(q k') v * sigmoid(gate)) Wo'       query head h reads kv head h / (H / K)
+ */
+static void q3n__attention(q3n__run *r, float *y, const float *x, const q3n__layer *w, int layer)
+{
+    const q3n_config *c = &r->model->config;
+    const int K = c->num_key_value_heads, g = c->num_attention_heads / K, d = c->hidden_size;
+    const int tile = q3n__query_tile(c);
+    const q3n__linear in[3] = {
+        { &w->q_proj, w->q_bias, x, r->proj,  d, w->q_proj.n_rows },
+        { &w->k_proj, w->k_bias, x, r->key,   d, w->k_proj.n_rows },
+        { &w->v_proj, w->v_bias, x, r->value, d, w->v_proj.n_rows },
+    };
+    q3n__linear_all(r->pool, r->k, in, 3, r->n);
+
+    q3n__attention_arg arg = { r, w, layer, 0, 0 };
+    q3n__parallel(r->pool, r->n, 1, q3n__attention_prepare_task, &arg);
+    for (int i = 0; i < r->n_segments; i++) {
+        const q3n__segment *s = &r->segments[i];
+        const int blocks = (s->state->length + s->n + Q3N__KV_BLOCK - 1) / Q3N__KV_BLOCK;
+        arg.n_tiles += (s->n * g + tile - 1) / tile;
+        if (blocks > arg.n_blocks) arg.n_blocks = blocks;
+    }
+    const int split = r->n <= Q3N__SPLIT_TOKENS && arg.n_blocks > 1 && r->pool->n_threads > 1;
+    if (split) {
+        q3n__parallel(r->pool, arg.n_tiles * K * arg.n_blocks, 1, q3n__attend_split_task, &arg);
+        q3n__parallel(r->pool, r->n * K * g, 1, q3n__attend_merge_task, &arg);
+    } else {
+        q3n__parallel(r->pool, arg.n_tiles * K, 1, q3n__attend_task, &arg);
+    }
+    q3n__parallel(r->pool, r->n, 4, q3n__attention_gate_task, &arg);
+
+    const q3n__linear out = { &w->o_proj, w->o_bias, r->mixed, y, w->o_proj.n_cols, d };
+    q3n__linear_all(r->pool, r->k, &out, 1, r->n);
+}
+
+/* ---- Gated DeltaNet ---- */
+typedef struct {
+    const q3n__run   *r;
+    const q3n__layer *w;
+    int               layer;         /* number among the DeltaNet layers                         */
+    int               channels;      /* C                                                        */
+} q3n__delta_arg;
+
+/* Channels of one piece of the convolution, columns of one piece of the delta rule: a state tile of
+ * 128 x 32 floats stays in the first-level cache for all tokens. */
+#define Q3N__CONV_TILE  128
+#define Q3N__DELTA_TILE 32
+
+/* u = silu(conv(q | k | v)): pieces are channel tiles. */
+static void q3n__conv_task(void *arg, int begin, int end)
+{
+    const q3n__delta_arg *j = (const q3n__delta_arg *)arg;
+    const q3n__run *r = j->r;
+    const q3n_config *c = &r->model->config;
+    const int C = j->channels, width = c->linear_conv_kernel_dim, rows = j->w->in_proj_qkvz.n_rows;
+    for (int i = 0; i < r->n_segments; i++) {
+        const q3n__segment *s = &r->segments[i];
+        const q3n__conv call = {
+            .w = j->w->conv1d,
+            .state = s->state->conv + (size_t)j->layer * (size_t)(width - 1) * (size_t)C,
+            .x = r->proj + (size_t)s->row0 * (size_t)rows, .x_stride = rows,
+            .y = r->u + (size_t)s->row0 * (size_t)C, .y_stride = C,
+            .n = s->n, .width = width, .n_channels = C, .c0 = begin * Q3N__CONV_TILE,
+            .c1 = end * Q3N__CONV_TILE < C ? end * Q3N__CONV_TILE : C,
+        };
+        r->k->conv(&call);
+    }
+}
+
+static float q3n__softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+
+/* Per token: unit q and k, q also by 1 / sqrt(dk); b, a become beta, g. */
+static void q3n__delta_prepare_task(void *arg, int begin, int end)
+{
+    const q3n__delta_arg *j = (const q3n__delta_arg *)arg;
+    const q3n__run *r = j->r;
+    const q3n_config *c = &r->model->config;
+    const int Hk = c->linear_num_key_heads, Hv = c->linear_num_value_heads, dk = c->linear_key_head_dim;
+    for (int t = begin; t < end; t++) {
+        for (int h = 0; h < 2 * Hk; h++) {                   /* the q heads, then the k heads */
+            float *x = r->u + (size_t)t * (size_t)j->channels + (size_t)h * (size_t)dk;
+            float scale = 1.0f / sqrtf(r->k->dot(x, x, dk) + 1e-6f);
+            if (h < Hk) scale /= sqrtf((float)dk);
+            for (int i = 0; i < dk; i++) x[i] *= scale;
+        }
+        float *beta = r->ba + (size_t)t * 2 * (size_t)Hv, *g = beta + Hv;
+        for (int h = 0; h < Hv; h++) {
+            beta[h] = q3n__sigmoid(beta[h]);
+            g[h] = -expf(j->w->A_log[h]) * q3n__softplus(g[h] + j->w->dt_bias[h]);
+        }
+    }
+}
+
+/* Pieces are (segment, value head, column tile), each over all of the segment's tokens. */
+static void q3n__delta_task(void *arg, int begin, int end)
+{
+    const q3n__delta_arg *j = (const q3n__delta_arg *)arg;
+    const q3n__run *r = j->r;
+    const q3n_config *c = &r->model->config;
+    const int Hk = c->linear_num_key_heads, Hv = c->linear_num_value_heads;
+    const int dk = c->linear_key_head_dim, dv = c->linear_value_head_dim, C = j->channels;
+    const int tiles = (dv + Q3N__DELTA_TILE - 1) / Q3N__DELTA_TILE;
+    for (int i = begin; i < end; i++) {
+        const int tile = i % tiles, h = i / tiles % Hv;
+        const q3n__segment *s = &r->segments[i / tiles / Hv];
+        const float *u = r->u + (size_t)s->row0 * (size_t)C;
+        const float *ba = r->ba + (size_t)s->row0 * 2 * (size_t)Hv;
+        const int kh = h / (Hv / Hk), col1 = (tile + 1) * Q3N__DELTA_TILE;
+        const q3n__delta call = {
+            .S = s->state->delta + ((size_t)j->layer * (size_t)Hv + (size_t)h) * (size_t)dk * (size_t)dv,
+            .q = u + (size_t)kh * (size_t)dk, .k = u + (size_t)(Hk + kh) * (size_t)dk, .qk_stride = C,
+            .v = u + 2 * (size_t)Hk * (size_t)dk + (size_t)h * (size_t)dv, .v_stride = C,
+            .o = r->mixed + ((size_t)s->row0 * (size_t)Hv + (size_t)h) * (size_t)dv, .o_stride = Hv * dv,
+            .beta = ba + h, .g = ba + Hv + h, .gb_stride = 2 * Hv,
+            .n = s->n, .dk = dk, .dv = dv, .col0 = tile * Q3N__DELTA_TILE, .col1 = col1 < dv ? col1 : dv,
+        };
+        r->k->delta(&call);
+    }
+}
+
+/* mixed = norm(o) * silu(z) per head: the norm comes before the gate. */
+static void q3n__delta_gate_task(void *arg, int begin, int end)
+{
+    const q3n__delta_arg *j = (const q3n__delta_arg *)arg;
+    const q3n__run *r = j->r;
+    const q3n_config *c = &r->model->config;
+    const int Hv = c->linear_num_value_heads, dv = c->linear_value_head_dim;
+    for (int i = begin; i < end; i++) {
+        const int t = i / Hv, h = i % Hv;
+        float *o = r->mixed + (size_t)i * (size_t)dv;
+        const float *z = r->proj + (size_t)t * (size_t)j->w->in_proj_qkvz.n_rows + (size_t)j->channels
+                       + (size_t)h * (size_t)dv;
+        r->k->rms_norm(o, o, j->w->delta_norm, dv, (float)c->rms_norm_eps);
+        r->k->silu_mul(o, z, dv);
+    }
+}
+
+/* Gated DeltaNet ([HF] Qwen3NextGatedDeltaNet.forward; [GDN] eq. 10):
+ *
+ *     q, k, v, z = x Wqkvz';  b, a = x Wba'
+ *     q, k, v = silu(conv(q | k | v));  q, k to unit length;  q /= sqrt(dk)
+ *     beta = sigmoid(b);  g = -exp(A_log) softplus(a + dt_bias)          g is a log: decay is e^g
+ *     o = delta rule(q, k, v, g, beta)                                   see q3n__delta_scalar
+ *     y = (norm(o) w * silu(z)) Wo'
+ *
+ * Prefill runs the same recurrence, token after token, for a tile of columns whose state stays in the
+ * first-level cache.  The chunked form ([GDN] 3.3) does not save multiplications on a CPU: for a chunk
+ * of 64 tokens, dk = dv = 128, it needs 3 dk dv + 2 x 64 (dk + dv) = 82 k a token and head against
+ * 4 dk dv = 66 k here; and here the result does not depend on how a text is cut into calls.
+ */
+static void q3n__deltanet(q3n__run *r, float *y, const float *x, const q3n__layer *w, int layer)
+{
+    const q3n_config *c = &r->model->config;
+    const int d = c->hidden_size, Hv = c->linear_num_value_heads, dv = c->linear_value_head_dim;
+    const q3n__linear in[2] = {
+        { &w->in_proj_qkvz, NULL, x, r->proj, d, w->in_proj_qkvz.n_rows },
+        { &w->in_proj_ba,   NULL, x, r->ba,   d, w->in_proj_ba.n_rows },
+    };
+    q3n__linear_all(r->pool, r->k, in, 2, r->n);
+
+    q3n__delta_arg arg = { r, w, layer, (int)q3n__config_channels(c) };
+    const int conv_tiles = (arg.channels + Q3N__CONV_TILE - 1) / Q3N__CONV_TILE;
+    const int delta_tiles = (dv + Q3N__DELTA_TILE - 1) / Q3N__DELTA_TILE;
+    q3n__parallel(r->pool, conv_tiles, 8, q3n__conv_task, &arg);
+    q3n__parallel(r->pool, r->n, 1, q3n__delta_prepare_task, &arg);
+    q3n__parallel(r->pool, r->n_segments * Hv * delta_tiles, 4, q3n__delta_task, &arg);
+    q3n__parallel(r->pool, r->n * Hv, 16, q3n__delta_gate_task, &arg);
+
+    const q3n__linear out = { &w->out_proj, NULL, r->mixed, y, w->out_proj.n_cols, d };
+    q3n__linear_all(r->pool, r->k, &out, 1, r->n);
+}
+
+/* ---- Feed-forward networks and experts ---- */
+typedef struct {
+    const q3n__run   *r;
+    const q3n__layer *w;
+    float            *y;
+    const float      *x;
+    int               n_ffn, rows_per_block, n_blocks;
+} q3n__ffn_arg;
+
+/* Softmax over all experts, the k largest, ascending by number; a NaN never wins a comparison. */
+static void q3n__route_task(void *arg, int begin, int end)
+{
+    const q3n__ffn_arg *j = (const q3n__ffn_arg *)arg;
+    const q3n__run *r = j->r;
+    const q3n_config *c = &r->model->config;
+    const int E = c->num_experts, k = c->num_experts_per_tok;
+    for (int t = begin; t < end; t++) {
+        float *p = r->router + (size_t)t * (size_t)E, sum = 0.0f;
+        float *weight = r->top_weight + (size_t)t * (size_t)k;
+        int *top = r->top + (size_t)t * (size_t)k;
+        r->k->softmax(p, E);
+        int n = 0;
+        for (int e = 0; e < E; e++) {                 /* insertion: top is by weight, falling */
+            if (n == k && !(p[e] > weight[k - 1])) continue;
+            int at = n < k ? n++ : k - 1;
+            for (; at > 0 && p[e] > weight[at - 1]; at--) {
+                weight[at] = weight[at - 1];
+                top[at] = top[at - 1];
+            }
+            weight[at] = p[e];
+            top[at] = e;
+        }
+        for (int i = 0; i < k; i++) sum += weight[i];
+        for (int i = 1; i < k; i++)                    /* now by number */
+            for (int at = i; at > 0 && top[at] < top[at - 1]; at--) {
+                const int e = top[at];
+                const float v = weight[at];
+                top[at] = top[at - 1];
+                weight[at] = weight[at - 1];
+                top[at - 1] = e;
+                weight[at - 1] = v;
+            }
+        if (c->norm_topk_prob) for (int i = 0; i < k; i++) weight[i] /= sum;
+    }
+}
+
+/* Rows and weights by expert: counting sort over (row, choice), rows ascending within an expert. */
+static void q3n__group_by_expert(const q3n__run *r, int l)
+{
+    const int E = r->model->config.num_experts, k = r->model->config.num_experts_per_tok;
+    int *first = r->expert_first;
+    memset(first, 0, ((size_t)E + 1) * sizeof *first);
+    for (int i = 0; i < r->n * k; i++) first[r->top[i] + 1]++;
+    for (int e = 0; e < E; e++) first[e + 1] += first[e];
+    for (int i = 0; i < r->n * k; i++) {
+        const int at = first[r->top[i]]++;
+        r->expert_row[at] = i / k;
+        r->expert_weight[at] = r->top_weight[i];
+    }
+    for (int e = E; e > 0; e--) first[e] = first[e - 1];
+    first[0] = 0;
+    for (int i = 0; i < r->n_segments; i++) {
+        const q3n__segment *s = &r->segments[i];
+        if (!s->state->expert_counts || l < 0) continue;
+        int64_t *counts = s->state->expert_counts + (size_t)l * (size_t)E;
+        for (int a = s->row0 * k; a < (s->row0 + s->n) * k; a++) counts[r->top[a]]++;
+    }
+}
+
+static q3n__mat q3n__slice(const q3n__mat *w, int e)
+{
+    q3n__mat one = *w;
+    one.data += (size_t)e * w->stride;
+    return one;
+}
+
+static void q3n__ffn_half(const q3n__ffn_arg *j, const q3n__ffn *f, const q3n__mat *w, const float *bias,
+                          float *out, int row0, int row1)
+{
+    const q3n__matmul m = {
+        .w = w->data, .x = j->x, .x_rows = f->rows, .bias = bias,
+        .y = out + (size_t)f->first * (size_t)w->n_rows, .x_stride = w->n_cols, .y_stride = w->n_rows,
+        .n = f->n, .n_cols = w->n_cols, .row0 = row0, .row1 = row1,
+    };
+    q3n__matmul_tiled(j->r->k, w->type, &m);
+}
+
+/* up = up(x) * silu(gate(x)): pieces are row blocks of all FFNs.  Rows of FFNs of one width lie
+ * together; the shared expert's, of another width, lie behind, at a multiple of its own width. */
+static void q3n__ffn_up_task(void *arg, int begin, int end)
+{
+    const q3n__ffn_arg *j = (const q3n__ffn_arg *)arg;
+    for (int i = 0; i < j->n_ffn; i++) {
+        const q3n__ffn *f = &j->r->ffn[i];
+        const int blocks = (f->up.n_rows + j->rows_per_block - 1) / j->rows_per_block;
+        const int b0 = begin > f->first_block ? begin - f->first_block : 0;
+        const int b1 = end - f->first_block < blocks ? end - f->first_block : blocks;
+        if (b0 >= b1) continue;
+        const int row0 = b0 * j->rows_per_block, I = f->up.n_rows;
+        const int row1 = b1 * j->rows_per_block < I ? b1 * j->rows_per_block : I;
+        q3n__ffn_half(j, f, &f->gate, f->gate_bias, j->r->ffn_gate, row0, row1);
+        q3n__ffn_half(j, f, &f->up, f->up_bias, j->r->ffn_up, row0, row1);
+        for (int t = 0; t < f->n; t++) {
+            const size_t at = (size_t)(f->first + t) * (size_t)I + (size_t)row0;
+            j->r->k->silu_mul(j->r->ffn_up + at, j->r->ffn_gate + at, row1 - row0);
+        }
+    }
+}
+
+/* y[row] = sum over FFNs, in their order, of weight * down(up): pieces are blocks of output columns,
+ * so each output is summed by one thread in one order. */
+static void q3n__ffn_down_task(void *arg, int begin, int end)
+{
+    const q3n__ffn_arg *j = (const q3n__ffn_arg *)arg;
+    const q3n__run *r = j->r;
+    const int d = r->model->config.hidden_size;
+    float out[Q3N__TOKEN_TILE * Q3N__ROW_TILE];
+    const int end_row = end * j->rows_per_block < d ? end * j->rows_per_block : d;
+    for (int row0 = begin * j->rows_per_block; row0 < end_row; row0 += Q3N__ROW_TILE) {
+        const int row1 = row0 + Q3N__ROW_TILE < end_row ? row0 + Q3N__ROW_TILE : end_row;
+        const int n_rows = row1 - row0;
+        for (int t = 0; t < r->n; t++)
+            memset(j->y + (size_t)t * (size_t)d + (size_t)row0, 0, (size_t)n_rows * sizeof *j->y);
+        for (int i = 0; i < j->n_ffn; i++) {
+            const q3n__ffn *f = &r->ffn[i];
+            for (int t = 0; t < f->n; t += Q3N__TOKEN_TILE) {
+                const int I = f->down.n_cols;
+                const q3n__matmul m = {
+                    .w = f->down.data + (size_t)row0 * q3n__row_bytes(f->down.type, I), .x = r->ffn_up + (size_t)(f->first + t) * (size_t)I, .x_stride = I,
+                    .bias = f->down_bias ? f->down_bias + row0 : NULL,
+                    .y = out, .y_stride = Q3N__ROW_TILE,
+                    .n = f->n - t < Q3N__TOKEN_TILE ? f->n - t : Q3N__TOKEN_TILE, .n_cols = I,
+                    .row0 = 0, .row1 = n_rows,
+                };
+                r->k->matmul[f->down.type](&m);
+                for (int q = 0; q < m.n; q++) {
+                    const int row = f->rows ? f->rows[t + q] : t + q;
+                    r->k->axpy(j->y + (size_t)row * (size_t)d + (size_t)row0,
+                               f->weight ? f->weight[t + q] : 1.0f, out + q * Q3N__ROW_TILE, n_rows);
+                }
+            }
+        }
+    }
+}
+
+/* The FFNs of r->ffn, n_ffn of them: two parallel regions. */
+static void q3n__ffn_all(q3n__run *r, float *y, const float *x, const q3n__layer *w, int n_ffn)
+{
+    q3n__ffn_arg arg = { r, w, y, x, n_ffn, 0, 0 };
+    int rows = 0;
+    for (int i = 0; i < n_ffn; i++) rows += r->ffn[i].up.n_rows;
+    arg.rows_per_block = q3n__rows_per_block(r->pool, rows);
+    for (int i = 0; i < n_ffn; i++) {
+        r->ffn[i].first_block = arg.n_blocks;
+        arg.n_blocks += (r->ffn[i].up.n_rows + arg.rows_per_block - 1) / arg.rows_per_block;
+    }
+    q3n__parallel(r->pool, arg.n_blocks, 1, q3n__ffn_up_task, &arg);
+
+    const int d = r->model->config.hidden_size;
+    arg.rows_per_block = q3n__rows_per_block(r->pool, d);
+    q3n__parallel(r->pool, (d + arg.rows_per_block - 1) / arg.rows_per_block, 1, q3n__ffn_down_task, &arg);
+}
+
+/* y = down(silu(gate(x)) * up(x)) ([HF] Qwen3NextMLP.forward) */
+static void q3n__mlp(q3n__run *r, float *y, const float *x, const q3n__layer *w)
+{
+    r->ffn[0] = (q3n__ffn){ .gate = w->gate, .up = w->up, .down = w->down, .gate_bias = w->gate_bias,
+                            .up_bias = w->up_bias, .down_bias = w->down_bias, .n = r->n };
+    q3n__ffn_all(r, y, x, w, 1);
+}
+
+/* Mixture of experts with a shared one ([HF] Qwen3NextSparseMoeBlock.forward):
+ *
+ *     p = softmax(x Wgate') over all experts, the k largest, divided by their sum if norm_topk_prob
+ *     y = sum_e p_e expert_e(x) + sigmoid(x wg') shared(x)
+ *
+ * summed by rising e.  l is the layer's number for the counts, -1 = not counted. */
+static void q3n__moe(q3n__run *r, float *y, const float *x, const q3n__layer *w, int l)
+{
+    const q3n_config *c = &r->model->config;
+    const int E = c->num_experts, I = c->moe_intermediate_size, d = c->hidden_size;
+    const int shared = w->shared_up_proj.data != NULL;
+    const q3n__linear in[2] = {
+        { &w->router, w->router_bias, x, r->router, d, E },
+        { &w->shared_expert_gate, NULL, x, r->shared_weight, d, 1 },
+    };
+    q3n__linear_all(r->pool, r->k, in, 1 + shared, r->n);
+    q3n__ffn_arg arg = { r, w, y, x, 0, 0, 0 };
+    q3n__parallel(r->pool, r->n, 2, q3n__route_task, &arg);
+    q3n__group_by_expert(r, l);
+
+    int n = 0;
+    for (int e = 0; e < E; e++) {
+        const int first = r->expert_first[e], count = r->expert_first[e + 1] - first;
+        if (count == 0) continue;
+        r->ffn[n++] = (q3n__ffn){
+            .gate = q3n__slice(&w->gate, e), .up = q3n__slice(&w->up, e), .down = q3n__slice(&w->down, e),
+            .gate_bias = w->gate_bias ? w->gate_bias + (size_t)e * (size_t)I : NULL,
+            .up_bias = w->up_bias ? w->up_bias + (size_t)e * (size_t)I : NULL,
+            .down_bias = w->down_bias ? w->down_bias + (size_t)e * (size_t)d : NULL,
+            .rows = r->expert_row + first, .weight = r->expert_weight + first, .n = count, .first = first,
+        };
+    }
+    if (shared) {
+        const size_t used = (size_t)r->n * (size_t)c->num_experts_per_tok * (size_t)I;
+        const size_t Is = (size_t)c->shared_expert_intermediate_size;
+        for (int t = 0; t < r->n; t++) r->shared_weight[t] = q3n__sigmoid(r->shared_weight[t]);
+        r->ffn[n++] = (q3n__ffn){
+            .gate = w->shared_gate_proj, .up = w->shared_up_proj, .down = w->shared_down_proj,
+            .weight = r->shared_weight, .n = r->n, .first = (int)((used + Is - 1) / Is),
+        };
+    }
+    q3n__ffn_all(r, y, x, w, n);
+}
+
+/* ---- Layers ---- */
+
+/* One decoder layer ([HF] Qwen3NextDecoderLayer.forward):
+ *
+ *     h = x + mix(norm(x))      mix: attention or gated DeltaNet
+ *     y = h + ffn(norm(h))      ffn: experts or dense
+ *
+ * kind_index is the layer's number among those with its kind of state. */
+static void q3n__layer_forward(q3n__run *r, const q3n__layer *w, int l, int kind_index)
+{
+    q3n__rms_norm(r, r->a, r->x, w->input_norm);
+    if (w->is_delta) q3n__deltanet(r, r->b, r->a, w, kind_index);
+    else             q3n__attention(r, r->b, r->a, w, kind_index);
+    q3n__add(r, r->x, r->b);
+
+    q3n__rms_norm(r, r->a, r->x, w->post_norm);
+    if (w->has_experts) q3n__moe(r, r->b, r->a, w, l);
+    else                q3n__mlp(r, r->b, r->a, w);
+    q3n__add(r, r->x, r->b);
+}
+
+static void q3n__hook(const q3n__run *r, const q3n_layer_hook *hook, int l, const float *x)
+{
+    if (hook->layer) hook->layer(hook->user, l, x, r->n, r->model->config.hidden_size);
+}
+
+/* Tokens through the trunk: afterwards r->a holds the final norm of every row.  The segments' states
+ * are advanced; their lengths are not. */
+static void q3n__forward(q3n__run *r, const int32_t *tokens, const q3n_layer_hook *hook)
+{
+    const q3n_model *m = r->model;
+    int n_kind[2] = { 0, 0 };
+    q3n__embed(r, tokens);
+    q3n__hook(r, hook, -1, r->x);
+    for (int l = 0; l < m->config.num_hidden_layers; l++) {
+        const q3n__layer *w = &m->layers[l];
+        q3n__layer_forward(r, w, l, n_kind[w->is_delta]++);
+        q3n__hook(r, hook, l, r->x);
+    }
+    q3n__rms_norm(r, r->a, r->x, m->weights.norm);
+    q3n__hook(r, hook, m->config.num_hidden_layers, r->a);
+}
+
+/* logits [n, vocab] of n rows of normed hidden states */
+static void q3n__logits(const q3n__run *r, const float *hidden, int n, float *logits)
+{
+    const q3n__mat *w = &r->model->weights.lm_head;
+    const q3n__linear out = { w, NULL, hidden, logits, w->n_cols, w->n_rows };
+    q3n__linear_all(r->pool, r->k, &out, 1, n);
+}
+
+/* =====================================================================================
+ * [11] SESSION                                                                >>session
+ *
+ * The state of one text and the activations of one run, in one allocation that q3n__session_layout
+ * first measures, then hands out.
+ * ===================================================================================== */
+struct q3n_session {
+    const q3n_model    *model;
+    q3n_session_options options;          /* with the defaults filled in                          */
+    q3n__kernels        kernels;
+    q3n_isa             isa;
+    q3n__pool           pool;
+    q3n__state          state;
+    q3n__run            run;
+    q3n_error           error;
+    int                 n_delta, n_attention;
+    size_t              delta_len, conv_len;   /* floats of all DeltaNet layers                   */
+    float              *pooled;           /* [d] classification                                   */
+    float              *logits;           /* [vocab] classification of logits                     */
+    int32_t             n_expert_layers;
+};
+
+/* Fill in defaults; 0 if the options cannot be. */
+static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session_options *in,
+                                           q3n_session_options *o, q3n_error *err)
+{
+    const q3n_config *c = &m->config;
+    memset(o, 0, sizeof *o);
+    if (in) *o = *in;
+    if (o->capacity == 0) o->capacity = c->max_position_embeddings < 4096 ? c->max_position_embeddings : 4096;
+    if (o->batch == 0) o->batch = 512;
+    if (o->batch > o->capacity) o->batch = o->capacity;
+    if (o->executor.run) o->n_threads = o->executor.n_threads;
+    else if (o->n_threads == 0) o->n_threads = q3n__cpu_count();
+#ifdef Q3N_NO_THREADS
+    if (!o->executor.run) o->n_threads = 1;
+#endif
+    if (o->capacity < 1 || o->capacity > (1 << 30) || o->batch < 1 || o->batch > (1 << 16))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "capacity %d and batch %d: expected 1 .. 2^30 and "
+                         "1 .. 65536 tokens", o->capacity, o->batch);
+    if (o->n_threads < 1 || o->n_threads > 1024)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "%d threads: expected 1 .. 1024", o->n_threads);
+    if ((unsigned)o->max_isa >= Q3N_ISA_COUNT)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "max_isa %d is no instruction set", (int)o->max_isa);
+    if ((unsigned)o->kv_type >= Q3N_TYPE_COUNT || q3n__types[o->kv_type].block_len != 1)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "KV cache type must be f32, f16 or bf16");
+    if (c->rope_type == Q3N_ROPE_TABLE && o->capacity > m->weights.rope_positions)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "capacity %d: the model's rotary tables end at %d",
+                         o->capacity, m->weights.rope_positions);
+    return Q3N_OK;
+}
+
+/* Activations of a run of at most s->options.batch tokens. */
+static void q3n__run_layout(q3n__arena *a, q3n_session *s)
+{
+    const q3n_config *c = &s->model->config;
+    q3n__run *r = &s->run;
+    const size_t n = (size_t)s->options.batch, f = sizeof(float), d = (size_t)c->hidden_size;
+    const size_t D = (size_t)c->head_dim, H = (size_t)c->num_attention_heads;
+    const size_t KD = (size_t)c->num_key_value_heads * D, C = (size_t)q3n__config_channels(c);
+    const size_t Hv = (size_t)c->linear_num_value_heads, v = Hv * (size_t)c->linear_value_head_dim;
+    const size_t q_rows = H * D * (c->attn_output_gate ? 2 : 1);
+    const size_t E = (size_t)c->num_experts, k = (size_t)c->num_experts_per_tok;
+    const size_t Is = (size_t)c->shared_expert_intermediate_size;
+    const size_t blocks = (size_t)s->state.kv.n_blocks;
+    r->max = s->options.batch;
+    r->x = (float *)q3n__arena_take(a, n * d, f);
+    r->a = (float *)q3n__arena_take(a, n * d, f);
+    r->b = (float *)q3n__arena_take(a, n * d, f);
+    r->proj  = (float *)q3n__arena_take(a, n, f * (q_rows > C + v ? q_rows : C + v));
+    r->mixed = (float *)q3n__arena_take(a, n, f * (H * D > v ? H * D : v));
+    r->key   = (float *)q3n__arena_take(a, n, f * KD);
+    r->value = (float *)q3n__arena_take(a, n, f * KD);
+    r->q     = (float *)q3n__arena_take(a, n, f * H * D);
+    r->attn  = (float *)q3n__arena_take(a, n, f * H * D);
+    r->rope_cos = (float *)q3n__arena_take(a, n, f * (size_t)c->rotary_dim / 2);
+    r->rope_sin = (float *)q3n__arena_take(a, n, f * (size_t)c->rotary_dim / 2);
+    r->u  = (float *)q3n__arena_take(a, n, f * C);
+    r->ba = (float *)q3n__arena_take(a, n, f * 2 * Hv);
+    if (s->n_attention > 0) {
+        const size_t split = (n < Q3N__SPLIT_TOKENS ? n : Q3N__SPLIT_TOKENS) * H;
+        r->part_o = (float *)q3n__arena_take(a, split * blocks, f * D);
+        r->part   = (q3n__softmax_part *)q3n__arena_take(a, split * blocks, sizeof *r->part);
+    }
+    r->router        = (float *)q3n__arena_take(a, n, f * E);
+    r->top           = (int *)q3n__arena_take(a, n, sizeof(int) * k);
+    r->top_weight    = (float *)q3n__arena_take(a, n, f * k);
+    r->expert_row    = (int *)q3n__arena_take(a, n, sizeof(int) * k);
+    r->expert_weight = (float *)q3n__arena_take(a, n, f * k);
+    r->expert_first  = (int *)q3n__arena_take(a, E + 1, sizeof(int));
+    r->shared_weight = (float *)q3n__arena_take(a, n, f);
+    r->ffn           = (q3n__ffn *)q3n__arena_take(a, E + 1, sizeof *r->ffn);
+    const size_t experts = n * k * (size_t)c->moe_intermediate_size + (n + 1) * Is;
+    const size_t dense = n * (size_t)c->intermediate_size;
+    r->ffn_gate = (float *)q3n__arena_take(a, experts > dense ? experts : dense, f);
+    r->ffn_up   = (float *)q3n__arena_take(a, experts > dense ? experts : dense, f);
+}
+
+/* Measure (a->base NULL) or hand out everything behind the session struct. */
+static void q3n__session_layout(q3n__arena *a, q3n_session *s, q3n_session_memory *memory)
+{
+    const q3n_config *c = &s->model->config;
+    const size_t Hv = (size_t)c->linear_num_value_heads, C = (size_t)q3n__config_channels(c);
+    q3n__kv_cache *kv = &s->state.kv;
+    s->n_delta = s->n_attention = 0;
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        s->n_delta += c->layer_types[l];
+        s->n_attention += !c->layer_types[l];
+    }
+    kv->type = s->options.kv_type;
+    kv->n_blocks = (s->options.capacity + Q3N__KV_BLOCK - 1) / Q3N__KV_BLOCK;
+    kv->n_kv_heads = c->num_key_value_heads;
+    kv->dim = c->head_dim;
+
+    size_t at = a->used;
+    q3n_session_memory m;
+    kv->data = (uint8_t *)q3n__arena_take(
+        a, (size_t)s->n_attention * (size_t)kv->n_blocks * (size_t)kv->n_kv_heads,
+        q3n__kv_block_bytes(kv->type, kv->dim));
+    m.kv_cache = a->used - at;
+    at = a->used;
+    s->delta_len = (size_t)s->n_delta * Hv * (size_t)c->linear_key_head_dim
+                 * (size_t)c->linear_value_head_dim;
+    s->state.delta = (float *)q3n__arena_take(a, s->delta_len, sizeof(float));
+    m.delta_state = a->used - at;
+    at = a->used;
+    s->conv_len = s->n_delta ? (size_t)s->n_delta * (size_t)(c->linear_conv_kernel_dim - 1) * C : 0;
+    s->state.conv = (float *)q3n__arena_take(a, s->conv_len, sizeof(float));
+    m.conv_state = a->used - at;
+    at = a->used;
+    q3n__run_layout(a, s);
+    if (c->num_labels > 0) {
+        s->pooled = (float *)q3n__arena_take(a, (size_t)c->hidden_size, sizeof(float));
+        s->logits = (float *)q3n__arena_take(a, (size_t)c->vocab_size, sizeof(float));
+    }
+    m.scratch = a->used - at;
+    at = a->used;
+    if (s->options.count_experts && c->num_experts > 0)
+        s->state.expert_counts = (int64_t *)q3n__arena_take(
+            a, (size_t)c->num_hidden_layers * (size_t)c->num_experts, sizeof(int64_t));
+    s->pool.threads = (q3n__thread *)q3n__arena_take(a, (size_t)s->options.n_threads, sizeof(q3n__thread));
+    m.other = a->used - at;
+    m.total = 0;
+    if (memory) *memory = m;
+}
+
+/* Bytes of the one allocation, without the allocator's own head; 0 with err if it cannot be. */
+static size_t q3n__session_measure(const q3n_model *m, const q3n_session_options *o, q3n_session *s,
+                                   q3n_session_memory *memory, q3n_error *err)
+{
+    memset(s, 0, sizeof *s);
+    s->model = m;
+    if (q3n__session_options_set(m, o, &s->options, err) != Q3N_OK) return 0;
+    q3n__arena a = { NULL, 0, 0 };
+    q3n__arena_take(&a, 1, sizeof *s);
+    q3n__session_layout(&a, s, memory);
+    if (a.overflow) {
+        q3n__fail(err, Q3N_ERR_MEMORY, -1, "a session of %d tokens does not fit the address space",
+                  s->options.capacity);
+        return 0;
+    }
+    return a.used;
+}
+
+static void q3n__session_clear(q3n_session *s)
+{
+    const q3n_config *c = &s->model->config;
+    s->state.length = 0;
+    if (s->delta_len) memset(s->state.delta, 0, s->delta_len * sizeof *s->state.delta);
+    if (s->conv_len)  memset(s->state.conv, 0, s->conv_len * sizeof *s->state.conv);
+    if (s->state.expert_counts)
+        memset(s->state.expert_counts, 0, (size_t)c->num_hidden_layers * (size_t)c->num_experts
+                                          * sizeof *s->state.expert_counts);
+}
+
+/* ---- Evaluation ---- */
+static q3n_result q3n__session_check(q3n_session *s, const int32_t *tokens, int n)
+{
+    const q3n_config *c = &s->model->config;
+    if (!tokens || n < 1) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no tokens to evaluate");
+    if (n > s->options.capacity - s->state.length)
+        return q3n__fail(&s->error, Q3N_ERR_FULL, -1, "%d tokens after %d do not fit a session of %d: make "
+                         "it with a larger capacity", n, s->state.length, s->options.capacity);
+    if (!c->causal && (s->state.length > 0 || n > s->options.batch))
+        return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1, "the model attends both ways: reset the session "
+                         "and evaluate the whole text of at most %d tokens (option batch) at once",
+                         s->options.batch);
+    for (int i = 0; i < n; i++)
+        if (tokens[i] < 0 || tokens[i] >= c->vocab_size)
+            return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "token %d is %d, expected 0 .. %d", i, tokens[i],
+                             c->vocab_size - 1);
+    return Q3N_OK;
+}
+
+/* Evaluate one run: at most `batch` tokens.  Afterwards run.a has their normed hidden states. */
+static void q3n__session_run(q3n_session *s, const int32_t *tokens, int n)
+{
+    const q3n__segment segment = { &s->state, 0, n };
+    s->run.segments = &segment;
+    s->run.n_segments = 1;
+    s->run.n = n;
+    q3n__forward(&s->run, tokens, &s->options.layer_hook);
+    s->state.length += n;
+    s->run.segments = NULL;
+}
+
+static void q3n__session_outputs(q3n_session *s, const q3n_outputs *out, int first, int n, int last)
+{
+    const q3n__run *r = &s->run;
+    const size_t d = (size_t)s->model->config.hidden_size, V = (size_t)s->model->config.vocab_size;
+    const float *end = r->a + (size_t)(n - 1) * d;
+    if (out->all_hidden) memcpy(out->all_hidden + (size_t)first * d, r->a, (size_t)n * d * sizeof *r->a);
+    if (out->all_logits) q3n__logits(r, r->a, n, out->all_logits + (size_t)first * V);
+    if (!last) return;
+    if (out->hidden) memcpy(out->hidden, end, d * sizeof *end);
+    if (out->logits && out->all_logits)
+        memcpy(out->logits, out->all_logits + (size_t)(first + n - 1) * V, V * sizeof *end);
+    else if (out->logits)
+        q3n__logits(r, end, 1, out->logits);
+}
+
+static q3n_result q3n__session_eval(q3n_session *s, const int32_t *tokens, int n, const q3n_outputs *out)
+{
+    const q3n_result r = q3n__session_check(s, tokens, n);
+    if (r != Q3N_OK) return r;
+    if ((out->logits || out->all_logits) && !s->model->weights.lm_head.data)
+        return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1, "the model has no language head: it classifies "
+                         "(q3n_session_classify)");
+    for (int i = 0; i < n; i += s->options.batch) {
+        const int some = n - i < s->options.batch ? n - i : s->options.batch;
+        q3n__session_run(s, tokens + i, some);
+        q3n__session_outputs(s, out, i, some, i + some == n);
+    }
+    return Q3N_OK;
+}
+
+/* Scores from the pooled hidden state; a head over logits is linear in it, so it may pool first. */
+static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, int n, float *scores)
+{
+    const q3n_config *c = &s->model->config;
+    const q3n__run *r = &s->run;
+    const size_t d = (size_t)c->hidden_size;
+    if (c->num_labels == 0)
+        return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1, "the model has no classification head");
+    q3n__session_clear(s);
+    const q3n_result result = q3n__session_check(s, tokens, n);
+    if (result != Q3N_OK) return result;
+    memset(s->pooled, 0, d * sizeof *s->pooled);
+    for (int i = 0; i < n; i += s->options.batch) {
+        const int some = n - i < s->options.batch ? n - i : s->options.batch;
+        q3n__session_run(s, tokens + i, some);
+        for (int t = 0; t < some; t++) {
+            const int wanted = c->pooling == Q3N_POOLING_MEAN
+                            || (c->pooling == Q3N_POOLING_FIRST && i + t == 0)
+                            || (c->pooling == Q3N_POOLING_LAST && i + t == n - 1);
+            if (wanted)
+                r->k->axpy(s->pooled, c->pooling == Q3N_POOLING_MEAN ? 1.0f / (float)n : 1.0f,
+                           r->a + (size_t)t * d, (int)d);
+        }
+    }
+    const float *input = s->pooled;
+    if (c->classifier_input == Q3N_CLASSIFIER_LOGITS) {
+        q3n__logits(r, s->pooled, 1, s->logits);
+        input = s->logits;
+    }
+    const q3n__mat *w = &s->model->weights.score;
+    const q3n__linear out = { w, s->model->weights.score_bias, input, scores, w->n_cols, w->n_rows };
+    q3n__linear_all(r->pool, r->k, &out, 1, 1);
+    return Q3N_OK;
+}
+
+/* =====================================================================================
+ * [12] SAMPLER                                                                >>sampler
+ *
+ * Chooses the next token from logits.  Each filter keeps the tokens ranked before some place in
+ * the order "larger first, lower id among equals", so finding that place takes a selection, not a
+ * sort, and the draw goes over what is kept in any fixed order.  Allocates nothing after create.
+ * ===================================================================================== */
+
+/* ---- Random numbers: SplitMix64 ([SplitMix] figure 14, with Stafford's mix 13) ---- */
+#define Q3N__GOLDEN 0x9E3779B97F4A7C15ull
+
+/* A bijection of 64-bit words whose outputs for consecutive inputs look independent. */
+static uint64_t q3n__mix64(uint64_t x)
+{
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    return x ^ (x >> 31);
+}
+
+static double q3n__random_unit(uint64_t *state)   /* [0, 1) in steps of 2^-53 */
+{
+    *state += Q3N__GOLDEN;
+    return (double)(q3n__mix64(*state) >> 11) * 0x1p-53;
+}
+
+/* ---- Selection ---- */
+typedef struct {
+    float   v;           /* logit, or probability relative to the largest */
+    int32_t id;
+} q3n__candidate;
+
+static int q3n__ranks_before(q3n__candidate a, q3n__candidate b)
+{
+    return a.v > b.v || (a.v == b.v && a.id < b.id);
+}
+
+static void q3n__candidate_swap(q3n__candidate *a, q3n__candidate *b)
+{
+    const q3n__candidate t = *a;
+    *a = *b;
+    *b = t;
+}
+
+/* Reorder [lo, hi) so that those ranking before the pivot come first; returns the pivot's place and
+ * in *mass what stands before it.  The pivot is picked by hash: no order of logits that a text
+ * could bring about makes selection quadratic. */
+static int q3n__partition(q3n__candidate *c, int lo, int hi, int by_mass, double *mass)
+{
+    const uint64_t pick = q3n__mix64((uint64_t)lo << 32 | (uint32_t)hi) % (uint64_t)(hi - lo);
+    q3n__candidate_swap(&c[lo + (int)pick], &c[hi - 1]);
+    const q3n__candidate pivot = c[hi - 1];
+    int m = lo;
+    *mass = 0.0;
+    for (int i = lo; i < hi - 1; i++) {
+        if (!q3n__ranks_before(c[i], pivot)) continue;
+        *mass += by_mass ? (double)c[i].v : 1.0;
+        q3n__candidate_swap(&c[i], &c[m++]);
+    }
+    q3n__candidate_swap(&c[m], &c[hi - 1]);
+    return m;
+}
+
+/* The fewest first candidates, by rank, that together have the target (their number, or with
+ * by_mass the sum of their v): moves them to the front and returns how many they are, n if all of
+ * them do not reach it.  Expected time O(n). */
+static int q3n__select(q3n__candidate *c, int n, double target, int by_mass)
+{
+    int lo = 0, hi = n;
+    double before = 0.0, mass;
+    while (lo < hi) {
+        const int m = q3n__partition(c, lo, hi, by_mass, &mass);
+        const double with_pivot = before + mass + (by_mass ? (double)c[m].v : 1.0);
+        if (m > lo && before + mass >= target) {
+            hi = m;
+        } else if (with_pivot >= target) {
+            return m + 1;
+        } else {
+            before = with_pivot;
+            lo = m + 1;
+        }
+    }
+    return lo;
+}
+
+/* ---- The sampler ---- */
+#define Q3N__SAMPLER_BLOCK      64
+#define Q3N__SAMPLER_MAX_WINDOW (1 << 24)
+
+struct q3n_sampler {
+    q3n_allocator       allocator;
+    q3n_sampler_options o;           /* top_p and repetition_penalty are 1 when off              */
+    int                 vocab;
+    uint64_t            rng;
+    int32_t            *window;      /* [o.penalty_window] ring of the last tokens               */
+    int                 n_window, next;
+    float              *logits;      /* [vocab] cleaned and penalised, later relative p          */
+    float              *block_max;   /* [ceil(vocab / Q3N__SAMPLER_BLOCK)]                       */
+    q3n__candidate     *candidates;  /* [vocab]                                                  */
+};
+
+static q3n_result q3n__sampler_check(const q3n_sampler_options *o, q3n_error *err)
+{
+    const float r = o->repetition_penalty;
+    if (!(o->temperature >= 0.0f && o->temperature <= FLT_MAX))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "temperature %g must be 0 or more",
+                         (double)o->temperature);
+    if (o->top_k < 0)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "top_k %d must be 0 or more", o->top_k);
+    if (!(o->top_p >= 0.0f))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "top_p %g must be 0 or more", (double)o->top_p);
+    if (!(o->min_p >= 0.0f && o->min_p <= 1.0f))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "min_p %g is not in [0, 1]", (double)o->min_p);
+    if (!(r == 0.0f || (r > 0.0f && r <= FLT_MAX)))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "repetition_penalty %g must be 0 or more",
+                         (double)r);
+    if (o->penalty_window < 0 || o->penalty_window > Q3N__SAMPLER_MAX_WINDOW)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "penalty_window %d is not in [0, %d]",
+                         o->penalty_window, Q3N__SAMPLER_MAX_WINDOW);
+    return Q3N_OK;
+}
+
+static size_t q3n__sampler_layout(q3n_sampler *s, uint8_t *base)   /* bytes of the allocation */
+{
+    q3n__arena a = { base, 0, 0 };
+    const size_t vocab = (size_t)s->vocab;
+    q3n__arena_take(&a, 1, sizeof *s);
+    s->window     = (int32_t *)q3n__arena_take(&a, (size_t)s->o.penalty_window, sizeof(int32_t));
+    s->logits     = (float *)q3n__arena_take(&a, vocab, sizeof(float));
+    s->block_max  = (float *)q3n__arena_take(&a, vocab / Q3N__SAMPLER_BLOCK + 1, sizeof(float));
+    s->candidates = (q3n__candidate *)q3n__arena_take(&a, vocab, sizeof(q3n__candidate));
+    return a.overflow ? SIZE_MAX : a.used;
+}
+
+Q3N_DEF q3n_result q3n_sampler_create(q3n_sampler **out, const q3n_model *m,
+                                      const q3n_sampler_options *o, q3n_error *err)
+{
+    *out = NULL;
+    q3n_sampler s;
+    memset(&s, 0, sizeof s);
+    if (o) s.o = *o;
+    const q3n_result r = q3n__sampler_check(&s.o, err);
+    if (r != Q3N_OK) return r;
+    s.allocator = m->allocator;
+    s.vocab = q3n_model_config(m)->vocab_size;
+    if (s.o.penalty_window == 0) s.o.penalty_window = 64;
+    if (s.o.repetition_penalty == 0.0f) s.o.repetition_penalty = 1.0f;
+    if (s.o.top_p == 0.0f || s.o.top_p > 1.0f) s.o.top_p = 1.0f;
+    s.rng = s.o.seed;
+    uint8_t *memory = (uint8_t *)q3n__alloc(&s.allocator, q3n__sampler_layout(&s, NULL));
+    if (!memory) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a sampler");
+    q3n__sampler_layout(&s, memory);
+    memcpy(memory, &s, sizeof s);
+    *out = (q3n_sampler *)(void *)memory;
+    return Q3N_OK;
+}
+
+Q3N_DEF void q3n_sampler_destroy(q3n_sampler *s)
+{
+    if (!s) return;
+    const q3n_allocator a = s->allocator;
+    q3n__free(&a, s);
+}
+
+Q3N_DEF void q3n_sampler_reset(q3n_sampler *s)
+{
+    s->n_window = s->next = 0;
+    s->rng = s->o.seed;
+}
+
+Q3N_DEF void q3n_sampler_accept(q3n_sampler *s, int32_t id)
+{
+    if (id < 0 || id >= s->vocab) return;
+    s->window[s->next] = id;
+    if (++s->next == s->o.penalty_window) s->next = 0;
+    if (s->n_window < s->o.penalty_window) s->n_window++;
+}
+
+/* What arithmetic can stand: NaN is -inf (never chosen), +inf the largest float. */
+static float q3n__clean_logit(float x)
+{
+    if (x > FLT_MAX) return FLT_MAX;
+    return x == x ? x : -INFINITY;
+}
+
+/* A token counts once however often it stands in the window: each is set from the given logits. */
+static void q3n__sampler_prepare(q3n_sampler *s, const float *logits)
+{
+    const float r = s->o.repetition_penalty;
+    for (int i = 0; i < s->vocab; i++) s->logits[i] = q3n__clean_logit(logits[i]);
+    if (r == 1.0f) return;
+    for (int i = 0; i < s->n_window; i++) {
+        const int32_t id = s->window[i];
+        const float x = q3n__clean_logit(logits[id]);
+        s->logits[id] = q3n__clean_logit(x > 0.0f ? x / r : x * r);
+    }
+}
+
+static int q3n__sampler_blocks(const q3n_sampler *s)
+{
+    return (s->vocab + Q3N__SAMPLER_BLOCK - 1) / Q3N__SAMPLER_BLOCK;
+}
+
+/* Four running maxima hide the latency of each comparison. */
+static float q3n__max_of(const float *x, int n)
+{
+    float m[4] = { -INFINITY, -INFINITY, -INFINITY, -INFINITY };
+    int i = 0;
+    for (; i + 4 <= n; i += 4)
+        for (int j = 0; j < 4; j++) m[j] = x[i + j] > m[j] ? x[i + j] : m[j];
+    for (; i < n; i++) m[0] = x[i] > m[0] ? x[i] : m[0];
+    const float a = m[0] > m[1] ? m[0] : m[1], b = m[2] > m[3] ? m[2] : m[3];
+    return a > b ? a : b;
+}
+
+static float q3n__sampler_maxima(q3n_sampler *s)   /* of every block; returns the largest */
+{
+    const int n = q3n__sampler_blocks(s);
+    for (int b = 0; b < n; b++) {
+        const int first = b * Q3N__SAMPLER_BLOCK, left = s->vocab - first;
+        s->block_max[b] = q3n__max_of(s->logits + first,
+                                      left < Q3N__SAMPLER_BLOCK ? left : Q3N__SAMPLER_BLOCK);
+    }
+    return q3n__max_of(s->block_max, n);
+}
+
+/* The k largest logits as candidates.  The k-th largest of the blocks' maxima bounds the k-th
+ * largest logit from below, so few blocks are looked into. */
+static int q3n__sampler_top_k(q3n_sampler *s, int k)
+{
+    q3n__candidate *c = s->candidates;
+    const int n_blocks = q3n__sampler_blocks(s);
+    float bound = -FLT_MAX;
+    if (k < n_blocks) {
+        for (int b = 0; b < n_blocks; b++) c[b] = (q3n__candidate){ s->block_max[b], b };
+        q3n__select(c, n_blocks, k, 0);
+        bound = c[0].v;
+        for (int i = 1; i < k; i++) if (c[i].v < bound) bound = c[i].v;
+        if (bound < -FLT_MAX) bound = -FLT_MAX;
+    }
+    int n = 0;
+    for (int b = 0; b < n_blocks; b++) {
+        if (s->block_max[b] < bound) continue;
+        const int first = b * Q3N__SAMPLER_BLOCK, left = s->vocab - first;
+        const int end = first + (left < Q3N__SAMPLER_BLOCK ? left : Q3N__SAMPLER_BLOCK);
+        for (int i = first; i < end; i++)
+            if (s->logits[i] >= bound) c[n++] = (q3n__candidate){ s->logits[i], i };
+    }
+    return q3n__select(c, n, k, 0);
+}
+
+/* Probability relative to the most probable token's. */
+static float q3n__relative_p(const q3n_sampler *s, float x, float max)
+{
+    return expf((x - max) / s->o.temperature);
+}
+
+/* The tokens that top-k leaves, with their relative probabilities; *total of these.  Without top-k,
+ * tokens that top-p or min-p will drop anyway are left out: those below (1 - top_p) total / vocab
+ * have less than (1 - top_p) total together, so the rest holds all that top-p keeps. */
+static int q3n__sampler_candidates(q3n_sampler *s, float max, double *total)
+{
+    q3n__candidate *c = s->candidates;
+    int n = 0;
+    *total = 0.0;
+    if (s->o.top_k > 0 && s->o.top_k < s->vocab) {
+        n = q3n__sampler_top_k(s, s->o.top_k);
+        for (int i = 0; i < n; i++) {
+            c[i].v = q3n__relative_p(s, c[i].v, max);
+            *total += c[i].v;
+        }
+        return n;
+    }
+    for (int i = 0; i < s->vocab; i++) {
+        s->logits[i] = q3n__relative_p(s, s->logits[i], max);
+        *total += s->logits[i];
+    }
+    double cut = (1.0 - (double)s->o.top_p) * *total / s->vocab;
+    if (cut < (double)s->o.min_p) cut = s->o.min_p;
+    for (int i = 0; i < s->vocab; i++)
+        if (s->logits[i] > 0.0f && (double)s->logits[i] >= cut)
+            c[n++] = (q3n__candidate){ s->logits[i], i };
+    return n;
+}
+
+static int32_t q3n__sampler_draw(q3n_sampler *s, float max)
+{
+    q3n__candidate *c = s->candidates;
+    double total, kept = 0.0;
+    int n = q3n__sampler_candidates(s, max, &total), n_kept = 0;
+    if (s->o.top_p < 1.0f) n = q3n__select(c, n, (double)s->o.top_p * total, 1);
+    for (int i = 0; i < n; i++) {
+        if (c[i].v < s->o.min_p || c[i].v == 0.0f) continue;
+        kept += c[i].v;
+        c[n_kept++] = c[i];
+    }
+    double u = q3n__random_unit(&s->rng) * kept;
+    for (int i = 0; i < n_kept - 1; i++) {
+        u -= c[i].v;
+        if (u < 0.0) return c[i].id;
+    }
+    return c[n_kept - 1].id;
+}
+
+/* One random number is used for each token drawn, so that a text can be continued from its seed and
+ * length.  If no logit is finite or +inf the answer is token 0. */
+Q3N_DEF int32_t q3n_sampler_sample(q3n_sampler *s, const float *logits)
+{
+    q3n__sampler_prepare(s, logits);
+    const float max = q3n__sampler_maxima(s);
+    int32_t id = 0;
+    if (max >= -FLT_MAX) {
+        if (s->o.temperature > 0.0f) id = q3n__sampler_draw(s, max);
+        else while (s->logits[id] != max) id++;
+    }
+    q3n_sampler_accept(s, id);
+    return id;
+}
+
+/* =====================================================================================
+ * WRITER                                                                       >>writer
+ *
+ * Makes model files as a stream.  The tensor plan and a choice of types fix the whole layout before
+ * the first byte, so every byte is written once and in order; only the checksums are filled in at
+ * the end.  The file has another name until it is complete.
+ * ===================================================================================== */
+#ifndef Q3N_NO_STDIO
+
+/* ---- Metadata: the same code first measures (base NULL), then writes ---- */
+typedef struct {
+    uint8_t *base;
+    size_t   used;
+} q3n__blob;
+
+static void q3n__blob_bytes(q3n__blob *b, const void *data, size_t bytes)
+{
+    if (b->base && bytes > 0) memcpy(b->base + b->used, data, bytes);
+    b->used += bytes;
+}
+
+static void q3n__blob_u32(q3n__blob *b, uint32_t v) { q3n__blob_bytes(b, &v, sizeof v); }
+static void q3n__blob_u64(q3n__blob *b, uint64_t v) { q3n__blob_bytes(b, &v, sizeof v); }
+
+static void q3n__blob_align(q3n__blob *b, size_t align)
+{
+    const size_t end = (b->used + align - 1) / align * align;
+    if (b->base) memset(b->base + b->used, 0, end - b->used);
+    b->used = end;
+}
+
+/* One configuration entry; type is a Q3N__VALUE_. */
+static void q3n__blob_entry(q3n__blob *b, const char *key, int type, const void *value, size_t bytes)
+{
+    const size_t key_bytes = strlen(key);
+    const uint8_t head[4] = { (uint8_t)key_bytes, (uint8_t)type, 0, 0 };
+    q3n__blob_bytes(b, head, sizeof head);
+    q3n__blob_u32(b, (uint32_t)bytes);
+    q3n__blob_bytes(b, key, key_bytes);
+    q3n__blob_bytes(b, value, bytes);
+    q3n__blob_align(b, 8);
+}
+
+static void q3n__blob_string(q3n__blob *b, const char *key, const char *value)
+{
+    q3n__blob_entry(b, key, Q3N__VALUE_STRING, value, strlen(value));
+}
+
+static void q3n__blob_kinds(q3n__blob *b, const char *key, const unsigned char *kinds, int n)
+{
+    int64_t values[Q3N_MAX_LAYERS];
+    for (int l = 0; l < n; l++) values[l] = kinds[l];
+    q3n__blob_entry(b, key, Q3N__VALUE_INT, values, (size_t)n * sizeof values[0]);
+}
+
+/* Every field of the configuration, and the kinds of its layers. */
+static void q3n__blob_config(q3n__blob *b, const q3n_config *c)
+{
+    for (size_t i = 0; i < Q3N__N_CONFIG_ROWS; i++) {
+        const q3n__config_row *row = &q3n__config_rows[i];
+        const double v = q3n__config_value(c, row);
+        const int64_t whole = (int64_t)v;
+        if (row->kind == 'E')
+            q3n__blob_string(b, row->name, q3n__config_enum_word(row->name, (int)v));
+        else if (row->kind == 'F')
+            q3n__blob_entry(b, row->name, Q3N__VALUE_FLOAT, &v, sizeof v);
+        else
+            q3n__blob_entry(b, row->name, Q3N__VALUE_INT, &whole, sizeof whole);
+    }
+    q3n__blob_kinds(b, "layer_types", c->layer_types, c->num_hidden_layers);
+    q3n__blob_kinds(b, "layer_experts", c->layer_experts, c->num_hidden_layers);
+}
+
+/* ---- What to write ---- */
+typedef struct {
+    const q3n_config    *config;
+    const char          *name;           /* NULL or "" = none                                    */
+    const void          *entries;        /* more configuration entries, as they stand in a file  */
+    size_t               entries_bytes;
+    const void          *tokenizer;      /* TOKENIZER section, NULL = none                       */
+    size_t               tokenizer_bytes;
+    const q3n_allocator *allocator;
+    const q3n_progress  *progress;       /* NULL = none; counts bytes of the file                */
+    /* Chooses the item's type and, where its dim[0] is 0, sets that; returns 0 to leave the tensor
+     * out, which only an optional one may be. */
+    int                (*choose)(void *user, q3n__plan_item *item, q3n_type *type);
+    void                *user;
+} q3n__writer_options;
+
+typedef struct {
+    q3n__plan_item item;
+    q3n_type       type;
+    int64_t        offset, slice_bytes, stride;
+    uint32_t       crc;
+} q3n__writer_tensor;
+
+/* After q3n__writer_open: call q3n__writer_next for one slice after the other, in the order of the
+ * file, and q3n__writer_put as often as it takes to give its bytes; then q3n__writer_close. */
+typedef struct {
+    q3n__writer_options o;
+    q3n_error          *err;
+    FILE               *file;            /* NULL = none of our making exists                     */
+    const char         *path;
+    char               *part;            /* path + ".part"                                       */
+    uint8_t            *meta;
+    size_t              meta_bytes;
+    int64_t             file_bytes, written;
+    q3n__writer_tensor *tensors;
+    int                 n_tensors;
+    int                 tensor;          /* the current slice: tensors[tensor], number slice     */
+    int64_t             slice;
+    q3n__crc_table      crc_table;
+} q3n__writer;
+
+static int64_t q3n__align_up(int64_t v, int64_t align) { return (v + align - 1) / align * align; }
+
+static int64_t q3n__writer_slices(const q3n__writer_tensor *t)
+{
+    return t->item.n_dims == 3 ? t->item.dim[0] : 1;
+}
+
+/* ---- Layout ---- */
+
+/* A visitor: appends the item to the table, or counts it while there is no table. */
+static q3n_result q3n__writer_add(void *user, const q3n__plan_item *planned)
+{
+    q3n__writer *w = (q3n__writer *)user;
+    q3n__plan_item item = *planned;
+    q3n_type type = Q3N_TYPE_F32;
+    if (!w->o.choose(w->o.user, &item, &type)) {
+        if (item.optional) return Q3N_OK;
+        return q3n__fail(w->err, Q3N_ERR_ARG, -1, "%s is missing", item.name);
+    }
+    const int64_t cols = item.dim[item.n_dims - 1];
+    const int block = q3n__types[type].block_len;
+    if (item.role == Q3N__ROLE_VEC ? type != Q3N_TYPE_F32 : item.role == Q3N__ROLE_ROUTER && block != 1)
+        return q3n__fail(w->err, Q3N_ERR_ARG, -1, "%s cannot have type %s", item.name,
+                         q3n__types[type].name);
+    if (item.dim[0] <= 0 || cols % block != 0)
+        return q3n__fail(w->err, Q3N_ERR_ARG, -1, "%s: rows of %lld do not fill blocks of %s",
+                         item.name, (long long)cols, q3n__types[type].name);
+    if (w->tensors) {
+        q3n__writer_tensor *t = &w->tensors[w->n_tensors];
+        memset(t, 0, sizeof *t);
+        t->item = item;
+        t->type = type;
+        t->slice_bytes = (int64_t)q3n__row_bytes(type, (int)cols);
+        if (item.n_dims == 2) t->slice_bytes *= item.dim[0];
+        if (item.n_dims == 3) t->slice_bytes *= item.dim[1];
+    }
+    w->n_tensors++;
+    return Q3N_OK;
+}
+
+/* Places of the tensors; the experts of a layer interleave. */
+static void q3n__writer_place(q3n__writer *w)
+{
+    int64_t at = (int64_t)w->meta_bytes;
+    for (int i = 0; i < w->n_tensors; ) {
+        q3n__writer_tensor *t = &w->tensors[i];
+        if (!t->item.experts) {
+            t->offset = q3n__align_up(at, Q3N__ALIGN);
+            at = t->offset + t->slice_bytes;
+            i++;
+            continue;
+        }
+        int64_t within = 0;
+        at = q3n__align_up(at, 4096);
+        for (int k = 0; k < 3; k++) {
+            t[k].offset = at + within;
+            within = q3n__align_up(within + t[k].slice_bytes, Q3N__ALIGN);
+        }
+        within = q3n__align_up(within, 4096);
+        for (int k = 0; k < 3; k++) t[k].stride = within;
+        at += within * t->item.dim[0];
+        i += 3;
+    }
+    w->file_bytes = at;
+}
+
+static void q3n__writer_record(const q3n__writer_tensor *t, uint32_t name_offset, q3n__blob *b)
+{
+    q3n__blob_u32(b, name_offset);
+    q3n__blob_u32(b, (uint32_t)strlen(t->item.name));
+    q3n__blob_u32(b, (uint32_t)t->type);
+    q3n__blob_u32(b, (uint32_t)t->item.n_dims);
+    for (int k = 0; k < 3; k++) q3n__blob_u64(b, (uint64_t)t->item.dim[k]);
+    q3n__blob_u64(b, (uint64_t)t->offset);
+    q3n__blob_u64(b, (uint64_t)t->slice_bytes);
+    q3n__blob_u64(b, (uint64_t)t->stride);
+    q3n__blob_u32(b, t->crc);
+    for (int k = 0; k < 3; k++) q3n__blob_u32(b, 0);
+}
+
+static void q3n__writer_section(const q3n__writer *w, int kind, q3n__blob *b)
+{
+    if (kind == Q3N__SECTION_CONFIG) {
+        q3n__blob_config(b, w->o.config);
+        if (w->o.name && w->o.name[0]) q3n__blob_string(b, "name", w->o.name);
+        q3n__blob_bytes(b, w->o.entries, w->o.entries_bytes);
+    } else if (kind == Q3N__SECTION_TENSORS) {
+        uint32_t name_offset = 0;
+        q3n__blob_u32(b, (uint32_t)w->n_tensors);
+        q3n__blob_u32(b, 80);
+        for (int i = 0; i < w->n_tensors; i++) {
+            q3n__writer_record(&w->tensors[i], name_offset, b);
+            name_offset += (uint32_t)strlen(w->tensors[i].item.name);
+        }
+    } else if (kind == Q3N__SECTION_NAMES) {
+        for (int i = 0; i < w->n_tensors; i++)
+            q3n__blob_bytes(b, w->tensors[i].item.name, strlen(w->tensors[i].item.name));
+    } else {
+        q3n__blob_bytes(b, w->o.tokenizer, w->o.tokenizer_bytes);
+    }
+}
+
+/* Header, section table and sections.  Returns their size; writes them if w->meta is there. */
+static size_t q3n__writer_metadata(const q3n__writer *w)
+{
+    const int n = w->o.tokenizer ? Q3N__SECTION_TOKENIZER : Q3N__SECTION_NAMES;
+    q3n__blob head = { w->meta, 0 }, table = { w->meta, Q3N__HEADER_BYTES };
+    q3n__blob body = { w->meta, Q3N__HEADER_BYTES + (size_t)n * Q3N__SECTION_BYTES };
+    for (int kind = Q3N__SECTION_CONFIG; kind <= n; kind++) {
+        q3n__blob_align(&body, 8);
+        const size_t start = body.used;
+        q3n__writer_section(w, kind, &body);
+        q3n__blob_u32(&table, (uint32_t)kind);
+        q3n__blob_u32(&table, kind == Q3N__SECTION_TOKENIZER ? 0 : 1);
+        q3n__blob_u64(&table, start);
+        q3n__blob_u64(&table, body.used - start);
+        q3n__blob_u64(&table, 0);
+    }
+    q3n__blob_align(&body, 8);
+    q3n__blob_bytes(&head, q3n__magic, sizeof q3n__magic);
+    q3n__blob_u32(&head, 1);
+    q3n__blob_u32(&head, (uint32_t)n);
+    q3n__blob_u64(&head, (uint64_t)w->file_bytes);
+    q3n__blob_u64(&head, body.used);
+    q3n__blob_align(&head, Q3N__HEADER_BYTES);
+    if (w->meta) {
+        const uint32_t crc = q3n__crc32_with(&w->crc_table, 0, w->meta, body.used);
+        memcpy(w->meta + 32, &crc, sizeof crc);
+    }
+    return body.used;
+}
+
+/* ---- Stream ---- */
+static q3n_result q3n__writer_raw(q3n__writer *w, const void *data, size_t bytes)
+{
+    if (fwrite(data, 1, bytes, w->file) != bytes)
+        return q3n__fail(w->err, Q3N_ERR_IO, w->written, "%s: cannot write (is the disk full?)",
+                         w->part);
+    w->written += (int64_t)bytes;
+    const q3n_progress *p = w->o.progress;
+    if (p && p->report && p->report(p->user, w->written, w->file_bytes))
+        return q3n__fail(w->err, Q3N_ERR_CANCELLED, -1, "%s: stopped by the caller", w->path);
+    return Q3N_OK;
+}
+
+static q3n_result q3n__writer_pad(q3n__writer *w, int64_t offset)   /* zeros up to offset */
+{
+    static const uint8_t zeros[4096];
+    while (w->written < offset) {
+        const int64_t left = offset - w->written;
+        const size_t bytes = left < (int64_t)sizeof zeros ? (size_t)left : sizeof zeros;
+        const q3n_result r = q3n__writer_raw(w, zeros, bytes);
+        if (r != Q3N_OK) return r;
+    }
+    return Q3N_OK;
+}
+
+/* On to the next slice in the order of the file.  *more = 0: there is none. */
+static q3n_result q3n__writer_next(q3n__writer *w, int *more)
+{
+    if (w->tensor < 0) {
+        w->tensor = 0;
+    } else if (!w->tensors[w->tensor].item.experts) {
+        w->tensor++;
+    } else {
+        int first = w->tensor;   /* gate of this layer's gate, up and down */
+        while (first > 0 && w->tensors[first - 1].item.experts
+               && w->tensors[first - 1].item.layer == w->tensors[first].item.layer) first--;
+        if (w->tensor < first + 2) w->tensor++;
+        else if (++w->slice < q3n__writer_slices(&w->tensors[first])) w->tensor = first;
+        else { w->tensor = first + 3; w->slice = 0; }
+    }
+    *more = w->tensor < w->n_tensors;
+    if (!*more) return Q3N_OK;
+    const q3n__writer_tensor *t = &w->tensors[w->tensor];
+    return q3n__writer_pad(w, t->offset + w->slice * t->stride);
+}
+
+/* The next bytes of the current slice. */
+static q3n_result q3n__writer_put(q3n__writer *w, const void *data, size_t bytes)
+{
+    q3n__writer_tensor *t = &w->tensors[w->tensor];
+    Q3N_ASSERT(w->written + (int64_t)bytes <= t->offset + w->slice * t->stride + t->slice_bytes);
+    t->crc = q3n__crc32_with(&w->crc_table, t->crc, data, bytes);
+    return q3n__writer_raw(w, data, bytes);
+}
+
+/* ---- Open and close ---- */
+static q3n_result q3n__writer_memory(q3n__writer *w)
+{
+    const q3n_allocator *a = w->o.allocator;
+    const size_t path_bytes = strlen(w->path);
+    w->n_tensors = 0;
+    q3n_result r = q3n__plan_visit(w->o.config, q3n__writer_add, w);   /* counts */
+    if (r != Q3N_OK) return r;
+    w->part = (char *)q3n__alloc(a, path_bytes + sizeof ".part");
+    w->tensors = (q3n__writer_tensor *)q3n__alloc(a, (size_t)w->n_tensors * sizeof *w->tensors);
+    if (!w->part || !w->tensors)
+        return q3n__fail(w->err, Q3N_ERR_MEMORY, -1, "no memory for %d tensors", w->n_tensors);
+    memcpy(w->part, w->path, path_bytes);
+    memcpy(w->part + path_bytes, ".part", sizeof ".part");
+    w->n_tensors = 0;
+    r = q3n__plan_visit(w->o.config, q3n__writer_add, w);
+    if (r != Q3N_OK) return r;
+    w->meta_bytes = q3n__writer_metadata(w);
+    w->meta = (uint8_t *)q3n__alloc(a, w->meta_bytes);
+    if (!w->meta) return q3n__fail(w->err, Q3N_ERR_MEMORY, -1, "no memory for the metadata");
+    q3n__writer_place(w);
+    return Q3N_OK;
+}
+
+/* Close the writer.  r is how things went so far: only Q3N_OK puts the file under its name, anything
+ * else removes it.  Returns r, or what went wrong here. */
+static q3n_result q3n__writer_close(q3n__writer *w, q3n_result r)
+{
+    const q3n_allocator *a = w->o.allocator;
+    if (r == Q3N_OK) r = q3n__writer_pad(w, w->file_bytes);
+    if (r == Q3N_OK) {
+        q3n__writer_metadata(w);
+        if (fseek(w->file, 0, SEEK_SET) != 0
+            || fwrite(w->meta, 1, w->meta_bytes, w->file) != w->meta_bytes)
+            r = q3n__fail(w->err, Q3N_ERR_IO, 0, "%s: cannot write the metadata", w->part);
+    }
+    if (w->file) {
+        if (fclose(w->file) != 0 && r == Q3N_OK)
+            r = q3n__fail(w->err, Q3N_ERR_IO, -1, "%s: cannot write (is the disk full?)", w->part);
+        if (r == Q3N_OK && !q3n__file_replace(w->part, w->path))
+            r = q3n__fail(w->err, Q3N_ERR_IO, -1, "%s: cannot rename %s to it", w->path, w->part);
+        if (r != Q3N_OK) remove(w->part);
+    }
+    q3n__free(a, w->meta);
+    q3n__free(a, w->tensors);
+    q3n__free(a, w->part);
+    return r;
+}
+
+/* Lay out the file and write its metadata.  The writer need not be closed if this fails. */
+static q3n_result q3n__writer_open(q3n__writer *w, const char *path, const q3n__writer_options *o,
+                                   q3n_error *err)
+{
+    memset(w, 0, sizeof *w);
+    w->o = *o;
+    w->err = err;
+    w->path = path;
+    w->tensor = -1;
+    q3n__crc_table_make(&w->crc_table);
+    q3n_result r = q3n_config_check(o->config, err);
+    if (r == Q3N_OK && o->name && strlen(o->name) > 255)
+        r = q3n__fail(err, Q3N_ERR_ARG, -1, "the name has more than 255 bytes");
+    if (r == Q3N_OK) r = q3n__writer_memory(w);
+    if (r == Q3N_OK) {
+        w->file = fopen(w->part, "wb");
+        if (!w->file)
+            r = q3n__fail(err, Q3N_ERR_IO, -1, "%s: cannot create the file", w->part);
+    }
+    if (r == Q3N_OK) {
+        q3n__writer_metadata(w);
+        r = q3n__writer_raw(w, w->meta, w->meta_bytes);
+    }
+    return r == Q3N_OK ? r : q3n__writer_close(w, r);
+}
+
+/* ---- Random weights ---- */
+
+/* Quantiles of |z| for the normal distribution cut at 2, by integers: whatever the compiler fuses
+ * or the machine rounds, the table is the same. */
+#define Q3N__QUANTILES 4096              /* equally probable pieces of [0, 2]                    */
+#define Q3N__Z_ONE     (1 << 28)         /* z = 1 in fixed point                                 */
+
+typedef struct { int32_t z[Q3N__QUANTILES + 1]; } q3n__quantiles;
+
+/* The density on a grid of h = 1/2048 comes from exp(-(z + h)^2 / 2) = exp(-z^2 / 2) rho, where rho
+ * shrinks by exp(-h^2) each step: products only, which no compiler contracts.  Summed as integers
+ * by the trapezoid rule it gives the distribution function, which is then inverted linearly: the
+ * error in z is below 3e-6. */
+static void q3n__quantiles_make(q3n__quantiles *q)
+{
+    enum { GRID = 2048, STEPS = 2 * GRID };
+    const double shrink = 0.99999976158144841;     /* exp(-h^2) = 1 - 2^-22 + 2^-45 - ...         */
+    double density = 1.0, rho = 0.99999988079071755;   /* exp(-h^2 / 2) */
+    int64_t total = 0, below = 0, mass[STEPS];
+    for (int k = 0; k < STEPS; k++) {
+        const double next = density * rho;
+        mass[k] = (int64_t)(density * 0x1p36) + (int64_t)(next * 0x1p36);
+        total += mass[k];
+        density = next;
+        rho = rho * shrink;
+    }
+    int k = 0;
+    for (int j = 0; j < Q3N__QUANTILES; j++) {
+        const int64_t target = total / Q3N__QUANTILES * j;
+        while (below + mass[k] <= target) below += mass[k++];
+        const int64_t unit = Q3N__Z_ONE / GRID;
+        q->z[j] = (int32_t)(k * unit + (target - below) * unit / mass[k]);
+    }
+    q->z[Q3N__QUANTILES] = 2 * Q3N__Z_ONE;
+}
+
+/* What a generator needs for one tensor: an element depends on key and number alone. */
+typedef struct {
+    const q3n__quantiles *quantiles;
+    uint64_t              key;
+    double                unit;          /* stddev / Q3N__Z_ONE                                  */
+} q3n__random;
+
+/* Elements [first, first + n) of the tensor; first and n are even, or n reaches its end.  One hash
+ * makes two elements of 32 bits: sign, 12 bits of quantile, 19 between it and the next. */
+static void q3n__random_normal(const q3n__random *g, int64_t first, float *y, int64_t n)
+{
+    const int32_t *z = g->quantiles->z;
+    for (int64_t i = 0; i < n; i += 2) {
+        const uint64_t h = q3n__mix64(g->key + (uint64_t)((first + i) / 2) * Q3N__GOLDEN);
+        for (int k = 0; k < 2 && i + k < n; k++) {
+            const uint32_t bits = (uint32_t)(h >> (32 * k));
+            const uint32_t j = (bits >> 19) & (Q3N__QUANTILES - 1), part = bits & 0x7ffff;
+            const int64_t v = z[j] + (((int64_t)(z[j + 1] - z[j]) * (int64_t)part) >> 19);
+            y[i + k] = (float)((double)(bits >> 31 ? -v : v) * g->unit);
+        }
+    }
+}
+
+/* ln(a) for a = u / 2^28 in (0, 16), by repeated squaring of integers: one bit of the binary
+ * logarithm each. */
+static float q3n__random_log(uint32_t u)
+{
+    int exponent = 31;
+    uint64_t m = u | 1;
+    for (; !(m >> 31); exponent--) m <<= 1;        /* u = m / 2^31 * 2^exponent, m / 2^31 in [1, 2) */
+    int64_t log2 = exponent - 28;
+    for (int bit = 0; bit < 30; bit++) {
+        m = (m * m) >> 31;
+        log2 = log2 * 2 + (int64_t)(m >> 32);
+        if (m >> 32) m >>= 1;
+    }
+    return (float)((double)log2 * 6.4554437175353e-10);    /* ln(2) / 2^30 */
+}
+
+static q3n_result q3n__encode(q3n_type type, void *y, const float *x, size_t n)
+{
+    uint16_t *half = (uint16_t *)y;
+    switch (type) {
+    case Q3N_TYPE_F32:  memcpy(y, x, n * sizeof *x); return Q3N_OK;
+    case Q3N_TYPE_F16:  for (size_t i = 0; i < n; i++) half[i] = q3n__f32_to_f16(x[i]);  return Q3N_OK;
+    case Q3N_TYPE_BF16: for (size_t i = 0; i < n; i++) half[i] = q3n__f32_to_bf16(x[i]); return Q3N_OK;
+    case Q3N_TYPE_COUNT: break;
+    }
+    return Q3N_ERR_UNSUPPORTED;
+}
+
+/* cos or sin of pos * theta^(-2j / D) for elements [first, first + n) of [positions, D/2].  Unlike
+ * the rest these follow the C library's functions to their last bit. */
+static void q3n__random_rope(const q3n_config *c, q3n__init init, int64_t first, float *y, int64_t n)
+{
+    const int half = c->head_dim / 2;
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t pos = (first + i) / half, j = (first + i) % half;
+        const double angle = (double)pos * pow(c->rope_theta, -2.0 * (double)j / c->head_dim);
+        y[i] = (float)(init == Q3N__INIT_COS ? cos(angle) : sin(angle));
+    }
+}
+
+/* Elements [first, first + n) of a tensor as [HF] Qwen3NextPreTrainedModel._init_weights has them:
+ * A_log is the logarithm of a uniform number in (0, 16). */
+static void q3n__random_fill(const q3n_config *c, const q3n__random *g, q3n__init init, int64_t first,
+                             float *y, int64_t n)
+{
+    if (init == Q3N__INIT_NORMAL) {
+        q3n__random_normal(g, first, y, n);
+    } else if (init == Q3N__INIT_COS || init == Q3N__INIT_SIN) {
+        q3n__random_rope(c, init, first, y, n);
+    } else if (init == Q3N__INIT_A_LOG) {
+        for (int64_t i = 0; i < n; i++)
+            y[i] = q3n__random_log((uint32_t)q3n__mix64(g->key + (uint64_t)(first + i) * Q3N__GOLDEN));
+    } else {
+        for (int64_t i = 0; i < n; i++) y[i] = init == Q3N__INIT_ONES ? 1.0f : 0.0f;
+    }
+}
+
+/* ---- q3n_init_file ---- */
+#define Q3N__INIT_CHUNK 65536            /* elements made at a time; even                        */
+
+typedef struct {
+    const q3n_config       *config;
+    const q3n_init_options *o;
+    q3n__quantiles          quantiles;
+    float                   x[Q3N__INIT_CHUNK];
+    uint32_t                encoded[Q3N__INIT_CHUNK];
+} q3n__init_run;
+
+static int q3n__init_choose(void *user, q3n__plan_item *item, q3n_type *type)
+{
+    const q3n__init_run *run = (const q3n__init_run *)user;
+    if (item->optional) return 0;
+    if (item->dim[0] == 0) item->dim[0] = run->config->max_position_embeddings;
+    *type = item->role == Q3N__ROLE_VEC ? Q3N_TYPE_F32 : run->o->type;
+    return 1;
+}
+
+static q3n_result q3n__init_slice(q3n__init_run *run, q3n__writer *w)
+{
+    const q3n__writer_tensor *t = &w->tensors[w->tensor];
+    const uint32_t name = q3n__crc32_with(&w->crc_table, 0, t->item.name, strlen(t->item.name));
+    const double stddev = run->o->stddev == 0.0 ? 0.02 : run->o->stddev;
+    const q3n__random g = { &run->quantiles, q3n__mix64(run->o->seed ^ ((uint64_t)name << 32)),
+                            stddev / Q3N__Z_ONE };
+    const size_t element_bytes = (size_t)q3n__types[t->type].block_bytes;
+    const int64_t n = t->slice_bytes / (int64_t)element_bytes, first = w->slice * n;
+    for (int64_t done = 0; done < n; ) {
+        /* Chunks begin at even elements of the tensor, wherever the slice begins. */
+        int64_t count = Q3N__INIT_CHUNK - ((first + done) & 1);
+        if (count > n - done) count = n - done;
+        q3n__random_fill(run->config, &g, t->item.init, first + done, run->x, count);
+        q3n__encode(t->type, run->encoded, run->x, (size_t)count);
+        const q3n_result r = q3n__writer_put(w, run->encoded, (size_t)count * element_bytes);
+        if (r != Q3N_OK) return r;
+        done += count;
+    }
+    return Q3N_OK;
+}
+
+static q3n_result q3n__init_write(const char *path, q3n__init_run *run, q3n_error *err)
+{
+    q3n__writer w;
+    q3n__writer_options o;
+    memset(&o, 0, sizeof o);
+    o.config = run->config;
+    o.name = run->o->name;
+    o.allocator = &run->o->allocator;
+    o.progress = &run->o->progress;
+    o.choose = q3n__init_choose;
+    o.user = run;
+    q3n_result r = q3n__writer_open(&w, path, &o, err);
+    if (r != Q3N_OK) return r;
+    int more = 0;
+    for (;;) {
+        r = q3n__writer_next(&w, &more);
+        if (r != Q3N_OK || !more) break;
+        r = q3n__init_slice(run, &w);
+        if (r != Q3N_OK) break;
+    }
+    return q3n__writer_close(&w, r);
+}
+
+Q3N_DEF q3n_result q3n_init_file(const char *path, const q3n_config *c, const q3n_init_options *o,
+                                 q3n_error *err)
+{
+    static const q3n_init_options defaults;
+    if (!o) o = &defaults;
+    if (!q3n_type_name(o->type) || q3n__types[o->type].block_len != 1)
+        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "random weights are f32, f16 or bf16");
+    if (!(o->stddev >= 0.0 && o->stddev <= 1e3))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "stddev %g is not in [0, 1000]", o->stddev);
+    if (!o->allocator.alloc != !o->allocator.free)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "an allocator needs both alloc and free");
+    q3n__init_run *run = (q3n__init_run *)q3n__alloc(&o->allocator, sizeof *run);
+    if (!run) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for random weights");
+    run->config = c;
+    run->o = o;
+    q3n__quantiles_make(&run->quantiles);
+    const q3n_result r = q3n__init_write(path, run, err);
+    q3n__free(&o->allocator, run);
+    return r;
+}
+#else
+Q3N_DEF q3n_result q3n_init_file(const char *path, const q3n_config *c, const q3n_init_options *o,
+                                 q3n_error *err)
+{
+    (void)path; (void)c; (void)o;
+    return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "built without files (Q3N_NO_STDIO)");
+}
+#endif /* Q3N_NO_STDIO */
+
+/* =====================================================================================
+ * [13] PUBLIC                                                                  >>public
+ *
+ * Public functions of models and sessions: check, delegate.
+ * ===================================================================================== */
+Q3N_DEF q3n_result q3n_model_open_memory(q3n_model **out, const void *data, size_t bytes,
+                                         const q3n_model_options *o, q3n_error *err)
+{
+    if (!out) return q3n__fail(err, Q3N_ERR_ARG, -1, "no place for the model");
+    *out = NULL;
+    if (!data || (uintptr_t)data % Q3N__ALIGN != 0)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "data must be aligned to %d bytes", Q3N__ALIGN);
+    q3n_model *m;
+    q3n_result r = q3n__model_create(&m, o, err);
+    if (r != Q3N_OK) return r;
+    m->data = (const uint8_t *)data;
+    m->bytes = bytes;
+    r = q3n__model_load(m, o ? o->skip_checksum : 0, err);
+    if (r == Q3N_OK) *out = m;
+    else             q3n__model_free(m);
+    return r;
+}
+
+Q3N_DEF q3n_result q3n_model_open(q3n_model **out, const char *path, const q3n_model_options *o,
+                                  q3n_error *err)
+{
+    if (!out) return q3n__fail(err, Q3N_ERR_ARG, -1, "no place for the model");
+    *out = NULL;
+    if (!path) return q3n__fail(err, Q3N_ERR_ARG, -1, "no path");
+#ifdef Q3N_NO_STDIO
+    (void)o;
+    return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "built without files (Q3N_NO_STDIO): open from memory");
+#else
+    size_t bytes = 0;
+    const char *why;
+    const uint8_t *data = q3n__file_map(path, &bytes, &why);
+    if (!data) return q3n__fail(err, Q3N_ERR_IO, -1, "%.400s: %s", path, why);
+    q3n_model *m;
+    q3n_result r = q3n__model_create(&m, o, err);
+    if (r != Q3N_OK) {
+        q3n__file_unmap(data, bytes);
+        return r;
+    }
+    m->data = data;
+    m->bytes = bytes;
+    m->mapped = 1;
+    q3n_error why_not;
+    r = q3n__model_load(m, o ? o->skip_checksum : 0, &why_not);
+    if (r == Q3N_OK) {
+        *out = m;
+        return r;
+    }
+    q3n__model_free(m);
+    return q3n__fail(err, r, why_not.offset, "%.200s: %.290s", path, why_not.message);
+#endif
+}
+
+Q3N_DEF void q3n_model_close(q3n_model *m)
+{
+    if (m) q3n__model_free(m);
+}
+
+Q3N_DEF const q3n_config *q3n_model_config(const q3n_model *m)    { return &m->config; }
+Q3N_DEF const char       *q3n_model_name(const q3n_model *m)      { return m->name; }
+Q3N_DEF const char       *q3n_model_chat_kind(const q3n_model *m) { return m->chat; }
+
+Q3N_DEF const int32_t *q3n_model_eos_ids(const q3n_model *m, int *n)
+{
+    if (n) *n = m->n_eos;
+    return m->eos;
+}
+
+Q3N_DEF int q3n_model_is_eos(const q3n_model *m, int32_t id)
+{
+    for (int i = 0; i < m->n_eos; i++) if (m->eos[i] == id) return 1;
+    return 0;
+}
+
+Q3N_DEF int q3n_model_n_tensors(const q3n_model *m) { return m->n_tensors; }
+
+Q3N_DEF q3n_result q3n_model_tensor(const q3n_model *m, int i, q3n_tensor *out)
+{
+    if (i < 0 || i >= m->n_tensors || !out) return Q3N_ERR_ARG;
+    *out = m->tensors[i];
+    return Q3N_OK;
+}
+
+Q3N_DEF q3n_result q3n_model_find_tensor(const q3n_model *m, const char *name, q3n_tensor *out)
+{
+    if (!name || !out) return Q3N_ERR_ARG;
+    return q3n_model_tensor(m, m->by_name[q3n__name_slot(m, name)], out);
+}
+
+/* Progress is told every so many bytes. */
+#define Q3N__VERIFY_STEP ((size_t)16 << 20)
+
+Q3N_DEF q3n_result q3n_model_verify(const q3n_model *m, const q3n_progress *progress, q3n_error *err)
+{
+    q3n__crc_table table;
+    q3n__crc_table_make(&table);
+    int64_t done = 0, total = 0;
+    const uint8_t *records = NULL;
+    size_t record = 0;
+    for (uint32_t i = 0; i < q3n__load_u32(m->data + 12); i++) {
+        const uint8_t *p = m->data + Q3N__HEADER_BYTES + (size_t)i * Q3N__SECTION_BYTES;
+        if (q3n__load_u32(p) == Q3N__SECTION_TENSORS) records = m->data + q3n__load_u64(p + 8);
+    }
+    record = q3n__load_u32(records + 4);
+    for (int i = 0; i < m->n_tensors; i++) total += m->tensors[i].bytes;
+    for (int i = 0; i < m->n_tensors; i++) {
+        const q3n_tensor *t = &m->tensors[i];
+        const size_t n_slices = t->n_dims == 3 ? (size_t)t->dim[0] : 1, slice = (size_t)t->bytes / n_slices;
+        uint32_t crc = 0;
+        for (size_t k = 0; k < n_slices; k++)
+            for (size_t at = 0; at < slice; at += Q3N__VERIFY_STEP) {
+                const size_t some = slice - at < Q3N__VERIFY_STEP ? slice - at : Q3N__VERIFY_STEP;
+                crc = q3n__crc32_with(&table, crc, (const uint8_t *)t->data + k * t->stride + at, some);
+                done += (int64_t)some;
+                if (progress && progress->report && progress->report(progress->user, done, total))
+                    return q3n__fail(err, Q3N_ERR_CANCELLED, -1, "cancelled");
+            }
+        const uint32_t expected = q3n__load_u32(records + 8 + (size_t)i * record + 64);
+        if (crc != expected)
+            return q3n__fail(err, Q3N_ERR_CHECKSUM, t->offset, "%s: checksum is %08x, expected %08x: the file "
+                             "is damaged", t->name, crc, expected);
+    }
+    return Q3N_OK;
+}
+
+/* Every expert of a token's k is read once, a row of the embedding, all of the rest. */
+Q3N_DEF void q3n_model_stats_get(const q3n_model *m, q3n_model_stats *out)
+{
+    const q3n_config *c = &m->config;
+    memset(out, 0, sizeof *out);
+    out->file_bytes = (int64_t)m->bytes;
+    for (int i = 0; i < m->n_tensors; i++) {
+        const q3n_tensor *t = &m->tensors[i];
+        int64_t n = t->dim[0] * t->dim[1] * t->dim[2], bytes = t->bytes;
+        if (strncmp(t->name, "mtp.", 4) == 0) {
+            out->mtp_weights += n;
+            continue;
+        }
+        out->n_weights += n;
+        if (strstr(t->name, ".mlp.experts.") && c->num_experts > 0) {
+            n = n / c->num_experts * c->num_experts_per_tok;
+            bytes = bytes / c->num_experts * c->num_experts_per_tok;
+        }
+        if (strcmp(t->name, "embed_tokens.weight") == 0) {
+            if (!c->tie_word_embeddings) {
+                n = t->dim[1];
+                bytes /= t->dim[0];
+            }
+        }
+        out->n_weights_active += n;
+        out->decode_bytes += bytes;
+    }
+}
+
+/* ---- Sessions ---- */
+Q3N_DEF size_t q3n_session_bytes(const q3n_model *m, const q3n_session_options *o,
+                                 q3n_session_memory *memory)
+{
+    q3n_session s;
+    q3n_session_memory parts;
+    memset(&parts, 0, sizeof parts);
+    size_t bytes = q3n__session_measure(m, o, &s, &parts, NULL), total = 0;
+    if (bytes && !q3n__add_size(bytes, Q3N__ALIGN + sizeof(q3n__block_head), &total)) total = 0;
+    parts.total = total;
+    parts.other = total - parts.kv_cache - parts.delta_state - parts.conv_state - parts.scratch;
+    if (memory && total) *memory = parts;
+    return total;
+}
+
+Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
+                                      const q3n_session_options *o, q3n_error *err)
+{
+    if (!out || !m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model, or no place for the session");
+    *out = NULL;
+    q3n_session measured;
+    q3n_error why = { Q3N_ERR_ARG, -1, "" };
+    const size_t bytes = q3n__session_measure(m, o, &measured, NULL, &why);
+    if (bytes == 0) return q3n__fail(err, why.code, -1, "%s", why.message);
+    q3n__arena arena = { (uint8_t *)q3n__alloc(&m->allocator, bytes), 0, 0 };
+    if (!arena.base)
+        return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a session of %zu bytes (%d tokens): make "
+                         "capacity or batch smaller", bytes, measured.options.capacity);
+    q3n_session *s = (q3n_session *)q3n__arena_take(&arena, 1, sizeof *s);
+    *s = measured;
+    q3n__session_layout(&arena, s, NULL);
+    const q3n_isa max = s->options.scalar_only ? Q3N_ISA_SCALAR
+                      : s->options.max_isa == Q3N_ISA_SCALAR ? q3n_isa_best() : s->options.max_isa;
+    s->isa = q3n__kernels_init(&s->kernels, max);
+    s->run.model = m;
+    s->run.k = &s->kernels;
+    s->run.pool = &s->pool;
+    q3n__session_clear(s);
+    const q3n_result r = q3n__pool_open(&s->pool, s->options.n_threads, &s->options.executor,
+                                        s->pool.threads, err);
+    if (r != Q3N_OK) {
+        q3n__free(&m->allocator, s);
+        return r;
+    }
+    *out = s;
+    return Q3N_OK;
+}
+
+Q3N_DEF void q3n_session_destroy(q3n_session *s)
+{
+    if (!s) return;
+    q3n__pool_close(&s->pool);
+    q3n__free(&s->model->allocator, s);
+}
+
+Q3N_DEF q3n_result q3n_session_eval(q3n_session *s, const int32_t *tokens, int n, float *logits)
+{
+    const q3n_outputs out = { logits, NULL, NULL, NULL };
+    return q3n__session_eval(s, tokens, n, &out);
+}
+
+Q3N_DEF q3n_result q3n_session_eval_outputs(q3n_session *s, const int32_t *tokens, int n,
+                                            const q3n_outputs *out)
+{
+    if (!out) return q3n_session_eval(s, tokens, n, NULL);
+    return q3n__session_eval(s, tokens, n, out);
+}
+
+Q3N_DEF q3n_result q3n_session_classify(q3n_session *s, const int32_t *tokens, int n, float *scores)
+{
+    if (!scores) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no place for the scores");
+    return q3n__session_classify(s, tokens, n, scores);
+}
+
+Q3N_DEF int     q3n_session_length(const q3n_session *s)    { return s->state.length; }
+Q3N_DEF int     q3n_session_capacity(const q3n_session *s)  { return s->options.capacity; }
+Q3N_DEF int     q3n_session_n_threads(const q3n_session *s) { return s->options.n_threads; }
+Q3N_DEF q3n_isa q3n_session_isa(const q3n_session *s)       { return s->isa; }
+Q3N_DEF void    q3n_session_reset(q3n_session *s)           { q3n__session_clear(s); }
+Q3N_DEF const q3n_error *q3n_session_error(const q3n_session *s) { return &s->error; }
+
+Q3N_DEF const int64_t *q3n_session_expert_counts(const q3n_session *s, int l)
+{
+    const q3n_config *c = &s->model->config;
+    if (!s->state.expert_counts || l < 0 || l >= c->num_hidden_layers || !c->layer_experts[l]) return NULL;
+    return s->state.expert_counts + (size_t)l * (size_t)c->num_experts;
+}
+
+/* =====================================================================================
+ * [14] KERNELS, SCALAR: the definition                                 >>kernels-scalar
+ *
+ * Written from the equations; every other ISA is tested against these.
+ * ===================================================================================== */
+
+/* ---- Reading and writing elements: one pair per type ---- */
+static float q3n__get_f32(const void *p, size_t i)  { return ((const float *)p)[i]; }
+static float q3n__get_f16(const void *p, size_t i)  { return q3n__f16_to_f32(((const uint16_t *)p)[i]); }
+static float q3n__get_bf16(const void *p, size_t i) { return q3n__bf16_to_f32(((const uint16_t *)p)[i]); }
+
+static void q3n__put_f32(void *p, size_t i, float f)  { ((float *)p)[i] = f; }
+static void q3n__put_f16(void *p, size_t i, float f)  { ((uint16_t *)p)[i] = q3n__f32_to_f16(f); }
+static void q3n__put_bf16(void *p, size_t i, float f) { ((uint16_t *)p)[i] = q3n__f32_to_bf16(f); }
+
+/* ---- Matrix product, row to float, attention: one instance per float type ---- */
+
+static void q3n__attend_softmax_scalar(const q3n__attend *a, int i)
+{
+    float *s = a->scores + (size_t)i * Q3N__KV_BLOCK;
+    float m = -FLT_MAX, l = 0.0f;
+    for (int j = 0; j < a->n_keys[i]; j++) if (s[j] > m) m = s[j];
+    for (int j = 0; j < a->n_keys[i]; j++) l += s[j] = expf(s[j] - m);
+    a->m[i] = m;
+    a->l[i] = l;
+}
+
+#define Q3N__DEFINE_FLOAT_TYPE_SCALAR(id)                                                          \
+    static void q3n__matmul_##id##_scalar(const q3n__matmul *m)                                    \
+    {                                                                                              \
+        for (int t = 0; t < m->n; t++)                                                             \
+            for (int r = m->row0; r < m->row1; r++) {                                              \
+                const float *x = q3n__matmul_x(m, t);                                              \
+                const size_t first = (size_t)r * (size_t)m->n_cols;                                \
+                float s = 0.0f;                                                                    \
+                for (int j = 0; j < m->n_cols; j++)                                                \
+                    s += q3n__get_##id(m->w, first + (size_t)j) * x[j];                            \
+                m->y[(size_t)t * (size_t)m->y_stride + (size_t)r] = m->bias ? s + m->bias[r] : s;  \
+            }                                                                                      \
+    }                                                                                              \
+    static void q3n__to_f32_##id##_scalar(float *y, const void *x, int n)                          \
+    {                                                                                              \
+        for (int i = 0; i < n; i++) y[i] = q3n__get_##id(x, (size_t)i);                            \
+    }                                                                                              \
+    static void q3n__store_kv_##id##_scalar(const q3n__store_kv *s)                                \
+    {                                                                                              \
+        for (int i = 0; i < s->dim; i++) {                                                         \
+            q3n__put_##id(s->k, (size_t)i * Q3N__KV_BLOCK + (size_t)s->slot, s->key[i]);           \
+            q3n__put_##id(s->v, (size_t)s->slot * (size_t)s->dim + (size_t)i, s->value[i]);        \
+        }                                                                                          \
+    }                                                                                              \
+    static void q3n__attend_##id##_scalar(const q3n__attend *a)                                    \
+    {                                                                                              \
+        for (int i = 0; i < a->n; i++) {                                                           \
+            const float *q = a->q + (size_t)i * (size_t)a->q_stride;                               \
+            float *s = a->scores + (size_t)i * Q3N__KV_BLOCK;                                      \
+            float *o = a->o + (size_t)i * (size_t)a->o_stride;                                     \
+            for (int j = 0; j < a->n_keys[i]; j++) {                                               \
+                s[j] = 0.0f;                                                                       \
+                for (int c = 0; c < a->dim; c++)                                                   \
+                    s[j] += q[c] * q3n__get_##id(a->k, (size_t)c * Q3N__KV_BLOCK + (size_t)j);     \
+            }                                                                                      \
+            q3n__attend_softmax_scalar(a, i);                                                      \
+            for (int c = 0; c < a->dim; c++) {                                                     \
+                o[c] = 0.0f;                                                                       \
+                for (int j = 0; j < a->n_keys[i]; j++)                                             \
+                    o[c] += s[j] * q3n__get_##id(a->v, (size_t)j * (size_t)a->dim + (size_t)c);    \
+            }                                                                                      \
+        }                                                                                          \
+    }
+
+Q3N__DEFINE_FLOAT_TYPE_SCALAR(f32)
+Q3N__DEFINE_FLOAT_TYPE_SCALAR(f16)
+Q3N__DEFINE_FLOAT_TYPE_SCALAR(bf16)
+
+/* ---- DeltaNet ---- */
+
+/* The gated delta rule ([HF] torch_recurrent_gated_delta_rule; [GDN] eq. 10), for each token:
+ *
+ *     S <- e^g S                 forget
+ *     d  = beta (v - S' k)       what the memory gets wrong about k
+ *     S <- S + k d'              correct it
+ *     o  = S' q                  read; q arrives divided by sqrt(dk)
+ *
+ * Columns of S do not mix, so any range of them may be computed alone. */
+static void q3n__delta_scalar(const q3n__delta *h)
+{
+    for (int t = 0; t < h->n; t++) {
+        const float *q = h->q + (size_t)t * (size_t)h->qk_stride;
+        const float *k = h->k + (size_t)t * (size_t)h->qk_stride;
+        const float *v = h->v + (size_t)t * (size_t)h->v_stride;
+        const float beta  = h->beta[(size_t)t * (size_t)h->gb_stride];
+        const float decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
+        for (int j = h->col0; j < h->col1; j++) {
+            float *S = h->S + j, read = 0.0f, o = 0.0f;
+            for (int i = 0; i < h->dk; i++) read += S[(size_t)i * (size_t)h->dv] * k[i];
+            const float d = beta * (v[j] - decay * read);
+            for (int i = 0; i < h->dk; i++) {
+                float *s = S + (size_t)i * (size_t)h->dv;
+                *s = decay * *s + k[i] * d;
+                o += *s * q[i];
+            }
+            h->o[(size_t)t * (size_t)h->o_stride + (size_t)j] = o;
+        }
+    }
+}
+
+static float q3n__silu(float x) { return x / (1.0f + expf(-x)); }
+
+static void q3n__conv_scalar(const q3n__conv *c)
+{
+    const int back = c->width - 1;
+    for (int ch = c->c0; ch < c->c1; ch++) {
+        float u[16];                                   /* width <= 16 (Q3N_CONFIG_LIST) */
+        for (int j = 0; j < back; j++) u[j] = c->state[(size_t)j * (size_t)c->n_channels + (size_t)ch];
+        for (int t = 0; t < c->n; t++) {
+            u[back] = c->x[(size_t)t * (size_t)c->x_stride + (size_t)ch];
+            float s = 0.0f;
+            for (int j = 0; j < c->width; j++)
+                s += c->w[(size_t)j * (size_t)c->n_channels + (size_t)ch] * u[j];
+            c->y[(size_t)t * (size_t)c->y_stride + (size_t)ch] = q3n__silu(s);
+            for (int j = 0; j < back; j++) u[j] = u[j + 1];
+        }
+        for (int j = 0; j < back; j++) c->state[(size_t)j * (size_t)c->n_channels + (size_t)ch] = u[j];
+    }
+}
+
+/* ---- Vectors ---- */
+static float q3n__dot_scalar(const float *a, const float *b, int n)
+{
+    float s = 0.0f;
+    for (int i = 0; i < n; i++) s += a[i] * b[i];
+    return s;
+}
+
+static void q3n__axpy_scalar(float *y, float a, const float *x, int n)
+{
+    for (int i = 0; i < n; i++) y[i] += a * x[i];
+}
+
+/* y = x / sqrt(mean(x^2) + eps) * w ([HF] Qwen3NextRMSNorm; the file's w holds 1 + weight) */
+static void q3n__rms_norm_scalar(float *y, const float *x, const float *w, int n, float eps)
+{
+    float s = 0.0f;
+    for (int i = 0; i < n; i++) s += x[i] * x[i];
+    const float scale = 1.0f / sqrtf(s / (float)n + eps);
+    for (int i = 0; i < n; i++) y[i] = x[i] * scale * w[i];
+}
+
+static void q3n__softmax_scalar(float *x, int n)
+{
+    float m = x[0], l = 0.0f;
+    for (int i = 1; i < n; i++) if (x[i] > m) m = x[i];
+    for (int i = 0; i < n; i++) l += x[i] = expf(x[i] - m);
+    for (int i = 0; i < n; i++) x[i] /= l;
+}
+
+static void q3n__silu_mul_scalar(float *y, const float *gate, int n)
+{
+    for (int i = 0; i < n; i++) y[i] *= q3n__silu(gate[i]);
+}
+
+static void q3n__sigmoid_mul_scalar(float *y, const float *gate, int n)
+{
+    for (int i = 0; i < n; i++) y[i] *= q3n__sigmoid(gate[i]);
+}
+
+static void q3n__bind_scalar(q3n__kernels *k)
+{
+#define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
+    k->matmul[Q3N_TYPE_##ID] = q3n__matmul_##id##_scalar;                               \
+    k->to_f32[Q3N_TYPE_##ID] = q3n__to_f32_##id##_scalar;                               \
+    k->attend[Q3N_TYPE_##ID] = q3n__attend_##id##_scalar;                               \
+    k->store_kv[Q3N_TYPE_##ID] = q3n__store_kv_##id##_scalar;
+    Q3N_TYPE_LIST(Q3N__X)
+#undef Q3N__X
+    k->delta       = q3n__delta_scalar;
+    k->conv        = q3n__conv_scalar;
+    k->dot         = q3n__dot_scalar;
+    k->axpy        = q3n__axpy_scalar;
+    k->rms_norm    = q3n__rms_norm_scalar;
+    k->softmax     = q3n__softmax_scalar;
+    k->silu_mul    = q3n__silu_mul_scalar;
+    k->sigmoid_mul = q3n__sigmoid_mul_scalar;
+}
+
+/* =====================================================================================
+ * [15] KERNELS, AVX2                                                    >>kernels-avx2
+ *
+ * How all three ISA sections work.  An element of a product has one accumulator vector that walks
+ * the columns in steps of one vector; a shorter last step reads zeros behind the end; then one
+ * order of horizontal sums.  Tiles of several rows and tokens only put independent elements next
+ * to each other, so no tile shape changes a bit.  Loops over constants, marked Q3N__UNROLL, unroll
+ * completely and their arrays live in registers.
+ * ===================================================================================== */
+
+/* ---- Shared by the ISA sections ---- */
+#if defined(_MSC_VER) && !defined(__clang__)
+#  define Q3N__INLINE static __forceinline
+#  define Q3N__UNROLL
+#elif defined(__clang__)
+#  define Q3N__INLINE static inline __attribute__((always_inline))
+#  define Q3N__UNROLL _Pragma("unroll")
+#else
+#  define Q3N__INLINE static inline __attribute__((always_inline))
+#  define Q3N__UNROLL _Pragma("GCC unroll 8")
+#endif
+
+#define Q3N__FLOAT_TYPE_LIST(X) X(F32, f32) X(F16, f16) X(BF16, bf16)
+
+/* e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln(2) / 2: r in two steps, the first exact because
+ * LN2_HI has 15 bits ([CW] chapter 6).  e^r = 1 + r + r^2 (EXP_2 + EXP_3 r + ... + EXP_6 r^4): minimax
+ * in the relative error, 3.1e-9, by Remez exchange in 40 digits.  Beyond MIN and MAX the result is
+ * 0 and infinity. */
+#define Q3N__EXP_MIN -104.0f
+#define Q3N__EXP_MAX 89.0f
+#define Q3N__LOG2_E  0x1.715476p+0f
+#define Q3N__LN2_HI  0x1.62e4p-1f
+#define Q3N__LN2_LO  0x1.7f7d1cp-20f
+#define Q3N__EXP_2   0x1.fffffcp-2f
+#define Q3N__EXP_3   0x1.555492p-3f
+#define Q3N__EXP_4   0x1.5558f2p-5f
+#define Q3N__EXP_5   0x1.123a2p-7f
+#define Q3N__EXP_6   0x1.6a23dp-10f
+
+/* out [n, width] = sum over i in [step0, step1) of x[., i] m[i, .], continued from out if step0 > 0 */
+typedef struct {
+    const void  *m;              /* [steps, m_stride] of a float type                            */
+    const float *x;              /* [n, x_stride]                                                */
+    float       *out;            /* [n, out_stride]                                              */
+    size_t       m_stride, x_stride, out_stride;
+    int          n, step0, step1, width;
+} q3n__mix;
+
+typedef void (*q3n__mix_fn)(const q3n__mix *p);
+
+/* Tokens of the next tile: at most `most`, and no tile of one behind a full one. */
+static Q3N__UNUSED int q3n__tile_tokens(int left, int most)
+{
+    return left <= most ? left : left < 2 * most ? (left + 1) / 2 : most;
+}
+
+/* Tokens whose inputs stay in L2 while all rows pass, a multiple of a tile. */
+static Q3N__UNUSED int q3n__block_tokens(int n_cols, int tile)
+{
+    const int tiles = 65536 / ((n_cols > 0 ? n_cols : 1) * tile);         /* 256 KiB of inputs */
+    return (tiles < 1 ? 1 : tiles) * tile;
+}
+
+/* Row i of the convolution's input: the state's columns, then x. */
+static Q3N__UNUSED const float *q3n__conv_input(const q3n__conv *c, int i)
+{
+    const int back = c->width - 1;
+    return i < back ? c->state + (size_t)i * (size_t)c->n_channels
+                    : c->x + (size_t)(i - back) * (size_t)c->x_stride;
+}
+
+/* The state becomes the last width - 1 rows of the input. */
+static Q3N__UNUSED void q3n__conv_shift(const q3n__conv *c)
+{
+    if (c->n < 1 || c->c1 <= c->c0) return;
+    for (int j = 0; j < c->width - 1; j++)
+        memcpy(c->state + (size_t)j * (size_t)c->n_channels + c->c0,
+               q3n__conv_input(c, c->n + j) + c->c0, (size_t)(c->c1 - c->c0) * sizeof(float));
+}
+
+#if Q3N__X86 && !defined(Q3N_NO_AVX2)
+Q3N__TARGET_BEGIN("avx2,fma,f16c")
+
+/* ---- Loads, stores, sums.  n elements are real, n >= 8 = all; the rest reads as zero ---- */
+Q3N__INLINE __m256i q3n__mask_avx2(int n)
+{
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+Q3N__INLINE __m256 q3n__loadf_avx2(const float *p, int n)
+{
+    return n >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, q3n__mask_avx2(n));
+}
+
+Q3N__INLINE void q3n__storef_avx2(float *p, __m256 v, int n)
+{
+    if (n >= 8) _mm256_storeu_ps(p, v);
+    else        _mm256_maskstore_ps(p, q3n__mask_avx2(n), v);
+}
+
+/* Elements [i, i + 8) of a float type's row.  type is a constant in every use. */
+Q3N__INLINE __m256 q3n__load_avx2(q3n_type type, const void *row, size_t i, int n)
+{
+    if (type == Q3N_TYPE_F32) return q3n__loadf_avx2((const float *)row + i, n);
+    const uint16_t *p = (const uint16_t *)row + i;
+    uint16_t part[8] = { 0 };
+    if (n < 8) {
+        memcpy(part, p, (size_t)n * sizeof *p);
+        p = part;
+    }
+    const __m128i h = _mm_loadu_si128((const __m128i *)(const void *)p);
+    if (type == Q3N_TYPE_F16) return _mm256_cvtph_ps(h);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+
+/* The sums of four vectors. */
+Q3N__INLINE __m128 q3n__sum4_avx2(__m256 a, __m256 b, __m256 c, __m256 d)
+{
+    const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+}
+
+Q3N__INLINE float q3n__sum_avx2(__m256 v)
+{
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+/* ---- e^x: the clamps and the rest keep NaN; 2^n in two factors, so that a denormal result is
+ *      rounded once and 2^128 does not overflow too early ---- */
+Q3N__INLINE __m256 q3n__pow2_avx2(__m256i n)   /* -126 <= n <= 127 */
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+
+Q3N__INLINE __m256 q3n__exp_avx2(__m256 x)
+{
+    x = _mm256_max_ps(_mm256_set1_ps(Q3N__EXP_MIN), _mm256_min_ps(_mm256_set1_ps(Q3N__EXP_MAX), x));
+    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(Q3N__LOG2_E)),
+                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(Q3N__LN2_HI), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(Q3N__LN2_LO), r);
+    __m256 p = _mm256_fmadd_ps(_mm256_set1_ps(Q3N__EXP_6), r, _mm256_set1_ps(Q3N__EXP_5));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(Q3N__EXP_4));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(Q3N__EXP_3));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(Q3N__EXP_2));
+    p = _mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r);
+    p = _mm256_add_ps(p, _mm256_set1_ps(1.0f));
+    const __m256i ni = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(ni, 1);
+    p = _mm256_mul_ps(p, q3n__pow2_avx2(half));
+    return _mm256_mul_ps(p, q3n__pow2_avx2(_mm256_sub_epi32(ni, half)));
+}
+
+/* 1 + e^-x */
+Q3N__INLINE __m256 q3n__exp1_avx2(__m256 x)
+{
+    const __m256 minus = _mm256_xor_ps(x, _mm256_set1_ps(-0.0f));
+    return _mm256_add_ps(_mm256_set1_ps(1.0f), q3n__exp_avx2(minus));
+}
+
+/* ---- Matrix product: a tile of R rows x T tokens, one accumulator for each ---- */
+#define Q3N__TOKENS_AVX2 3     /* 4 x 3 accumulators, 3 inputs, 1 weight: 8 registers */
+
+typedef struct {
+    const void  *w[8];
+    const float *x[Q3N__TOKENS_AVX2];
+    __m256       s[8][Q3N__TOKENS_AVX2];
+} q3n__tile_regs_avx2;
+
+/* One vector of columns.  R and T are constants in every use, so that s stays in registers. */
+Q3N__INLINE void q3n__tile_step_avx2(q3n_type type, int R, int T,
+                                       q3n__tile_regs_avx2 *p, int j, int n)
+{
+    __m256 x[Q3N__TOKENS_AVX2];
+    Q3N__UNROLL
+    for (int t = 0; t < T; t++) x[t] = q3n__loadf_avx2(p->x[t] + j, n);
+    Q3N__UNROLL
+    for (int r = 0; r < R; r++) {
+        const __m256 w = q3n__load_avx2(type, p->w[r], (size_t)j, n);
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++) p->s[r][t] = _mm256_fmadd_ps(w, x[t], p->s[r][t]);
+    }
+}
+
+/* y of token t, rows [r, r + 4) as far as they are wanted */
+Q3N__INLINE void q3n__store_rows_avx2(const q3n__matmul *m, int r, int t, __m128 v)
+{
+    float *y = m->y + (size_t)t * (size_t)m->y_stride + r;
+    const __m128i k = _mm_cmpgt_epi32(_mm_set1_epi32(m->row1 - r), _mm_setr_epi32(0, 1, 2, 3));
+    if (m->bias) v = _mm_add_ps(v, _mm_maskload_ps(m->bias + r, k));
+    _mm_maskstore_ps(y, k, v);
+}
+
+/* Rows behind the last are computed as copies of it and dropped: every output takes one path. */
+Q3N__INLINE void q3n__tile_avx2(q3n_type type, int R, int T, const q3n__matmul *m, int r0, int t0)
+{
+    const size_t row_bytes = q3n__row_bytes(type, m->n_cols);
+    q3n__tile_regs_avx2 p;
+    Q3N__UNROLL
+    for (int t = 0; t < T; t++) p.x[t] = q3n__matmul_x(m, t0 + t);
+    Q3N__UNROLL
+    for (int r = 0; r < R; r++) {
+        const int row = r0 + r < m->row1 ? r0 + r : m->row1 - 1;
+        p.w[r] = (const uint8_t *)m->w + (size_t)row * row_bytes;
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++) p.s[r][t] = _mm256_setzero_ps();
+    }
+    int j = 0;
+    for (; j + 8 <= m->n_cols; j += 8) q3n__tile_step_avx2(type, R, T, &p, j, 8);
+    if (j < m->n_cols) q3n__tile_step_avx2(type, R, T, &p, j, m->n_cols - j);
+    Q3N__UNROLL
+    for (int r = 0; r < R; r += 4) {
+        if (r0 + r >= m->row1) break;
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++)
+            q3n__store_rows_avx2(m, r0 + r, t0 + t,
+                                   q3n__sum4_avx2(p.s[r][t], p.s[r + 1][t], p.s[r + 2][t],
+                                                    p.s[r + 3][t]));
+    }
+}
+
+/* Four rows, tokens [t, t1): the weights come from L1 for all but the first tile. */
+Q3N__INLINE void q3n__rows_avx2(q3n_type type, const q3n__matmul *m, int r, int t, int t1)
+{
+    while (t < t1) {
+        const int T = q3n__tile_tokens(t1 - t, Q3N__TOKENS_AVX2);
+        switch (T) {
+        case 1: q3n__tile_avx2(type, 4, 1, m, r, t); break;
+        case 2: q3n__tile_avx2(type, 4, 2, m, r, t); break;
+        case 3: q3n__tile_avx2(type, 4, 3, m, r, t); break;
+        }
+        t += T;
+    }
+}
+
+Q3N__INLINE void q3n__matmul_avx2(q3n_type type, const q3n__matmul *m)
+{
+    if (m->n == 1) {
+        for (int r = m->row0; r < m->row1; r += 8) q3n__tile_avx2(type, 8, 1, m, r, 0);
+        return;
+    }
+    const int block = q3n__block_tokens(m->n_cols, Q3N__TOKENS_AVX2);
+    for (int t = 0; t < m->n; t += block) {
+        const int t1 = m->n - t > block ? t + block : m->n;
+        for (int r = m->row0; r < m->row1; r += 4) q3n__rows_avx2(type, m, r, t, t1);
+    }
+}
+
+/* ---- Attention: both products are out += x M with the vectors along M's rows ---- */
+
+/* Columns [c, c + 8 V) of T rows of out; n is how many are real if V is 1.  T, V are constants. */
+Q3N__INLINE void q3n__mix_tile_avx2(q3n_type type, int V, int T, const q3n__mix *p, int c, int n)
+{
+    __m256 s[4][4], x[4];
+    Q3N__UNROLL
+    for (int v = 0; v < V; v++)
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++)
+            s[v][t] = p->step0 == 0 ? _mm256_setzero_ps()
+                    : q3n__loadf_avx2(p->out + (size_t)t * p->out_stride + c + 8 * v, n);
+    for (int i = p->step0; i < p->step1; i++) {
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++) x[t] = _mm256_set1_ps(p->x[(size_t)t * p->x_stride + (size_t)i]);
+        const size_t first = (size_t)i * p->m_stride + (size_t)c;
+        Q3N__UNROLL
+        for (int v = 0; v < V; v++) {
+            const __m256 m = q3n__load_avx2(type, p->m, first + 8 * (size_t)v, n);
+            Q3N__UNROLL
+            for (int t = 0; t < T; t++) s[v][t] = _mm256_fmadd_ps(m, x[t], s[v][t]);
+        }
+    }
+    Q3N__UNROLL
+    for (int v = 0; v < V; v++)
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++)
+            q3n__storef_avx2(p->out + (size_t)t * p->out_stride + c + 8 * v, s[v][t], n);
+}
+
+Q3N__INLINE void q3n__mix_rows_avx2(q3n_type type, int T, const q3n__mix *p)
+{
+    const int V = T == 4 ? 2 : 4;    /* V x T accumulators, T inputs, 1 of m: 16 registers */
+    int c = 0;
+    for (; c + 8 * V <= p->width; c += 8 * V) q3n__mix_tile_avx2(type, V, T, p, c, 8);
+    for (; c + 8 <= p->width; c += 8) q3n__mix_tile_avx2(type, 1, T, p, c, 8);
+    if (c < p->width) q3n__mix_tile_avx2(type, 1, T, p, c, p->width - c);
+}
+
+Q3N__INLINE void q3n__mix_avx2(q3n_type type, const q3n__mix *p)
+{
+    switch (p->n) {
+    case 1: q3n__mix_rows_avx2(type, 1, p); break;
+    case 2: q3n__mix_rows_avx2(type, 2, p); break;
+    case 3: q3n__mix_rows_avx2(type, 3, p); break;
+    case 4: q3n__mix_rows_avx2(type, 4, p); break;
+    }
+}
+
+/* max(-FLT_MAX, x_0, ...) */
+static float q3n__max_avx2(const float *x, int n)
+{
+    const __m256 least = _mm256_set1_ps(-FLT_MAX);
+    __m256 m = least;
+    int i = 0;
+    for (; i + 8 <= n; i += 8) m = _mm256_max_ps(_mm256_loadu_ps(x + i), m);
+    if (i < n) {
+        const __m256i k = q3n__mask_avx2(n - i);
+        const __m256 v = _mm256_maskload_ps(x + i, k);
+        m = _mm256_max_ps(_mm256_blendv_ps(least, v, _mm256_castsi256_ps(k)), m);
+    }
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+/* x_i = e^(x_i - m); returns their sum */
+static float q3n__exp_sum_avx2(float *x, int n, float m)
+{
+    const __m256 vm = _mm256_set1_ps(m);
+    __m256 sum = _mm256_setzero_ps();
+    for (int i = 0; i < n; i += 8) {
+        const __m256 k = _mm256_castsi256_ps(q3n__mask_avx2(n - i));
+        const __m256 e = q3n__exp_avx2(_mm256_sub_ps(q3n__loadf_avx2(x + i, n - i), vm));
+        q3n__storef_avx2(x + i, e, n - i);
+        sum = _mm256_add_ps(sum, _mm256_and_ps(e, k));
+    }
+    return q3n__sum_avx2(sum);
+}
+
+/* Up to four queries from query i on.  They share the values up to the least of their counts; each
+ * goes on alone from there, so that none sees a value that is not its own. */
+static void q3n__attend_group_avx2(const q3n__attend *a, int i, int T, q3n__mix_fn mix)
+{
+    int least = Q3N__KV_BLOCK, most = 0;
+    for (int t = i; t < i + T; t++) {
+        if (a->n_keys[t] < least) least = a->n_keys[t];
+        if (a->n_keys[t] > most)  most  = a->n_keys[t];
+    }
+    float *scores = a->scores + (size_t)i * Q3N__KV_BLOCK;
+    float *o = a->o + (size_t)i * (size_t)a->o_stride;
+    const q3n__mix qk = { a->k, a->q + (size_t)i * (size_t)a->q_stride, scores, Q3N__KV_BLOCK,
+                          (size_t)a->q_stride, Q3N__KV_BLOCK, T, 0, a->dim, (most + 7) / 8 * 8 };
+    mix(&qk);
+    for (int t = 0; t < T; t++) {
+        float *s = scores + t * Q3N__KV_BLOCK;
+        a->m[i + t] = q3n__max_avx2(s, a->n_keys[i + t]);
+        a->l[i + t] = q3n__exp_sum_avx2(s, a->n_keys[i + t], a->m[i + t]);
+    }
+    q3n__mix pv = { a->v, scores, o, (size_t)a->dim, Q3N__KV_BLOCK, (size_t)a->o_stride, T, 0,
+                    least, a->dim };
+    mix(&pv);
+    for (int t = 0; t < T; t++) {
+        if (a->n_keys[i + t] == least) continue;
+        const q3n__mix rest = { a->v, scores + t * Q3N__KV_BLOCK, o + (size_t)t * (size_t)a->o_stride,
+                                (size_t)a->dim, 0, 0, 1, least, a->n_keys[i + t], a->dim };
+        mix(&rest);
+    }
+}
+
+static void q3n__attend_avx2(const q3n__attend *a, q3n__mix_fn mix)
+{
+    for (int i = 0; i < a->n; i += 4)
+        q3n__attend_group_avx2(a, i, a->n - i < 4 ? a->n - i : 4, mix);
+}
+
+/* ---- One instance for each float type ---- */
+Q3N__INLINE void q3n__to_f32_avx2(q3n_type type, float *y, const void *x, int n)
+{
+    for (int i = 0; i < n; i += 8)
+        q3n__storef_avx2(y + i, q3n__load_avx2(type, x, (size_t)i, n - i), n - i);
+}
+
+#define Q3N__DEFINE_FLOAT_TYPE_AVX2(ID, id)                                                      \
+    static void q3n__matmul_##id##_avx2(const q3n__matmul *m)                                    \
+    {                                                                                              \
+        q3n__matmul_avx2(Q3N_TYPE_##ID, m);                                                      \
+    }                                                                                              \
+    static void q3n__mix_##id##_avx2(const q3n__mix *p) { q3n__mix_avx2(Q3N_TYPE_##ID, p); }   \
+    static void q3n__attend_##id##_avx2(const q3n__attend *a)                                    \
+    {                                                                                              \
+        q3n__attend_avx2(a, q3n__mix_##id##_avx2);                                             \
+    }                                                                                              \
+    static void q3n__to_f32_##id##_avx2(float *y, const void *x, int n)                          \
+    {                                                                                              \
+        q3n__to_f32_avx2(Q3N_TYPE_##ID, y, x, n);                                                \
+    }
+
+Q3N__FLOAT_TYPE_LIST(Q3N__DEFINE_FLOAT_TYPE_AVX2)
+
+/* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
+typedef struct {
+    float *S;                    /* the block's first column                                     */
+    size_t stride;
+    int    dk, n;                /* n columns are real if V is 1                                 */
+    __m256 d[8], o[8], read[8];
+} q3n__delta_cols_avx2;
+
+/* read = S' k */
+Q3N__INLINE void q3n__delta_read_avx2(int V, q3n__delta_cols_avx2 *p, const float *k)
+{
+    Q3N__UNROLL
+    for (int v = 0; v < V; v++) p->read[v] = _mm256_setzero_ps();
+    for (int i = 0; i < p->dk; i++) {
+        const float *S = p->S + (size_t)i * p->stride;
+        const __m256 ki = _mm256_set1_ps(k[i]);
+        Q3N__UNROLL
+        for (int v = 0; v < V; v++)
+            p->read[v] = _mm256_fmadd_ps(q3n__loadf_avx2(S + 8 * v, p->n), ki, p->read[v]);
+    }
+}
+
+/* S <- decay S + k d', o = S' q and, while S is at hand, read = S' next.  next is NULL (a constant)
+ * for the last token. */
+Q3N__INLINE void q3n__delta_step_avx2(int V, q3n__delta_cols_avx2 *p, float decay,
+                                        const float *q, const float *k, const float *next)
+{
+    const __m256 keep = _mm256_set1_ps(decay);
+    Q3N__UNROLL
+    for (int v = 0; v < V; v++) p->o[v] = p->read[v] = _mm256_setzero_ps();
+    for (int i = 0; i < p->dk; i++) {
+        float *S = p->S + (size_t)i * p->stride;
+        const __m256 qi = _mm256_set1_ps(q[i]), ki = _mm256_set1_ps(k[i]);
+        const __m256 ni = next ? _mm256_set1_ps(next[i]) : ki;
+        Q3N__UNROLL
+        for (int v = 0; v < V; v++) {
+            __m256 s = q3n__loadf_avx2(S + 8 * v, p->n);
+            s = _mm256_fmadd_ps(keep, s, _mm256_mul_ps(ki, p->d[v]));
+            q3n__storef_avx2(S + 8 * v, s, p->n);
+            p->o[v] = _mm256_fmadd_ps(s, qi, p->o[v]);
+            if (next) p->read[v] = _mm256_fmadd_ps(s, ni, p->read[v]);
+        }
+    }
+}
+
+Q3N__INLINE void q3n__delta_block_avx2(int V, const q3n__delta *h, int j, int n)
+{
+    q3n__delta_cols_avx2 p;
+    p.S = h->S + j;
+    p.stride = (size_t)h->dv;
+    p.dk = h->dk;
+    p.n = n;
+    q3n__delta_read_avx2(V, &p, h->k);
+    for (int t = 0; t < h->n; t++) {
+        const float *q = h->q + (size_t)t * (size_t)h->qk_stride;
+        const float *k = h->k + (size_t)t * (size_t)h->qk_stride;
+        const float *values = h->v + (size_t)t * (size_t)h->v_stride + j;
+        float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
+        const float decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
+        const __m256 beta = _mm256_set1_ps(h->beta[(size_t)t * (size_t)h->gb_stride]);
+        Q3N__UNROLL
+        for (int v = 0; v < V; v++) {
+            const __m256 x = q3n__loadf_avx2(values + 8 * v, n);
+            p.d[v] = _mm256_mul_ps(beta, _mm256_fnmadd_ps(_mm256_set1_ps(decay), p.read[v], x));
+        }
+        if (t + 1 < h->n) q3n__delta_step_avx2(V, &p, decay, q, k, k + h->qk_stride);
+        else              q3n__delta_step_avx2(V, &p, decay, q, k, NULL);
+        Q3N__UNROLL
+        for (int v = 0; v < V; v++) q3n__storef_avx2(o + 8 * v, p.o[v], n);
+    }
+}
+
+/* One token reads the state from memory, in whole rows as far as they go; many read it from L1. */
+static void q3n__delta_avx2(const q3n__delta *h)
+{
+    if (h->n < 1) return;
+    int j = h->col0;
+    if (h->n == 1)
+        for (; j + 32 <= h->col1; j += 32) q3n__delta_block_avx2(4, h, j, 8);
+    for (; j + 16 <= h->col1; j += 16) q3n__delta_block_avx2(2, h, j, 8);
+    for (; j < h->col1; j += 8) q3n__delta_block_avx2(1, h, j, h->col1 - j);
+}
+
+/* ---- Convolution ---- */
+static void q3n__conv_avx2(const q3n__conv *c)
+{
+    const float *u[16];                                /* width <= 16 (Q3N_CONFIG_LIST) */
+    for (int t = 0; t < c->n; t++) {
+        float *y = c->y + (size_t)t * (size_t)c->y_stride;
+        for (int j = 0; j < c->width; j++) u[j] = q3n__conv_input(c, t + j);
+        for (int ch = c->c0; ch < c->c1; ch += 8) {
+            const int n = c->c1 - ch;
+            __m256 s = _mm256_setzero_ps();
+            for (int j = 0; j < c->width; j++) {
+                const float *w = c->w + (size_t)j * (size_t)c->n_channels + ch;
+                s = _mm256_fmadd_ps(q3n__loadf_avx2(w, n), q3n__loadf_avx2(u[j] + ch, n), s);
+            }
+            q3n__storef_avx2(y + ch, _mm256_div_ps(s, q3n__exp1_avx2(s)), n);
+        }
+    }
+    q3n__conv_shift(c);
+}
+
+/* ---- Vectors ---- */
+static float q3n__dot_avx2(const float *a, const float *b, int n)
+{
+    __m256 s[4];
+    Q3N__UNROLL
+    for (int v = 0; v < 4; v++) s[v] = _mm256_setzero_ps();
+    int i = 0;
+    for (; i + 32 <= n; i += 32)
+        Q3N__UNROLL
+        for (int v = 0; v < 4; v++)
+            s[v] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8 * v), _mm256_loadu_ps(b + i + 8 * v),
+                                   s[v]);
+    for (; i < n; i += 8)
+        s[0] = _mm256_fmadd_ps(q3n__loadf_avx2(a + i, n - i), q3n__loadf_avx2(b + i, n - i), s[0]);
+    return q3n__sum_avx2(_mm256_add_ps(_mm256_add_ps(s[0], s[1]), _mm256_add_ps(s[2], s[3])));
+}
+
+static void q3n__axpy_avx2(float *y, float a, const float *x, int n)
+{
+    const __m256 va = _mm256_set1_ps(a);
+    for (int i = 0; i < n; i += 8) {
+        const __m256 vy = q3n__loadf_avx2(y + i, n - i);
+        q3n__storef_avx2(y + i, _mm256_fmadd_ps(va, q3n__loadf_avx2(x + i, n - i), vy), n - i);
+    }
+}
+
+static void q3n__rms_norm_avx2(float *y, const float *x, const float *w, int n, float eps)
+{
+    const float mean = q3n__dot_avx2(x, x, n) / (float)n;
+    const __m256 scale = _mm256_set1_ps(1.0f / sqrtf(mean + eps));
+    for (int i = 0; i < n; i += 8) {
+        const __m256 v = _mm256_mul_ps(q3n__loadf_avx2(x + i, n - i), scale);
+        q3n__storef_avx2(y + i, _mm256_mul_ps(v, q3n__loadf_avx2(w + i, n - i)), n - i);
+    }
+}
+
+static void q3n__softmax_avx2(float *x, int n)
+{
+    const __m256 l = _mm256_set1_ps(q3n__exp_sum_avx2(x, n, q3n__max_avx2(x, n)));
+    for (int i = 0; i < n; i += 8)
+        q3n__storef_avx2(x + i, _mm256_div_ps(q3n__loadf_avx2(x + i, n - i), l), n - i);
+}
+
+static void q3n__silu_mul_avx2(float *y, const float *gate, int n)
+{
+    for (int i = 0; i < n; i += 8) {
+        const __m256 g = q3n__loadf_avx2(gate + i, n - i), v = q3n__loadf_avx2(y + i, n - i);
+        const __m256 s = _mm256_div_ps(g, q3n__exp1_avx2(g));
+        q3n__storef_avx2(y + i, _mm256_mul_ps(v, s), n - i);
+    }
+}
+
+static void q3n__sigmoid_mul_avx2(float *y, const float *gate, int n)
+{
+    for (int i = 0; i < n; i += 8) {
+        const __m256 g = q3n__loadf_avx2(gate + i, n - i), v = q3n__loadf_avx2(y + i, n - i);
+        const __m256 s = _mm256_div_ps(_mm256_set1_ps(1.0f), q3n__exp1_avx2(g));
+        q3n__storef_avx2(y + i, _mm256_mul_ps(v, s), n - i);
+    }
+}
+
+static void q3n__bind_avx2(q3n__kernels *k)
+{
+#define Q3N__X(ID, id)                                                                  \
+    k->matmul[Q3N_TYPE_##ID] = q3n__matmul_##id##_avx2;                               \
+    k->to_f32[Q3N_TYPE_##ID] = q3n__to_f32_##id##_avx2;                               \
+    k->attend[Q3N_TYPE_##ID] = q3n__attend_##id##_avx2;
+    Q3N__FLOAT_TYPE_LIST(Q3N__X)
+#undef Q3N__X
+    k->delta       = q3n__delta_avx2;
+    k->conv        = q3n__conv_avx2;
+    k->dot         = q3n__dot_avx2;
+    k->axpy        = q3n__axpy_avx2;
+    k->rms_norm    = q3n__rms_norm_avx2;
+    k->softmax     = q3n__softmax_avx2;
+    k->silu_mul    = q3n__silu_mul_avx2;
+    k->sigmoid_mul = q3n__sigmoid_mul_avx2;
+}
+
+Q3N__TARGET_END
+#else
+#  define q3n__bind_avx2 NULL
+#endif
+
+/* =====================================================================================
+ * [16] KERNELS, AVX-512                                               >>kernels-avx512
+ *
+ * As the AVX2 section, with vectors of 16 and masks.
+ * ===================================================================================== */
+#if Q3N__X86 && !defined(Q3N_NO_AVX512)
+Q3N__TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq")
+
+/* ---- Loads, stores, sums.  n elements are real, n >= 16 = all; the rest reads as zero ---- */
+Q3N__INLINE __mmask16 q3n__mask_avx512(int n)
+{
+    return (__mmask16)(n >= 16 ? 0xffffu : (1u << n) - 1u);
+}
+
+Q3N__INLINE __m512 q3n__loadf_avx512(const float *p, int n)
+{
+    return n >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(q3n__mask_avx512(n), p);
+}
+
+Q3N__INLINE void q3n__storef_avx512(float *p, __m512 v, int n)
+{
+    if (n >= 16) _mm512_storeu_ps(p, v);
+    else         _mm512_mask_storeu_ps(p, q3n__mask_avx512(n), v);
+}
+
+/* Elements [i, i + 16) of a float type's row.  type is a constant in every use. */
+Q3N__INLINE __m512 q3n__load_avx512(q3n_type type, const void *row, size_t i, int n)
+{
+    if (type == Q3N_TYPE_F32) return q3n__loadf_avx512((const float *)row + i, n);
+    const uint16_t *p = (const uint16_t *)row + i;
+    const __m256i h = n >= 16 ? _mm256_loadu_si256((const __m256i *)(const void *)p)
+                              : _mm256_maskz_loadu_epi16(q3n__mask_avx512(n), p);
+    if (type == Q3N_TYPE_F16) return _mm512_cvtph_ps(h);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+
+Q3N__INLINE __m256 q3n__halves_avx512(__m512 v)   /* lower half + upper half */
+{
+    return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+}
+
+/* The sums of four vectors. */
+Q3N__INLINE __m128 q3n__sum4_avx512(__m512 a, __m512 b, __m512 c, __m512 d)
+{
+    const __m256 ab = _mm256_hadd_ps(q3n__halves_avx512(a), q3n__halves_avx512(b));
+    const __m256 cd = _mm256_hadd_ps(q3n__halves_avx512(c), q3n__halves_avx512(d));
+    const __m256 s  = _mm256_hadd_ps(ab, cd);
+    return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+}
+
+Q3N__INLINE float q3n__sum_avx512(__m512 v)
+{
+    const __m256 h = q3n__halves_avx512(v);
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+/* ---- e^x, see q3n__exp_avx2; scalef gives denormals, zero and infinity ---- */
+Q3N__INLINE __m512 q3n__exp_avx512(__m512 x)
+{
+    x = _mm512_max_ps(_mm512_set1_ps(Q3N__EXP_MIN), _mm512_min_ps(_mm512_set1_ps(Q3N__EXP_MAX), x));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(Q3N__LOG2_E)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(Q3N__LN2_HI), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(Q3N__LN2_LO), r);
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(Q3N__EXP_6), r, _mm512_set1_ps(Q3N__EXP_5));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(Q3N__EXP_4));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(Q3N__EXP_3));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(Q3N__EXP_2));
+    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r);
+    return _mm512_scalef_ps(_mm512_add_ps(p, _mm512_set1_ps(1.0f)), n);
+}
+
+/* 1 + e^-x */
+Q3N__INLINE __m512 q3n__exp1_avx512(__m512 x)
+{
+    const __m512 minus = _mm512_xor_ps(x, _mm512_set1_ps(-0.0f));
+    return _mm512_add_ps(_mm512_set1_ps(1.0f), q3n__exp_avx512(minus));
+}
+
+/* ---- Matrix product: a tile of R rows x T tokens, one accumulator for each ---- */
+#define Q3N__TOKENS_AVX512 6     /* 4 x 6 accumulators, 6 inputs, 1 weight: 31 of 32 registers */
+
+typedef struct {
+    const void  *w[8];
+    const float *x[Q3N__TOKENS_AVX512];
+    __m512       s[8][Q3N__TOKENS_AVX512];
+} q3n__tile_regs_avx512;
+
+/* One vector of columns.  R and T are constants in every use, so that s stays in registers. */
+Q3N__INLINE void q3n__tile_step_avx512(q3n_type type, int R, int T,
+                                       q3n__tile_regs_avx512 *p, int j, int n)
+{
+    __m512 x[Q3N__TOKENS_AVX512];
+    Q3N__UNROLL
+    for (int t = 0; t < T; t++) x[t] = q3n__loadf_avx512(p->x[t] + j, n);
+    Q3N__UNROLL
+    for (int r = 0; r < R; r++) {
+        const __m512 w = q3n__load_avx512(type, p->w[r], (size_t)j, n);
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++) p->s[r][t] = _mm512_fmadd_ps(w, x[t], p->s[r][t]);
+    }
+}
+
+/* y of token t, rows [r, r + 4) as far as they are wanted */
+Q3N__INLINE void q3n__store_rows_avx512(const q3n__matmul *m, int r, int t, __m128 v)
+{
+    float *y = m->y + (size_t)t * (size_t)m->y_stride + r;
+    const __mmask8 k = (__mmask8)(m->row1 - r >= 4 ? 15 : (1 << (m->row1 - r)) - 1);
+    if (m->bias) v = _mm_add_ps(v, _mm_maskz_loadu_ps(k, m->bias + r));
+    _mm_mask_storeu_ps(y, k, v);
+}
+
+/* Rows behind the last are computed as copies of it and dropped: every output takes one path. */
+Q3N__INLINE void q3n__tile_avx512(q3n_type type, int R, int T, const q3n__matmul *m, int r0, int t0)
+{
+    const size_t row_bytes = q3n__row_bytes(type, m->n_cols);
+    q3n__tile_regs_avx512 p;
+    Q3N__UNROLL
+    for (int t = 0; t < T; t++) p.x[t] = q3n__matmul_x(m, t0 + t);
+    Q3N__UNROLL
+    for (int r = 0; r < R; r++) {
+        const int row = r0 + r < m->row1 ? r0 + r : m->row1 - 1;
+        p.w[r] = (const uint8_t *)m->w + (size_t)row * row_bytes;
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++) p.s[r][t] = _mm512_setzero_ps();
+    }
+    int j = 0;
+    for (; j + 16 <= m->n_cols; j += 16) q3n__tile_step_avx512(type, R, T, &p, j, 16);
+    if (j < m->n_cols) q3n__tile_step_avx512(type, R, T, &p, j, m->n_cols - j);
+    Q3N__UNROLL
+    for (int r = 0; r < R; r += 4) {
+        if (r0 + r >= m->row1) break;
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++)
+            q3n__store_rows_avx512(m, r0 + r, t0 + t,
+                                   q3n__sum4_avx512(p.s[r][t], p.s[r + 1][t], p.s[r + 2][t],
+                                                    p.s[r + 3][t]));
+    }
+}
+
+/* Four rows, tokens [t, t1): the weights come from L1 for all but the first tile. */
+Q3N__INLINE void q3n__rows_avx512(q3n_type type, const q3n__matmul *m, int r, int t, int t1)
+{
+    while (t < t1) {
+        const int T = q3n__tile_tokens(t1 - t, Q3N__TOKENS_AVX512);
+        switch (T) {
+        case 1: q3n__tile_avx512(type, 4, 1, m, r, t); break;
+        case 2: q3n__tile_avx512(type, 4, 2, m, r, t); break;
+        case 3: q3n__tile_avx512(type, 4, 3, m, r, t); break;
+        case 4: q3n__tile_avx512(type, 4, 4, m, r, t); break;
+        case 5: q3n__tile_avx512(type, 4, 5, m, r, t); break;
+        case 6: q3n__tile_avx512(type, 4, 6, m, r, t); break;
+        }
+        t += T;
+    }
+}
+
+Q3N__INLINE void q3n__matmul_avx512(q3n_type type, const q3n__matmul *m)
+{
+    if (m->n == 1) {
+        for (int r = m->row0; r < m->row1; r += 8) q3n__tile_avx512(type, 8, 1, m, r, 0);
+        return;
+    }
+    const int block = q3n__block_tokens(m->n_cols, Q3N__TOKENS_AVX512);
+    for (int t = 0; t < m->n; t += block) {
+        const int t1 = m->n - t > block ? t + block : m->n;
+        for (int r = m->row0; r < m->row1; r += 4) q3n__rows_avx512(type, m, r, t, t1);
+    }
+}
+
+/* ---- Attention: both products are out += x M with the vectors along M's rows ---- */
+
+/* Columns [c, c + 16 V) of T rows of out; n is how many are real if V is 1.  T, V are constants. */
+Q3N__INLINE void q3n__mix_tile_avx512(q3n_type type, int V, int T, const q3n__mix *p, int c, int n)
+{
+    __m512 s[4][4], x[4];
+    Q3N__UNROLL
+    for (int v = 0; v < V; v++)
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++)
+            s[v][t] = p->step0 == 0 ? _mm512_setzero_ps()
+                    : q3n__loadf_avx512(p->out + (size_t)t * p->out_stride + c + 16 * v, n);
+    for (int i = p->step0; i < p->step1; i++) {
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++) x[t] = _mm512_set1_ps(p->x[(size_t)t * p->x_stride + (size_t)i]);
+        const size_t first = (size_t)i * p->m_stride + (size_t)c;
+        Q3N__UNROLL
+        for (int v = 0; v < V; v++) {
+            const __m512 m = q3n__load_avx512(type, p->m, first + 16 * (size_t)v, n);
+            Q3N__UNROLL
+            for (int t = 0; t < T; t++) s[v][t] = _mm512_fmadd_ps(m, x[t], s[v][t]);
+        }
+    }
+    Q3N__UNROLL
+    for (int v = 0; v < V; v++)
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++)
+            q3n__storef_avx512(p->out + (size_t)t * p->out_stride + c + 16 * v, s[v][t], n);
+}
+
+Q3N__INLINE void q3n__mix_rows_avx512(q3n_type type, int T, const q3n__mix *p)
+{
+    int c = 0;
+    for (; c + 64 <= p->width; c += 64) q3n__mix_tile_avx512(type, 4, T, p, c, 16);
+    for (; c + 16 <= p->width; c += 16) q3n__mix_tile_avx512(type, 1, T, p, c, 16);
+    if (c < p->width) q3n__mix_tile_avx512(type, 1, T, p, c, p->width - c);
+}
+
+Q3N__INLINE void q3n__mix_avx512(q3n_type type, const q3n__mix *p)
+{
+    switch (p->n) {
+    case 1: q3n__mix_rows_avx512(type, 1, p); break;
+    case 2: q3n__mix_rows_avx512(type, 2, p); break;
+    case 3: q3n__mix_rows_avx512(type, 3, p); break;
+    case 4: q3n__mix_rows_avx512(type, 4, p); break;
+    }
+}
+
+/* max(-FLT_MAX, x_0, ...) */
+static float q3n__max_avx512(const float *x, int n)
+{
+    const __m512 least = _mm512_set1_ps(-FLT_MAX);
+    __m512 m = least;
+    int i = 0;
+    for (; i + 16 <= n; i += 16) m = _mm512_max_ps(_mm512_loadu_ps(x + i), m);
+    if (i < n) {
+        const __mmask16 k = q3n__mask_avx512(n - i);
+        m = _mm512_max_ps(_mm512_mask_loadu_ps(least, k, x + i), m);
+    }
+    return _mm512_reduce_max_ps(m);
+}
+
+/* x_i = e^(x_i - m); returns their sum */
+static float q3n__exp_sum_avx512(float *x, int n, float m)
+{
+    const __m512 vm = _mm512_set1_ps(m);
+    __m512 sum = _mm512_setzero_ps();
+    for (int i = 0; i < n; i += 16) {
+        const __mmask16 k = q3n__mask_avx512(n - i);
+        const __m512 e = q3n__exp_avx512(_mm512_sub_ps(_mm512_maskz_loadu_ps(k, x + i), vm));
+        _mm512_mask_storeu_ps(x + i, k, e);
+        sum = _mm512_mask_add_ps(sum, k, sum, e);
+    }
+    return q3n__sum_avx512(sum);
+}
+
+/* Up to four queries from query i on.  They share the values up to the least of their counts; each
+ * goes on alone from there, so that none sees a value that is not its own. */
+static void q3n__attend_group_avx512(const q3n__attend *a, int i, int T, q3n__mix_fn mix)
+{
+    int least = Q3N__KV_BLOCK, most = 0;
+    for (int t = i; t < i + T; t++) {
+        if (a->n_keys[t] < least) least = a->n_keys[t];
+        if (a->n_keys[t] > most)  most  = a->n_keys[t];
+    }
+    float *scores = a->scores + (size_t)i * Q3N__KV_BLOCK;
+    float *o = a->o + (size_t)i * (size_t)a->o_stride;
+    const q3n__mix qk = { a->k, a->q + (size_t)i * (size_t)a->q_stride, scores, Q3N__KV_BLOCK,
+                          (size_t)a->q_stride, Q3N__KV_BLOCK, T, 0, a->dim, (most + 15) / 16 * 16 };
+    mix(&qk);
+    for (int t = 0; t < T; t++) {
+        float *s = scores + t * Q3N__KV_BLOCK;
+        a->m[i + t] = q3n__max_avx512(s, a->n_keys[i + t]);
+        a->l[i + t] = q3n__exp_sum_avx512(s, a->n_keys[i + t], a->m[i + t]);
+    }
+    q3n__mix pv = { a->v, scores, o, (size_t)a->dim, Q3N__KV_BLOCK, (size_t)a->o_stride, T, 0,
+                    least, a->dim };
+    mix(&pv);
+    for (int t = 0; t < T; t++) {
+        if (a->n_keys[i + t] == least) continue;
+        const q3n__mix rest = { a->v, scores + t * Q3N__KV_BLOCK, o + (size_t)t * (size_t)a->o_stride,
+                                (size_t)a->dim, 0, 0, 1, least, a->n_keys[i + t], a->dim };
+        mix(&rest);
+    }
+}
+
+static void q3n__attend_avx512(const q3n__attend *a, q3n__mix_fn mix)
+{
+    for (int i = 0; i < a->n; i += 4)
+        q3n__attend_group_avx512(a, i, a->n - i < 4 ? a->n - i : 4, mix);
+}
+
+/* ---- One instance for each float type ---- */
+Q3N__INLINE void q3n__to_f32_avx512(q3n_type type, float *y, const void *x, int n)
+{
+    for (int i = 0; i < n; i += 16)
+        q3n__storef_avx512(y + i, q3n__load_avx512(type, x, (size_t)i, n - i), n - i);
+}
+
+#define Q3N__DEFINE_FLOAT_TYPE_AVX512(ID, id)                                                      \
+    static void q3n__matmul_##id##_avx512(const q3n__matmul *m)                                    \
+    {                                                                                              \
+        q3n__matmul_avx512(Q3N_TYPE_##ID, m);                                                      \
+    }                                                                                              \
+    static void q3n__mix_##id##_avx512(const q3n__mix *p) { q3n__mix_avx512(Q3N_TYPE_##ID, p); }   \
+    static void q3n__attend_##id##_avx512(const q3n__attend *a)                                    \
+    {                                                                                              \
+        q3n__attend_avx512(a, q3n__mix_##id##_avx512);                                             \
+    }                                                                                              \
+    static void q3n__to_f32_##id##_avx512(float *y, const void *x, int n)                          \
+    {                                                                                              \
+        q3n__to_f32_avx512(Q3N_TYPE_##ID, y, x, n);                                                \
+    }
+
+Q3N__FLOAT_TYPE_LIST(Q3N__DEFINE_FLOAT_TYPE_AVX512)
+
+/* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
+typedef struct {
+    float *S;                    /* the block's first column                                     */
+    size_t stride;
+    int    dk, n;                /* n columns are real if V is 1                                 */
+    __m512 d[8], o[8], read[8];
+} q3n__delta_cols_avx512;
+
+/* read = S' k */
+Q3N__INLINE void q3n__delta_read_avx512(int V, q3n__delta_cols_avx512 *p, const float *k)
+{
+    Q3N__UNROLL
+    for (int v = 0; v < V; v++) p->read[v] = _mm512_setzero_ps();
+    for (int i = 0; i < p->dk; i++) {
+        const float *S = p->S + (size_t)i * p->stride;
+        const __m512 ki = _mm512_set1_ps(k[i]);
+        Q3N__UNROLL
+        for (int v = 0; v < V; v++)
+            p->read[v] = _mm512_fmadd_ps(q3n__loadf_avx512(S + 16 * v, p->n), ki, p->read[v]);
+    }
+}
+
+/* S <- decay S + k d', o = S' q and, while S is at hand, read = S' next.  next is NULL (a constant)
+ * for the last token. */
+Q3N__INLINE void q3n__delta_step_avx512(int V, q3n__delta_cols_avx512 *p, float decay,
+                                        const float *q, const float *k, const float *next)
+{
+    const __m512 keep = _mm512_set1_ps(decay);
+    Q3N__UNROLL
+    for (int v = 0; v < V; v++) p->o[v] = p->read[v] = _mm512_setzero_ps();
+    for (int i = 0; i < p->dk; i++) {
+        float *S = p->S + (size_t)i * p->stride;
+        const __m512 qi = _mm512_set1_ps(q[i]), ki = _mm512_set1_ps(k[i]);
+        const __m512 ni = next ? _mm512_set1_ps(next[i]) : ki;
+        Q3N__UNROLL
+        for (int v = 0; v < V; v++) {
+            __m512 s = q3n__loadf_avx512(S + 16 * v, p->n);
+            s = _mm512_fmadd_ps(keep, s, _mm512_mul_ps(ki, p->d[v]));
+            q3n__storef_avx512(S + 16 * v, s, p->n);
+            p->o[v] = _mm512_fmadd_ps(s, qi, p->o[v]);
+            if (next) p->read[v] = _mm512_fmadd_ps(s, ni, p->read[v]);
+        }
+    }
+}
+
+Q3N__INLINE void q3n__delta_block_avx512(int V, const q3n__delta *h, int j, int n)
+{
+    q3n__delta_cols_avx512 p;
+    p.S = h->S + j;
+    p.stride = (size_t)h->dv;
+    p.dk = h->dk;
+    p.n = n;
+    q3n__delta_read_avx512(V, &p, h->k);
+    for (int t = 0; t < h->n; t++) {
+        const float *q = h->q + (size_t)t * (size_t)h->qk_stride;
+        const float *k = h->k + (size_t)t * (size_t)h->qk_stride;
+        const float *values = h->v + (size_t)t * (size_t)h->v_stride + j;
+        float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
+        const float decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
+        const __m512 beta = _mm512_set1_ps(h->beta[(size_t)t * (size_t)h->gb_stride]);
+        Q3N__UNROLL
+        for (int v = 0; v < V; v++) {
+            const __m512 x = q3n__loadf_avx512(values + 16 * v, n);
+            p.d[v] = _mm512_mul_ps(beta, _mm512_fnmadd_ps(_mm512_set1_ps(decay), p.read[v], x));
+        }
+        if (t + 1 < h->n) q3n__delta_step_avx512(V, &p, decay, q, k, k + h->qk_stride);
+        else              q3n__delta_step_avx512(V, &p, decay, q, k, NULL);
+        Q3N__UNROLL
+        for (int v = 0; v < V; v++) q3n__storef_avx512(o + 16 * v, p.o[v], n);
+    }
+}
+
+/* One token reads the state from memory, in whole rows as far as they go; many read it from L1. */
+static void q3n__delta_avx512(const q3n__delta *h)
+{
+    if (h->n < 1) return;
+    int j = h->col0;
+    if (h->n == 1)
+        for (; j + 128 <= h->col1; j += 128) q3n__delta_block_avx512(8, h, j, 16);
+    for (; j + 64 <= h->col1; j += 64) q3n__delta_block_avx512(4, h, j, 16);
+    for (; j < h->col1; j += 16) q3n__delta_block_avx512(1, h, j, h->col1 - j);
+}
+
+/* ---- Convolution ---- */
+static void q3n__conv_avx512(const q3n__conv *c)
+{
+    const float *u[16];                                /* width <= 16 (Q3N_CONFIG_LIST) */
+    for (int t = 0; t < c->n; t++) {
+        float *y = c->y + (size_t)t * (size_t)c->y_stride;
+        for (int j = 0; j < c->width; j++) u[j] = q3n__conv_input(c, t + j);
+        for (int ch = c->c0; ch < c->c1; ch += 16) {
+            const int n = c->c1 - ch;
+            __m512 s = _mm512_setzero_ps();
+            for (int j = 0; j < c->width; j++) {
+                const float *w = c->w + (size_t)j * (size_t)c->n_channels + ch;
+                s = _mm512_fmadd_ps(q3n__loadf_avx512(w, n), q3n__loadf_avx512(u[j] + ch, n), s);
+            }
+            q3n__storef_avx512(y + ch, _mm512_div_ps(s, q3n__exp1_avx512(s)), n);
+        }
+    }
+    q3n__conv_shift(c);
+}
+
+/* ---- Vectors ---- */
+static float q3n__dot_avx512(const float *a, const float *b, int n)
+{
+    __m512 s[4];
+    Q3N__UNROLL
+    for (int v = 0; v < 4; v++) s[v] = _mm512_setzero_ps();
+    int i = 0;
+    for (; i + 64 <= n; i += 64)
+        Q3N__UNROLL
+        for (int v = 0; v < 4; v++)
+            s[v] = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16 * v), _mm512_loadu_ps(b + i + 16 * v),
+                                   s[v]);
+    for (; i < n; i += 16)
+        s[0] = _mm512_fmadd_ps(q3n__loadf_avx512(a + i, n - i), q3n__loadf_avx512(b + i, n - i), s[0]);
+    return q3n__sum_avx512(_mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3])));
+}
+
+static void q3n__axpy_avx512(float *y, float a, const float *x, int n)
+{
+    const __m512 va = _mm512_set1_ps(a);
+    for (int i = 0; i < n; i += 16) {
+        const __m512 vy = q3n__loadf_avx512(y + i, n - i);
+        q3n__storef_avx512(y + i, _mm512_fmadd_ps(va, q3n__loadf_avx512(x + i, n - i), vy), n - i);
+    }
+}
+
+static void q3n__rms_norm_avx512(float *y, const float *x, const float *w, int n, float eps)
+{
+    const float mean = q3n__dot_avx512(x, x, n) / (float)n;
+    const __m512 scale = _mm512_set1_ps(1.0f / sqrtf(mean + eps));
+    for (int i = 0; i < n; i += 16) {
+        const __m512 v = _mm512_mul_ps(q3n__loadf_avx512(x + i, n - i), scale);
+        q3n__storef_avx512(y + i, _mm512_mul_ps(v, q3n__loadf_avx512(w + i, n - i)), n - i);
+    }
+}
+
+static void q3n__softmax_avx512(float *x, int n)
+{
+    const __m512 l = _mm512_set1_ps(q3n__exp_sum_avx512(x, n, q3n__max_avx512(x, n)));
+    for (int i = 0; i < n; i += 16)
+        q3n__storef_avx512(x + i, _mm512_div_ps(q3n__loadf_avx512(x + i, n - i), l), n - i);
+}
+
+static void q3n__silu_mul_avx512(float *y, const float *gate, int n)
+{
+    for (int i = 0; i < n; i += 16) {
+        const __m512 g = q3n__loadf_avx512(gate + i, n - i), v = q3n__loadf_avx512(y + i, n - i);
+        const __m512 s = _mm512_div_ps(g, q3n__exp1_avx512(g));
+        q3n__storef_avx512(y + i, _mm512_mul_ps(v, s), n - i);
+    }
+}
+
+static void q3n__sigmoid_mul_avx512(float *y, const float *gate, int n)
+{
+    for (int i = 0; i < n; i += 16) {
+        const __m512 g = q3n__loadf_avx512(gate + i, n - i), v = q3n__loadf_avx512(y + i, n - i);
+        const __m512 s = _mm512_div_ps(_mm512_set1_ps(1.0f), q3n__exp1_avx512(g));
+        q3n__storef_avx512(y + i, _mm512_mul_ps(v, s), n - i);
+    }
+}
+
+static void q3n__bind_avx512(q3n__kernels *k)
+{
+#define Q3N__X(ID, id)                                                                  \
+    k->matmul[Q3N_TYPE_##ID] = q3n__matmul_##id##_avx512;                               \
+    k->to_f32[Q3N_TYPE_##ID] = q3n__to_f32_##id##_avx512;                               \
+    k->attend[Q3N_TYPE_##ID] = q3n__attend_##id##_avx512;
+    Q3N__FLOAT_TYPE_LIST(Q3N__X)
+#undef Q3N__X
+    k->delta       = q3n__delta_avx512;
+    k->conv        = q3n__conv_avx512;
+    k->dot         = q3n__dot_avx512;
+    k->axpy        = q3n__axpy_avx512;
+    k->rms_norm    = q3n__rms_norm_avx512;
+    k->softmax     = q3n__softmax_avx512;
+    k->silu_mul    = q3n__silu_mul_avx512;
+    k->sigmoid_mul = q3n__sigmoid_mul_avx512;
+}
+
+Q3N__TARGET_END
+#else
+#  define q3n__bind_avx512 NULL
+#endif
+#  define q3n__bind_neon NULL
+
+/* =====================================================================================
+ * [18] DISPATCH: one row per ISA                                             >>dispatch
+ * ===================================================================================== */
+static const struct {
+    const char *name;
+    void      (*bind)(q3n__kernels *);
+} q3n__isas[Q3N_ISA_COUNT] = {
+#define Q3N__X(ID, id) { #id, q3n__bind_##id },
+    Q3N_ISA_LIST(Q3N__X)
+#undef Q3N__X
+};
+
+Q3N_DEF int q3n_isa_supported(q3n_isa isa)
+{
+    return (unsigned)isa < Q3N_ISA_COUNT && q3n__isas[isa].bind != NULL
+        && (isa == Q3N_ISA_SCALAR || q3n__cpu_has(isa));
+}
+
+Q3N_DEF q3n_isa q3n_isa_best(void)
+{
+    int best = Q3N_ISA_SCALAR;
+    for (int i = 0; i < Q3N_ISA_COUNT; i++) if (q3n_isa_supported((q3n_isa)i)) best = i;
+    return (q3n_isa)best;
+}
+
+Q3N_DEF const char *q3n_isa_name(q3n_isa isa)
+{
+    return (unsigned)isa < Q3N_ISA_COUNT ? q3n__isas[isa].name : NULL;
+}
+
+Q3N_DEF q3n_result q3n_isa_from_name(const char *name, q3n_isa *out)
+{
+    for (int i = 0; i < Q3N_ISA_COUNT; i++)
+        if (strcmp(q3n__isas[i].name, name) == 0) {
+            *out = (q3n_isa)i;
+            return Q3N_OK;
+        }
+    return Q3N_ERR_ARG;
+}
+
+/* Each ISA overrides what it does better than those before it. */
+static q3n_isa q3n__kernels_init(q3n__kernels *k, q3n_isa max)
+{
+    q3n_isa best = Q3N_ISA_SCALAR;
+    memset(k, 0, sizeof *k);
+    for (int i = 0; i <= (int)max; i++)
+        if (q3n_isa_supported((q3n_isa)i)) {
+            q3n__isas[i].bind(k);
+            best = (q3n_isa)i;
+        }
+    return best;
+}
+
+#endif /* Q3N_IMPLEMENTATION */
