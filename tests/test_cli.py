@@ -1,0 +1,509 @@
+#!/usr/bin/env python3
+"""The command line q3n: exit codes, output formats, and every golden case through it.
+
+Environment: Q3N is the command (build/q3n; it may have words before it, such as an emulator),
+Q3N_MODELS the folder with the converted golden checkpoints (build/models).
+"""
+import json
+import math
+import os
+import shlex
+import struct
+import subprocess
+import tempfile
+import unittest
+
+TESTS = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(TESTS)
+GOLDEN = os.path.join(TESTS, "golden")
+STORIES = os.path.join(ROOT, "examples", "stories", "golden.json")
+COMMAND = shlex.split(os.environ.get("Q3N", os.path.join(ROOT, "build", "q3n")))
+MODELS = os.environ.get("Q3N_MODELS", os.path.join(ROOT, "build", "models"))
+
+FAMILIES = ["qwen3_next", "qwen3_next_mtp", "qwen3_next_mixed", "qwen3_next_fp8", "qwen3_moe",
+            "qwen3_moe_nonorm", "qwen3_dense", "qwen3_dense_yarn", "qwen3_5", "qwen3_5_moe",
+            "qwen3_5_moe_vl"]
+# Ways to evaluate a text: one call, token by token, uneven pieces across chunk borders.
+WAYS = [[], ["--pieces", "1"], ["--pieces", "7,64,1,30"]]
+
+LOGIT_ERROR = 5e-5          # of the largest absolute logit
+LOGPROB_ERROR = 1e-3
+
+
+def model(name):
+    return os.path.join(MODELS, name + ".q3n")
+
+
+def load(*parts):
+    with open(os.path.join(*parts), encoding="utf-8") as f:
+        return json.load(f)
+
+
+def id_list(ids):
+    return ",".join(map(str, ids))
+
+
+class CliTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+
+    def file(self, name, content):
+        path = os.path.join(self.folder, name)
+        with open(path, "wb") as f:
+            f.write(content if isinstance(content, bytes) else content.encode("utf-8"))
+        return path
+
+    def run_cli(self, *args, stdin=b"", status=0, quiet=True):
+        """stdout; checks the exit status and that errors are one line."""
+        done = subprocess.run(COMMAND + list(args), input=stdin, timeout=300, check=False,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        shown = done.stderr[-2000:].decode("utf-8", "replace")
+        self.assertEqual(done.returncode, status, "%s: %s" % (args, shown))
+        if status:
+            lines = shown.splitlines()
+            self.assertTrue(lines[-1].startswith("q3n: error: "), shown)
+            errors = [line for line in lines if line.startswith("q3n: error: ")]
+            self.assertEqual(len(errors), 1, shown)
+            self.error = lines[-1]
+        elif quiet:
+            self.assertNotIn("error", shown)
+        return done.stdout
+
+    def json_lines(self, *args, **kwargs):
+        def refuse(word):
+            raise AssertionError("%s is no JSON" % word)
+        text = self.run_cli(*args, **kwargs).decode("utf-8")
+        return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+    def isas(self):
+        return self.json_lines("info", model("qwen3_dense"), "--json")[0]["isas"]
+
+    def check_reals(self, got, want, bound, what):
+        self.assertEqual(len(got), len(want), what)
+        if want:
+            error = max(abs(a - b) for a, b in zip(got, want))
+            self.assertLessEqual(error, bound, what)
+
+
+class UsageTest(CliTest):
+    def test_help(self):
+        text = self.run_cli("--help").decode()
+        commands = ["run", "info", "logits", "tokenize", "detokenize", "classify", "perplexity",
+                    "experts", "init", "bench", "verify"]
+        for name in commands:
+            self.assertIn("\n  %s " % name, text)
+            self.assertIn("Usage: q3n %s" % name, self.run_cli(name, "--help").decode())
+            self.assertIn("Usage: q3n %s" % name, self.run_cli("help", name).decode())
+
+    def test_version(self):
+        self.assertRegex(self.run_cli("--version").decode(), r"^q3n \d+\.\d+\.\d+\n$")
+
+    def test_no_command(self):
+        done = subprocess.run(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+        self.assertEqual((done.returncode, done.stdout), (2, b""))
+        self.assertIn(b"Usage", done.stderr)
+
+    def test_wrong_usage_is_status_2(self):
+        m = model("qwen3_dense")
+        for args in [
+                ["bogus"], ["run"], ["run", m], ["run", m, "--ids", "1", "--bogus"],
+                ["run", m, "--ids", "1", "-n"], ["run", m, "--ids", "1", "-n", "many"],
+                ["run", m, "--ids", "1", "-n", "1e9"], ["run", m, "--ids", "1", "-n", "-2"],
+                ["run", m, "--ids", "1", "-n", "99999999999999999999"],
+                ["run", m, "--ids", "1", "--temp", "nan"], ["run", m, "--ids", "1", "--temp", ""],
+                ["run", m, "--ids", "1", "--top-p", "1.5"], ["run", m, "--ids", "1", "-t", "-1"],
+                ["run", m, "--ids", "1", "--seed", "-1"], ["run", m, "--ids", "1", "-p", "x"],
+                ["run", m, "--ids", "1", "--isa", "mmx"], ["run", m, "--ids", "1", "--kv", "q1"],
+                ["run", m, "--ids", "1", "--greedy=yes"], ["run", m, "extra", "--ids", "1"],
+                ["logits", m, "--ids", "1", "--pieces", "0"],
+                ["logits", m, "--ids", "1", "--pieces", ","],
+                ["perplexity", m, "--ids", "1,2", "--window", "1"],
+                ["init"], ["init", "x.q3n"], ["init", "x.q3n", "--preset", "bogus"],
+                ["init", "x.q3n", "--preset", "tiny", "--bogus", "1"],
+                ["init", "x.q3n", "--preset", "tiny", "--type", "q99"],
+                ["bench", m, "-t", "0"], ["bench", m, "-p", "x"],
+                ["tokenize", m, "a", "b"], ["detokenize", m, "1", "--ids", "2"]]:
+            with self.subTest(args=args):
+                self.assertEqual(self.run_cli(*args, status=2), b"")
+                self.assertIn("--help", self.error)
+
+    def test_failures_are_status_1(self):
+        m = model("qwen3_dense")
+        empty = self.file("empty", b"")
+        binary = self.file("binary", bytes(range(256)) * 64)
+        for args, word in [
+                (["info", "/no/such/file.q3n"], "/no/such/file.q3n"), (["info", "/"], "/"),
+                (["info", empty], "empty"), (["info", binary], "binary"),
+                (["run", m, "--ids", ""], "empty"), (["run", m, "-p", "a"], "tokenizer"),
+                (["run", m, "--ids", "320"], "320"), (["run", m, "--ids", "-1"], "-1"),
+                (["run", m, "--ids", "99999999999999999999"], "9999"),
+                (["run", m, "--ids", "1,x"], "x"), (["run", m, "--ids", "[1,2"], "]"),
+                (["run", m, "--ids", "[1] 2"], "array"),
+                (["run", m, "--ids", "1,2,3", "--ctx", "2"], "--ctx"),
+                (["logits", m, "--ids-file", empty], "empty"),
+                (["logits", m, "--ids-file", binary], "binary line 1"),
+                (["logits", m, "--ids-file", "/no/such/ids"], "/no/such/ids"),
+                (["logits", m, "--ids-file", "/"], "/"),
+                (["perplexity", m, "--ids", "1"], "two"),
+                (["experts", m, "--ids", "1,2"], "no experts"),
+                (["classify", m, "--ids", "1,2"], "classification"),
+                (["tokenize", m, "a"], "tokenizer"), (["detokenize", m, "1"], "tokenizer"),
+                (["init", "/no/such/folder/x.q3n", "--preset", "tiny"], "/no/such/folder")]:
+            with self.subTest(args=args):
+                self.run_cli(*args, status=1)
+                self.assertIn(word, self.error)
+
+    def test_unsupported_isa(self):
+        missing = [isa for isa in ("avx2", "avx512", "neon") if isa not in self.isas()]
+        for isa in missing:
+            self.run_cli("logits", model("qwen3_dense"), "--ids", "1", "--isa", isa, status=1)
+            self.assertIn(isa, self.error)
+
+    def test_model_by_option_and_equals(self):
+        m = model("qwen3_dense")
+        first = self.run_cli("logits", m, "--ids", "5 6", "--json")
+        self.assertEqual(first, self.run_cli("logits", "-m", m, "--ids=[5, 6]", "--json"))
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_full_disk(self):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(COMMAND + ["info", model("qwen3_dense")], stdout=full,
+                                  stderr=subprocess.PIPE, check=False)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn(b"could not be written", done.stderr)
+
+
+class HostileInputTest(CliTest):
+    def test_prompts(self):
+        for prompt in [b"\xff\xfe", b"\xc3", b"\xed\xa0\x80", b"a" * 1500, b"\x01\x1b[2J",
+                       "\ufffe\U0010ffff".encode()]:
+            with self.subTest(prompt=prompt[:8]):
+                lines = self.json_lines("run", model("stories"), "-p", prompt, "-n", "3",
+                                        "--greedy", "--json", "--ignore-eos")
+                self.assertEqual(len(lines[0]["output_ids"]), 3)
+
+    def test_prompt_files(self):
+        for content in [b"\0", b"a\0b", bytes(range(256)), b"\r\n\r\n"]:
+            path = self.file("prompt", content)
+            lines = self.json_lines("run", model("stories"), "-f", path, "-n", "2", "--greedy",
+                                    "--json", "--ignore-eos")
+            self.assertEqual(len(lines[0]["output_ids"]), 2)
+        self.run_cli("run", model("stories"), "-f", self.file("empty", b""), status=1)
+
+    def test_file_names_stay_on_one_line(self):
+        self.run_cli("info", "no\nsuch\tfile\x1b[31m", status=1)
+        self.assertNotIn("\x1b", self.error)
+
+    def test_json_strings(self):
+        for bad in [b'"a', b'a"', b'"\\x"', b'"\\u12"', b'"a" b', b'["a"]', b'"a\x01"', b'{}', b'']:
+            with self.subTest(line=bad):
+                self.run_cli("tokenize", model("stories"), "--jsonl", stdin=b'"ok"\n' + bad + b"\n",
+                             status=1)
+                self.assertIn("stdin line 2", self.error)
+        lines = self.json_lines("tokenize", model("stories"), "--jsonl",
+                                stdin=b'"\\ud83d\\ude00"\n"\xf0\x9f\x98\x80"\r\n  "\\ud83d"  \n')
+        self.assertEqual(lines[0], lines[1])
+        self.assertEqual(len(lines), 3)
+
+    def test_id_lines(self):
+        for bad in [b"[1", b"1]", b"[1] 2", b"1.5", b"0x10", b"[[1]]", b"one"]:
+            with self.subTest(line=bad):
+                self.run_cli("detokenize", model("stories"), "--jsonl", stdin=b"[1]\n" + bad,
+                             status=1)
+                self.assertIn("stdin line 2", self.error)
+        self.run_cli("detokenize", model("stories"), "4000000", status=1)
+
+    def test_damaged_models(self):
+        with open(model("qwen3_dense"), "rb") as f:
+            good = f.read()
+        meta_bytes = struct.unpack_from("<Q", good, 24)[0]
+        for n in [0, 7, 63, 64, 200, meta_bytes - 1, len(good) - 1]:
+            with self.subTest(bytes=n):
+                self.run_cli("info", self.file("cut", good[:n]), status=1)
+        flipped = bytearray(good)
+        flipped[-70] ^= 1
+        path = self.file("flipped", bytes(flipped))
+        self.run_cli("info", path)
+        self.run_cli("verify", path, status=1)
+        self.assertIn("weight", self.error)
+        self.assertIn(b"all checksums match", self.run_cli("verify", model("qwen3_dense")))
+
+
+class GoldenTest(CliTest):
+    def check_case(self, got, case, what):
+        bound = LOGIT_ERROR * max(map(abs, case["last_logits"]))
+        self.check_reals(got["logits"], case["last_logits"], bound, what)
+        self.check_reals(got["logprobs"], case["token_logprobs"], LOGPROB_ERROR, what)
+        self.assertEqual(got["argmax"], case["argmax"], what)
+
+    def test_logits(self):
+        for name in FAMILIES:
+            cases = load(GOLDEN, name, "golden.json")["cases"]
+            path = self.file("ids", "".join(json.dumps(c["input_ids"]) + "\n" for c in cases))
+            for isa in self.isas():
+                for way in WAYS:
+                    what = "%s %s %s" % (name, isa, way)
+                    with self.subTest(what):
+                        lines = self.json_lines("logits", model(name), "--ids-file", path, "--json",
+                                                "--isa", isa, *way)
+                        self.assertEqual(len(lines), len(cases))
+                        for got, case in zip(lines, cases):
+                            self.check_case(got, case, what)
+
+    def test_greedy(self):
+        for name in FAMILIES:
+            greedy = load(GOLDEN, name, "golden.json").get("greedy")
+            if not greedy:
+                continue
+            for isa in self.isas():
+                with self.subTest("%s %s" % (name, isa)):
+                    got = self.json_lines("run", model(name), "--greedy", "--json", "--isa", isa,
+                                          "--ids", id_list(greedy["prompt_ids"]),
+                                          "-n", str(len(greedy["output_ids"])))
+                    self.assertEqual(got, [{"output_ids": greedy["output_ids"]}])
+
+    def test_classify(self):
+        cases = load(GOLDEN, "qwen3_next_cls", "golden.json")["cases"]
+        path = self.file("ids", "".join(id_list(c["input_ids"]) + "\n" for c in cases))
+        for isa in self.isas():
+            lines = self.json_lines("classify", model("qwen3_next_cls"), "--ids-file", path,
+                                    "--json", "--isa", isa)
+            for got, case in zip(lines, cases):
+                want = case["class_logits"]
+                self.check_reals(got["scores"], want, LOGIT_ERROR * max(map(abs, want)), isa)
+                self.assertEqual(got["label"], want.index(max(want)))
+            self.assertEqual(len(lines), len(cases))
+
+    def check_keras(self, name, case, isa, way):
+        path = self.file("ids", "".join(id_list(ids) + "\n" for ids in case["input_ids"]))
+        lines = self.json_lines("logits", model(name), "--ids-file", path, "--json", "--all",
+                                "--isa", isa, *way, quiet=False)
+        self.assertEqual(len(lines), len(case["output"]))
+        for got, want in zip(lines, case["output"]):
+            self.assertEqual(len(got["all_logits"]), len(want))
+            for row, row_want in zip(got["all_logits"], want):
+                self.check_reals(row, row_want, LOGIT_ERROR * max(map(abs, row_want)), name)
+            self.assertEqual(got["logits"], got["all_logits"][-1])
+
+    def test_keras(self):
+        cases = {
+            "qwen3_head_all_moe": "nomask",
+            "seed_patched_real_rope": "nomask_bidirectional",
+            "seed_patched_zero_rope": "nomask_bidirectional",
+        }
+        for name, key in cases.items():
+            case = load(GOLDEN, "keras", name + ".json")[key]
+            for isa in self.isas():
+                for way in WAYS if key == "nomask" else WAYS[:1]:
+                    with self.subTest("%s %s %s" % (name, isa, way)):
+                        self.check_keras(name, case, isa, way)
+
+    def test_bidirectional_takes_a_text_whole(self):
+        self.run_cli("logits", model("seed_patched_real_rope"), "--ids", "1,2,3", "--pieces", "1",
+                     status=1)
+
+    def test_threads_do_not_change_a_bit(self):
+        ids = load(GOLDEN, "qwen3_next", "golden.json")["cases"][-1]["input_ids"]
+        outputs = {self.run_cli("logits", model("qwen3_next"), "--ids", id_list(ids), "--json",
+                                "-t", t) for t in ("1", "2", "3")}
+        self.assertEqual(len(outputs), 1)
+
+
+class StoriesTest(CliTest):
+    def setUp(self):
+        super().setUp()
+        self.golden = load(STORIES)
+        self.valid = self.file("valid", json.dumps(self.golden["valid_ids"]))
+
+    def test_perplexity(self):
+        want = self.golden["perplexity"]
+        got = self.json_lines("perplexity", model("stories"), "--ids-file", self.valid, "--window",
+                              "1024", "--json")[0]
+        self.assertEqual((got["windows"], got["scored"]), (want["windows"], want["scored"]))
+        self.assertAlmostEqual(got["perplexity"], want["ppl"], delta=0.0005)
+        self.assertAlmostEqual(math.exp(got["nll"] / got["scored"]), got["perplexity"], places=4)
+        self.assertTrue(0.1 < got["standard_error"] < 1.0)
+
+    def test_perplexity_of_text_agrees_with_ids(self):
+        ids = self.golden["valid_ids"][:300]
+        text = self.run_cli("detokenize", model("stories"), "--ids", id_list(ids))
+        path = self.file("text", text)
+        retokenized = self.json_lines("tokenize", model("stories"), "-f", path, "--json")[0]
+        by_text = self.run_cli("perplexity", model("stories"), "--file", path, "--json")
+        by_ids = self.run_cli("perplexity", model("stories"), "--ids", id_list(retokenized),
+                              "--json")
+        self.assertEqual(by_text, by_ids)
+
+    def test_experts(self):
+        want = self.golden["router"]
+        got = self.json_lines("experts", model("stories"), "--ids-file", self.valid, "--window",
+                              "1024", "--json")[0]
+        self.assertEqual(got["tokens"], want["tokens"])
+        self.assertEqual([len(row) for row in got["counts_per_layer"]],
+                         [len(row) for row in want["counts_per_layer"]])
+        off = sum(abs(a - b) for row, row_want in zip(got["counts_per_layer"],
+                                                      want["counts_per_layer"])
+                  for a, b in zip(row, row_want))
+        self.assertLessEqual(off, 20)
+
+    def test_experts_chart(self):
+        text = self.run_cli("experts", model("stories"), "-p", "Once upon a time").decode()
+        self.assertEqual(text.count("layer "), 8)
+        self.assertIn("█", text)
+        self.assertIn("####", self.run_cli("experts", model("stories"), "-p", "Once", "--layer",
+                                           "2", "--ascii").decode())
+
+    def test_greedy_by_ids_and_text(self):
+        for case in self.golden["greedy"]:
+            n = str(len(case["output_ids"]))
+            with self.subTest(case["prompt"]):
+                by_ids = self.json_lines("run", model("stories"), "--ids",
+                                         id_list(case["prompt_ids"]), "-n", n, "--greedy", "--json")
+                self.assertEqual(by_ids[0]["output_ids"], case["output_ids"])
+                text = self.run_cli("run", model("stories"), "-p",
+                                    "<|endoftext|>" + case["prompt"], "-n", "120", "--greedy",
+                                    "--echo", "--special").decode("utf-8")
+                self.assertEqual(text, case["text"] + "\n")
+
+    def test_stops_at_end_of_text(self):
+        case = self.golden["greedy"][1]
+        path = self.file("prompt", "<|endoftext|>" + case["prompt"] + "\n")
+        got = self.json_lines("run", model("stories"), "-f", path, "-n", "200", "--greedy",
+                              "--json")[0]
+        self.assertEqual(got["output_ids"], case["output_ids"])
+        self.assertEqual("<|endoftext|>" + case["prompt"] + got["text"] + "<|endoftext|>",
+                         case["text"])
+        longer = self.json_lines("run", model("stories"), "-f", path, "-n", "130", "--greedy",
+                                 "--json", "--ignore-eos")[0]["output_ids"]
+        self.assertEqual(longer[:114], case["output_ids"])
+        self.assertEqual(len(longer), 130)
+
+    def test_seed_decides_the_text(self):
+        def sample(seed):
+            return self.run_cli("run", model("stories"), "-p", "Once upon a time", "-n", "40",
+                                "--temp", "1.2", "--top-k", "0", "--top-p", "1", "-s", seed)
+        self.assertEqual(sample("7"), sample("7"))
+        self.assertNotEqual(sample("7"), sample("8"))
+
+    def test_context_ends_the_text(self):
+        got = self.json_lines("run", model("stories"), "--ids", "4093,761", "-n", "-1", "--ctx",
+                              "12", "--greedy", "--json", "--ignore-eos")[0]
+        self.assertEqual(len(got["output_ids"]), 11)
+
+    def test_many_prompts(self):
+        path = self.file("ids", "4093 761\n\n4093 431\n")
+        lines = self.json_lines("run", model("stories"), "--ids-file", path, "-n", "5", "--greedy",
+                                "--json")
+        alone = self.json_lines("run", model("stories"), "--ids", "4093,431", "-n", "5", "--greedy",
+                                "--json")
+        self.assertEqual(lines[1], alone[0])
+        self.assertEqual(len(lines), 2)
+
+    def test_kv_types(self):
+        ids = id_list(self.golden["valid_ids"][:200])
+        exact = self.json_lines("logits", model("stories"), "--ids", ids, "--json")[0]["logits"]
+        for kv, bound in [("f16", 0.05), ("bf16", 0.3)]:
+            got = self.json_lines("logits", model("stories"), "--ids", ids, "--json", "--kv", kv)[0]
+            self.check_reals(got["logits"], exact, bound, kv)
+            self.assertNotEqual(got["logits"], exact)
+
+
+class TokenizerTest(CliTest):
+    def test_golden(self):
+        golden = load(GOLDEN, "tokenizer_qwen3.json")
+        cases = golden["cases"]
+        for ascii_only in (True, False):
+            lines = "".join(json.dumps(c["text"], ensure_ascii=ascii_only) + "\n" for c in cases)
+            got = self.json_lines("tokenize", model("tokenizer_qwen3"), "--jsonl",
+                                  stdin=lines.encode("utf-8"))
+            self.assertEqual(got, [c["ids"] for c in cases])
+        lines = "".join(json.dumps(c["ids"]) + "\n" for c in cases)
+        got = self.json_lines("detokenize", model("tokenizer_qwen3"), "--jsonl",
+                              stdin=lines.encode("utf-8"))
+        self.assertEqual(got, [c["decoded"] for c in cases])
+
+    def test_forms(self):
+        m = model("stories")
+        ids = self.json_lines("tokenize", m, "<|endoftext|>Once upon", "--json")[0]
+        self.assertEqual(ids[0], 4093)
+        self.assertEqual(self.run_cli("tokenize", m, "-p", "<|endoftext|>Once upon").decode(),
+                         " ".join(map(str, ids)) + "\n")
+        self.assertEqual(self.run_cli("tokenize", m, stdin=b"<|endoftext|>Once upon").decode(),
+                         " ".join(map(str, ids)) + "\n")
+        plain = self.json_lines("tokenize", m, "<|endoftext|>Once upon", "--json",
+                                "--no-special")[0]
+        self.assertNotIn(4093, plain)
+        for form in (plain, ids):
+            words = list(map(str, form))
+            self.assertEqual(self.run_cli("detokenize", m, *words), b"<|endoftext|>Once upon")
+        self.assertEqual(self.json_lines("detokenize", m, "--ids", id_list(ids), "--json"),
+                         ["<|endoftext|>Once upon"])
+        shown = self.run_cli("tokenize", m, "Once\n", "--show").decode()
+        self.assertIn("\\n", shown)
+
+
+class FileTest(CliTest):
+    def make(self, *args):
+        path = os.path.join(self.folder, "made.q3n")
+        self.run_cli("init", path, "--preset", "tiny", "--vocab", "300", "--layers", "2",
+                     "--hidden-size", "64", "--set", "moe_intermediate_size=32", *args)
+        return path
+
+    def test_init(self):
+        with open(self.make("--seed", "5"), "rb") as f:
+            first = f.read()
+        path = self.make("--seed", "5")
+        with open(path, "rb") as f:
+            self.assertEqual(f.read(), first)
+        self.run_cli("verify", path)
+        info = self.json_lines("info", path, "--json")[0]
+        config = info["config"]
+        self.assertEqual((config["vocab_size"], config["num_hidden_layers"], config["hidden_size"],
+                          config["moe_intermediate_size"]), (300, 2, 64, 32))
+        self.assertEqual(info["file_bytes"], len(first))
+        with open(self.make("--seed", "6"), "rb") as f:
+            self.assertNotEqual(f.read(), first)
+        logits = self.json_lines("logits", path, "--ids", "1,2,3", "--json")[0]["logits"]
+        self.assertEqual(len(logits), 300)
+        self.assertTrue(all(x is not None and abs(x) < 100 for x in logits))
+        self.assertEqual(os.listdir(self.folder), ["made.q3n"])
+
+    def test_presets(self):
+        text = self.run_cli("init", "--list").decode()
+        for name in ("tiny", "small", "80b", "80b_a3b", "qwen3-next-80b-a3b", "g1", "g2", "g3"):
+            self.assertIn("\n%s " % name, "\n" + text)
+
+    def test_info(self):
+        for name in FAMILIES + ["stories", "qwen3_next_cls"]:
+            info = self.json_lines("info", model(name), "--json", "--tensors", "--ctx", "100")[0]
+            self.assertEqual(info["session"]["capacity"], 100)
+            self.assertGreater(info["session"]["total"], 0)
+            self.assertEqual(info["file_bytes"], os.path.getsize(model(name)))
+            self.assertEqual(sum(t["tensors"] for t in info["types"].values()),
+                             len(info["tensors"]))
+            self.assertGreaterEqual(info["parameters"], info["active_parameters"])
+            text = self.run_cli("info", model(name), "--tensors").decode("utf-8")
+            self.assertIn("embed_tokens.weight", text)
+            self.assertIn("hidden_size", text)
+
+    def test_bench(self):
+        got = self.json_lines("bench", self.make(), "-p", "16,32", "-n", "4", "-t", "1,2",
+                              "--depth", "0,20", "-r", "2", "--json")[0]
+        self.assertGreater(got["read_gb_s"], 0)
+        self.assertEqual([(x["n"], x["threads"]) for x in got["prefill"]],
+                         [(16, 1), (16, 2), (32, 1), (32, 2)])
+        self.assertEqual([(x["depth"], x["threads"]) for x in got["decode"]],
+                         [(0, 1), (0, 2), (20, 1), (20, 2)])
+        for row in got["prefill"]:
+            self.assertGreater(row["gmac_s"], 0)
+            self.assertTrue(0 < row["tok_s_min"] <= row["tok_s"] <= row["tok_s_max"])
+        for row in got["decode"]:
+            self.assertAlmostEqual(row["gb_s"], 1e-9 * row["bytes"] * row["tok_s"],
+                                   delta=1e-3 * row["gb_s"])
+            self.assertGreater(row["roof_share"], 0)
+
+
+if __name__ == "__main__":
+    unittest.main()

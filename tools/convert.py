@@ -1,0 +1,349 @@
+#!/usr/bin/env python3
+"""Convert a published checkpoint into a .q3n model file.
+
+CHECKPOINT is a folder with config.json and *.safetensors, one .safetensors file or index, or a
+Keras file (.keras, .weights.h5).  Python 3.8 and the standard library are enough for safetensors;
+FP8 and LoRA need numpy, Keras files need h5py.
+"""
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import zlib
+
+import hf_checkpoint
+import matrix
+import q3n_file
+import safetensors_file
+import tokenizer_file
+from q3n_file import ConvertError
+
+BLOCK_BYTES = 8 << 20            # of a matrix as f32, in memory at once
+VERSION = "convert.py 1"
+
+
+# ---- Arguments ----
+
+def parse_arguments(argv, types):
+    p = argparse.ArgumentParser(prog="convert.py", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoint", metavar="CHECKPOINT")
+    p.add_argument("out", metavar="OUT.q3n")
+    p.add_argument("--type", choices=types, help="of matrices (default: as in the checkpoint)")
+    p.add_argument("--lora", metavar="DIR", help="merge this PEFT adapter")
+    p.add_argument("--name", help="of the model (default: the checkpoint's)")
+    p.add_argument("--tokenizer", metavar="DIR", help="take the tokenizer from this folder")
+    p.add_argument("--no-tokenizer", action="store_true", help="write a file that works on ids")
+    p.add_argument("--config", metavar="JSON", help="use this file instead of config.json")
+    p.add_argument("--set", metavar="KEY=VALUE", action="append", default=[],
+                   help="override a key of the checkpoint's configuration (VALUE is JSON or text)")
+    p.add_argument("--pooling", choices=("last", "first", "mean"),
+                   help="token that a classifier looks at")
+    p.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes")
+    args = p.parse_args(argv)
+    if args.tokenizer and args.no_tokenizer:
+        p.error("--tokenizer and --no-tokenizer exclude each other")
+    overrides = {}
+    for item in args.set:
+        key, equals, value = item.partition("=")
+        if not key or not equals:
+            p.error("--set %s: expected KEY=VALUE" % item)
+        try:
+            overrides[key] = json.loads(value)
+        except ValueError:
+            overrides[key] = value
+    args.set = overrides
+    return args
+
+
+# ---- Plan ----
+
+def is_keras(path):
+    return path.endswith((".keras", ".h5", ".hdf5"))
+
+
+def find_checkpoint(path):
+    """A folder that holds one Keras file and no safetensors stands for that file."""
+    if not os.path.exists(path):
+        raise ConvertError("%s: no such file or folder" % path)
+    if os.path.isdir(path):
+        names = os.listdir(path)
+        keras = [n for n in names if is_keras(n)]
+        if len(keras) == 1 and not any(n.endswith(".safetensors") for n in names):
+            return os.path.join(path, keras[0])
+    elif not is_keras(path) and not path.endswith((".safetensors", ".index.json")):
+        raise ConvertError("%s: found another kind of file, expected .safetensors, .index.json, "
+                           ".keras or .weights.h5" % path)
+    return path
+
+
+def make_plan(args):
+    """The plan, with name, tokenizer and special ids in its config."""
+    path = find_checkpoint(args.checkpoint)
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    if is_keras(path):
+        import keras_checkpoint
+        if args.lora:
+            raise ConvertError("%s: found a Keras file, expected safetensors for --lora" % path)
+        raw = dict(safetensors_file.load_json(args.config) if args.config else {}, **args.set)
+        plan = keras_checkpoint.plan(path, raw)
+        name = os.path.basename(path).split(".")[0]
+    else:
+        plan = plan_safetensors(args, path, folder)
+        name = os.path.basename(os.path.abspath(folder))
+    try:
+        plan.config["name"] = name if args.name is None else args.name
+        plan.config["converter"] = VERSION
+        add_tokenizer(plan, args, folder)
+    except BaseException:
+        plan.close()
+        raise
+    return plan
+
+
+def plan_safetensors(args, path, folder):
+    adapter = None
+    if args.lora:
+        import lora
+        adapter = lora.Adapter(args.lora)
+    raw = safetensors_file.load_json(args.config or os.path.join(folder, "config.json"))
+    raw.update(args.set)
+    entries, skipped = safetensors_file.open_checkpoint(path)
+    return hf_checkpoint.plan(entries, skipped, raw, path, adapter)
+
+
+def add_tokenizer(plan, args, folder):
+    source, vocab_size = args.tokenizer or folder or ".", plan.config["vocab_size"]
+    tokenizer = None
+    if not args.no_tokenizer:
+        tokenizer = tokenizer_file.load(source, plan.config["family"])
+        if tokenizer is None and args.tokenizer:
+            raise ConvertError("%s: found no tokenizer.json, expected it or vocab.json" % source)
+    plan.config.update(tokenizer_file.special_ids(source, plan.raw, tokenizer, vocab_size))
+    plan.config["chat"] = "none"
+    if tokenizer is None:
+        plan.notes.append("no tokenizer: the file works on token ids")
+        return
+    plan.tokenizer = tokenizer.pack(vocab_size)
+    plan.config["chat"] = tokenizer_file.chat_kind(tokenizer_file.chat_template(source))
+    plan.config["tokenizer_pattern"] = tokenizer.pattern
+    plan.config["tokenizer_nfc"] = tokenizer.nfc
+
+
+def choose_types(plan, wanted, definitions):
+    """The file's tensors, in the groups of the plan."""
+    groups, rounded = [], False
+    for group in plan.groups:
+        tensors = []
+        for out in group:
+            keep = matrix.common([m.keep for m in out.slices])
+            name = "f32" if out.vec else wanted or keep
+            rounded = rounded or (not wanted and not out.vec and name != "f32"
+                                  and any(m.type == "f32" for m in out.slices))
+            tensors.append(q3n_file.Tensor(out.name, definitions.types[name], out.dims))
+        groups.append(tensors)
+    if rounded:
+        plan.notes.append("what is computed in f32 (FP8, LoRA) is rounded to the checkpoint's "
+                          "type; --type f32 keeps every bit")
+    return groups
+
+
+# ---- Reports ----
+
+def size_text(n):
+    for unit in ("bytes", "KiB", "MiB"):
+        if n < 1024:
+            return "%d %s" % (n, unit) if unit == "bytes" else "%.1f %s" % (n, unit)
+        n /= 1024.0
+    return "%.2f GiB" % n
+
+
+def print_plan(plan, groups, file_bytes):
+    for key, value in plan.config.items():
+        print("config  %-32s %s" % (key, value))
+    for outs, tensors in zip(plan.groups, groups):
+        for out, t in zip(outs, tensors):
+            print("tensor  %-56s %-5s %-20s %12d bytes  <- %s" % (
+                t.name, t.type.name, list(t.dims), t.bytes, out.source))
+    for name, why in plan.skipped:
+        print("skipped %-56s %s" % (name, why))
+    print("total   %d tensors, %d bytes (%s)" % (
+        sum(len(g) for g in groups), file_bytes, size_text(file_bytes)))
+
+
+def report(plan):
+    """Warnings, notes and what was skipped, on stderr."""
+    for text in plan.warnings:
+        sys.stderr.write("convert.py: warning: %s\n" % text)
+    for text in plan.notes:
+        sys.stderr.write("convert.py: note: %s\n" % text)
+    reasons = {}
+    for name, why in plan.skipped:
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        sys.stderr.write("convert.py: skipped %d tensor%s (%s): %s\n" % (
+            len(names), "" if len(names) == 1 else "s", why, shown))
+
+
+class Progress:
+    """A bar where stderr is a terminal; elsewhere a line at each quarter of long work."""
+
+    WIDTH = 30
+    LINE_SECONDS = 2.0                   # between lines, at least
+
+    def __init__(self, total, quiet):
+        self.total, self.quiet = max(total, 1), quiet
+        self.bar = sys.stderr.isatty()
+        self.done, self.start = 0, time.time()
+        self.shown, self.quarter = 0.0, 1
+
+    def add(self, n):
+        self.done += n
+        if self.quiet:
+            return
+        now = time.time()
+        if self.bar and (now - self.shown > 0.1 or self.done >= self.total):
+            self.shown = now
+            sys.stderr.write("\r" + self.line(now, True) + "\x1b[K")
+            sys.stderr.flush()
+        elif not self.bar and 4 * self.done >= self.quarter * self.total \
+                and now - max(self.shown, self.start) > self.LINE_SECONDS:
+            self.shown = now
+            self.quarter = 4 * self.done // self.total + 1
+            sys.stderr.write("convert.py: " + self.line(now, False) + "\n")
+
+    def line(self, now, bar):
+        part, rate = self.done / self.total, self.done / max(now - self.start, 1e-3)
+        left = int((self.total - self.done) / max(rate, 1.0))
+        full = int(part * self.WIDTH)
+        return "%s%3d %%  %s of %s  %s/s  %d:%02d left" % (
+            "[%s%s] " % ("#" * full, "-" * (self.WIDTH - full)) if bar else "", int(100 * part),
+            size_text(self.done), size_text(self.total), size_text(rate), left // 60, left % 60)
+
+    def end(self):
+        if self.bar and not self.quiet and self.shown:
+            sys.stderr.write("\n")
+
+
+# ---- Writing ----
+
+def write_slice(f, tensor, m, at, progress):
+    """One slice at offset at; returns where it ended.  The tensor's checksum goes on."""
+    f.write(bytes(at - f.tell()))        # at most a gap between tensors
+    for start, count in m.blocks(BLOCK_BYTES):
+        try:
+            data = matrix.convert(m.read(start, count), m.type, tensor.type.name)
+        except OverflowError as e:
+            raise ConvertError("%s: found the value %g, expected at most 65504 for f16: use --type "
+                               "bf16 or f32" % (m.source, e.args[0]))
+        tensor.crc = zlib.crc32(data, tensor.crc)
+        f.write(data)
+        progress.add(len(data))
+
+
+def write_file(path, plan, groups, meta, file_bytes, progress):
+    """Everything: room for the metadata, data in the order of their offsets, then meta()."""
+    with open(path, "wb") as f:
+        f.write(bytes(len(meta())))
+        for outs, tensors in zip(plan.groups, groups):
+            for e in range(tensors[0].n_slices):
+                for out, t in zip(outs, tensors):
+                    write_slice(f, t, out.slices[e], t.slice_offset(e), progress)
+        f.write(bytes(file_bytes - f.tell()))
+        f.seek(0)
+        f.write(meta())
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def check_room(out, file_bytes):
+    folder = os.path.dirname(os.path.abspath(out))
+    if not os.path.isdir(folder):
+        raise ConvertError("%s: found no folder %s, expected it to exist" % (out, folder))
+    if os.path.isdir(out):
+        raise ConvertError("%s: found a folder, expected a file name" % out)
+    free = shutil.disk_usage(folder).free
+    if free < file_bytes:
+        raise ConvertError("%s: found %s free on the disk, expected at least %s"
+                           % (out, size_text(free), size_text(file_bytes)))
+
+
+def convert(args, definitions):
+    plan = make_plan(args)
+    try:
+        write_plan(plan, args, definitions)
+    finally:
+        plan.close()
+
+
+def write_plan(plan, args, definitions):
+    if args.pooling:
+        plan.config["pooling"] = args.pooling
+    definitions.check_config(plan.config, plan.where)
+    groups = choose_types(plan, args.type, definitions)
+    tensors = [t for group in groups for t in group]
+
+    def meta(file_bytes=0):
+        return q3n_file.pack_meta(plan.config, tensors, plan.tokenizer, file_bytes, definitions)
+
+    file_bytes = q3n_file.place(groups, len(meta()))
+    if args.dry_run:
+        print_plan(plan, groups, file_bytes)
+    if not args.quiet:
+        report(plan)
+    if args.dry_run:
+        return
+    check_room(args.out, file_bytes)
+    part = args.out + ".part"
+    progress = Progress(sum(t.bytes for t in tensors), args.quiet)
+    try:
+        write_file(part, plan, groups, lambda: meta(file_bytes), file_bytes, progress)
+        os.replace(part, args.out)
+    except BaseException:
+        if os.path.exists(part):
+            os.remove(part)
+        raise
+    finally:
+        progress.end()
+    if not args.quiet:
+        sys.stderr.write("convert.py: wrote %s: %d tensors, %s\n"
+                         % (args.out, len(tensors), size_text(file_bytes)))
+
+
+def terminate(*_):
+    raise KeyboardInterrupt
+
+
+def main(argv):
+    try:
+        definitions = q3n_file.Definitions()
+        types = [t.name for t in definitions.types.values() if t.block_len == 1]
+        args = parse_arguments(argv, [t for t in ("bf16", "f16", "f32") if t in types])
+        signal.signal(signal.SIGTERM, terminate)
+        convert(args, definitions)
+    except ConvertError as e:
+        for line in str(e).split("\n"):
+            sys.stderr.write("convert.py: error: %s\n" % line)
+        return 1
+    except OSError as e:
+        sys.stderr.write("convert.py: error: %s: %s\n" % (e.filename or "file", e.strerror or e))
+        return 1
+    except UnicodeEncodeError as e:
+        sys.stderr.write("convert.py: error: found the text %a, expected valid Unicode\n"
+                         % e.object[:60])
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("convert.py: interrupted: nothing was written\n")
+        return 130
+    finally:
+        safetensors_file.Store.close_all()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,400 @@
+#!/usr/bin/env python3
+"""The .q3n model file: laid out, written, read and listed.
+
+The FILE FORMAT comment of qwen3next.h defines every byte; type numbers and configuration fields
+are read out of that header, so that the two cannot drift.
+
+usage: q3n_file.py FILE              list configuration, tensors and tokenizer
+       q3n_file.py --verify FILE     also compare every tensor's checksum
+"""
+import collections
+import os
+import re
+import struct
+import sys
+import zlib
+
+HEADER = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "qwen3next.h")
+
+MAGIC = b"\x89Q3N\r\n\x1a\n"
+VERSION = 1
+CONFIG, TENSORS, NAMES, TOKENIZER = 1, 2, 3, 4
+MUST_KNOW = 1                # section flag: a reader that does not know the kind refuses the file
+RECORD_BYTES = 80
+DATA_ALIGN = 64
+EXPERT_ALIGN = 4096
+READ_BYTES = 1 << 22         # at once, when checksums are computed
+
+# Keys of CONFIG beside the fields of Q3N_CONFIG_LIST, with their kind.
+EXTRA_KEYS = {
+    "layer_types": "ints", "layer_experts": "ints", "name": "string", "eos_ids": "ints",
+    "bos_id": "int", "pad_id": "int", "chat": "string", "tokenizer_pattern": "string",
+    "tokenizer_nfc": "int", "converter": "string",
+}
+
+
+class ConvertError(Exception):
+    """What is wrong with a file, in one line for a person."""
+
+
+Type = collections.namedtuple("Type", "name number block_len block_bytes")
+Field = collections.namedtuple("Field", "name kind least most")
+
+
+class Definitions:
+    """What qwen3next.h says: types by name, fields by name, words of the enums."""
+
+    def __init__(self, path=HEADER):
+        try:
+            with open(path, encoding="utf-8") as f:
+                text = f.read()
+        except OSError as e:
+            raise ConvertError("%s: cannot read: %s (the tools need the header beside them)"
+                               % (path, e.strerror))
+        self.types, self.fields = {}, collections.OrderedDict()
+        for _, name, number, length, size in self._rows(text, "Q3N_TYPE_LIST", 5, path):
+            self.types[name] = Type(name, int(number), int(length), int(size))
+        constants = {n: int(v) for n, v in re.findall(r"#define (Q3N_MAX_\w+) +(\d+)", text)}
+        for kind, name, least, most in self._rows(text, "Q3N_CONFIG_LIST", 4, path):
+            self.fields[name] = Field(name, kind, *(_number(t, constants) for t in (least, most)))
+        self.words = {}
+        for name, prefix in (("family", "FAMILY"), ("pooling", "POOLING"), ("rope_type", "ROPE"),
+                             ("classifier_input", "CLASSIFIER")):
+            body = re.search(r"typedef enum q3n_%s \{(.*?)\}" % name, text, re.S)
+            found = re.findall(r"\bQ3N_%s_(\w+)\b" % prefix, body.group(1) if body else "")
+            self.words[name] = [w.lower() for w in found if not w.endswith("COUNT")]
+
+    @staticmethod
+    def _rows(text, macro, n, path):
+        body = re.search(r"#define %s\(X\)((?:.*\\\n)*.*\n)" % macro, text)
+        rows = re.findall(r"X\(([^()]*)\)", body.group(1)) if body else []
+        rows = [[part.strip().strip('"') for part in row.split(",")] for row in rows]
+        if not rows or any(len(row) != n for row in rows):
+            raise ConvertError("%s: found no %s with rows of %d entries" % (path, macro, n))
+        return rows
+
+    def check_config(self, config, where="configuration"):
+        """Refuse a configuration that a reader would refuse: unknown keys, wrong ranges."""
+        for key, value in config.items():
+            field = self.fields.get(key)
+            if field is None and key not in EXTRA_KEYS:
+                raise ConvertError("%s: no field %s in qwen3next.h" % (where, key))
+            if field is None:
+                continue
+            if field.kind == "E":
+                if value not in self.words[key]:
+                    raise ConvertError("%s: %s: found %r, expected one of %s"
+                                       % (where, key, value, ", ".join(self.words[key])))
+            elif not field.least <= value <= field.most:
+                raise ConvertError("%s: %s: found %s, expected %s .. %s"
+                                   % (where, key, value, field.least, field.most))
+        missing = [name for name in self.fields if name not in config]
+        if missing:
+            raise ConvertError("%s: no value for %s" % (where, ", ".join(missing)))
+
+    def kind(self, key):
+        """'int', 'float', 'string' or 'ints'."""
+        if key in EXTRA_KEYS:
+            return EXTRA_KEYS[key]
+        return {"I": "int", "B": "int", "F": "float", "E": "string"}[self.fields[key].kind]
+
+
+def _number(text, constants):
+    """A bound of Q3N_CONFIG_LIST; None for an enum's count, which words replace."""
+    shift = re.match(r"(\d+) *<< *(\d+)$", text)
+    if shift:
+        return int(shift.group(1)) << int(shift.group(2))
+    if text in constants:
+        return constants[text]
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def align(n, to):
+    return (n + to - 1) // to * to
+
+
+# ---- Layout ----
+
+class Tensor:
+    """One record of the tensor table."""
+
+    __slots__ = ("name", "type", "dims", "offset", "slice_bytes", "stride", "crc")
+
+    def __init__(self, name, type_, dims):
+        self.name, self.type, self.dims = name, type_, tuple(dims)
+        rows = dims[-2] if len(dims) > 1 else 1
+        blocks, rest = divmod(dims[-1], type_.block_len)
+        if rest:
+            raise ConvertError("%s: rows of %d do not divide into blocks of %d (%s)"
+                               % (name, dims[-1], type_.block_len, type_.name))
+        self.slice_bytes = rows * blocks * type_.block_bytes
+        self.offset = self.stride = self.crc = 0
+
+    @property
+    def n_slices(self):
+        return self.dims[0] if len(self.dims) == 3 else 1
+
+    @property
+    def bytes(self):
+        return self.n_slices * self.slice_bytes
+
+    def slice_offset(self, e):
+        return self.offset + e * self.stride
+
+
+def place(groups, meta_bytes):
+    """Give every tensor its offset; the file's size.  A group is one tensor, or the three of a
+    layer's experts, whose slices interleave."""
+    at = align(meta_bytes, DATA_ALIGN)
+    for group in groups:
+        if len(group[0].dims) < 3:
+            (t,) = group
+            t.offset = at
+            at = align(at + t.slice_bytes, DATA_ALIGN)
+            continue
+        at = align(at, EXPERT_ALIGN)
+        within = 0
+        for t in group:
+            t.offset = at + within
+            within = align(within + t.slice_bytes, DATA_ALIGN)
+        stride = align(within, EXPERT_ALIGN)
+        for t in group:
+            t.stride = stride
+        at += stride * group[0].dims[0]
+    return at
+
+
+# ---- Packing ----
+
+def pack_config(config, definitions):
+    out = bytearray()
+    for key, value in config.items():
+        kind = definitions.kind(key)
+        if kind == "string":
+            type_, data = 3, value.encode("utf-8")
+        elif kind == "float":
+            type_, data = 2, struct.pack("<d", value)
+        else:
+            values = value if kind == "ints" else [value]
+            type_, data = 1, struct.pack("<%dq" % len(values), *values)
+        name = key.encode("ascii")
+        out += struct.pack("<BBHI", len(name), type_, 0, len(data)) + name + data
+        out += bytes(-len(out) % 8)
+    return bytes(out)
+
+
+def pack_tensors(tensors):
+    """The TENSORS and NAMES sections."""
+    records, names = bytearray(struct.pack("<II", len(tensors), RECORD_BYTES)), bytearray()
+    for t in tensors:
+        name = t.name.encode("utf-8")
+        dims = t.dims + (1,) * (3 - len(t.dims))
+        records += struct.pack("<IIII3QQQQI12x", len(names), len(name), t.type.number, len(t.dims),
+                               *(dims + (t.offset, t.slice_bytes, t.stride, t.crc)))
+        names += name
+    return bytes(records), bytes(names)
+
+
+def pack_meta(config, tensors, tokenizer, file_bytes, definitions):
+    """Header, section table and sections.  The length does not depend on offsets and checksums."""
+    records, names = pack_tensors(tensors)
+    sections = [(CONFIG, pack_config(config, definitions)), (TENSORS, records), (NAMES, names)]
+    if tokenizer:
+        sections.append((TOKENIZER, tokenizer))
+    at = 64 + 32 * len(sections)
+    table, body = bytearray(), bytearray()
+    for kind, data in sections:
+        flags = 0 if kind == TOKENIZER else MUST_KNOW
+        table += struct.pack("<IIQQQ", kind, flags, at + len(body), len(data), 0)
+        body += data + bytes(-len(data) % 8)
+    meta_bytes = at + len(body)
+
+    def header(crc):
+        return MAGIC + struct.pack("<IIQQI28x", VERSION, len(sections), file_bytes, meta_bytes, crc)
+
+    rest = bytes(table + body)
+    return header(zlib.crc32(rest, zlib.crc32(header(0)))) + rest
+
+
+def pack_tokenizer(tokens, merges, added):
+    """tokens: bytes by id; merges: (left, right, result) by rank; added: (id, flags)."""
+    out = [struct.pack("<IIII", len(tokens), len(merges), len(added), 0)]
+    offsets, at = [0], 0
+    for text in tokens:
+        at += len(text)
+        offsets.append(at)
+    out.append(struct.pack("<%dI" % len(offsets), *offsets))
+    out.append(b"".join(struct.pack("<III", *m) for m in merges))
+    out.append(b"".join(struct.pack("<II", *a) for a in added))
+    return b"".join(out + list(tokens))
+
+
+# ---- Reading ----
+
+Tokenizer = collections.namedtuple("Tokenizer", "tokens merges added")
+
+
+class File:
+    """A .q3n file opened for reading: config, tensors by name, tokenizer."""
+
+    def __init__(self, path, definitions=None):
+        self.path, self.definitions = path, definitions or Definitions()
+        self.file = open(path, "rb")
+        try:
+            self._parse()
+        except struct.error:
+            self.file.close()
+            raise ConvertError("%s: metadata end too early" % path)
+        except ConvertError:
+            self.file.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def _require(self, ok, what, found, expected):
+        if not ok:
+            raise ConvertError("%s: %s: found %s, expected %s" % (self.path, what, found, expected))
+
+    def _parse(self):
+        size = os.fstat(self.file.fileno()).st_size
+        head = self.file.read(64)
+        self._require(head[:8] == MAGIC, "magic", head[:8], MAGIC)
+        version, n, file_bytes, meta_bytes, crc = struct.unpack_from("<IIQQI", head, 8)
+        self._require(version == VERSION, "version", version, VERSION)
+        self._require(file_bytes == size, "file_bytes", file_bytes, size)
+        self._require(n <= 64 and 64 + 32 * n <= meta_bytes <= size, "meta_bytes", meta_bytes,
+                      "at most %d" % size)
+        self.file.seek(0)
+        meta = self.file.read(meta_bytes)
+        found = zlib.crc32(meta[36:], zlib.crc32(meta[:32] + bytes(4)))
+        self._require(found == crc, "meta_crc", "%08x" % crc, "%08x" % found)
+        self.file_bytes, self.meta_bytes = file_bytes, meta_bytes
+        parts = {}
+        for i in range(n):
+            kind, flags, offset, length, _ = struct.unpack_from("<IIQQQ", meta, 64 + 32 * i)
+            self._require(offset % 8 == 0 and 64 + 32 * n <= offset <= meta_bytes - length,
+                          "section %d" % kind, "[%d, +%d)" % (offset, length), "inside metadata")
+            self._require(kind not in parts, "section %d" % kind, "two", "one")
+            self._require(kind <= TOKENIZER or not flags & MUST_KNOW, "section kind", kind,
+                          "1 .. 4")
+            parts[kind] = meta[offset:offset + length]
+        self.config = self._config(parts.get(CONFIG, b""))
+        self.tensors = self._tensors(parts[TENSORS], parts[NAMES])
+        self.tokenizer = self._tokenizer(parts[TOKENIZER]) if TOKENIZER in parts else None
+
+    def _config(self, data):
+        config, at = collections.OrderedDict(), 0
+        while at < len(data):
+            key_bytes, type_, zero, value_bytes = struct.unpack_from("<BBHI", data, at)
+            start, end = at + 8 + key_bytes, at + 8 + key_bytes + value_bytes
+            self._require(end <= len(data) and zero == 0, "CONFIG", "an entry past its end", "none")
+            key, raw = data[at + 8:start].decode("ascii"), data[start:end]
+            self._require(key not in config, key, "two", "one")
+            if type_ == 3:
+                config[key] = raw.decode("utf-8")
+            else:
+                values = list(struct.unpack("<%d%s" % (value_bytes // 8, " qd"[type_]), raw))
+                is_list = EXTRA_KEYS.get(key) == "ints"
+                config[key] = values if is_list or len(values) != 1 else values[0]
+            at = align(end, 8)
+        return config
+
+    def _tensors(self, data, names):
+        types = {t.number: t for t in self.definitions.types.values()}
+        tensors = collections.OrderedDict()
+        n, record_bytes = struct.unpack_from("<II", data)
+        for i in range(n):
+            v = struct.unpack_from("<IIII3QQQQI", data, 8 + i * record_bytes)
+            name = names[v[0]:v[0] + v[1]].decode("utf-8")
+            self._require(v[2] in types, name + ": type", v[2], sorted(types))
+            t = Tensor(name, types[v[2]], v[4:4 + v[3]])
+            self._require(t.slice_bytes == v[8], name + ": slice_bytes", v[8], t.slice_bytes)
+            t.offset, t.stride, t.crc = v[7], v[9], v[10]
+            end = t.slice_offset(t.n_slices - 1) + t.slice_bytes
+            self._require(t.offset % 64 == 0 and self.meta_bytes <= t.offset
+                          and end <= self.file_bytes, name + ": place",
+                          "[%d, %d)" % (t.offset, end), "inside the file, at a multiple of 64")
+            self._require(name not in tensors, name, "two", "one")
+            tensors[name] = t
+        return tensors
+
+    def _tokenizer(self, data):
+        n_tokens, n_merges, n_added, _ = struct.unpack_from("<IIII", data)
+        at = 16
+        offsets = struct.unpack_from("<%dI" % (n_tokens + 1), data, at)
+        at += 4 * (n_tokens + 1)
+        m = struct.unpack_from("<%dI" % (3 * n_merges), data, at)
+        at += 12 * n_merges
+        a = struct.unpack_from("<%dI" % (2 * n_added), data, at)
+        text = data[at + 8 * n_added:]
+        self._require(offsets[-1] == len(text), "TOKENIZER text", len(text), offsets[-1])
+        return Tokenizer([text[offsets[i]:offsets[i + 1]] for i in range(n_tokens)],
+                         list(zip(m[0::3], m[1::3], m[2::3])), list(zip(a[0::2], a[1::2])))
+
+    def slices(self, name):
+        """The bytes of one slice after the other."""
+        t = self.tensors[name]
+        for e in range(t.n_slices):
+            self.file.seek(t.slice_offset(e))
+            data = self.file.read(t.slice_bytes)
+            self._require(len(data) == t.slice_bytes, name, len(data), t.slice_bytes)
+            yield data
+
+    def data(self, name):
+        return b"".join(self.slices(name))
+
+    def verify(self):
+        """Names of the tensors whose checksum does not match."""
+        bad = []
+        for name, t in self.tensors.items():
+            crc = 0
+            for e in range(t.n_slices):
+                self.file.seek(t.slice_offset(e))
+                left = t.slice_bytes
+                while left:
+                    data = self.file.read(min(left, READ_BYTES))
+                    if not data:
+                        break
+                    crc, left = zlib.crc32(data, crc), left - len(data)
+            if crc != t.crc:
+                bad.append(name)
+        return bad
+
+
+def main(argv):
+    verify = argv[:1] == ["--verify"]
+    if len(argv) != 1 + verify or argv[-1].startswith("-"):
+        sys.stderr.write("usage: q3n_file.py [--verify] FILE\n")
+        return 2
+    try:
+        with File(argv[-1]) as f:
+            for key, value in f.config.items():
+                print("%-32s %s" % (key, value))
+            if f.tokenizer:
+                print("%-32s %d tokens, %d merges, %d added" % (
+                    ("tokenizer",) + tuple(len(part) for part in f.tokenizer)))
+            for t in f.tensors.values():
+                print("%-56s %-5s %-20s offset %-12d bytes %-12d stride %-8d crc %08x" % (
+                    t.name, t.type.name, list(t.dims), t.offset, t.bytes, t.stride, t.crc))
+            bad = f.verify() if verify else []
+    except (ConvertError, OSError) as e:
+        sys.stderr.write("q3n_file.py: error: %s\n" % e)
+        return 1
+    for name in bad:
+        sys.stderr.write("q3n_file.py: error: %s: %s: checksum differs\n" % (argv[-1], name))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,196 @@
+"""Reading safetensors checkpoints, one file or many, with every number in them checked.
+
+A file is: u64 header length, JSON header {name: {dtype, shape, data_offsets}}, data.
+"""
+import collections
+import json
+import os
+import struct
+
+from q3n_file import ConvertError
+
+MAX_HEADER = 100000000           # bytes; the format's own limit
+OPEN_FILES = 16                  # at once
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2,
+    "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}
+INDEX = "model.safetensors.index.json"
+
+Entry = collections.namedtuple("Entry", "dtype shape offset bytes store")
+
+
+def load_json(path, what="an object"):
+    """A JSON file whose top is an object."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+    except OSError as e:
+        raise ConvertError("%s: cannot read: %s" % (path, e.strerror))
+    except (ValueError, RecursionError) as e:
+        raise ConvertError("%s: not valid JSON: %s" % (path, e))
+    if not isinstance(value, dict):
+        raise ConvertError("%s: found a JSON %s, expected %s" % (path, type(value).__name__, what))
+    return value
+
+
+class Store:
+    """One file, opened when it is read; the least recently read ones are closed again."""
+
+    opened = collections.OrderedDict()
+
+    def __init__(self, path):
+        self.path = path
+
+    def read(self, offset, n):
+        f = Store.opened.pop(self.path, None)
+        if f is None:
+            while len(Store.opened) >= OPEN_FILES:
+                Store.opened.popitem(last=False)[1].close()
+            try:
+                f = open(self.path, "rb")
+            except OSError as e:
+                raise ConvertError("%s: cannot read: %s" % (self.path, e.strerror))
+        Store.opened[self.path] = f
+        try:
+            f.seek(offset)
+            data = f.read(n)
+        except OSError as e:
+            raise ConvertError("%s: cannot read: %s" % (self.path, e.strerror))
+        if len(data) != n:
+            raise ConvertError("%s: found the end of the file at byte %d, expected %d more bytes"
+                               % (self.path, offset + len(data), n - len(data)))
+        return data
+
+    @staticmethod
+    def close_all():
+        while Store.opened:
+            Store.opened.popitem()[1].close()
+
+
+def _unique(pairs):
+    out = {}
+    for key, value in pairs:
+        if key in out:
+            raise ValueError("%s stands twice" % key)
+        out[key] = value
+    return out
+
+
+def read_header(path):
+    """Entries by name of one file."""
+    store = Store(path)
+    try:
+        size = os.path.getsize(path)
+    except OSError as e:
+        raise ConvertError("%s: cannot read: %s" % (path, e.strerror))
+    if size < 8:
+        raise ConvertError("%s: found %d bytes, expected at least 8: truncated" % (path, size))
+    (n,) = struct.unpack("<Q", store.read(0, 8))
+    if n > MAX_HEADER:
+        raise ConvertError("%s: header: found a length of %d bytes, expected at most %d"
+                           % (path, n, MAX_HEADER))
+    if 8 + n > size:
+        raise ConvertError("%s: header: found %d bytes, expected %d: truncated"
+                           % (path, size - 8, n))
+    try:
+        header = json.loads(store.read(8, n).decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as e:
+        raise ConvertError("%s: header: not valid JSON: %s" % (path, e))
+    if not isinstance(header, dict):
+        raise ConvertError("%s: header: found a JSON %s, expected an object"
+                           % (path, type(header).__name__))
+    header.pop("__metadata__", None)
+    return collections.OrderedDict(
+        (name, _entry(path, store, name, value, 8 + n, size)) for name, value in header.items())
+
+
+def _is_counts(value, n=None):
+    return (isinstance(value, list) and (n is None or len(value) == n)
+            and all(type(v) is int and 0 <= v < 1 << 63 for v in value))
+
+
+def _entry(path, store, name, value, data_start, size):
+    """One header entry, checked against the file."""
+    def bad(found, expected):
+        raise ConvertError("%s: %s: found %s, expected %s" % (path, name, found, expected))
+
+    if not (isinstance(value, dict) and isinstance(value.get("dtype"), str)
+            and _is_counts(value.get("shape")) and _is_counts(value.get("data_offsets"), 2)):
+        bad(json.dumps(value)[:80], "dtype, shape and data_offsets")
+    begin, end = value["data_offsets"]
+    if begin > end:
+        bad("data_offsets %d > %d" % (begin, end), "begin <= end")
+    if data_start + end > size:
+        bad("data up to byte %d of a file of %d bytes" % (data_start + end, size),
+            "data inside the file: truncated")
+    if value["dtype"] in DTYPE_BYTES:
+        expected = DTYPE_BYTES[value["dtype"]]
+        for dim in value["shape"]:
+            expected *= dim
+        if end - begin != expected:
+            bad("%d bytes" % (end - begin),
+                "%d for %s %s" % (expected, value["dtype"], value["shape"]))
+    return Entry(value["dtype"], tuple(value["shape"]), data_start + begin, end - begin, store)
+
+
+def read_files(paths):
+    """Entries by name of several files."""
+    entries = collections.OrderedDict()
+    for path in paths:
+        for name, entry in read_header(path).items():
+            if name in entries:
+                raise ConvertError("%s: %s: found also in %s, expected it once"
+                                   % (path, name, entries[name].store.path))
+            entries[name] = entry
+    return entries
+
+
+def read_indexed(index_path):
+    """Entries that the index names, and [(name, reason)] of those that it passes over."""
+    index = load_json(index_path)
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise ConvertError("%s: weight_map: found none, expected {tensor: file}" % index_path)
+    folder = os.path.dirname(index_path)
+    shards = sorted(set(places.values()))
+    for shard in shards:
+        if os.path.basename(shard) != shard or shard in ("", ".", ".."):
+            raise ConvertError("%s: found the file name %r, expected one without a path"
+                               % (index_path, shard))
+    gone = [s for s in shards if not os.path.exists(os.path.join(folder, s))]
+    if gone:
+        raise ConvertError("%s: found no %s, expected %d shards beside it"
+                           % (index_path, ", ".join(gone), len(shards)))
+    entries, skipped = collections.OrderedDict(), []
+    for shard in shards:
+        for name, entry in read_header(os.path.join(folder, shard)).items():
+            if places.get(name) == shard:
+                entries[name] = entry
+            else:
+                skipped.append((name, "%s, not in the index" % shard))
+    gone = [name for name in places if name not in entries]
+    if gone:
+        raise ConvertError("%s: %s: found in the index, expected in %s%s" % (
+            index_path, gone[0], places[gone[0]],
+            "" if len(gone) == 1 else " (and %d more)" % (len(gone) - 1)))
+    return entries, skipped
+
+
+def open_checkpoint(path):
+    """(entries, skipped) of a folder, an index or a file."""
+    if os.path.isfile(path):
+        return read_indexed(path) if path.endswith(".index.json") else (read_files([path]), [])
+    index = os.path.join(path, INDEX)
+    if os.path.exists(index):
+        return read_indexed(index)
+    names = sorted(n for n in os.listdir(path)
+                   if n.endswith(".safetensors") and not n.startswith("adapter_"))
+    if "model.safetensors" in names:
+        names = ["model.safetensors"]
+    if not names:
+        old = [n for n in os.listdir(path) if n.endswith((".bin", ".pt", ".pth"))]
+        raise ConvertError("%s: found %s, expected *.safetensors%s" % (
+            path, old[0] if old else "no weights",
+            ": save the model with safe_serialization first" if old else ", .keras or .weights.h5"))
+    return read_files([os.path.join(path, n) for n in names]), []
