@@ -1,0 +1,306 @@
+# qwen3next.h: command line, examples, shared library, tests.  `make help` lists the targets.
+#
+#   make [config=release|debug|sanitize|thread|scalar|coverage] [CC=clang] [CFLAGS=...] [TARGET]
+#
+# The release is built in build/, every other configuration in build/<config>/.  Yours: CC, CXX,
+# CPPFLAGS, CFLAGS, CXXFLAGS, LDFLAGS (they come last, so they win), PYTHON, PREFIX, DESTDIR.
+
+config ?= release
+B      := $(if $(filter release,$(config)),build,build/$(config))
+
+# ---- Flags ----
+WARNINGS := -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wundef
+C_FLAGS   = -std=c11 $(WARNINGS) -Wstrict-prototypes -Wmissing-prototypes
+CXX_FLAGS = -std=c++11 $(WARNINGS)
+# _GNU_SOURCE: the library then sees how many CPUs this process may use, not just how many there are.
+DEFINES   = -D_GNU_SOURCE
+MODE_FLAGS.release  := -O2
+MODE_FLAGS.debug    := -O0 -g
+MODE_FLAGS.sanitize := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
+                       -fno-sanitize-recover=all
+MODE_FLAGS.thread   := -O1 -g -fsanitize=thread
+MODE_FLAGS.scalar   := -O2 -DQ3N_NO_SIMD
+MODE_FLAGS.coverage := -O0 -g --coverage
+MODE_FLAGS.fuzz     := -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
+MODE_FLAGS.aarch64  := -O2
+MODE_FLAGS := $(MODE_FLAGS.$(config))
+ifeq ($(MODE_FLAGS),)
+  $(error config=$(config): choose release, debug, sanitize, thread, scalar or coverage)
+endif
+MODE_FLAGS += -ffp-contract=off
+
+COMPILE_C   = $(CC) $(C_FLAGS) $(MODE_FLAGS) $(DEFINES) -MMD -MP $(CPPFLAGS) $(CFLAGS)
+COMPILE_CXX = $(CXX) $(CXX_FLAGS) $(MODE_FLAGS) -MMD -MP $(CPPFLAGS) $(CXXFLAGS)
+LIBRARIES   = -lm -lpthread
+CMOCKA      = -lcmocka
+RUN         =
+
+AARCH64 := build/aarch64
+ifeq ($(config),aarch64)
+  override CC := aarch64-linux-gnu-gcc
+  SYSROOT := $(CURDIR)/$(AARCH64)/sysroot/usr
+  CMOCKA  := -isystem $(SYSROOT)/include -L$(SYSROOT)/lib/aarch64-linux-gnu -lcmocka \
+             -Wl,-rpath,$(SYSROOT)/lib/aarch64-linux-gnu
+  RUN     := qemu-aarch64 -L /usr/aarch64-linux-gnu
+endif
+ifeq ($(config),fuzz)
+  override CC := clang
+endif
+
+# ---- What is made of what ----
+CLI_OBJECTS   := $(patsubst examples/q3n/%.c,$(B)/obj/q3n/%.o,$(wildcard examples/q3n/*.c))
+C_TESTS       := $(patsubst tests/test_%.c,%,$(wildcard tests/test_*.c))
+PYTHON_TESTS  := $(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py))
+# Tests that start threads: these run under the thread sanitizer too.
+THREAD_TESTS  := $(filter parallel public model memory,$(C_TESTS))
+HF_GOLDENS    := $(patsubst tests/golden/%/config.json,%,$(wildcard tests/golden/*/config.json))
+KERAS_GOLDENS := $(patsubst tests/golden/keras/%.keras,%,$(wildcard tests/golden/keras/*.keras))
+STORIES       := build/models/stories.q3n
+TOKENIZER     := build/models/tokenizer_qwen3.q3n
+MODELS        := $(patsubst %,build/models/%.q3n,$(HF_GOLDENS) $(KERAS_GOLDENS)) $(STORIES) $(TOKENIZER)
+PROGRAMS      := $(B)/q3n $(B)/libqwen3next.so $(B)/embed $(B)/embed_cpp
+
+# Without -j on the command line every CPU is used.
+CPUS := $(shell nproc 2>/dev/null || echo 2)
+ifeq ($(findstring jobserver,$(MAKEFLAGS)),)
+  MAKEFLAGS += -j$(CPUS)
+endif
+SUBMAKE = $(MAKE) --no-print-directory
+
+# The first Python that has numpy and h5py, looked for when a recipe first needs it.
+PYTHON ?= python3
+FIND_PYTHON = for p in $(PYTHON) /usr/bin/python3 build/venv/bin/python; do \
+    "$$p" -c 'import numpy, h5py' > /dev/null 2>&1 && { echo "$$p"; exit; }; done; echo $(PYTHON)
+PY = $(eval PY := $(shell $(FIND_PYTHON)))$(PY)
+
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.PHONY: all help deps deps-aarch64 demo test test-aarch64 fuzz bench lint coverage models install clean
+.PHONY: suites build-flags
+
+# ---- deps together with other targets: those start afresh when everything is installed ----
+LATER := $(filter-out deps deps-aarch64,$(MAKECMDGOALS))
+ifneq ($(filter deps deps-aarch64,$(MAKECMDGOALS)),)
+
+$(firstword $(LATER)): $(filter deps deps-aarch64,$(MAKECMDGOALS))
+	@$(SUBMAKE) $(LATER)
+$(wordlist 2,99,$(LATER)): $(firstword $(LATER)) ; @:
+
+else
+
+all: $(PROGRAMS)   ## Build the command line q3n, the shared library and the examples (default)
+
+# ---- Programs ----
+
+# Holds the compiler's command line: when that changes, everything is made again.
+$(B)/flags: build-flags
+	@mkdir -p $(@D)
+	@printf '%s\n' '$(COMPILE_C) $(COMPILE_CXX) $(LDFLAGS)' | cmp -s - $@ \
+	    || printf '%s\n' '$(COMPILE_C) $(COMPILE_CXX) $(LDFLAGS)' > $@
+
+$(B)/obj/q3n/%.o: examples/q3n/%.c $(B)/flags
+	@mkdir -p $(@D)
+	$(COMPILE_C) -c $< -o $@
+
+# The implementation as an object: all hidden but the API.
+$(B)/obj/qwen3next.o: qwen3next.h $(B)/flags
+	@mkdir -p $(@D)
+	$(COMPILE_C) -fPIC -fvisibility=hidden '-DQ3N_DEF=__attribute__((visibility("default")))' \
+	    -DQ3N_IMPLEMENTATION -x c -c $< -o $@
+
+$(B)/q3n: $(CLI_OBJECTS)
+	$(CC) $(MODE_FLAGS) $(CFLAGS) $(LDFLAGS) $^ $(LIBRARIES) -o $@
+
+$(B)/libqwen3next.so: $(B)/obj/qwen3next.o
+	$(CC) -shared $(MODE_FLAGS) $(CFLAGS) $(LDFLAGS) $^ $(LIBRARIES) -o $@
+
+$(B)/embed: examples/embed.c $(B)/flags
+	@mkdir -p $(@D) $(B)/obj
+	$(COMPILE_C) -MF $(B)/obj/embed.d $< $(LDFLAGS) $(LIBRARIES) -o $@
+
+$(B)/embed_cpp: examples/embed.cpp $(B)/obj/qwen3next.o $(B)/flags
+	@mkdir -p $(@D) $(B)/obj
+	$(COMPILE_CXX) -MF $(B)/obj/embed_cpp.d $< $(B)/obj/qwen3next.o $(LDFLAGS) $(LIBRARIES) -o $@
+
+$(B)/tests/test_public: tests/test_public.c $(B)/obj/qwen3next.o $(B)/flags
+	@mkdir -p $(@D)
+	$(COMPILE_C) -MF $@.d $< $(B)/obj/qwen3next.o $(LDFLAGS) $(CMOCKA) $(LIBRARIES) -o $@
+
+$(B)/tests/test_%: tests/test_%.c $(B)/flags
+	@mkdir -p $(@D)
+	$(COMPILE_C) -MF $@.d $< $(LDFLAGS) $(CMOCKA) $(LIBRARIES) -o $@
+
+# The fuzz target with a main function that replays files.
+$(B)/tests/replay_%: tests/fuzz_%.c $(B)/flags
+	@mkdir -p $(@D)
+	$(COMPILE_C) -MF $@.d -DQ3N_FUZZ_REPLAY $< $(LDFLAGS) $(LIBRARIES) -o $@
+
+$(B)/fuzz_%: tests/fuzz_%.c $(B)/flags
+	@mkdir -p $(@D)
+	$(COMPILE_C) -MF $@.d $< $(LDFLAGS) $(LIBRARIES) -o $@
+
+-include $(wildcard $(B)/obj/*.d $(B)/obj/q3n/*.d $(B)/tests/*.d $(B)/*.d)
+
+# ---- Models ----
+
+CONVERTER := $(filter-out $(addprefix tools/,lint.py coverage.py unicode_tables.py),$(wildcard tools/*.py))
+CONVERT    = @mkdir -p $(@D); $(PY) tools/convert.py
+
+define MODEL_FROM_DIRECTORY
+build/models/$(1).q3n: $$(wildcard tests/golden/$(1)/*) $$(CONVERTER)
+	$$(CONVERT) tests/golden/$(1) $$@ --type f32 --quiet
+endef
+$(foreach name,$(HF_GOLDENS),$(eval $(call MODEL_FROM_DIRECTORY,$(name))))
+
+$(KERAS_GOLDENS:%=build/models/%.q3n): build/models/%.q3n: tests/golden/keras/%.keras $(CONVERTER)
+	$(CONVERT) $< $@ --type f32 --quiet
+
+$(STORIES): $(wildcard examples/stories/*) $(CONVERTER)
+	$(CONVERT) examples/stories $@
+
+build/qwen3-tokenizer/tokenizer.json: tests/qwen3-tokenizer/tokenizer.json.gz
+	@mkdir -p $(@D)
+	gzip -dc $< > $@
+
+build/qwen3-tokenizer/%: tests/qwen3-tokenizer/%
+	@mkdir -p $(@D)
+	cp $< $@
+
+$(TOKENIZER): tests/make_tokenizer_model.py build/qwen3-tokenizer/tokenizer.json \
+              build/qwen3-tokenizer/tokenizer_config.json $(CONVERTER)
+	@mkdir -p $(@D)
+	$(PY) tests/make_tokenizer_model.py build/qwen3-tokenizer $@
+
+# Small model files with everything in them, where the fuzzer starts.
+build/corpus.made: tests/make_fuzz_corpus.py tests/synthetic.py $(CONVERTER)
+	@rm -rf build/corpus
+	@mkdir -p build/corpus
+	$(PY) tests/make_fuzz_corpus.py build/corpus
+	@touch $@
+
+models: $(MODELS)   ## Convert the models that the tests use into build/models/
+
+demo: $(B)/q3n $(STORIES)   ## Build everything needed, convert the built-in checkpoint, tell a story
+	$(B)/q3n run $(STORIES) -n 200 -p '<|endoftext|>Once upon a time'
+
+# ---- Tests ----
+
+# Every suite writes build/[<config>/]results/NAME; the summary counts them and misses those that
+# could not even be built.
+RESULTS := $(B)/results
+C_SUITES.release  := $(C_TESTS)
+C_SUITES.sanitize := $(C_TESTS)
+C_SUITES.thread   := $(THREAD_TESTS)
+C_SUITES.scalar   := $(C_TESTS)
+C_SUITES.debug    := $(C_TESTS)
+C_SUITES.coverage := $(C_TESTS)
+C_SUITES.aarch64  := $(C_TESTS)
+SUITES := $(C_SUITES.$(config):%=$(RESULTS)/test_%)
+SUITES.release   := $(addprefix $(RESULTS)/,build_gcc build_clang build_cross lint) \
+                    $(PYTHON_TESTS:%=$(RESULTS)/test_%.py)
+SUITES.sanitize  := $(RESULTS)/replay_loader
+SUITES.coverage  := $(RESULTS)/test_cli.py $(RESULTS)/replay_loader
+SUITES.aarch64   := $(RESULTS)/test_cli.py $(RESULTS)/replay_loader
+SUITES := $(SUITES.$(config)) $(SUITES)
+# name(config), as the reports show it
+SHOWN = $(@F)$(if $(filter release,$(config)),,\($(config)\))
+
+# The suites of one configuration; never fails, see the summary.
+suites: $(SUITES)
+
+# What a suite may read beside its own program.
+SUITE_INPUTS := $(MODELS) build/corpus.made
+
+.PHONY: $(SUITES)
+$(RESULTS)/test_%: $(B)/tests/test_% $(SUITE_INPUTS)
+	@tests/run.sh $(SHOWN) $@ $(RUN) $<
+
+$(RESULTS)/test_%.py: tests/test_%.py $(PROGRAMS) $(SUITE_INPUTS)
+	@Q3N='$(RUN) $(B)/q3n' QWEN3NEXT_LIB=$(B)/libqwen3next.so PYTHONDONTWRITEBYTECODE=1 \
+	    tests/run.sh $(SHOWN) $@ $(PY) -m unittest discover -s tests -p test_$*.py
+
+$(RESULTS)/replay_%: $(B)/tests/replay_% $(SUITE_INPUTS)
+	@tests/run.sh $(SHOWN) $@ $(RUN) $< build/corpus/*.q3n
+
+$(RESULTS)/build_%: tests/test_build.sh $(B)/q3n $(SUITE_INPUTS)
+	@tests/run.sh $(SHOWN) $@ tests/test_build.sh $* build/matrix
+
+$(RESULTS)/lint: build/obj/lint.o
+	@tests/run.sh $(SHOWN) $@ $(PY) tools/lint.py --object $<
+
+TEST_CONFIGS := release sanitize thread
+# A goal that prints the names of a configuration's suites.
+.PHONY: list-suites
+list-suites:
+	@echo $(SUITES)
+
+define RUN_SUITES
+	@for c in $(1); do $(SUBMAKE) -k -Otarget config=$$c suites || true; done
+	@tests/run.sh --summary $$(for c in $(1); do $(SUBMAKE) -s config=$$c list-suites; done)
+endef
+
+test:   ## Run every test: C (also under ASan, UBSan, TSan), Python, build matrix, lint
+	@rm -rf build/results build/sanitize/results build/thread/results
+	$(call RUN_SUITES,$(TEST_CONFIGS))
+
+test-aarch64:   ## Cross-compile the C tests and the command line, run them under qemu-user
+	@rm -rf $(AARCH64)/results
+	$(call RUN_SUITES,aarch64)
+
+coverage:   ## Run the C and command line tests with gcov, print what they reach by section
+	@rm -rf build/coverage
+	$(call RUN_SUITES,coverage)
+	@$(PY) tools/coverage.py build/coverage
+
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS := $(patsubst tests/fuzz_%.c,%,$(wildcard tests/fuzz_*.c))
+fuzz: build/corpus.made   ## Fuzz the loader with libFuzzer (clang) for FUZZ_SECONDS=60
+	@$(SUBMAKE) config=fuzz $(FUZZ_TARGETS:%=build/fuzz/fuzz_%)
+	@mkdir -p build/fuzz/found build/fuzz/crashes
+	for t in $(FUZZ_TARGETS); do build/fuzz/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) \
+	    -max_len=262144 -timeout=10 -rss_limit_mb=2048 -artifact_prefix=build/fuzz/crashes/ \
+	    -print_final_stats=1 build/fuzz/found build/corpus || exit 1; done
+
+# Not position-independent: tables of pointers are then constant data, as they are in a program.
+build/obj/lint.o: qwen3next.h
+	@mkdir -p $(@D)
+	$(CC) -std=c11 -O1 -fno-pic -D_GNU_SOURCE -DQ3N_IMPLEMENTATION -x c -c $< -o $@
+
+lint: build/obj/lint.o   ## Check the style: tools/lint.py
+	@$(PY) tools/lint.py --sections --object $<
+
+# ---- Speed ----
+
+BENCH_TYPE ?= bf16
+BENCH      := g1 g2 g3
+build/models/bench_%.q3n: | $(B)/q3n
+	@mkdir -p $(@D)
+	$(B)/q3n init $@ --preset $* --type $(BENCH_TYPE) --seed 1
+
+bench: $(B)/q3n $(BENCH:%=build/models/bench_%.q3n)   ## Measure prompt and decode speed on three geometries (several GB of files)
+	@for g in $(BENCH); do echo "== $$g $(BENCH_TYPE)"; \
+	    $(B)/q3n bench build/models/bench_$$g.q3n $(BENCH_FLAGS) || exit 1; done
+
+# ---- The rest ----
+
+PREFIX ?= /usr/local
+install: all   ## Copy header, command line and shared library to PREFIX=/usr/local
+	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib
+	install -m 644 qwen3next.h $(DESTDIR)$(PREFIX)/include/
+	install -m 755 $(B)/q3n $(DESTDIR)$(PREFIX)/bin/
+	install -m 755 $(B)/libqwen3next.so $(DESTDIR)$(PREFIX)/lib/
+
+clean:   ## Remove build/
+	rm -rf build
+
+endif
+
+deps:   ## Install what is missing: C and C++ compiler, cmocka, Python with numpy and h5py
+	@CC='$(CC)' CXX='$(CXX)' PYTHON='$(PYTHON)' tools/deps.sh build build
+
+deps-aarch64:   ## Install cross compiler, qemu-user and cmocka for test-aarch64
+	@tools/deps.sh aarch64 $(AARCH64)
+
+help:   ## List the targets
+	@sed -n 's/^\([a-z][a-z0-9-]*\):[^#]*##  *\(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
+	    | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'

@@ -1,0 +1,110 @@
+// The API from C++: owners that close what they opened, errors as exceptions.
+//
+//     make && build/embed_cpp build/models/stories.q3n "Once upon a time" [TEMPERATURE]
+//
+// C++ includes the header for its API alone; the implementation is C and comes from an object
+// file that was compiled with -DQ3N_IMPLEMENTATION (or from libqwen3next).
+#include "../qwen3next.h"
+
+#include <cstdlib>
+#include <exception>
+#include <iostream>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace {
+
+struct Closer {
+    void operator()(q3n_model *m) const { q3n_model_close(m); }
+    void operator()(q3n_session *s) const { q3n_session_destroy(s); }
+    void operator()(q3n_sampler *s) const { q3n_sampler_destroy(s); }
+};
+template <typename T> using Owner = std::unique_ptr<T, Closer>;
+
+void check(q3n_result r, const char *detail = nullptr)
+{
+    if (r != Q3N_OK) throw std::runtime_error(detail && *detail ? detail : q3n_result_string(r));
+}
+
+Owner<q3n_model> open_model(const std::string &path)
+{
+    q3n_model *m = nullptr;
+    q3n_error err = q3n_error();
+    check(q3n_model_open(&m, path.c_str(), nullptr, &err), err.message);
+    return Owner<q3n_model>(m);
+}
+
+Owner<q3n_session> create_session(const q3n_model &m, int capacity)
+{
+    q3n_session_options o = q3n_session_options();
+    o.capacity = capacity;
+    q3n_session *s = nullptr;
+    q3n_error err = q3n_error();
+    check(q3n_session_create(&s, &m, &o, &err), err.message);
+    return Owner<q3n_session>(s);
+}
+
+Owner<q3n_sampler> create_sampler(const q3n_model &m, float temperature)
+{
+    q3n_sampler_options o = q3n_sampler_options();
+    o.temperature = temperature;
+    o.top_p = 0.95f;
+    o.seed = 1;
+    q3n_sampler *s = nullptr;
+    q3n_error err = q3n_error();
+    check(q3n_sampler_create(&s, &m, &o, &err), err.message);
+    return Owner<q3n_sampler>(s);
+}
+
+std::vector<int32_t> tokenize(const q3n_model &m, const std::string &text)
+{
+    std::vector<int32_t> ids(text.size() + 1);    // never more tokens than bytes
+    size_t n = 0;
+    check(q3n_tokenize(&m, text.data(), text.size(), 0, ids.data(), ids.size(), &n));
+    ids.resize(n);
+    return ids;
+}
+
+void tell(const std::string &path, const std::string &prompt, float temperature)
+{
+    const Owner<q3n_model> model = open_model(path);
+    const Owner<q3n_session> session = create_session(*model, 1024);
+    const Owner<q3n_sampler> sampler = create_sampler(*model, temperature);
+
+    std::vector<int32_t> ids = tokenize(*model, prompt);
+    std::vector<float> logits(static_cast<size_t>(q3n_model_config(model.get())->vocab_size));
+    q3n_decoder decoder = q3n_decoder();
+    decoder.skip_special = 1;
+    char text[1024];
+    size_t n = 0;
+    for (int i = 0; i < 200; i++) {
+        check(q3n_session_eval(session.get(), ids.data(), static_cast<int>(ids.size()),
+                               logits.data()), q3n_session_error(session.get())->message);
+        const int32_t id = q3n_sampler_sample(sampler.get(), logits.data());
+        if (q3n_model_is_eos(model.get(), id)) break;
+        check(q3n_decoder_next(&decoder, model.get(), id, text, sizeof text, &n));
+        std::cout.write(text, static_cast<std::streamsize>(n)).flush();
+        ids.assign(1, id);
+    }
+    q3n_decoder_finish(&decoder, text, &n);
+    std::cout.write(text, static_cast<std::streamsize>(n)) << '\n';
+}
+
+}
+
+int main(int argc, char **argv)
+{
+    if (argc < 3) {
+        std::cerr << "usage: embed_cpp MODEL.q3n PROMPT [TEMPERATURE]\n";
+        return 2;
+    }
+    try {
+        tell(argv[1], argv[2], argc > 3 ? static_cast<float>(std::atof(argv[3])) : 0.8f);
+    } catch (const std::exception &e) {
+        std::cerr << "embed_cpp: " << e.what() << '\n';
+        return 1;
+    }
+    return 0;
+}

@@ -1,0 +1,245 @@
+/* What the commands of q3n share: errors, options, files, JSON, token ids, models, progress.
+ *
+ * A command is a function in cmd_*.c that parses its options and works; whatever goes wrong ends
+ * the program through cli_fail (status 1) or cli_misuse (status 2), one line on stderr.  The
+ * system then takes memory back, so only the paths that succeed release it.
+ */
+#ifndef Q3N_CLI_H
+#define Q3N_CLI_H
+
+#include "../../qwen3next.h"
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#if defined(__GNUC__)
+#  define CLI_PRINTF(text, first) __attribute__((format(printf, text, first)))
+#else
+#  define CLI_PRINTF(text, first)
+#endif
+
+#define CLI_COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
+
+/* ---- report.c: what people read ---- */
+
+void cli_name_command(const char *name);    /* for "see q3n NAME --help" */
+_Noreturn void cli_fail(const char *format, ...) CLI_PRINTF(1, 2);
+_Noreturn void cli_misuse(const char *format, ...) CLI_PRINTF(1, 2);
+void cli_warn(const char *format, ...) CLI_PRINTF(1, 2);
+/* Ends the program with subject and message of err, which must come from the failed call. */
+_Noreturn void cli_fail_with(const char *subject, const q3n_error *err);
+/* Flushes stdout and fails if anything could not be written.  Returns 0: the exit status. */
+int cli_finish(void);
+
+/* "13.4 GB", "7.4 M": text has room for 32 bytes and is returned. */
+const char *cli_format_bytes(char text[32], double bytes);
+const char *cli_format_count(char text[32], double count);
+/* Text of one token on one line: control characters escaped, bytes that are no UTF-8 as \xNN. */
+void cli_print_piece(FILE *f, const q3n_model *m, int32_t id);
+
+/* A bar on stderr, drawn only if that is a terminal. */
+typedef struct cli_bar {
+    const char *label;
+    int         bytes;           /* 1 = the units are bytes */
+    int         drawn;
+    double      start, shown;    /* seconds */
+} cli_bar;
+
+cli_bar cli_bar_begin(const char *label, int bytes);
+void    cli_bar_update(cli_bar *bar, int64_t done, int64_t total, const char *note);
+void    cli_bar_end(cli_bar *bar);
+/* For q3n_progress: user is a cli_bar.  Stops the work after an interrupt. */
+int     cli_bar_report(void *user, int64_t done, int64_t total);
+
+/* ---- platform.c ---- */
+
+double cli_clock(void);                     /* seconds, monotonic */
+int    cli_is_terminal(FILE *f);
+void   cli_binary_streams(void);            /* no newline translation on stdin and stdout */
+void   cli_catch_interrupt(void);           /* from now on an interrupt only sets a flag */
+int    cli_interrupted(void);
+int    cli_n_cpus(void);
+/* Runs fn(arg, i) for i in [0, n), each on its own thread. */
+void   cli_run_threads(int n, void (*fn)(void *arg, int i), void *arg);
+
+/* ---- memory.c: memory, files ---- */
+
+void *cli_alloc(size_t count, size_t size);           /* zeroed; never NULL */
+void *cli_grow(void *memory, size_t count, size_t size);
+
+typedef struct cli_buffer {
+    char  *data;                 /* always followed by a 0 once something was added */
+    size_t n, room;
+} cli_buffer;
+
+void cli_buffer_add(cli_buffer *b, const char *bytes, size_t n);
+void cli_buffer_free(cli_buffer *b);
+/* The path "-" is stdin. */
+FILE *cli_open_file(const char *path);
+const char *cli_file_name(const char *path);          /* for messages */
+void  cli_close_file(FILE *f);
+void  cli_read_file(cli_buffer *out, const char *path);
+/* One line without its end.  Returns 0 at the end of the file. */
+int   cli_read_line(cli_buffer *out, FILE *f, const char *path);
+
+/* ---- options.c ---- */
+
+typedef enum cli_kind { CLI_FLAG, CLI_INT, CLI_U64, CLI_REAL, CLI_TEXT } cli_kind;
+
+typedef struct cli_option {
+    const char *names;           /* "-n --tokens" */
+    const char *value;           /* what --help calls the value; NULL for a flag */
+    cli_kind    kind;
+    void       *target;          /* int, int, uint64_t, double or const char * */
+    double      least, most;     /* of CLI_INT and CLI_REAL */
+    const char *help;
+} cli_option;
+
+#define CLI_MAX_WORDS 4096
+
+typedef struct cli_syntax {
+    const char       *synopsis;  /* behind "q3n" */
+    const char       *about;
+    const cli_option *options;
+    int               n_options;
+    int               max_words; /* words that are no option: the model, a text, ... */
+    /* Takes "--name value" that is not in options; NULL = such an option is an error. */
+    void            (*other)(void *user, const char *name, const char *value);
+    void             *user;
+} cli_syntax;
+
+typedef struct cli_words {
+    const char *word[CLI_MAX_WORDS];
+    int         n;
+} cli_words;
+
+/* Fills the options' targets; prints help and exits if asked to. */
+void cli_parse(const cli_syntax *syntax, int argc, char **argv, cli_words *words);
+
+int64_t  cli_parse_int(const char *name, const char *text, int64_t least, int64_t most);
+double   cli_parse_real(const char *name, const char *text, double least, double most);
+/* "1,2,4" or "1 2 4" to values [max]; returns how many, at least 1. */
+int      cli_parse_list(const char *name, const char *text, int least, int *values, int max);
+
+/* ---- json.c ---- */
+
+/* Bytes of the UTF-8 character at p [n], 1 to 4; 0 if it is none (a surrogate, overlong, cut). */
+size_t cli_character_length(const unsigned char *p, size_t n);
+
+void cli_json_string(FILE *f, const char *bytes, size_t n);   /* bad UTF-8 becomes U+FFFD */
+void cli_json_real(FILE *f, double x);                        /* 9 digits; null if not finite */
+void cli_json_reals(FILE *f, const float *x, size_t n);
+void cli_json_ids(FILE *f, const int32_t *ids, size_t n);
+/* Reads a text that is one JSON string.  Returns NULL or what is wrong, *at is the byte. */
+const char *cli_json_read_string(cli_buffer *out, const char *text, size_t n, size_t *at);
+
+/* ---- input.c: token ids from options, files and texts ---- */
+
+typedef struct cli_ids {
+    int32_t *id;
+    size_t   n, room;
+} cli_ids;
+
+typedef struct cli_cases {
+    cli_ids *item;
+    size_t   n, room;
+} cli_cases;
+
+typedef struct cli_input {
+    const char *prompt, *file, *ids, *ids_file;
+    int         no_special;      /* special tokens in a text are plain text */
+    int         drop_newline;    /* the last newline of a text file does not count */
+} cli_input;
+
+#define CLI_INPUT_OPTIONS(in)                                                                     \
+    { "-p --prompt", "TEXT", CLI_TEXT, &(in).prompt, 0, 0, "the text" },                          \
+    { "-f --file", "FILE", CLI_TEXT, &(in).file, 0, 0, "the text from a file; - is stdin" },      \
+    { "--ids", "LIST", CLI_TEXT, &(in).ids, 0, 0, "token ids, separated by commas or spaces" },   \
+    { "--ids-file", "FILE", CLI_TEXT, &(in).ids_file, 0, 0, "token ids, one case a line" },       \
+    { "--no-special", NULL, CLI_FLAG, &(in).no_special, 0, 0,                                     \
+      "special tokens in the text are plain text" }
+
+void cli_ids_add(cli_ids *ids, int32_t id);
+/* Numbers between commas and blanks, also as a JSON array; where names the place in errors. */
+void cli_ids_parse(cli_ids *out, const char *text, size_t n, const char *where);
+void cli_ids_check(const cli_ids *ids, const q3n_model *m);   /* fails if one is no id of m */
+void cli_tokenize(cli_ids *out, const q3n_model *m, const char *text, size_t n, int no_special);
+/* Ids of the one source that was given; of ids_file one case a line, empty lines passed over. */
+void cli_input_cases(cli_cases *out, const cli_input *in, const q3n_model *m);
+/* The same as one text: the lines of ids_file are joined. */
+void cli_input_stream(cli_ids *out, const cli_input *in, const q3n_model *m);
+size_t cli_cases_longest(const cli_cases *cases);
+void cli_cases_free(cli_cases *cases);
+
+/* ---- model.c ---- */
+
+typedef struct cli_setup {
+    const char *model;
+    int         verbose;
+    int         threads, ctx, batch;   /* 0 = default */
+    const char *isa, *kv;
+} cli_setup;
+
+#define CLI_MODEL_OPTIONS(s)                                                                      \
+    { "-m --model", "FILE", CLI_TEXT, &(s).model, 0, 0, "the model, if not the first word" },     \
+    { "-v --verbose", NULL, CLI_FLAG, &(s).verbose, 0, 0, "print the library's notes" }
+
+#define CLI_WINDOW_OPTION(window, least)                                                          \
+    { "--window", "N", CLI_INT, &(window), least, 1 << 24,                                        \
+      "tokens evaluated together (1024, or the model's context)" }
+
+#define CLI_CONTEXT_OPTIONS(s)                                                                    \
+    { "-c --ctx --ctx-size", "N", CLI_INT, &(s).ctx, 1, 1 << 30, "tokens that a session holds" }, \
+    { "--batch --batch-size", "N", CLI_INT, &(s).batch, 1, 1 << 20,                               \
+      "most tokens evaluated at once (512)" },                                                    \
+    { "--isa", "NAME", CLI_TEXT, &(s).isa, 0, 0,                                                  \
+      "best instruction set to use: scalar, avx2, avx512, neon" },                                \
+    { "--kv --kv-type", "TYPE", CLI_TEXT, &(s).kv, 0, 0, "type of the KV cache: f32, f16, bf16" }
+
+#define CLI_SESSION_OPTIONS(s)                                                                    \
+    { "-t --threads", "N", CLI_INT, &(s).threads, 0, 1024, "threads (0: one a CPU)" },            \
+    CLI_CONTEXT_OPTIONS(s)
+
+/* The model is setup->model or else the first word, which is taken away. */
+q3n_model *cli_open_model(cli_setup *setup, cli_words *words);
+q3n_session_options cli_session_options(const cli_setup *setup);
+/* A session for texts of up to n tokens; --ctx, if given, must hold them. */
+q3n_session *cli_open_session(const cli_setup *setup, const q3n_model *m, size_t n,
+                              int count_experts);
+/* Tokens that perplexity and experts evaluate together: given, or 1024 or what the model holds. */
+size_t cli_window(int given, const cli_setup *setup, const q3n_model *m);
+void cli_eval(q3n_session *s, const int32_t *ids, int n, float *logits);
+
+#define CLI_MAX_PIECES 64
+
+/* Sizes of the pieces in which a text is evaluated, used in turn; n = 0: as few as fit. */
+typedef struct cli_pieces {
+    int size[CLI_MAX_PIECES];
+    int n;
+} cli_pieces;
+
+typedef void (*cli_row_fn)(void *user, int position, const float *logits);
+
+/* Evaluates ids from a fresh state and calls fn for the logits [vocab] of every position. */
+void cli_eval_rows(q3n_session *s, const q3n_model *m, const cli_ids *ids,
+                   const cli_pieces *pieces, cli_row_fn fn, void *user);
+
+int    cli_argmax(const float *x, int n);               /* the first of the largest */
+double cli_log_sum_exp(const float *x, int n);
+
+/* ---- The commands: argv[0] is the command's name; the exit status is returned ---- */
+
+int cmd_run(int argc, char **argv);
+int cmd_info(int argc, char **argv);
+int cmd_logits(int argc, char **argv);
+int cmd_tokenize(int argc, char **argv);
+int cmd_detokenize(int argc, char **argv);
+int cmd_classify(int argc, char **argv);
+int cmd_perplexity(int argc, char **argv);
+int cmd_experts(int argc, char **argv);
+int cmd_init(int argc, char **argv);
+int cmd_bench(int argc, char **argv);
+int cmd_verify(int argc, char **argv);
+
+#endif

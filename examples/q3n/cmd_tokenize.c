@@ -1,0 +1,187 @@
+/* q3n tokenize and q3n detokenize. */
+#include "cli.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct token_options {
+    cli_setup   setup;
+    const char *file, *ids;
+    int         jsonl, json, show, no_special;
+} token_options;
+
+/* ---- tokenize ---- */
+
+static void print_ids(const token_options *o, const q3n_model *m, const cli_ids *ids)
+{
+    if (o->json || o->jsonl) {
+        cli_json_ids(stdout, ids->id, ids->n);
+    } else {
+        for (size_t i = 0; i < ids->n; i++) {
+            printf("%s%ld", i && !o->show ? " " : "", (long)ids->id[i]);
+            if (!o->show) continue;
+            printf("\t");
+            cli_print_piece(stdout, m, ids->id[i]);
+            if (i + 1 < ids->n) printf("\n");
+        }
+    }
+    printf("\n");
+}
+
+static void tokenize_lines(const token_options *o, const q3n_model *m)
+{
+    const char *path = o->file ? o->file : "-";
+    FILE *f = cli_open_file(path);
+    cli_buffer line = { 0 }, text = { 0 };
+    cli_ids ids = { 0 };
+    for (long number = 1; cli_read_line(&line, f, path); number++) {
+        size_t at = 0;
+        const char *why = cli_json_read_string(&text, line.data, line.n, &at);
+        if (why) cli_fail("%s line %ld, byte %zu: %s", cli_file_name(path), number, at + 1, why);
+        cli_tokenize(&ids, m, text.data, text.n, o->no_special);
+        print_ids(o, m, &ids);
+        fflush(stdout);
+    }
+    free(ids.id);
+    cli_buffer_free(&text);
+    cli_buffer_free(&line);
+    cli_close_file(f);
+}
+
+int cmd_tokenize(int argc, char **argv)
+{
+    token_options o = { 0 };
+    const char *prompt = NULL;
+    const cli_option options[] = {
+        CLI_MODEL_OPTIONS(o.setup),
+        { "-p --prompt", "TEXT", CLI_TEXT, &prompt, 0, 0, "the text" },
+        { "-f --file", "FILE", CLI_TEXT, &o.file, 0, 0, "the text from a file; - is stdin" },
+        { "--no-special", NULL, CLI_FLAG, &o.no_special, 0, 0,
+          "special tokens in the text are plain text" },
+        { "--json", NULL, CLI_FLAG, &o.json, 0, 0, "print an array" },
+        { "--show", NULL, CLI_FLAG, &o.show, 0, 0, "print one token a line, with its text" },
+        { "--jsonl", NULL, CLI_FLAG, &o.jsonl, 0, 0,
+          "one JSON string a line in, one array a line out" },
+    };
+    const cli_syntax syntax = {
+        "tokenize MODEL.q3n [TEXT] [options]",
+        "Prints the token ids of a text: the argument, a file or stdin.",
+        options, CLI_COUNT(options), 2, NULL, NULL,
+    };
+    cli_words words;
+    cli_parse(&syntax, argc, argv, &words);
+    q3n_model *m = cli_open_model(&o.setup, &words);
+    if (words.n > 1) cli_misuse("unexpected argument '%s'", words.word[1]);
+    if (words.n && prompt) cli_misuse("give the text once");
+    if (words.n) prompt = words.word[0];
+    if (prompt && (o.file || o.jsonl)) cli_misuse("give a text or a file, not both");
+
+    if (o.jsonl) {
+        tokenize_lines(&o, m);
+    } else {
+        cli_buffer text = { 0 };
+        cli_ids ids = { 0 };
+        if (prompt) cli_buffer_add(&text, prompt, strlen(prompt));
+        else        cli_read_file(&text, o.file ? o.file : "-");
+        cli_tokenize(&ids, m, text.data, text.n, o.no_special);
+        print_ids(&o, m, &ids);
+        free(ids.id);
+        cli_buffer_free(&text);
+    }
+    q3n_model_close(m);
+    return cli_finish();
+}
+
+/* ---- detokenize ---- */
+
+static void print_text(const token_options *o, const q3n_model *m, const cli_ids *ids)
+{
+    size_t n = 0;
+    q3n_result r = q3n_detokenize(m, ids->id, ids->n, NULL, 0, &n);
+    char *text = cli_alloc(n + 1, 1);
+    if (r == Q3N_ERR_FULL) r = q3n_detokenize(m, ids->id, ids->n, text, n, &n);
+    if (r == Q3N_ERR_UNSUPPORTED || q3n_model_n_tokens(m) == 0) {
+        cli_fail("the model has no tokenizer: its file was made without one");
+    }
+    if (r == Q3N_ERR_ARG) cli_fail("one of the ids is no token of this model");
+    if (r != Q3N_OK) cli_fail("cannot turn the ids into text: %s", q3n_result_string(r));
+    if (o->json || o->jsonl) {
+        cli_json_string(stdout, text, n);
+        printf("\n");
+    } else {
+        fwrite(text, 1, n, stdout);
+        if (cli_is_terminal(stdout)) printf("\n");
+    }
+    free(text);
+}
+
+static void detokenize_lines(const token_options *o, const q3n_model *m)
+{
+    const char *path = o->file ? o->file : "-";
+    FILE *f = cli_open_file(path);
+    cli_buffer line = { 0 };
+    cli_ids ids = { 0 };
+    for (long number = 1; cli_read_line(&line, f, path); number++) {
+        char where[300];
+        snprintf(where, sizeof where, "%.250s line %ld", cli_file_name(path), number);
+        ids.n = 0;
+        cli_ids_parse(&ids, line.data, line.n, where);
+        print_text(o, m, &ids);
+        fflush(stdout);
+    }
+    free(ids.id);
+    cli_buffer_free(&line);
+    cli_close_file(f);
+}
+
+/* The ids of --ids, of the words behind the model, or else of the file. */
+static void read_ids(cli_ids *out, const token_options *o, const cli_words *words)
+{
+    cli_buffer text = { 0 };
+    if (o->ids) {
+        cli_buffer_add(&text, o->ids, strlen(o->ids));
+    } else if (words->n) {
+        for (int i = 0; i < words->n; i++) {
+            cli_buffer_add(&text, words->word[i], strlen(words->word[i]));
+            cli_buffer_add(&text, " ", 1);
+        }
+    } else {
+        cli_read_file(&text, o->file ? o->file : "-");
+    }
+    cli_ids_parse(out, text.data, text.n, o->ids ? "--ids" : o->file ? o->file : "token ids");
+    cli_buffer_free(&text);
+}
+
+int cmd_detokenize(int argc, char **argv)
+{
+    token_options o = { 0 };
+    const cli_option options[] = {
+        CLI_MODEL_OPTIONS(o.setup),
+        { "--ids", "LIST", CLI_TEXT, &o.ids, 0, 0, "token ids, separated by commas or spaces" },
+        { "-f --file", "FILE", CLI_TEXT, &o.file, 0, 0, "the ids from a file; - is stdin" },
+        { "--json", NULL, CLI_FLAG, &o.json, 0, 0, "print a JSON string" },
+        { "--jsonl", NULL, CLI_FLAG, &o.jsonl, 0, 0,
+          "one array a line in, one JSON string a line out" },
+    };
+    const cli_syntax syntax = {
+        "detokenize MODEL.q3n [ID ...] [options]",
+        "Prints the text of token ids: the arguments, a file or stdin.  Bytes that are no\n"
+        "character give U+FFFD.",
+        options, CLI_COUNT(options), CLI_MAX_WORDS, NULL, NULL,
+    };
+    cli_words words;
+    cli_parse(&syntax, argc, argv, &words);
+    q3n_model *m = cli_open_model(&o.setup, &words);
+    if (!!o.ids + !!o.file + (words.n > 0) > 1) cli_misuse("give the ids once");
+    if (o.jsonl && (o.ids || words.n)) cli_misuse("--jsonl reads a file or stdin");
+    if (o.jsonl) {
+        detokenize_lines(&o, m);
+    } else {
+        cli_ids ids = { 0 };
+        read_ids(&ids, &o, &words);
+        print_text(&o, m, &ids);
+        free(ids.id);
+    }
+    q3n_model_close(m);
+    return cli_finish();
+}

@@ -1,0 +1,72 @@
+/* q3n: run, examine and make .q3n models from the command line.
+ *
+ *     q3n COMMAND MODEL.q3n [options]
+ *     q3n --help              the commands
+ *     q3n COMMAND --help      what one takes
+ */
+#include "cli.h"
+
+#include <string.h>
+
+static const struct {
+    const char *name;
+    int       (*run)(int argc, char **argv);
+    const char *about;
+} commands[] = {
+    { "run",        cmd_run,        "write text from a prompt" },
+    { "info",       cmd_info,       "configuration, types, sizes, memory plan" },
+    { "logits",     cmd_logits,     "logits, argmax and log-probabilities for token ids" },
+    { "tokenize",   cmd_tokenize,   "text to token ids" },
+    { "detokenize", cmd_detokenize, "token ids to text" },
+    { "classify",   cmd_classify,   "scores of a classification model" },
+    { "perplexity", cmd_perplexity, "how well the model predicts a text" },
+    { "experts",    cmd_experts,    "how often each expert is chosen on a text" },
+    { "init",       cmd_init,       "make a model with random weights" },
+    { "bench",      cmd_bench,      "tokens per second, bytes per token, share of the bandwidth" },
+    { "verify",     cmd_verify,     "compare the checksums of all tensors" },
+};
+
+static void print_usage(FILE *f)
+{
+    fprintf(f, "Usage: q3n COMMAND MODEL.q3n [options]\n\n");
+    for (int i = 0; i < CLI_COUNT(commands); i++) {
+        fprintf(f, "  %-11s %s\n", commands[i].name, commands[i].about);
+    }
+    fprintf(f, "\nq3n COMMAND --help shows the options of a command, q3n --version the version.\n");
+}
+
+static int run_command(int argc, char **argv)
+{
+    for (int i = 0; i < CLI_COUNT(commands); i++) {
+        if (strcmp(argv[0], commands[i].name) == 0) {
+            cli_name_command(commands[i].name);
+            return commands[i].run(argc, argv);
+        }
+    }
+    cli_misuse("unknown command '%s'", argv[0]);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc < 2) {
+        print_usage(stderr);
+        return 2;
+    }
+    cli_binary_streams();
+    const int help = strcmp(argv[1], "help") == 0;
+    if (help && argc > 2) {
+        char  option[] = "--help";
+        char *asked[]  = { argv[2], option, NULL };
+        return run_command(2, asked);
+    }
+    if (help || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) {
+        print_usage(stdout);
+        return cli_finish();
+    }
+    if (strcmp(argv[1], "--version") == 0) {
+        const int v = q3n_version();
+        printf("q3n %d.%d.%d\n", v / 10000, v / 100 % 100, v % 100);
+        return cli_finish();
+    }
+    return run_command(argc - 1, argv + 1);
+}

@@ -1,0 +1,160 @@
+/* Opening models and sessions, and evaluating whole texts. */
+#include "cli.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static void print_note(void *user, q3n_log_level level, const char *message)
+{
+    const int verbose = *(const int *)user;
+    if (level == Q3N_LOG_WARNING) cli_warn("%s", message);
+    else if (verbose)             fprintf(stderr, "q3n: %s\n", message);
+}
+
+q3n_model *cli_open_model(cli_setup *setup, cli_words *words)
+{
+    if (!setup->model) {
+        if (words->n == 0) cli_misuse("no model: give a .q3n file as the first argument");
+        setup->model = words->word[0];
+        words->n--;
+        memmove(&words->word[0], &words->word[1], (size_t)words->n * sizeof words->word[0]);
+    }
+    const q3n_model_options options = { .logger = { print_note, &setup->verbose } };
+    q3n_error err = { .offset = -1 };
+    q3n_model *m = NULL;
+    if (q3n_model_open(&m, setup->model, &options, &err) != Q3N_OK) {
+        cli_fail_with(setup->model, &err);
+    }
+    return m;
+}
+
+/* ---- Sessions ---- */
+
+static void set_isa(q3n_session_options *o, const char *name)
+{
+    if (q3n_isa_from_name(name, &o->max_isa) != Q3N_OK) {
+        cli_misuse("--isa: '%s' is none of scalar, avx2, avx512, neon", name);
+    }
+    if (!q3n_isa_supported(o->max_isa)) {
+        cli_fail("this machine cannot run %s: its best instruction set is %s", name,
+                 q3n_isa_name(q3n_isa_best()));
+    }
+    o->scalar_only = o->max_isa == Q3N_ISA_SCALAR;
+}
+
+q3n_session_options cli_session_options(const cli_setup *setup)
+{
+    q3n_session_options o = {
+        .capacity = setup->ctx, .batch = setup->batch, .n_threads = setup->threads,
+    };
+    if (setup->isa) set_isa(&o, setup->isa);
+    if (setup->kv) {
+        const q3n_result r = q3n_type_from_name(setup->kv, &o.kv_type);
+        const int known = o.kv_type == Q3N_TYPE_F32 || o.kv_type == Q3N_TYPE_F16
+                       || o.kv_type == Q3N_TYPE_BF16;
+        if (r != Q3N_OK || !known) {
+            cli_misuse("--kv: '%s' is none of f32, f16, bf16", setup->kv);
+        }
+    }
+    return o;
+}
+
+q3n_session *cli_open_session(const cli_setup *setup, const q3n_model *m, size_t n,
+                              int count_experts)
+{
+    q3n_session_options o = cli_session_options(setup);
+    const q3n_config *c = q3n_model_config(m);
+    if (setup->ctx && n > (size_t)setup->ctx) {
+        cli_fail("the text needs %zu tokens, --ctx gives %d: raise it", n, setup->ctx);
+    }
+    if (n > (size_t)c->max_position_embeddings) {
+        cli_warn("%zu tokens are more than the %d that the model was made for", n,
+                 c->max_position_embeddings);
+    }
+    o.count_experts = count_experts;
+    if (!setup->ctx) o.capacity = (int)n;
+    /* A model that attends both ways takes a text whole. */
+    if (!c->causal && !setup->batch) o.batch = o.capacity;
+
+    q3n_session *s = NULL;
+    q3n_error err = { .offset = -1 };
+    if (q3n_session_create(&s, m, &o, &err) != Q3N_OK) cli_fail_with(setup->model, &err);
+    return s;
+}
+
+size_t cli_window(int given, const cli_setup *setup, const q3n_model *m)
+{
+    const int most = setup->ctx ? setup->ctx : q3n_model_config(m)->max_position_embeddings;
+    if (given) return (size_t)given;
+    return most < 1024 ? (size_t)most : 1024;
+}
+
+/* ---- Evaluation ---- */
+
+static _Noreturn void fail_session(const q3n_session *s)
+{
+    q3n_error err = *q3n_session_error(s);
+    err.offset = -1;
+    cli_fail_with("evaluation", &err);
+}
+
+void cli_eval(q3n_session *s, const int32_t *ids, int n, float *logits)
+{
+    if (q3n_session_eval(s, ids, n, logits) != Q3N_OK) fail_session(s);
+}
+
+/* As many tokens at once as have their logits in 256 MiB, whole chunks of 64 if that splits a
+ * text. */
+static int default_piece(const q3n_config *c, int n)
+{
+    const size_t rows = ((size_t)256 << 20) / ((size_t)c->vocab_size * sizeof(float));
+    if (!c->causal || (size_t)n <= rows) return n;
+    return rows < 64 ? 64 : (int)(rows / 64 * 64);
+}
+
+void cli_eval_rows(q3n_session *s, const q3n_model *m, const cli_ids *ids,
+                   const cli_pieces *pieces, cli_row_fn fn, void *user)
+{
+    const q3n_config *c = q3n_model_config(m);
+    const int n = (int)ids->n;
+    const int fallback = default_piece(c, n);
+    int largest = pieces->n ? 0 : fallback;
+    for (int i = 0; i < pieces->n; i++) {
+        if (pieces->size[i] > largest) largest = pieces->size[i];
+    }
+    if (largest > n) largest = n;
+    float *rows = cli_alloc((size_t)largest * (size_t)c->vocab_size, sizeof *rows);
+
+    q3n_session_reset(s);
+    for (int done = 0, i = 0; done < n; i++) {
+        int piece = pieces->n ? pieces->size[i % pieces->n] : fallback;
+        if (piece > n - done) piece = n - done;
+        const q3n_outputs out = { .all_logits = rows };
+        if (q3n_session_eval_outputs(s, ids->id + done, piece, &out) != Q3N_OK) fail_session(s);
+        for (int t = 0; t < piece; t++) {
+            fn(user, done + t, rows + (size_t)t * (size_t)c->vocab_size);
+        }
+        done += piece;
+    }
+    free(rows);
+}
+
+/* ---- Rows of logits ---- */
+
+int cli_argmax(const float *x, int n)
+{
+    int best = 0;
+    for (int i = 1; i < n; i++) {
+        if (x[i] > x[best]) best = i;
+    }
+    return best;
+}
+
+double cli_log_sum_exp(const float *x, int n)
+{
+    const double max = (double)x[cli_argmax(x, n)];
+    double sum = 0.0;
+    for (int i = 0; i < n; i++) sum += exp((double)x[i] - max);
+    return max + log(sum);
+}

@@ -1,0 +1,162 @@
+/* Messages, progress and readable numbers. */
+#include "cli.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const char *command_name;
+
+void cli_name_command(const char *name)
+{
+    command_name = name;
+}
+
+/* Prints kind, message and tail as one line, whatever bytes a file name or an option brought. */
+static void print_line(const char *kind, const char *format, va_list args, const char *tail)
+{
+    char text[1200];
+    vsnprintf(text, sizeof text, format, args);
+    const size_t n = strlen(text);
+    for (size_t i = 0; i < n;) {
+        const size_t len = cli_character_length((const unsigned char *)text + i, n - i);
+        if (len == 0 || (unsigned char)text[i] < 32 || text[i] == 127) text[i] = '?';
+        i += len ? len : 1;
+    }
+    fflush(stdout);
+    fprintf(stderr, "q3n: %s: %s%s\n", kind, text, tail);
+}
+
+void cli_fail(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    print_line("error", format, args, "");
+    va_end(args);
+    exit(1);
+}
+
+void cli_misuse(const char *format, ...)
+{
+    char tail[64] = "; see q3n --help";
+    if (command_name) snprintf(tail, sizeof tail, "; see q3n %s --help", command_name);
+    va_list args;
+    va_start(args, format);
+    print_line("error", format, args, tail);
+    va_end(args);
+    exit(2);
+}
+
+void cli_warn(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    print_line("warning", format, args, "");
+    va_end(args);
+}
+
+void cli_fail_with(const char *subject, const q3n_error *err)
+{
+    const char *message = err->message[0] ? err->message : q3n_result_string(err->code);
+    if (err->offset >= 0) {
+        cli_fail("%s: %s (byte %lld)", subject, message, (long long)err->offset);
+    }
+    cli_fail("%s: %s", subject, message);
+}
+
+int cli_finish(void)
+{
+    if (fflush(stdout) != 0 || ferror(stdout)) {
+        cli_fail("the output could not be written: is the disk full?");
+    }
+    return 0;
+}
+
+/* ---- Numbers ---- */
+
+static const char *format_scaled(char text[32], double x, const char *unit)
+{
+    static const char *const prefix[] = { "", " k", " M", " G", " T", " P" };
+    int i = 0;
+    while (x >= 999.5 && i < CLI_COUNT(prefix) - 1) {
+        x /= 1000.0;
+        i++;
+    }
+    const int decimals = i == 0 || x >= 99.95 ? 0 : x >= 9.995 ? 1 : 2;
+    const char *space  = i == 0 && unit[0] ? " " : "";
+    snprintf(text, 32, "%.*f%s%s%s", decimals, x, prefix[i], space, unit);
+    return text;
+}
+
+const char *cli_format_bytes(char text[32], double bytes)
+{
+    return format_scaled(text, bytes, "B");
+}
+
+const char *cli_format_count(char text[32], double count)
+{
+    return format_scaled(text, count, "");
+}
+
+/* ---- Token text ---- */
+
+void cli_print_piece(FILE *f, const q3n_model *m, int32_t id)
+{
+    size_t n = 0;
+    const unsigned char *p = (const unsigned char *)q3n_token_text(m, id, &n);
+    if (!p) return;
+    for (size_t i = 0; i < n;) {
+        const size_t len = cli_character_length(p + i, n - i);
+        if (p[i] == '\n') {
+            fputs("\\n", f);
+        } else if (len == 0 || p[i] < 32 || p[i] == 127) {
+            fprintf(f, "\\x%02x", (unsigned)p[i]);
+        } else {
+            fwrite(p + i, 1, len, f);
+        }
+        i += len ? len : 1;
+    }
+}
+
+/* ---- Progress ---- */
+
+cli_bar cli_bar_begin(const char *label, int bytes)
+{
+    return (cli_bar){ .label = label, .bytes = bytes, .start = cli_clock(), .shown = -1.0 };
+}
+
+void cli_bar_update(cli_bar *bar, int64_t done, int64_t total, const char *note)
+{
+    const double now = cli_clock();
+    if (!cli_is_terminal(stderr) || (now - bar->shown < 0.1 && done < total)) return;
+    bar->shown = now;
+    bar->drawn = 1;
+
+    enum { WIDTH = 28 };
+    const double share  = total > 0 ? (double)done / (double)total : 1.0;
+    const double spent  = now - bar->start;
+    const double rate   = spent > 0.0 ? (double)done / spent : 0.0;
+    const double left   = rate > 0.0 ? (double)(total - done) / rate : 0.0;
+    const int    filled = (int)(share * WIDTH);
+    char cells[WIDTH + 1], speed[32];
+    for (int i = 0; i < WIDTH; i++) cells[i] = i < filled ? '#' : '.';
+    cells[WIDTH] = 0;
+    if (bar->bytes) cli_format_bytes(speed, rate);
+    else            cli_format_count(speed, rate);
+    fprintf(stderr, "\r%s [%s] %3.0f %%  %s/s  %.0f s left  %s\033[K", bar->label, cells,
+            100.0 * share, speed, ceil(left), note ? note : "");
+    fflush(stderr);
+}
+
+void cli_bar_end(cli_bar *bar)
+{
+    if (bar->drawn) fprintf(stderr, "\r\033[K");
+    bar->drawn = 0;
+}
+
+int cli_bar_report(void *user, int64_t done, int64_t total)
+{
+    cli_bar_update((cli_bar *)user, done, total, NULL);
+    return cli_interrupted();
+}
