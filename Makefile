@@ -12,8 +12,6 @@ B      := $(if $(filter release,$(config)),build,build/$(config))
 WARNINGS := -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wundef
 C_FLAGS   = -std=c11 $(WARNINGS) -Wstrict-prototypes -Wmissing-prototypes
 CXX_FLAGS = -std=c++11 $(WARNINGS)
-# _GNU_SOURCE: the library then sees how many CPUs this process may use, not just how many there are.
-DEFINES   = -D_GNU_SOURCE
 MODE_FLAGS.release  := -O2
 MODE_FLAGS.debug    := -O0 -g
 MODE_FLAGS.sanitize := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
@@ -29,7 +27,7 @@ ifeq ($(MODE_FLAGS),)
 endif
 MODE_FLAGS += -ffp-contract=off
 
-COMPILE_C   = $(CC) $(C_FLAGS) $(MODE_FLAGS) $(DEFINES) -MMD -MP $(CPPFLAGS) $(CFLAGS)
+COMPILE_C   = $(CC) $(C_FLAGS) $(MODE_FLAGS) -MMD -MP $(CPPFLAGS) $(CFLAGS)
 COMPILE_CXX = $(CXX) $(CXX_FLAGS) $(MODE_FLAGS) -MMD -MP $(CPPFLAGS) $(CXXFLAGS)
 LIBRARIES   = -lm -lpthread
 CMOCKA      = -lcmocka
@@ -76,14 +74,14 @@ PY = $(eval PY := $(shell $(FIND_PYTHON)))$(PY)
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: all help deps deps-aarch64 demo test test-aarch64 fuzz bench lint coverage models install clean
-.PHONY: suites build-flags
+.PHONY: suites always
 
 # ---- deps together with other targets: those start afresh when everything is installed ----
 LATER := $(filter-out deps deps-aarch64,$(MAKECMDGOALS))
 ifneq ($(filter deps deps-aarch64,$(MAKECMDGOALS)),)
 
 $(firstword $(LATER)): $(filter deps deps-aarch64,$(MAKECMDGOALS))
-	@$(SUBMAKE) $(LATER)
+	+@$(SUBMAKE) $(LATER)
 $(wordlist 2,99,$(LATER)): $(firstword $(LATER)) ; @:
 
 else
@@ -93,7 +91,7 @@ all: $(PROGRAMS)   ## Build the command line q3n, the shared library and the exa
 # ---- Programs ----
 
 # Holds the compiler's command line: when that changes, everything is made again.
-$(B)/flags: build-flags
+$(B)/flags: always
 	@mkdir -p $(@D)
 	@printf '%s\n' '$(COMPILE_C) $(COMPILE_CXX) $(LDFLAGS)' | cmp -s - $@ \
 	    || printf '%s\n' '$(COMPILE_C) $(COMPILE_CXX) $(LDFLAGS)' > $@
@@ -181,7 +179,7 @@ build/corpus.made: tests/make_fuzz_corpus.py tests/synthetic.py $(CONVERTER)
 models: $(MODELS)   ## Convert the models that the tests use into build/models/
 
 demo: $(B)/q3n $(STORIES)   ## Build everything needed, convert the built-in checkpoint, tell a story
-	$(B)/q3n run $(STORIES) -n 200 -p '<|endoftext|>Once upon a time'
+	$(B)/q3n run $(STORIES) --echo -n 200 -p '<|endoftext|>Once upon a time'
 
 # ---- Tests ----
 
@@ -211,21 +209,20 @@ suites: $(SUITES)
 # What a suite may read beside its own program.
 SUITE_INPUTS := $(MODELS) build/corpus.made
 
-.PHONY: $(SUITES)
-$(RESULTS)/test_%: $(B)/tests/test_% $(SUITE_INPUTS)
+$(RESULTS)/test_%: $(B)/tests/test_% $(SUITE_INPUTS) always
 	@tests/run.sh $(SHOWN) $@ $(RUN) $<
 
-$(RESULTS)/test_%.py: tests/test_%.py $(PROGRAMS) $(SUITE_INPUTS)
+$(RESULTS)/test_%.py: tests/test_%.py $(PROGRAMS) $(SUITE_INPUTS) always
 	@Q3N='$(RUN) $(B)/q3n' QWEN3NEXT_LIB=$(B)/libqwen3next.so PYTHONDONTWRITEBYTECODE=1 \
 	    tests/run.sh $(SHOWN) $@ $(PY) -m unittest discover -s tests -p test_$*.py
 
-$(RESULTS)/replay_%: $(B)/tests/replay_% $(SUITE_INPUTS)
+$(RESULTS)/replay_%: $(B)/tests/replay_% $(SUITE_INPUTS) always
 	@tests/run.sh $(SHOWN) $@ $(RUN) $< build/corpus/*.q3n
 
-$(RESULTS)/build_%: tests/test_build.sh $(B)/q3n $(SUITE_INPUTS)
+$(RESULTS)/build_%: tests/test_build.sh $(SUITE_INPUTS) always
 	@tests/run.sh $(SHOWN) $@ tests/test_build.sh $* build/matrix
 
-$(RESULTS)/lint: build/obj/lint.o
+$(RESULTS)/lint: build/obj/lint.o always
 	@tests/run.sh $(SHOWN) $@ $(PY) tools/lint.py --object $<
 
 TEST_CONFIGS := release sanitize thread
@@ -235,8 +232,8 @@ list-suites:
 	@echo $(SUITES)
 
 define RUN_SUITES
-	@for c in $(1); do $(SUBMAKE) -k -Otarget config=$$c suites || true; done
-	@tests/run.sh --summary $$(for c in $(1); do $(SUBMAKE) -s config=$$c list-suites; done)
+	+@for c in $(1); do $(SUBMAKE) -k -Otarget config=$$c suites || true; done
+	+@tests/run.sh --summary $$(for c in $(1); do $(SUBMAKE) -s config=$$c list-suites; done)
 endef
 
 test:   ## Run every test: C (also under ASan, UBSan, TSan), Python, build matrix, lint
@@ -255,7 +252,7 @@ coverage:   ## Run the C and command line tests with gcov, print what they reach
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS := $(patsubst tests/fuzz_%.c,%,$(wildcard tests/fuzz_*.c))
 fuzz: build/corpus.made   ## Fuzz the loader with libFuzzer (clang) for FUZZ_SECONDS=60
-	@$(SUBMAKE) config=fuzz $(FUZZ_TARGETS:%=build/fuzz/fuzz_%)
+	+@$(SUBMAKE) config=fuzz $(FUZZ_TARGETS:%=build/fuzz/fuzz_%)
 	@mkdir -p build/fuzz/found build/fuzz/crashes
 	for t in $(FUZZ_TARGETS); do build/fuzz/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) \
 	    -max_len=262144 -timeout=10 -rss_limit_mb=2048 -artifact_prefix=build/fuzz/crashes/ \
@@ -264,7 +261,7 @@ fuzz: build/corpus.made   ## Fuzz the loader with libFuzzer (clang) for FUZZ_SEC
 # Not position-independent: tables of pointers are then constant data, as they are in a program.
 build/obj/lint.o: qwen3next.h
 	@mkdir -p $(@D)
-	$(CC) -std=c11 -O1 -fno-pic -D_GNU_SOURCE -DQ3N_IMPLEMENTATION -x c -c $< -o $@
+	$(CC) -std=c11 -O1 -fno-pic -DQ3N_IMPLEMENTATION -x c -c $< -o $@
 
 lint: build/obj/lint.o   ## Check the style: tools/lint.py
 	@$(PY) tools/lint.py --sections --object $<

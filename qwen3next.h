@@ -1,4 +1,137 @@
-/* =====================================================================================
+/* qwen3next.h - runs Qwen3-Next, Qwen3.5, Qwen3-MoE and Qwen3 language models on CPUs
+ *
+ * One header, C11, no dependency but the C library and the operating system.  A model is a flat file
+ * (.q3n, made by tools/convert.py from a published checkpoint) that is mapped, not loaded; sessions
+ * hold the state of one text each; kernels for AVX2, AVX-512 and NEON are compiled in and chosen at
+ * run time.  It is no server, no trainer, and reads no other model families.
+ *
+ * In ONE C file of your program:
+ *
+ *     #define Q3N_IMPLEMENTATION
+ *     #include "qwen3next.h"
+ *
+ * and include it without the define wherever else you need it, from C11 or C++11.  Link with -lm, and
+ * -lpthread on Unix.  A complete program:
+ *
+ *     #include <stdio.h>
+ *     int main(int argc, char **argv)
+ *     {
+ *         q3n_error err;
+ *         q3n_model *model;
+ *         q3n_session *session;
+ *         if (argc < 3 || q3n_model_open(&model, argv[1], NULL, &err)
+ *             || q3n_session_create(&session, model, NULL, &err))
+ *             return argc < 3 ? 2 : (fprintf(stderr, "%s\n", err.message), 1);
+ *
+ *         int32_t ids[1024], best = 0;
+ *         size_t n_ids, n;
+ *         const int vocab = q3n_model_config(model)->vocab_size;
+ *         float *logits = malloc(sizeof *logits * (size_t)vocab);
+ *         if (q3n_tokenize(model, argv[2], strlen(argv[2]), 0, ids, 1024, &n_ids)) return 1;
+ *
+ *         q3n_result r = q3n_session_eval(session, ids, (int)n_ids, logits);
+ *         for (q3n_decoder dec = { 0 }; r == Q3N_OK; r = q3n_session_eval(session, &best, 1, logits)) {
+ *             char text[512];
+ *             best = 0;
+ *             for (int i = 1; i < vocab; i++) if (logits[i] > logits[best]) best = i;
+ *             if (q3n_model_is_eos(model, best)) break;
+ *             if (q3n_decoder_next(&dec, model, best, text, sizeof text, &n) == Q3N_OK)
+ *                 fwrite(text, 1, n, stdout);
+ *         }
+ *         if (r != Q3N_OK) fprintf(stderr, "%s\n", q3n_session_error(session)->message);
+ *     }
+ *
+ * CONTENTS                                                    (search for >>tag to jump)
+ *
+ *     [1] API                               >>api
+ *     [2] PLATFORM                          >>platform
+ *     [3] MEMORY                            >>memory
+ *     [4] ERRORS                            >>errors
+ *     [5] PARALLEL                          >>parallel
+ *     [6] TYPES                             >>types
+ *     [7] CONFIG                            >>config
+ *     [8] LOADER                            >>loader
+ *     [9] UNICODE                           >>unicode
+ *    [10] TOKENIZER                         >>tokenizer
+ *    [11] OPS                               >>ops
+ *    [12] MODEL                             >>model
+ *    [13] SESSION                           >>session
+ *    [14] SAMPLER                           >>sampler
+ *    [15] WRITER                            >>writer
+ *    [16] PUBLIC                            >>public
+ *    [17] KERNELS, SCALAR: the definition   >>kernels-scalar
+ *    [18] KERNELS, AVX2                     >>kernels-avx2
+ *    [19] KERNELS, AVX-512                  >>kernels-avx512
+ *    [20] DISPATCH: one row per ISA         >>dispatch
+ *
+ * THE MODEL ON ONE PAGE.  Shapes are row-major, slowest first; x W' is a linear layer with W [out, in].
+ *
+ *     x  = embed(token)                                             [d]
+ *     for each layer:
+ *         h  = x + mix(norm(x))        mix: attention, or gated DeltaNet in 3 of 4 hybrid layers
+ *         x  = h + ffn(norm(h))        ffn: SwiGLU, or the k best of E SwiGLU experts + a shared one
+ *     logits = norm(x) Whead'                                       [vocab]
+ *
+ *     norm(x)      = x / sqrt(mean(x^2) + eps) * w
+ *     SwiGLU(x)    = (silu(x Wgate') * (x Wup')) Wdown'
+ *     attention    q, k per head normed, rotated; softmax(q k' / sqrt(D)) v; times sigmoid(gate); Wo'
+ *     DeltaNet     S <- e^g S;  S <- S + k (beta (v - S'k))';  o = S'q;  norm(o) w silu(z); Wout'
+ *     experts      p = softmax(x Wrouter'); y = sum over the k largest of p_e expert_e(x)
+ *                  + sigmoid(x wg') shared(x)
+ *
+ * TRAPS, each with a test that fails when it is stepped in (the goldens of the family named):
+ *     - q_proj holds query and gate head by head, not all queries then all gates       (qwen3_next)
+ *     - the output gate is applied before o_proj                                       (qwen3_next)
+ *     - hybrid norms scale by 1 + w, DeltaNet's gated norm by w: files hold the factor (qwen3_next)
+ *     - DeltaNet norms before its gate                                                 (qwen3_next)
+ *     - checkpoints of qwen3_next group qkvz and ba by key head, qwen3_5 does not: files never do
+ *     - value head h reads key head h / (Hv / Hk)                                      (qwen3_next)
+ *     - q and k have unit length, q is also divided by sqrt(dk)                        (qwen3_next)
+ *     - g = -exp(A_log) softplus(a + dt_bias) is a logarithm                           (qwen3_next)
+ *     - rotary embedding covers the first rotary_dim of a head only                    (qwen3_next)
+ *     - router: softmax over all experts, then top-k, then renormalise if the file says so
+ *                                                                              (qwen3_moe_nonorm)
+ *     - the shared expert has a sigmoid gate of its own                                (qwen3_next)
+ *     - older design checkpoints attend both ways and may have rotary tables of zeros
+ *                                                                        (seed_patched_zero_rope)
+ *
+ * BUILD MACROS, to define before the implementation:
+ *     Q3N_STATIC         all public functions static
+ *     Q3N_DEF            linkage of public functions, for instance __declspec(dllexport)
+ *     Q3N_ASSERT(x)      default assert: for bugs of this file, never for input
+ *     Q3N_NO_STDIO       no files: models open from memory only, none are written
+ *     Q3N_NO_THREADS     the calling thread works alone (or the host's executor)
+ *     Q3N_NO_AVX2, Q3N_NO_AVX512, Q3N_NO_NEON, Q3N_NO_SIMD   leave kernels out
+ *     Linux: the header defines _GNU_SOURCE where it is included first, to see the process's CPU set.
+ *
+ * THREADS.  A model is immutable: share it.  A session belongs to one thread at a time and has a pool
+ * of its own, or your executor.  Nothing is global, nothing is written that you cannot see.
+ *
+ * MEMORY.  Weights are mapped: the system keeps what is used and may drop it again.  A session is one
+ * allocation, of q3n_session_bytes.  Evaluation allocates nothing.
+ *
+ * ERRORS.  Functions return q3n_result; the record says what was found and what was expected.  A
+ * function that fails changes nothing.  Model files are taken for hostile: any bytes give a model or
+ * an error.  What a hostile model computes is its own affair: numbers, never an access outside.
+ *
+ * DETERMINISM.  Arithmetic is f32 from the stored type, in an order that depends on the instruction set
+ * alone: for one ISA the same tokens give the same bits for any number of threads and however the text
+ * is cut into calls.  Compile with -ffp-contract=off and without -ffast-math, or this does not hold.
+ *
+ * LIMITS.  256 layers, heads of 1024, 2^24 tokens of vocabulary, little-endian machines.  MTP modules
+ * are kept in files and not used yet.  Types f32, f16, bf16.
+ *
+ * REFERENCES
+ *     [HF]   Hugging Face transformers 5.17, models/qwen3_next, qwen3_moe, qwen3_5: the numerics
+ *     [GDN]  Yang, Kautz, Hatamizadeh: Gated Delta Networks, arXiv 2412.06464
+ *     [FA]   Dao et al.: FlashAttention, arXiv 2205.14135
+ *     [YaRN] Peng et al.: YaRN, arXiv 2309.00071
+ *     [SDM]  Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1
+ *     [UAX15] Unicode Standard Annex 15: normalisation forms
+ *     [HFT]  Hugging Face tokenizers 0.23: what byte-level BPE does with added tokens
+ *     [CRC]  Kounavis, Berry: A systematic approach to building high performance software-based CRC
+ *            generators, ISCC 2005
+ *
  * FILE FORMAT  .q3n, version 1
  *
  * All numbers are little-endian; offsets count bytes from the start of the file.  The file is
@@ -113,10 +246,14 @@
  *   Norms hold the factor itself: where the family scales by 1 + w the writer has added the 1
  *   (in f32, exactly as [HF] does at run time).  q and k rows of checkpoints with interleaved
  *   rotary pairs are permuted to the half-rotate form.
- * ===================================================================================== */
+ */
+
+#if defined(Q3N_IMPLEMENTATION) && defined(__linux__) && !defined(_GNU_SOURCE)
+#  define _GNU_SOURCE 1
+#endif
 
 /* =====================================================================================
- * [1] API                                                                         >>api
+ * [1] API                                                                       >>api
  * ===================================================================================== */
 #ifndef QWEN3NEXT_H
 #define QWEN3NEXT_H
@@ -282,16 +419,16 @@ typedef enum q3n_classifier_input { Q3N_CLASSIFIER_HIDDEN, Q3N_CLASSIFIER_LOGITS
     X(I, intermediate_size,               0, 1 << 24)                                   \
     X(I, num_attention_heads,             1, 4096)                                      \
     X(I, num_key_value_heads,             1, 4096)                                      \
-    X(I, head_dim,                        1, 8192)                                      \
-    X(I, rotary_dim,                      0, 8192)                                      \
+    X(I, head_dim,                        1, 1024)                                      \
+    X(I, rotary_dim,                      0, 1024)                                      \
     X(I, num_experts,                     0, 1 << 16)                                   \
     X(I, num_experts_per_tok,             0, 1024)                                      \
     X(I, moe_intermediate_size,           0, 1 << 24)                                   \
     X(I, shared_expert_intermediate_size, 0, 1 << 24)                                   \
     X(I, linear_num_key_heads,            0, 4096)                                      \
     X(I, linear_num_value_heads,          0, 4096)                                      \
-    X(I, linear_key_head_dim,             0, 8192)                                      \
-    X(I, linear_value_head_dim,           0, 8192)                                      \
+    X(I, linear_key_head_dim,             0, 1024)                                      \
+    X(I, linear_value_head_dim,           0, 1024)                                      \
     X(I, linear_conv_kernel_dim,          0, 16)                                        \
     X(I, num_mtp_layers,                  0, 1)                                         \
     X(I, num_labels,                      0, 1 << 20)                                   \
@@ -621,7 +758,7 @@ Q3N_DEF q3n_result q3n_init_file(const char *path, const q3n_config *c, const q3
 #endif
 
 /* =====================================================================================
- * [2] PLATFORM                                                               >>platform
+ * [2] PLATFORM                                                             >>platform
  *
  * Everything that differs between compilers and systems: macros with their defaults, target
  * regions, atomics, threads, mapped and written files.  The only #ifdefs for a system or compiler
@@ -741,7 +878,12 @@ static void q3n__pause(void)
 #endif
 
 /* ---- Threads: start, join, mutex, condition ---- */
-#if defined(Q3N_NO_THREADS)
+#ifdef Q3N_NO_THREADS
+#  define Q3N__HAS_THREADS 0
+#else
+#  define Q3N__HAS_THREADS 1
+#endif
+#if !Q3N__HAS_THREADS
 typedef int q3n__thread;
 typedef int q3n__mutex;
 typedef int q3n__cond;
@@ -836,8 +978,16 @@ static int q3n__cpu_count(void)
 #endif
 
 /* ---- Files ---- */
-#ifndef Q3N_NO_STDIO
-#if defined(_WIN32)
+#if defined(Q3N_NO_STDIO)
+static const uint8_t *q3n__file_map(const char *path, size_t *bytes, const char **why)
+{
+    (void)path;
+    *bytes = 0;
+    *why = "the library was built without files (Q3N_NO_STDIO): open the model from memory";
+    return NULL;
+}
+static void q3n__file_unmap(const uint8_t *data, size_t bytes) { (void)data; (void)bytes; }
+#elif defined(_WIN32)
 /* Map a whole file for reading.  Returns NULL on failure with a reason in *why. */
 static const uint8_t *q3n__file_map(const char *path, size_t *bytes, const char **why)
 {
@@ -898,7 +1048,6 @@ static void q3n__file_unmap(const uint8_t *data, size_t bytes)
 }
 static int q3n__file_replace(const char *from, const char *to) { return rename(from, to) == 0; }
 #endif
-#endif /* Q3N_NO_STDIO */
 
 /* ---- CPU features ---- */
 #if Q3N__X86
@@ -946,7 +1095,7 @@ static int q3n__cpu_has(q3n_isa isa) { return Q3N__ARM64 && isa == Q3N_ISA_NEON;
 #endif
 
 /* =====================================================================================
- * [3] MEMORY                                                                   >>memory
+ * [3] MEMORY                                                                 >>memory
  *
  * Sizes that cannot wrap, unaligned little-endian reads, the host's allocator, an arena that lays
  * out one allocation, CRC-32.
@@ -1064,7 +1213,7 @@ static uint32_t q3n__crc32(uint32_t crc, const void *data, size_t bytes)
 }
 
 /* =====================================================================================
- * [4] ERRORS                                                                   >>errors
+ * [4] ERRORS                                                                 >>errors
  * ===================================================================================== */
 
 /* Fill err (NULL = not wanted) and return code. */
@@ -1108,7 +1257,7 @@ Q3N_DEF const char *q3n_result_string(q3n_result r)
 Q3N_DEF int q3n_version(void) { return Q3N_VERSION; }
 
 /* =====================================================================================
- * [5] PARALLEL                                                               >>parallel
+ * [5] PARALLEL                                                             >>parallel
  *
  * One primitive: q3n__parallel runs a task over [0, n) in pieces and waits.  Threads claim pieces
  * from a counter, so a thread that the system has put aside delays nobody; which thread computes a
@@ -1289,7 +1438,7 @@ static q3n_result q3n__pool_open(q3n__pool *p, int n_threads, const q3n_executor
 }
 
 /* =====================================================================================
- * [6] TYPES                                                                     >>types
+ * [6] TYPES                                                                   >>types
  *
  * What a tensor type is, and the kernel table: every function that the model needs from an
  * instruction set.  The scalar section defines what each entry computes; the model knows only this
@@ -1453,7 +1602,7 @@ typedef struct q3n__kernels {
 static q3n_isa q3n__kernels_init(q3n__kernels *k, q3n_isa max);
 
 /* =====================================================================================
- * CONFIG                                                                       >>config
+ * [7] CONFIG                                                                 >>config
  *
  * The geometry of a model: its fields by name, named presets, what may go together, and the tensor
  * plan: which tensors a geometry has, in the order of the file.  The loader binds by this plan and
@@ -2250,7 +2399,7 @@ static q3n_result q3n__tokenizer_open(q3n__tokenizer *t, const q3n__tokenizer_pa
 static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a);
 
 /* =====================================================================================
- * [7] LOADER                                                                   >>loader
+ * [8] LOADER                                                                 >>loader
  *
  * Turns the bytes of a file into a q3n_model: header, sections, configuration, tensor table, then
  * binds every tensor of the plan to its field, checking type, shape and place.  After q3n__bind
@@ -2863,9 +3012,7 @@ static void q3n__model_free(q3n_model *m)
     q3n__free(&a, m->names);
     q3n__free(&a, m->by_name);
     q3n__free(&a, m->tensors);
-#ifndef Q3N_NO_STDIO
     if (m->mapped) q3n__file_unmap(m->data, m->bytes);
-#endif
     q3n__free(&a, m);
 }
 
@@ -2888,7 +3035,7 @@ static q3n_result q3n__model_create(q3n_model **out, const q3n_model_options *o,
 }
 
 /* =====================================================================================
- * UNICODE                                                                     >>unicode
+ * [9] UNICODE                                                               >>unicode
  *
  * UTF-8, character classes and Normalization Form C for the tokenizer.  Bytes that are no UTF-8
  * count as characters outside every class, which normalisation leaves alone.  The tables are
@@ -3412,7 +3559,7 @@ static void q3n__normalizer_end(q3n__normalizer *z)
 }
 
 /* =====================================================================================
- * [8] TOKENIZER                                                           >>tokenizer
+ * [10] TOKENIZER                                                          >>tokenizer
  *
  * Byte-level BPE.  Text goes through four steps, each a subsection: added tokens are cut out, the
  * rest is brought to NFC and cut into words by the pattern, each word's bytes are merged pair by
@@ -4231,7 +4378,7 @@ Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t
 }
 
 /* =====================================================================================
- * [9] OPS                                                                         >>ops
+ * [11] OPS                                                                      >>ops
  *
  * Portable drivers over the kernel table: linear layers, rotary embedding, the KV cache.  Each is
  * one parallel region or less.  They know shapes and pieces of work, not the model.
@@ -4387,7 +4534,7 @@ static void q3n__attend_merge(q3n__softmax_part *run, float *O, q3n__softmax_par
 }
 
 /* =====================================================================================
- * [10] MODEL                                                                    >>model
+ * [12] MODEL                                                                  >>model
  *
  * The forward pass, in the words and letters of the reference.  One path serves one token and five
  * hundred, of one session or of several: a run is a list of token rows, cut into segments that
@@ -5156,7 +5303,7 @@ static void q3n__logits(const q3n__run *r, const float *hidden, int n, float *lo
 }
 
 /* =====================================================================================
- * [11] SESSION                                                                >>session
+ * [13] SESSION                                                              >>session
  *
  * The state of one text and the activations of one run, in one allocation that q3n__session_layout
  * first measures, then hands out.
@@ -5189,9 +5336,7 @@ static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session
     if (o->batch > o->capacity) o->batch = o->capacity;
     if (o->executor.run) o->n_threads = o->executor.n_threads;
     else if (o->n_threads == 0) o->n_threads = q3n__cpu_count();
-#ifdef Q3N_NO_THREADS
-    if (!o->executor.run) o->n_threads = 1;
-#endif
+    if (!Q3N__HAS_THREADS && !o->executor.run) o->n_threads = 1;
     if (o->capacity < 1 || o->capacity > (1 << 30) || o->batch < 1 || o->batch > (1 << 16))
         return q3n__fail(err, Q3N_ERR_ARG, -1, "capacity %d and batch %d: expected 1 .. 2^30 and "
                          "1 .. 65536 tokens", o->capacity, o->batch);
@@ -5427,7 +5572,7 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
 }
 
 /* =====================================================================================
- * [12] SAMPLER                                                                >>sampler
+ * [14] SAMPLER                                                              >>sampler
  *
  * Chooses the next token from logits.  Each filter keeps the tokens ranked before some place in
  * the order "larger first, lower id among equals", so finding that place takes a selection, not a
@@ -5710,23 +5855,34 @@ static int q3n__sampler_candidates(q3n_sampler *s, float max, double *total)
     return n;
 }
 
-static int32_t q3n__sampler_draw(q3n_sampler *s, float max)
+/* What all filters leave, in no particular order but always the same; *kept is their sum.  The
+ * largest logit is among them. */
+static int q3n__sampler_filter(q3n_sampler *s, float max, double *kept)
 {
     q3n__candidate *c = s->candidates;
-    double total, kept = 0.0;
+    double total;
     int n = q3n__sampler_candidates(s, max, &total), n_kept = 0;
     if (s->o.top_p < 1.0f) n = q3n__select(c, n, (double)s->o.top_p * total, 1);
+    *kept = 0.0;
     for (int i = 0; i < n; i++) {
         if (c[i].v < s->o.min_p || c[i].v == 0.0f) continue;
-        kept += c[i].v;
+        *kept += c[i].v;
         c[n_kept++] = c[i];
     }
+    return n_kept;
+}
+
+static int32_t q3n__sampler_draw(q3n_sampler *s, float max)
+{
+    const q3n__candidate *c = s->candidates;
+    double kept;
+    const int n = q3n__sampler_filter(s, max, &kept);
     double u = q3n__random_unit(&s->rng) * kept;
-    for (int i = 0; i < n_kept - 1; i++) {
+    for (int i = 0; i < n - 1; i++) {
         u -= c[i].v;
         if (u < 0.0) return c[i].id;
     }
-    return c[n_kept - 1].id;
+    return c[n - 1].id;
 }
 
 /* One random number is used for each token drawn, so that a text can be continued from its seed and
@@ -5745,7 +5901,7 @@ Q3N_DEF int32_t q3n_sampler_sample(q3n_sampler *s, const float *logits)
 }
 
 /* =====================================================================================
- * WRITER                                                                       >>writer
+ * [15] WRITER                                                                >>writer
  *
  * Makes model files as a stream.  The tensor plan and a choice of types fix the whole layout before
  * the first byte, so every byte is written once and in order; only the checksums are filled in at
@@ -5776,7 +5932,8 @@ static void q3n__blob_align(q3n__blob *b, size_t align)
 }
 
 /* One configuration entry; type is a Q3N__VALUE_. */
-static void q3n__blob_entry(q3n__blob *b, const char *key, int type, const void *value, size_t bytes)
+static void q3n__blob_entry(q3n__blob *b, const char *key, int type, const void *value,
+                            size_t bytes)
 {
     const size_t key_bytes = strlen(key);
     const uint8_t head[4] = { (uint8_t)key_bytes, (uint8_t)type, 0, 0 };
@@ -5837,6 +5994,7 @@ typedef struct {
     q3n__plan_item item;
     q3n_type       type;
     int64_t        offset, slice_bytes, stride;
+    int            part;                 /* of an expert: 0 gate, 1 up, 2 down                   */
     uint32_t       crc;
 } q3n__writer_tensor;
 
@@ -5860,11 +6018,6 @@ typedef struct {
 
 static int64_t q3n__align_up(int64_t v, int64_t align) { return (v + align - 1) / align * align; }
 
-static int64_t q3n__writer_slices(const q3n__writer_tensor *t)
-{
-    return t->item.n_dims == 3 ? t->item.dim[0] : 1;
-}
-
 /* ---- Layout ---- */
 
 /* A visitor: appends the item to the table, or counts it while there is no table. */
@@ -5879,7 +6032,8 @@ static q3n_result q3n__writer_add(void *user, const q3n__plan_item *planned)
     }
     const int64_t cols = item.dim[item.n_dims - 1];
     const int block = q3n__types[type].block_len;
-    if (item.role == Q3N__ROLE_VEC ? type != Q3N_TYPE_F32 : item.role == Q3N__ROLE_ROUTER && block != 1)
+    if ((item.role == Q3N__ROLE_VEC && type != Q3N_TYPE_F32)
+        || (item.role == Q3N__ROLE_ROUTER && block != 1))
         return q3n__fail(w->err, Q3N_ERR_ARG, -1, "%s cannot have type %s", item.name,
                          q3n__types[type].name);
     if (item.dim[0] <= 0 || cols % block != 0)
@@ -5917,7 +6071,10 @@ static void q3n__writer_place(q3n__writer *w)
             within = q3n__align_up(within + t[k].slice_bytes, Q3N__ALIGN);
         }
         within = q3n__align_up(within, 4096);
-        for (int k = 0; k < 3; k++) t[k].stride = within;
+        for (int k = 0; k < 3; k++) {
+            t[k].stride = within;
+            t[k].part = k;
+        }
         at += within * t->item.dim[0];
         i += 3;
     }
@@ -6018,21 +6175,17 @@ static q3n_result q3n__writer_pad(q3n__writer *w, int64_t offset)   /* zeros up 
 /* On to the next slice in the order of the file.  *more = 0: there is none. */
 static q3n_result q3n__writer_next(q3n__writer *w, int *more)
 {
-    if (w->tensor < 0) {
-        w->tensor = 0;
-    } else if (!w->tensors[w->tensor].item.experts) {
-        w->tensor++;
+    const q3n__writer_tensor *t = w->tensor < 0 ? NULL : &w->tensors[w->tensor];
+    if (t && t->part == 2 && w->slice + 1 < t->item.dim[0]) {
+        w->tensor -= 2;
+        w->slice++;
     } else {
-        int first = w->tensor;   /* gate of this layer's gate, up and down */
-        while (first > 0 && w->tensors[first - 1].item.experts
-               && w->tensors[first - 1].item.layer == w->tensors[first].item.layer) first--;
-        if (w->tensor < first + 2) w->tensor++;
-        else if (++w->slice < q3n__writer_slices(&w->tensors[first])) w->tensor = first;
-        else { w->tensor = first + 3; w->slice = 0; }
+        if (!t || !t->item.experts || t->part == 2) w->slice = 0;
+        w->tensor++;
     }
     *more = w->tensor < w->n_tensors;
     if (!*more) return Q3N_OK;
-    const q3n__writer_tensor *t = &w->tensors[w->tensor];
+    t = &w->tensors[w->tensor];
     return q3n__writer_pad(w, t->offset + w->slice * t->stride);
 }
 
@@ -6069,8 +6222,8 @@ static q3n_result q3n__writer_memory(q3n__writer *w)
     return Q3N_OK;
 }
 
-/* Close the writer.  r is how things went so far: only Q3N_OK puts the file under its name, anything
- * else removes it.  Returns r, or what went wrong here. */
+/* Close the writer.  r is how things went so far: only Q3N_OK puts the file under its name,
+ * anything else removes it.  Returns r, or what went wrong here. */
 static q3n_result q3n__writer_close(q3n__writer *w, q3n_result r)
 {
     const q3n_allocator *a = w->o.allocator;
@@ -6122,22 +6275,21 @@ static q3n_result q3n__writer_open(q3n__writer *w, const char *path, const q3n__
 
 /* ---- Random weights ---- */
 
-/* Quantiles of |z| for the normal distribution cut at 2, by integers: whatever the compiler fuses
- * or the machine rounds, the table is the same. */
+/* Quantiles of |z| for the normal distribution cut at 2: products of doubles and integers only, so
+ * that the table is the same whatever compiler and math library made it. */
 #define Q3N__QUANTILES 4096              /* equally probable pieces of [0, 2]                    */
 #define Q3N__Z_ONE     (1 << 28)         /* z = 1 in fixed point                                 */
 
 typedef struct { int32_t z[Q3N__QUANTILES + 1]; } q3n__quantiles;
 
 /* The density on a grid of h = 1/2048 comes from exp(-(z + h)^2 / 2) = exp(-z^2 / 2) rho, where rho
- * shrinks by exp(-h^2) each step: products only, which no compiler contracts.  Summed as integers
- * by the trapezoid rule it gives the distribution function, which is then inverted linearly: the
- * error in z is below 3e-6. */
+ * shrinks by exp(-h^2) each step.  Summed by the trapezoid rule it gives the distribution function,
+ * which is then inverted linearly: the error in z is below 3e-6. */
 static void q3n__quantiles_make(q3n__quantiles *q)
 {
     enum { GRID = 2048, STEPS = 2 * GRID };
-    const double shrink = 0.99999976158144841;     /* exp(-h^2) = 1 - 2^-22 + 2^-45 - ...         */
-    double density = 1.0, rho = 0.99999988079071755;   /* exp(-h^2 / 2) */
+    const double shrink = 0.9999997615814493;              /* exp(-h^2)     */
+    double density = 1.0, rho = 0.9999998807907176;        /* exp(-h^2 / 2) */
     int64_t total = 0, below = 0, mass[STEPS];
     for (int k = 0; k < STEPS; k++) {
         const double next = density * rho;
@@ -6163,19 +6315,22 @@ typedef struct {
     double                unit;          /* stddev / Q3N__Z_ONE                                  */
 } q3n__random;
 
-/* Elements [first, first + n) of the tensor; first and n are even, or n reaches its end.  One hash
- * makes two elements of 32 bits: sign, 12 bits of quantile, 19 between it and the next. */
+/* 32 random bits to a number: sign, 12 bits of quantile, 19 between it and the next. */
+static float q3n__random_value(const q3n__random *g, uint32_t bits)
+{
+    const int32_t *z = g->quantiles->z + ((bits >> 19) & (Q3N__QUANTILES - 1));
+    const int64_t v = z[0] + (((int64_t)(z[1] - z[0]) * (int64_t)(bits & 0x7ffff)) >> 19);
+    return (float)((double)(bits >> 31 ? -v : v) * g->unit);
+}
+
+/* Elements [first, first + n) of the tensor.  One hash makes elements 2i and 2i + 1. */
 static void q3n__random_normal(const q3n__random *g, int64_t first, float *y, int64_t n)
 {
-    const int32_t *z = g->quantiles->z;
-    for (int64_t i = 0; i < n; i += 2) {
-        const uint64_t h = q3n__mix64(g->key + (uint64_t)((first + i) / 2) * Q3N__GOLDEN);
-        for (int k = 0; k < 2 && i + k < n; k++) {
-            const uint32_t bits = (uint32_t)(h >> (32 * k));
-            const uint32_t j = (bits >> 19) & (Q3N__QUANTILES - 1), part = bits & 0x7ffff;
-            const int64_t v = z[j] + (((int64_t)(z[j + 1] - z[j]) * (int64_t)part) >> 19);
-            y[i + k] = (float)((double)(bits >> 31 ? -v : v) * g->unit);
-        }
+    const int64_t end = first + n;
+    for (int64_t at = first & ~(int64_t)1; at < end; at += 2) {
+        const uint64_t h = q3n__mix64(g->key + (uint64_t)(at / 2) * Q3N__GOLDEN);
+        if (at >= first)  y[at - first]     = q3n__random_value(g, (uint32_t)h);
+        if (at + 1 < end) y[at + 1 - first] = q3n__random_value(g, (uint32_t)(h >> 32));
     }
 }
 
@@ -6185,23 +6340,29 @@ static float q3n__random_log(uint32_t u)
 {
     int exponent = 31;
     uint64_t m = u | 1;
-    for (; !(m >> 31); exponent--) m <<= 1;        /* u = m / 2^31 * 2^exponent, m / 2^31 in [1, 2) */
+    for (; !(m >> 31); exponent--) m <<= 1;        /* u = m / 2^31 2^exponent, m / 2^31 in [1, 2) */
     int64_t log2 = exponent - 28;
     for (int bit = 0; bit < 30; bit++) {
         m = (m * m) >> 31;
         log2 = log2 * 2 + (int64_t)(m >> 32);
         if (m >> 32) m >>= 1;
     }
-    return (float)((double)log2 * 6.4554437175353e-10);    /* ln(2) / 2^30 */
+    return (float)((double)log2 * 6.455436167865482e-10);    /* ln(2) / 2^30 */
 }
 
 static q3n_result q3n__encode(q3n_type type, void *y, const float *x, size_t n)
 {
     uint16_t *half = (uint16_t *)y;
     switch (type) {
-    case Q3N_TYPE_F32:  memcpy(y, x, n * sizeof *x); return Q3N_OK;
-    case Q3N_TYPE_F16:  for (size_t i = 0; i < n; i++) half[i] = q3n__f32_to_f16(x[i]);  return Q3N_OK;
-    case Q3N_TYPE_BF16: for (size_t i = 0; i < n; i++) half[i] = q3n__f32_to_bf16(x[i]); return Q3N_OK;
+    case Q3N_TYPE_F32:
+        memcpy(y, x, n * sizeof *x);
+        return Q3N_OK;
+    case Q3N_TYPE_F16:
+        for (size_t i = 0; i < n; i++) half[i] = q3n__f32_to_f16(x[i]);
+        return Q3N_OK;
+    case Q3N_TYPE_BF16:
+        for (size_t i = 0; i < n; i++) half[i] = q3n__f32_to_bf16(x[i]);
+        return Q3N_OK;
     case Q3N_TYPE_COUNT: break;
     }
     return Q3N_ERR_UNSUPPORTED;
@@ -6209,7 +6370,8 @@ static q3n_result q3n__encode(q3n_type type, void *y, const float *x, size_t n)
 
 /* cos or sin of pos * theta^(-2j / D) for elements [first, first + n) of [positions, D/2].  Unlike
  * the rest these follow the C library's functions to their last bit. */
-static void q3n__random_rope(const q3n_config *c, q3n__init init, int64_t first, float *y, int64_t n)
+static void q3n__random_rope(const q3n_config *c, q3n__init init, int64_t first, float *y,
+                             int64_t n)
 {
     const int half = c->head_dim / 2;
     for (int64_t i = 0; i < n; i++) {
@@ -6221,23 +6383,25 @@ static void q3n__random_rope(const q3n_config *c, q3n__init init, int64_t first,
 
 /* Elements [first, first + n) of a tensor as [HF] Qwen3NextPreTrainedModel._init_weights has them:
  * A_log is the logarithm of a uniform number in (0, 16). */
-static void q3n__random_fill(const q3n_config *c, const q3n__random *g, q3n__init init, int64_t first,
-                             float *y, int64_t n)
+static void q3n__random_fill(const q3n_config *c, const q3n__random *g, q3n__init init,
+                             int64_t first, float *y, int64_t n)
 {
     if (init == Q3N__INIT_NORMAL) {
         q3n__random_normal(g, first, y, n);
     } else if (init == Q3N__INIT_COS || init == Q3N__INIT_SIN) {
         q3n__random_rope(c, init, first, y, n);
     } else if (init == Q3N__INIT_A_LOG) {
-        for (int64_t i = 0; i < n; i++)
-            y[i] = q3n__random_log((uint32_t)q3n__mix64(g->key + (uint64_t)(first + i) * Q3N__GOLDEN));
+        for (int64_t i = 0; i < n; i++) {
+            const uint64_t h = q3n__mix64(g->key + (uint64_t)(first + i) * Q3N__GOLDEN);
+            y[i] = q3n__random_log((uint32_t)h);
+        }
     } else {
         for (int64_t i = 0; i < n; i++) y[i] = init == Q3N__INIT_ONES ? 1.0f : 0.0f;
     }
 }
 
 /* ---- q3n_init_file ---- */
-#define Q3N__INIT_CHUNK 65536            /* elements made at a time; even                        */
+#define Q3N__INIT_CHUNK 65536            /* elements made at a time                              */
 
 typedef struct {
     const q3n_config       *config;
@@ -6266,9 +6430,7 @@ static q3n_result q3n__init_slice(q3n__init_run *run, q3n__writer *w)
     const size_t element_bytes = (size_t)q3n__types[t->type].block_bytes;
     const int64_t n = t->slice_bytes / (int64_t)element_bytes, first = w->slice * n;
     for (int64_t done = 0; done < n; ) {
-        /* Chunks begin at even elements of the tensor, wherever the slice begins. */
-        int64_t count = Q3N__INIT_CHUNK - ((first + done) & 1);
-        if (count > n - done) count = n - done;
+        const int64_t count = n - done < Q3N__INIT_CHUNK ? n - done : Q3N__INIT_CHUNK;
         q3n__random_fill(run->config, &g, t->item.init, first + done, run->x, count);
         q3n__encode(t->type, run->encoded, run->x, (size_t)count);
         const q3n_result r = q3n__writer_put(w, run->encoded, (size_t)count * element_bytes);
@@ -6331,7 +6493,7 @@ Q3N_DEF q3n_result q3n_init_file(const char *path, const q3n_config *c, const q3
 #endif /* Q3N_NO_STDIO */
 
 /* =====================================================================================
- * [13] PUBLIC                                                                  >>public
+ * [16] PUBLIC                                                                >>public
  *
  * Public functions of models and sessions: check, delegate.
  * ===================================================================================== */
@@ -6359,10 +6521,6 @@ Q3N_DEF q3n_result q3n_model_open(q3n_model **out, const char *path, const q3n_m
     if (!out) return q3n__fail(err, Q3N_ERR_ARG, -1, "no place for the model");
     *out = NULL;
     if (!path) return q3n__fail(err, Q3N_ERR_ARG, -1, "no path");
-#ifdef Q3N_NO_STDIO
-    (void)o;
-    return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "built without files (Q3N_NO_STDIO): open from memory");
-#else
     size_t bytes = 0;
     const char *why;
     const uint8_t *data = q3n__file_map(path, &bytes, &why);
@@ -6384,7 +6542,6 @@ Q3N_DEF q3n_result q3n_model_open(q3n_model **out, const char *path, const q3n_m
     }
     q3n__model_free(m);
     return q3n__fail(err, r, why_not.offset, "%.200s: %.290s", path, why_not.message);
-#endif
 }
 
 Q3N_DEF void q3n_model_close(q3n_model *m)
@@ -6577,7 +6734,7 @@ Q3N_DEF const int64_t *q3n_session_expert_counts(const q3n_session *s, int l)
 }
 
 /* =====================================================================================
- * [14] KERNELS, SCALAR: the definition                                 >>kernels-scalar
+ * [17] KERNELS, SCALAR: the definition                               >>kernels-scalar
  *
  * Written from the equations; every other ISA is tested against these.
  * ===================================================================================== */
@@ -6763,7 +6920,7 @@ static void q3n__bind_scalar(q3n__kernels *k)
 }
 
 /* =====================================================================================
- * [15] KERNELS, AVX2                                                    >>kernels-avx2
+ * [18] KERNELS, AVX2                                                   >>kernels-avx2
  *
  * How all three ISA sections work.  An element of a product has one accumulator vector that walks
  * the columns in steps of one vector; a shorter last step reads zeros behind the end; then one
@@ -7339,7 +7496,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [16] KERNELS, AVX-512                                               >>kernels-avx512
+ * [19] KERNELS, AVX-512                                              >>kernels-avx512
  *
  * As the AVX2 section, with vectors of 16 and masks.
  * ===================================================================================== */
@@ -7834,7 +7991,7 @@ Q3N__TARGET_END
 #  define q3n__bind_neon NULL
 
 /* =====================================================================================
- * [18] DISPATCH: one row per ISA                                             >>dispatch
+ * [20] DISPATCH: one row per ISA                                           >>dispatch
  * ===================================================================================== */
 static const struct {
     const char *name;

@@ -303,6 +303,8 @@ class GoldenTest(CliTest):
     def test_bidirectional_takes_a_text_whole(self):
         self.run_cli("logits", model("seed_patched_real_rope"), "--ids", "1,2,3", "--pieces", "1",
                      status=1)
+        self.run_cli("run", model("seed_patched_real_rope"), "--ids", "1,2,3", status=1)
+        self.assertIn("both ways", self.error)
 
     def test_threads_do_not_change_a_bit(self):
         ids = load(GOLDEN, "qwen3_next", "golden.json")["cases"][-1]["input_ids"]

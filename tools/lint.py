@@ -200,7 +200,9 @@ def check_symbols(path, report):
             continue
         if kind.isupper() and kind not in "UWV" and not re.match(r"q3n_(?!_)", name):
             report(0, "external symbol %s" % name)
-        if kind.islower() and kind not in "wv" and not name.startswith("q3n__"):
+        # Constants inside a function are called name.N.
+        local = kind == "r" and re.search(r"\.\d+$", name)
+        if kind.islower() and kind not in "wv" and not local and not name.startswith("q3n__"):
             report(0, "static symbol %s" % name)
         if kind in "dDbBcC":
             report(0, "writable global %s" % name)

@@ -57,7 +57,7 @@ typedef struct read_job {
 } read_job;
 
 /* One cache line a step, four sums that do not wait for one another.  Written out, because gcc -O2
- * left the inner loop over an array of sums rolled: 22 GB/s where this reads 30 (one Zen 4 core). */
+ * left an inner loop over an array of sums rolled: 22 GB/s where this reads 30 (a Zen 4 core). */
 static uint64_t sum_words(const uint64_t *p, size_t n)
 {
     uint64_t a = 0, b = 0, c = 0, d = 0;

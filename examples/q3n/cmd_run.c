@@ -258,6 +258,10 @@ int cmd_run(int argc, char **argv)
 
     const double start = cli_clock();
     q3n_model *m = cli_open_model(&o.setup, &words);
+    if (!q3n_model_config(m)->causal) {
+        cli_fail("%s attends both ways: it cannot write text; try q3n logits or q3n classify",
+                 o.setup.model);
+    }
     cli_cases prompts = { 0 };
     cli_input_cases(&prompts, &o.in, m);
     write_cases(&o, m, &prompts, start);

@@ -24,7 +24,7 @@ size_t cli_character_length(const unsigned char *p, size_t n)
 static unsigned line_separator(const unsigned char *p, size_t len)
 {
     if (len == 2 && p[0] == 0xc2 && p[1] == 0x85) return 0x85;
-    if (len == 3 && p[0] == 0xe2 && p[1] == 0x80 && (p[2] | 1) == 0xa9) return 0x2000u + p[2] - 0x80u;
+    if (len == 3 && p[0] == 0xe2 && p[1] == 0x80 && (p[2] | 1) == 0xa9) return 0x1f80u + p[2];
     return 0;
 }
 

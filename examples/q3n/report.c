@@ -58,11 +58,16 @@ void cli_warn(const char *format, ...)
 
 void cli_fail_with(const char *subject, const q3n_error *err)
 {
+    if (err->code == Q3N_ERR_CANCELLED) cli_fail("%s: interrupted", subject);
     const char *message = err->message[0] ? err->message : q3n_result_string(err->code);
+    /* Errors of the file system name the file themselves. */
+    const int named = strncmp(message, subject, strlen(subject)) == 0;
+    const char *colon = named ? "" : ": ";
+    if (named) subject = "";
     if (err->offset >= 0) {
-        cli_fail("%s: %s (byte %lld)", subject, message, (long long)err->offset);
+        cli_fail("%s%s%s (byte %lld)", subject, colon, message, (long long)err->offset);
     }
-    cli_fail("%s: %s", subject, message);
+    cli_fail("%s%s%s", subject, colon, message);
 }
 
 int cli_finish(void)

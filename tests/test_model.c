@@ -1,0 +1,667 @@
+/* test_model.c - the forward pass against results recorded from the reference implementations of
+ * every family, layer by layer; and the promise that no bit of a result depends on how a text is
+ * cut into calls, on threads, on batch sizes or on who runs the threads. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#define Q3N_IMPLEMENTATION
+#include "../qwen3next.h"
+#include "golden.h"
+
+#define COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
+
+/* ---- Models and sessions ---- */
+static q3n_model *open_model(const char *name)
+{
+    char path[512];
+    q3n_error err;
+    q3n_model *m = NULL;
+    snprintf(path, sizeof path, "%s/%s.q3n", Q3N_TEST_MODELS, name);
+    if (q3n_model_open(&m, path, NULL, &err) != Q3N_OK) fail_msg("%s", err.message);
+    return m;
+}
+
+static q3n_session *create_session(const q3n_model *m, const q3n_session_options *o)
+{
+    q3n_session *s = NULL;
+    q3n_error err;
+    if (q3n_session_create(&s, m, o, &err) != Q3N_OK) fail_msg("session: %s", err.message);
+    return s;
+}
+
+static q3n_session_options options_of(q3n_isa isa)
+{
+    q3n_session_options o;
+    memset(&o, 0, sizeof o);
+    o.capacity = 256;
+    o.n_threads = 1;
+    o.max_isa = isa;
+    o.scalar_only = isa == Q3N_ISA_SCALAR;
+    return o;
+}
+
+static float *new_floats(size_t n)
+{
+    float *x = (float *)malloc((n + 1) * sizeof *x);
+    assert_non_null(x);
+    for (size_t i = 0; i < n; i++) x[i] = NAN;
+    return x;
+}
+
+static float *new_logits(const q3n_model *m, int n)
+{
+    return new_floats((size_t)n * (size_t)q3n_model_config(m)->vocab_size);
+}
+
+static void evaluate(q3n_session *s, const int32_t *ids, int n, float *all_logits)
+{
+    const q3n_outputs out = { NULL, all_logits, NULL, NULL };
+    if (q3n_session_eval_outputs(s, ids, n, &out) != Q3N_OK)
+        fail_msg("%s", q3n_session_error(s)->message);
+}
+
+/* ---- Comparing with recorded numbers ---- */
+static double largest(const double *x, int n)
+{
+    double m = 0.0;
+    for (int i = 0; i < n; i++) m = fmax(m, fabs(x[i]));
+    return m;
+}
+
+static void check_near(const float *got, const double *want, int n, double bound, const char *what)
+{
+    for (int i = 0; i < n; i++)
+        if (!(fabs(got[i] - want[i]) <= bound))
+            fail_msg("%s: element %d is %.7g, expected %.7g within %.2g", what, i, (double)got[i],
+                     want[i], bound);
+}
+
+static void check_same(const float *got, const float *want, size_t n, const char *what)
+{
+    for (size_t i = 0; i < n; i++)
+        if (memcmp(&got[i], &want[i], sizeof *got) != 0)
+            fail_msg("%s: element %zu is %.9g, expected %.9g to the last bit", what, i,
+                     (double)got[i], (double)want[i]);
+}
+
+static int argmax(const float *x, int n)
+{
+    int best = 0;
+    for (int i = 1; i < n; i++) if (x[i] > x[best]) best = i;
+    return best;
+}
+
+static double log_probability(const float *logits, int n, int id)
+{
+    double sum = 0.0;
+    const double top = logits[argmax(logits, n)];
+    for (int i = 0; i < n; i++) sum += exp(logits[i] - top);
+    return logits[id] - top - log(sum);
+}
+
+/* ---- Goldens of the published families ---- */
+
+/* Last token's row after each layer: [0] the embeddings, [l + 1] layer l, [layers + 1] the norm. */
+typedef struct {
+    float *rows;
+    int    d, n_calls;
+} trace;
+
+static void trace_layer(void *user, int l, const float *x, int n, int d)
+{
+    trace *t = (trace *)user;
+    assert_int_equal(d, t->d);
+    assert_int_equal(l, t->n_calls - 1);
+    memcpy(t->rows + (size_t)(l + 1) * (size_t)d, x + (size_t)(n - 1) * (size_t)d,
+           (size_t)d * sizeof *x);
+    t->n_calls++;
+}
+
+static trace trace_new(const q3n_model *m)
+{
+    const q3n_config *c = q3n_model_config(m);
+    const trace t = { new_floats((size_t)(c->num_hidden_layers + 2) * (size_t)c->hidden_size),
+                      c->hidden_size, 0 };
+    return t;
+}
+
+/* The recorded rows are written with six decimals (5e-7 off) and computed in float32, as ours are,
+ * with sums in another order.  A row sums about n = 64 .. 128 products per output, over a few layers;
+ * rounding errors grow like sqrt(n) eps per layer, relative to the largest element: 2e-5 of that is
+ * three times the error seen in the deepest of these models and far below any wrong formula. */
+#define HIDDEN_BOUND(scale) (1e-6 + 2e-5 * (scale))
+
+static void check_hidden(const q3n_model *m, const trace *t, const char *want, const char *what)
+{
+    const int layers = q3n_model_config(m)->num_hidden_layers;
+    char text[200];
+    assert_int_equal(t->n_calls, layers + 2);
+    assert_int_equal(golden_length(want), layers + 1);
+    for (int i = 0; i <= layers; i++) {
+        int n;
+        const char *row = golden_next(&want);
+        double *x = golden_numbers(row, &n);
+        assert_int_equal(n, t->d);
+        const int behind = i < layers ? i : layers + 1;   /* the last one is behind the final norm */
+        snprintf(text, sizeof text, "%s: hidden state %d of %d", what, i, layers);
+        check_near(t->rows + (size_t)behind * (size_t)t->d, x, n, HIDDEN_BOUND(largest(x, n)), text);
+        free(x);
+    }
+}
+
+static void check_logits(const q3n_model *m, const float *logits, int n, const int32_t *ids,
+                         const char *golden, const char *what)
+{
+    const int V = q3n_model_config(m)->vocab_size;
+    int count;
+    double *x = golden_numbers(golden_member(golden, "last_logits"), &count);
+    assert_int_equal(count, V);
+    check_near(logits + (size_t)(n - 1) * (size_t)V, x, V, 5e-5 * largest(x, V), what);
+    free(x);
+    x = golden_numbers(golden_member(golden, "token_logprobs"), &count);
+    assert_int_equal(count, n - 1);
+    for (int t = 0; t + 1 < n; t++) {
+        const double p = log_probability(logits + (size_t)t * (size_t)V, V, ids[t + 1]);
+        if (!(fabs(p - x[t]) <= 1e-3))
+            fail_msg("%s: log probability %d is %g, expected %g", what, t, p, x[t]);
+    }
+    free(x);
+    int32_t *best = golden_ids(golden_member(golden, "argmax"), &count);
+    for (int t = 0; t < count; t++)
+        assert_int_equal(argmax(logits + (size_t)(n - count + t) * (size_t)V, V), best[t]);
+    assert_true(count == 1 || count == n);
+    free(best);
+}
+
+static void check_case(const q3n_model *m, q3n_isa isa, const char *golden, const char *name)
+{
+    int n;
+    char what[160];
+    int32_t *ids = golden_ids(golden_member(golden, "input_ids"), &n);
+    float *logits = new_logits(m, n);
+    trace t = trace_new(m);
+    q3n_session_options o = options_of(isa);
+    o.layer_hook.layer = trace_layer;
+    o.layer_hook.user = &t;
+    q3n_session *s = create_session(m, &o);
+    assert_int_equal(q3n_session_isa(s), isa);
+    evaluate(s, ids, n, logits);
+    snprintf(what, sizeof what, "%s, %d tokens, %s", name, n, q3n_isa_name(isa));
+    const char *hidden = golden_member(golden, "hidden_last_token");
+    if (hidden) check_hidden(m, &t, hidden, what);
+    check_logits(m, logits, n, ids, golden, what);
+    q3n_session_destroy(s);
+    free(t.rows);
+    free(logits);
+    free(ids);
+}
+
+static void check_greedy(const q3n_model *m, q3n_isa isa, const char *golden)
+{
+    int n, n_out;
+    const int V = q3n_model_config(m)->vocab_size;
+    int32_t *ids = golden_ids(golden_member(golden, "prompt_ids"), &n);
+    int32_t *want = golden_ids(golden_member(golden, "output_ids"), &n_out);
+    float *logits = new_logits(m, 1);
+    const q3n_session_options o = options_of(isa);
+    q3n_session *s = create_session(m, &o);
+    assert_true(n_out > 0);
+    assert_int_equal(q3n_session_eval(s, ids, n, logits), Q3N_OK);
+    for (int i = 0; i < n_out; i++) {
+        const int32_t id = argmax(logits, V);
+        assert_int_equal(id, want[i]);
+        assert_int_equal(q3n_session_eval(s, &id, 1, logits), Q3N_OK);
+    }
+    q3n_session_destroy(s);
+    free(logits);
+    free(want);
+    free(ids);
+}
+
+static char *read_golden(const char *name, const char *file)
+{
+    char path[512];
+    snprintf(path, sizeof path, "%s/%s/%s", Q3N_TEST_GOLDEN, name, file);
+    return golden_read(path);
+}
+
+static void test_golden(void **state)
+{
+    const char *name = (const char *)*state;
+    q3n_model *m = open_model(name);
+    char *golden = read_golden(name, "golden.json");
+    const char *cases = golden_member(golden, "cases"), *greedy = golden_member(golden, "greedy");
+    assert_true(golden_length(cases) >= 2);
+    for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
+        if (!q3n_isa_supported((q3n_isa)isa)) continue;
+        const char *p = cases, *one;
+        while ((one = golden_next(&p)) != NULL) check_case(m, (q3n_isa)isa, one, name);
+        if (greedy) check_greedy(m, (q3n_isa)isa, greedy);
+    }
+    free(golden);
+    q3n_model_close(m);
+}
+
+static void test_golden_classifier(void **state)
+{
+    const char *name = (const char *)*state;
+    q3n_model *m = open_model(name);
+    char *golden = read_golden(name, "golden.json");
+    const int n_labels = q3n_model_config(m)->num_labels;
+    for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
+        if (!q3n_isa_supported((q3n_isa)isa)) continue;
+        const char *p = golden_member(golden, "cases"), *one;
+        while ((one = golden_next(&p)) != NULL) {
+            int n, count;
+            float scores[16];
+            int32_t *ids = golden_ids(golden_member(one, "input_ids"), &n);
+            double *want = golden_numbers(golden_member(one, "class_logits"), &count);
+            trace t = trace_new(m);
+            q3n_session_options o = options_of((q3n_isa)isa);
+            o.layer_hook.layer = trace_layer;
+            o.layer_hook.user = &t;
+            q3n_session *s = create_session(m, &o);
+            assert_int_equal(count, n_labels);
+            assert_int_equal(q3n_session_classify(s, ids, n, scores), Q3N_OK);
+            check_near(scores, want, n_labels, 5e-5 * largest(want, n_labels), name);
+            if (golden_member(one, "hidden_last_token"))
+                check_hidden(m, &t, golden_member(one, "hidden_last_token"), name);
+            q3n_session_destroy(s);
+            free(t.rows);
+            free(want);
+            free(ids);
+        }
+    }
+    free(golden);
+    q3n_model_close(m);
+}
+
+/* Checkpoints of the design model: logits of every token of every row.  Float32 of another library:
+ * the same bound as for logits. */
+static void test_golden_keras(void **state)
+{
+    const char *name = (const char *)*state;
+    char file[200];
+    snprintf(file, sizeof file, "%s.json", name);
+    q3n_model *m = open_model(name);
+    char *golden = read_golden("keras", file);
+    const int V = q3n_model_config(m)->vocab_size;
+    const char *one = golden_member(golden, "nomask");
+    if (!one) one = golden_member(golden, "nomask_bidirectional");
+    assert_non_null(one);
+    const char *inputs = golden_member(one, "input_ids"), *outputs = golden_member(one, "output");
+    const char *row;
+    while ((row = golden_next(&inputs)) != NULL) {
+        int n, count;
+        int32_t *ids = golden_ids(row, &n);
+        double *want = golden_numbers(golden_next(&outputs), &count);
+        assert_int_equal(count, n * V);
+        for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
+            if (!q3n_isa_supported((q3n_isa)isa)) continue;
+            q3n_session_options o = options_of((q3n_isa)isa);
+            o.capacity = n;
+            float *logits = new_logits(m, n);
+            q3n_session *s = create_session(m, &o);
+            evaluate(s, ids, n, logits);
+            check_near(logits, want, count, 5e-5 * largest(want, count), name);
+            q3n_session_destroy(s);
+            free(logits);
+        }
+        free(want);
+        free(ids);
+    }
+    assert_null(golden_next(&outputs));
+    free(golden);
+    q3n_model_close(m);
+}
+
+/* ---- Not a bit depends on how the work is cut ---- */
+
+/* Runs tasks on the calling thread, the last one first. */
+static void run_backwards(void *user, int n, void (*task)(void *arg, int i), void *arg)
+{
+    int *calls = (int *)user;
+    *calls += n;
+    for (int i = n - 1; i >= 0; i--) task(arg, i);
+}
+
+/* Sizes of the pieces a text is given in, repeated until it ends. */
+typedef struct {
+    const char *name;
+    int         size[9];         /* up to the first 0                                            */
+} cutting;
+
+static const cutting cuttings[] = {
+    { "token by token", { 1 } },
+    { "uneven pieces",  { 7, 1, 64, 2, 33, 4, 3 } },
+};
+
+static void evaluate_cut(q3n_session *s, const int32_t *ids, int n, const cutting *cut, float *logits)
+{
+    const size_t V = (size_t)q3n_model_config(s->model)->vocab_size;
+    for (int at = 0, i = 0; at < n; i++) {
+        if (cut->size[i] == 0) i = 0;
+        const int some = cut->size[i] < n - at ? cut->size[i] : n - at;
+        evaluate(s, ids + at, some, logits + (size_t)at * V);
+        at += some;
+    }
+}
+
+typedef struct {
+    const q3n_model *m;
+    const int32_t   *ids;
+    int              n;
+    const float     *want;       /* [n, vocab]: one call, one thread                             */
+} identity;
+
+static void check_identity(const identity *id, const q3n_session_options *o, const cutting *cut)
+{
+    char what[200];
+    float *logits = new_logits(id->m, id->n);
+    q3n_session *s = create_session(id->m, o);
+    if (cut) evaluate_cut(s, id->ids, id->n, cut, logits);
+    else     evaluate(s, id->ids, id->n, logits);
+    snprintf(what, sizeof what, "%s, %s, %d threads, batch %d", cut ? cut->name : "one call",
+             q3n_isa_name(q3n_session_isa(s)), o->n_threads, o->batch);
+    check_same(logits, id->want, (size_t)id->n * (size_t)q3n_model_config(id->m)->vocab_size, what);
+    q3n_session_destroy(s);
+    free(logits);
+}
+
+static uint32_t random_state = 7;
+
+static int32_t *random_ids(int n, int vocab)
+{
+    int32_t *ids = (int32_t *)malloc((size_t)n * sizeof *ids);
+    assert_non_null(ids);
+    for (int i = 0; i < n; i++) {
+        random_state = random_state * 1664525u + 1013904223u;
+        ids[i] = (int32_t)((random_state >> 8) % (uint32_t)vocab);
+    }
+    return ids;
+}
+
+static void check_threads(const identity *id, q3n_session_options o)
+{
+    static const int threads[] = { 1, 2, 3, 7 }, batches[] = { 1, 5, 64 };
+    for (int i = 0; i < COUNT(threads); i++)
+        for (int k = 0; k < COUNT(batches); k++) {
+            o.n_threads = threads[i];
+            o.batch = batches[k];
+            check_identity(id, &o, NULL);
+        }
+    int calls = 0;
+    o.executor.run = run_backwards;
+    o.executor.user = &calls;
+    o.executor.n_threads = 3;
+    check_identity(id, &o, NULL);
+    assert_true(calls > 0);
+}
+
+static void check_all_cuttings(const q3n_model *m, q3n_isa isa, const int32_t *ids, int n)
+{
+    q3n_session_options o = options_of(isa);
+    float *want = new_logits(m, n);
+    q3n_session *s = create_session(m, &o);
+    evaluate(s, ids, n, want);
+    const identity id = { m, ids, n, want };
+    for (int i = 0; i < COUNT(cuttings); i++) check_identity(&id, &o, &cuttings[i]);
+    if (isa == q3n_isa_best()) check_threads(&id, o);
+
+    /* logits of the last token alone, with and without all others; then the same session anew */
+    const size_t V = (size_t)q3n_model_config(m)->vocab_size;
+    float *again = new_logits(m, n), *last = new_logits(m, 1);
+    q3n_session_reset(s);
+    assert_int_equal(q3n_session_length(s), 0);
+    assert_int_equal(q3n_session_eval(s, ids, n, last), Q3N_OK);
+    check_same(last, want + (size_t)(n - 1) * V, V, "last logits alone");
+    q3n_session_reset(s);
+    const q3n_outputs both = { last, again, NULL, NULL };
+    assert_int_equal(q3n_session_eval_outputs(s, ids, n, &both), Q3N_OK);
+    check_same(again, want, (size_t)n * V, "again after a reset");
+    check_same(last, want + (size_t)(n - 1) * V, V, "last logits beside all");
+    q3n_session_destroy(s);
+    free(last);
+    free(again);
+    free(want);
+}
+
+static void test_identity(void **state)
+{
+    q3n_model *m = open_model((const char *)*state);
+    const int n = 70;
+    int32_t *ids = random_ids(n, q3n_model_config(m)->vocab_size);
+    for (int isa = 0; isa < Q3N_ISA_COUNT; isa++)
+        if (q3n_isa_supported((q3n_isa)isa)) check_all_cuttings(m, (q3n_isa)isa, ids, n);
+    free(ids);
+    q3n_model_close(m);
+}
+
+/* A model that attends both ways takes a text whole; threads and executor must not matter. */
+static void test_identity_bidirectional(void **state)
+{
+    q3n_model *m = open_model((const char *)*state);
+    int32_t *ids = random_ids(9, q3n_model_config(m)->vocab_size);
+    for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
+        if (!q3n_isa_supported((q3n_isa)isa)) continue;
+        q3n_session_options o = options_of((q3n_isa)isa);
+        o.capacity = 9;
+        float *want = new_logits(m, 9);
+        q3n_session *s = create_session(m, &o);
+        evaluate(s, ids, 9, want);
+        assert_int_equal(q3n_session_eval(s, ids, 1, NULL), Q3N_ERR_FULL);
+        q3n_session_reset(s);
+        assert_int_equal(q3n_session_eval(s, ids, 8, NULL), Q3N_OK);
+        assert_int_equal(q3n_session_eval(s, ids, 1, NULL), Q3N_ERR_UNSUPPORTED);
+        assert_int_equal(q3n_session_length(s), 8);
+        q3n_session_destroy(s);
+        const identity id = { m, ids, 9, want };
+        for (o.n_threads = 2; o.n_threads <= 7; o.n_threads++) check_identity(&id, &o, NULL);
+        o.batch = 8;
+        s = create_session(m, &o);
+        assert_int_equal(q3n_session_eval(s, ids, 9, NULL), Q3N_ERR_UNSUPPORTED);
+        q3n_session_destroy(s);
+        free(want);
+    }
+    free(ids);
+    q3n_model_close(m);
+}
+
+/* More than two blocks of the KV cache.  With several threads, calls of up to four tokens split
+ * attention by blocks; with one thread nothing is split. */
+static void test_identity_long(void **state)
+{
+    static const cutting one = { "token by token", { 1 } };
+    static const cutting few = { "255, then few at a time", { 255, 2, 3, 4, 1, 2, 3, 5 } };
+    static const cutting edges = { "over the edges of blocks", { 254, 4, 252, 4, 150 } };
+    q3n_model *m = open_model((const char *)*state);
+    const int n = 700;
+    int32_t *ids = random_ids(n, q3n_model_config(m)->vocab_size);
+    for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
+        if (!q3n_isa_supported((q3n_isa)isa)) continue;
+        q3n_session_options o = options_of((q3n_isa)isa);
+        o.capacity = 1024;
+        float *want = new_logits(m, n);
+        q3n_session *s = create_session(m, &o);
+        evaluate(s, ids, n, want);
+        q3n_session_destroy(s);
+        const identity id = { m, ids, n, want };
+        check_identity(&id, &o, &one);
+        int calls = 0;
+        q3n_session_options e = o;
+        e.executor.run = run_backwards;
+        e.executor.user = &calls;
+        e.executor.n_threads = 4;
+        check_identity(&id, &e, &few);
+        check_identity(&id, &e, &one);
+        o.n_threads = 2;
+        check_identity(&id, &o, &few);
+        check_identity(&id, &o, &edges);
+        o.n_threads = 3;
+        o.batch = 64;
+        check_identity(&id, &o, &edges);
+        if ((q3n_isa)isa == q3n_isa_best()) check_identity(&id, &o, &one);
+        free(want);
+    }
+    free(ids);
+    q3n_model_close(m);
+}
+
+/* ---- KV cache types ---- */
+
+/* A key or value in f16 is off by at most 2^-12 of itself, in bf16 by 2^-9; with random texts the
+ * logits move by a few times that, relative to the largest. */
+static void test_kv_types(void **state)
+{
+    static const struct { q3n_type type; double bound; } rows[] = {
+        { Q3N_TYPE_F16, 0x1p-8 }, { Q3N_TYPE_BF16, 0x1p-5 },
+    };
+    q3n_model *m = open_model((const char *)*state);
+    const int n = 70, V = q3n_model_config(m)->vocab_size;
+    int32_t *ids = random_ids(n, V);
+    for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
+        if (!q3n_isa_supported((q3n_isa)isa)) continue;
+        q3n_session_options o = options_of((q3n_isa)isa);
+        float *want = new_logits(m, 1), *got = new_logits(m, 1), *piecewise = new_logits(m, n);
+        q3n_session *s = create_session(m, &o);
+        assert_int_equal(q3n_session_eval(s, ids, n, want), Q3N_OK);
+        q3n_session_destroy(s);
+        double scale = 0.0;
+        for (int i = 0; i < V; i++) scale = fmax(scale, fabs((double)want[i]));
+        for (int k = 0; k < COUNT(rows); k++) {
+            o.kv_type = rows[k].type;
+            s = create_session(m, &o);
+            assert_int_equal(q3n_session_eval(s, ids, n, got), Q3N_OK);
+            for (int i = 0; i < V; i++)
+                if (!(fabs((double)got[i] - (double)want[i]) <= rows[k].bound * scale))
+                    fail_msg("KV %s, %s: logit %d is %g, with f32 %g", q3n_type_name(rows[k].type),
+                             q3n_isa_name((q3n_isa)isa), i, (double)got[i], (double)want[i]);
+            assert_memory_not_equal(got, want, (size_t)V * sizeof *got);
+            q3n_session_reset(s);
+            evaluate_cut(s, ids, n, &cuttings[1], piecewise);
+            check_same(piecewise + (size_t)(n - 1) * (size_t)V, got, (size_t)V, "KV type, in pieces");
+            q3n_session_destroy(s);
+        }
+        free(piecewise);
+        free(got);
+        free(want);
+    }
+    free(ids);
+    q3n_model_close(m);
+}
+
+/* ---- Errors leave the session as it was ---- */
+typedef struct {
+    uint8_t *bytes;
+    size_t   kv, delta, conv;
+    int      length;
+} snapshot;
+
+static snapshot snapshot_take(const q3n_session *s)
+{
+    const q3n__kv_cache *kv = &s->state.kv;
+    snapshot c;
+    c.kv = (size_t)s->n_attention * (size_t)kv->n_blocks * (size_t)kv->n_kv_heads
+         * q3n__kv_block_bytes(kv->type, kv->dim);
+    c.delta = s->delta_len * sizeof(float);
+    c.conv = s->conv_len * sizeof(float);
+    c.length = s->state.length;
+    c.bytes = (uint8_t *)malloc(c.kv + c.delta + c.conv + 1);
+    assert_non_null(c.bytes);
+    memcpy(c.bytes, kv->data, c.kv);
+    memcpy(c.bytes + c.kv, s->state.delta, c.delta);
+    memcpy(c.bytes + c.kv + c.delta, s->state.conv, c.conv);
+    return c;
+}
+
+static void snapshot_check(const snapshot *c, const q3n_session *s)
+{
+    assert_int_equal(q3n_session_length(s), c->length);
+    assert_memory_equal(s->state.kv.data, c->bytes, c->kv);
+    if (c->delta) assert_memory_equal(s->state.delta, c->bytes + c->kv, c->delta);
+    if (c->conv)  assert_memory_equal(s->state.conv, c->bytes + c->kv + c->delta, c->conv);
+}
+
+static void test_errors_change_nothing(void **state)
+{
+    q3n_model *m = open_model((const char *)*state);
+    const int V = q3n_model_config(m)->vocab_size;
+    int32_t *ids = random_ids(40, V);
+    q3n_session_options o = options_of(q3n_isa_best());
+    o.capacity = 20;
+    o.batch = 4;
+    float *want = new_logits(m, 20), *got = new_logits(m, 20);
+    q3n_session *s = create_session(m, &o);
+    evaluate(s, ids, 20, want);
+    q3n_session_reset(s);
+    evaluate(s, ids, 15, got);
+    const snapshot before = snapshot_take(s);
+
+    int32_t bad[5] = { 1, 2, 3, 4, V };              /* the first batch of four is valid */
+    assert_int_equal(q3n_session_eval(s, bad, 5, got), Q3N_ERR_ARG);
+    snapshot_check(&before, s);
+    bad[4] = -1;
+    assert_int_equal(q3n_session_eval(s, bad, 5, got), Q3N_ERR_ARG);
+    snapshot_check(&before, s);
+    bad[4] = INT32_MIN;
+    assert_int_equal(q3n_session_eval(s, bad, 5, NULL), Q3N_ERR_ARG);
+    assert_int_equal(q3n_session_error(s)->code, Q3N_ERR_ARG);
+    assert_non_null(strstr(q3n_session_error(s)->message, "token 4"));
+    assert_int_equal(q3n_session_eval(s, ids, 6, got), Q3N_ERR_FULL);
+    assert_int_equal(q3n_session_error(s)->code, Q3N_ERR_FULL);
+    snapshot_check(&before, s);
+    assert_int_equal(q3n_session_eval(s, ids, INT_MAX, got), Q3N_ERR_FULL);
+    assert_int_equal(q3n_session_eval(s, ids, 0, got), Q3N_ERR_ARG);
+    assert_int_equal(q3n_session_eval(s, ids, -1, got), Q3N_ERR_ARG);
+    assert_int_equal(q3n_session_eval(s, NULL, 1, got), Q3N_ERR_ARG);
+    if (q3n_model_config(m)->num_labels == 0) {
+        float scores[16];
+        const q3n_result r = q3n_session_classify(s, ids, 2, scores);
+        assert_int_equal(r, Q3N_ERR_UNSUPPORTED);
+    }
+    snapshot_check(&before, s);
+
+    evaluate(s, ids + 15, 5, got + (size_t)15 * (size_t)V);
+    check_same(got + (size_t)15 * (size_t)V, want + (size_t)15 * (size_t)V, 5 * (size_t)V,
+               "after errors");
+    assert_int_equal(q3n_session_eval(s, ids, 1, got), Q3N_ERR_FULL);
+    q3n_session_destroy(s);
+    free(before.bytes);
+    free(got);
+    free(want);
+    free(ids);
+    q3n_model_close(m);
+}
+
+/* ---- All of them ---- */
+#define FAMILIES(X)                                                                     \
+    X(qwen3_5) X(qwen3_5_moe) X(qwen3_5_moe_vl) X(qwen3_dense) X(qwen3_dense_yarn)      \
+    X(qwen3_moe) X(qwen3_moe_nonorm) X(qwen3_next) X(qwen3_next_fp8)                    \
+    X(qwen3_next_mixed) X(qwen3_next_mtp)
+
+#define CASE(test, model) { #test "(" #model ")", test, NULL, NULL, (void *)(uintptr_t)#model }
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+#define GOLDEN(model) CASE(test_golden, model),
+        FAMILIES(GOLDEN)
+        CASE(test_golden_classifier, qwen3_next_cls),
+        CASE(test_golden_keras, qwen3_head_all_moe),
+        CASE(test_golden_keras, seed_patched_real_rope),
+        CASE(test_golden_keras, seed_patched_zero_rope),
+#define IDENTITY(model) CASE(test_identity, model),
+        FAMILIES(IDENTITY)
+        CASE(test_identity_bidirectional, seed_patched_real_rope),
+        CASE(test_identity_long, qwen3_next),
+        CASE(test_identity_long, qwen3_moe),
+        CASE(test_kv_types, qwen3_next),
+        CASE(test_kv_types, qwen3_dense_yarn),
+        CASE(test_errors_change_nothing, qwen3_next),
+        CASE(test_errors_change_nothing, qwen3_moe),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,489 @@
+/* test_sampler.c - every filter, alone and together, against a plain implementation that sorts;
+ * penalties, ties and extreme logits; the distribution of what is drawn; repeatability. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+#include <time.h>
+
+#define Q3N_IMPLEMENTATION
+#include "../qwen3next.h"
+
+#define COUNT(a) (sizeof(a) / sizeof(a)[0])
+#define BIG_VOCAB 151936
+
+static uint64_t random_state;
+
+static double random_unit(void)   /* [0, 1) */
+{
+    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+    return (double)(random_state >> 33) / 2147483648.0;
+}
+
+static int random_below(int n) { return (int)(random_unit() * n); }
+
+static float random_normal(void)
+{
+    return (float)(sqrt(-2.0 * log(1.0 - random_unit())) * cos(6.283185307179586 * random_unit()));
+}
+
+static q3n_sampler *create(int vocab, q3n_sampler_options o)
+{
+    static q3n_model m;   /* the sampler reads only these two fields */
+    memset(&m.allocator, 0, sizeof m.allocator);
+    m.config.vocab_size = vocab;
+    q3n_sampler *s = NULL;
+    q3n_error err = { .code = Q3N_OK };
+    if (q3n_sampler_create(&s, &m, &o, &err) != Q3N_OK) fail_msg("%s", err.message);
+    assert_non_null(s);
+    return s;
+}
+
+/* ---- The plain implementation ---- */
+typedef struct { float v; int id; } entry;
+
+static int by_rank(const void *a, const void *b)
+{
+    const entry *x = a, *y = b;
+    if (x->v != y->v) return x->v > y->v ? -1 : 1;
+    return x->id - y->id;
+}
+
+static int by_id(const void *a, const void *b)
+{
+    return ((const entry *)a)->id - ((const entry *)b)->id;
+}
+
+/* What is left of logits [n] after all filters, with relative probabilities, in order of rank. */
+static int plain_filter(const float *logits, int n, const q3n_sampler_options *o,
+                        const int32_t *recent, int n_recent, entry *e)
+{
+    for (int i = 0; i < n; i++) {
+        float x = isnan(logits[i]) ? -INFINITY : logits[i] > FLT_MAX ? FLT_MAX : logits[i];
+        int seen = 0;
+        for (int j = 0; j < n_recent; j++) seen |= recent[j] == i;
+        if (seen && o->repetition_penalty != 0.0f)
+            x = x > 0 ? x / o->repetition_penalty : x * o->repetition_penalty;
+        e[i] = (entry){ x > FLT_MAX ? FLT_MAX : x, i };
+    }
+    qsort(e, (size_t)n, sizeof *e, by_rank);
+    if (o->top_k > 0 && o->top_k < n) n = o->top_k;
+    const float max = e[0].v;
+    double total = 0.0, sum = 0.0;
+    for (int i = 0; i < n; i++) {
+        e[i].v = expf((e[i].v - max) / o->temperature);
+        total += e[i].v;
+    }
+    qsort(e, (size_t)n, sizeof *e, by_rank);   /* equal probabilities from unequal logits */
+    if (o->top_p > 0.0f && o->top_p < 1.0f) {
+        int m = 0;
+        while (m < n && (m == 0 || sum < (double)o->top_p * total)) sum += e[m++].v;
+        n = m;
+    }
+    int kept = 0;
+    for (int i = 0; i < n; i++) if (e[i].v > 0.0f && e[i].v >= o->min_p) e[kept++] = e[i];
+    return kept;
+}
+
+static entry want[BIG_VOCAB], got[BIG_VOCAB];
+static float logits[BIG_VOCAB];
+
+static void compare(q3n_sampler *s, int n, const int32_t *recent, int n_recent)
+{
+    q3n_sampler_options o = s->o;
+    if (o.repetition_penalty == 1.0f) o.repetition_penalty = 0.0f;
+    const int n_want = plain_filter(logits, n, &o, recent, n_recent, want);
+    double kept;
+    q3n__sampler_prepare(s, logits);
+    const int n_got = q3n__sampler_filter(s, q3n__sampler_maxima(s), &kept);
+    double sum = 0.0;
+    for (int i = 0; i < n_got; i++) got[i] = (entry){ s->candidates[i].v, s->candidates[i].id };
+    if (n_got != n_want) fail_msg("%d tokens are kept, expected %d", n_got, n_want);
+    qsort(want, (size_t)n_want, sizeof *want, by_id);
+    qsort(got, (size_t)n_got, sizeof *got, by_id);
+    for (int i = 0; i < n_want; i++) {
+        assert_int_equal(got[i].id, want[i].id);
+        assert_true(got[i].v == want[i].v);
+        sum += want[i].v;
+    }
+    assert_true(fabs(kept - sum) <= 1e-12 * sum * (n_want + 1));
+}
+
+/* ---- Filters ---- */
+static q3n_sampler_options random_options(int n)
+{
+    q3n_sampler_options o = { .temperature = 0.0f };
+    static const float temperatures[] = { 1.0f, 0.7f, 0.05f, 3.0f, 1e-6f, 100.0f };
+    o.temperature = temperatures[random_below((int)COUNT(temperatures))];
+    if (random_below(2)) o.top_k = 1 + random_below(random_below(2) ? n : 50);
+    if (random_below(2)) o.top_p = (float)random_unit();
+    if (random_below(8) == 0) o.top_p = 1.0f - (float)random_unit() * 1e-4f;
+    if (random_below(2)) o.min_p = (float)(random_unit() * (random_below(2) ? 1.0 : 0.05));
+    if (random_below(3) == 0) o.repetition_penalty = (float)(0.5 + random_unit());
+    o.penalty_window = random_below(20);
+    o.seed = 1;
+    return o;
+}
+
+static void random_logits(int n)
+{
+    const int kind = random_below(5);
+    for (int i = 0; i < n; i++) {
+        const float x = random_normal();
+        logits[i] = kind == 0 ? 4.0f * x
+                  : kind == 1 ? floorf(2.0f * x)                 /* many ties */
+                  : kind == 2 ? 0.01f * x                        /* nearly flat */
+                  : kind == 3 ? 30.0f * x * x : (float)i * 0.001f;
+        if (random_below(50) == 0) logits[i] = random_below(2) ? NAN : -INFINITY;
+        if (random_below(1000) == 0) logits[i] = 1e38f;
+    }
+    logits[random_below(n)] = 1.0f;
+}
+
+static void test_filters_against_sorting(void **state)
+{
+    (void)state;
+    random_state = 11;
+    static const int sizes[] = { 1, 2, 3, 17, 63, 64, 65, 200, 1000, 5000 };
+    for (int round = 0; round < 600; round++) {
+        const int n = sizes[random_below((int)COUNT(sizes))];
+        q3n_sampler *s = create(n, random_options(n));
+        int32_t recent[64];
+        int n_recent = 0;
+        const int window = s->o.penalty_window, n_accept = random_below(30);
+        for (int i = 0; i < n_accept; i++) {
+            const int32_t id = random_below(n);
+            q3n_sampler_accept(s, id);
+            if (n_accept - i <= window) recent[n_recent++] = id;
+        }
+        random_logits(n);
+        compare(s, n, recent, n_recent);
+        q3n_sampler_destroy(s);
+    }
+}
+
+static void test_filters_on_a_whole_vocabulary(void **state)
+{
+    (void)state;
+    static const q3n_sampler_options list[] = {
+        { .temperature = 1.0f, .top_k = 20 }, { .temperature = 0.6f, .top_k = 20, .top_p = 0.95f },
+        { .temperature = 1.0f, .top_p = 0.9f }, { .temperature = 1.0f, .min_p = 0.05f },
+        { .temperature = 1.0f, .top_k = 3000, .top_p = 0.5f, .min_p = 1e-4f },
+        { .temperature = 5.0f, .top_p = 0.999f }, { .temperature = 1.0f, .top_k = 100000 },
+        { .temperature = 1.0f }
+    };
+    random_state = 5;
+    for (int kind = 0; kind < 3; kind++) {
+        for (int i = 0; i < BIG_VOCAB; i++)
+            logits[i] = kind == 0 ? 3.0f * random_normal() : kind == 1 ? 0.0f : (float)(i % 7);
+        for (size_t k = 0; k < COUNT(list); k++) {
+            q3n_sampler *s = create(BIG_VOCAB, list[k]);
+            compare(s, BIG_VOCAB, NULL, 0);
+            q3n_sampler_destroy(s);
+        }
+    }
+}
+
+/* Small cases worked by hand: probabilities 1/2, 1/4, 1/8, 1/8. */
+static void test_filters_by_hand(void **state)
+{
+    (void)state;
+    static const struct { q3n_sampler_options o; int n, ids[4]; } list[] = {
+        { { .temperature = 1.0f }, 4, { 0, 1, 2, 3 } },
+        { { .temperature = 1.0f, .top_k = 3 }, 3, { 1, 2, 3 } },   /* ids 0 and 2: equal, 0 first */
+        { { .temperature = 1.0f, .top_k = 1 }, 1, { 3 } },
+        { { .temperature = 1.0f, .top_p = 0.4f }, 1, { 3 } },
+        { { .temperature = 1.0f, .top_p = 0.6f }, 2, { 1, 3 } },
+        { { .temperature = 1.0f, .top_p = 0.8f }, 3, { 0, 1, 3 } },
+        { { .temperature = 1.0f, .top_p = 0.9f }, 4, { 0, 1, 2, 3 } },
+        { { .temperature = 1.0f, .min_p = 0.3f }, 2, { 1, 3 } },
+        { { .temperature = 1.0f, .min_p = 1.0f }, 1, { 3 } },
+        { { .temperature = 1.0f, .top_p = 1e-30f }, 1, { 3 } },
+        /* Of the two that top-k leaves the first has 2/3. */
+        { { .temperature = 1.0f, .top_k = 2, .top_p = 0.6f }, 1, { 3 } },
+        { { .temperature = 1.0f, .top_k = 2, .top_p = 0.7f }, 2, { 1, 3 } },
+        { { .temperature = 1.0f, .top_p = 0.8f, .min_p = 0.4f }, 2, { 1, 3 } }
+    };
+    const float x[4] = { logf(0.125f), logf(0.25f), logf(0.125f), logf(0.5f) };
+    for (size_t k = 0; k < COUNT(list); k++) {
+        q3n_sampler *s = create(4, list[k].o);
+        double kept;
+        q3n__sampler_prepare(s, x);
+        const int n = q3n__sampler_filter(s, q3n__sampler_maxima(s), &kept);
+        int mask = 0, expected = 0;
+        for (int i = 0; i < n; i++) mask |= 1 << s->candidates[i].id;
+        for (int i = 0; i < list[k].n; i++) expected |= 1 << list[k].ids[i];
+        if (k == 1) expected = 1 << 3 | 1 << 1 | 1 << 0;
+        assert_int_equal(mask, expected);
+        q3n_sampler_destroy(s);
+    }
+}
+
+/* ---- Greedy, penalty ---- */
+static void test_greedy(void **state)
+{
+    (void)state;
+    q3n_sampler *s = create(5, (q3n_sampler_options){ .temperature = 0.0f });
+    const float ties[5] = { -1.0f, 2.0f, 2.0f, 0.0f, 2.0f };
+    const float nans[5] = { NAN, -5.0f, NAN, -INFINITY, -4.0f };
+    const float infinite[5] = { 3e38f, 0.0f, INFINITY, INFINITY, 0.0f };
+    const float nothing[5] = { NAN, -INFINITY, NAN, -INFINITY, NAN };
+    assert_int_equal(q3n_sampler_sample(s, ties), 1);
+    assert_int_equal(q3n_sampler_sample(s, nans), 4);
+    assert_int_equal(q3n_sampler_sample(s, infinite), 2);
+    assert_int_equal(q3n_sampler_sample(s, nothing), 0);
+    q3n_sampler_destroy(s);
+    s = create(5, (q3n_sampler_options){ .temperature = 1.0f, .top_p = 0.5f, .min_p = 0.1f });
+    assert_int_equal(q3n_sampler_sample(s, nothing), 0);
+    for (int i = 0; i < 20; i++) {
+        const int id = q3n_sampler_sample(s, infinite);
+        assert_true(id == 2 || id == 3);
+        assert_int_equal(q3n_sampler_sample(s, nans), 4);
+    }
+    q3n_sampler_destroy(s);
+    s = create(1, (q3n_sampler_options){ .temperature = 1.0f, .top_k = 5, .top_p = 0.1f });
+    assert_int_equal(q3n_sampler_sample(s, infinite), 0);
+    q3n_sampler_destroy(s);
+}
+
+/* With temperature 0 the penalty alone decides. */
+static void test_penalty(void **state)
+{
+    (void)state;
+    const q3n_sampler_options o = { .repetition_penalty = 2.0f, .penalty_window = 3 };
+    const float positive[4] = { 4.0f, 3.0f, 1.9f, 1.0f };
+    const float negative[4] = { -1.0f, -1.5f, -1.8f, -9.0f };
+    q3n_sampler *s = create(4, o);
+    assert_int_equal(q3n_sampler_sample(s, positive), 0);   /* then 2, 3, 1.9, 1    */
+    assert_int_equal(q3n_sampler_sample(s, positive), 1);   /* then 2, 1.5, 1.9, 1  */
+    assert_int_equal(q3n_sampler_sample(s, positive), 0);   /* 0 twice in the window, halved once */
+    assert_int_equal(q3n_sampler_sample(s, positive), 0);   /* window 1 0 0         */
+    q3n_sampler_accept(s, 0);                               /* window 0 0 0: 1 is forgotten */
+    assert_int_equal(q3n_sampler_sample(s, positive), 1);
+    q3n_sampler_reset(s);
+    assert_int_equal(q3n_sampler_sample(s, negative), 0);   /* then -2, -1.5        */
+    assert_int_equal(q3n_sampler_sample(s, negative), 1);   /* then -2, -3, -1.8    */
+    assert_int_equal(q3n_sampler_sample(s, negative), 2);
+    q3n_sampler_accept(s, -1);                              /* no such ids: nothing happens */
+    q3n_sampler_accept(s, 4);
+    assert_int_equal(q3n_sampler_sample(s, negative), 0);   /* window 0 1 2         */
+    q3n_sampler_destroy(s);
+}
+
+static void test_default_window(void **state)
+{
+    (void)state;
+    q3n_sampler *s = create(3, (q3n_sampler_options){ .repetition_penalty = 10.0f });
+    const float x[3] = { 2.0f, 1.0f, -9.0f };
+    q3n_sampler_accept(s, 0);
+    for (int i = 0; i < 63; i++) q3n_sampler_accept(s, 2);
+    assert_int_equal(q3n_sampler_sample(s, x), 1);   /* 0 is the 64th token back */
+    q3n_sampler_reset(s);
+    q3n_sampler_accept(s, 0);
+    for (int i = 0; i < 64; i++) q3n_sampler_accept(s, 2);
+    assert_int_equal(q3n_sampler_sample(s, x), 0);   /* the 65th */
+    q3n_sampler_destroy(s);
+}
+
+static void test_logits_are_left_alone(void **state)
+{
+    (void)state;
+    q3n_sampler *s = create(300, (q3n_sampler_options){ .temperature = 0.8f, .top_p = 0.9f,
+                                                        .repetition_penalty = 1.5f });
+    random_state = 3;
+    random_logits(300);
+    float before[300];
+    memcpy(before, logits, sizeof before);
+    for (int i = 0; i < 50; i++) q3n_sampler_sample(s, logits);
+    assert_memory_equal(before, logits, sizeof before);
+    q3n_sampler_destroy(s);
+}
+
+/* ---- Drawing ---- */
+
+/* Pearson's statistic of 200,000 draws against the plain probabilities.  With n - 1 degrees of
+ * freedom it exceeds n - 1 + 5 sqrt(2 (n - 1)) once in a million seeds; this seed does not. */
+static void check_distribution(const q3n_sampler_options *o, int n)
+{
+    enum { DRAWS = 200000 };
+    static int hits[64];
+    assert_true(n <= 64);
+    memset(hits, 0, sizeof hits);
+    q3n_sampler *s = create(n, *o);
+    for (int i = 0; i < DRAWS; i++) {
+        const int32_t id = q3n_sampler_sample(s, logits);
+        assert_in_range(id, 0, n - 1);
+        hits[id]++;
+    }
+    q3n_sampler_destroy(s);
+    const int kept = plain_filter(logits, n, o, NULL, 0, want);
+    double total = 0.0, chi2 = 0.0;
+    int seen = 0;
+    for (int i = 0; i < kept; i++) total += want[i].v;
+    for (int i = 0; i < kept; i++) {
+        const double expected = DRAWS * (double)want[i].v / total, d = hits[want[i].id] - expected;
+        assert_true(expected > 5.0);
+        chi2 += d * d / expected;
+        seen += hits[want[i].id];
+    }
+    assert_int_equal(seen, DRAWS);   /* nothing else was drawn */
+    if (chi2 > kept - 1 + 5.0 * sqrt(2.0 * (kept - 1)) + 1e-9)
+        fail_msg("chi-square %.1f with %d tokens", chi2, kept);
+}
+
+static void test_distribution(void **state)
+{
+    (void)state;
+    random_state = 21;
+    for (int i = 0; i < 64; i++) logits[i] = 0.9f * random_normal();
+    static const q3n_sampler_options list[] = {
+        { .temperature = 1.0f, .seed = 1 }, { .temperature = 2.0f, .seed = 2 },
+        { .temperature = 1.0f, .top_k = 10, .seed = 3 }, { .temperature = 1.0f, .top_p = 0.7f },
+        { .temperature = 1.0f, .min_p = 0.2f, .seed = UINT64_MAX },
+        { .temperature = 0.8f, .top_k = 30, .top_p = 0.9f, .min_p = 0.05f, .seed = 4 },
+        { .temperature = 1.0f, .top_k = 1, .seed = 5 }
+    };
+    for (size_t k = 0; k < COUNT(list); k++) check_distribution(&list[k], 64);
+}
+
+/* The same seed gives the same text; another one does not; reset starts again. */
+static void test_seed(void **state)
+{
+    (void)state;
+    q3n_sampler_options o = { .temperature = 1.0f, .seed = 42, .repetition_penalty = 1.1f };
+    q3n_sampler *a = create(1000, o), *b = create(1000, o);
+    o.seed = 43;
+    q3n_sampler *c = create(1000, o);
+    int32_t first[100];
+    int same = 0;
+    random_state = 8;
+    for (int i = 0; i < 1000; i++) logits[i] = random_normal();
+    for (int i = 0; i < 100; i++) {
+        first[i] = q3n_sampler_sample(a, logits);
+        assert_int_equal(q3n_sampler_sample(b, logits), first[i]);
+        same += q3n_sampler_sample(c, logits) == first[i];
+    }
+    assert_true(same < 20);
+    q3n_sampler_reset(a);
+    for (int i = 0; i < 100; i++) assert_int_equal(q3n_sampler_sample(a, logits), first[i]);
+    q3n_sampler_destroy(a);
+    q3n_sampler_destroy(b);
+    q3n_sampler_destroy(c);
+}
+
+/* SplitMix64's published first outputs for seed 1234567. */
+static void test_random_numbers(void **state)
+{
+    (void)state;
+    static const uint64_t outputs[] = { 6457827717110365317u, 3203168211198807973u,
+                                        9817491932198370423u, 4593380528125082431u };
+    uint64_t rng = 1234567;
+    for (size_t i = 0; i < COUNT(outputs); i++)
+        assert_true(q3n__random_unit(&rng) == (double)(outputs[i] >> 11) / 9007199254740992.0);
+}
+
+/* ---- Options, memory, time ---- */
+static void test_option_errors(void **state)
+{
+    (void)state;
+    static const struct { q3n_sampler_options o; const char *why; } list[] = {
+        { { .temperature = -1.0f }, "temperature" }, { { .temperature = NAN }, "temperature" },
+        { { .temperature = INFINITY }, "temperature" }, { { .top_k = -1 }, "top_k" },
+        { { .top_p = -0.1f }, "top_p" }, { { .top_p = NAN }, "top_p" },
+        { { .min_p = -0.1f }, "min_p" }, { { .min_p = 1.1f }, "min_p" },
+        { { .min_p = NAN }, "min_p" }, { { .repetition_penalty = -1.0f }, "repetition_penalty" },
+        { { .repetition_penalty = NAN }, "repetition_penalty" },
+        { { .penalty_window = -1 }, "penalty_window" },
+        { { .penalty_window = INT_MAX }, "penalty_window" }
+    };
+    static q3n_model m;
+    m.config.vocab_size = 10;
+    for (size_t k = 0; k < COUNT(list); k++) {
+        q3n_sampler *s = (q3n_sampler *)&m;
+        q3n_error err = { .code = Q3N_OK };
+        assert_int_equal(q3n_sampler_create(&s, &m, &list[k].o, &err), Q3N_ERR_ARG);
+        assert_null(s);
+        if (!strstr(err.message, list[k].why)) fail_msg("'%s'", err.message);
+    }
+    q3n_sampler *s;
+    assert_int_equal(q3n_sampler_create(&s, &m, NULL, NULL), Q3N_OK);   /* greedy */
+    const float x[10] = { [7] = 1.0f };
+    assert_int_equal(q3n_sampler_sample(s, x), 7);
+    q3n_sampler_destroy(s);
+    q3n_sampler_destroy(NULL);
+}
+
+static int allocations, frees, fail_next;
+static void *counted_alloc(void *user, size_t bytes)
+{
+    (void)user;
+    allocations++;
+    return fail_next ? NULL : malloc(bytes);
+}
+static void counted_free(void *user, void *memory, size_t bytes)
+{
+    (void)user; (void)bytes;
+    frees++;
+    free(memory);
+}
+
+static void test_memory(void **state)
+{
+    (void)state;
+    static q3n_model m;
+    m.allocator = (q3n_allocator){ counted_alloc, counted_free, NULL };
+    m.config.vocab_size = 1000;
+    const q3n_sampler_options o = { .temperature = 1.0f, .top_k = 40, .top_p = 0.9f };
+    q3n_sampler *s;
+    assert_int_equal(q3n_sampler_create(&s, &m, &o, NULL), Q3N_OK);
+    for (int i = 0; i < 1000; i++) logits[i] = (float)(i % 10);
+    for (int i = 0; i < 100; i++) q3n_sampler_sample(s, logits);
+    assert_int_equal(allocations, 1);
+    q3n_sampler_destroy(s);
+    assert_int_equal(frees, 1);
+    fail_next = 1;
+    q3n_error err;
+    assert_int_equal(q3n_sampler_create(&s, &m, &o, &err), Q3N_ERR_MEMORY);
+    assert_null(s);
+}
+
+static void test_time(void **state)
+{
+    (void)state;
+    static const struct { const char *name; q3n_sampler_options o; } list[] = {
+        { "greedy", { .temperature = 0.0f } }, { "top-k 20", { .temperature = 1.0f, .top_k = 20 } },
+        { "top-p 0.95", { .temperature = 1.0f, .top_p = 0.95f } },
+        { "no filter", { .temperature = 1.0f } }
+    };
+    random_state = 4;
+    for (int i = 0; i < BIG_VOCAB; i++) logits[i] = 2.0f * random_normal();
+    for (size_t k = 0; k < COUNT(list); k++) {
+        q3n_sampler *s = create(BIG_VOCAB, list[k].o);
+        double best = 1e9;
+        for (int i = 0; i < 20; i++) {
+            const clock_t start = clock();
+            q3n_sampler_sample(s, logits);
+            const double ms = 1e3 * (double)(clock() - start) / CLOCKS_PER_SEC;
+            if (ms < best) best = ms;
+        }
+        q3n_sampler_destroy(s);
+        print_message("%s: %.3f ms a token of %d logits\n", list[k].name, best, BIG_VOCAB);
+        assert_true(best < 1000.0);   /* nothing quadratic, even instrumented or emulated */
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_filters_against_sorting),
+        cmocka_unit_test(test_filters_on_a_whole_vocabulary),
+        cmocka_unit_test(test_filters_by_hand), cmocka_unit_test(test_greedy),
+        cmocka_unit_test(test_penalty), cmocka_unit_test(test_default_window),
+        cmocka_unit_test(test_logits_are_left_alone), cmocka_unit_test(test_distribution),
+        cmocka_unit_test(test_seed), cmocka_unit_test(test_random_numbers),
+        cmocka_unit_test(test_option_errors), cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_time)
+    };
+    return cmocka_run_group_tests_name("sampler", tests, NULL, NULL);
+}
