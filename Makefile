@@ -49,8 +49,8 @@ endif
 CLI_OBJECTS   := $(patsubst examples/q3n/%.c,$(B)/obj/q3n/%.o,$(wildcard examples/q3n/*.c))
 C_TESTS       := $(patsubst tests/test_%.c,%,$(wildcard tests/test_*.c))
 PYTHON_TESTS  := $(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py))
-# Tests that start threads: these run under the thread sanitizer too.
-THREAD_TESTS  := $(filter parallel public model memory,$(C_TESTS))
+# Tests that start threads and are short: these run under the thread sanitizer too.
+THREAD_TESTS  := $(filter parallel public memory,$(C_TESTS))
 HF_GOLDENS    := $(patsubst tests/golden/%/config.json,%,$(wildcard tests/golden/*/config.json))
 KERAS_GOLDENS := $(patsubst tests/golden/keras/%.keras,%,$(wildcard tests/golden/keras/*.keras))
 STORIES       := build/models/stories.q3n
@@ -59,9 +59,8 @@ MODELS        := $(patsubst %,build/models/%.q3n,$(HF_GOLDENS) $(KERAS_GOLDENS))
 PROGRAMS      := $(B)/q3n $(B)/libqwen3next.so $(B)/embed $(B)/embed_cpp
 
 # Without -j on the command line every CPU is used.
-CPUS := $(shell nproc 2>/dev/null || echo 2)
-ifeq ($(findstring jobserver,$(MAKEFLAGS)),)
-  MAKEFLAGS += -j$(CPUS)
+ifeq ($(MAKELEVEL),0)
+  MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
 endif
 SUBMAKE = $(MAKE) --no-print-directory
 

@@ -129,10 +129,10 @@ static trace trace_new(const q3n_model *m)
 }
 
 /* The recorded rows are written with six decimals (5e-7 off) and computed in float32, as ours are,
- * with sums in another order.  A row sums about n = 64 .. 128 products per output, over a few layers;
- * rounding errors grow like sqrt(n) eps per layer, relative to the largest element: 2e-5 of that is
- * three times the error seen in the deepest of these models and far below any wrong formula. */
-#define HIDDEN_BOUND(scale) (1e-6 + 2e-5 * (scale))
+ * with sums in another order.  An output sums 64 to 400 products, a few layers follow one another,
+ * and errors grow like sqrt(terms) eps relative to the largest element: 1e-5 of that is four times
+ * the largest seen in these models, and far below what a wrong formula does. */
+#define HIDDEN_BOUND(scale) (1e-6 + 1e-5 * (scale))
 
 static void check_hidden(const q3n_model *m, const trace *t, const char *want, const char *what)
 {
@@ -512,12 +512,12 @@ static void test_identity_long(void **state)
 
 /* ---- KV cache types ---- */
 
-/* A key or value in f16 is off by at most 2^-12 of itself, in bf16 by 2^-9; with random texts the
- * logits move by a few times that, relative to the largest. */
+/* A key or value in f16 is off by at most 2^-12 of itself, in bf16 by 2^-9; the
+ * logits move by less than that, relative to the largest; the bounds leave room for other ids. */
 static void test_kv_types(void **state)
 {
     static const struct { q3n_type type; double bound; } rows[] = {
-        { Q3N_TYPE_F16, 0x1p-8 }, { Q3N_TYPE_BF16, 0x1p-5 },
+        { Q3N_TYPE_F16, 0x1p-10 }, { Q3N_TYPE_BF16, 0x1p-7 },
     };
     q3n_model *m = open_model((const char *)*state);
     const int n = 70, V = q3n_model_config(m)->vocab_size;
