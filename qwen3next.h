@@ -63,7 +63,8 @@
  *    [17] KERNELS, SCALAR: the definition   >>kernels-scalar
  *    [18] KERNELS, AVX2                     >>kernels-avx2
  *    [19] KERNELS, AVX-512                  >>kernels-avx512
- *    [20] DISPATCH: one row per ISA         >>dispatch
+ *    [20] KERNELS, NEON                     >>kernels-neon
+ *    [21] DISPATCH: one row per ISA         >>dispatch
  *
  * THE MODEL ON ONE PAGE.  Shapes are row-major, slowest first; x W' is a linear layer with W
  * [out, in].
@@ -109,8 +110,9 @@
  * THREADS.  A model is immutable: share it.  A session belongs to one thread at a time and has a
  * pool of its own, or your executor.  Nothing is global, nothing is written that you cannot see.
  *
- * MEMORY.  Weights are mapped: the system keeps what is used and may drop it again.  A session is
- * one allocation, of q3n_session_bytes.  Evaluation allocates nothing.
+ * MEMORY.  Weights are mapped: the system keeps what is used and may drop it again.
+ * Do not cut a file that is open: reading past its new end is a fault that no library can catch.
+ * A session is one allocation, of q3n_session_bytes.  Evaluation allocates nothing.
  *
  * ERRORS.  Functions return q3n_result; the record says what was found and what was expected.  A
  * function that fails changes nothing.  Model files are taken for hostile: any bytes give a model
@@ -4504,8 +4506,8 @@ static void q3n__linear_task(void *arg, int begin, int end)
  * of one core, as long as waking a spinning thread and waiting for it. */
 #define Q3N__PIECE_WORK 32768
 
-/* Rows of one piece: enough pieces for every thread, none smaller than Q3N__PIECE_WORK for n tokens,
- * a multiple of 16. */
+/* Rows of one piece: enough pieces for every thread, none smaller than Q3N__PIECE_WORK for n
+ * tokens, a multiple of 16. */
 static int q3n__rows_per_block(const q3n__pool *p, int n_rows, int n_cols, int n)
 {
     const int64_t row_work = (int64_t)n_cols * (n > 0 ? n : 1);
@@ -4627,7 +4629,8 @@ typedef struct {
     const float *gate_bias, *up_bias, *down_bias;
     const int   *rows;           /* [n] rows of the run, ascending; NULL = all                   */
     const float *weight;         /* [n] factor of each row's output; NULL = 1                    */
-    int          n, first;       /* its rows of r->ffn_gate and r->ffn_up begin at first         */
+    size_t       first;          /* its rows of r->ffn_gate and r->ffn_up begin here             */
+    int          n;
     int          first_block;    /* its pieces of work begin here                                */
 } q3n__ffn;
 
@@ -5205,7 +5208,7 @@ static void q3n__ffn_half(const q3n__ffn_arg *j, const q3n__ffn *f, int is_up, i
         .x = j->x,
         .x_rows = f->rows,
         .bias = bias,
-        .y = out + (size_t)f->first * (size_t)w->n_rows,
+        .y = out + f->first * (size_t)w->n_rows,
         .x_stride = w->n_cols,
         .y_stride = w->n_rows,
         .n = f->n,
@@ -5232,7 +5235,7 @@ static void q3n__ffn_up_task(void *arg, int begin, int end)
         q3n__ffn_half(j, f, 0, row0, row1);
         q3n__ffn_half(j, f, 1, row0, row1);
         for (int t = 0; t < f->n; t++) {
-            const size_t at = (size_t)(f->first + t) * (size_t)I + (size_t)row0;
+            const size_t at = (f->first + (size_t)t) * (size_t)I + (size_t)row0;
             j->r->k->silu_mul(j->r->ffn_up + at, j->r->ffn_gate + at, row1 - row0);
         }
     }
@@ -5258,7 +5261,7 @@ static void q3n__ffn_down_task(void *arg, int begin, int end)
                 const int I = f->down.n_cols;
                 const q3n__matmul m = {
                     .w = f->down.data + (size_t)row0 * q3n__row_bytes(f->down.type, I),
-                    .x = r->ffn_up + (size_t)(f->first + t) * (size_t)I,
+                    .x = r->ffn_up + (f->first + (size_t)t) * (size_t)I,
                     .x_stride = I,
                     .bias = f->down_bias ? f->down_bias + row0 : NULL,
                     .y = out,
@@ -5349,7 +5352,7 @@ static void q3n__moe(q3n__run *r, float *y, const float *x, const q3n__layer *w,
             .rows = r->expert_row + first,
             .weight = r->expert_weight + first,
             .n = count,
-            .first = first,
+            .first = (size_t)first,
         };
     }
     if (shared) {
@@ -5358,7 +5361,7 @@ static void q3n__moe(q3n__run *r, float *y, const float *x, const q3n__layer *w,
         for (int t = 0; t < r->n; t++) r->shared_weight[t] = q3n__sigmoid(r->shared_weight[t]);
         r->ffn[n++] = (q3n__ffn){
             .gate = w->shared_gate_proj, .up = w->shared_up_proj, .down = w->shared_down_proj,
-            .weight = r->shared_weight, .n = r->n, .first = (int)((used + Is - 1) / Is),
+            .weight = r->shared_weight, .n = r->n, .first = (used + Is - 1) / Is,
         };
     }
     q3n__ffn_all(r, y, x, w, n);
@@ -5506,7 +5509,9 @@ static void q3n__run_layout(q3n__arena *a, q3n_session *s)
     r->expert_first  = (int *)q3n__arena_take(a, E + 1, sizeof(int));
     r->shared_weight = (float *)q3n__arena_take(a, n, f);
     r->ffn           = (q3n__ffn *)q3n__arena_take(a, E + 1, sizeof *r->ffn);
-    const size_t experts = n * k * (size_t)c->moe_intermediate_size + (n + 1) * Is;
+    size_t experts = 0;
+    if (!q3n__mul_size(n * k, (size_t)c->moe_intermediate_size, &experts)
+        || !q3n__add_size(experts, (n + 1) * Is, &experts)) a->overflow = 1;
     const size_t dense = n * (size_t)c->intermediate_size;
     r->ffn_gate = (float *)q3n__arena_take(a, experts > dense ? experts : dense, f);
     r->ffn_up   = (float *)q3n__arena_take(a, experts > dense ? experts : dense, f);
@@ -7082,9 +7087,9 @@ static void q3n__bind_scalar(q3n__kernels *k)
 #define Q3N__FLOAT_TYPE_LIST(X) X(F32, f32) X(F16, f16) X(BF16, bf16)
 
 /* e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln(2) / 2: r in two steps, the first exact because
- * LN2_HI has 15 bits ([CW] chapter 6).  e^r = 1 + r + r^2 (EXP_2 + EXP_3 r + ... + EXP_6 r^4): minimax
- * in the relative error, 3.1e-9, by Remez exchange in 40 digits.  Beyond MIN and MAX the result is
- * 0 and infinity. */
+ * LN2_HI has 15 bits ([CW] chapter 6).  e^r = 1 + r + r^2 (EXP_2 + EXP_3 r + ... + EXP_6 r^4):
+ * minimax in the relative error, 3.1e-9, by Remez exchange in 40 digits.  Beyond MIN and MAX the
+ * result is 0 and infinity. */
 #define Q3N__EXP_MIN -104.0f
 #define Q3N__EXP_MAX 89.0f
 #define Q3N__LOG2_E  0x1.715476p+0f
@@ -7096,7 +7101,8 @@ static void q3n__bind_scalar(q3n__kernels *k)
 #define Q3N__EXP_5   0x1.123a2p-7f
 #define Q3N__EXP_6   0x1.6a23dp-10f
 
-/* out [n, width] = sum over i in [step0, step1) of x[., i] m[i, .], continued from out if step0 > 0 */
+/* out [n, width] = sum over i in [step0, step1) of x[., i] m[i, .], continued from out if step0 >
+ * 0 */
 typedef struct {
     const void  *m;              /* [steps, m_stride] of a float type                            */
     const float *x;              /* [n, x_stride]                                                */
@@ -7259,8 +7265,9 @@ Q3N__INLINE void q3n__store_rows_avx2(const q3n__matmul *m, int r, int t, __m128
 }
 
 /* Rows behind the last are computed as copies of it and dropped: every output takes one path.  The
- * first tile of a row fetches the next R rows into L2: the hardware's prefetch stops at each row's end
- * (bf16 from memory, rows of 512: 24 instead of 11 GB/s, Zen 4; into L1 it gains nothing). */
+ * first tile of a row fetches the next R rows into L2: the hardware's prefetch stops at each
+ * row's end (bf16 from memory, rows of 512: 24 instead of 11 GB/s, Zen 4; into L1 it gains
+ * nothing). */
 Q3N__INLINE void q3n__tile_avx2(q3n_type type, int R, int T, const q3n__matmul *m, int r0, int t0)
 {
     const size_t row_bytes = q3n__row_bytes(type, m->n_cols);
@@ -7330,7 +7337,8 @@ Q3N__INLINE void q3n__mix_tile_avx2(q3n_type type, int V, int T, const q3n__mix 
                     : q3n__loadf_avx2(p->out + (size_t)t * p->out_stride + c + 8 * v, n);
     for (int i = p->step0; i < p->step1; i++) {
         Q3N__UNROLL
-        for (int t = 0; t < T; t++) x[t] = _mm256_set1_ps(p->x[(size_t)t * p->x_stride + (size_t)i]);
+        for (int t = 0; t < T; t++)
+            x[t] = _mm256_set1_ps(p->x[(size_t)t * p->x_stride + (size_t)i]);
         const size_t first = (size_t)i * p->m_stride + (size_t)c;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) {
@@ -7420,8 +7428,16 @@ static void q3n__attend_group_avx2(const q3n__attend *a, int i, int T, q3n__mix_
     mix(&pv);
     for (int t = 0; t < T; t++) {
         if (a->n_keys[i + t] == least) continue;
-        const q3n__mix rest = { a->v, scores + t * Q3N__KV_BLOCK, o + (size_t)t * (size_t)a->o_stride,
-                                (size_t)a->dim, 0, 0, 1, least, a->n_keys[i + t], a->dim };
+        const q3n__mix rest = {a->v,
+                               scores + t * Q3N__KV_BLOCK,
+                               o + (size_t)t * (size_t)a->o_stride,
+                               (size_t)a->dim,
+                               0,
+                               0,
+                               1,
+                               least,
+                               a->n_keys[i + t],
+                               a->dim};
         mix(&rest);
     }
 }
@@ -7764,8 +7780,9 @@ Q3N__INLINE void q3n__store_rows_avx512(const q3n__matmul *m, int r, int t, __m1
 }
 
 /* Rows behind the last are computed as copies of it and dropped: every output takes one path.  The
- * first tile of a row fetches the next R rows into L2: the hardware's prefetch stops at each row's end
- * (bf16 from memory, rows of 512: 24 instead of 11 GB/s, Zen 4; into L1 it gains nothing). */
+ * first tile of a row fetches the next R rows into L2: the hardware's prefetch stops at each
+ * row's end (bf16 from memory, rows of 512: 24 instead of 11 GB/s, Zen 4; into L1 it gains
+ * nothing). */
 Q3N__INLINE void q3n__tile_avx512(q3n_type type, int R, int T, const q3n__matmul *m, int r0, int t0)
 {
     const size_t row_bytes = q3n__row_bytes(type, m->n_cols);
@@ -7779,7 +7796,8 @@ Q3N__INLINE void q3n__tile_avx512(q3n_type type, int R, int T, const q3n__matmul
         Q3N__UNROLL
         for (int t = 0; t < T; t++) p.s[r][t] = _mm512_setzero_ps();
     }
-    p.ahead = t0 % q3n__block_tokens(m->n_cols, Q3N__TOKENS_AVX512) == 0 ? (size_t)R * row_bytes : 0;
+    p.ahead =
+        t0 % q3n__block_tokens(m->n_cols, Q3N__TOKENS_AVX512) == 0 ? (size_t)R * row_bytes : 0;
     int j = 0;
     for (; j + 16 <= m->n_cols; j += 16) q3n__tile_step_avx512(type, R, T, &p, j, 16);
     if (j < m->n_cols) q3n__tile_step_avx512(type, R, T, &p, j, m->n_cols - j);
@@ -7838,7 +7856,8 @@ Q3N__INLINE void q3n__mix_tile_avx512(q3n_type type, int V, int T, const q3n__mi
                     : q3n__loadf_avx512(p->out + (size_t)t * p->out_stride + c + 16 * v, n);
     for (int i = p->step0; i < p->step1; i++) {
         Q3N__UNROLL
-        for (int t = 0; t < T; t++) x[t] = _mm512_set1_ps(p->x[(size_t)t * p->x_stride + (size_t)i]);
+        for (int t = 0; t < T; t++)
+            x[t] = _mm512_set1_ps(p->x[(size_t)t * p->x_stride + (size_t)i]);
         const size_t first = (size_t)i * p->m_stride + (size_t)c;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) {
@@ -7924,8 +7943,16 @@ static void q3n__attend_group_avx512(const q3n__attend *a, int i, int T, q3n__mi
     mix(&pv);
     for (int t = 0; t < T; t++) {
         if (a->n_keys[i + t] == least) continue;
-        const q3n__mix rest = { a->v, scores + t * Q3N__KV_BLOCK, o + (size_t)t * (size_t)a->o_stride,
-                                (size_t)a->dim, 0, 0, 1, least, a->n_keys[i + t], a->dim };
+        const q3n__mix rest = {a->v,
+                               scores + t * Q3N__KV_BLOCK,
+                               o + (size_t)t * (size_t)a->o_stride,
+                               (size_t)a->dim,
+                               0,
+                               0,
+                               1,
+                               least,
+                               a->n_keys[i + t],
+                               a->dim};
         mix(&rest);
     }
 }
@@ -8076,7 +8103,8 @@ static float q3n__dot_avx512(const float *a, const float *b, int n)
             s[v] = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16 * v), _mm512_loadu_ps(b + i + 16 * v),
                                    s[v]);
     for (; i < n; i += 16)
-        s[0] = _mm512_fmadd_ps(q3n__loadf_avx512(a + i, n - i), q3n__loadf_avx512(b + i, n - i), s[0]);
+        s[0] =
+            _mm512_fmadd_ps(q3n__loadf_avx512(a + i, n - i), q3n__loadf_avx512(b + i, n - i), s[0]);
     return q3n__sum_avx512(_mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3])));
 }
 
@@ -8146,10 +8174,510 @@ Q3N__TARGET_END
 #else
 #  define q3n__bind_avx512 NULL
 #endif
-#  define q3n__bind_neon NULL
 
 /* =====================================================================================
- * [20] DISPATCH: one row per ISA                                           >>dispatch
+ * [20] KERNELS, NEON                                                   >>kernels-neon
+ *
+ * Baseline AArch64: no extension is asked for, so there is no target region.  32 registers of four
+ * floats allow wider tiles than those of AVX2.
+ * ===================================================================================== */
+#if Q3N__ARM64 && !defined(Q3N_NO_NEON)
+
+/* ---- Loads, stores, sums.  n elements are real, n >= 4 = all; the rest reads as zero ---- */
+Q3N__INLINE float32x4_t q3n__loadf_neon(const float *p, int n)
+{
+    float part[4] = { 0 };
+    if (n >= 4) return vld1q_f32(p);
+    memcpy(part, p, (size_t)n * sizeof *p);
+    return vld1q_f32(part);
+}
+
+Q3N__INLINE void q3n__storef_neon(float *p, float32x4_t v, int n)
+{
+    float part[4];
+    if (n >= 4) {
+        vst1q_f32(p, v);
+        return;
+    }
+    vst1q_f32(part, v);
+    memcpy(p, part, (size_t)n * sizeof *p);
+}
+
+/* Elements [i, i + 4) of a float type's row.  type is a constant in every use. */
+Q3N__INLINE float32x4_t q3n__load_neon(q3n_type type, const void *row, size_t i, int n)
+{
+    if (type == Q3N_TYPE_F32) return q3n__loadf_neon((const float *)row + i, n);
+    const uint16_t *p = (const uint16_t *)row + i;
+    uint16_t part[4] = { 0 };
+    if (n < 4) {
+        memcpy(part, p, (size_t)n * sizeof *p);
+        p = part;
+    }
+    const uint16x4_t h = vld1_u16(p);
+    if (type == Q3N_TYPE_F16) return vcvt_f32_f16(vreinterpret_f16_u16(h));
+    /* h << 16 in one instruction: gcc makes two of a widening and a shift */
+    const uint16x8_t high = vcombine_u16(h, vdup_n_u16(0));
+    return vreinterpretq_f32_u16(vzip1q_u16(vdupq_n_u16(0), high));
+}
+
+/* v with zeros behind the first n */
+Q3N__INLINE float32x4_t q3n__first_neon(float32x4_t v, int n)
+{
+    static const int32_t lane[4] = { 0, 1, 2, 3 };
+    const uint32x4_t k = vcgtq_s32(vdupq_n_s32(n), vld1q_s32(lane));
+    return vreinterpretq_f32_u32(vandq_u32(k, vreinterpretq_u32_f32(v)));
+}
+
+/* The sums of four vectors. */
+Q3N__INLINE float32x4_t q3n__sum4_neon(float32x4_t a, float32x4_t b, float32x4_t c, float32x4_t d)
+{
+    return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d));
+}
+
+Q3N__INLINE float q3n__sum_neon(float32x4_t v)
+{
+    return vgetq_lane_f32(q3n__sum4_neon(v, v, v, v), 0);
+}
+
+/* ---- e^x: the clamps and the rest keep NaN; 2^n in two factors, so that a denormal result is
+ *      rounded once and 2^128 does not overflow too early ---- */
+Q3N__INLINE float32x4_t q3n__pow2_neon(int32x4_t n)   /* -126 <= n <= 127 */
+{
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23));
+}
+
+Q3N__INLINE float32x4_t q3n__exp_neon(float32x4_t x)
+{
+    x = vmaxq_f32(vdupq_n_f32(Q3N__EXP_MIN), vminq_f32(vdupq_n_f32(Q3N__EXP_MAX), x));
+    const float32x4_t n = vrndnq_f32(vmulq_f32(x, vdupq_n_f32(Q3N__LOG2_E)));
+    float32x4_t r = vfmsq_f32(x, n, vdupq_n_f32(Q3N__LN2_HI));
+    r = vfmsq_f32(r, n, vdupq_n_f32(Q3N__LN2_LO));
+    float32x4_t p = vfmaq_f32(vdupq_n_f32(Q3N__EXP_5), vdupq_n_f32(Q3N__EXP_6), r);
+    p = vfmaq_f32(vdupq_n_f32(Q3N__EXP_4), p, r);
+    p = vfmaq_f32(vdupq_n_f32(Q3N__EXP_3), p, r);
+    p = vfmaq_f32(vdupq_n_f32(Q3N__EXP_2), p, r);
+    p = vfmaq_f32(r, p, vmulq_f32(r, r));
+    p = vaddq_f32(p, vdupq_n_f32(1.0f));
+    const int32x4_t ni = vcvtq_s32_f32(n), half = vshrq_n_s32(ni, 1);
+    p = vmulq_f32(p, q3n__pow2_neon(half));
+    return vmulq_f32(p, q3n__pow2_neon(vsubq_s32(ni, half)));
+}
+
+/* 1 + e^-x */
+Q3N__INLINE float32x4_t q3n__exp1_neon(float32x4_t x)
+{
+    return vaddq_f32(vdupq_n_f32(1.0f), q3n__exp_neon(vnegq_f32(x)));
+}
+
+/* ---- Matrix product: a tile of R rows x T tokens, one accumulator for each ---- */
+#define Q3N__TOKENS_NEON 4     /* 4 x 4 accumulators, 4 inputs, 1 weight: 21 registers */
+
+typedef struct {
+    const void  *w[8];
+    const float *x[Q3N__TOKENS_NEON];
+    float32x4_t  s[8][Q3N__TOKENS_NEON];
+} q3n__tile_regs_neon;
+
+/* One vector of columns.  R and T are constants in every use, so that s stays in registers. */
+Q3N__INLINE void q3n__tile_step_neon(q3n_type type, int R, int T,
+                                     q3n__tile_regs_neon *p, int j, int n)
+{
+    float32x4_t x[Q3N__TOKENS_NEON];
+    Q3N__UNROLL
+    for (int t = 0; t < T; t++) x[t] = q3n__loadf_neon(p->x[t] + j, n);
+    Q3N__UNROLL
+    for (int r = 0; r < R; r++) {
+        const float32x4_t w = q3n__load_neon(type, p->w[r], (size_t)j, n);
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++) p->s[r][t] = vfmaq_f32(p->s[r][t], w, x[t]);
+    }
+}
+
+/* y of token t, rows [r, r + 4) as far as they are wanted */
+Q3N__INLINE void q3n__store_rows_neon(const q3n__matmul *m, int r, int t, float32x4_t v)
+{
+    const int n = m->row1 - r;
+    if (m->bias) v = vaddq_f32(v, q3n__loadf_neon(m->bias + r, n));
+    q3n__storef_neon(m->y + (size_t)t * (size_t)m->y_stride + r, v, n);
+}
+
+/* Rows behind the last are computed as copies of it and dropped: every output takes one path. */
+Q3N__INLINE void q3n__tile_neon(q3n_type type, int R, int T, const q3n__matmul *m, int r0, int t0)
+{
+    const size_t row_bytes = q3n__row_bytes(type, m->n_cols);
+    q3n__tile_regs_neon p;
+    Q3N__UNROLL
+    for (int t = 0; t < T; t++) p.x[t] = q3n__matmul_x(m, t0 + t);
+    Q3N__UNROLL
+    for (int r = 0; r < R; r++) {
+        const int row = r0 + r < m->row1 ? r0 + r : m->row1 - 1;
+        p.w[r] = (const uint8_t *)m->w + (size_t)row * row_bytes;
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++) p.s[r][t] = vdupq_n_f32(0.0f);
+    }
+    int j = 0;
+    for (; j + 4 <= m->n_cols; j += 4) q3n__tile_step_neon(type, R, T, &p, j, 4);
+    if (j < m->n_cols) q3n__tile_step_neon(type, R, T, &p, j, m->n_cols - j);
+    Q3N__UNROLL
+    for (int r = 0; r < R; r += 4) {
+        if (r0 + r >= m->row1) break;
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++)
+            q3n__store_rows_neon(m, r0 + r, t0 + t,
+                                 q3n__sum4_neon(p.s[r][t], p.s[r + 1][t], p.s[r + 2][t],
+                                                p.s[r + 3][t]));
+    }
+}
+
+/* Four rows, tokens [t, t1): the weights come from L1 for all but the first tile. */
+Q3N__INLINE void q3n__rows_neon(q3n_type type, const q3n__matmul *m, int r, int t, int t1)
+{
+    while (t < t1) {
+        const int T = q3n__tile_tokens(t1 - t, Q3N__TOKENS_NEON);
+        switch (T) {
+        case 1: q3n__tile_neon(type, 4, 1, m, r, t); break;
+        case 2: q3n__tile_neon(type, 4, 2, m, r, t); break;
+        case 3: q3n__tile_neon(type, 4, 3, m, r, t); break;
+        case 4: q3n__tile_neon(type, 4, 4, m, r, t); break;
+        }
+        t += T;
+    }
+}
+
+Q3N__INLINE void q3n__matmul_neon(q3n_type type, const q3n__matmul *m)
+{
+    if (m->n == 1) {
+        for (int r = m->row0; r < m->row1; r += 8) q3n__tile_neon(type, 8, 1, m, r, 0);
+        return;
+    }
+    const int block = q3n__block_tokens(m->n_cols, Q3N__TOKENS_NEON);
+    for (int t = 0; t < m->n; t += block) {
+        const int t1 = m->n - t > block ? t + block : m->n;
+        for (int r = m->row0; r < m->row1; r += 4) q3n__rows_neon(type, m, r, t, t1);
+    }
+}
+
+/* ---- Attention: both products are out += x M with the vectors along M's rows ---- */
+
+/* Columns [c, c + 4 V) of T rows of out; n is how many are real if V is 1.  T, V are constants. */
+Q3N__INLINE void q3n__mix_tile_neon(q3n_type type, int V, int T, const q3n__mix *p, int c, int n)
+{
+    float32x4_t s[8][4], x[4];
+    Q3N__UNROLL
+    for (int v = 0; v < V; v++)
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++)
+            s[v][t] = p->step0 == 0 ? vdupq_n_f32(0.0f)
+                    : q3n__loadf_neon(p->out + (size_t)t * p->out_stride + c + 4 * v, n);
+    for (int i = p->step0; i < p->step1; i++) {
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++) x[t] = vdupq_n_f32(p->x[(size_t)t * p->x_stride + (size_t)i]);
+        const size_t first = (size_t)i * p->m_stride + (size_t)c;
+        Q3N__UNROLL
+        for (int v = 0; v < V; v++) {
+            const float32x4_t m = q3n__load_neon(type, p->m, first + 4 * (size_t)v, n);
+            Q3N__UNROLL
+            for (int t = 0; t < T; t++) s[v][t] = vfmaq_f32(s[v][t], m, x[t]);
+        }
+    }
+    Q3N__UNROLL
+    for (int v = 0; v < V; v++)
+        Q3N__UNROLL
+        for (int t = 0; t < T; t++)
+            q3n__storef_neon(p->out + (size_t)t * p->out_stride + c + 4 * v, s[v][t], n);
+}
+
+Q3N__INLINE void q3n__mix_rows_neon(q3n_type type, int T, const q3n__mix *p)
+{
+    const int V = T <= 2 ? 8 : 4;    /* V x T accumulators, T inputs, 1 of m: 21 registers */
+    int c = 0;
+    for (; c + 4 * V <= p->width; c += 4 * V) q3n__mix_tile_neon(type, V, T, p, c, 4);
+    for (; c + 4 <= p->width; c += 4) q3n__mix_tile_neon(type, 1, T, p, c, 4);
+    if (c < p->width) q3n__mix_tile_neon(type, 1, T, p, c, p->width - c);
+}
+
+Q3N__INLINE void q3n__mix_neon(q3n_type type, const q3n__mix *p)
+{
+    switch (p->n) {
+    case 1: q3n__mix_rows_neon(type, 1, p); break;
+    case 2: q3n__mix_rows_neon(type, 2, p); break;
+    case 3: q3n__mix_rows_neon(type, 3, p); break;
+    case 4: q3n__mix_rows_neon(type, 4, p); break;
+    }
+}
+
+/* max(-FLT_MAX, x_0, ...); NaN does not count */
+static float q3n__max_neon(const float *x, int n)
+{
+    float32x4_t v = vdupq_n_f32(-FLT_MAX);
+    int i = 0;
+    for (; i + 4 <= n; i += 4) v = vmaxnmq_f32(v, vld1q_f32(x + i));
+    float m = vmaxnmvq_f32(v);
+    for (; i < n; i++) if (x[i] > m) m = x[i];
+    return m;
+}
+
+/* x_i = e^(x_i - m); returns their sum */
+static float q3n__exp_sum_neon(float *x, int n, float m)
+{
+    const float32x4_t vm = vdupq_n_f32(m);
+    float32x4_t sum = vdupq_n_f32(0.0f);
+    for (int i = 0; i < n; i += 4) {
+        const float32x4_t e = q3n__exp_neon(vsubq_f32(q3n__loadf_neon(x + i, n - i), vm));
+        q3n__storef_neon(x + i, e, n - i);
+        sum = vaddq_f32(sum, q3n__first_neon(e, n - i));
+    }
+    return q3n__sum_neon(sum);
+}
+
+/* Up to four queries from query i on.  They share the values up to the least of their counts; each
+ * goes on alone from there, so that none sees a value that is not its own. */
+static void q3n__attend_group_neon(const q3n__attend *a, int i, int T, q3n__mix_fn mix)
+{
+    int least = Q3N__KV_BLOCK, most = 0;
+    for (int t = i; t < i + T; t++) {
+        if (a->n_keys[t] < least) least = a->n_keys[t];
+        if (a->n_keys[t] > most)  most  = a->n_keys[t];
+    }
+    float *scores = a->scores + (size_t)i * Q3N__KV_BLOCK;
+    float *o = a->o + (size_t)i * (size_t)a->o_stride;
+    const q3n__mix qk = { a->k, a->q + (size_t)i * (size_t)a->q_stride, scores, Q3N__KV_BLOCK,
+                          (size_t)a->q_stride, Q3N__KV_BLOCK, T, 0, a->dim, (most + 3) / 4 * 4 };
+    mix(&qk);
+    for (int t = 0; t < T; t++) {
+        float *s = scores + t * Q3N__KV_BLOCK;
+        a->m[i + t] = q3n__max_neon(s, a->n_keys[i + t]);
+        a->l[i + t] = q3n__exp_sum_neon(s, a->n_keys[i + t], a->m[i + t]);
+    }
+    q3n__mix pv = { a->v, scores, o, (size_t)a->dim, Q3N__KV_BLOCK, (size_t)a->o_stride, T, 0,
+                    least, a->dim };
+    mix(&pv);
+    for (int t = 0; t < T; t++) {
+        if (a->n_keys[i + t] == least) continue;
+        float *to = o + (size_t)t * (size_t)a->o_stride;
+        const q3n__mix rest = { a->v, scores + t * Q3N__KV_BLOCK, to,
+                                (size_t)a->dim, 0, 0, 1, least, a->n_keys[i + t], a->dim };
+        mix(&rest);
+    }
+}
+
+static void q3n__attend_neon(const q3n__attend *a, q3n__mix_fn mix)
+{
+    for (int i = 0; i < a->n; i += 4)
+        q3n__attend_group_neon(a, i, a->n - i < 4 ? a->n - i : 4, mix);
+}
+
+/* ---- One instance for each float type ---- */
+Q3N__INLINE void q3n__to_f32_neon(q3n_type type, float *y, const void *x, int n)
+{
+    for (int i = 0; i < n; i += 4)
+        q3n__storef_neon(y + i, q3n__load_neon(type, x, (size_t)i, n - i), n - i);
+}
+
+#define Q3N__DEFINE_FLOAT_TYPE_NEON(ID, id)                                                        \
+    static void q3n__matmul_##id##_neon(const q3n__matmul *m)                                      \
+    {                                                                                              \
+        q3n__matmul_neon(Q3N_TYPE_##ID, m);                                                        \
+    }                                                                                              \
+    static void q3n__mix_##id##_neon(const q3n__mix *p) { q3n__mix_neon(Q3N_TYPE_##ID, p); }       \
+    static void q3n__attend_##id##_neon(const q3n__attend *a)                                      \
+    {                                                                                              \
+        q3n__attend_neon(a, q3n__mix_##id##_neon);                                                 \
+    }                                                                                              \
+    static void q3n__to_f32_##id##_neon(float *y, const void *x, int n)                            \
+    {                                                                                              \
+        q3n__to_f32_neon(Q3N_TYPE_##ID, y, x, n);                                                  \
+    }
+
+Q3N__FLOAT_TYPE_LIST(Q3N__DEFINE_FLOAT_TYPE_NEON)
+
+/* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
+typedef struct {
+    float      *S;               /* the block's first column                                     */
+    size_t      stride;
+    int         dk, n;           /* n columns are real if V is 1                                 */
+    float32x4_t d[8], o[8], read[8];
+} q3n__delta_cols_neon;
+
+/* read = S' k */
+Q3N__INLINE void q3n__delta_read_neon(int V, q3n__delta_cols_neon *p, const float *k)
+{
+    Q3N__UNROLL
+    for (int v = 0; v < V; v++) p->read[v] = vdupq_n_f32(0.0f);
+    for (int i = 0; i < p->dk; i++) {
+        const float *S = p->S + (size_t)i * p->stride;
+        const float32x4_t ki = vdupq_n_f32(k[i]);
+        Q3N__UNROLL
+        for (int v = 0; v < V; v++)
+            p->read[v] = vfmaq_f32(p->read[v], q3n__loadf_neon(S + 4 * v, p->n), ki);
+    }
+}
+
+/* S <- decay S + k d', o = S' q and, while S is at hand, read = S' next.  next is NULL (a constant)
+ * for the last token. */
+Q3N__INLINE void q3n__delta_step_neon(int V, q3n__delta_cols_neon *p, float decay,
+                                      const float *q, const float *k, const float *next)
+{
+    const float32x4_t keep = vdupq_n_f32(decay);
+    Q3N__UNROLL
+    for (int v = 0; v < V; v++) p->o[v] = p->read[v] = vdupq_n_f32(0.0f);
+    for (int i = 0; i < p->dk; i++) {
+        float *S = p->S + (size_t)i * p->stride;
+        const float32x4_t qi = vdupq_n_f32(q[i]), ki = vdupq_n_f32(k[i]);
+        const float32x4_t ni = next ? vdupq_n_f32(next[i]) : ki;
+        Q3N__UNROLL
+        for (int v = 0; v < V; v++) {
+            float32x4_t s = q3n__loadf_neon(S + 4 * v, p->n);
+            s = vfmaq_f32(vmulq_f32(ki, p->d[v]), keep, s);
+            q3n__storef_neon(S + 4 * v, s, p->n);
+            p->o[v] = vfmaq_f32(p->o[v], s, qi);
+            if (next) p->read[v] = vfmaq_f32(p->read[v], s, ni);
+        }
+    }
+}
+
+Q3N__INLINE void q3n__delta_block_neon(int V, const q3n__delta *h, int j, int n)
+{
+    q3n__delta_cols_neon p;
+    p.S = h->S + j;
+    p.stride = (size_t)h->dv;
+    p.dk = h->dk;
+    p.n = n;
+    q3n__delta_read_neon(V, &p, h->k);
+    for (int t = 0; t < h->n; t++) {
+        const float *q = h->q + (size_t)t * (size_t)h->qk_stride;
+        const float *k = h->k + (size_t)t * (size_t)h->qk_stride;
+        const float *values = h->v + (size_t)t * (size_t)h->v_stride + j;
+        float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
+        const float decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
+        const float32x4_t beta = vdupq_n_f32(h->beta[(size_t)t * (size_t)h->gb_stride]);
+        Q3N__UNROLL
+        for (int v = 0; v < V; v++) {
+            const float32x4_t x = q3n__loadf_neon(values + 4 * v, n);
+            p.d[v] = vmulq_f32(beta, vfmsq_f32(x, vdupq_n_f32(decay), p.read[v]));
+        }
+        if (t + 1 < h->n) q3n__delta_step_neon(V, &p, decay, q, k, k + h->qk_stride);
+        else              q3n__delta_step_neon(V, &p, decay, q, k, NULL);
+        Q3N__UNROLL
+        for (int v = 0; v < V; v++) q3n__storef_neon(o + 4 * v, p.o[v], n);
+    }
+}
+
+/* One token reads the state from memory, in whole rows as far as they go; many read it from L1. */
+static void q3n__delta_neon(const q3n__delta *h)
+{
+    if (h->n < 1) return;
+    int j = h->col0;
+    if (h->n == 1)
+        for (; j + 32 <= h->col1; j += 32) q3n__delta_block_neon(8, h, j, 4);
+    for (; j + 16 <= h->col1; j += 16) q3n__delta_block_neon(4, h, j, 4);
+    for (; j < h->col1; j += 4) q3n__delta_block_neon(1, h, j, h->col1 - j);
+}
+
+/* ---- Convolution ---- */
+static void q3n__conv_neon(const q3n__conv *c)
+{
+    const float *u[16];                                /* width <= 16 (Q3N_CONFIG_LIST) */
+    for (int t = 0; t < c->n; t++) {
+        float *y = c->y + (size_t)t * (size_t)c->y_stride;
+        for (int j = 0; j < c->width; j++) u[j] = q3n__conv_input(c, t + j);
+        for (int ch = c->c0; ch < c->c1; ch += 4) {
+            const int n = c->c1 - ch;
+            float32x4_t s = vdupq_n_f32(0.0f);
+            for (int j = 0; j < c->width; j++) {
+                const float *w = c->w + (size_t)j * (size_t)c->n_channels + ch;
+                s = vfmaq_f32(s, q3n__loadf_neon(w, n), q3n__loadf_neon(u[j] + ch, n));
+            }
+            q3n__storef_neon(y + ch, vdivq_f32(s, q3n__exp1_neon(s)), n);
+        }
+    }
+    q3n__conv_shift(c);
+}
+
+/* ---- Vectors ---- */
+static float q3n__dot_neon(const float *a, const float *b, int n)
+{
+    float32x4_t s[4];
+    Q3N__UNROLL
+    for (int v = 0; v < 4; v++) s[v] = vdupq_n_f32(0.0f);
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        Q3N__UNROLL
+        for (int v = 0; v < 4; v++)
+            s[v] = vfmaq_f32(s[v], vld1q_f32(a + i + 4 * v), vld1q_f32(b + i + 4 * v));
+    for (; i < n; i += 4)
+        s[0] = vfmaq_f32(s[0], q3n__loadf_neon(a + i, n - i), q3n__loadf_neon(b + i, n - i));
+    return q3n__sum_neon(vaddq_f32(vaddq_f32(s[0], s[1]), vaddq_f32(s[2], s[3])));
+}
+
+static void q3n__axpy_neon(float *y, float a, const float *x, int n)
+{
+    const float32x4_t va = vdupq_n_f32(a);
+    for (int i = 0; i < n; i += 4) {
+        const float32x4_t vy = q3n__loadf_neon(y + i, n - i);
+        q3n__storef_neon(y + i, vfmaq_f32(vy, va, q3n__loadf_neon(x + i, n - i)), n - i);
+    }
+}
+
+static void q3n__rms_norm_neon(float *y, const float *x, const float *w, int n, float eps)
+{
+    const float mean = q3n__dot_neon(x, x, n) / (float)n;
+    const float32x4_t scale = vdupq_n_f32(1.0f / sqrtf(mean + eps));
+    for (int i = 0; i < n; i += 4) {
+        const float32x4_t v = vmulq_f32(q3n__loadf_neon(x + i, n - i), scale);
+        q3n__storef_neon(y + i, vmulq_f32(v, q3n__loadf_neon(w + i, n - i)), n - i);
+    }
+}
+
+static void q3n__softmax_neon(float *x, int n)
+{
+    const float32x4_t l = vdupq_n_f32(q3n__exp_sum_neon(x, n, q3n__max_neon(x, n)));
+    for (int i = 0; i < n; i += 4)
+        q3n__storef_neon(x + i, vdivq_f32(q3n__loadf_neon(x + i, n - i), l), n - i);
+}
+
+static void q3n__silu_mul_neon(float *y, const float *gate, int n)
+{
+    for (int i = 0; i < n; i += 4) {
+        const float32x4_t g = q3n__loadf_neon(gate + i, n - i), v = q3n__loadf_neon(y + i, n - i);
+        const float32x4_t s = vdivq_f32(g, q3n__exp1_neon(g));
+        q3n__storef_neon(y + i, vmulq_f32(v, s), n - i);
+    }
+}
+
+static void q3n__sigmoid_mul_neon(float *y, const float *gate, int n)
+{
+    for (int i = 0; i < n; i += 4) {
+        const float32x4_t g = q3n__loadf_neon(gate + i, n - i), v = q3n__loadf_neon(y + i, n - i);
+        const float32x4_t s = vdivq_f32(vdupq_n_f32(1.0f), q3n__exp1_neon(g));
+        q3n__storef_neon(y + i, vmulq_f32(v, s), n - i);
+    }
+}
+
+static void q3n__bind_neon(q3n__kernels *k)
+{
+#define Q3N__X(ID, id)                                                                  \
+    k->matmul[Q3N_TYPE_##ID] = q3n__matmul_##id##_neon;                                 \
+    k->to_f32[Q3N_TYPE_##ID] = q3n__to_f32_##id##_neon;                                 \
+    k->attend[Q3N_TYPE_##ID] = q3n__attend_##id##_neon;
+    Q3N__FLOAT_TYPE_LIST(Q3N__X)
+#undef Q3N__X
+    k->delta       = q3n__delta_neon;
+    k->conv        = q3n__conv_neon;
+    k->dot         = q3n__dot_neon;
+    k->axpy        = q3n__axpy_neon;
+    k->rms_norm    = q3n__rms_norm_neon;
+    k->softmax     = q3n__softmax_neon;
+    k->silu_mul    = q3n__silu_mul_neon;
+    k->sigmoid_mul = q3n__sigmoid_mul_neon;
+}
+
+#else
+#  define q3n__bind_neon NULL
+#endif
+
+/* =====================================================================================
+ * [21] DISPATCH: one row per ISA                                           >>dispatch
  * ===================================================================================== */
 static const struct {
     const char *name;
