@@ -40,6 +40,7 @@ ifeq ($(config),aarch64)
   CMOCKA  := -isystem $(SYSROOT)/include -L$(SYSROOT)/lib/aarch64-linux-gnu -lcmocka \
              -Wl,-rpath,$(SYSROOT)/lib/aarch64-linux-gnu
   RUN     := qemu-aarch64 -L /usr/aarch64-linux-gnu
+  export TEST_LIMIT := 3600
 endif
 ifeq ($(config),fuzz)
   override CC := clang
@@ -55,7 +56,8 @@ HF_GOLDENS    := $(patsubst tests/golden/%/config.json,%,$(wildcard tests/golden
 KERAS_GOLDENS := $(patsubst tests/golden/keras/%.keras,%,$(wildcard tests/golden/keras/*.keras))
 STORIES       := build/models/stories.q3n
 TOKENIZER     := build/models/tokenizer_qwen3.q3n
-MODELS        := $(patsubst %,build/models/%.q3n,$(HF_GOLDENS) $(KERAS_GOLDENS)) $(STORIES) $(TOKENIZER)
+MODELS        := $(patsubst %,build/models/%.q3n,$(HF_GOLDENS) $(KERAS_GOLDENS)) \
+                 $(STORIES) $(TOKENIZER)
 PROGRAMS      := $(B)/q3n $(B)/libqwen3next.so $(B)/embed $(B)/embed_cpp
 
 # Without -j on the command line every CPU is used.
@@ -72,8 +74,8 @@ PY = $(eval PY := $(shell $(FIND_PYTHON)))$(PY)
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: all help deps deps-aarch64 demo test test-aarch64 fuzz bench lint coverage models install clean
-.PHONY: suites always
+.PHONY: all help deps deps-aarch64 demo test test-aarch64 fuzz bench lint coverage models install
+.PHONY: clean suites always list-suites
 
 # ---- deps together with other targets: those start afresh when everything is installed ----
 LATER := $(filter-out deps deps-aarch64,$(MAKECMDGOALS))
@@ -140,7 +142,8 @@ $(B)/fuzz_%: tests/fuzz_%.c $(B)/flags
 
 # ---- Models ----
 
-CONVERTER := $(filter-out $(addprefix tools/,lint.py coverage.py unicode_tables.py),$(wildcard tools/*.py))
+CONVERTER := $(filter-out tools/lint.py tools/coverage.py tools/unicode_tables.py,\
+               $(wildcard tools/*.py))
 CONVERT    = @mkdir -p $(@D); $(PY) tools/convert.py
 
 define MODEL_FROM_DIRECTORY
@@ -177,7 +180,7 @@ build/corpus.made: tests/make_fuzz_corpus.py tests/synthetic.py $(CONVERTER)
 
 models: $(MODELS)   ## Convert the models that the tests use into build/models/
 
-demo: $(B)/q3n $(STORIES)   ## Build everything needed, convert the built-in checkpoint, tell a story
+demo: $(B)/q3n $(STORIES)   ## Build, convert the built-in checkpoint, tell a story
 	$(B)/q3n run $(STORIES) --echo -n 200 -p '<|endoftext|>Once upon a time'
 
 # ---- Tests ----
@@ -226,7 +229,6 @@ $(RESULTS)/lint: build/obj/lint.o always
 
 TEST_CONFIGS := release sanitize thread
 # A goal that prints the names of a configuration's suites.
-.PHONY: list-suites
 list-suites:
 	@echo $(SUITES)
 
@@ -268,12 +270,12 @@ lint: build/obj/lint.o   ## Check the style: tools/lint.py
 # ---- Speed ----
 
 BENCH_TYPE ?= bf16
-BENCH      := g1 g2 g3
+BENCH      ?= g1 g2 g3
 build/models/bench_%.q3n: | $(B)/q3n
 	@mkdir -p $(@D)
 	$(B)/q3n init $@ --preset $* --type $(BENCH_TYPE) --seed 1
 
-bench: $(B)/q3n $(BENCH:%=build/models/bench_%.q3n)   ## Measure prompt and decode speed on three geometries (several GB of files)
+bench: $(B)/q3n $(BENCH:%=build/models/bench_%.q3n)   ## Measure speed on BENCH="g1 g2 g3" (17 GB)
 	@for g in $(BENCH); do echo "== $$g $(BENCH_TYPE)"; \
 	    $(B)/q3n bench build/models/bench_$$g.q3n $(BENCH_FLAGS) || exit 1; done
 

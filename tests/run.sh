@@ -7,7 +7,7 @@
 # A command that ends with status 77 says that this machine cannot run it.
 set -u
 
-LIMIT_SECONDS=900
+LIMIT_SECONDS=${TEST_LIMIT:-900}
 
 run_suite() {
     local name=$1 result=$2 log status verdict started seconds

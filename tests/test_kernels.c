@@ -1,5 +1,5 @@
-/* test_kernels.c - every instruction set x type x kernel against the definition in double precision,
- * and the promise that no output depends on how the work is cut: bit for bit. */
+/* test_kernels.c - every instruction set x type x kernel against the definition in double
+ * precision, and the promise that no output depends on how the work is cut: bit for bit. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -38,7 +38,8 @@ static void release_to(int keep)
         const uint8_t *p = blocks[i].base;
         for (size_t j = 0; blocks[i].bytes && j < GUARD; j++) {
             if (p[j] != 0xA5) fail_msg("wrote %d bytes before an output", (int)(GUARD - j));
-            if (p[GUARD + 4 + blocks[i].bytes + j] != 0xA5) fail_msg("wrote %d bytes behind", (int)j + 1);
+            if (p[GUARD + 4 + blocks[i].bytes + j] != 0xA5)
+                fail_msg("wrote %d bytes behind", (int)j + 1);
         }
         free(blocks[i].base);
     }
@@ -213,8 +214,9 @@ static void check_product(const product *p)
 
 static void matmul_values(void)
 {
-    static const int shapes[][2] = {       /* tokens, rows */
-        { 1, 1 }, { 1, 7 }, { 1, 17 }, { 2, 3 }, { 3, 4 }, { 4, 5 }, { 5, 8 }, { 6, 9 }, { 13, 6 } };
+    static const int shapes[][2] = {/* tokens, rows */
+                                    {1, 1}, {1, 7}, {1, 17}, {2, 3}, {3, 4},
+                                    {4, 5}, {5, 8}, {6, 9},  {13, 6}};
     for (int type = 0; type < N_FLOAT_TYPES; type++)
         for (int i = 0; i < N_LENGTHS; i++)
             for (int s = 0; s < 9; s++) {
@@ -245,7 +247,8 @@ static void matmul_cuts(void)
                 const int t = random_int(n);
                 part.row0 = random_int(n_rows);
                 part.n    = k % 3 == 0 ? 1 : 1 + random_int(n - t);
-                part.row1 = k % 3 == 1 ? part.row0 + 1 : part.row0 + 1 + random_int(n_rows - part.row0);
+                part.row1 =
+                    k % 3 == 1 ? part.row0 + 1 : part.row0 + 1 + random_int(n_rows - part.row0);
                 part.y_stride = n_rows;
                 part.y = new_out((size_t)(part.n * n_rows));
                 int *rows = (int *)(void *)new_in((size_t)part.n);
@@ -293,7 +296,8 @@ static attention new_attention(q3n_type type, int n, int dim, const int *n_keys)
     p.a.o_stride = dim + random_int(3);
     float *q = new_in((size_t)((n - 1) * p.a.q_stride + dim));
     fill(q, (size_t)((n - 1) * p.a.q_stride + dim), PLAIN);
-    for (int i = 0; i < n * p.a.q_stride - (p.a.q_stride - dim); i++) q[i] *= 2.0f / sqrtf((float)dim);
+    for (int i = 0; i < n * p.a.q_stride - (p.a.q_stride - dim); i++)
+        q[i] *= 2.0f / sqrtf((float)dim);
     p.a.q = q;
     p.a.o = new_out((size_t)(n * p.a.o_stride));
     p.a.m = new_out((size_t)n);
@@ -336,7 +340,8 @@ static void check_attention(const attention *p)
                 sum += s[j] * p->v[j * a->dim + c];
                 abs_sum += fabs(s[j] * p->v[j * a->dim + c]);
             }
-            check(o[c], sum, abs_sum * (weight + (a->n_keys[i] + 1) * U) + 256 * TINY_STEP, "attend: o");
+            check(o[c], sum, abs_sum * (weight + (a->n_keys[i] + 1) * U) + 256 * TINY_STEP,
+                  "attend: o");
         }
     }
 }
@@ -442,7 +447,8 @@ static void check_memory(const memory *p)
         if (j < h->col0 || j >= h->col1) {
             assert_int_equal(q3n__f32_bits(h->o[j]), 0xA5A5A5A5u);
             for (int i = 0; i < h->dk; i++)
-                check_same(h->S + i * h->dv + j, p->before + i * h->dv + j, 4, "delta: other columns");
+                check_same(h->S + i * h->dv + j, p->before + i * h->dv + j, 4,
+                           "delta: other columns");
             continue;
         }
         double read = 0.0, abs_read = 0.0, o = 0.0, o_error = 0.0;
@@ -577,7 +583,8 @@ static void check_convolution(const convolution *p)
                 s += term;
                 sum += fabs(term);
             }
-            if (mine) check(*y, silu(s), silu_error(s, sum * (c->width + 1) * U) + TINY_STEP, "conv");
+            if (mine)
+                check(*y, silu(s), silu_error(s, sum * (c->width + 1) * U) + TINY_STEP, "conv");
             else      assert_int_equal(q3n__f32_bits(*y), 0xA5A5A5A5u);
         }
         for (int j = 0; j < c->width - 1; j++)
@@ -607,7 +614,8 @@ static void test_conv(void **state) { (void)state; for_each_isa(conv_values); }
 static void conv_cuts(void)
 {
     for (int k = 0; k < 60; k++) {
-        const int n = 1 + random_int(9), channels = 1 + random_int(80), step = 1 + random_int(channels);
+        const int n = 1 + random_int(9), channels = 1 + random_int(80),
+                  step = 1 + random_int(channels);
         convolution p = new_convolution(n, 4, channels);
         q3n__conv part = p.c;
         part.state = new_out((size_t)(3 * channels));
@@ -653,7 +661,8 @@ static void vector_values(void)
             kernels.axpy(y, factor, a, n);
             for (int j = 0; j < n; j++) {
                 const double term = (double)factor * a[j];
-                check(y[j], b[j] + term, 2 * U * (fabs(term) + fabs((double)b[j])) + TINY_STEP, "axpy");
+                check(y[j], b[j] + term, 2 * U * (fabs(term) + fabs((double)b[j])) + TINY_STEP,
+                      "axpy");
             }
             if (n == 0) continue;
             float *in_place = new_out((size_t)n);
@@ -702,24 +711,27 @@ static void test_softmax(void **state) { (void)state; for_each_isa(softmax_value
 
 static void gate_values(void)
 {
-    static const float special[] = { 0.0f, -0.0f, 1e-45f, -1e-39f, 88.0f, -88.0f, 104.0f, -104.0f, 1e4f,
-                                     -1e4f, 1e37f, -1e37f, 20.0f, -20.0f, -87.5f, -89.5f };
+    static const float special[] = {0.0f, -0.0f, 1e-45f, -1e-39f, 88.0f, -88.0f, 104.0f, -104.0f,
+                                    1e4f, -1e4f, 1e37f,  -1e37f,  20.0f, -20.0f, -87.5f, -89.5f};
     for (int i = 0; i < N_LENGTHS; i++)
         for (int kind = 0; kind < N_KINDS; kind++) {
             const int n = length(i);
             float *gate = new_in((size_t)n), *x = new_in((size_t)n);
             float *y = new_out((size_t)n), *z = new_out((size_t)n);
             fill(x, (size_t)n, PLAIN);
-            for (int j = 0; j < n; j++) gate[j] = random_int(2) ? random_of(kind) : special[random_int(16)];
+            for (int j = 0; j < n; j++)
+                gate[j] = random_int(2) ? random_of(kind) : special[random_int(16)];
             memcpy(y, x, (size_t)n * 4);
             memcpy(z, x, (size_t)n * 4);
             kernels.silu_mul(y, gate, n);
             kernels.sigmoid_mul(z, gate, n);
             for (int j = 0; j < n; j++) {
                 /* where e^-g overflows to infinity, 1 / (1 + e^-g) < 2^-128 becomes 0 */
-                const double g = gate[j], sigmoid = 1.0 / (1.0 + exp(-g)), lost = g < -88.0 ? sigmoid : 0.0;
+                const double g = gate[j], sigmoid = 1.0 / (1.0 + exp(-g)),
+                             lost = g < -88.0 ? sigmoid : 0.0;
                 const double v = fabs((double)x[j]), small = (1.0 + v) * TINY_STEP;
-                check(y[j], x[j] * silu(g), v * fabs(silu(g)) * 8 * U + v * fabs(g) * lost + small, "silu");
+                check(y[j], x[j] * silu(g), v * fabs(silu(g)) * 8 * U + v * fabs(g) * lost + small,
+                      "silu");
                 check(z[j], x[j] * sigmoid, v * sigmoid * 8 * U + v * lost + small, "sigmoid");
             }
             release();
@@ -760,7 +772,8 @@ static double exp_ulps(float x, float got)
     int e;
     if (want >= 0x1.ffffffp127) return isinf(got) && got > 0.0f ? 0.0 : HUGE_VAL;
     frexp(want, &e);
-    return fabs((isinf(got) ? 0x1p128 : (double)got) - want) / ldexp(1.0, e - 24 < -149 ? -149 : e - 24);
+    return fabs((isinf(got) ? 0x1p128 : (double)got) - want)
+           / ldexp(1.0, e - 24 < -149 ? -149 : e - 24);
 }
 
 static void check_exp(float *x, int n)
@@ -909,7 +922,8 @@ static void test_from_f32(void **state)
         check_rounding(half);
         for (uint32_t j = 0; j < 3; j++) {   /* half-way to the next and its neighbours */
             check_rounding(q3n__bits_f32((i << 16) + 0x7fffu + j));
-            if ((i & 0x7c00) != 0x7c00) check_rounding(q3n__bits_f32(q3n__f32_bits(half) + 0xfffu + j));
+            if ((i & 0x7c00) != 0x7c00)
+                check_rounding(q3n__bits_f32(q3n__f32_bits(half) + 0xfffu + j));
         }
     }
     for (int i = 0; i < 100000; i++) check_rounding(q3n__bits_f32(random_u32()));

@@ -78,7 +78,8 @@ static void small_config(q3n_config *c)
     q3n_error err;
     assert_int_equal(q3n_config_preset("g1", c, &err), Q3N_OK);
     for (int i = 0; i < COUNT(fields); i++)
-        if (q3n_config_set(c, fields[i][0], fields[i][1], &err) != Q3N_OK) fail_msg("%s", err.message);
+        if (q3n_config_set(c, fields[i][0], fields[i][1], &err) != Q3N_OK)
+            fail_msg("%s", err.message);
 }
 
 static image make_file(const q3n_config *c, q3n_type type)
@@ -159,7 +160,8 @@ static size_t entry(const image *f, const char *key)
 {
     const size_t end = section(f, 1) + (size_t)u64(f, section_record(f, 1) + 16);
     for (size_t at = section(f, 1); at < end; at += entry_bytes(f, at))
-        if (f->data[at] == strlen(key) && memcmp(f->data + at + 8, key, strlen(key)) == 0) return at;
+        if (f->data[at] == strlen(key) && memcmp(f->data + at + 8, key, strlen(key)) == 0)
+            return at;
     fail_msg("configuration key %s is not there", key);
     return 0;
 }
@@ -188,7 +190,8 @@ static size_t tensor(const image *f, const char *name)
 }
 
 /* The file with another section of that kind in place of its own, or one more if it has none. */
-static image with_section(const image *f, uint32_t kind, uint32_t flags, const void *data, size_t bytes)
+static image with_section(const image *f, uint32_t kind, uint32_t flags, const void *data,
+                          size_t bytes)
 {
     const size_t shift = (bytes + 32 + 8 + 4095) / 4096 * 4096, n = u32(f, 12);
     const size_t old_meta = meta_bytes(f), at = old_meta + 32;
@@ -255,7 +258,8 @@ static void expect_raw(image f, q3n_result want, int64_t offset, const char *wor
     q3n_error err;
     q3n_model *m;
     const q3n_result r = open_image(&m, &f, 0, &err);
-    if (r != want) fail_msg("result %d (%s), expected %d (%s)", (int)r, err.message, (int)want, words);
+    if (r != want)
+        fail_msg("result %d (%s), expected %d (%s)", (int)r, err.message, (int)want, words);
     if (err.offset != offset)
         fail_msg("'%s': offset %lld, expected %lld", err.message, (long long)err.offset,
                  (long long)offset);
@@ -405,7 +409,7 @@ static void test_sections(void **state)
     expect_good(with_section(&good, 900, 0, "abcdefg", 7));
     expect_good(with_section(&good, 0, 0, "", 0));
     expect_good(with_section(&good, 5, 0xFFFFFFFEu, "abcdefg", 7));
-    f = with_section(&good, 900, 0, "abcdefg", 7);            /* unknown, but its place is checked */
+    f = with_section(&good, 900, 0, "abcdefg", 7);   /* unknown, but its place is checked */
     at = section_record(&f, 900);
     put_u64(&f, at + 16, UINT64_MAX);
     expect(f, Q3N_ERR_FORMAT, (int64_t)at, "not inside the metadata");
@@ -450,8 +454,8 @@ static void test_entries(void **state)
     expect(f, Q3N_ERR_FORMAT, BEHIND(f), "'vocab_size'|once");
     const image twice = with_entry(&good, "unknown", 3, "a", 1);
     f = with_entry(&twice, "unknown", 3, "b", 1);
-    expect(f, Q3N_ERR_FORMAT, (int64_t)(section(&f, 1) + (size_t)u64(&twice, section_record(&twice, 1) + 16)),
-           "'unknown'|once");
+    const uint64_t before = u64(&twice, section_record(&twice, 1) + 16);
+    expect(f, Q3N_ERR_FORMAT, (int64_t)(section(&f, 1) + before), "'unknown'|once");
     free(twice.data);
 
     /* the last entry need not be padded */
@@ -507,7 +511,8 @@ static void test_fields(void **state)
         for (int k = 0; k < 2; k++) {
             f = fresh();
             if (row->kind == 'F') put_entry_f64(&f, row->name, k ? row->most * 2 : row->least - 1);
-            else put_entry_u64(&f, row->name, (uint64_t)(int64_t)(k ? row->most + 1 : row->least - 1));
+            else put_entry_u64(&f, row->name,
+                               (uint64_t)(int64_t)(k ? row->most + 1 : row->least - 1));
             expect(f, Q3N_ERR_FORMAT, at, quoted);
         }
         f = fresh();
@@ -521,7 +526,8 @@ static void test_other_keys(void **state)
 {
     (void)state;
     static const uint8_t ints[8 * 300] = { 1 };
-    static const uint8_t large[8] = { 0, 0, 0, 0, 1 }, minus[8] = { 255, 255, 255, 255, 255, 255, 255, 255 };
+    static const uint8_t large[8] = { 0, 0, 0, 0, 1 };
+    static const uint8_t minus[8] = { 255, 255, 255, 255, 255, 255, 255, 255 };
     char text[300];
     memset(text, 'a', sizeof text);
     const struct {
@@ -531,15 +537,18 @@ static void test_other_keys(void **state)
         size_t      bytes;
         q3n_result  result;      /* Q3N_OK: the model opens                                      */
     } rows[] = {
-        { "eos_ids", 1, ints, 8 * 16, Q3N_OK },          { "eos_ids", 1, ints, 8 * 17, Q3N_ERR_FORMAT },
+        { "eos_ids", 1, ints, 8 * 16, Q3N_OK },
+        { "eos_ids", 1, ints, 8 * 17, Q3N_ERR_FORMAT },
         { "eos_ids", 3, "x", 1, Q3N_ERR_FORMAT },        { "eos_ids", 1, minus, 8, Q3N_ERR_FORMAT },
         { "eos_ids", 1, large, 8, Q3N_ERR_FORMAT },      { "eos_ids", 2, ints, 8, Q3N_ERR_FORMAT },
         { "chat", 3, text, 31, Q3N_OK },                 { "chat", 3, text, 32, Q3N_ERR_FORMAT },
         { "chat", 1, ints, 8, Q3N_ERR_FORMAT },          { "chat", 3, "a\0b", 3, Q3N_ERR_FORMAT },
         { "chat", 3, "", 0, Q3N_OK },
-        { "tokenizer_nfc", 1, ints, 8, Q3N_OK },         { "tokenizer_nfc", 1, ints, 16, Q3N_ERR_FORMAT },
+        { "tokenizer_nfc", 1, ints, 8, Q3N_OK },
+        { "tokenizer_nfc", 1, ints, 16, Q3N_ERR_FORMAT },
         { "tokenizer_nfc", 3, "1", 1, Q3N_ERR_FORMAT },
-        { "tokenizer_pattern", 3, "qwen2", 5, Q3N_OK },  { "tokenizer_pattern", 3, "qwen3_5", 7, Q3N_OK },
+        { "tokenizer_pattern", 3, "qwen2", 5, Q3N_OK },
+        { "tokenizer_pattern", 3, "qwen3_5", 7, Q3N_OK },
         { "tokenizer_pattern", 3, "gpt2", 4, Q3N_ERR_UNSUPPORTED },
         { "tokenizer_pattern", 1, ints, 8, Q3N_ERR_FORMAT },
         { "tokenizer_pattern", 3, text, 64, Q3N_ERR_FORMAT },
@@ -547,7 +556,8 @@ static void test_other_keys(void **state)
     for (int i = 0; i < COUNT(rows); i++) {
         const image f = with_entry(&good, rows[i].key, rows[i].type, rows[i].value, rows[i].bytes);
         if (rows[i].result == Q3N_OK) expect_good(f);
-        else expect(f, rows[i].result, BEHIND(f), rows[i].result == Q3N_ERR_FORMAT ? rows[i].key : "pattern");
+        else expect(f, rows[i].result, BEHIND(f),
+                    rows[i].result == Q3N_ERR_FORMAT ? rows[i].key : "pattern");
     }
     static const char *const kinds[] = { "layer_types", "layer_experts" };
     for (int i = 0; i < COUNT(kinds); i++) {
@@ -570,7 +580,8 @@ static void test_other_keys(void **state)
     expect(f, Q3N_ERR_FORMAT, (int64_t)entry(&good, "name"), "'name'|255");
 }
 
-/* Fields that are each in range and contradict one another: q3n_config_check's message comes through. */
+/* Fields that are each in range and contradict one another: the message of q3n_config_check comes
+ * through. */
 static void test_geometry(void **state)
 {
     (void)state;
@@ -673,7 +684,7 @@ static void test_records(void **state)
     (void)state;
     const size_t q = tensor(&good, Q_PROJ), e = tensor(&good, EXPERTS);
     const uint64_t file = good.bytes, meta = meta_bytes(&good), slice = u64(&good, e + 48);
-    const uint64_t stride = u64(&good, e + 56);
+    const uint64_t stride = u64(&good, e + 56), place = u64(&good, q + 40);
     const struct {
         size_t      record;
         int         at, wide;    /* byte of the record, 1 = 64 bits                              */
@@ -698,6 +709,8 @@ static void test_records(void **state)
         { q, 48, 1, 8193, Q3N_ERR_FORMAT, 48, Q_PROJ "|slice of 8193 bytes" },
         { q,  8, 0, Q3N_TYPE_F32, Q3N_ERR_FORMAT, 48, Q_PROJ "|f32" },
         { q, 40, 1, meta / 64 * 64 - 64, Q3N_ERR_FORMAT, 40, Q_PROJ "|not inside" },
+        { q, 40, 1, place + 32, Q3N_ERR_FORMAT, 40, Q_PROJ "|not at a multiple of 64" },
+        { q, 40, 1, place + 1, Q3N_ERR_FORMAT, 40, Q_PROJ "|not at a multiple of 64" },
         { q, 40, 1, file - 32, Q3N_ERR_FORMAT, 40, Q_PROJ "|not inside" },
         { q, 40, 1, (file / 64 + 1) * 64, Q3N_ERR_FORMAT, 40, Q_PROJ "|not inside" },
         { q, 40, 1, UINT64_MAX - 63, Q3N_ERR_FORMAT, 40, Q_PROJ "|not inside" },
@@ -779,7 +792,7 @@ static void test_plan(void **state)
     expect(f, Q3N_ERR_FORMAT, (int64_t)section(&f, 2), "score.weight|missing|[3, 32]");
     f = fresh();
     put_entry_u64(&f, "num_hidden_layers", 3);
-    expect(f, Q3N_ERR_FORMAT, (int64_t)section(&f, 1), "layer 2");   /* two kinds for three layers */
+    expect(f, Q3N_ERR_FORMAT, (int64_t)section(&f, 1), "layer");   /* two kinds for three layers */
     f = fresh();
     put_entry_u64(&f, "layer_types", 0);
     expect(f, Q3N_ERR_FORMAT, (int64_t)section(&f, 2), "layers.0.self_attn.q_proj.weight|missing");
@@ -1029,7 +1042,8 @@ static void fill_tensor(const image *f, const char *name, q3n_type type, uint32_
     const size_t n_slices = u32(f, at + 12) == 3 ? (size_t)u64(f, at + 16) : 1;
     const q3n_type own = (q3n_type)u32(f, at + 8);
     const size_t step = own == Q3N_TYPE_F32 ? 4 : 2;
-    const uint32_t v = own == Q3N_TYPE_F32 && type != Q3N_TYPE_F32 ? 0x7F800000 | (bits << 16) : bits;
+    const uint32_t v = own == Q3N_TYPE_F32 && type != Q3N_TYPE_F32 ? 0x7F800000 | (bits << 16)
+                                                                   : bits;
     for (size_t k = 0; k < n_slices; k++)
         for (size_t i = 0; i < u64(f, at + 48); i += step)
             memcpy(f->data + u64(f, at + 40) + k * u64(f, at + 56) + i, &v, step);
@@ -1081,7 +1095,8 @@ static void test_not_numbers(void **state)
                 const size_t at = (size_t)u64(&f, tensor(&f, ROUTER) + 40);
                 const size_t row = (size_t)u64(&f, tensor(&f, ROUTER) + 48) / 6;
                 for (size_t i = 0; i < row; i += type == Q3N_TYPE_F32 ? 4 : 2)
-                    memcpy(f.data + at + 2 * row + i, &patterns[type][k], type == Q3N_TYPE_F32 ? 4 : 2);
+                    memcpy(f.data + at + 2 * row + i, &patterns[type][k],
+                           type == Q3N_TYPE_F32 ? 4 : 2);
                 evaluate_nonsense(&f, (q3n_isa)isa, 1);
                 free(f.data);
             }

@@ -1,6 +1,6 @@
-/* test_memory.c - the host's allocator: it may fail at any call, gets everything back with the right
- * sizes, is never called by evaluation, and is asked for exactly what was announced; and sessions of
- * one model on several threads do not disturb one another. */
+/* test_memory.c - the host's allocator: it may fail at any call, gets everything back with the
+ * right sizes, is never called by evaluation, and is asked for exactly what was announced; and
+ * sessions of one model on several threads do not disturb one another. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -171,7 +171,8 @@ static void test_sampler_fails(void **state)
             float logits[4096];
             assert_true(q3n_model_config(m)->vocab_size <= COUNT(logits));
             for (int i = 0; i < COUNT(logits); i++) logits[i] = (float)(i % 17);
-            for (int i = 0; i < 100; i++) q3n_sampler_accept(sampler, q3n_sampler_sample(sampler, logits));
+            for (int i = 0; i < 100; i++)
+                q3n_sampler_accept(sampler, q3n_sampler_sample(sampler, logits));
             q3n_sampler_reset(sampler);
             assert_int_equal(h.calls, 0);
             q3n_sampler_destroy(sampler);
@@ -188,7 +189,7 @@ static void test_sampler_fails(void **state)
 static void test_tokenize_fails(void **state)
 {
     static const char text[] = "Once upon a time, there was a girl called Lily. \xc3\xa9\xcc\x81 "
-                               "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa 12345";
+                               "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa 12345";
     heap h = { 0 };
     q3n_model *m = open_counted(&h, (const char *)*state);
     const int live = h.live;
@@ -223,8 +224,9 @@ static void test_init_fails(void **state)
     assert_true(handle >= 0);
     close(handle);
     remove(path);
-    static const char *const fields[][2] = { { "layers", "4" }, { "hidden", "32" }, { "vocab", "50" },
-                                             { "experts", "2" }, { "top_k", "1" } };
+    static const char *const fields[][2] = {
+        {"layers", "4"}, {"hidden", "32"}, {"vocab", "50"}, {"experts", "2"}, {"top_k", "1"},
+    };
     assert_int_equal(q3n_config_preset("g1", &c, &err), Q3N_OK);
     for (int i = 0; i < COUNT(fields); i++)
         assert_int_equal(q3n_config_set(&c, fields[i][0], fields[i][1], &err), Q3N_OK);
@@ -268,7 +270,8 @@ static void test_eval_allocates_nothing(void **state)
             assert_int_equal(q3n_session_classify(s, ids, 40, logits), Q3N_OK);
         } else {
             assert_int_equal(q3n_session_eval(s, ids, 40, logits), Q3N_OK);
-            for (int i = 0; i < 20; i++) assert_int_equal(q3n_session_eval(s, ids + i, 1, logits), Q3N_OK);
+            for (int i = 0; i < 20; i++)
+                assert_int_equal(q3n_session_eval(s, ids + i, 1, logits), Q3N_OK);
             assert_int_equal(q3n_session_eval(s, ids, 1000, logits), Q3N_ERR_FULL);
         }
         q3n_session_reset(s);
@@ -290,8 +293,8 @@ static void check_session_bytes(const q3n_model *m, heap *h, const q3n_session_o
     assert_true(bytes > 0);
     assert_int_equal(q3n_session_bytes(m, o, NULL), bytes);
     assert_int_equal(parts.total, bytes);
-    assert_int_equal(parts.kv_cache + parts.delta_state + parts.conv_state + parts.scratch + parts.other,
-                     bytes);
+    assert_int_equal(parts.kv_cache + parts.delta_state + parts.conv_state + parts.scratch
+                     + parts.other, bytes);
     h->calls = 0;
     if (q3n_session_create(&s, m, o, &err) != Q3N_OK) fail_msg("%s", err.message);
     assert_int_equal(h->calls, 1);
@@ -410,7 +413,8 @@ static void test_concurrent_sessions(void **state)
     float *beside = (float *)malloc(COUNT(jobs) * V * sizeof *beside);
     assert_true(alone && beside);
     for (int i = 0; i < COUNT(jobs); i++) {
-        jobs[i] = (text_job){ .m = m, .n = 30 + 6 * i, .n_threads = 1 + i % 2, .logits = alone + (size_t)i * V };
+        jobs[i] = (text_job){ .m = m, .n = 30 + 6 * i, .n_threads = 1 + i % 2,
+                              .logits = alone + (size_t)i * V };
         for (int t = 0; t < jobs[i].n; t++) jobs[i].ids[t] = (int32_t)((size_t)(t * (31 + i)) % V);
         text_main(&jobs[i]);
         assert_int_equal(jobs[i].result, Q3N_OK);

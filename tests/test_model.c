@@ -145,9 +145,10 @@ static void check_hidden(const q3n_model *m, const trace *t, const char *want, c
         const char *row = golden_next(&want);
         double *x = golden_numbers(row, &n);
         assert_int_equal(n, t->d);
-        const int behind = i < layers ? i : layers + 1;   /* the last one is behind the final norm */
+        const int behind = i < layers ? i : layers + 1;   /* the last: behind the final norm */
         snprintf(text, sizeof text, "%s: hidden state %d of %d", what, i, layers);
-        check_near(t->rows + (size_t)behind * (size_t)t->d, x, n, HIDDEN_BOUND(largest(x, n)), text);
+        check_near(t->rows + (size_t)behind * (size_t)t->d, x, n, HIDDEN_BOUND(largest(x, n)),
+                   text);
         free(x);
     }
 }
@@ -339,7 +340,8 @@ static const cutting cuttings[] = {
     { "uneven pieces",  { 7, 1, 64, 2, 33, 4, 3 } },
 };
 
-static void evaluate_cut(q3n_session *s, const int32_t *ids, int n, const cutting *cut, float *logits)
+static void evaluate_cut(q3n_session *s, const int32_t *ids, int n, const cutting *cut,
+                         float *logits)
 {
     const size_t V = (size_t)q3n_model_config(s->model)->vocab_size;
     for (int at = 0, i = 0; at < n; i++) {
@@ -510,6 +512,86 @@ static void test_identity_long(void **state)
     q3n_model_close(m);
 }
 
+/* ---- Attention over several blocks, against its definition ---- */
+typedef struct {
+    q3n_session *s;
+    int          n_layers, checked;
+} attention_check;
+
+/* Behind the last layer, which is an attention layer, the run still has its queries (scaled) and
+ * outputs: [kv head][token][head of the group][D].  Each is compared with softmax(q k') v in double
+ * precision over all keys of the cache.  A score is off by a few eps times the products it sums, a
+ * weight by as much of itself, an output by a few times that of the largest value: 1e-6 is eight
+ * times eps. */
+static void check_attention(void *user, int l, const float *x, int n, int d)
+{
+    attention_check *c = (attention_check *)user;
+    if (l != c->n_layers - 1) return;
+    const q3n__run *r = &c->s->run;
+    const q3n__kv_cache *kv = &c->s->state.kv;
+    const int g = r->model->config.num_attention_heads / kv->n_kv_heads, D = kv->dim;
+    const size_t B = Q3N__KV_BLOCK;
+    (void)x;
+    (void)d;
+    for (int i = 0; i < kv->n_kv_heads * n * g; i++) {
+        const int head = i / (n * g), last = c->s->state.length + i / g % n;
+        const float *q = r->q + (size_t)i * (size_t)D, *got = r->attn + (size_t)i * (size_t)D;
+        double out[256] = { 0.0 }, sum = 0.0, top = 0.0, largest_value = 0.0;
+        for (int pass = 0; pass < 2; pass++)
+            for (int j = 0; j <= last; j++) {
+                const float *k = (const float *)(const void *)
+                    q3n__kv_block(kv, c->s->n_attention - 1, j / (int)B, head);
+                const float *v = k + (size_t)D * B + (size_t)j % B * (size_t)D;
+                double score = 0.0;
+                for (int a = 0; a < D; a++)
+                    score += (double)q[a] * (double)k[(size_t)a * B + (size_t)j % B];
+                if (pass == 0) {
+                    top = j == 0 || score > top ? score : top;
+                    continue;
+                }
+                const double p = exp(score - top);
+                sum += p;
+                for (int a = 0; a < D; a++) {
+                    out[a] += p * (double)v[a];
+                    largest_value = fmax(largest_value, fabs((double)v[a]));
+                }
+            }
+        for (int a = 0; a < D; a++)
+            if (!(fabs(out[a] / sum - (double)got[a]) <= 1e-6 * largest_value))
+                fail_msg("query %d after %d keys: %.8g, expected %.8g", i, last, (double)got[a],
+                         out[a] / sum);
+        c->checked++;
+    }
+}
+
+static void test_attention_long(void **state)
+{
+    q3n_model *m = open_model((const char *)*state);
+    const int n = 700;
+    int32_t *ids = random_ids(n, q3n_model_config(m)->vocab_size);
+    for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
+        if (!q3n_isa_supported((q3n_isa)isa)) continue;
+        for (int n_threads = 1; n_threads <= 2; n_threads++) {   /* two split few tokens */
+            attention_check c = { NULL, q3n_model_config(m)->num_hidden_layers, 0 };
+            q3n_session_options o = options_of((q3n_isa)isa);
+            o.capacity = 1024;
+            o.batch = 100;
+            o.n_threads = n_threads;
+            o.layer_hook.layer = check_attention;
+            o.layer_hook.user = &c;
+            c.s = create_session(m, &o);
+            assert_true(c.s->n_attention > 0 && !m->layers[c.n_layers - 1].is_delta);
+            assert_int_equal(q3n_session_eval(c.s, ids, n - 4, NULL), Q3N_OK);
+            assert_int_equal(q3n_session_eval(c.s, ids + n - 4, 3, NULL), Q3N_OK);
+            assert_int_equal(q3n_session_eval(c.s, ids + n - 1, 1, NULL), Q3N_OK);
+            assert_int_equal(c.checked, n * q3n_model_config(m)->num_attention_heads);
+            q3n_session_destroy(c.s);
+        }
+    }
+    free(ids);
+    q3n_model_close(m);
+}
+
 /* ---- KV cache types ---- */
 
 /* A key or value in f16 is off by at most 2^-12 of itself, in bf16 by 2^-9; the
@@ -542,7 +624,8 @@ static void test_kv_types(void **state)
             assert_memory_not_equal(got, want, (size_t)V * sizeof *got);
             q3n_session_reset(s);
             evaluate_cut(s, ids, n, &cuttings[1], piecewise);
-            check_same(piecewise + (size_t)(n - 1) * (size_t)V, got, (size_t)V, "KV type, in pieces");
+            check_same(piecewise + (size_t)(n - 1) * (size_t)V, got, (size_t)V,
+                       "KV type, in pieces");
             q3n_session_destroy(s);
         }
         free(piecewise);
@@ -658,6 +741,8 @@ int main(void)
         CASE(test_identity_bidirectional, seed_patched_real_rope),
         CASE(test_identity_long, qwen3_next),
         CASE(test_identity_long, qwen3_moe),
+        CASE(test_attention_long, qwen3_next),
+        CASE(test_attention_long, qwen3_moe),
         CASE(test_kv_types, qwen3_next),
         CASE(test_kv_types, qwen3_dense_yarn),
         CASE(test_errors_change_nothing, qwen3_next),

@@ -1,6 +1,6 @@
-/* test_parallel.c - q3n__parallel runs every index exactly once, whatever the threads do: many small
- * regions, pools that come and go, the host's executor, more threads than processors.  Meant to run
- * under the thread sanitizer too. */
+/* test_parallel.c - q3n__parallel runs every index exactly once, whatever the threads do: many
+ * small regions, pools that come and go, the host's executor, more threads than processors.  Meant
+ * to run under the thread sanitizer too. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -70,8 +70,8 @@ static void check_region(q3n__pool *p, tally *t, int n, int grain)
 static void test_every_index_once(void **state)
 {
     static const int threads[] = { 1, 2, 3, 5, 8, MOST_THREADS };
-    static const int sizes[] = { -1, 0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 100, 127,
-                                 999, 1000, MOST_ITEMS };
+    static const int sizes[] = { -1, 0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 100,
+                                 127, 999, 1000, MOST_ITEMS };
     static const int grains[] = { -1, 0, 1, 2, 3, 8, 16, 100, MOST_ITEMS, INT_MAX };
     static tally t;
     (void)state;
@@ -286,7 +286,7 @@ static void test_pools_side_by_side(void **state)
 /* ---- The host's executor ---- */
 typedef struct {
     int   n_calls, n_tasks;
-    int   order;                     /* 0 forwards, 1 backwards, 2 the first does nothing but last */
+    int   order;                     /* 0 forwards, 1 backwards, 2 the second one first */
     int   most;
 } executor_log;
 
@@ -296,7 +296,8 @@ static void run_serially(void *user, int n, void (*task)(void *arg, int i), void
     log->n_calls++;
     log->n_tasks += n;
     if (n > log->most) log->most = n;
-    for (int i = 0; i < n; i++) task(arg, log->order == 1 ? n - 1 - i : log->order ? (i + 1) % n : i);
+    for (int i = 0; i < n; i++)
+        task(arg, log->order == 1 ? n - 1 - i : log->order == 2 ? (i + 1) % n : i);
 }
 
 typedef struct {
