@@ -14,9 +14,9 @@ C_FLAGS   = -std=c11 $(WARNINGS) -Wstrict-prototypes -Wmissing-prototypes
 CXX_FLAGS = -std=c++11 $(WARNINGS)
 MODE_FLAGS.release  := -O2
 MODE_FLAGS.debug    := -O0 -g
-MODE_FLAGS.sanitize := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
+MODE_FLAGS.sanitize := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined \
                        -fno-sanitize-recover=all
-MODE_FLAGS.thread   := -O1 -g -fsanitize=thread
+MODE_FLAGS.thread   := -O1 -g1 -fsanitize=thread
 MODE_FLAGS.scalar   := -O2 -DQ3N_NO_SIMD
 MODE_FLAGS.coverage := -O0 -g --coverage
 MODE_FLAGS.fuzz     := -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
@@ -73,6 +73,8 @@ FIND_PYTHON = for p in $(PYTHON) /usr/bin/python3 build/venv/bin/python; do \
 PY = $(eval PY := $(shell $(FIND_PYTHON)))$(PY)
 
 .DELETE_ON_ERROR:
+# Test programs are made by pattern rules only: they stay for the next run.
+.SECONDARY:
 .SUFFIXES:
 .PHONY: all help deps deps-aarch64 demo test test-aarch64 fuzz bench lint coverage models install
 .PHONY: clean suites always list-suites

@@ -7101,8 +7101,7 @@ static void q3n__bind_scalar(q3n__kernels *k)
 #define Q3N__EXP_5   0x1.123a2p-7f
 #define Q3N__EXP_6   0x1.6a23dp-10f
 
-/* out [n, width] = sum over i in [step0, step1) of x[., i] m[i, .], continued from out if step0 >
- * 0 */
+/* out [n, width] = sum over i in [step0, step1) of x[., i] m[i, .]; step0 > 0 continues from out */
 typedef struct {
     const void  *m;              /* [steps, m_stride] of a float type                            */
     const float *x;              /* [n, x_stride]                                                */
@@ -7112,6 +7111,11 @@ typedef struct {
 } q3n__mix;
 
 typedef void (*q3n__mix_fn)(const q3n__mix *p);
+
+/* Rows of m that are fetched into L2 ahead: its tiles are too narrow for the hardware's prefetch
+ * (keys and values from memory, 4 queries of 256, bf16: 17.6 instead of 28 ns a query and key with
+ * 64 rows, 22.5 with 16, Zen 4). */
+#define Q3N__MIX_AHEAD 64
 
 /* Tokens of the next tile: at most `most`, and no tile of one behind a full one. */
 static Q3N__UNUSED int q3n__tile_tokens(int left, int most)
@@ -7240,7 +7244,7 @@ Q3N__INLINE void q3n__tile_step_avx2(q3n_type type, int R, int T,
 {
     const int size = q3n__types[type].block_bytes;
     __m256 x[Q3N__TOKENS_AVX2];
-    if (p->ahead && j % (64 / size) == 0) {
+    if (p->ahead) {
         Q3N__UNROLL
         for (int r = 0; r < R; r++)
             _mm_prefetch((const char *)p->w[r] + p->ahead + (size_t)(j * size), _MM_HINT_T1);
@@ -7265,9 +7269,9 @@ Q3N__INLINE void q3n__store_rows_avx2(const q3n__matmul *m, int r, int t, __m128
 }
 
 /* Rows behind the last are computed as copies of it and dropped: every output takes one path.  The
- * first tile of a row fetches the next R rows into L2: the hardware's prefetch stops at each
- * row's end (bf16 from memory, rows of 512: 24 instead of 11 GB/s, Zen 4; into L1 it gains
- * nothing). */
+ * first tile of a row fetches the next R rows into L2, a line more than once: the hardware's
+ * prefetch stops at each row's end (bf16 from memory, rows of 512: 24 instead of 11 GB/s, Zen 4;
+ * into L1, or each line once, it gains less). */
 Q3N__INLINE void q3n__tile_avx2(q3n_type type, int R, int T, const q3n__matmul *m, int r0, int t0)
 {
     const size_t row_bytes = q3n__row_bytes(type, m->n_cols);
@@ -7281,7 +7285,8 @@ Q3N__INLINE void q3n__tile_avx2(q3n_type type, int R, int T, const q3n__matmul *
         Q3N__UNROLL
         for (int t = 0; t < T; t++) p.s[r][t] = _mm256_setzero_ps();
     }
-    p.ahead = t0 % q3n__block_tokens(m->n_cols, Q3N__TOKENS_AVX2) == 0 ? (size_t)R * row_bytes : 0;
+    const int first = t0 % q3n__block_tokens(m->n_cols, Q3N__TOKENS_AVX2) == 0;
+    p.ahead = first ? (size_t)R * row_bytes : 0;
     int j = 0;
     for (; j + 8 <= m->n_cols; j += 8) q3n__tile_step_avx2(type, R, T, &p, j, 8);
     if (j < m->n_cols) q3n__tile_step_avx2(type, R, T, &p, j, m->n_cols - j);
@@ -7328,6 +7333,7 @@ Q3N__INLINE void q3n__matmul_avx2(q3n_type type, const q3n__matmul *m)
 /* Columns [c, c + 8 V) of T rows of out; n is how many are real if V is 1.  T, V are constants. */
 Q3N__INLINE void q3n__mix_tile_avx2(q3n_type type, int V, int T, const q3n__mix *p, int c, int n)
 {
+    const size_t size = (size_t)q3n__types[type].block_bytes;
     __m256 s[4][4], x[4];
     Q3N__UNROLL
     for (int v = 0; v < V; v++)
@@ -7340,8 +7346,10 @@ Q3N__INLINE void q3n__mix_tile_avx2(q3n_type type, int V, int T, const q3n__mix 
         for (int t = 0; t < T; t++)
             x[t] = _mm256_set1_ps(p->x[(size_t)t * p->x_stride + (size_t)i]);
         const size_t first = (size_t)i * p->m_stride + (size_t)c;
+        const char *ahead = (const char *)p->m + (first + Q3N__MIX_AHEAD * p->m_stride) * size;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) {
+            if (V > 1) _mm_prefetch(ahead + 8 * (size_t)v * size, _MM_HINT_T1);
             const __m256 m = q3n__load_avx2(type, p->m, first + 8 * (size_t)v, n);
             Q3N__UNROLL
             for (int t = 0; t < T; t++) s[v][t] = _mm256_fmadd_ps(m, x[t], s[v][t]);
@@ -7428,16 +7436,9 @@ static void q3n__attend_group_avx2(const q3n__attend *a, int i, int T, q3n__mix_
     mix(&pv);
     for (int t = 0; t < T; t++) {
         if (a->n_keys[i + t] == least) continue;
-        const q3n__mix rest = {a->v,
-                               scores + t * Q3N__KV_BLOCK,
-                               o + (size_t)t * (size_t)a->o_stride,
-                               (size_t)a->dim,
-                               0,
-                               0,
-                               1,
-                               least,
-                               a->n_keys[i + t],
-                               a->dim};
+        const q3n__mix rest = { a->v, scores + t * Q3N__KV_BLOCK,
+                                o + (size_t)t * (size_t)a->o_stride, (size_t)a->dim, 0, 0, 1,
+                                least, a->n_keys[i + t], a->dim };
         mix(&rest);
     }
 }
@@ -7717,11 +7718,14 @@ Q3N__INLINE float q3n__sum_avx512(__m512 v)
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-/* ---- e^x, see q3n__exp_avx2; scalef gives denormals, zero and infinity ---- */
+/* ---- e^x as in q3n__exp_avx2; scalef gives denormals, zero and infinity ---- */
+
+/* No roundscale: gcc 12 warns of its own macro at -O0 under -Wconversion. */
 Q3N__INLINE __m512 q3n__exp_avx512(__m512 x)
 {
     x = _mm512_max_ps(_mm512_set1_ps(Q3N__EXP_MIN), _mm512_min_ps(_mm512_set1_ps(Q3N__EXP_MAX), x));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(Q3N__LOG2_E)), 8);
+    const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(Q3N__LOG2_E));
+    const __m512 n = _mm512_cvtepi32_ps(_mm512_cvtps_epi32(t));
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(Q3N__LN2_HI), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(Q3N__LN2_LO), r);
     __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(Q3N__EXP_6), r, _mm512_set1_ps(Q3N__EXP_5));
@@ -7755,7 +7759,7 @@ Q3N__INLINE void q3n__tile_step_avx512(q3n_type type, int R, int T,
 {
     const int size = q3n__types[type].block_bytes;
     __m512 x[Q3N__TOKENS_AVX512];
-    if (p->ahead && j % (64 / size) == 0) {
+    if (p->ahead) {
         Q3N__UNROLL
         for (int r = 0; r < R; r++)
             _mm_prefetch((const char *)p->w[r] + p->ahead + (size_t)(j * size), _MM_HINT_T1);
@@ -7780,9 +7784,9 @@ Q3N__INLINE void q3n__store_rows_avx512(const q3n__matmul *m, int r, int t, __m1
 }
 
 /* Rows behind the last are computed as copies of it and dropped: every output takes one path.  The
- * first tile of a row fetches the next R rows into L2: the hardware's prefetch stops at each
- * row's end (bf16 from memory, rows of 512: 24 instead of 11 GB/s, Zen 4; into L1 it gains
- * nothing). */
+ * first tile of a row fetches the next R rows into L2, a line more than once: the hardware's
+ * prefetch stops at each row's end (bf16 from memory, rows of 512: 24 instead of 11 GB/s, Zen 4;
+ * into L1, or each line once, it gains less). */
 Q3N__INLINE void q3n__tile_avx512(q3n_type type, int R, int T, const q3n__matmul *m, int r0, int t0)
 {
     const size_t row_bytes = q3n__row_bytes(type, m->n_cols);
@@ -7796,8 +7800,8 @@ Q3N__INLINE void q3n__tile_avx512(q3n_type type, int R, int T, const q3n__matmul
         Q3N__UNROLL
         for (int t = 0; t < T; t++) p.s[r][t] = _mm512_setzero_ps();
     }
-    p.ahead =
-        t0 % q3n__block_tokens(m->n_cols, Q3N__TOKENS_AVX512) == 0 ? (size_t)R * row_bytes : 0;
+    const int first = t0 % q3n__block_tokens(m->n_cols, Q3N__TOKENS_AVX512) == 0;
+    p.ahead = first ? (size_t)R * row_bytes : 0;
     int j = 0;
     for (; j + 16 <= m->n_cols; j += 16) q3n__tile_step_avx512(type, R, T, &p, j, 16);
     if (j < m->n_cols) q3n__tile_step_avx512(type, R, T, &p, j, m->n_cols - j);
@@ -7847,6 +7851,7 @@ Q3N__INLINE void q3n__matmul_avx512(q3n_type type, const q3n__matmul *m)
 /* Columns [c, c + 16 V) of T rows of out; n is how many are real if V is 1.  T, V are constants. */
 Q3N__INLINE void q3n__mix_tile_avx512(q3n_type type, int V, int T, const q3n__mix *p, int c, int n)
 {
+    const size_t size = (size_t)q3n__types[type].block_bytes;
     __m512 s[4][4], x[4];
     Q3N__UNROLL
     for (int v = 0; v < V; v++)
@@ -7859,8 +7864,10 @@ Q3N__INLINE void q3n__mix_tile_avx512(q3n_type type, int V, int T, const q3n__mi
         for (int t = 0; t < T; t++)
             x[t] = _mm512_set1_ps(p->x[(size_t)t * p->x_stride + (size_t)i]);
         const size_t first = (size_t)i * p->m_stride + (size_t)c;
+        const char *ahead = (const char *)p->m + (first + Q3N__MIX_AHEAD * p->m_stride) * size;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) {
+            if (V > 1) _mm_prefetch(ahead + 16 * (size_t)v * size, _MM_HINT_T1);
             const __m512 m = q3n__load_avx512(type, p->m, first + 16 * (size_t)v, n);
             Q3N__UNROLL
             for (int t = 0; t < T; t++) s[v][t] = _mm512_fmadd_ps(m, x[t], s[v][t]);
@@ -7943,16 +7950,9 @@ static void q3n__attend_group_avx512(const q3n__attend *a, int i, int T, q3n__mi
     mix(&pv);
     for (int t = 0; t < T; t++) {
         if (a->n_keys[i + t] == least) continue;
-        const q3n__mix rest = {a->v,
-                               scores + t * Q3N__KV_BLOCK,
-                               o + (size_t)t * (size_t)a->o_stride,
-                               (size_t)a->dim,
-                               0,
-                               0,
-                               1,
-                               least,
-                               a->n_keys[i + t],
-                               a->dim};
+        const q3n__mix rest = { a->v, scores + t * Q3N__KV_BLOCK,
+                                o + (size_t)t * (size_t)a->o_stride, (size_t)a->dim, 0, 0, 1,
+                                least, a->n_keys[i + t], a->dim };
         mix(&rest);
     }
 }
@@ -8103,8 +8103,8 @@ static float q3n__dot_avx512(const float *a, const float *b, int n)
             s[v] = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16 * v), _mm512_loadu_ps(b + i + 16 * v),
                                    s[v]);
     for (; i < n; i += 16)
-        s[0] =
-            _mm512_fmadd_ps(q3n__loadf_avx512(a + i, n - i), q3n__loadf_avx512(b + i, n - i), s[0]);
+        s[0] = _mm512_fmadd_ps(q3n__loadf_avx512(a + i, n - i), q3n__loadf_avx512(b + i, n - i),
+                               s[0]);
     return q3n__sum_avx512(_mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3])));
 }
 

@@ -7,6 +7,9 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#ifndef _GNU_SOURCE
+#  define _GNU_SOURCE 1
+#endif
 #define Q3N_IMPLEMENTATION
 #include "../qwen3next.h"
 #include "golden.h"
@@ -464,7 +467,7 @@ static void test_entries(void **state)
 
     uint8_t many[1001 * 16];
     for (int i = 0; i < 1001; i++) {
-        char key[8];
+        char key[16];
         memset(many + 16 * i, 0, 16);
         many[16 * i] = 5;
         many[16 * i + 1] = 3;

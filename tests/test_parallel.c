@@ -7,6 +7,9 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#ifndef _GNU_SOURCE
+#  define _GNU_SOURCE 1
+#endif
 #define Q3N_IMPLEMENTATION
 #include "../qwen3next.h"
 
