@@ -1,15 +1,15 @@
 /* test_loader.c - one malformed file for every check of the loader; files cut off at every byte and
  * with every bit of their metadata changed; tensors full of NaN.  Everything handed to the library
  * ends where its allocation ends, so that a sanitizer sees each byte read too far. */
+#ifndef _GNU_SOURCE
+#  define _GNU_SOURCE 1     /* mkstemp, nanosleep */
+#endif
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
 
-#ifndef _GNU_SOURCE
-#  define _GNU_SOURCE 1
-#endif
 #define Q3N_IMPLEMENTATION
 #include "../qwen3next.h"
 #include "golden.h"

@@ -1,15 +1,15 @@
 /* test_memory.c - the host's allocator: it may fail at any call, gets everything back with the
  * right sizes, is never called by evaluation, and is asked for exactly what was announced; and
  * sessions of one model on several threads do not disturb one another. */
+#ifndef _GNU_SOURCE
+#  define _GNU_SOURCE 1     /* mkstemp, nanosleep */
+#endif
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
 
-#ifndef _GNU_SOURCE
-#  define _GNU_SOURCE 1
-#endif
 #define Q3N_IMPLEMENTATION
 #include "../qwen3next.h"
 #include "golden.h"

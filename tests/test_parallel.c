@@ -1,15 +1,15 @@
 /* test_parallel.c - q3n__parallel runs every index exactly once, whatever the threads do: many
  * small regions, pools that come and go, the host's executor, more threads than processors.  Meant
  * to run under the thread sanitizer too. */
+#ifndef _GNU_SOURCE
+#  define _GNU_SOURCE 1     /* mkstemp, nanosleep */
+#endif
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
 
-#ifndef _GNU_SOURCE
-#  define _GNU_SOURCE 1
-#endif
 #define Q3N_IMPLEMENTATION
 #include "../qwen3next.h"
 
