@@ -63,8 +63,9 @@
  *    [17] KERNELS, SCALAR: the definition   >>kernels-scalar
  *    [18] KERNELS, AVX2                     >>kernels-avx2
  *    [19] KERNELS, AVX-512                  >>kernels-avx512
- *    [20] KERNELS, NEON                     >>kernels-neon
- *    [21] DISPATCH: one row per ISA         >>dispatch
+ *    [20] KERNELS, AVX-512 VNNI             >>kernels-avx512vnni
+ *    [21] KERNELS, NEON                     >>kernels-neon
+ *    [22] DISPATCH: one row per ISA         >>dispatch
  *
  * THE MODEL ON ONE PAGE.  Shapes are row-major, slowest first; x W' is a linear layer with W
  * [out, in].
@@ -204,18 +205,40 @@
  *         u8[]                   TEXT: raw bytes of every token (the byte-to-unicode map is undone)
  *     An id with no token has length 0.
  *
- *   TENSOR DATA: float types row by row as they are.  Each tensor starts at a multiple of 64 and
- *   ends before the next; gaps are zero.  The experts of a layer are three tensors of three
- *   dimensions, mlp.experts.{gate,up,down}_proj.weight, whose slices interleave: expert e is
- *   gate | up | down, each at a multiple of 64, and the whole starts at a multiple of 4096, so that
- *   the three tensors have one stride (a multiple of 4096) and one read fetches an expert.
+ *   TENSOR DATA: float types row by row as they are, quantised types in tiles.  Each tensor starts
+ *   at a multiple of 64 and ends before the next; gaps are zero.  The experts of a layer are three
+ *   tensors of three dimensions, mlp.experts.{gate,up,down}_proj.weight, whose slices interleave:
+ *   expert e is gate | up | down, each at a multiple of 64, and the whole starts at a multiple of
+ *   4096, so that the three tensors have one stride (a multiple of 4096) and one read fetches an
+ *   expert.
  *
- *   TENSORS BY NAME.  `lN` is layers.N; mats may have any type, vecs are f32, routers are a float
- *   type.  d hidden_size, V vocab_size, H heads, K kv heads, D head_dim, E experts, I width.
+ *   QUANTISED TYPES.  Rows are taken in tiles of 16, columns in blocks of 64 made of two groups of
+ *   32; what is missing behind the last row or column is zero weights.  A weight is scale x level;
+ *   a group of one row has one scale.  Tiles follow one another, in a tile its blocks from left to
+ *   right, and a block is
+ *       f16[2][16]   scales of the first group's 16 rows, then the second's
+ *       codes of the first group, codes of the second; 512, 384, 256 or 192 bytes each (q8 .. q3)
+ *   A code belongs to row r (0 .. 15) and column 4 s + j (s 0 .. 7, j 0 .. 3) of the group; b is
+ *   4 r + j, the byte's place in a line of 64 bytes.  bits [x, y) count from the lowest:
+ *       q8   code = byte 64 s + b                                        level = code - 128
+ *       q6   bits [0, 4) of the code: as q4; bits [4, 6): bits [2 (s % 4), 2 (s % 4) + 2) of byte
+ *            256 + 64 (s / 4) + b                                        level = code - 32
+ *       q4   bits [4 (s / 4), 4 (s / 4) + 4) of byte 64 (s % 4) + b      level = q4_level[code]
+ *       q3   bits [0, 2): bits [2 (s % 4), 2 (s % 4) + 2) of byte 64 (s / 4) + b; bit 2: bit s of
+ *            byte 128 + b                                                level = q3_level[code]
+ *       q4_level   -70 -54 -42 -33 -25 -18 -11 -5 1 7 13 19 26 34 44 57
+ *       q3_level   -73 -46 -27 -11 2 16 32 54
+ *   So 64 bytes hold 4 columns of 16 rows: lanes are rows, and nothing is summed across lanes.
+ *
+ *   WHICH TENSOR MAY HAVE WHICH TYPE.  vec: f32.  router: f32, f16, bf16.  mat: any but q3, which
+ *   only experts may have; lm_head, the embedding if it is the head too, and all of mtp: a float
+ *   type, q8 or q6.
+ *
+ *   TENSORS BY NAME.  `lN` is layers.N.  d hidden_size, V vocab_size, H heads, K kv heads, D head_dim, E experts, I width.
  *      embed_tokens.weight                      mat [V, d]
  *      norm.weight                              vec [d]
  *      lm_head.weight                           mat [V, d]      absent if tie_word_embeddings
- *      score.weight, score.bias                 mat [num_labels, d or V], vec (bias optional)
+ *      score.weight, score.bias                 router [num_labels, d or V], vec (bias optional)
  *      rope.cos, rope.sin                       vec [positions, D/2]   only if rope_type is "table"
  *      lN.input_layernorm.weight                vec [d]
  *      lN.post_attention_layernorm.weight       vec [d]
@@ -320,11 +343,22 @@ Q3N_DEF int         q3n_version(void);                /* Q3N_VERSION of the impl
 
 /* ---- Tensor types and instruction sets ---- */
 
-/* One row per stored type: ID, name, number in the file, elements and bytes per block. */
+/* One row per stored type: ID, name, number in the file, elements and bytes per block.  The float
+ * types are plain arrays, row after row.  The quantised ones keep 16 rows together in tiles (FILE
+ * FORMAT, QUANTISED TYPES): there a block is one row's share of 64 columns, so that bits per
+ * weight are 8 x bytes / elements: 8.5, 6.5, 4.5, 3.5. */
 #define Q3N_TYPE_LIST(X)                                                                \
+    Q3N_FLOAT_TYPE_LIST(X)                                                              \
+    Q3N_QUANT_TYPE_LIST(X)
+#define Q3N_FLOAT_TYPE_LIST(X)                                                          \
     X(F32,  f32,  0, 1, 4)                                                              \
     X(F16,  f16,  1, 1, 2)                                                              \
     X(BF16, bf16, 2, 1, 2)
+#define Q3N_QUANT_TYPE_LIST(X)                                                          \
+    X(Q8,   q8,   3, 64, 68)                                                            \
+    X(Q6,   q6,   4, 64, 52)                                                            \
+    X(Q4,   q4,   5, 64, 36)                                                            \
+    X(Q3,   q3,   6, 64, 28)
 
 typedef enum q3n_type {
 #define Q3N__X(ID, id, number, block_len, block_bytes) Q3N_TYPE_##ID = number,
@@ -338,6 +372,7 @@ typedef enum q3n_type {
     X(SCALAR, scalar)                                                                   \
     X(AVX2,   avx2)                                                                     \
     X(AVX512, avx512)                                                                   \
+    X(AVX512VNNI, avx512vnni)                                                           \
     X(NEON,   neon)
 
 typedef enum q3n_isa {
@@ -1109,7 +1144,9 @@ static int q3n__cpu_has(q3n_isa isa)
                   && (r1[2] & (1u << 12)) && (r1[2] & (1u << 29));                /* FMA F16C */
     const uint32_t f512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);   /* F DQ BW VL */
     if (isa == Q3N_ISA_AVX2)   return avx2;
-    if (isa == Q3N_ISA_AVX512) return avx2 && (os & 0xe6) == 0xe6 && (r7[1] & f512) == f512;
+    const int avx512 = avx2 && (os & 0xe6) == 0xe6 && (r7[1] & f512) == f512;
+    if (isa == Q3N_ISA_AVX512)     return avx512;
+    if (isa == Q3N_ISA_AVX512VNNI) return avx512 && (r7[2] & (1u << 11));
     return 0;
 }
 #else
@@ -1475,6 +1512,9 @@ typedef struct {
     int         block_bytes;
 } q3n__type_info;
 
+#define Q3N__TILE_ROWS 16        /* of a quantised type                                          */
+#define Q3N__GROUP     32        /* columns that share a scale; two groups make a block          */
+
 static const q3n__type_info q3n__types[Q3N_TYPE_COUNT] = {
 #define Q3N__X(ID, id, number, block_len, block_bytes) [number] = { #id, block_len, block_bytes },
     Q3N_TYPE_LIST(Q3N__X)
@@ -1496,10 +1536,21 @@ Q3N_DEF q3n_result q3n_type_from_name(const char *name, q3n_type *out)
     return Q3N_ERR_ARG;
 }
 
-/* Bytes of one row of n elements; the loader has checked that n fills whole blocks. */
+static int q3n__is_quantised(q3n_type t) { return q3n__types[t].block_len > 1; }
+
+/* Bytes of one row of n elements, or of its share of a tile: rows that are a multiple of 16 start
+ * at r * row_bytes in every type. */
 static size_t q3n__row_bytes(q3n_type t, int n)
 {
-    return (size_t)(n / q3n__types[t].block_len) * (size_t)q3n__types[t].block_bytes;
+    const int len = q3n__types[t].block_len;
+    return ((size_t)n + (size_t)len - 1) / (size_t)len * (size_t)q3n__types[t].block_bytes;
+}
+
+/* Rows as they are stored: whole tiles. */
+static int64_t q3n__stored_rows(q3n_type t, int64_t rows)
+{
+    return q3n__is_quantised(t) ? (rows + Q3N__TILE_ROWS - 1) / Q3N__TILE_ROWS * Q3N__TILE_ROWS
+                                : rows;
 }
 
 /* ---- Float conversions ---- */
@@ -1538,12 +1589,119 @@ static uint16_t q3n__f32_to_f16(float f)
     return (uint16_t)(sign | ((a - 0x38000000u + 0xfffu + ((a >> 13) & 1)) >> 13));
 }
 
+/* ---- Quantised weights: see QUANTISED TYPES in the file format ---- */
+
+#define Q3N__Q8_ZERO 128         /* level = code - zero                                          */
+#define Q3N__Q6_ZERO 32
+
+/* Levels that leave the least squared error in trained and in normally distributed weights, found by
+ * Lloyd's iteration over groups with their best scales.  They span 127, so that kernels may add a
+ * zero point and have 7 bits: two products of such a byte and an activation fit 16 bits. */
+#define Q3N__Q4_LEVEL_LIST(X)                                                           \
+    X(-70) X(-54) X(-42) X(-33) X(-25) X(-18) X(-11) X(-5)                     \
+    X(1) X(7) X(13) X(19) X(26) X(34) X(44) X(57)
+#define Q3N__Q3_LEVEL_LIST(X) X(-73) X(-46) X(-27) X(-11) X(2) X(16) X(32) X(54)
+
+static const int8_t q3n__q4_levels[16] = {
+#define Q3N__X(level) level,
+    Q3N__Q4_LEVEL_LIST(Q3N__X)
+};
+static const int8_t q3n__q3_levels[8] = {
+    Q3N__Q3_LEVEL_LIST(Q3N__X)
+#undef Q3N__X
+};
+
+/* Bytes of the codes of one group of a tile. */
+static size_t q3n__group_bytes(q3n_type t)
+{
+    const size_t block = (size_t)q3n__types[t].block_bytes * Q3N__TILE_ROWS;
+    return (block - 2 * Q3N__TILE_ROWS * sizeof(uint16_t)) / 2;
+}
+
+/* The code of row r, column c of a group. */
+static int q3n__code_get(q3n_type t, const uint8_t *group, int r, int c)
+{
+    const int s = c / 4, b = 4 * r + c % 4, pair = 2 * (s % 4);
+    switch (t) {
+    case Q3N_TYPE_Q8: return group[64 * s + b];
+    case Q3N_TYPE_Q6: return (group[64 * (s % 4) + b] >> 4 * (s / 4) & 15)
+                           | (group[256 + 64 * (s / 4) + b] >> pair & 3) << 4;
+    case Q3N_TYPE_Q4: return group[64 * (s % 4) + b] >> 4 * (s / 4) & 15;
+    case Q3N_TYPE_Q3: return (group[64 * (s / 4) + b] >> pair & 3)
+                           | (group[128 + b] >> s & 1) << 2;
+    default: return 0;
+    }
+}
+
+/* Write a code into a group that was zero there. */
+static void q3n__code_put(q3n_type t, uint8_t *group, int r, int c, int code)
+{
+    const int s = c / 4, b = 4 * r + c % 4, pair = 2 * (s % 4);
+    switch (t) {
+    case Q3N_TYPE_Q8: group[64 * s + b] = (uint8_t)code; break;
+    case Q3N_TYPE_Q6:
+        group[64 * (s % 4) + b] |= (uint8_t)((code & 15) << 4 * (s / 4));
+        group[256 + 64 * (s / 4) + b] |= (uint8_t)(code >> 4 << pair);
+        break;
+    case Q3N_TYPE_Q4: group[64 * (s % 4) + b] |= (uint8_t)(code << 4 * (s / 4)); break;
+    case Q3N_TYPE_Q3:
+        group[64 * (s / 4) + b] |= (uint8_t)((code & 3) << pair);
+        group[128 + b] |= (uint8_t)(code >> 2 << s);
+        break;
+    default: break;
+    }
+}
+
+/* See the levels' declaration: the value is that times the group's scale. */
+static int q3n__code_level(q3n_type t, int code)
+{
+    switch (t) {
+    case Q3N_TYPE_Q8: return code - Q3N__Q8_ZERO;
+    case Q3N_TYPE_Q6: return code - Q3N__Q6_ZERO;
+    case Q3N_TYPE_Q4: return q3n__q4_levels[code];
+    case Q3N_TYPE_Q3: return q3n__q3_levels[code];
+    default: return 0;
+    }
+}
+
+/* Row `row` of a quantised matrix of n columns. */
+static void q3n__dequantize_row(q3n_type t, float *y, const void *w, int row, int n)
+{
+    const int r = row % Q3N__TILE_ROWS;
+    const uint8_t *tile = (const uint8_t *)w + (size_t)(row - r) * q3n__row_bytes(t, n);
+    const size_t block_bytes = (size_t)q3n__types[t].block_bytes * Q3N__TILE_ROWS;
+    for (int c = 0; c < n; c += Q3N__GROUP) {
+        const uint8_t *block = tile + (size_t)(c / Q3N__GROUP / 2) * block_bytes;
+        const int g = c / Q3N__GROUP % 2, count = n - c < Q3N__GROUP ? n - c : Q3N__GROUP;
+        const uint8_t *codes = block + 4 * Q3N__TILE_ROWS + (size_t)g * q3n__group_bytes(t);
+        uint16_t scale;
+        memcpy(&scale, block + 2 * (g * Q3N__TILE_ROWS + r), sizeof scale);
+        for (int i = 0; i < count; i++)
+            y[c + i] = q3n__f16_to_f32(scale)
+                     * (float)q3n__code_level(t, q3n__code_get(t, codes, r, i));
+    }
+}
+
 /* ---- Operands of the kernels ---- */
 
-/* y[t][r] = <w[r], x[t]> (+ bias[r]) for rows [row0, row1) and n tokens.  No aliasing. */
+/* Activations against quantised weights: 64 of them as bytes, q scale ~ x, in groups of 32.  They
+ * are quantised once per token, whatever else is in the batch.  Behind the last column: zeros. */
+typedef struct {
+    int8_t  q[2 * Q3N__GROUP];   /* -127 .. 127                                                  */
+    float   scale[2];
+    int32_t minus_sum[2];        /* -(sum of q): times a zero point it removes that              */
+} q3n__x8;
+
+#define Q3N__X8_LEAST 1e-30f     /* groups whose largest is smaller are zero                     */
+
+static int q3n__x8_blocks(int n) { return (n + 2 * Q3N__GROUP - 1) / (2 * Q3N__GROUP); }
+
+/* y[t][r] = <w[r], x[t]> (+ bias[r]) for rows [row0, row1) and n tokens.  No aliasing.  row0 is a
+ * multiple of 16 for quantised types. */
 typedef struct {
     const void  *w;              /* row r starts at w + r * q3n__row_bytes(type, n_cols)         */
     const float *x;              /* token t's input is row x_rows[t] of x, or row t              */
+    const q3n__x8 *xq;           /* the same, [rows][x8_blocks(n_cols)], for quantised types     */
     const int   *x_rows;         /* [n], NULL = 0 .. n - 1; how experts pick their tokens        */
     const float *bias;           /* indexed by r, NULL = none                                    */
     float       *y;              /* token t, row r at y[t * y_stride + r]                        */
@@ -1554,6 +1712,11 @@ typedef struct {
 static const float *q3n__matmul_x(const q3n__matmul *m, int t)
 {
     return m->x + (size_t)(m->x_rows ? m->x_rows[t] : t) * (size_t)m->x_stride;
+}
+
+static const q3n__x8 *q3n__matmul_xq(const q3n__matmul *m, int t)
+{
+    return m->xq + (size_t)(m->x_rows ? m->x_rows[t] : t) * (size_t)q3n__x8_blocks(m->n_cols);
 }
 
 /* Keys of one KV block: one layer, one KV head.  Both parts have the KV cache's type:
@@ -1609,7 +1772,8 @@ typedef struct {
 
 typedef struct q3n__kernels {
     void  (*matmul[Q3N_TYPE_COUNT])(const q3n__matmul *m);
-    void  (*to_f32[Q3N_TYPE_COUNT])(float *y, const void *x, int n);       /* one row            */
+    void  (*to_f32[Q3N_TYPE_COUNT])(float *y, const void *x, int n);       /* float types        */
+    void  (*quantize_x)(q3n__x8 *y, const float *x, int n);                /* all of its blocks  */
     void  (*attend[Q3N_TYPE_COUNT])(const q3n__attend *a);                 /* float types        */
     void  (*store_kv[Q3N_TYPE_COUNT])(const q3n__store_kv *s);             /* float types        */
     void  (*delta)(const q3n__delta *d);
@@ -1674,7 +1838,7 @@ typedef struct q3n__weights {
 
 /* ---- Tensor plan ---- */
 typedef enum {
-    Q3N__ROLE_MAT,               /* any type; bound to a q3n__mat                                */
+    Q3N__ROLE_MAT,               /* bound to a q3n__mat; its types: q3n__plan_types              */
     Q3N__ROLE_VEC,               /* f32; bound to a const float *                                */
     Q3N__ROLE_ROUTER             /* a float type; bound to a q3n__mat                            */
 } q3n__role;
@@ -1693,6 +1857,7 @@ typedef struct q3n__plan_item {
     q3n__init init;
     int       optional;          /* a file may lack it                                           */
     int       experts;           /* one of the three tensors whose slices interleave             */
+    unsigned  types;             /* bit t is set: type t is allowed                              */
     int       layer;             /* Q3N__LAYER_NONE, 0 .. num_hidden_layers - 1, Q3N__LAYER_MTP  */
     int       n_dims;
     int64_t   dim[3];            /* slowest first, unused ones 1; dim[0] = 0: any number         */
@@ -1704,7 +1869,7 @@ typedef struct q3n__plan_item {
     X(MAT, NORMAL, ALWAYS,     "embed_tokens.weight", embed_tokens, V, d, ONE)          \
     X(VEC, ONES,   ALWAYS,     "norm.weight",         norm,         d, ONE, ONE)        \
     X(MAT, NORMAL, HEAD,       "lm_head.weight",      lm_head,      V, d, ONE)          \
-    X(MAT, NORMAL, SCORE,      "score.weight",        score,        LABELS, SCORE, ONE) \
+    X(ROUTER, NORMAL, SCORE,   "score.weight",        score,        LABELS, SCORE, ONE) \
     X(VEC, ZEROS,  SCORE_BIAS, "score.bias",          score_bias,   LABELS, ONE, ONE)   \
     X(VEC, COS,    ROPE_TABLE, "rope.cos",            rope_cos,     ANY, HALF, ONE)     \
     X(VEC, SIN,    ROPE_TABLE, "rope.sin",            rope_sin,     ANY, HALF, ONE)
@@ -1867,6 +2032,37 @@ static unsigned q3n__config_parts(const q3n_config *c, int l)
     return parts;
 }
 
+/* Types that an item may have: the rules of the file format, so that no file can be made in which a
+ * few bytes saved spoil every token.  Routers decide between experts, and the head between words;
+ * both are small beside the experts. */
+static unsigned q3n__plan_types(const q3n_config *c, const q3n__plan_row *row, int layer)
+{
+    const unsigned floats = 1u << Q3N_TYPE_F32 | 1u << Q3N_TYPE_F16 | 1u << Q3N_TYPE_BF16;
+    const unsigned fine = floats | 1u << Q3N_TYPE_Q8 | 1u << Q3N_TYPE_Q6;
+    const int is_head = row->part == Q3N__PART_HEAD
+                     || (layer == Q3N__LAYER_NONE && c->tie_word_embeddings
+                         && row->field == offsetof(q3n__weights, embed_tokens));
+    if (row->role == Q3N__ROLE_VEC) return 1u << Q3N_TYPE_F32;
+    if (row->role == Q3N__ROLE_ROUTER) return floats;
+    if (is_head || layer == Q3N__LAYER_MTP || row->part == Q3N__PART_MTP) return fine;
+    return fine | 1u << Q3N_TYPE_Q4 | (row->part == Q3N__PART_EXPERTS ? 1u << Q3N_TYPE_Q3 : 0u);
+}
+
+/* "f32, f16 or bf16" */
+static const char *q3n__types_string(unsigned types, char text[80])
+{
+    int at = 0, left = 0;
+    for (int t = 0; t < Q3N_TYPE_COUNT; t++) left += (int)(types >> t & 1);
+    text[0] = 0;
+    for (int t = 0; t < Q3N_TYPE_COUNT; t++)
+        if (types >> t & 1) {
+            left--;
+            at += snprintf(text + at, 80 - (size_t)at, "%s%s", q3n__types[t].name,
+                           left > 1 ? ", " : left == 1 ? " or " : "");
+        }
+    return text;
+}
+
 static void q3n__plan_item_make(const q3n_config *c, const q3n__plan_row *row, int l,
                                 q3n__plan_item *item)
 {
@@ -1881,6 +2077,7 @@ static void q3n__plan_item_make(const q3n_config *c, const q3n__plan_row *row, i
     item->layer = l;
     item->field = row->field;
     item->experts = row->part == Q3N__PART_EXPERTS && row->role == Q3N__ROLE_MAT;
+    item->types = q3n__plan_types(c, row, l);
     /* A classifier of hidden states has no use for lm_head, and its checkpoints have none. */
     item->optional = row->part == Q3N__PART_SCORE_BIAS
                   || (row->part == Q3N__PART_HEAD && c->num_labels > 0
@@ -2462,6 +2659,7 @@ struct q3n_model {
     q3n__layer    *layers;               /* [num_hidden_layers + num_mtp_layers], trunk first    */
     double        *inv_freq;             /* [rotary_dim / 2]                                     */
     double         rope_scale;           /* multiplies cos and sin                               */
+    int            has_quantised;        /* 1 = a tensor has a quantised type                    */
     q3n__tokenizer tokenizer;            /* n_tokens 0 = none                                    */
 };
 
@@ -2810,16 +3008,12 @@ static q3n_result q3n__load_tensor_place(q3n__load *ld, const uint8_t *p, int64_
     const uint64_t offset = q3n__load_u64(p + 40), slice = q3n__load_u64(p + 48);
     const uint64_t stride = q3n__load_u64(p + 56), file = ld->m->bytes;
     const int64_t cols = t->dim[t->n_dims - 1];
-    if (cols % ty->block_len != 0)
-        return q3n__fail(ld->err, Q3N_ERR_FORMAT, at + 16,
-                         "%s: rows of %lld do not fill blocks of %d "
-                         "(type %s)",
-                         t->name, (long long)cols, ty->block_len, ty->name);
     const int64_t n_slices = t->n_dims == 3 ? t->dim[0] : 1;
-    const int64_t rows = t->n_dims == 3 ? t->dim[1] : t->n_dims == 2 ? t->dim[0] : 1;
+    const int64_t rows =
+        q3n__stored_rows(t->type, t->n_dims == 3 ? t->dim[1] : t->n_dims == 2 ? t->dim[0] : 1);
     /* dimensions are at most 2^30 and blocks at most 2^10 bytes: the product fits 2^70 only in
      * parts, so the size is compared through a division */
-    const uint64_t row = (uint64_t)(cols / ty->block_len) * (uint64_t)ty->block_bytes;
+    const uint64_t row = (uint64_t)q3n__row_bytes(t->type, (int)cols);
     if (row > file || (uint64_t)rows > file / row || slice != (uint64_t)rows * row)
         return q3n__fail(ld->err, Q3N_ERR_FORMAT, at + 48,
                          "%s: slice of %llu bytes, expected %lld rows "
@@ -2914,13 +3108,9 @@ static q3n_result q3n__bind_check(q3n__load *ld, const q3n__plan_item *item, con
         return q3n__fail(ld->err, Q3N_ERR_FORMAT, t->offset, "%s: shape %s, expected %s", t->name,
                          q3n__dims_string(t->dim, t->n_dims, found),
                          q3n__dims_string(item->dim, item->n_dims, expected));
-    if (item->role == Q3N__ROLE_VEC && t->type != Q3N_TYPE_F32)
-        return q3n__fail(ld->err, Q3N_ERR_FORMAT, t->offset, "%s: type %s, expected f32", t->name,
-                         q3n__types[t->type].name);
-    if (item->role == Q3N__ROLE_ROUTER && q3n__types[t->type].block_len != 1)
-        return q3n__fail(ld->err, Q3N_ERR_FORMAT, t->offset,
-                         "%s: type %s, expected f32, f16 or bf16", t->name,
-                         q3n__types[t->type].name);
+    if (!(item->types >> t->type & 1))
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT, t->offset, "%s: type %s, expected %s", t->name,
+                         q3n__types[t->type].name, q3n__types_string(item->types, expected));
     return Q3N_OK;
 }
 
@@ -2948,6 +3138,7 @@ static q3n_result q3n__bind(void *user, const q3n__plan_item *item)
         memcpy(owner + item->field, &data, sizeof data);
         return Q3N_OK;
     }
+    if (q3n__is_quantised(t->type)) m->has_quantised = 1;
     const q3n__mat mat = { (const uint8_t *)t->data, t->stride, t->type,
                            (int)t->dim[t->n_dims - 2], (int)t->dim[t->n_dims - 1] };
     memcpy(owner + item->field, &mat, sizeof mat);
@@ -4458,6 +4649,7 @@ typedef struct {
     const q3n__mat *w;
     const float    *bias;        /* [n_rows] or NULL                                             */
     const float    *x;           /* [n, n_cols], rows x_stride apart                             */
+    const q3n__x8  *xq;          /* the same quantised, if a matrix of the model is              */
     float          *y;           /* [n, n_rows], rows y_stride apart                             */
     int             x_stride, y_stride;
 } q3n__linear;
@@ -4486,8 +4678,13 @@ static void q3n__matmul_tiled(const q3n__kernels *k, q3n_type type, const q3n__m
         for (int t = 0; t < whole->n; t += Q3N__TOKEN_TILE) {
             m.n = whole->n - t < Q3N__TOKEN_TILE ? whole->n - t : Q3N__TOKEN_TILE;
             m.y = whole->y + (size_t)t * (size_t)whole->y_stride;
-            if (whole->x_rows) m.x_rows = whole->x_rows + t;
-            else               m.x = whole->x + (size_t)t * (size_t)whole->x_stride;
+            if (whole->x_rows) {
+                m.x_rows = whole->x_rows + t;
+            } else if (q3n__is_quantised(type)) {
+                m.xq = whole->xq + (size_t)t * (size_t)q3n__x8_blocks(whole->n_cols);
+            } else {
+                m.x = whole->x + (size_t)t * (size_t)whole->x_stride;
+            }
             k->matmul[type](&m);
         }
     }
@@ -4503,7 +4700,7 @@ static void q3n__linear_task(void *arg, int begin, int end)
         const q3n__linear *j = &run->job[i];
         const int row1 = (b1 - run->first_block[i]) * run->rows_per_block;
         const q3n__matmul m = {
-            .w = j->w->data, .x = j->x, .bias = j->bias, .y = j->y,
+            .w = j->w->data, .x = j->x, .xq = j->xq, .bias = j->bias, .y = j->y,
             .x_stride = j->x_stride, .y_stride = j->y_stride, .n = run->n, .n_cols = j->w->n_cols,
             .row0 = (b0 - run->first_block[i]) * run->rows_per_block,
             .row1 = row1 < j->w->n_rows ? row1 : j->w->n_rows,
@@ -4640,6 +4837,7 @@ typedef struct {
     const int   *rows;           /* [n] rows of the run, ascending; NULL = all                   */
     const float *weight;         /* [n] factor of each row's output; NULL = 1                    */
     size_t       first;          /* its rows of r->ffn_gate and r->ffn_up begin here             */
+    size_t       first_q;        /* its blocks of r->ffn_q begin here                            */
     int          n;
     int          first_block;    /* its pieces of work begin here                                */
 } q3n__ffn;
@@ -4653,6 +4851,7 @@ typedef struct {
     int    n_segments, n;
     float *x;                    /* [d] residual stream                                          */
     float *a, *b;                /* [d] input and output of a mixer or FFN                       */
+    q3n__x8 *a_q;                /* a, quantised; this and the two below: NULL if no matrix is   */
     float *proj;                 /* [Q] or [QKVZ]                                                */
     float *key, *value;          /* [K D]                                                        */
     float *q;                    /* [K][max][H / K, D]: queries of a kv head together            */
@@ -4661,6 +4860,7 @@ typedef struct {
     float *u;                    /* [C] behind the convolution: q, k, v                          */
     float *ba;                   /* [2 Hv]: b, a; then beta, g                                   */
     float *mixed;                /* [H D] or [Hv dv]: input of the last projection               */
+    q3n__x8 *mixed_q;
     float *part_o;               /* split attention: [queries][blocks][D]                        */
     q3n__softmax_part *part;     /* split attention: [queries][blocks]                           */
     float *router;               /* [E] probabilities                                            */
@@ -4672,6 +4872,7 @@ typedef struct {
     float *shared_weight;        /* [1]                                                          */
     q3n__ffn *ffn;               /* [E + 1] jobs of this layer                                   */
     float *ffn_gate, *ffn_up;    /* [max (k + 1)] rows of the widest FFN                         */
+    q3n__x8 *ffn_q;              /* ffn_up, quantised                                            */
     int    max;
 } q3n__run;
 
@@ -4679,22 +4880,45 @@ typedef struct {
 typedef struct {
     const q3n__run *r;
     float          *y;
+    q3n__x8        *q;
     const float    *x, *w;
     int             dim;
 } q3n__rows_arg;
 
+/* Row t of x [.., dim] to its blocks of q; nothing if no matrix of the model is quantised. */
+static void q3n__quantize_row(const q3n__run *r, q3n__x8 *q, const float *x, int t, int dim)
+{
+    if (q) r->k->quantize_x(q + (size_t)t * (size_t)q3n__x8_blocks(dim),
+                            x + (size_t)t * (size_t)dim, dim);
+}
+
 static void q3n__rms_norm_task(void *arg, int begin, int end)
 {
     const q3n__rows_arg *j = (const q3n__rows_arg *)arg;
-    for (int t = begin; t < end; t++)
+    for (int t = begin; t < end; t++) {
         j->r->k->rms_norm(j->y + (size_t)t * (size_t)j->dim, j->x + (size_t)t * (size_t)j->dim,
                           j->w, j->dim, (float)j->r->model->config.rms_norm_eps);
+        q3n__quantize_row(j->r, j->q, j->y, t, j->dim);
+    }
 }
 
-static void q3n__rms_norm(const q3n__run *r, float *y, const float *x, const float *w)
+/* r->a = norm(r->x), and quantised */
+static void q3n__rms_norm(const q3n__run *r, const float *w)
 {
-    q3n__rows_arg arg = { r, y, x, w, r->model->config.hidden_size };
+    q3n__rows_arg arg = { r, r->a, r->a_q, r->x, w, r->model->config.hidden_size };
     q3n__parallel(r->pool, r->n, 8, q3n__rms_norm_task, &arg);
+}
+
+static void q3n__quantize_task(void *arg, int begin, int end)
+{
+    const q3n__rows_arg *j = (const q3n__rows_arg *)arg;
+    for (int t = begin; t < end; t++) q3n__quantize_row(j->r, j->q, j->x, t, j->dim);
+}
+
+static void q3n__quantize_rows(const q3n__run *r, q3n__x8 *q, const float *x, int n, int dim)
+{
+    q3n__rows_arg arg = { r, NULL, q, x, NULL, dim };
+    q3n__parallel(r->pool, n, 8, q3n__quantize_task, &arg);
 }
 
 static void q3n__add_task(void *arg, int begin, int end)
@@ -4708,7 +4932,7 @@ static void q3n__add_task(void *arg, int begin, int end)
 
 static void q3n__add(const q3n__run *r, float *y, const float *x)
 {
-    q3n__rows_arg arg = { r, y, x, NULL, r->model->config.hidden_size };
+    q3n__rows_arg arg = { r, y, NULL, x, NULL, r->model->config.hidden_size };
     q3n__parallel(r->pool, r->n, 8, q3n__add_task, &arg);
 }
 
@@ -4726,17 +4950,34 @@ static int q3n__position(const q3n__run *r, int t)
     return s->state->length + t - s->row0;
 }
 
-static void q3n__embed(const q3n__run *r, const int32_t *tokens)
+typedef struct {
+    const q3n__run *r;
+    const int32_t  *tokens;
+} q3n__embed_arg;
+
+/* The rows of the embedding, and cos and sin of the positions. */
+static void q3n__embed_task(void *arg, int begin, int end)
 {
+    const q3n__embed_arg *j = (const q3n__embed_arg *)arg;
+    const q3n__run *r = j->r;
     const q3n__mat *w = &r->model->weights.embed_tokens;
     const size_t d = (size_t)w->n_cols, half = (size_t)r->model->config.rotary_dim / 2;
-    for (int t = 0; t < r->n; t++) {
-        r->k->to_f32[w->type](r->x + (size_t)t * d,
-                              w->data + (size_t)tokens[t] * q3n__row_bytes(w->type, w->n_cols),
-                              (int)d);
+    for (int t = begin; t < end; t++) {
+        float *x = r->x + (size_t)t * d;
+        if (q3n__is_quantised(w->type))
+            q3n__dequantize_row(w->type, x, w->data, j->tokens[t], w->n_cols);
+        else
+            r->k->to_f32[w->type](x, w->data + (size_t)j->tokens[t]
+                                               * q3n__row_bytes(w->type, w->n_cols), w->n_cols);
         q3n__rope_at(r->model, q3n__position(r, t), r->rope_cos + (size_t)t * half,
                      r->rope_sin + (size_t)t * half);
     }
+}
+
+static void q3n__embed(const q3n__run *r, const int32_t *tokens)
+{
+    q3n__embed_arg arg = { r, tokens };
+    q3n__parallel(r->pool, r->n, 8, q3n__embed_task, &arg);
 }
 
 /* ---- Attention ---- */
@@ -4929,7 +5170,7 @@ static void q3n__attention_gate_task(void *arg, int begin, int end)
     const q3n__run *r = j->r;
     const q3n_config *c = &r->model->config;
     const int D = c->head_dim, H = c->num_attention_heads, g = H / c->num_key_value_heads;
-    for (int t = begin; t < end; t++)
+    for (int t = begin; t < end; t++) {
         for (int h = 0; h < H; h++) {
             float *to = r->mixed + ((size_t)t * (size_t)H + (size_t)h) * (size_t)D;
             memcpy(to, r->attn + (((size_t)(h / g) * (size_t)r->n + (size_t)t) * (size_t)g
@@ -4938,6 +5179,8 @@ static void q3n__attention_gate_task(void *arg, int begin, int end)
                 r->k->sigmoid_mul(to, r->proj + (((size_t)t * (size_t)H + (size_t)h) * 2 + 1)
                                                 * (size_t)D, D);
         }
+        q3n__quantize_row(r, r->mixed_q, r->mixed, t, H * D);
+    }
 }
 
 /* Tokens up to which attention may be split by blocks: the scratch is made for so many. */
@@ -4949,15 +5192,15 @@ static void q3n__attention_gate_task(void *arg, int begin, int end)
  *     q = rope(norm(q)) / sqrt(D);  k = rope(norm(k))
  *     y = (softmax(q k') v * sigmoid(gate)) Wo'       query head h reads kv head h / (H / K)
  */
-static void q3n__attention(q3n__run *r, float *y, const float *x, const q3n__layer *w, int layer)
+static void q3n__attention(q3n__run *r, const q3n__layer *w, int layer)
 {
     const q3n_config *c = &r->model->config;
     const int K = c->num_key_value_heads, g = c->num_attention_heads / K, d = c->hidden_size;
     const int tile = q3n__query_tile(c);
     const q3n__linear in[3] = {
-        { &w->q_proj, w->q_bias, x, r->proj,  d, w->q_proj.n_rows },
-        { &w->k_proj, w->k_bias, x, r->key,   d, w->k_proj.n_rows },
-        { &w->v_proj, w->v_bias, x, r->value, d, w->v_proj.n_rows },
+        { &w->q_proj, w->q_bias, r->a, r->a_q, r->proj,  d, w->q_proj.n_rows },
+        { &w->k_proj, w->k_bias, r->a, r->a_q, r->key,   d, w->k_proj.n_rows },
+        { &w->v_proj, w->v_bias, r->a, r->a_q, r->value, d, w->v_proj.n_rows },
     };
     q3n__linear_all(r->pool, r->k, in, 3, r->n);
 
@@ -4978,7 +5221,8 @@ static void q3n__attention(q3n__run *r, float *y, const float *x, const q3n__lay
     }
     q3n__parallel(r->pool, r->n, 4, q3n__attention_gate_task, &arg);
 
-    const q3n__linear out = { &w->o_proj, w->o_bias, r->mixed, y, w->o_proj.n_cols, d };
+    const q3n__linear out = { &w->o_proj, w->o_bias, r->mixed, r->mixed_q, r->b,
+                              w->o_proj.n_cols, d };
     q3n__linear_all(r->pool, r->k, &out, 1, r->n);
 }
 
@@ -5079,20 +5323,22 @@ static void q3n__delta_task(void *arg, int begin, int end)
     }
 }
 
-/* mixed = norm(o) * silu(z) per head: the norm comes before the gate. */
+/* mixed = norm(o) * silu(z) per head, for each token: the norm comes before the gate. */
 static void q3n__delta_gate_task(void *arg, int begin, int end)
 {
     const q3n__delta_arg *j = (const q3n__delta_arg *)arg;
     const q3n__run *r = j->r;
     const q3n_config *c = &r->model->config;
     const int Hv = c->linear_num_value_heads, dv = c->linear_value_head_dim;
-    for (int i = begin; i < end; i++) {
-        const int t = i / Hv, h = i % Hv;
-        float *o = r->mixed + (size_t)i * (size_t)dv;
+    for (int t = begin; t < end; t++) {
+        float *o = r->mixed + (size_t)t * (size_t)Hv * (size_t)dv;
         const float *z = r->proj + (size_t)t * (size_t)j->w->in_proj_qkvz.n_rows
-                         + (size_t)j->channels + (size_t)h * (size_t)dv;
-        r->k->rms_norm(o, o, j->w->delta_norm, dv, (float)c->rms_norm_eps);
-        r->k->silu_mul(o, z, dv);
+                         + (size_t)j->channels;
+        for (int h = 0; h < Hv; h++)
+            r->k->rms_norm(o + (size_t)h * (size_t)dv, o + (size_t)h * (size_t)dv,
+                           j->w->delta_norm, dv, (float)c->rms_norm_eps);
+        r->k->silu_mul(o, z, Hv * dv);
+        q3n__quantize_row(r, r->mixed_q, r->mixed, t, Hv * dv);
     }
 }
 
@@ -5109,13 +5355,13 @@ static void q3n__delta_gate_task(void *arg, int begin, int end)
  * chunks of 64 tokens and dk = dv = 128 it needs 3 dk dv + 2 x 64 (dk + dv) = 82 k a token and
  * head, against 4 dk dv = 66 k here; and here the result does not depend on how a text is cut.
  */
-static void q3n__deltanet(q3n__run *r, float *y, const float *x, const q3n__layer *w, int layer)
+static void q3n__deltanet(q3n__run *r, const q3n__layer *w, int layer)
 {
     const q3n_config *c = &r->model->config;
     const int d = c->hidden_size, Hv = c->linear_num_value_heads, dv = c->linear_value_head_dim;
     const q3n__linear in[2] = {
-        { &w->in_proj_qkvz, NULL, x, r->proj, d, w->in_proj_qkvz.n_rows },
-        { &w->in_proj_ba,   NULL, x, r->ba,   d, w->in_proj_ba.n_rows },
+        { &w->in_proj_qkvz, NULL, r->a, r->a_q, r->proj, d, w->in_proj_qkvz.n_rows },
+        { &w->in_proj_ba,   NULL, r->a, r->a_q, r->ba,   d, w->in_proj_ba.n_rows },
     };
     q3n__linear_all(r->pool, r->k, in, 2, r->n);
 
@@ -5125,18 +5371,16 @@ static void q3n__deltanet(q3n__run *r, float *y, const float *x, const q3n__laye
     q3n__parallel(r->pool, conv_tiles, 8, q3n__conv_task, &arg);
     q3n__parallel(r->pool, r->n, 1, q3n__delta_prepare_task, &arg);
     q3n__parallel(r->pool, r->n_segments * Hv * delta_tiles, 4, q3n__delta_task, &arg);
-    q3n__parallel(r->pool, r->n * Hv, 16, q3n__delta_gate_task, &arg);
+    q3n__parallel(r->pool, r->n, 1, q3n__delta_gate_task, &arg);
 
-    const q3n__linear out = { &w->out_proj, NULL, r->mixed, y, w->out_proj.n_cols, d };
+    const q3n__linear out = { &w->out_proj, NULL, r->mixed, r->mixed_q, r->b,
+                              w->out_proj.n_cols, d };
     q3n__linear_all(r->pool, r->k, &out, 1, r->n);
 }
 
 /* ---- Feed-forward networks and experts ---- */
 typedef struct {
     const q3n__run   *r;
-    const q3n__layer *w;
-    float            *y;
-    const float      *x;
     int               n_ffn, rows_per_block, n_blocks;
 } q3n__ffn_arg;
 
@@ -5215,7 +5459,8 @@ static void q3n__ffn_half(const q3n__ffn_arg *j, const q3n__ffn *f, int is_up, i
     float *out = is_up ? j->r->ffn_up : j->r->ffn_gate;
     const q3n__matmul m = {
         .w = w->data,
-        .x = j->x,
+        .x = j->r->a,
+        .xq = j->r->a_q,
         .x_rows = f->rows,
         .bias = bias,
         .y = out + f->first * (size_t)w->n_rows,
@@ -5229,13 +5474,15 @@ static void q3n__ffn_half(const q3n__ffn_arg *j, const q3n__ffn *f, int is_up, i
     q3n__matmul_tiled(j->r->k, w->type, &m);
 }
 
-/* up = up(x) * silu(gate(x)): pieces are row blocks of all FFNs.  Rows of FFNs of one width lie
- * together; the shared expert's, of another width, lie behind, at a multiple of its own width. */
+/* up = up(x) * silu(gate(x)): pieces are row blocks of all FFNs, multiples of the columns of a
+ * q3n__x8.  Rows of FFNs of one width lie together; the shared expert's, of another width, lie
+ * behind, at a multiple of its own width. */
 static void q3n__ffn_up_task(void *arg, int begin, int end)
 {
     const q3n__ffn_arg *j = (const q3n__ffn_arg *)arg;
+    const q3n__run *r = j->r;
     for (int i = 0; i < j->n_ffn; i++) {
-        const q3n__ffn *f = &j->r->ffn[i];
+        const q3n__ffn *f = &r->ffn[i];
         const int blocks = (f->up.n_rows + j->rows_per_block - 1) / j->rows_per_block;
         const int b0 = begin > f->first_block ? begin - f->first_block : 0;
         const int b1 = end - f->first_block < blocks ? end - f->first_block : blocks;
@@ -5246,7 +5493,10 @@ static void q3n__ffn_up_task(void *arg, int begin, int end)
         q3n__ffn_half(j, f, 1, row0, row1);
         for (int t = 0; t < f->n; t++) {
             const size_t at = (f->first + (size_t)t) * (size_t)I + (size_t)row0;
-            j->r->k->silu_mul(j->r->ffn_up + at, j->r->ffn_gate + at, row1 - row0);
+            r->k->silu_mul(r->ffn_up + at, r->ffn_gate + at, row1 - row0);
+            if (r->ffn_q)
+                r->k->quantize_x(r->ffn_q + f->first_q + (size_t)t * (size_t)q3n__x8_blocks(I)
+                                 + (size_t)q3n__x8_blocks(row0), r->ffn_up + at, row1 - row0);
         }
     }
 }
@@ -5264,7 +5514,7 @@ static void q3n__ffn_down_task(void *arg, int begin, int end)
         const int row1 = row0 + Q3N__ROW_TILE < end_row ? row0 + Q3N__ROW_TILE : end_row;
         const int n_rows = row1 - row0;
         for (int t = 0; t < r->n; t++)
-            memset(j->y + (size_t)t * (size_t)d + (size_t)row0, 0, (size_t)n_rows * sizeof *j->y);
+            memset(r->b + (size_t)t * (size_t)d + (size_t)row0, 0, (size_t)n_rows * sizeof *r->b);
         for (int i = 0; i < j->n_ffn; i++) {
             const q3n__ffn *f = &r->ffn[i];
             for (int t = 0; t < f->n; t += Q3N__TOKEN_TILE) {
@@ -5272,6 +5522,7 @@ static void q3n__ffn_down_task(void *arg, int begin, int end)
                 const q3n__matmul m = {
                     .w = f->down.data + (size_t)row0 * q3n__row_bytes(f->down.type, I),
                     .x = r->ffn_up + (f->first + (size_t)t) * (size_t)I,
+                    .xq = r->ffn_q + f->first_q + (size_t)t * (size_t)q3n__x8_blocks(I),
                     .x_stride = I,
                     .bias = f->down_bias ? f->down_bias + row0 : NULL,
                     .y = out,
@@ -5284,7 +5535,7 @@ static void q3n__ffn_down_task(void *arg, int begin, int end)
                 r->k->matmul[f->down.type](&m);
                 for (int q = 0; q < m.n; q++) {
                     const int row = f->rows ? f->rows[t + q] : t + q;
-                    r->k->axpy(j->y + (size_t)row * (size_t)d + (size_t)row0,
+                    r->k->axpy(r->b + (size_t)row * (size_t)d + (size_t)row0,
                                f->weight ? f->weight[t + q] : 1.0f, out + q * Q3N__ROW_TILE,
                                n_rows);
                 }
@@ -5293,10 +5544,10 @@ static void q3n__ffn_down_task(void *arg, int begin, int end)
     }
 }
 
-/* The FFNs of r->ffn, n_ffn of them: two parallel regions. */
-static void q3n__ffn_all(q3n__run *r, float *y, const float *x, const q3n__layer *w, int n_ffn)
+/* r->b = the FFNs of r->ffn, n_ffn of them, of r->a: two parallel regions. */
+static void q3n__ffn_all(q3n__run *r, int n_ffn)
 {
-    q3n__ffn_arg arg = { r, w, y, x, n_ffn, 0, 0 };
+    q3n__ffn_arg arg = { r, n_ffn, 0, 0 };
     int n_tokens = 0;
     int64_t rows = 0;
     for (int i = 0; i < n_ffn; i++) {
@@ -5305,6 +5556,7 @@ static void q3n__ffn_all(q3n__run *r, float *y, const float *x, const q3n__layer
     }
     const int d = r->model->config.hidden_size;
     arg.rows_per_block = q3n__rows_per_block(r->pool, rows, 2 * d, n_tokens / n_ffn);
+    arg.rows_per_block = q3n__x8_blocks(arg.rows_per_block) * 2 * Q3N__GROUP;
     for (int i = 0; i < n_ffn; i++) {
         r->ffn[i].first_block = arg.n_blocks;
         arg.n_blocks += (r->ffn[i].up.n_rows + arg.rows_per_block - 1) / arg.rows_per_block;
@@ -5317,7 +5569,7 @@ static void q3n__ffn_all(q3n__run *r, float *y, const float *x, const q3n__layer
 }
 
 /* y = down(silu(gate(x)) * up(x)) ([HF] Qwen3NextMLP.forward) */
-static void q3n__mlp(q3n__run *r, float *y, const float *x, const q3n__layer *w)
+static void q3n__mlp(q3n__run *r, const q3n__layer *w)
 {
     r->ffn[0] = (q3n__ffn){.gate = w->gate,
                            .up = w->up,
@@ -5326,7 +5578,7 @@ static void q3n__mlp(q3n__run *r, float *y, const float *x, const q3n__layer *w)
                            .up_bias = w->up_bias,
                            .down_bias = w->down_bias,
                            .n = r->n};
-    q3n__ffn_all(r, y, x, w, 1);
+    q3n__ffn_all(r, 1);
 }
 
 /* Mixture of experts with a shared one ([HF] Qwen3NextSparseMoeBlock.forward):
@@ -5335,17 +5587,17 @@ static void q3n__mlp(q3n__run *r, float *y, const float *x, const q3n__layer *w)
  *     y = sum_e p_e expert_e(x) + sigmoid(x wg') shared(x)
  *
  * summed by rising e.  l is the layer's number for the counts, -1 = not counted. */
-static void q3n__moe(q3n__run *r, float *y, const float *x, const q3n__layer *w, int l)
+static void q3n__moe(q3n__run *r, const q3n__layer *w, int l)
 {
     const q3n_config *c = &r->model->config;
     const int E = c->num_experts, I = c->moe_intermediate_size, d = c->hidden_size;
     const int shared = w->shared_up_proj.data != NULL;
     const q3n__linear in[2] = {
-        { &w->router, w->router_bias, x, r->router, d, E },
-        { &w->shared_expert_gate, NULL, x, r->shared_weight, d, 1 },
+        { &w->router, w->router_bias, r->a, NULL, r->router, d, E },
+        { &w->shared_expert_gate, NULL, r->a, NULL, r->shared_weight, d, 1 },
     };
     q3n__linear_all(r->pool, r->k, in, 1 + shared, r->n);
-    q3n__ffn_arg arg = { r, w, y, x, 0, 0, 0 };
+    q3n__ffn_arg arg = { r, 0, 0, 0 };
     q3n__parallel(r->pool, r->n, 2, q3n__route_task, &arg);
     q3n__group_by_expert(r, l);
 
@@ -5364,18 +5616,21 @@ static void q3n__moe(q3n__run *r, float *y, const float *x, const q3n__layer *w,
             .weight = r->expert_weight + first,
             .n = count,
             .first = (size_t)first,
+            .first_q = (size_t)first * (size_t)q3n__x8_blocks(I),
         };
     }
     if (shared) {
-        const size_t used = (size_t)r->n * (size_t)c->num_experts_per_tok * (size_t)I;
+        const size_t choices = (size_t)r->n * (size_t)c->num_experts_per_tok;
         const size_t Is = (size_t)c->shared_expert_intermediate_size;
         for (int t = 0; t < r->n; t++) r->shared_weight[t] = q3n__sigmoid(r->shared_weight[t]);
         r->ffn[n++] = (q3n__ffn){
             .gate = w->shared_gate_proj, .up = w->shared_up_proj, .down = w->shared_down_proj,
-            .weight = r->shared_weight, .n = r->n, .first = (used + Is - 1) / Is,
+            .weight = r->shared_weight, .n = r->n,
+            .first = (choices * (size_t)I + Is - 1) / Is,
+            .first_q = choices * (size_t)q3n__x8_blocks(I),
         };
     }
-    q3n__ffn_all(r, y, x, w, n);
+    q3n__ffn_all(r, n);
 }
 
 /* ---- Layers ---- */
@@ -5385,17 +5640,19 @@ static void q3n__moe(q3n__run *r, float *y, const float *x, const q3n__layer *w,
  *     h = x + mix(norm(x))      mix: attention or gated DeltaNet
  *     y = h + ffn(norm(h))      ffn: experts or dense
  *
+ * Every step reads r->a, which is a norm of r->x, and writes r->b, which is added to it.
+ *
  * kind_index is the layer's number among those with its kind of state. */
 static void q3n__layer_forward(q3n__run *r, const q3n__layer *w, int l, int kind_index)
 {
-    q3n__rms_norm(r, r->a, r->x, w->input_norm);
-    if (w->is_delta) q3n__deltanet(r, r->b, r->a, w, kind_index);
-    else             q3n__attention(r, r->b, r->a, w, kind_index);
+    q3n__rms_norm(r, w->input_norm);
+    if (w->is_delta) q3n__deltanet(r, w, kind_index);
+    else             q3n__attention(r, w, kind_index);
     q3n__add(r, r->x, r->b);
 
-    q3n__rms_norm(r, r->a, r->x, w->post_norm);
-    if (w->has_experts) q3n__moe(r, r->b, r->a, w, l);
-    else                q3n__mlp(r, r->b, r->a, w);
+    q3n__rms_norm(r, w->post_norm);
+    if (w->has_experts) q3n__moe(r, w, l);
+    else                q3n__mlp(r, w);
     q3n__add(r, r->x, r->b);
 }
 
@@ -5417,7 +5674,7 @@ static void q3n__forward(q3n__run *r, const int32_t *tokens, const q3n_layer_hoo
         q3n__layer_forward(r, w, l, n_kind[w->is_delta]++);
         q3n__hook(r, hook, l, r->x);
     }
-    q3n__rms_norm(r, r->a, r->x, m->weights.norm);
+    q3n__rms_norm(r, m->weights.norm);
     q3n__hook(r, hook, m->config.num_hidden_layers, r->a);
 }
 
@@ -5425,7 +5682,8 @@ static void q3n__forward(q3n__run *r, const int32_t *tokens, const q3n_layer_hoo
 static void q3n__logits(const q3n__run *r, const float *hidden, int n, float *logits)
 {
     const q3n__mat *w = &r->model->weights.lm_head;
-    const q3n__linear out = { w, NULL, hidden, logits, w->n_cols, w->n_rows };
+    const q3n__linear out = { w, NULL, hidden, r->mixed_q, logits, w->n_cols, w->n_rows };
+    if (q3n__is_quantised(w->type)) q3n__quantize_rows(r, r->mixed_q, hidden, n, w->n_cols);
     q3n__linear_all(r->pool, r->k, &out, 1, n);
 }
 
@@ -5480,6 +5738,25 @@ static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session
     return Q3N_OK;
 }
 
+/* The quantised copies of inputs, for models that have quantised matrices. */
+static void q3n__run_layout_quantised(q3n__arena *a, q3n_session *s)
+{
+    const q3n_config *c = &s->model->config;
+    q3n__run *r = &s->run;
+    const size_t n = (size_t)s->options.batch, k = (size_t)c->num_experts_per_tok;
+    const int HD = c->num_attention_heads * c->head_dim;
+    const int v = c->linear_num_value_heads * c->linear_value_head_dim, d = c->hidden_size;
+    const int mixed = HD > v ? HD : v;
+    r->a_q = (q3n__x8 *)q3n__arena_take(a, n, sizeof *r->a_q * (size_t)q3n__x8_blocks(d));
+    r->mixed_q = (q3n__x8 *)q3n__arena_take(
+        a, n, sizeof *r->mixed_q * (size_t)q3n__x8_blocks(mixed > d ? mixed : d));
+    const size_t experts = k * (size_t)q3n__x8_blocks(c->moe_intermediate_size)
+                         + (size_t)q3n__x8_blocks(c->shared_expert_intermediate_size);
+    const size_t dense = (size_t)q3n__x8_blocks(c->intermediate_size);
+    r->ffn_q = (q3n__x8 *)q3n__arena_take(a, n, sizeof *r->ffn_q
+                                                * (experts > dense ? experts : dense));
+}
+
 /* Activations of a run of at most s->options.batch tokens. */
 static void q3n__run_layout(q3n__arena *a, q3n_session *s)
 {
@@ -5526,6 +5803,7 @@ static void q3n__run_layout(q3n__arena *a, q3n_session *s)
     const size_t dense = n * (size_t)c->intermediate_size;
     r->ffn_gate = (float *)q3n__arena_take(a, experts > dense ? experts : dense, f);
     r->ffn_up   = (float *)q3n__arena_take(a, experts > dense ? experts : dense, f);
+    if (s->model->has_quantised) q3n__run_layout_quantised(a, s);
 }
 
 /* Measure (a->base NULL) or hand out everything behind the session struct. */
@@ -5704,7 +5982,8 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
         input = s->logits;
     }
     const q3n__mat *w = &s->model->weights.score;
-    const q3n__linear out = {w, s->model->weights.score_bias, input, scores, w->n_cols, w->n_rows};
+    const q3n__linear out = { w, s->model->weights.score_bias, input, NULL, scores, w->n_cols,
+                              w->n_rows };
     q3n__linear_all(r->pool, r->k, &out, 1, 1);
     return Q3N_OK;
 }
@@ -6168,23 +6447,20 @@ static q3n_result q3n__writer_add(void *user, const q3n__plan_item *planned)
         if (item.optional) return Q3N_OK;
         return q3n__fail(w->err, Q3N_ERR_ARG, -1, "%s is missing", item.name);
     }
-    const int64_t cols = item.dim[item.n_dims - 1];
-    const int block = q3n__types[type].block_len;
-    if ((item.role == Q3N__ROLE_VEC && type != Q3N_TYPE_F32)
-        || (item.role == Q3N__ROLE_ROUTER && block != 1))
-        return q3n__fail(w->err, Q3N_ERR_ARG, -1, "%s cannot have type %s", item.name,
-                         q3n__types[type].name);
-    if (item.dim[0] <= 0 || cols % block != 0)
-        return q3n__fail(w->err, Q3N_ERR_ARG, -1, "%s: rows of %lld do not fill blocks of %s",
-                         item.name, (long long)cols, q3n__types[type].name);
+    char allowed[80];
+    if (!(item.types >> type & 1))
+        return q3n__fail(w->err, Q3N_ERR_ARG, -1, "%s cannot have type %s, only %s", item.name,
+                         q3n__types[type].name, q3n__types_string(item.types, allowed));
+    if (item.dim[0] <= 0)
+        return q3n__fail(w->err, Q3N_ERR_ARG, -1, "%s has no rows", item.name);
     if (w->tensors) {
         q3n__writer_tensor *t = &w->tensors[w->n_tensors];
         memset(t, 0, sizeof *t);
         t->item = item;
         t->type = type;
-        t->slice_bytes = (int64_t)q3n__row_bytes(type, (int)cols);
-        if (item.n_dims == 2) t->slice_bytes *= item.dim[0];
-        if (item.n_dims == 3) t->slice_bytes *= item.dim[1];
+        t->slice_bytes = (int64_t)q3n__row_bytes(type, (int)item.dim[item.n_dims - 1]);
+        if (item.n_dims > 1)
+            t->slice_bytes *= q3n__stored_rows(type, item.dim[item.n_dims - 2]);
     }
     w->n_tensors++;
     return Q3N_OK;
@@ -6502,9 +6778,8 @@ static q3n_result q3n__encode(q3n_type type, void *y, const float *x, size_t n)
     case Q3N_TYPE_BF16:
         for (size_t i = 0; i < n; i++) half[i] = q3n__f32_to_bf16(x[i]);
         return Q3N_OK;
-    case Q3N_TYPE_COUNT: break;
+    default: return Q3N_ERR_UNSUPPORTED;
     }
-    return Q3N_ERR_UNSUPPORTED;
 }
 
 /* cos or sin of pos * theta^(-2j / D) for elements [first, first + n) of [positions, D/2].  Unlike
@@ -6961,6 +7236,76 @@ Q3N__DEFINE_FLOAT_TYPE_SCALAR(f32)
 Q3N__DEFINE_FLOAT_TYPE_SCALAR(f16)
 Q3N__DEFINE_FLOAT_TYPE_SCALAR(bf16)
 
+/* ---- Quantised matrices ---- */
+
+/* 64 activations to a block: scale = max |x| / 127 of a group, q = x / scale to the nearest integer,
+ * halves to even.  A group that is as good as zero, or not finite, has q 0; its scale says which. */
+static void q3n__quantize_x_group_scalar(q3n__x8 *y, int g, const float *x, int n)
+{
+    float m = 0.0f;
+    int sum = 0;
+    memset(y->q + g * Q3N__GROUP, 0, Q3N__GROUP);
+    for (int i = 0; i < n; i++) if (!(fabsf(x[i]) <= m)) m = fabsf(x[i]);
+    const int usable = m >= Q3N__X8_LEAST && m <= FLT_MAX;
+    const float inverse = 127.0f / m;
+    for (int i = 0; i < n && usable; i++) {
+        const int q = (int)lrintf(x[i] * inverse);
+        y->q[g * Q3N__GROUP + i] = (int8_t)q;
+        sum += q;
+    }
+    y->scale[g] = usable ? m / 127.0f : m < Q3N__X8_LEAST ? 0.0f : NAN;
+    y->minus_sum[g] = -sum;
+}
+
+static void q3n__quantize_x_scalar(q3n__x8 *y, const float *x, int n)
+{
+    for (int i = 0; i < n; i += 2 * Q3N__GROUP, y++)
+        for (int g = 0; g < 2; g++) {
+            const int left = n - i - g * Q3N__GROUP;
+            q3n__quantize_x_group_scalar(y, g, x + i + g * Q3N__GROUP,
+                                         left < 0 ? 0 : left < Q3N__GROUP ? left : Q3N__GROUP);
+        }
+}
+
+/* One group of one row: the integers are exact, so all that may differ elsewhere is rounding in
+ *     sum over groups of (float)(sum of level q) (scale of the row) (scale of x) */
+static float q3n__group_dot_scalar(q3n_type t, const uint8_t *block, int g, int r, const q3n__x8 *x)
+{
+    const uint8_t *codes = block + 4 * Q3N__TILE_ROWS + (size_t)g * q3n__group_bytes(t);
+    uint16_t scale;
+    int sum = 0;
+    memcpy(&scale, block + 2 * (g * Q3N__TILE_ROWS + r), sizeof scale);
+    for (int c = 0; c < Q3N__GROUP; c++)
+        sum += q3n__code_level(t, q3n__code_get(t, codes, r, c)) * x->q[g * Q3N__GROUP + c];
+    return (float)sum * (q3n__f16_to_f32(scale) * x->scale[g]);
+}
+
+static void q3n__matmul_quantised_scalar(q3n_type type, const q3n__matmul *m)
+{
+    const size_t block_bytes = (size_t)q3n__types[type].block_bytes * Q3N__TILE_ROWS;
+    const int blocks = q3n__x8_blocks(m->n_cols);
+    for (int t = 0; t < m->n; t++)
+        for (int r = m->row0; r < m->row1; r++) {
+            const q3n__x8 *x = q3n__matmul_xq(m, t);
+            const int in_tile = r % Q3N__TILE_ROWS;
+            const uint8_t *w = (const uint8_t *)m->w
+                             + (size_t)(r - in_tile) * q3n__row_bytes(type, m->n_cols);
+            float s = 0.0f;
+            for (int g = 0; g < 2 * blocks; g++)
+                s += q3n__group_dot_scalar(type, w + (size_t)(g / 2) * block_bytes, g % 2, in_tile,
+                                           x + g / 2);
+            m->y[(size_t)t * (size_t)m->y_stride + (size_t)r] = m->bias ? s + m->bias[r] : s;
+        }
+}
+
+#define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
+    static void q3n__matmul_##id##_scalar(const q3n__matmul *m)                         \
+    {                                                                                   \
+        q3n__matmul_quantised_scalar(Q3N_TYPE_##ID, m);                                 \
+    }
+Q3N_QUANT_TYPE_LIST(Q3N__X)
+#undef Q3N__X
+
 /* ---- DeltaNet ---- */
 
 /* The gated delta rule ([HF] torch_recurrent_gated_delta_rule; [GDN] eq. 10), for each token:
@@ -7061,8 +7406,13 @@ static void q3n__bind_scalar(q3n__kernels *k)
     k->to_f32[Q3N_TYPE_##ID] = q3n__to_f32_##id##_scalar;                               \
     k->attend[Q3N_TYPE_##ID] = q3n__attend_##id##_scalar;                               \
     k->store_kv[Q3N_TYPE_##ID] = q3n__store_kv_##id##_scalar;
-    Q3N_TYPE_LIST(Q3N__X)
+    Q3N_FLOAT_TYPE_LIST(Q3N__X)
 #undef Q3N__X
+#define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
+    k->matmul[Q3N_TYPE_##ID] = q3n__matmul_##id##_scalar;
+    Q3N_QUANT_TYPE_LIST(Q3N__X)
+#undef Q3N__X
+    k->quantize_x  = q3n__quantize_x_scalar;
     k->delta       = q3n__delta_scalar;
     k->conv        = q3n__conv_scalar;
     k->dot         = q3n__dot_scalar;
@@ -8188,7 +8538,359 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [20] KERNELS, NEON                                                   >>kernels-neon
+ * [20] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
+ *
+ * Quantised matrices.  A vector of weights is 4 columns of 16 rows, so 16 lanes are 16 rows: four
+ * activations are broadcast, multiplied and added to the lanes' 32-bit sums by one instruction
+ * (vpdpbusd: unsigned x signed bytes), and 8 of them make a group.  Its exact integer is then scaled
+ * and added in f32, group after group: that order is the same whatever else is computed beside, so
+ * tiles may be cut at will.
+ * ===================================================================================== */
+#if Q3N__X86 && !defined(Q3N_NO_AVX512)
+Q3N__TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+
+/* Levels + 128: bytes without sign. */
+static const uint8_t q3n__q4_bytes_avx512vnni[16] = {
+#define Q3N__X(level) (uint8_t)((level) + 128),
+    Q3N__Q4_LEVEL_LIST(Q3N__X)
+};
+static const uint8_t q3n__q3_bytes_avx512vnni[16] = {
+    Q3N__Q3_LEVEL_LIST(Q3N__X)
+#undef Q3N__X
+};
+
+/* log2 of what unpacking adds to the levels. */
+Q3N__INLINE int q3n__zero_bits_avx512vnni(q3n_type type) { return type == Q3N_TYPE_Q6 ? 5 : 7; }
+
+Q3N__INLINE __m512i q3n__line_avx512vnni(const uint8_t *p)
+{
+    return _mm512_loadu_si512((const void *)p);
+}
+
+Q3N__INLINE __m512i q3n__table_avx512vnni(const uint8_t *bytes)
+{
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)bytes));
+}
+
+/* Bits [shift, shift + bits) of every byte, for 0 <= shift; mask has them at the bottom. */
+Q3N__INLINE __m512i q3n__field_avx512vnni(__m512i v, int shift, __m512i mask)
+{
+    return _mm512_and_si512(shift ? _mm512_srli_epi16(v, shift) : v, mask);
+}
+
+/* The 8 vectors of a group: level + zero of columns 4 s .. 4 s + 3. */
+Q3N__INLINE void q3n__unpack_avx512vnni(q3n_type type, const uint8_t *p, __m512i u[8])
+{
+    const __m512i low4 = _mm512_set1_epi8(15), low2 = _mm512_set1_epi8(3);
+    if (type == Q3N_TYPE_Q8) {
+        Q3N__UNROLL
+        for (int s = 0; s < 8; s++) u[s] = q3n__line_avx512vnni(p + 64 * s);
+    }
+    if (type == Q3N_TYPE_Q4 || type == Q3N_TYPE_Q6) {
+        Q3N__UNROLL
+        for (int s = 0; s < 4; s++) {
+            const __m512i v = q3n__line_avx512vnni(p + 64 * s);
+            u[s]     = q3n__field_avx512vnni(v, 0, low4);
+            u[s + 4] = q3n__field_avx512vnni(v, 4, low4);
+        }
+    }
+    if (type == Q3N_TYPE_Q6) {
+        const __m512i high = _mm512_set1_epi8(0x30);
+        Q3N__UNROLL
+        for (int h = 0; h < 2; h++) {
+            const __m512i v = q3n__line_avx512vnni(p + 256 + 64 * h);
+            u[4 * h + 0] = _mm512_or_si512(u[4 * h + 0],
+                                           _mm512_and_si512(_mm512_slli_epi16(v, 4), high));
+            u[4 * h + 1] = _mm512_or_si512(u[4 * h + 1],
+                                           _mm512_and_si512(_mm512_slli_epi16(v, 2), high));
+            u[4 * h + 2] = _mm512_or_si512(u[4 * h + 2], _mm512_and_si512(v, high));
+            u[4 * h + 3] = _mm512_or_si512(u[4 * h + 3],
+                                           _mm512_and_si512(_mm512_srli_epi16(v, 2), high));
+        }
+    }
+    if (type == Q3N_TYPE_Q4) {
+        const __m512i levels = q3n__table_avx512vnni(q3n__q4_bytes_avx512vnni);
+        Q3N__UNROLL
+        for (int s = 0; s < 8; s++) u[s] = _mm512_shuffle_epi8(levels, u[s]);
+    }
+    if (type == Q3N_TYPE_Q3) {
+        const __m512i levels = q3n__table_avx512vnni(q3n__q3_bytes_avx512vnni);
+        const __m512i top = q3n__line_avx512vnni(p + 128), four = _mm512_set1_epi8(4);
+        Q3N__UNROLL
+        for (int s = 0; s < 8; s++) {
+            const __m512i v = q3n__line_avx512vnni(p + 64 * (s / 4));
+            const __m512i t = s < 2 ? _mm512_slli_epi16(top, 2 - s)
+                                    : _mm512_srli_epi16(top, s - 2);
+            u[s] = _mm512_or_si512(q3n__field_avx512vnni(v, 2 * (s % 4), low2),
+                                   _mm512_and_si512(t, four));
+            u[s] = _mm512_shuffle_epi8(levels, u[s]);
+        }
+    }
+}
+
+Q3N__INLINE __m512 q3n__scales_avx512vnni(const uint8_t *block, int g)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(block + 32 * g)));
+}
+
+Q3N__INLINE __m512i q3n__four_avx512vnni(const q3n__x8 *x, int g, int s)
+{
+    int32_t four;
+    memcpy(&four, x->q + Q3N__GROUP * g + 4 * s, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+
+Q3N__INLINE __m512i q3n__start_avx512vnni(q3n_type type, const q3n__x8 *x, int g)
+{
+    return _mm512_slli_epi32(_mm512_set1_epi32(x->minus_sum[g]),
+                             (unsigned)q3n__zero_bits_avx512vnni(type));
+}
+
+Q3N__INLINE __m512 q3n__scale_add_avx512vnni(__m512i sum, __m512 scales, const q3n__x8 *x, int g,
+                                             __m512 acc)
+{
+    const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(x->scale[g]));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc);
+}
+
+/* Rows [r, r + 16) of token t, as far as they are wanted. */
+Q3N__INLINE void q3n__put_avx512vnni(const q3n__matmul *m, int r, int t, __m512 v, int with_bias)
+{
+    float *y = m->y + (size_t)t * (size_t)m->y_stride + r;
+    const __mmask16 k = q3n__mask_avx512(m->row1 - r);
+    if (with_bias && m->bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(k, m->bias + r));
+    _mm512_mask_storeu_ps(y, k, v);
+}
+
+/* ---- Few tokens: the weights pass once through the registers ---- */
+
+/* Bytes between what is being read and what is fetched. */
+#define Q3N__AHEAD_AVX512VNNI 4096
+
+/* T tokens from t0 on against 16 rows.  type and T are constants in every use. */
+Q3N__INLINE void q3n__few_avx512vnni(q3n_type type, int T, const q3n__matmul *m, int r, int t0)
+{
+    const size_t block_bytes = (size_t)q3n__types[type].block_bytes * Q3N__TILE_ROWS;
+    const size_t group_bytes = (block_bytes - 64) / 2;
+    const uint8_t *w = (const uint8_t *)m->w + (size_t)r * q3n__row_bytes(type, m->n_cols);
+    const q3n__x8 *x[4];
+    __m512 acc[4];
+    Q3N__UNROLL
+    for (int t = 0; t < T; t++) {
+        x[t] = q3n__matmul_xq(m, t0 + t);
+        acc[t] = _mm512_setzero_ps();
+    }
+    const int blocks = q3n__x8_blocks(m->n_cols);
+    for (int b = 0; b < blocks; b++, w += block_bytes) {
+        for (size_t i = 0; i < block_bytes; i += 64)
+            _mm_prefetch((const char *)w + Q3N__AHEAD_AVX512VNNI + i, _MM_HINT_T0);
+        Q3N__UNROLL
+        for (int g = 0; g < 2; g++) {
+            __m512i u[8];
+            const __m512 scales = q3n__scales_avx512vnni(w, g);
+            q3n__unpack_avx512vnni(type, w + 64 + (size_t)g * group_bytes, u);
+            Q3N__UNROLL
+            for (int t = 0; t < T; t++) {
+                __m512i sum = q3n__start_avx512vnni(type, x[t] + b, g);
+                Q3N__UNROLL
+                for (int s = 0; s < 8; s++)
+                    sum = _mm512_dpbusd_epi32(sum, u[s], q3n__four_avx512vnni(x[t] + b, g, s));
+                acc[t] = q3n__scale_add_avx512vnni(sum, scales, x[t] + b, g, acc[t]);
+            }
+        }
+    }
+    Q3N__UNROLL
+    for (int t = 0; t < T; t++) q3n__put_avx512vnni(m, r, t0 + t, acc[t], 1);
+}
+
+/* ---- Many tokens: two tiles are unpacked into the first-level cache, piece by piece ---- */
+#define Q3N__PANEL_BLOCKS 8              /* blocks of columns in a piece                         */
+#define Q3N__MANY_TOKENS  6              /* 2 x 6 sums, 2 x 6 accumulators, 2 weights, 1 input   */
+
+typedef struct {
+    uint8_t code[2][2 * Q3N__PANEL_BLOCKS][8][64];   /* [tile][group][step]: level + zero        */
+    float   scale[2][2 * Q3N__PANEL_BLOCKS][16];
+} q3n__panel_avx512vnni;
+
+Q3N__INLINE void q3n__panel_fill_avx512vnni(q3n_type type, q3n__panel_avx512vnni *panel, int tile,
+                                            const uint8_t *w, int blocks)
+{
+    const size_t block_bytes = (size_t)q3n__types[type].block_bytes * Q3N__TILE_ROWS;
+    const size_t group_bytes = (block_bytes - 64) / 2;
+    for (int b = 0; b < blocks; b++, w += block_bytes)
+        Q3N__UNROLL
+        for (int g = 0; g < 2; g++) {
+            __m512i u[8];
+            q3n__unpack_avx512vnni(type, w + 64 + (size_t)g * group_bytes, u);
+            Q3N__UNROLL
+            for (int s = 0; s < 8; s++)
+                _mm512_storeu_si512((void *)panel->code[tile][2 * b + g][s], u[s]);
+            _mm512_storeu_ps(panel->scale[tile][2 * b + g], q3n__scales_avx512vnni(w, g));
+        }
+}
+
+/* T tokens against R tiles of the panel.  Between panels the accumulators wait in y. */
+Q3N__INLINE void q3n__panel_tile_avx512vnni(q3n_type type, int R, int T, const q3n__matmul *m,
+                                            const q3n__panel_avx512vnni *panel, int r, int t0,
+                                            int b0, int blocks)
+{
+    const q3n__x8 *x[Q3N__MANY_TOKENS];
+    __m512 acc[2][Q3N__MANY_TOKENS];
+    Q3N__UNROLL
+    for (int t = 0; t < T; t++) {
+        x[t] = q3n__matmul_xq(m, t0 + t) + b0;
+        Q3N__UNROLL
+        for (int i = 0; i < R; i++) {
+            const float *y = m->y + (size_t)(t0 + t) * (size_t)m->y_stride + r + 16 * i;
+            acc[i][t] = b0 == 0 ? _mm512_setzero_ps()
+                      : _mm512_maskz_loadu_ps(q3n__mask_avx512(m->row1 - r - 16 * i), y);
+        }
+    }
+    for (int b = 0; b < blocks; b++) {
+        Q3N__UNROLL
+        for (int g = 0; g < 2; g++) {
+            __m512i sum[2][Q3N__MANY_TOKENS];
+            Q3N__UNROLL
+            for (int t = 0; t < T; t++) {
+                sum[0][t] = q3n__start_avx512vnni(type, x[t] + b, g);
+                if (R > 1) sum[1][t] = sum[0][t];
+            }
+            Q3N__UNROLL
+            for (int s = 0; s < 8; s++) {
+                const __m512i w0 = q3n__line_avx512vnni(panel->code[0][2 * b + g][s]);
+                const __m512i w1 = q3n__line_avx512vnni(panel->code[R - 1][2 * b + g][s]);
+                Q3N__UNROLL
+                for (int t = 0; t < T; t++) {
+                    const __m512i four = q3n__four_avx512vnni(x[t] + b, g, s);
+                    sum[0][t] = _mm512_dpbusd_epi32(sum[0][t], w0, four);
+                    if (R > 1) sum[1][t] = _mm512_dpbusd_epi32(sum[1][t], w1, four);
+                }
+            }
+            Q3N__UNROLL
+            for (int i = 0; i < R; i++) {
+                const __m512 scales = _mm512_loadu_ps(panel->scale[i][2 * b + g]);
+                Q3N__UNROLL
+                for (int t = 0; t < T; t++)
+                    acc[i][t] = q3n__scale_add_avx512vnni(sum[i][t], scales, x[t] + b, g,
+                                                          acc[i][t]);
+            }
+        }
+    }
+    const int last = b0 + blocks == q3n__x8_blocks(m->n_cols);
+    Q3N__UNROLL
+    for (int t = 0; t < T; t++)
+        Q3N__UNROLL
+        for (int i = 0; i < R; i++)
+            q3n__put_avx512vnni(m, r + 16 * i, t0 + t, acc[i][t], last);
+}
+
+Q3N__INLINE void q3n__panel_tokens_avx512vnni(q3n_type type, int R, const q3n__matmul *m,
+                                              const q3n__panel_avx512vnni *panel, int r, int b0,
+                                              int blocks)
+{
+    for (int t = 0; t < m->n; ) {
+        const int T = q3n__tile_tokens(m->n - t, Q3N__MANY_TOKENS);
+        switch (T) {
+        case 1: q3n__panel_tile_avx512vnni(type, R, 1, m, panel, r, t, b0, blocks); break;
+        case 2: q3n__panel_tile_avx512vnni(type, R, 2, m, panel, r, t, b0, blocks); break;
+        case 3: q3n__panel_tile_avx512vnni(type, R, 3, m, panel, r, t, b0, blocks); break;
+        case 4: q3n__panel_tile_avx512vnni(type, R, 4, m, panel, r, t, b0, blocks); break;
+        case 5: q3n__panel_tile_avx512vnni(type, R, 5, m, panel, r, t, b0, blocks); break;
+        case 6: q3n__panel_tile_avx512vnni(type, R, 6, m, panel, r, t, b0, blocks); break;
+        }
+        t += T;
+    }
+}
+
+/* Rows [r, r + 32), as far as they are wanted, of all tokens. */
+Q3N__INLINE void q3n__many_avx512vnni(q3n_type type, const q3n__matmul *m, int r)
+{
+    const size_t row_bytes = q3n__row_bytes(type, m->n_cols);
+    const size_t block_bytes = (size_t)q3n__types[type].block_bytes * Q3N__TILE_ROWS;
+    const uint8_t *w = (const uint8_t *)m->w + (size_t)r * row_bytes;
+    const int all = q3n__x8_blocks(m->n_cols), two = r + Q3N__TILE_ROWS < m->row1;
+    q3n__panel_avx512vnni panel;
+    for (int b = 0; b < all; b += Q3N__PANEL_BLOCKS) {
+        const int blocks = all - b < Q3N__PANEL_BLOCKS ? all - b : Q3N__PANEL_BLOCKS;
+        const uint8_t *at = w + (size_t)b * block_bytes;
+        q3n__panel_fill_avx512vnni(type, &panel, 0, at, blocks);
+        if (two) {
+            q3n__panel_fill_avx512vnni(type, &panel, 1, at + Q3N__TILE_ROWS * row_bytes, blocks);
+            q3n__panel_tokens_avx512vnni(type, 2, m, &panel, r, b, blocks);
+        } else {
+            q3n__panel_tokens_avx512vnni(type, 1, m, &panel, r, b, blocks);
+        }
+    }
+}
+
+Q3N__INLINE void q3n__matmul_quantised_avx512vnni(q3n_type type, const q3n__matmul *m)
+{
+    if (m->n > 4) {
+        for (int r = m->row0; r < m->row1; r += 2 * Q3N__TILE_ROWS)
+            q3n__many_avx512vnni(type, m, r);
+        return;
+    }
+    for (int r = m->row0; r < m->row1; r += Q3N__TILE_ROWS)
+        switch (m->n) {
+        case 1: q3n__few_avx512vnni(type, 1, m, r, 0); break;
+        case 2: q3n__few_avx512vnni(type, 2, m, r, 0); break;
+        case 3: q3n__few_avx512vnni(type, 3, m, r, 0); break;
+        case 4: q3n__few_avx512vnni(type, 4, m, r, 0); break;
+        }
+}
+
+#define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
+    static void q3n__matmul_##id##_avx512vnni(const q3n__matmul *m)                     \
+    {                                                                                   \
+        q3n__matmul_quantised_avx512vnni(Q3N_TYPE_##ID, m);                             \
+    }
+Q3N_QUANT_TYPE_LIST(Q3N__X)
+#undef Q3N__X
+
+/* ---- Activations ---- */
+Q3N__INLINE void q3n__quantize_x_group_avx512vnni(q3n__x8 *y, int g, const float *x, int n)
+{
+    const __m512 a = q3n__loadf_avx512(x, n < 0 ? 0 : n);
+    const __m512 b = q3n__loadf_avx512(x + 16, n < 16 ? 0 : n - 16);
+    const __m512i sign = _mm512_set1_epi32(0x7fffffff);    /* |x| as integers: NaN is the largest */
+    const __m512i most = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a), sign),
+                                          _mm512_and_si512(_mm512_castps_si512(b), sign));
+    const float m = q3n__bits_f32((uint32_t)_mm512_reduce_max_epi32(most));
+    const int usable = m >= Q3N__X8_LEAST && m <= FLT_MAX;
+    const __m512 inverse = _mm512_set1_ps(usable ? 127.0f / m : 0.0f);
+    const __mmask16 all = usable ? 0xffff : 0;
+    const __m512i qa = _mm512_maskz_cvtps_epi32(all, _mm512_mul_ps(a, inverse));
+    const __m512i qb = _mm512_maskz_cvtps_epi32(all, _mm512_mul_ps(b, inverse));
+    _mm_storeu_si128((__m128i *)(void *)(y->q + 32 * g), _mm512_cvtepi32_epi8(qa));
+    _mm_storeu_si128((__m128i *)(void *)(y->q + 32 * g + 16), _mm512_cvtepi32_epi8(qb));
+    y->scale[g] = usable ? m / 127.0f : m < Q3N__X8_LEAST ? 0.0f : NAN;
+    y->minus_sum[g] = -_mm512_reduce_add_epi32(_mm512_add_epi32(qa, qb));
+}
+
+static void q3n__quantize_x_avx512vnni(q3n__x8 *y, const float *x, int n)
+{
+    for (int i = 0; i < n; i += 2 * Q3N__GROUP, y++) {
+        q3n__quantize_x_group_avx512vnni(y, 0, x + i, n - i);
+        q3n__quantize_x_group_avx512vnni(y, 1, x + i + 32, n - i - 32);
+    }
+}
+
+static void q3n__bind_avx512vnni(q3n__kernels *k)
+{
+#define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
+    k->matmul[Q3N_TYPE_##ID] = q3n__matmul_##id##_avx512vnni;
+    Q3N_QUANT_TYPE_LIST(Q3N__X)
+#undef Q3N__X
+    k->quantize_x = q3n__quantize_x_avx512vnni;
+}
+
+Q3N__TARGET_END
+#else
+#  define q3n__bind_avx512vnni NULL
+#endif
+
+/* =====================================================================================
+ * [21] KERNELS, NEON                                                   >>kernels-neon
  *
  * Baseline AArch64: no extension is asked for, so there is no target region.  32 registers of four
  * floats allow wider tiles than those of AVX2.
@@ -8689,7 +9391,7 @@ static void q3n__bind_neon(q3n__kernels *k)
 #endif
 
 /* =====================================================================================
- * [21] DISPATCH: one row per ISA                                           >>dispatch
+ * [22] DISPATCH: one row per ISA                                           >>dispatch
  * ===================================================================================== */
 static const struct {
     const char *name;

@@ -546,7 +546,7 @@ static void test_plan_with_everything_optional(void **state)
         "embed_tokens.weight mat 50x8\n"
         "norm.weight vec 8\n"
         "lm_head.weight mat 50x8\n"
-        "score.weight mat 3x50\n"
+        "score.weight router 3x50\n"
         "score.bias vec 3 optional\n"
         "rope.cos vec 0x2\n"
         "rope.sin vec 0x2\n"
@@ -590,7 +590,7 @@ static void test_plan_with_everything_optional(void **state)
         "embed_tokens.weight mat 50x8\n"
         "norm.weight vec 8\n"
         "lm_head.weight mat 50x8 optional\n"
-        "score.weight mat 3x8\n"
+        "score.weight router 3x8\n"
         "score.bias vec 3 optional\n";
     char hidden[sizeof want + sizeof head];
     snprintf(hidden, sizeof hidden, "%s%s", head, strstr(want, "rope.cos"));

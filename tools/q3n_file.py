@@ -52,8 +52,9 @@ class Definitions:
             raise ConvertError("%s: cannot read: %s (the tools need the header beside them)"
                                % (path, e.strerror))
         self.types, self.fields = {}, collections.OrderedDict()
-        for _, name, number, length, size in self._rows(text, "Q3N_TYPE_LIST", 5, path):
-            self.types[name] = Type(name, int(number), int(length), int(size))
+        for macro in ("Q3N_FLOAT_TYPE_LIST", "Q3N_QUANT_TYPE_LIST"):
+            for _, name, number, length, size in self._rows(text, macro, 5, path):
+                self.types[name] = Type(name, int(number), int(length), int(size))
         constants = {n: int(v) for n, v in re.findall(r"#define (Q3N_MAX_\w+) +(\d+)", text)}
         for kind, name, least, most in self._rows(text, "Q3N_CONFIG_LIST", 4, path):
             self.fields[name] = Field(name, kind, *(_number(t, constants) for t in (least, most)))
