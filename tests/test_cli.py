@@ -8,10 +8,12 @@ import json
 import math
 import os
 import shlex
+import statistics
 import struct
 import subprocess
 import tempfile
 import unittest
+import zlib
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
@@ -338,6 +340,35 @@ class StoriesTest(CliTest):
                               "--json")
         self.assertEqual(by_text, by_ids)
 
+    def test_kl_with_itself_is_zero(self):
+        got = self.json_lines("perplexity", model("stories"), "--kl", model("stories"), "--ids",
+                              id_list(self.golden["valid_ids"][:200]), "--window", "64", "--json")
+        got = got[0]
+        self.assertEqual((got["windows"], got["scored"]), (4, 196))
+        for key in ("kl_mean", "kl_standard_error", "kl_median", "kl_p999", "kl_max",
+                    "log_likelihood_difference", "log_likelihood_difference_error"):
+            self.assertEqual(got[key], 0, key)
+        self.assertEqual(got["top1_agreement"], 100)
+        for key in ("nll", "perplexity", "standard_error"):
+            self.assertEqual(got["base_" + key], got[key])
+
+    def test_kl_refuses_another_vocabulary(self):
+        m = model("stories")
+        self.run_cli("perplexity", m, "--ids", "1,2", "--kl", model("qwen3_dense"), status=1)
+        self.assertIn("vocabulary", self.error)
+        with open(m, "rb") as f:
+            content = bytearray(f.read())
+        at = content.rindex(b"ing", 0, struct.unpack_from("<Q", content, 24)[0])
+        content[at:at + 3] = b"XYZ"
+        struct.pack_into("<I", content, 32, 0)
+        meta_bytes = struct.unpack_from("<Q", content, 24)[0]
+        struct.pack_into("<I", content, 32, zlib.crc32(content[:meta_bytes]))
+        other = self.file("other.q3n", bytes(content))
+        self.run_cli("perplexity", m, "--ids", "1,2", "--kl", other, status=1)
+        self.assertIn("another vocabulary", self.error)
+        self.run_cli("perplexity", m, "--ids", "1,2", "--kl", "/no/such/base", status=1)
+        self.assertIn("/no/such/base", self.error)
+
     def test_experts(self):
         want = self.golden["router"]
         got = self.json_lines("experts", model("stories"), "--ids-file", self.valid, "--window",
@@ -410,6 +441,79 @@ class StoriesTest(CliTest):
             got = self.json_lines("logits", model("stories"), "--ids", ids, "--json", "--kv", kv)[0]
             self.check_reals(got["logits"], exact, bound, kv)
             self.assertNotEqual(got["logits"], exact)
+
+
+def log_softmax(row):
+    top = max(row)
+    norm = top + math.log(math.fsum(math.exp(x - top) for x in row))
+    return [x - norm for x in row]
+
+
+class KlTest(CliTest):
+    """A model against itself rounded to bf16, from the logits of both."""
+
+    def setUp(self):
+        super().setUp()
+        self.exact, self.rounded = (self.make(t) for t in ("f32", "bf16"))
+        self.ids = [7 * i * i % 300 for i in range(150)]
+
+    def make(self, weight_type):
+        path = os.path.join(self.folder, weight_type + ".q3n")
+        self.run_cli("init", path, "--preset", "tiny", "--vocab", "300", "--layers", "2",
+                     "--hidden-size", "64", "--set", "moe_intermediate_size=32", "--type",
+                     weight_type, "--seed", "3", "--stddev", "0.2")
+        return path
+
+    def rows(self, path, ids):
+        got = self.json_lines("logits", path, "--ids", id_list(ids), "--json", "--all")[0]
+        return [log_softmax(row) for row in got["all_logits"]]
+
+    def measure(self, window):
+        """KL, log-likelihood difference and agreement of every scored position."""
+        kl, difference, agree = [], [], 0
+        for at in range(0, len(self.ids) - 1, window):
+            ids = self.ids[at:at + window]
+            pairs = list(zip(self.rows(self.exact, ids), self.rows(self.rounded, ids)))
+            for t, (p, q) in enumerate(pairs[:-1]):
+                kl.append(math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q)))
+                difference.append(q[ids[t + 1]] - p[ids[t + 1]])
+                agree += p.index(max(p)) == q.index(max(q))
+        return kl, difference, agree
+
+    def test_against_logits(self):
+        got = self.json_lines("perplexity", self.rounded, "--kl", self.exact, "--ids",
+                              id_list(self.ids), "--window", "64", "--json")[0]
+        kl, difference, agree = self.measure(64)
+        n = len(kl)
+        ordered = sorted(kl)
+
+        def quantile(share):
+            i = min(int(share * (n - 1)), n - 2)
+            return ordered[i] + (share * (n - 1) - i) * (ordered[i + 1] - ordered[i])
+        self.assertEqual(got["scored"], n)
+        self.assertTrue(0 < got["kl_mean"] < 0.1)
+        # The logits are f32: printed with 9 digits they are exact.
+        for key, want in [("kl_mean", statistics.mean(kl)), ("kl_median", quantile(0.5)),
+                          ("kl_p999", quantile(0.999)), ("kl_max", max(kl)),
+                          ("kl_standard_error", statistics.stdev(kl) / n ** 0.5),
+                          ("log_likelihood_difference", statistics.mean(difference)),
+                          ("log_likelihood_difference_error",
+                           statistics.stdev(difference) / n ** 0.5)]:
+            self.assertAlmostEqual(got[key], want, delta=1e-6 * abs(want) + 1e-12, msg=key)
+        self.assertAlmostEqual(got["top1_agreement"], 100 * agree / n, places=6)
+        self.assertAlmostEqual((got["base_nll"] - got["nll"]) / n,
+                               got["log_likelihood_difference"], places=9)
+        for prefix, path in (("", self.rounded), ("base_", self.exact)):
+            alone = self.json_lines("perplexity", path, "--ids", id_list(self.ids), "--window",
+                                    "64", "--json")[0]
+            for key in ("nll", "perplexity", "standard_error"):
+                self.assertEqual(got[prefix + key], alone[key], prefix + key)
+
+    def test_text(self):
+        text = self.run_cli("perplexity", self.rounded, "--kl", self.exact, "--ids",
+                            id_list(self.ids[:20])).decode()
+        for word in ("base perplexity", "KL(base || model)", "same first choice", "log-likelihood"):
+            self.assertIn(word, text)
 
 
 class TokenizerTest(CliTest):

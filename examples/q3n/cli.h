@@ -225,6 +225,17 @@ typedef void (*cli_row_fn)(void *user, int position, const float *logits);
 void cli_eval_rows(q3n_session *s, const q3n_model *m, const cli_ids *ids,
                    const cli_pieces *pieces, cli_row_fn fn, void *user);
 
+/* Two models of one vocabulary. */
+typedef struct cli_side {
+    const q3n_model *m;
+    q3n_session     *s;
+} cli_side;
+
+typedef void (*cli_pair_fn)(void *user, int position, const float *first, const float *second);
+
+/* The same for both at once: fn gets the logits of sides[0] and sides[1]. */
+void cli_eval_pairs(const cli_side sides[2], const cli_ids *ids, cli_pair_fn fn, void *user);
+
 int    cli_argmax(const float *x, int n);               /* the first of the largest */
 double cli_log_sum_exp(const float *x, int n);
 

@@ -113,6 +113,12 @@ static int default_piece(const q3n_config *c, int n)
     return rows < 64 ? 64 : (int)(rows / 64 * 64);
 }
 
+static void eval_piece(q3n_session *s, const int32_t *ids, int n, float *rows)
+{
+    const q3n_outputs out = { .all_logits = rows };
+    if (q3n_session_eval_outputs(s, ids, n, &out) != Q3N_OK) fail_session(s);
+}
+
 void cli_eval_rows(q3n_session *s, const q3n_model *m, const cli_ids *ids,
                    const cli_pieces *pieces, cli_row_fn fn, void *user)
 {
@@ -130,14 +136,36 @@ void cli_eval_rows(q3n_session *s, const q3n_model *m, const cli_ids *ids,
     for (int done = 0, i = 0; done < n; i++) {
         int piece = pieces->n ? pieces->size[i % pieces->n] : fallback;
         if (piece > n - done) piece = n - done;
-        const q3n_outputs out = { .all_logits = rows };
-        if (q3n_session_eval_outputs(s, ids->id + done, piece, &out) != Q3N_OK) fail_session(s);
+        eval_piece(s, ids->id + done, piece, rows);
         for (int t = 0; t < piece; t++) {
             fn(user, done + t, rows + (size_t)t * (size_t)c->vocab_size);
         }
         done += piece;
     }
     free(rows);
+}
+
+void cli_eval_pairs(const cli_side sides[2], const cli_ids *ids, cli_pair_fn fn, void *user)
+{
+    const int n = (int)ids->n;
+    const size_t vocab = (size_t)q3n_model_config(sides[0].m)->vocab_size;
+    int most = 0;
+    float *rows[2];
+    for (int k = 0; k < 2; k++) {
+        const int piece = default_piece(q3n_model_config(sides[k].m), n);
+        if (piece > most) most = piece;       /* one that attends both ways takes all */
+        q3n_session_reset(sides[k].s);
+    }
+    for (int k = 0; k < 2; k++) rows[k] = cli_alloc((size_t)most * vocab, sizeof *rows[k]);
+    for (int done = 0, piece = most; done < n; done += piece) {
+        if (piece > n - done) piece = n - done;
+        for (int k = 0; k < 2; k++) eval_piece(sides[k].s, ids->id + done, piece, rows[k]);
+        for (int t = 0; t < piece; t++) {
+            const size_t at = (size_t)t * vocab;
+            fn(user, done + t, rows[0] + at, rows[1] + at);
+        }
+    }
+    for (int k = 0; k < 2; k++) free(rows[k]);
 }
 
 /* ---- Rows of logits ---- */
