@@ -594,21 +594,55 @@ class FileTest(CliTest):
             self.assertIn("embed_tokens.weight", text)
             self.assertIn("hidden_size", text)
 
-    def test_bench(self):
-        got = self.json_lines("bench", self.make(), "-p", "16,32", "-n", "4", "-t", "1,2",
-                              "--depth", "0,20", "-r", "2", "--json")[0]
+    def check_bench(self, got, prefill, decode):
         self.assertGreater(got["read_gb_s"], 0)
-        self.assertEqual([(x["n"], x["threads"]) for x in got["prefill"]],
-                         [(16, 1), (16, 2), (32, 1), (32, 2)])
-        self.assertEqual([(x["depth"], x["threads"]) for x in got["decode"]],
-                         [(0, 1), (0, 2), (20, 1), (20, 2)])
+        self.assertEqual([(x["n"], x["threads"]) for x in got["prefill"]], prefill)
+        self.assertEqual([(x["depth"], x["threads"]) for x in got["decode"]], decode)
+        for row in got["prefill"] + got["decode"]:
+            self.assertTrue(0 < row["tok_s_min"] <= row["tok_s"] <= row["tok_s_max"])
         for row in got["prefill"]:
             self.assertGreater(row["gmac_s"], 0)
-            self.assertTrue(0 < row["tok_s_min"] <= row["tok_s"] <= row["tok_s_max"])
         for row in got["decode"]:
             self.assertAlmostEqual(row["gb_s"], 1e-9 * row["bytes"] * row["tok_s"],
                                    delta=1e-3 * row["gb_s"])
-            self.assertGreater(row["roof_share"], 0)
+            read = next(x for x in got["read"] if x["threads"] == row["threads"])
+            self.assertAlmostEqual(row["roof_share"], row["gb_s"] / read["gb_s"],
+                                   delta=1e-3 * row["roof_share"])
+        self.assertTrue(0 < got["open_s"] < got["first_token_s"])
+        self.assertTrue(got["cpu"] and got["compiler"] and got["cpus"] > 0)
+        self.assertIn(got["isa"], self.isas())
+
+    def test_bench(self):
+        path = self.make()
+        got = self.json_lines("bench", path, "-p", "16,32", "-n", "4", "-t", "1,2",
+                              "--depth", "0,20", "-r", "2", "--json")[0]
+        self.check_bench(got, [(16, 1), (16, 2), (32, 1), (32, 2)],
+                         [(0, 1), (0, 2), (20, 1), (20, 2)])
+        info = self.json_lines("info", path, "--json", "--tensors")[0]
+        self.assertEqual(got["file_bytes"], os.path.getsize(path))
+        self.assertEqual((got["type"], got["repeats"]), ("bf16", 2))
+        bits = 8 * sum(t["bytes"] for t in info["tensors"])
+        weights = sum(t["elements"] for t in info["types"].values())
+        self.assertAlmostEqual(got["bits_per_weight"], bits / weights, places=3)
+        self.assertGreater(got["peak_rss_bytes"], got["file_bytes"] / 4)
+        # States and half of the four tokens come to the weights, 16 more tokens to the caches.
+        decode = {(x["depth"], x["threads"]): x["bytes"] for x in got["decode"]}
+        self.assertGreater(decode[0, 1], info["decode_bytes"])
+        self.assertGreater(decode[20, 1], decode[0, 1])
+        self.assertEqual(decode[20, 1], decode[20, 2])
+
+    def test_bench_parts(self):
+        path = self.make()
+        got = self.json_lines("bench", path, "-p", "0", "-n", "2", "-t", "1", "-r", "9",
+                              "--limit", "0", "--json")[0]
+        self.check_bench(got, [], [(0, 1)])
+        self.assertEqual(got["repeats"], 1)
+        got = self.json_lines("bench", path, "-p", "5", "-n", "0", "-t", "1", "-r", "1",
+                              "--json")[0]
+        self.check_bench(got, [(5, 1)], [])
+        text = self.run_cli("bench", path, "-p", "8", "-n", "2", "-t", "1", "-r", "1").decode()
+        for word in ("bits a weight", "resident", "reading", "prefill", "GMAC/s", "of the roof"):
+            self.assertIn(word, text)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,15 @@ int    cli_is_terminal(FILE *f);
 void   cli_binary_streams(void);            /* no newline translation on stdin and stdout */
 void   cli_catch_interrupt(void);           /* from now on an interrupt only sets a flag */
 int    cli_interrupted(void);
-int    cli_n_cpus(void);
+int    cli_n_cpus(void);                    /* that this process may use */
+#define CLI_NAME_ROOM 128
+const char *cli_cpu_name(char text[CLI_NAME_ROOM]);     /* "unknown" if the system does not say */
+size_t cli_peak_memory(void);               /* most bytes that were resident; 0 = unknown */
+size_t cli_physical_memory(void);           /* bytes of this machine; 0 = unknown */
+/* Large memory, aligned to 64 bytes at least, in huge pages where the system has them.  What is in
+ * it is undefined; never NULL. */
+void  *cli_alloc_pages(size_t bytes);
+void   cli_free_pages(void *memory);
 /* Runs fn(arg, i) for i in [0, n), each on its own thread. */
 void   cli_run_threads(int n, void (*fn)(void *arg, int i), void *arg);
 

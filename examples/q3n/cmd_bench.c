@@ -3,287 +3,77 @@
  * Decoding reads the weights that a token uses, the KV cache up to the current depth and the
  * DeltaNet and convolution states: their bytes times tokens per second, over the measured read
  * bandwidth of the same number of threads, is the share of the roof.
+ *
+ * Every repetition measures everything in turn: bandwidth, prefill, bandwidth, decode, bandwidth.
+ * What else a shared machine does then slows all of them alike, and medians are comparable.
  */
-#include "cli.h"
+#include "bench.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_LIST = 16, MAX_REPEATS = 100 };
+/* ---- Cases ---- */
 
-typedef struct list {
-    int value[MAX_LIST];
-    int n;
-} list;
-
-/* Median, least and most of the repeated measurements. */
-typedef struct spread {
-    double median, least, most;
-} spread;
-
-typedef struct bench {
-    cli_setup  setup;
-    q3n_model *m;
-    q3n_model_stats stats;
-    list       prompts, threads, depths;
-    int        n_decode, repeats, json;
-    double     read_gb_s[MAX_LIST];          /* by index of threads */
-    int        n_rows;                       /* printed of the current JSON array */
-    int32_t   *ids;                          /* a text: ids that follow no pattern */
-    float     *logits;                       /* [vocab] */
-} bench;
-
-static int compare_reals(const void *a, const void *b)
+/* The run that warms up and the measured ones follow one another behind a depth; from nothing each
+ * begins anew. */
+int bench_decode_room(const bench *b, int depth)
 {
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
+    return depth ? depth + (b->repeats + 1) * b->n_decode : b->n_decode;
 }
 
-static spread spread_of(double *x, int n)
+static int largest(const bench_list *list)
 {
-    qsort(x, (size_t)n, sizeof *x, compare_reals);
-    return (spread){ (x[(n - 1) / 2] + x[n / 2]) / 2.0, x[0], x[n - 1] };
-}
-
-/* ---- Read bandwidth ---- */
-
-/* Passes over one buffer, far larger than a last-level cache; every thread reads its part. */
-typedef struct read_job {
-    uint64_t *data;
-    size_t    n;                 /* words of the whole buffer */
-    int       threads, passes;
-    int       fill;              /* 1 = write the part first, which places its pages */
-    uint64_t  sums[1024];
-} read_job;
-
-/* One cache line a step, four sums that do not wait for one another.  Written out, because gcc -O2
- * left an inner loop over an array of sums rolled: 22 GB/s where this reads 30 (a Zen 4 core). */
-static uint64_t sum_words(const uint64_t *p, size_t n)
-{
-    uint64_t a = 0, b = 0, c = 0, d = 0;
-    for (size_t i = 0; i + 8 <= n; i += 8) {
-        a += p[i + 0] + p[i + 4];
-        b += p[i + 1] + p[i + 5];
-        c += p[i + 2] + p[i + 6];
-        d += p[i + 3] + p[i + 7];
+    int most = 0;
+    for (int i = 0; i < list->n; i++) {
+        if (list->value[i] > most) most = list->value[i];
     }
-    return a + b + c + d;
+    return most;
 }
 
-static void read_part(void *arg, int i)
+static q3n_session *open_session(const bench *b, int thread, int room)
 {
-    read_job *job = arg;
-    const size_t part = job->n / (size_t)job->threads / 8 * 8;
-    uint64_t *p = job->data + (size_t)i * part;
-    uint64_t sum = 0;
-    if (job->fill) {
-        for (size_t k = 0; k < part; k++) p[k] = k;
-    }
-    for (int pass = 0; pass < job->passes; pass++) sum += sum_words(p, part);
-    job->sums[i] = sum;
+    cli_setup setup = b->setup;
+    setup.threads = b->threads.value[thread];
+    return cli_open_session(&setup, b->m, (size_t)room, 0);
 }
 
-/* The best of three medians of five rounds, GB/s: other work on the machine only lowers it. */
-static double measure_bandwidth(int threads)
+static void add_cases(bench *b, int decode, const bench_list *values)
 {
-    enum { ROUNDS = 5, PASSES = 4 };
-    const size_t bytes = (size_t)512 << 20;
-    read_job *job = cli_alloc(1, sizeof *job);
-    job->n       = bytes / sizeof *job->data;
-    job->data    = cli_alloc(job->n, sizeof *job->data);
-    job->threads = threads;
-    job->fill    = 1;
-    cli_run_threads(threads, read_part, job);
-    job->fill    = 0;
-    job->passes  = PASSES;
-
-    double best = 0.0;
-    for (int group = 0; group < 3; group++) {
-        double gb_s[ROUNDS];
-        for (int i = 0; i < ROUNDS; i++) {
-            const double start = cli_clock();
-            cli_run_threads(threads, read_part, job);
-            gb_s[i] = 1e-9 * (double)bytes * PASSES / (cli_clock() - start);
-        }
-        const double median = spread_of(gb_s, ROUNDS).median;
-        if (median > best) best = median;
-    }
-    free(job->data);
-    free(job);
-    return best;
-}
-
-/* ---- The model ---- */
-
-static q3n_session *open_session(bench *b, int thread_index, int capacity)
-{
-    b->setup.threads = b->threads.value[thread_index];
-    return cli_open_session(&b->setup, b->m, (size_t)capacity, 0);
-}
-
-static void measure_prefill(bench *b, q3n_session *s, int n, spread *tok_s)
-{
-    double x[MAX_REPEATS];
-    const int warm = n < 64 ? n : 64;
-    q3n_session_reset(s);
-    cli_eval(s, b->ids, warm, b->logits);
-    for (int i = 0; i < b->repeats; i++) {
-        q3n_session_reset(s);
-        const double start = cli_clock();
-        cli_eval(s, b->ids, n, b->logits);
-        x[i] = (double)n / (cli_clock() - start);
-    }
-    *tok_s = spread_of(x, b->repeats);
-}
-
-/* Decodes repeats times n_decode tokens.  Behind depth 0 each run starts anew; behind a longer
- * text the runs follow one another, so the depth grows by a few tokens. */
-static void measure_decode(bench *b, q3n_session *s, int depth, spread *tok_s)
-{
-    double x[MAX_REPEATS];
-    const int warm = 2;
-    q3n_session_reset(s);
-    cli_eval(s, b->ids, depth + warm, b->logits);
-    for (int i = 0; i < b->repeats; i++) {
-        if (depth == 0) q3n_session_reset(s);
-        const int32_t *ids = b->ids + q3n_session_length(s);
-        const double start = cli_clock();
-        for (int t = 0; t < b->n_decode; t++) cli_eval(s, ids + t, 1, b->logits);
-        x[i] = (double)b->n_decode / (cli_clock() - start);
-    }
-    *tok_s = spread_of(x, b->repeats);
-}
-
-static int decode_capacity(const bench *b, int depth)
-{
-    return depth == 0 ? (b->n_decode > 2 ? b->n_decode : 2) : depth + 2 + b->repeats * b->n_decode;
-}
-
-/* Bytes that one decoded token reads, in the middle of the measurement. */
-static double bytes_per_token(const bench *b, int depth)
-{
-    q3n_session_options o = cli_session_options(&b->setup);
-    q3n_session_memory memory = { 0 };
-    o.capacity = decode_capacity(b, depth);
-    q3n_session_bytes(b->m, &o, &memory);
-    const double length = depth == 0 ? 0.5 * b->n_decode
-                                     : depth + 2 + 0.5 * b->repeats * b->n_decode;
-    return (double)b->stats.decode_bytes + (double)memory.delta_state + (double)memory.conv_state
-         + (double)memory.kv_cache * length / (double)o.capacity;
-}
-
-/* ---- Output ---- */
-
-static void json_row(bench *b, const char *key, int value, int threads, const spread *tok_s)
-{
-    printf("%s{\"%s\": %d, \"threads\": %d, \"tok_s\": %.6g, \"tok_s_min\": %.6g, "
-           "\"tok_s_max\": %.6g", b->n_rows++ ? ", " : "", key, value, threads, tok_s->median,
-           tok_s->least, tok_s->most);
-}
-
-static void print_prefill(bench *b, int n, int threads, const spread *tok_s)
-{
-    const double gmac_s = 1e-9 * (double)b->stats.n_weights_active * tok_s->median;
-    if (b->json) {
-        json_row(b, "n", n, threads, tok_s);
-        printf(", \"gmac_s\": %.6g}", gmac_s);
-    } else {
-        printf("prefill %6d  %3d threads  %10.2f tokens/s (%.2f .. %.2f)  %8.1f GMAC/s\n", n,
-               threads, tok_s->median, tok_s->least, tok_s->most, gmac_s);
-    }
-    fflush(stdout);
-}
-
-static void print_decode(bench *b, int depth, int thread_index, const spread *tok_s)
-{
-    const int threads = b->threads.value[thread_index];
-    const double bytes = bytes_per_token(b, depth);
-    const double gb_s  = 1e-9 * bytes * tok_s->median;
-    const double share = gb_s / b->read_gb_s[thread_index];
-    if (b->json) {
-        json_row(b, "depth", depth, threads, tok_s);
-        printf(", \"bytes\": %.0f, \"gb_s\": %.6g, \"roof_share\": %.4g}", bytes, gb_s, share);
-    } else {
-        char text[32];
-        printf("decode at %4d  %3d threads  %10.2f tokens/s (%.2f .. %.2f)  %s a token  "
-               "%.2f GB/s  %.1f %% of the roof\n", depth, threads, tok_s->median, tok_s->least,
-               tok_s->most, cli_format_bytes(text, bytes), gb_s, 100.0 * share);
-    }
-    fflush(stdout);
-}
-
-static void print_machine(const bench *b)
-{
-    double best = 0.0;
-    for (int i = 0; i < b->threads.n; i++) {
-        if (b->read_gb_s[i] > best) best = b->read_gb_s[i];
-    }
-    if (b->json) {
-        printf("{\"model\": ");
-        cli_json_string(stdout, b->setup.model, strlen(b->setup.model));
-        printf(", \"isa\": \"%s\", \"weights\": %lld, \"active_weights\": %lld, "
-               "\"read_gb_s\": %.6g, \"read\": [",
-               b->setup.isa ? b->setup.isa : q3n_isa_name(q3n_isa_best()),
-               (long long)b->stats.n_weights, (long long)b->stats.n_weights_active, best);
-        for (int i = 0; i < b->threads.n; i++) {
-            printf("%s{\"threads\": %d, \"gb_s\": %.6g}", i ? ", " : "", b->threads.value[i],
-                   b->read_gb_s[i]);
-        }
-        printf("], ");
-        return;
-    }
-    for (int i = 0; i < b->threads.n; i++) {
-        printf("read bandwidth  %3d threads  %.2f GB/s\n", b->threads.value[i], b->read_gb_s[i]);
-    }
-}
-
-/* ---- All of it ---- */
-
-static void run_prefill(bench *b)
-{
-    b->n_rows = 0;
-    for (int i = 0; i < b->prompts.n; i++) {
-        const int n = b->prompts.value[i];
-        for (int t = 0; n > 0 && t < b->threads.n; t++) {
-            q3n_session *s = open_session(b, t, n);
-            spread tok_s;
-            measure_prefill(b, s, n, &tok_s);
-            print_prefill(b, n, b->threads.value[t], &tok_s);
-            q3n_session_destroy(s);
+    for (int i = 0; i < values->n; i++) {
+        const int value = values->value[i];
+        for (int t = 0; (decode ? b->n_decode : value) > 0 && t < b->threads.n; t++) {
+            bench_case *c = &b->cases[b->n_cases++];
+            *c = (bench_case){ .decode = decode, .value = value, .thread = t, .s = b->shared[t] };
+            if (!decode || value == 0) continue;
+            c->s = open_session(b, t, bench_decode_room(b, value));
+            cli_eval(c->s, b->ids, value, b->logits);
         }
     }
 }
 
-static void run_decode(bench *b)
+static void make_cases(bench *b)
 {
-    b->n_rows = 0;
-    for (int i = 0; i < b->depths.n; i++) {
-        const int depth = b->depths.value[i];
-        for (int t = 0; b->n_decode > 0 && t < b->threads.n; t++) {
-            q3n_session *s = open_session(b, t, decode_capacity(b, depth));
-            spread tok_s;
-            measure_decode(b, s, depth, &tok_s);
-            print_decode(b, depth, t, &tok_s);
-            q3n_session_destroy(s);
-        }
+    const int prompt = largest(&b->prompts), room = prompt > b->n_decode ? prompt : b->n_decode;
+    for (int t = 0; t < b->threads.n; t++) {
+        b->shared[t] = open_session(b, t, room > 0 ? room : 1);
     }
+    b->cases = cli_alloc(2 * BENCH_LIST * BENCH_LIST, sizeof *b->cases);
+    add_cases(b, 0, &b->prompts);
+    add_cases(b, 1, &b->depths);
 }
 
 /* Ids without a pattern, so that tokens go to different experts (xorshift64, Marsaglia 2003). */
 static void make_ids(bench *b)
 {
-    size_t n = 64;
-    for (int i = 0; i < b->prompts.n; i++) {
-        if ((size_t)b->prompts.value[i] > n) n = (size_t)b->prompts.value[i];
-    }
+    int n = largest(&b->prompts);
     for (int i = 0; i < b->depths.n; i++) {
-        const size_t all = (size_t)decode_capacity(b, b->depths.value[i]);
-        if (all > n) n = all;
+        const int room = bench_decode_room(b, b->depths.value[i]);
+        if (room > n) n = room;
     }
-    b->ids = cli_alloc(n, sizeof *b->ids);
+    b->ids = cli_alloc((size_t)n, sizeof *b->ids);
     const uint64_t vocab = (uint64_t)q3n_model_config(b->m)->vocab_size;
     uint64_t x = 88172645463325252u;
-    for (size_t i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++) {
         x ^= x << 13;
         x ^= x >> 7;
         x ^= x << 17;
@@ -292,63 +82,165 @@ static void make_ids(bench *b)
     b->logits = cli_alloc((size_t)vocab, sizeof *b->logits);
 }
 
+/* ---- Measuring ---- */
+
+/* From nothing to the logits behind a prompt of one token, with the first number of threads. */
+static void open_and_eval(bench *b, cli_words *words)
+{
+    const double start = cli_clock();
+    b->m = cli_open_model(&b->setup, words);
+    b->open_s = cli_clock() - start;
+    if (!q3n_model_config(b->m)->causal) {
+        cli_fail("%s attends both ways: it cannot decode, so there is nothing to measure",
+                 b->setup.model);
+    }
+    q3n_session *s = open_session(b, 0, 1);
+    float *logits = cli_alloc((size_t)q3n_model_config(b->m)->vocab_size, sizeof *logits);
+    const int32_t id = 0;
+    cli_eval(s, &id, 1, logits);
+    b->first_token_s = cli_clock() - start;
+    free(logits);
+    q3n_session_destroy(s);
+}
+
+/* Tokens per second. */
+static double measure(const bench *b, const bench_case *c)
+{
+    if (!c->decode || c->value == 0) q3n_session_reset(c->s);
+    const int n = c->decode ? b->n_decode : c->value;
+    const int32_t *ids = b->ids + q3n_session_length(c->s);
+    const double start = cli_clock();
+    if (!c->decode) cli_eval(c->s, ids, n, b->logits);
+    for (int t = 0; c->decode && t < n; t++) cli_eval(c->s, ids + t, 1, b->logits);
+    return (double)n / (cli_clock() - start);
+}
+
+/* All prefills, or all decodes; what they give is kept if record is set. */
+static void measure_cases(bench *b, int decode, int record, cli_bar *bar)
+{
+    const int64_t total = (int64_t)(b->repeats + 1) * b->n_cases;
+    for (int i = 0; i < b->n_cases; i++) {
+        bench_case *c = &b->cases[i];
+        if (c->decode != decode) continue;
+        const double tok_s = measure(b, c);
+        if (record) c->tok_s.x[c->tok_s.n++] = tok_s;
+        cli_bar_update(bar, (int64_t)(record ? b->done + 1 : 0) * b->n_cases + i, total,
+                       decode ? "decode" : "prefill");
+    }
+}
+
+static void measure_reading(bench *b)
+{
+    for (int t = 0; t < b->threads.n; t++) {
+        bench_samples *samples = &b->read[t];
+        samples->x[samples->n++] = bench_read(b->buffer, b->threads.value[t]);
+    }
+}
+
+/* Brings what the warm-up did not use into the page tables too, if there is memory for it, so that
+ * no measured token is the first to use an expert. */
+static void touch_weights(const bench *b)
+{
+    enum { PAGE = 4096 };
+    if ((double)b->stats.file_bytes > 0.8 * (double)cli_physical_memory()) return;
+    for (int i = 0; i < q3n_model_n_tensors(b->m); i++) {
+        q3n_tensor t;
+        if (q3n_model_tensor(b->m, i, &t) != Q3N_OK) continue;
+        const int64_t n_slices = t.stride ? t.dim[0] : 1, bytes = t.bytes / n_slices;
+        for (int64_t k = 0; k < n_slices; k++) {
+            const volatile unsigned char *p = (const unsigned char *)t.data + (size_t)k * t.stride;
+            for (int64_t at = 0; at < bytes; at += PAGE) (void)p[at];
+        }
+    }
+}
+
+static void measure_all(bench *b)
+{
+    cli_bar bar = cli_bar_begin("bench", 0);
+    measure_cases(b, 0, 0, &bar);
+    measure_cases(b, 1, 0, &bar);
+    b->peak_bytes = cli_peak_memory();       /* before the buffer counts */
+    touch_weights(b);
+    b->buffer = bench_buffer_create(largest(&b->threads));
+
+    const double start = cli_clock();
+    double last = 0.0;
+    while (b->done < b->repeats) {
+        const double begin = cli_clock();
+        if (b->done && begin - start + last > b->limit) break;
+        measure_reading(b);
+        measure_cases(b, 0, 1, &bar);
+        measure_reading(b);
+        measure_cases(b, 1, 1, &bar);
+        measure_reading(b);
+        last = cli_clock() - begin;
+        b->done++;
+    }
+    cli_bar_end(&bar);
+    bench_buffer_destroy(b->buffer);
+}
+
+/* ---- All of it ---- */
+
 static void parse_options(bench *b, int argc, char **argv, cli_words *words)
 {
     const char *prompts = "512", *threads = NULL, *depths = "0";
     const cli_option options[] = {
         CLI_MODEL_OPTIONS(b->setup),
         { "-p --prompt", "LIST", CLI_TEXT, &prompts, 0, 0, "tokens of the prompts (512); 0: none" },
-        { "-n --tokens", "N", CLI_INT, &b->n_decode, 0, 1 << 20, "tokens to decode (64); 0: none" },
+        { "-n --tokens", "N", CLI_INT, &b->n_decode, 0, 1 << 16, "tokens to decode (64); 0: none" },
         { "-t --threads", "LIST", CLI_TEXT, &threads, 0, 0, "numbers of threads (one a CPU)" },
         { "-d --depth", "LIST", CLI_TEXT, &depths, 0, 0,
           "tokens before the decoded ones (0)" },
-        { "-r --repeat", "N", CLI_INT, &b->repeats, 1, MAX_REPEATS, "repetitions (3)" },
+        { "-r --repeat", "N", CLI_INT, &b->repeats, 1, BENCH_REPEATS, "repetitions (5)" },
+        { "--limit", "SECONDS", CLI_REAL, &b->limit, 0, 1e9,
+          "begin no repetition that would end later (300)" },
         { "--json", NULL, CLI_FLAG, &b->json, 0, 0, "one object" },
         CLI_CONTEXT_OPTIONS(b->setup),
     };
     const cli_syntax syntax = {
         "bench MODEL.q3n [options]",
         "Measures prefill and decode: the median of the repetitions with the least and the most,\n"
-        "the bytes that a decoded token reads, and their share of this machine's read bandwidth,\n"
-        "which is measured with the same number of threads.",
+        "the bytes that a decoded token reads, and their share of this machine's read bandwidth.\n"
+        "All are measured in turn, the bandwidth with the same numbers of threads.  Before that,\n"
+        "one run warms up; the time to the first token is from opening the file, with the first\n"
+        "number of threads; the resident memory is that of all sessions and the weights used.",
         options, CLI_COUNT(options), 1, NULL, NULL,
     };
     cli_parse(&syntax, argc, argv, words);
-    b->prompts.n = cli_parse_list("-p", prompts, 0, b->prompts.value, MAX_LIST);
-    b->depths.n  = cli_parse_list("--depth", depths, 0, b->depths.value, MAX_LIST);
-    b->threads   = (list){ { cli_n_cpus() }, 1 };
-    if (threads) b->threads.n = cli_parse_list("-t", threads, 1, b->threads.value, MAX_LIST);
-    for (int i = 0; i < b->threads.n; i++) {
-        if (b->threads.value[i] > 1024) cli_misuse("-t: at most 1024 threads");
-    }
-    for (int i = 0; i < b->depths.n; i++) {
-        if (b->depths.value[i] > (1 << 26)) cli_misuse("--depth: at most %d tokens", 1 << 26);
+    b->prompts.n = cli_parse_list("-p", prompts, 0, b->prompts.value, BENCH_LIST);
+    b->depths.n  = cli_parse_list("--depth", depths, 0, b->depths.value, BENCH_LIST);
+    b->threads   = (bench_list){ { cli_n_cpus() }, 1 };
+    if (threads) b->threads.n = cli_parse_list("-t", threads, 1, b->threads.value, BENCH_LIST);
+    if (largest(&b->threads) > 1024) cli_misuse("-t: at most 1024 threads");
+    if (largest(&b->depths) > (1 << 26) || largest(&b->prompts) > (1 << 26)) {
+        cli_misuse("at most %d tokens", 1 << 26);
     }
 }
 
 int cmd_bench(int argc, char **argv)
 {
-    bench b = { .n_decode = 64, .repeats = 3 };
+    bench *b = cli_alloc(1, sizeof *b);
+    b->n_decode = 64;
+    b->repeats  = 5;
+    b->limit    = 300.0;
     cli_words words;
-    parse_options(&b, argc, argv, &words);
-    b.m = cli_open_model(&b.setup, &words);
-    if (!q3n_model_config(b.m)->causal) {
-        cli_fail("%s attends both ways: it cannot decode, so there is nothing to measure",
-                 b.setup.model);
+    parse_options(b, argc, argv, &words);
+    open_and_eval(b, &words);
+    q3n_model_stats_get(b->m, &b->stats);
+    make_ids(b);
+    make_cases(b);
+    measure_all(b);
+    bench_print(b);
+
+    for (int i = 0; i < b->n_cases; i++) {
+        if (b->cases[i].decode && b->cases[i].value) q3n_session_destroy(b->cases[i].s);
     }
-    q3n_model_stats_get(b.m, &b.stats);
-    make_ids(&b);
-    for (int i = 0; i < b.threads.n; i++) {
-        b.read_gb_s[i] = measure_bandwidth(b.threads.value[i]);
-    }
-    print_machine(&b);
-    if (b.json) printf("\"prefill\": [");
-    run_prefill(&b);
-    if (b.json) printf("], \"decode\": [");
-    run_decode(&b);
-    if (b.json) printf("]}\n");
-    free(b.ids);
-    free(b.logits);
-    q3n_model_close(b.m);
+    for (int t = 0; t < b->threads.n; t++) q3n_session_destroy(b->shared[t]);
+    q3n_model_close(b->m);
+    free(b->cases);
+    free(b->ids);
+    free(b->logits);
+    free(b);
     return cli_finish();
 }

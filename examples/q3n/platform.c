@@ -1,11 +1,16 @@
 /* The few things that C11 leaves to the operating system. */
-#if !defined(_WIN32)
+#if defined(__linux__)
+#  define _GNU_SOURCE              /* sched_getaffinity, madvise */
+#elif defined(__APPLE__)
+#  define _DARWIN_C_SOURCE         /* madvise, getrusage, sysctlbyname */
+#elif !defined(_WIN32)
 #  define _POSIX_C_SOURCE 200809L
 #endif
 #include "cli.h"
 
 #include <signal.h>
 #include <stdlib.h>
+#include <string.h>
 
 static volatile sig_atomic_t interrupted;
 
@@ -31,6 +36,7 @@ int cli_interrupted(void)
 #include <fcntl.h>
 #include <io.h>
 #include <windows.h>
+#include <psapi.h>
 
 double cli_clock(void)
 {
@@ -59,13 +65,52 @@ int cli_n_cpus(void)
     return (int)info.dwNumberOfProcessors;
 }
 
+const char *cli_cpu_name(char text[CLI_NAME_ROOM])
+{
+    const char *name = getenv("PROCESSOR_IDENTIFIER");
+    snprintf(text, CLI_NAME_ROOM, "%s", name ? name : "unknown");
+    return text;
+}
+
+size_t cli_peak_memory(void)
+{
+    PROCESS_MEMORY_COUNTERS counters = { .cb = sizeof counters };
+    const BOOL ok = K32GetProcessMemoryInfo(GetCurrentProcess(), &counters, sizeof counters);
+    return ok ? counters.PeakWorkingSetSize : 0;
+}
+
+size_t cli_physical_memory(void)
+{
+    MEMORYSTATUSEX status = { .dwLength = sizeof status };
+    return GlobalMemoryStatusEx(&status) ? (size_t)status.ullTotalPhys : 0;
+}
+
+void *cli_alloc_pages(size_t bytes)
+{
+    void *memory = VirtualAlloc(NULL, bytes, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
+    if (!memory) cli_fail("out of memory: %zu bytes were needed", bytes);
+    return memory;
+}
+
+void cli_free_pages(void *memory)
+{
+    if (memory) VirtualFree(memory, 0, MEM_RELEASE);
+}
+
 typedef HANDLE thread_handle;
 
 #else
 
 #include <pthread.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
+#if defined(__linux__)
+#  include <sched.h>
+#elif defined(__APPLE__)
+#  include <sys/sysctl.h>
+#endif
 
 double cli_clock(void)
 {
@@ -85,8 +130,100 @@ void cli_binary_streams(void)
 
 int cli_n_cpus(void)
 {
+#if defined(__linux__)
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
+#endif
     const long n = sysconf(_SC_NPROCESSORS_ONLN);
     return n < 1 ? 1 : (int)n;
+}
+
+#if defined(__linux__)
+
+/* The value of the first line "key : value" of /proc/cpuinfo; "" if there is none. */
+static const char *read_cpuinfo(const char *key, char value[64])
+{
+    char line[512];
+    const size_t len = strlen(key);
+    value[0] = 0;
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    while (f && !value[0] && fgets(line, sizeof line, f)) {
+        if (strncmp(line, key, len) != 0) continue;
+        const char *p = line + len + strspn(line + len, "\t ");
+        if (*p++ != ':') continue;
+        p += strspn(p, "\t ");
+        snprintf(value, 64, "%.*s", (int)strcspn(p, "\n"), p);
+    }
+    if (f) fclose(f);
+    return value;
+}
+
+/* Virtual machines may hide the model's name, not the numbers of family and model. */
+const char *cli_cpu_name(char text[CLI_NAME_ROOM])
+{
+    char name[64], family[64], number[64];
+    if (*read_cpuinfo("model name", name) && *read_cpuinfo("cpu family", family)
+        && *read_cpuinfo("model", number)) {
+        snprintf(text, CLI_NAME_ROOM, "%s (family %.8s, model %.8s)", name, family, number);
+    } else if (name[0]) {
+        snprintf(text, CLI_NAME_ROOM, "%s", name);
+    } else if (*read_cpuinfo("CPU implementer", name) && *read_cpuinfo("CPU part", number)) {
+        snprintf(text, CLI_NAME_ROOM, "implementer %.8s, part %.8s", name, number);
+    } else {
+        snprintf(text, CLI_NAME_ROOM, "unknown");
+    }
+    return text;
+}
+
+#else
+
+const char *cli_cpu_name(char text[CLI_NAME_ROOM])
+{
+    snprintf(text, CLI_NAME_ROOM, "unknown");
+#if defined(__APPLE__)
+    size_t room = CLI_NAME_ROOM;
+    if (sysctlbyname("machdep.cpu.brand_string", text, &room, NULL, 0) != 0) {
+        snprintf(text, CLI_NAME_ROOM, "unknown");
+    }
+#endif
+    return text;
+}
+
+#endif
+
+size_t cli_peak_memory(void)
+{
+    struct rusage usage;
+    if (getrusage(RUSAGE_SELF, &usage) != 0) return 0;
+#if defined(__APPLE__)
+    return (size_t)usage.ru_maxrss;
+#else
+    return (size_t)usage.ru_maxrss * 1024;
+#endif
+}
+
+size_t cli_physical_memory(void)
+{
+    const long pages = sysconf(_SC_PHYS_PAGES), bytes = sysconf(_SC_PAGESIZE);
+    return pages < 1 || bytes < 1 ? 0 : (size_t)pages * (size_t)bytes;
+}
+
+void *cli_alloc_pages(size_t bytes)
+{
+    const size_t huge_page = (size_t)2 << 20;
+    void *memory = NULL;
+    if (posix_memalign(&memory, huge_page, bytes) != 0) {
+        cli_fail("out of memory: %zu bytes were needed", bytes);
+    }
+#if defined(MADV_HUGEPAGE)
+    (void)madvise(memory, bytes, MADV_HUGEPAGE);   /* only advice: without it pages are small */
+#endif
+    return memory;
+}
+
+void cli_free_pages(void *memory)
+{
+    free(memory);
 }
 
 typedef pthread_t thread_handle;
