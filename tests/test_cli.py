@@ -600,6 +600,9 @@ class FileTest(CliTest):
         self.assertEqual([(x["depth"], x["threads"]) for x in got["decode"]], decode)
         for row in got["prefill"] + got["decode"]:
             self.assertTrue(0 < row["tok_s_min"] <= row["tok_s"] <= row["tok_s_max"])
+            self.assertEqual(len(row["tok_s_samples"]), got["repeats"])
+            self.assertAlmostEqual(statistics.median(row["tok_s_samples"]), row["tok_s"],
+                                   delta=1e-4 * row["tok_s"])
         for row in got["prefill"]:
             self.assertGreater(row["gmac_s"], 0)
         for row in got["decode"]:

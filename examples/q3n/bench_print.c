@@ -96,10 +96,14 @@ static void json_text(const char *key, const char *text)
     printf(", ");
 }
 
-static void json_spread(const char *key, const bench_spread *s)
+static bench_spread json_samples(const char *key, const bench_samples *samples)
 {
-    printf("\"%s\": %.6g, \"%s_min\": %.6g, \"%s_max\": %.6g", key, s->median, key, s->least, key,
-           s->most);
+    const bench_spread s = bench_spread_of(samples);
+    printf("\"%s\": %.6g, \"%s_min\": %.6g, \"%s_max\": %.6g, \"%s_samples\": [", key, s.median,
+           key, s.least, key, s.most, key);
+    for (int i = 0; i < samples->n; i++) printf("%s%.6g", i ? ", " : "", samples->x[i]);
+    printf("]");
+    return s;
 }
 
 static void json_read(const bench *b)
@@ -107,27 +111,24 @@ static void json_read(const bench *b)
     double best = 0.0;
     printf("\"read\": [");
     for (int i = 0; i < b->threads.n; i++) {
-        const bench_spread gb_s = bench_spread_of(&b->read[i]);
         printf("%s{\"threads\": %d, ", i ? ", " : "", b->threads.value[i]);
-        json_spread("gb_s", &gb_s);
+        const double gb_s = json_samples("gb_s", &b->read[i]).median;
         printf("}");
-        if (gb_s.median > best) best = gb_s.median;
+        if (gb_s > best) best = gb_s;
     }
     printf("], \"read_gb_s\": %.6g", best);
 }
 
 static void json_case(const bench *b, const bench_case *c)
 {
-    const bench_spread tok_s = bench_spread_of(&c->tok_s);
     printf("{\"%s\": %d, \"threads\": %d, ", c->decode ? "depth" : "n", c->value,
            b->threads.value[c->thread]);
-    json_spread("tok_s", &tok_s);
+    const double tok_s = json_samples("tok_s", &c->tok_s).median;
     if (!c->decode) {
-        const double macs = prompt_macs(b, c->value) / c->value;
-        printf(", \"gmac_s\": %.6g}", 1e-9 * macs * tok_s.median);
+        printf(", \"gmac_s\": %.6g}", 1e-9 * prompt_macs(b, c->value) / c->value * tok_s);
         return;
     }
-    const double bytes = bytes_per_token(b, c), gb_s = 1e-9 * bytes * tok_s.median;
+    const double bytes = bytes_per_token(b, c), gb_s = 1e-9 * bytes * tok_s;
     printf(", \"bytes\": %.0f, \"gb_s\": %.6g, \"roof_share\": %.4g}", bytes, gb_s,
            gb_s / bench_spread_of(&b->read[c->thread]).median);
 }

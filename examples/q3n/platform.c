@@ -204,8 +204,11 @@ size_t cli_peak_memory(void)
 
 size_t cli_physical_memory(void)
 {
+#if defined(_SC_PHYS_PAGES)
     const long pages = sysconf(_SC_PHYS_PAGES), bytes = sysconf(_SC_PAGESIZE);
-    return pages < 1 || bytes < 1 ? 0 : (size_t)pages * (size_t)bytes;
+    if (pages > 0 && bytes > 0) return (size_t)pages * (size_t)bytes;
+#endif
+    return 0;
 }
 
 void *cli_alloc_pages(size_t bytes)
