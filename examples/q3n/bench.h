@@ -7,7 +7,7 @@
 enum {
     BENCH_LIST    = 16,          /* numbers of threads, prompts, depths */
     BENCH_REPEATS = 100,
-    BENCH_READS   = 3            /* of the read bandwidth in one repetition */
+    BENCH_READS   = 3            /* of the bandwidth a repetition: first, between, last */
 };
 
 typedef struct bench_list {

@@ -37,6 +37,18 @@ static double bytes_per_token(const bench *b, const bench_case *c)
          + (double)memory.kv_cache * length / (double)o.capacity;
 }
 
+/* Share of the read bandwidth that decoding reaches: in each repetition of what was measured just
+ * before and behind it, so that a machine that changes its speed does not count. */
+static double roof_share(const bench *b, const bench_case *c, double bytes)
+{
+    bench_samples shares = { .n = c->tok_s.n };
+    for (int i = 0; i < shares.n; i++) {
+        const double *gb_s = &b->read[c->thread].x[(i + 1) * BENCH_READS - 2];
+        shares.x[i] = 1e-9 * bytes * c->tok_s.x[i] / (0.5 * (gb_s[0] + gb_s[1]));
+    }
+    return bench_spread_of(&shares).median;
+}
+
 /* Multiply-adds with weights for a prompt of n tokens: only the last one needs the head. */
 static double prompt_macs(const bench *b, int n)
 {
@@ -128,9 +140,9 @@ static void json_case(const bench *b, const bench_case *c)
         printf(", \"gmac_s\": %.6g}", 1e-9 * prompt_macs(b, c->value) / c->value * tok_s);
         return;
     }
-    const double bytes = bytes_per_token(b, c), gb_s = 1e-9 * bytes * tok_s;
-    printf(", \"bytes\": %.0f, \"gb_s\": %.6g, \"roof_share\": %.4g}", bytes, gb_s,
-           gb_s / bench_spread_of(&b->read[c->thread]).median);
+    const double bytes = bytes_per_token(b, c);
+    printf(", \"bytes\": %.0f, \"gb_s\": %.6g, \"roof_share\": %.5g}", bytes,
+           1e-9 * bytes * tok_s, roof_share(b, c, bytes));
 }
 
 static void json_cases(const bench *b, int decode)
@@ -199,9 +211,9 @@ static void print_case(const bench *b, const bench_case *c)
         printf("%8.1f GMAC/s\n", 1e-9 * prompt_macs(b, c->value) / c->value * tok_s.median);
         return;
     }
-    const double bytes = bytes_per_token(b, c), gb_s = 1e-9 * bytes * tok_s.median;
-    printf("%s a token  %.2f GB/s  %.1f %% of the roof\n", cli_format_bytes(text, bytes), gb_s,
-           100.0 * gb_s / bench_spread_of(&b->read[c->thread]).median);
+    const double bytes = bytes_per_token(b, c);
+    printf("%s a token  %.2f GB/s  %.1f %% of the roof\n", cli_format_bytes(text, bytes),
+           1e-9 * bytes * tok_s.median, 100.0 * roof_share(b, c, bytes));
 }
 
 void bench_print(const bench *b)

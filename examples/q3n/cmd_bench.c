@@ -1,8 +1,8 @@
 /* q3n bench: speed, and how near it comes to what the memory gives.
  *
  * Decoding reads the weights that a token uses, the KV cache up to the current depth and the
- * DeltaNet and convolution states: their bytes times tokens per second, over the measured read
- * bandwidth of the same number of threads, is the share of the roof.
+ * DeltaNet and convolution states: their bytes times tokens per second, over the read bandwidth of
+ * the same number of threads measured just before and behind, is the share of the roof.
  *
  * Every repetition measures everything in turn: bandwidth, prefill, bandwidth, decode, bandwidth.
  * What else a shared machine does then slows all of them alike, and medians are comparable.
@@ -202,9 +202,10 @@ static void parse_options(bench *b, int argc, char **argv, cli_words *words)
         "bench MODEL.q3n [options]",
         "Measures prefill and decode: the median of the repetitions with the least and the most,\n"
         "the bytes that a decoded token reads, and their share of this machine's read bandwidth.\n"
-        "All are measured in turn, the bandwidth with the same numbers of threads.  Before that,\n"
-        "one run warms up; the time to the first token is from opening the file, with the first\n"
-        "number of threads; the resident memory is that of all sessions and the weights used.",
+        "All are measured in turn, the bandwidth with the same numbers of threads; the share is\n"
+        "the median of each repetition's.  Before that, one run warms up; the time to the first\n"
+        "token is from opening the file, with the first number of threads; the resident memory is\n"
+        "that of all sessions and the weights used.",
         options, CLI_COUNT(options), 1, NULL, NULL,
     };
     cli_parse(&syntax, argc, argv, words);
