@@ -144,8 +144,8 @@ $(B)/fuzz_%: tests/fuzz_%.c $(B)/flags
 
 # ---- Models ----
 
-CONVERTER := $(filter-out tools/lint.py tools/coverage.py tools/unicode_tables.py,\
-               $(wildcard tools/*.py))
+CONVERTER := $(filter-out tools/lint.py tools/coverage.py tools/unicode_tables.py \
+               tools/bench_table.py tools/plot_bench.py, $(wildcard tools/*.py))
 CONVERT    = @mkdir -p $(@D); $(PY) tools/convert.py
 
 define MODEL_FROM_DIRECTORY
@@ -271,15 +271,20 @@ lint: build/obj/lint.o   ## Check the style: tools/lint.py
 
 # ---- Speed ----
 
-BENCH_TYPE ?= bf16
-BENCH      ?= g1 g2 g3
-build/models/bench_%.q3n: | $(B)/q3n
-	@mkdir -p $(@D)
-	$(B)/q3n init $@ --preset $* --type $(BENCH_TYPE) --seed 1
+BENCH       ?= g1 g2 g3
+TYPES       ?= q4 q8 bf16
+THREADS     ?=
+PEER        ?=
+PEER_MODELS ?=
+PEER_ARGS   ?=
+BENCH_FLAGS ?=
 
-bench: $(B)/q3n $(BENCH:%=build/models/bench_%.q3n)   ## Measure speed on BENCH="g1 g2 g3" (17 GB)
-	@for g in $(BENCH); do echo "== $$g $(BENCH_TYPE)"; \
-	    $(B)/q3n bench build/models/bench_$$g.q3n $(BENCH_FLAGS) || exit 1; done
+# PEER="[NAME=]PATH ..." are llama-bench programs, PEER_MODELS is the folder of their models;
+# tools/bench_table.py says more and takes BENCH_FLAGS.
+bench: $(B)/q3n   ## Measure BENCH="g1 g2 g3" in TYPES="q4 q8 bf16", beside PEER=llama-bench
+	@$(PYTHON) tools/bench_table.py --q3n $(B)/q3n --geometries "$(BENCH)" --types "$(TYPES)" \
+	    --threads="$(THREADS)" --models build/models --out $(B)/bench --peer="$(PEER)" \
+	    --peer-models="$(PEER_MODELS)" --peer-args="$(PEER_ARGS)" $(BENCH_FLAGS)
 
 # ---- The rest ----
 
