@@ -11,8 +11,10 @@ import shlex
 import statistics
 import struct
 import subprocess
+import sys
 import tempfile
 import unittest
+import xml.etree.ElementTree
 import zlib
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
@@ -649,6 +651,67 @@ class FileTest(CliTest):
         text = self.run_cli("bench", path, "-p", "8", "-n", "2", "-t", "1", "-r", "1").decode()
         for word in ("bits a weight", "resident", "reading", "prefill", "GMAC/s", "of the roof"):
             self.assertIn(word, text)
+
+
+# What a llama-bench program prints, here for any model; the speed is its first thread count.
+PEER = """#!/usr/bin/env python3
+import json, sys
+args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if "--help" in sys.argv:
+    sys.exit(print("-d, --n-depth"))
+if "broken" in args["-m"]:
+    sys.exit("cannot load it")
+def row(n_prompt, n_gen):
+    return {"n_prompt": n_prompt, "n_gen": n_gen, "n_threads": int(args["-t"]),
+            "samples_ts": [float(args["-speed"])] * int(args["-r"])}
+print(json.dumps([row(512, 0), row(0, 64)]))
+"""
+
+
+class BenchToolsTest(CliTest):
+    """tools/bench_table.py with peers that are scripts, tools/plot_bench.py on what it writes."""
+
+    def tool(self, name, *args, status=0):
+        done = subprocess.run([sys.executable, os.path.join(ROOT, "tools", name)] + list(args),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False,
+                              universal_newlines=True)
+        self.assertEqual(done.returncode, status, done.stderr)
+        return done.stdout if status == 0 else done.stderr
+
+    @unittest.skipIf(len(COMMAND) > 1, "too slow under an emulator")
+    def test_table_and_plot(self):
+        peer = self.file("llama-bench", PEER)
+        os.chmod(peer, 0o755)
+        for name in ("tiny-bf16.gguf", "tiny-bf16-broken.gguf", "tiny-f16.gguf"):
+            self.file(name, b"")
+        out = os.path.join(self.folder, "out")
+        text = self.tool("bench_table.py", "--q3n", " ".join(COMMAND), "--geometries", "tiny",
+                         "--types", "q99 bf16", "--repeat", "2", "--rounds", "2", "--threads", "1",
+                         "--models", self.folder, "--out", out, "--peer", "a=%s %s" % (peer, peer),
+                         "--peer-models", self.folder, "--peer-args",
+                         "a: -speed 0.5; %s: -speed 1e9" % os.path.basename(self.folder))
+        self.assertIn("tiny q99", text)
+        self.assertRegex(text, r"(?m)^tiny bf16 +1 .* %")
+        self.assertRegex(text, r"(?m)^  a bf16 +1 .* \d\d+\.\d\dx")
+        self.assertRegex(text, r"(?m)^  \S+ bf16 +1 .* 0\.00x 0\.00x")
+        self.assertIn("failed: cannot load it", text)
+        result = load(out, "tiny-bf16.json")
+        self.assertEqual((len(result["decode"][0]["tok_s_samples"]), result["repeats"]), (2, 2))
+        files = [os.path.join(out, name) for name in sorted(os.listdir(out))]
+        self.assertEqual(len(files), 3)
+        picture = os.path.join(self.folder, "bench.svg")
+        self.tool("plot_bench.py", *files, "-o", picture, "--title", "a < b & c")
+        root = xml.etree.ElementTree.parse(picture).getroot()
+        lines = root.findall("{http://www.w3.org/2000/svg}polyline")
+        self.assertEqual(len(lines), 3 * len(files))
+
+    def test_errors(self):
+        for tool, args, word in [
+                ("plot_bench.py", [self.file("a.json", "{}")], "a.json"),
+                ("plot_bench.py", ["/no/such.json"], "/no/such.json"),
+                ("bench_table.py", ["--peer", "x=/no/such/program"], "/no/such/program"),
+                ("bench_table.py", ["--peer", sys.executable], "PEER_MODELS")]:
+            self.assertIn(word, self.tool(tool, *args, status=1))
 
 
 if __name__ == "__main__":
