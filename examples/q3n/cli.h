@@ -130,6 +130,27 @@ double   cli_parse_real(const char *name, const char *text, double least, double
 /* "1,2,4" or "1 2 4" to values [max]; returns how many, at least 1. */
 int      cli_parse_list(const char *name, const char *text, int least, int *values, int max);
 
+/* ---- geometry.c ---- */
+
+/* All types in words, each behind a blank. */
+#define CLI_TYPE_NAME(ID, id, number, block_len, block_bytes) " " #id
+#define CLI_TYPE_NAMES Q3N_TYPE_LIST(CLI_TYPE_NAME)
+
+enum { CLI_MAX_OVERRIDES = 128 };
+
+/* A preset and the fields to set once it is known, in the order given. */
+typedef struct cli_geometry {
+    const char *preset;
+    char        field[CLI_MAX_OVERRIDES][64];
+    const char *value[CLI_MAX_OVERRIDES];
+    int         n;
+} cli_geometry;
+
+/* For cli_syntax.other: --FIELD VALUE and --set FIELD=VALUE; user is a cli_geometry. */
+void     cli_geometry_option(void *user, const char *name, const char *value);
+void     cli_geometry_config(const cli_geometry *g, q3n_config *c);   /* fails if it does not fit */
+q3n_type cli_parse_type(const char *name, const char *text);          /* NULL is bf16 */
+
 /* ---- json.c ---- */
 
 /* Bytes of the UTF-8 character at p [n], 1 to 4; 0 if it is none (a surrogate, overlong, cut). */

@@ -1,38 +1,6 @@
 /* q3n init: a model file of any geometry with random weights. */
 #include "cli.h"
 
-#include <string.h>
-
-enum { MAX_OVERRIDES = 128 };
-
-/* Fields to set once the preset is known, in the order given. */
-typedef struct overrides {
-    char        field[MAX_OVERRIDES][64];
-    const char *value[MAX_OVERRIDES];
-    int         n;
-} overrides;
-
-static void add_override(overrides *o, const char *field, size_t len, const char *value)
-{
-    if (o->n == MAX_OVERRIDES) cli_misuse("at most %d fields can be set", MAX_OVERRIDES);
-    if (len >= sizeof o->field[0]) cli_misuse("there is no field '%s'", field);
-    for (size_t i = 0; i < len; i++) o->field[o->n][i] = field[i] == '-' ? '_' : field[i];
-    o->field[o->n][len] = 0;
-    o->value[o->n++] = value;
-}
-
-/* --FIELD VALUE, and --set FIELD=VALUE */
-static void take_option(void *user, const char *name, const char *value)
-{
-    if (strcmp(name, "set") != 0) {
-        add_override((overrides *)user, name, strlen(name), value);
-        return;
-    }
-    const char *equal = strchr(value, '=');
-    if (!equal) cli_misuse("--set: '%s' is not FIELD=VALUE", value);
-    add_override((overrides *)user, value, (size_t)(equal - value), equal + 1);
-}
-
 static void print_presets(void)
 {
     printf("%-28s %7s %7s %8s %8s %8s\n", "preset", "layers", "hidden", "experts", "context",
@@ -43,21 +11,6 @@ static void print_presets(void)
         if (q3n_config_preset(name, &c, NULL) != Q3N_OK) continue;
         printf("%-28s %7d %7d %8d %8d %8d\n", name, c.num_hidden_layers, c.hidden_size,
                c.num_experts, c.max_position_embeddings, c.vocab_size);
-    }
-}
-
-static void make_config(q3n_config *c, const char *preset, const overrides *o)
-{
-    q3n_error err = { .offset = -1 };
-    if (!preset) cli_misuse("no geometry: give --preset NAME (q3n init --list shows the names)");
-    if (q3n_config_preset(preset, c, &err) != Q3N_OK) cli_misuse("--preset: %s", err.message);
-    for (int i = 0; i < o->n; i++) {
-        if (q3n_config_set(c, o->field[i], o->value[i], &err) != Q3N_OK) {
-            cli_misuse("--%s %s: %s", o->field[i], o->value[i], err.message);
-        }
-    }
-    if (q3n_config_check(c, &err) != Q3N_OK) {
-        cli_fail("this geometry does not fit: %s", err.message);
     }
 }
 
@@ -89,14 +42,16 @@ static void print_summary(const char *path)
 
 int cmd_init(int argc, char **argv)
 {
-    overrides fields = { .n = 0 };
-    q3n_init_options o = { .type = Q3N_TYPE_BF16 };
-    const char *preset = NULL, *type = NULL;
+    cli_geometry geometry = { .n = 0 };
+    q3n_init_options o = { .seed = 0 };
+    const char *type = NULL;
     int list = 0;
     const cli_option options[] = {
-        { "--preset", "NAME", CLI_TEXT, &preset, 0, 0, "the geometry to start from" },
+        { "--preset", "NAME", CLI_TEXT, &geometry.preset, 0, 0,
+          "the geometry to start from" },
         { "--list", NULL, CLI_FLAG, &list, 0, 0, "print the presets" },
-        { "--type", "TYPE", CLI_TEXT, &type, 0, 0, "of the matrices: f32, f16, bf16 (bf16)" },
+        { "--type", "TYPE", CLI_TEXT, &type, 0, 0,
+          "of the matrices:" CLI_TYPE_NAMES " (bf16)" },
         { "-s --seed", "N", CLI_U64, &o.seed, 0, 0, "of the random numbers (0)" },
         { "--stddev", "X", CLI_REAL, &o.stddev, 1e-6, 10.0, "of the weights (0.02)" },
         { "--name", "NAME", CLI_TEXT, &o.name, 0, 0, "kept in the file (the preset)" },
@@ -106,7 +61,7 @@ int cmd_init(int argc, char **argv)
         "Writes a model with random weights (normal, truncated at two deviations), as a stream:\n"
         "any size fits.  --FIELD VALUE or --set FIELD=VALUE overrides a field of the geometry, as\n"
         "--layers 4, --hidden-size 512 or --rope_theta 1e6; q3n info shows all fields.",
-        options, CLI_COUNT(options), 1, take_option, &fields,
+        options, CLI_COUNT(options), 1, cli_geometry_option, &geometry,
     };
     cli_words words;
     cli_parse(&syntax, argc, argv, &words);
@@ -115,12 +70,10 @@ int cmd_init(int argc, char **argv)
         return cli_finish();
     }
     if (words.n == 0) cli_misuse("no file: give the name of the model to write");
-    if (type && q3n_type_from_name(type, &o.type) != Q3N_OK) {
-        cli_misuse("--type: '%s' is none of f32, f16, bf16", type);
-    }
+    o.type = cli_parse_type("--type", type);
     q3n_config c;
-    make_config(&c, preset, &fields);
-    if (!o.name) o.name = preset;
+    cli_geometry_config(&geometry, &c);
+    if (!o.name) o.name = geometry.preset;
     write_model(words.word[0], &c, &o);
     print_summary(words.word[0]);
     return cli_finish();
