@@ -646,7 +646,8 @@ typedef struct q3n_session_options {     /* all zero = defaults                 
     int            n_threads;            /* 0 = one per CPU that the process may use             */
     q3n_isa max_isa; /* Q3N_ISA_SCALAR (0) = the best there is; see scalar_only */
     int            scalar_only;          /* 1 = reference kernels                                */
-    q3n_type       kv_type;              /* KV cache: f32 (0, default), f16 or bf16              */
+    q3n_type       kv_type;              /* KV cache: f32 (0, default), f16, bf16, or q8: bytes
+                                            and one scale for each head's key and value          */
     q3n_executor   executor;             /* run = NULL: the session makes its own threads        */
     int            count_experts;        /* 1 = keep counts for q3n_session_expert_counts        */
     q3n_layer_hook layer_hook;
@@ -1721,8 +1722,23 @@ static const q3n__x8 *q3n__matmul_xq(const q3n__matmul *m, int t)
 
 /* Keys of one KV block: one layer, one KV head.  Both parts have the KV cache's type:
  *   k [D, Q3N__KV_BLOCK]   transposed: dimension i of key j at i * Q3N__KV_BLOCK + j
- *   v [Q3N__KV_BLOCK, D]                                                                  */
+ *   v [Q3N__KV_BLOCK, D]
+ * In a cache of type q8 these are signed bytes, and behind each part lie its scales, one for every
+ * key or value: f32 [Q3N__KV_BLOCK]. */
 #define Q3N__KV_BLOCK 256
+
+/* Bytes of one element in a KV cache. */
+static size_t q3n__kv_element(q3n_type t)
+{
+    return q3n__is_quantised(t) ? 1 : (size_t)q3n__types[t].block_bytes;
+}
+
+/* Bytes of the keys of a block, scales included; the values take as many. */
+static size_t q3n__kv_part_bytes(q3n_type t, int dim)
+{
+    return Q3N__KV_BLOCK * ((size_t)dim * q3n__kv_element(t)
+                            + (q3n__is_quantised(t) ? sizeof(float) : 0));
+}
 
 /* Softmax attention of n queries over one block, not yet normalised:
  *   s_j = <q, k_j>,  m = max_j s_j,  l = sum_j e^(s_j - m),  o = sum_j e^(s_j - m) v_j
@@ -1730,6 +1746,7 @@ static const q3n__x8 *q3n__matmul_xq(const q3n__matmul *m, int t)
  * the block holds behind the last visible key is not looked at: it may be any bytes. */
 typedef struct {
     const void  *k, *v;
+    const float *k_scale, *v_scale;   /* [Q3N__KV_BLOCK], of q8                                  */
     const float *q;              /* [n, D], rows q_stride apart; divided by sqrt(D) before       */
     float       *o;              /* [n, D], rows o_stride apart                                  */
     float       *m, *l;          /* [n]                                                          */
@@ -1742,6 +1759,7 @@ typedef struct {
 /* One token's key and value [dim] become key and value `slot` of a block. */
 typedef struct {
     void        *k, *v;          /* as in q3n__attend                                            */
+    float       *k_scale, *v_scale;
     const float *key, *value;
     int          slot, dim;
 } q3n__store_kv;
@@ -1774,8 +1792,8 @@ typedef struct q3n__kernels {
     void  (*matmul[Q3N_TYPE_COUNT])(const q3n__matmul *m);
     void  (*to_f32[Q3N_TYPE_COUNT])(float *y, const void *x, int n);       /* float types        */
     void  (*quantize_x)(q3n__x8 *y, const float *x, int n);                /* all of its blocks  */
-    void  (*attend[Q3N_TYPE_COUNT])(const q3n__attend *a);                 /* float types        */
-    void  (*store_kv[Q3N_TYPE_COUNT])(const q3n__store_kv *s);             /* float types        */
+    void  (*attend[Q3N_TYPE_COUNT])(const q3n__attend *a);                 /* floats and q8      */
+    void  (*store_kv[Q3N_TYPE_COUNT])(const q3n__store_kv *s);             /* floats and q8      */
     void  (*delta)(const q3n__delta *d);
     void  (*conv)(const q3n__conv *c);
     float (*dot)(const float *a, const float *b, int n);
@@ -4782,7 +4800,7 @@ typedef struct {
 /* Bytes of one block: the keys, and behind them as many of values. */
 static size_t q3n__kv_block_bytes(q3n_type type, int dim)
 {
-    return 2 * (size_t)Q3N__KV_BLOCK * q3n__row_bytes(type, dim);
+    return 2 * q3n__kv_part_bytes(type, dim);
 }
 
 static uint8_t *q3n__kv_block(const q3n__kv_cache *kv, int layer, int block, int head)
@@ -5018,13 +5036,14 @@ static void q3n__attention_prepare_task(void *arg, int begin, int end)
             if (j->w->k_norm) r->k->rms_norm(key, key, j->w->k_norm, D, eps);
             q3n__rope_rotate(key, cosines, sines, half);
             const q3n__kv_cache *kv = &s->state->kv;
-            uint8_t *block = q3n__kv_block(kv, j->layer, position / Q3N__KV_BLOCK, h);
-            const q3n__store_kv store = {block,
-                                         block + q3n__kv_block_bytes(kv->type, D) / 2,
-                                         key,
-                                         value,
-                                         position % Q3N__KV_BLOCK,
-                                         D};
+            uint8_t *k = q3n__kv_block(kv, j->layer, position / Q3N__KV_BLOCK, h);
+            uint8_t *v = k + q3n__kv_part_bytes(kv->type, D);
+            const size_t scales = Q3N__KV_BLOCK * (size_t)D * q3n__kv_element(kv->type);
+            const q3n__store_kv store = {
+                .k = k, .v = v, .k_scale = (float *)(void *)(k + scales),
+                .v_scale = (float *)(void *)(v + scales), .key = key, .value = value,
+                .slot = position % Q3N__KV_BLOCK, .dim = D,
+            };
             r->k->store_kv[kv->type](&store);
         }
     }
@@ -5086,8 +5105,11 @@ static void q3n__attend_block(const q3n__attention_arg *j, const q3n__tile *tile
     }
     const uint8_t *keys = q3n__kv_block(kv, j->layer, block, tile->head);
     const size_t query = (size_t)tile->head * (size_t)r->n * (size_t)g + (size_t)tile->first;
+    const uint8_t *values = keys + q3n__kv_part_bytes(kv->type, D);
+    const size_t scales = Q3N__KV_BLOCK * (size_t)D * q3n__kv_element(kv->type);
     const q3n__attend call = {
-        .k = keys, .v = keys + q3n__kv_block_bytes(kv->type, D) / 2, .q = r->q + query * (size_t)D,
+        .k = keys, .v = values, .k_scale = (const float *)(const void *)(keys + scales),
+        .v_scale = (const float *)(const void *)(values + scales), .q = r->q + query * (size_t)D,
         .o = o, .m = m, .l = l, .scores = scores, .n_keys = n_keys,
         .q_stride = D, .o_stride = o_stride, .n = tile->n, .dim = D,
     };
@@ -5754,8 +5776,9 @@ static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session
         return q3n__fail(err, Q3N_ERR_ARG, -1, "%d threads: expected 1 .. 1024", o->n_threads);
     if ((unsigned)o->max_isa >= Q3N_ISA_COUNT)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "max_isa %d is no instruction set", (int)o->max_isa);
-    if ((unsigned)o->kv_type >= Q3N_TYPE_COUNT || q3n__types[o->kv_type].block_len != 1)
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "KV cache type must be f32, f16 or bf16");
+    if ((unsigned)o->kv_type >= Q3N_TYPE_COUNT
+        || (q3n__is_quantised(o->kv_type) && o->kv_type != Q3N_TYPE_Q8))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "KV cache type must be f32, f16, bf16 or q8");
     if (c->rope_type == Q3N_ROPE_TABLE && o->capacity > m->weights.rope_positions)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "capacity %d: the model's rotary tables end at %d",
                          o->capacity, m->weights.rope_positions);
@@ -7196,6 +7219,8 @@ static float q3n__get_bf16(const void *p, size_t i)
     return q3n__bf16_to_f32(((const uint16_t *)p)[i]);
 }
 
+static float q3n__get_q8(const void *p, size_t i) { return (float)((const int8_t *)p)[i]; }
+
 static void q3n__put_f32(void *p, size_t i, float f)  { ((float *)p)[i] = f; }
 static void q3n__put_f16(void *p, size_t i, float f)  { ((uint16_t *)p)[i] = q3n__f32_to_f16(f); }
 static void q3n__put_bf16(void *p, size_t i, float f) { ((uint16_t *)p)[i] = q3n__f32_to_bf16(f); }
@@ -7210,6 +7235,13 @@ static void q3n__attend_softmax_scalar(const q3n__attend *a, int i)
     for (int j = 0; j < a->n_keys[i]; j++) l += s[j] = expf(s[j] - m);
     a->m[i] = m;
     a->l[i] = l;
+}
+
+/* s_j *= scale_j for query i, if the cache has scales (has_scales is a constant in every use). */
+static void q3n__attend_scale_scalar(const q3n__attend *a, int i, const float *scale, int has_scales)
+{
+    float *s = a->scores + (size_t)i * Q3N__KV_BLOCK;
+    for (int j = 0; has_scales && j < a->n_keys[i]; j++) s[j] *= scale[j];
 }
 
 #define Q3N__DEFINE_FLOAT_TYPE_SCALAR(id)                                                          \
@@ -7235,7 +7267,9 @@ static void q3n__attend_softmax_scalar(const q3n__attend *a, int i)
             q3n__put_##id(s->k, (size_t)i * Q3N__KV_BLOCK + (size_t)s->slot, s->key[i]);           \
             q3n__put_##id(s->v, (size_t)s->slot * (size_t)s->dim + (size_t)i, s->value[i]);        \
         }                                                                                          \
-    }                                                                                              \
+    }
+
+#define Q3N__DEFINE_ATTEND_SCALAR(id, has_scales)                                                  \
     static void q3n__attend_##id##_scalar(const q3n__attend *a)                                    \
     {                                                                                              \
         for (int i = 0; i < a->n; i++) {                                                           \
@@ -7247,7 +7281,9 @@ static void q3n__attend_softmax_scalar(const q3n__attend *a, int i)
                 for (int c = 0; c < a->dim; c++)                                                   \
                     s[j] += q[c] * q3n__get_##id(a->k, (size_t)c * Q3N__KV_BLOCK + (size_t)j);     \
             }                                                                                      \
+            q3n__attend_scale_scalar(a, i, a->k_scale, has_scales);                                \
             q3n__attend_softmax_scalar(a, i);                                                      \
+            q3n__attend_scale_scalar(a, i, a->v_scale, has_scales);                                \
             for (int c = 0; c < a->dim; c++) {                                                     \
                 o[c] = 0.0f;                                                                       \
                 for (int j = 0; j < a->n_keys[i]; j++)                                             \
@@ -7259,6 +7295,30 @@ static void q3n__attend_softmax_scalar(const q3n__attend *a, int i)
 Q3N__DEFINE_FLOAT_TYPE_SCALAR(f32)
 Q3N__DEFINE_FLOAT_TYPE_SCALAR(f16)
 Q3N__DEFINE_FLOAT_TYPE_SCALAR(bf16)
+Q3N__DEFINE_ATTEND_SCALAR(f32, 0)
+Q3N__DEFINE_ATTEND_SCALAR(f16, 0)
+Q3N__DEFINE_ATTEND_SCALAR(bf16, 0)
+Q3N__DEFINE_ATTEND_SCALAR(q8, 1)
+
+/* x to bytes, the i-th at q + i * stride; returns the scale.  What is not finite becomes a scale
+ * of NaN. */
+static float q3n__bytes_scalar(int8_t *q, size_t stride, const float *x, int n)
+{
+    float m = 0.0f;
+    for (int i = 0; i < n; i++) if (!(fabsf(x[i]) <= m)) m = fabsf(x[i]);
+    const int usable = m >= Q3N__X8_LEAST && m <= FLT_MAX;
+    const float inverse = usable ? 127.0f / m : 0.0f;
+    for (int i = 0; i < n; i++)
+        q[(size_t)i * stride] = (int8_t)(usable ? lrintf(x[i] * inverse) : 0);
+    return usable ? m / 127.0f : m < Q3N__X8_LEAST ? 0.0f : NAN;
+}
+
+static void q3n__store_kv_q8_scalar(const q3n__store_kv *s)
+{
+    int8_t *k = (int8_t *)s->k + s->slot, *v = (int8_t *)s->v + (size_t)s->slot * (size_t)s->dim;
+    s->k_scale[s->slot] = q3n__bytes_scalar(k, Q3N__KV_BLOCK, s->key, s->dim);
+    s->v_scale[s->slot] = q3n__bytes_scalar(v, 1, s->value, s->dim);
+}
 
 /* ---- Quantised matrices ---- */
 
@@ -7436,6 +7496,8 @@ static void q3n__bind_scalar(q3n__kernels *k)
     k->matmul[Q3N_TYPE_##ID] = q3n__matmul_##id##_scalar;
     Q3N_QUANT_TYPE_LIST(Q3N__X)
 #undef Q3N__X
+    k->attend[Q3N_TYPE_Q8]   = q3n__attend_q8_scalar;
+    k->store_kv[Q3N_TYPE_Q8] = q3n__store_kv_q8_scalar;
     k->quantize_x  = q3n__quantize_x_scalar;
     k->delta       = q3n__delta_scalar;
     k->conv        = q3n__conv_scalar;
@@ -8071,10 +8133,16 @@ Q3N__INLINE void q3n__storef_avx512(float *p, __m512 v, int n)
     else         _mm512_mask_storeu_ps(p, q3n__mask_avx512(n), v);
 }
 
-/* Elements [i, i + 16) of a float type's row.  type is a constant in every use. */
+/* Elements [i, i + 16) of a row of floats, or of bytes (q8).  type is a constant in every use. */
 Q3N__INLINE __m512 q3n__load_avx512(q3n_type type, const void *row, size_t i, int n)
 {
     if (type == Q3N_TYPE_F32) return q3n__loadf_avx512((const float *)row + i, n);
+    if (type == Q3N_TYPE_Q8) {
+        const int8_t *b = (const int8_t *)row + i;
+        const __m128i v = n >= 16 ? _mm_loadu_si128((const __m128i *)(const void *)b)
+                                  : _mm_maskz_loadu_epi8(q3n__mask_avx512(n), b);
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v));
+    }
     const uint16_t *p = (const uint16_t *)row + i;
     const __m256i h = n >= 16 ? _mm256_loadu_si256((const __m256i *)(const void *)p)
                               : _mm256_maskz_loadu_epi16(q3n__mask_avx512(n), p);
@@ -8237,7 +8305,7 @@ Q3N__INLINE void q3n__matmul_avx512(q3n_type type, const q3n__matmul *m)
 /* Columns [c, c + 16 V) of T rows of out; n is how many are real if V is 1.  T, V are constants. */
 Q3N__INLINE void q3n__mix_tile_avx512(q3n_type type, int V, int T, const q3n__mix *p, int c, int n)
 {
-    const size_t size = (size_t)q3n__types[type].block_bytes;
+    const size_t size = q3n__kv_element(type);
     __m512 s[4][4], x[4];
     Q3N__UNROLL
     for (int v = 0; v < V; v++)
@@ -8312,9 +8380,17 @@ static float q3n__exp_sum_avx512(float *x, int n, float m)
     return q3n__sum_avx512(sum);
 }
 
+static void q3n__attend_scale_avx512(float *s, const float *scale, int n)
+{
+    for (int j = 0; j < n; j += 16)
+        q3n__storef_avx512(s + j, _mm512_mul_ps(q3n__loadf_avx512(s + j, n - j),
+                                                q3n__loadf_avx512(scale + j, n - j)), n - j);
+}
+
 /* Up to four queries from query i on.  They share the values up to the least of their counts; each
  * goes on alone from there, so that none sees a value that is not its own. */
-static void q3n__attend_group_avx512(const q3n__attend *a, int i, int T, q3n__mix_fn mix)
+static void q3n__attend_group_avx512(const q3n__attend *a, int i, int T, q3n__mix_fn mix,
+                                     int has_scales)
 {
     int least = Q3N__KV_BLOCK, most = 0;
     for (int t = i; t < i + T; t++) {
@@ -8328,8 +8404,10 @@ static void q3n__attend_group_avx512(const q3n__attend *a, int i, int T, q3n__mi
     mix(&qk);
     for (int t = 0; t < T; t++) {
         float *s = scores + t * Q3N__KV_BLOCK;
+        if (has_scales) q3n__attend_scale_avx512(s, a->k_scale, a->n_keys[i + t]);
         a->m[i + t] = q3n__max_avx512(s, a->n_keys[i + t]);
         a->l[i + t] = q3n__exp_sum_avx512(s, a->n_keys[i + t], a->m[i + t]);
+        if (has_scales) q3n__attend_scale_avx512(s, a->v_scale, a->n_keys[i + t]);
     }
     q3n__mix pv = { a->v, scores, o, (size_t)a->dim, Q3N__KV_BLOCK, (size_t)a->o_stride, T, 0,
                     least, a->dim };
@@ -8343,10 +8421,10 @@ static void q3n__attend_group_avx512(const q3n__attend *a, int i, int T, q3n__mi
     }
 }
 
-static void q3n__attend_avx512(const q3n__attend *a, q3n__mix_fn mix)
+static void q3n__attend_avx512(const q3n__attend *a, q3n__mix_fn mix, int has_scales)
 {
     for (int i = 0; i < a->n; i += 4)
-        q3n__attend_group_avx512(a, i, a->n - i < 4 ? a->n - i : 4, mix);
+        q3n__attend_group_avx512(a, i, a->n - i < 4 ? a->n - i : 4, mix, has_scales);
 }
 
 /* ---- One instance for each float type ---- */
@@ -8364,7 +8442,7 @@ Q3N__INLINE void q3n__to_f32_avx512(q3n_type type, float *y, const void *x, int 
     static void q3n__mix_##id##_avx512(const q3n__mix *p) { q3n__mix_avx512(Q3N_TYPE_##ID, p); }   \
     static void q3n__attend_##id##_avx512(const q3n__attend *a)                                    \
     {                                                                                              \
-        q3n__attend_avx512(a, q3n__mix_##id##_avx512);                                             \
+        q3n__attend_avx512(a, q3n__mix_##id##_avx512, 0);                                          \
     }                                                                                              \
     static void q3n__to_f32_##id##_avx512(float *y, const void *x, int n)                          \
     {                                                                                              \
@@ -8372,6 +8450,12 @@ Q3N__INLINE void q3n__to_f32_avx512(q3n_type type, float *y, const void *x, int 
     }
 
 Q3N__FLOAT_TYPE_LIST(Q3N__DEFINE_FLOAT_TYPE_AVX512)
+
+static void q3n__mix_q8_avx512(const q3n__mix *p) { q3n__mix_avx512(Q3N_TYPE_Q8, p); }
+static void q3n__attend_q8_avx512(const q3n__attend *a)
+{
+    q3n__attend_avx512(a, q3n__mix_q8_avx512, 1);
+}
 
 /* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
 typedef struct {
@@ -8547,6 +8631,7 @@ static void q3n__bind_avx512(q3n__kernels *k)
     k->attend[Q3N_TYPE_##ID] = q3n__attend_##id##_avx512;
     Q3N__FLOAT_TYPE_LIST(Q3N__X)
 #undef Q3N__X
+    k->attend[Q3N_TYPE_Q8] = q3n__attend_q8_avx512;
     k->delta       = q3n__delta_avx512;
     k->conv        = q3n__conv_avx512;
     k->dot         = q3n__dot_avx512;

@@ -594,12 +594,12 @@ static void test_attention_long(void **state)
 
 /* ---- KV cache types ---- */
 
-/* A key or value in f16 is off by at most 2^-12 of itself, in bf16 by 2^-9; the
- * logits move by less than that, relative to the largest; the bounds leave room for other ids. */
+/* A key or value in f16 is off by at most 2^-12 of itself, in bf16 by 2^-9, in q8 by 2^-8 of the
+ * largest of its head; the logits move by less than that, relative to the largest; the bounds leave room for other ids. */
 static void test_kv_types(void **state)
 {
     static const struct { q3n_type type; double bound; } rows[] = {
-        { Q3N_TYPE_F16, 0x1p-10 }, { Q3N_TYPE_BF16, 0x1p-7 },
+        { Q3N_TYPE_F16, 0x1p-10 }, { Q3N_TYPE_BF16, 0x1p-7 }, { Q3N_TYPE_Q8, 0x1p-6 },
     };
     q3n_model *m = open_model((const char *)*state);
     const int n = 70, V = q3n_model_config(m)->vocab_size;

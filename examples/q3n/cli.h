@@ -224,7 +224,7 @@ typedef struct cli_setup {
       "most tokens evaluated at once (512)" },                                                    \
     { "--isa", "NAME", CLI_TEXT, &(s).isa, 0, 0,                                                  \
       "best instruction set to use: scalar, avx2, avx512, neon" },                                \
-    { "--kv --kv-type", "TYPE", CLI_TEXT, &(s).kv, 0, 0, "type of the KV cache: f32, f16, bf16" }
+    { "--kv --kv-type", "TYPE", CLI_TEXT, &(s).kv, 0, 0, "KV cache: f32, f16, bf16, q8" }
 
 #define CLI_SESSION_OPTIONS(s)                                                                    \
     { "-t --threads", "N", CLI_INT, &(s).threads, 0, 1024, "threads (0: one a CPU)" },            \

@@ -52,9 +52,9 @@ q3n_session_options cli_session_options(const cli_setup *setup)
     if (setup->kv) {
         const q3n_result r = q3n_type_from_name(setup->kv, &o.kv_type);
         const int known = o.kv_type == Q3N_TYPE_F32 || o.kv_type == Q3N_TYPE_F16
-                       || o.kv_type == Q3N_TYPE_BF16;
+                       || o.kv_type == Q3N_TYPE_BF16 || o.kv_type == Q3N_TYPE_Q8;
         if (r != Q3N_OK || !known) {
-            cli_misuse("--kv: '%s' is none of f32, f16, bf16", setup->kv);
+            cli_misuse("--kv: '%s' is none of f32, f16, bf16, q8", setup->kv);
         }
     }
     return o;
