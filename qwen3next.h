@@ -807,14 +807,23 @@ typedef struct q3n_init_options {
     const char   *name;            /* NULL = ""                                                  */
     q3n_allocator allocator;
     q3n_progress  progress;        /* counts bytes                                               */
+    int           n_threads;       /* 0 = one per CPU                                            */
 } q3n_init_options;
 
 /* Write a model file of geometry c with random weights: matrices from a normal distribution
  * truncated at two standard deviations, norms 1, biases 0, A_log and dt_bias as [HF] initialises
- * them.  The file is written as a stream; a failed or stopped run leaves nothing under path.
- * The same seed gives the same file on every machine. */
+ * them.  Quantised matrices get codes as frequent as they are in normal weights, and one scale;
+ * tensors that may not have the type have the next finer one.  The file is written as a stream; a
+ * failed or stopped run leaves nothing under path.  The same seed gives the same file on every
+ * machine. */
 Q3N_DEF q3n_result q3n_init_file(const char *path, const q3n_config *c, const q3n_init_options *o,
                                  q3n_error *err);
+
+/* The size of that file in bytes, 0 on error; and the file's bytes in memory, aligned to 64, of
+ * exactly that size, for q3n_model_open_memory.  After an error memory holds no model. */
+Q3N_DEF int64_t    q3n_init_bytes(const q3n_config *c, const q3n_init_options *o, q3n_error *err);
+Q3N_DEF q3n_result q3n_init_memory(void *data, size_t bytes, const q3n_config *c,
+                                   const q3n_init_options *o, q3n_error *err);
 
 #ifdef __cplusplus
 }
@@ -1658,7 +1667,7 @@ static int q3n__code_get(q3n_type t, const uint8_t *group, int r, int c)
 }
 
 /* Write a code into a group that was zero there. */
-static void q3n__code_put(q3n_type t, uint8_t *group, int r, int c, int code)
+static Q3N__UNUSED void q3n__code_put(q3n_type t, uint8_t *group, int r, int c, int code)
 {
     const int s = c / 4, b = 4 * r + c % 4, pair = 2 * (s % 4);
     switch (t) {
@@ -6452,6 +6461,18 @@ static uint16_t q3n__group_scale(const q3n__quantiser *e, const float *x, const 
     return q3n__f32_to_f16(m * best);
 }
 
+/* The type asked for if the item may have it, else the next finer one that it may: q3, q4, q6, q8,
+ * bf16.  Routers have no quantised type, vectors are f32. */
+static q3n_type q3n__finer_type(const q3n__plan_item *item, q3n_type wanted)
+{
+    static const q3n_type finer[Q3N_TYPE_COUNT] = {
+        [Q3N_TYPE_Q3] = Q3N_TYPE_Q4, [Q3N_TYPE_Q4] = Q3N_TYPE_Q6, [Q3N_TYPE_Q6] = Q3N_TYPE_Q8,
+        [Q3N_TYPE_Q8] = Q3N_TYPE_BF16, [Q3N_TYPE_BF16] = Q3N_TYPE_F32, [Q3N_TYPE_F16] = Q3N_TYPE_F32
+    };
+    while (!(item->types >> wanted & 1)) wanted = finer[wanted];
+    return wanted;
+}
+
 /* ---- Rows ---- */
 
 /* What is encoded: rows as they stand in a file or in memory, of any type. */
@@ -6513,6 +6534,33 @@ static int q3n__encode_floats(q3n_type type, void *y, const float *x, int n)
     return n;
 }
 
+/* The codes of columns j, 4 + j, .. 28 + j of row r into a group; b is 4 r + j. */
+static void q3n__codes_put(q3n_type t, uint8_t *group, int b, const uint8_t c[Q3N__GROUP / 4])
+{
+    uint8_t *y = group + b;
+    switch (t) {
+    case Q3N_TYPE_Q8:
+        for (int s = 0; s < 8; s++) y[64 * s] = c[s];
+        break;
+    case Q3N_TYPE_Q6:
+        for (int s = 0; s < 4; s++) y[64 * s] = (uint8_t)((c[s] & 15) | (c[s + 4] & 15) << 4);
+        for (int h = 0; h < 2; h++, c += 4)
+            y[256 + 64 * h] = (uint8_t)(c[0] >> 4 | c[1] >> 4 << 2 | c[2] >> 4 << 4
+                                        | c[3] >> 4 << 6);
+        break;
+    case Q3N_TYPE_Q4:
+        for (int s = 0; s < 4; s++) y[64 * s] = (uint8_t)(c[s] | c[s + 4] << 4);
+        break;
+    case Q3N_TYPE_Q3:
+        y[0]   = (uint8_t)((c[0] & 3) | (c[1] & 3) << 2 | (c[2] & 3) << 4 | (c[3] & 3) << 6);
+        y[64]  = (uint8_t)((c[4] & 3) | (c[5] & 3) << 2 | (c[6] & 3) << 4 | (c[7] & 3) << 6);
+        y[128] = (uint8_t)(c[0] >> 2 | c[1] >> 2 << 1 | c[2] >> 2 << 2 | c[3] >> 2 << 3
+                           | c[4] >> 2 << 4 | c[5] >> 2 << 5 | c[6] >> 2 << 6 | c[7] >> 2 << 7);
+        break;
+    default: break;
+    }
+}
+
 /* One group of one row of a tile: its scale and codes.  Returns n, or the column that will not. */
 static int q3n__encode_group(const q3n__quantiser *e, const float *x, const float *w, int r,
                              uint8_t *scale, uint8_t *codes)
@@ -6527,8 +6575,12 @@ static int q3n__encode_group(const q3n__quantiser *e, const float *x, const floa
     }
     memcpy(scale, &s, sizeof s);
     const float inverse = (s & 0x7fff) == 0 ? 0.0f : 1.0f / q3n__f16_to_f32(s);
-    for (int i = 0; i < Q3N__GROUP; i++)
-        q3n__code_put(e->type, codes, r, i, e->code[q3n__cell(x[i] * inverse)]);
+    for (int j = 0; j < 4; j++) {
+        uint8_t c[Q3N__GROUP / 4];
+        for (int k = 0; k < Q3N__GROUP / 4; k++)
+            c[k] = e->code[q3n__cell(x[4 * k + j] * inverse)];
+        q3n__codes_put(e->type, codes, 4 * r + j, c);
+    }
     return Q3N__GROUP;
 }
 
@@ -6553,7 +6605,6 @@ static int q3n__encode_tile(const q3n__quantiser *e, const q3n__source *s, int64
         uint8_t *codes = block + 4 * Q3N__TILE_ROWS + (size_t)(g % 2) * code_bytes;
         const int left = s->n_cols - g * Q3N__GROUP, n = left < Q3N__GROUP ? left : Q3N__GROUP;
         float w[Q3N__GROUP];
-        if (g % 2 == 0) memset(block, 0, block_bytes);
         q3n__group_weights(s->importance, g * Q3N__GROUP, n, w);
         for (int r = 0; r < Q3N__TILE_ROWS; r++) {
             float x[Q3N__GROUP] = { 0 };
@@ -6643,11 +6694,11 @@ Q3N_DEF q3n_result q3n_quantize_rows(q3n_type type, const q3n_rows *rows, void *
 /* =====================================================================================
  * [16] WRITER                                                                >>writer
  *
- * Makes model files as a stream.  The tensor plan and a choice of types fix the whole layout before
- * the first byte, so every byte is written once and in order; only the checksums are filled in at
- * the end.  The file has another name until it is complete.
+ * Makes model files as a stream, or in memory.  The tensor plan and a choice of types fix the whole
+ * layout before the first byte, so every byte is written once and in order; only the checksums are
+ * filled in at the end.  Tensors are cut into pieces, made by several threads and written in order.
+ * A file has another name until it is complete.
  * ===================================================================================== */
-#ifndef Q3N_NO_STDIO
 
 /* ---- Metadata: the same code first measures (base NULL), then writes ---- */
 typedef struct {
@@ -6715,6 +6766,8 @@ static void q3n__blob_config(q3n__blob *b, const q3n_config *c)
 }
 
 /* ---- What to write ---- */
+struct q3n__piece;
+
 typedef struct {
     const q3n_config    *config;
     const char          *name;           /* NULL or "" = none                                    */
@@ -6722,8 +6775,14 @@ typedef struct {
     size_t               entries_bytes;
     const void          *tokenizer;      /* TOKENIZER section, NULL = none                       */
     size_t               tokenizer_bytes;
+    const char          *path;           /* NULL = into memory [memory_bytes]                    */
+    uint8_t             *memory;
+    size_t               memory_bytes;
+    int                  n_threads;      /* 0 = one per CPU                                      */
     const q3n_allocator *allocator;
     const q3n_progress  *progress;       /* NULL = none; counts bytes of the file                */
+    /* Fills a piece, on any thread; returns 0 with its fault filled if that cannot be. */
+    int                (*make)(void *user, struct q3n__piece *piece);
     /* Chooses the item's type and, where its dim[0] is 0, sets that; returns 0 to leave the tensor
      * out, which only an optional one may be. */
     int                (*choose)(void *user, q3n__plan_item *item, q3n_type *type);
@@ -6738,21 +6797,39 @@ typedef struct {
     uint32_t       crc;
 } q3n__writer_tensor;
 
-/* After q3n__writer_open: call q3n__writer_next for one slice after the other, in the order of the
- * file, and q3n__writer_put as often as it takes to give its bytes; then q3n__writer_close. */
+/* Rows [row0, row1) of one slice of a tensor; row0 is a multiple of 16. */
+typedef struct q3n__piece {
+    const q3n__writer_tensor *tensor;
+    int64_t    slice, row0, row1;
+    int64_t    offset;                   /* in the file                                          */
+    size_t     bytes;
+    uint8_t   *data;                     /* [bytes] out                                          */
+    uint32_t   crc;
+    int        failed;
+    q3n__fault fault;
+} q3n__piece;
+
+#define Q3N__PIECE_BYTES 262144          /* about; a tile of rows at least                       */
+
+/* Call q3n__writer_open, q3n__writer_run, q3n__writer_close. */
 typedef struct {
     q3n__writer_options o;
     q3n_error          *err;
     FILE               *file;            /* NULL = none of our making exists                     */
-    const char         *path;
     char               *part;            /* path + ".part"                                       */
     uint8_t            *meta;
     size_t              meta_bytes;
     int64_t             file_bytes, written;
     q3n__writer_tensor *tensors;
     int                 n_tensors;
-    int                 tensor;          /* the current slice: tensors[tensor], number slice     */
-    int64_t             slice;
+    int                 tensor;          /* where the next piece starts                          */
+    int64_t             slice, row;
+    q3n__piece         *pieces;          /* [max_pieces] made together                           */
+    int                 n_pieces, max_pieces;
+    uint8_t            *buffer;          /* [max_pieces, room], NULL = made in place             */
+    size_t              room;
+    q3n__pool           pool;
+    q3n__thread        *threads;
     q3n__crc_table      crc_table;
 } q3n__writer;
 
@@ -6884,16 +6961,64 @@ static size_t q3n__writer_metadata(const q3n__writer *w)
     return body.used;
 }
 
+/* ---- Files ---- */
+#ifndef Q3N_NO_STDIO
+static q3n_result q3n__writer_create(q3n__writer *w)
+{
+    w->file = fopen(w->part, "wb");
+    if (!w->file) return q3n__fail(w->err, Q3N_ERR_IO, -1, "%s: cannot create the file", w->part);
+    return Q3N_OK;
+}
+
+static int q3n__writer_fwrite(q3n__writer *w, const void *data, size_t bytes)
+{
+    return fwrite(data, 1, bytes, w->file) == bytes;
+}
+
+/* Metadata again, now with checksums; then the file gets its name, or goes. */
+static q3n_result q3n__writer_finish(q3n__writer *w, q3n_result r)
+{
+    if (!w->file) return r;
+    if (r == Q3N_OK && (fseek(w->file, 0, SEEK_SET) != 0
+                        || !q3n__writer_fwrite(w, w->meta, w->meta_bytes)))
+        r = q3n__fail(w->err, Q3N_ERR_IO, 0, "%s: cannot write the metadata", w->part);
+    if (fclose(w->file) != 0 && r == Q3N_OK)
+        r = q3n__fail(w->err, Q3N_ERR_IO, -1, "%s: cannot write (is the disk full?)", w->part);
+    if (r == Q3N_OK && !q3n__file_replace(w->part, w->o.path))
+        r = q3n__fail(w->err, Q3N_ERR_IO, -1, "%s: cannot rename %s to it", w->o.path, w->part);
+    if (r != Q3N_OK) remove(w->part);
+    return r;
+}
+#else
+static q3n_result q3n__writer_create(q3n__writer *w)
+{
+    return q3n__fail(w->err, Q3N_ERR_UNSUPPORTED, -1, "built without files (Q3N_NO_STDIO)");
+}
+static int q3n__writer_fwrite(q3n__writer *w, const void *data, size_t bytes)
+{
+    (void)w; (void)data;
+    return bytes == 0;
+}
+static q3n_result q3n__writer_finish(q3n__writer *w, q3n_result r) { (void)w; return r; }
+#endif
+
 /* ---- Stream ---- */
+
+/* The next bytes of the file.  In memory they are there already if data is their place. */
 static q3n_result q3n__writer_raw(q3n__writer *w, const void *data, size_t bytes)
 {
-    if (fwrite(data, 1, bytes, w->file) != bytes)
+    uint8_t *place = w->o.path ? NULL : w->o.memory + w->written;
+    if (place) {
+        if (place != data) memcpy(place, data, bytes);
+    } else if (!q3n__writer_fwrite(w, data, bytes)) {
         return q3n__fail(w->err, Q3N_ERR_IO, w->written, "%s: cannot write (is the disk full?)",
                          w->part);
+    }
     w->written += (int64_t)bytes;
     const q3n_progress *p = w->o.progress;
     if (p && p->report && p->report(p->user, w->written, w->file_bytes))
-        return q3n__fail(w->err, Q3N_ERR_CANCELLED, -1, "%s: stopped by the caller", w->path);
+        return q3n__fail(w->err, Q3N_ERR_CANCELLED, -1, "%s: stopped by the caller",
+                         w->o.path ? w->o.path : "memory");
     return Q3N_OK;
 }
 
@@ -6909,105 +7034,230 @@ static q3n_result q3n__writer_pad(q3n__writer *w, int64_t offset)   /* zeros up 
     return Q3N_OK;
 }
 
-/* On to the next slice in the order of the file.  *more = 0: there is none. */
-static q3n_result q3n__writer_next(q3n__writer *w, int *more)
+/* ---- Checksums of pieces, joined ---- */
+
+/* Product of two polynomials modulo the CRC's; bit 31 is the coefficient of 1. */
+static uint32_t q3n__crc_times(uint32_t a, uint32_t b)
 {
-    const q3n__writer_tensor *t = w->tensor < 0 ? NULL : &w->tensors[w->tensor];
-    if (t && t->part == 2 && w->slice + 1 < t->item.dim[0]) {
+    uint32_t product = 0;
+    for (int bit = 31; bit >= 0; bit--) {
+        product ^= b & (0u - (a >> bit & 1));
+        b = (b >> 1) ^ (0xEDB88320u & (0u - (b & 1)));
+    }
+    return product;
+}
+
+/* The CRC of a text with CRC a, followed by b_bytes bytes with CRC b: a x^(8 b_bytes) + b. */
+static uint32_t q3n__crc_join(uint32_t a, uint32_t b, size_t b_bytes)
+{
+    for (uint32_t x = 1u << 23; b_bytes > 0; b_bytes >>= 1) {
+        if (b_bytes & 1) a = q3n__crc_times(a, x);
+        x = q3n__crc_times(x, x);
+    }
+    return a ^ b;
+}
+
+/* ---- Pieces ---- */
+static int64_t q3n__writer_rows(const q3n__writer_tensor *t)     /* of a slice */
+{
+    return t->item.n_dims > 1 ? t->item.dim[t->item.n_dims - 2] : 1;
+}
+
+static int64_t q3n__writer_row_bytes(const q3n__writer_tensor *t)
+{
+    return (int64_t)q3n__row_bytes(t->type, (int)t->item.dim[t->item.n_dims - 1]);
+}
+
+static int64_t q3n__writer_piece_rows(const q3n__writer_tensor *t)
+{
+    const int64_t rows = Q3N__PIECE_BYTES / q3n__writer_row_bytes(t) / Q3N__TILE_ROWS
+                       * Q3N__TILE_ROWS;
+    return rows > 0 ? rows : Q3N__TILE_ROWS;
+}
+
+/* On to the next slice in the order of the file; the experts' gate, up and down take turns. */
+static void q3n__writer_next(q3n__writer *w)
+{
+    const q3n__writer_tensor *t = &w->tensors[w->tensor];
+    w->row = 0;
+    if (t->part == 2 && w->slice + 1 < t->item.dim[0]) {
         w->tensor -= 2;
         w->slice++;
     } else {
-        if (!t || !t->item.experts || t->part == 2) w->slice = 0;
+        if (!t->item.experts || t->part == 2) w->slice = 0;
         w->tensor++;
     }
-    *more = w->tensor < w->n_tensors;
-    if (!*more) return Q3N_OK;
-    t = &w->tensors[w->tensor];
-    return q3n__writer_pad(w, t->offset + w->slice * t->stride);
 }
 
-/* The next bytes of the current slice. */
-static q3n_result q3n__writer_put(q3n__writer *w, const void *data, size_t bytes)
+/* The next pieces: as many as are made together. */
+static void q3n__writer_cut(q3n__writer *w)
 {
-    q3n__writer_tensor *t = &w->tensors[w->tensor];
-    Q3N_ASSERT(w->written + (int64_t)bytes <= t->offset + w->slice * t->stride + t->slice_bytes);
-    t->crc = q3n__crc32_with(&w->crc_table, t->crc, data, bytes);
-    return q3n__writer_raw(w, data, bytes);
+    w->n_pieces = 0;
+    while (w->n_pieces < w->max_pieces && w->tensor < w->n_tensors) {
+        const q3n__writer_tensor *t = &w->tensors[w->tensor];
+        q3n__piece *p = &w->pieces[w->n_pieces];
+        const int64_t rows = q3n__writer_rows(t), left = rows - w->row;
+        memset(p, 0, sizeof *p);
+        p->tensor = t;
+        p->slice = w->slice;
+        p->row0 = w->row;
+        p->row1 = w->row + (left < q3n__writer_piece_rows(t) ? left : q3n__writer_piece_rows(t));
+        p->offset = t->offset + w->slice * t->stride + w->row * q3n__writer_row_bytes(t);
+        p->bytes = (size_t)(q3n__stored_rows(t->type, p->row1 - p->row0)
+                            * q3n__writer_row_bytes(t));
+        p->data = w->buffer ? w->buffer + (size_t)w->n_pieces * w->room : w->o.memory + p->offset;
+        w->n_pieces++;
+        w->row = p->row1;
+        if (w->row == rows) q3n__writer_next(w);
+    }
+}
+
+static void q3n__writer_make(void *arg, int begin, int end)
+{
+    q3n__writer *w = (q3n__writer *)arg;
+    for (int i = begin; i < end; i++) {
+        q3n__piece *p = &w->pieces[i];
+        p->failed = !w->o.make(w->o.user, p);
+        if (!p->failed) p->crc = q3n__crc32_with(&w->crc_table, 0, p->data, p->bytes);
+    }
+}
+
+static q3n_result q3n__writer_put(q3n__writer *w, const q3n__piece *p)
+{
+    q3n__writer_tensor *t = &w->tensors[p->tensor - w->tensors];
+    if (p->failed) return q3n__fault_fail(&p->fault, t->item.name, t->type, w->err);
+    const q3n_result r = q3n__writer_pad(w, p->offset);
+    if (r != Q3N_OK) return r;
+    t->crc = q3n__crc_join(t->crc, p->crc, p->bytes);
+    return q3n__writer_raw(w, p->data, p->bytes);
+}
+
+/* Make and write all tensors. */
+static q3n_result q3n__writer_run(q3n__writer *w)
+{
+    for (q3n__writer_cut(w); w->n_pieces > 0; q3n__writer_cut(w)) {
+        q3n__parallel(&w->pool, w->n_pieces, 1, q3n__writer_make, w);
+        for (int i = 0; i < w->n_pieces; i++) {
+            const q3n_result r = q3n__writer_put(w, &w->pieces[i]);
+            if (r != Q3N_OK) return r;
+        }
+    }
+    return q3n__writer_pad(w, w->file_bytes);
 }
 
 /* ---- Open and close ---- */
-static q3n_result q3n__writer_memory(q3n__writer *w)
-{
-    const q3n_allocator *a = w->o.allocator;
-    const size_t path_bytes = strlen(w->path);
-    w->n_tensors = 0;
-    q3n_result r = q3n__plan_visit(w->o.config, q3n__writer_add, w);   /* counts */
-    if (r != Q3N_OK) return r;
-    w->part = (char *)q3n__alloc(a, path_bytes + sizeof ".part");
-    w->tensors = (q3n__writer_tensor *)q3n__alloc(a, (size_t)w->n_tensors * sizeof *w->tensors);
-    if (!w->part || !w->tensors)
-        return q3n__fail(w->err, Q3N_ERR_MEMORY, -1, "no memory for %d tensors", w->n_tensors);
-    memcpy(w->part, w->path, path_bytes);
-    memcpy(w->part + path_bytes, ".part", sizeof ".part");
-    w->n_tensors = 0;
-    r = q3n__plan_visit(w->o.config, q3n__writer_add, w);
-    if (r != Q3N_OK) return r;
-    w->meta_bytes = q3n__writer_metadata(w);
-    w->meta = (uint8_t *)q3n__alloc(a, w->meta_bytes);
-    if (!w->meta) return q3n__fail(w->err, Q3N_ERR_MEMORY, -1, "no memory for the metadata");
-    q3n__writer_place(w);
-    return Q3N_OK;
-}
 
-/* Close the writer.  r is how things went so far: only Q3N_OK puts the file under its name,
- * anything else removes it.  Returns r, or what went wrong here. */
-static q3n_result q3n__writer_close(q3n__writer *w, q3n_result r)
-{
-    const q3n_allocator *a = w->o.allocator;
-    if (r == Q3N_OK) r = q3n__writer_pad(w, w->file_bytes);
-    if (r == Q3N_OK) {
-        q3n__writer_metadata(w);
-        if (fseek(w->file, 0, SEEK_SET) != 0
-            || fwrite(w->meta, 1, w->meta_bytes, w->file) != w->meta_bytes)
-            r = q3n__fail(w->err, Q3N_ERR_IO, 0, "%s: cannot write the metadata", w->part);
-    }
-    if (w->file) {
-        if (fclose(w->file) != 0 && r == Q3N_OK)
-            r = q3n__fail(w->err, Q3N_ERR_IO, -1, "%s: cannot write (is the disk full?)", w->part);
-        if (r == Q3N_OK && !q3n__file_replace(w->part, w->path))
-            r = q3n__fail(w->err, Q3N_ERR_IO, -1, "%s: cannot rename %s to it", w->path, w->part);
-        if (r != Q3N_OK) remove(w->part);
-    }
-    q3n__free(a, w->meta);
-    q3n__free(a, w->tensors);
-    q3n__free(a, w->part);
-    return r;
-}
-
-/* Lay out the file and write its metadata.  The writer need not be closed if this fails. */
-static q3n_result q3n__writer_open(q3n__writer *w, const char *path, const q3n__writer_options *o,
-                                   q3n_error *err)
+/* The table of tensors and their places: enough to know the file's size. */
+static q3n_result q3n__writer_layout(q3n__writer *w, const q3n__writer_options *o, q3n_error *err)
 {
     memset(w, 0, sizeof *w);
     w->o = *o;
     w->err = err;
-    w->path = path;
-    w->tensor = -1;
     q3n__crc_table_make(&w->crc_table);
     q3n_result r = q3n_config_check(o->config, err);
-    if (r == Q3N_OK && o->name && strlen(o->name) > 255)
-        r = q3n__fail(err, Q3N_ERR_ARG, -1, "the name has more than 255 bytes");
-    if (r == Q3N_OK) r = q3n__writer_memory(w);
-    if (r == Q3N_OK) {
-        w->file = fopen(w->part, "wb");
-        if (!w->file)
-            r = q3n__fail(err, Q3N_ERR_IO, -1, "%s: cannot create the file", w->part);
+    if (r != Q3N_OK) return r;
+    if (o->name && strlen(o->name) > 255)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "the name has more than 255 bytes");
+    r = q3n__plan_visit(w->o.config, q3n__writer_add, w);   /* counts */
+    if (r != Q3N_OK) return r;
+    w->tensors = (q3n__writer_tensor *)q3n__alloc(o->allocator,
+                                                  (size_t)w->n_tensors * sizeof *w->tensors);
+    if (!w->tensors)
+        return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for %d tensors", w->n_tensors);
+    w->n_tensors = 0;
+    r = q3n__plan_visit(w->o.config, q3n__writer_add, w);
+    w->meta_bytes = q3n__writer_metadata(w);
+    q3n__writer_place(w);
+    return r;
+}
+
+/* Metadata, pieces, buffers and the threads' handles. */
+static q3n_result q3n__writer_memory(q3n__writer *w)
+{
+    const q3n_allocator *a = w->o.allocator;
+    const size_t path_bytes = w->o.path ? strlen(w->o.path) : 0;
+    const int n_threads = w->o.n_threads ? w->o.n_threads : q3n__cpu_count();
+    for (int i = 0; i < w->n_tensors; i++) {
+        const q3n__writer_tensor *t = &w->tensors[i];
+        const int64_t rows = q3n__stored_rows(t->type, q3n__writer_rows(t)),
+                      some = q3n__writer_piece_rows(t),
+                      bytes = (rows < some ? rows : some) * q3n__writer_row_bytes(t);
+        if ((size_t)bytes > w->room) w->room = (size_t)bytes;
     }
-    if (r == Q3N_OK) {
-        q3n__writer_metadata(w);
-        r = q3n__writer_raw(w, w->meta, w->meta_bytes);
+    w->room = (size_t)q3n__align_up((int64_t)w->room, Q3N__ALIGN);
+    w->max_pieces = 4 * n_threads;       /* what q3n__parallel cuts */
+    w->meta = (uint8_t *)q3n__alloc(a, w->meta_bytes);
+    w->pieces = (q3n__piece *)q3n__alloc(a, (size_t)w->max_pieces * sizeof *w->pieces);
+    w->threads = (q3n__thread *)q3n__alloc(a, (size_t)n_threads * sizeof *w->threads);
+    if (w->o.path) {
+        w->part = (char *)q3n__alloc(a, path_bytes + sizeof ".part");
+        w->buffer = (uint8_t *)q3n__alloc(a, (size_t)w->max_pieces * w->room);
     }
+    if (!w->meta || !w->pieces || !w->threads || (w->o.path && (!w->part || !w->buffer)))
+        return q3n__fail(w->err, Q3N_ERR_MEMORY, -1, "no memory to write with %d threads",
+                         n_threads);
+    if (w->o.path) {
+        memcpy(w->part, w->o.path, path_bytes);
+        memcpy(w->part + path_bytes, ".part", sizeof ".part");
+    }
+    const q3n_executor none = { NULL, NULL, 0 };
+    return q3n__pool_open(&w->pool, n_threads, &none, w->threads, w->err);
+}
+
+static void q3n__writer_discard(q3n__writer *w)
+{
+    const q3n_allocator *a = w->o.allocator;
+    q3n__pool_close(&w->pool);
+    q3n__free(a, w->buffer);
+    q3n__free(a, w->part);
+    q3n__free(a, w->threads);
+    q3n__free(a, w->pieces);
+    q3n__free(a, w->meta);
+    q3n__free(a, w->tensors);
+}
+
+/* Close the writer.  r is how things went so far: only Q3N_OK puts a file under its name, anything
+ * else removes it, and memory then holds no model.  Returns r, or what went wrong here. */
+static q3n_result q3n__writer_close(q3n__writer *w, q3n_result r)
+{
+    if (r == Q3N_OK) q3n__writer_metadata(w);
+    r = q3n__writer_finish(w, r);
+    if (r == Q3N_OK && !w->o.path) memcpy(w->o.memory, w->meta, w->meta_bytes);
+    q3n__writer_discard(w);
+    return r;
+}
+
+static q3n_result q3n__writer_start(q3n__writer *w)
+{
+    const q3n__writer_options *o = &w->o;
+    if (o->n_threads < 0 || o->n_threads > 1024)
+        return q3n__fail(w->err, Q3N_ERR_ARG, -1, "%d threads, expected 0 .. 1024", o->n_threads);
+    if (!o->path && (!o->memory || (uintptr_t)o->memory % Q3N__ALIGN != 0))
+        return q3n__fail(w->err, Q3N_ERR_ARG, -1, "memory must be aligned to %d bytes", Q3N__ALIGN);
+    if (!o->path && (uint64_t)o->memory_bytes != (uint64_t)w->file_bytes)
+        return q3n__fail(w->err, Q3N_ERR_ARG, -1, "%zu bytes of memory, expected %lld",
+                         o->memory_bytes, (long long)w->file_bytes);
+    q3n_result r = q3n__writer_memory(w);
+    if (r == Q3N_OK && o->path) r = q3n__writer_create(w);
+    if (r != Q3N_OK) return r;
+    if (o->path) q3n__writer_metadata(w);
+    else         memset(w->meta, 0, w->meta_bytes);      /* no model before all is there */
+    return q3n__writer_raw(w, w->meta, w->meta_bytes);
+}
+
+/* Lay out the file, make room and threads.  The writer need not be closed if this fails. */
+static q3n_result q3n__writer_open(q3n__writer *w, const q3n__writer_options *o, q3n_error *err)
+{
+    q3n_result r = q3n__writer_layout(w, o, err);
+    if (r == Q3N_OK) r = q3n__writer_start(w);
     return r == Q3N_OK ? r : q3n__writer_close(w, r);
+}
+
+static q3n_result q3n__writer_all(const q3n__writer_options *o, q3n_error *err)
+{
+    q3n__writer w;
+    q3n_result r = q3n__writer_open(&w, o, err);
+    return r == Q3N_OK ? q3n__writer_close(&w, q3n__writer_run(&w)) : r;
 }
 
 /* ---- Random weights ---- */
@@ -7120,15 +7370,85 @@ static void q3n__random_fill(const q3n_config *c, const q3n__random *g, q3n__ini
     }
 }
 
-/* ---- q3n_init_file ---- */
-#define Q3N__INIT_CHUNK 65536            /* elements made at a time                              */
+/* ---- Random quantised weights ---- */
+
+/* Codes are drawn, not searched for: 8 random bits choose a code with the frequency that normal
+ * weights cut at two deviations give it, and one scale gives the weights the deviation that the
+ * float types have. */
+typedef struct {
+    uint8_t  code[256], zero;            /* zero: the code nearest to 0                          */
+    uint16_t scale;
+} q3n__random_codes;
+
+/* Returns 0 if the scale is nothing in f16. */
+static int q3n__random_codes_make(q3n__random_codes *rc, q3n_type type, const q3n__quantiles *q,
+                                  double stddev)
+{
+    q3n__quantiser e;
+    double z2 = 0.0, level2 = 0.0;
+    q3n__quantiser_make(&e, type);
+    const double reach = 0.5 * (double)(e.level[Q3N__CELLS - 1] - e.level[0]);
+    for (int k = 0; k < 256; k++) {      /* the middle of one of 128 equally probable |z|, a sign */
+        const int32_t at = q->z[(2 * (k & 127) + 1) * (Q3N__QUANTILES / 256)];
+        const double z = (double)(k < 128 ? at : -at) / Q3N__Z_ONE;
+        const int cell = q3n__cell((float)(0.5 * z * reach));
+        const double level = (double)e.level[cell];
+        rc->code[k] = e.code[cell];
+        z2 += z * z;
+        level2 += level * level;
+    }
+    rc->zero = e.code[q3n__cell(0.0f)];
+    rc->scale = q3n__f32_to_f16((float)(stddev * sqrt(z2 / level2)));
+    return rc->scale != 0;
+}
+
+/* Codes of a group of 16 rows from 64 hashes: each has 8 bytes for one row and one column in 4. */
+static void q3n__random_group(const q3n__random_codes *rc, q3n_type type, uint64_t key, int n_cols,
+                              uint8_t *codes)
+{
+    for (int b = 0; b < 4 * Q3N__TILE_ROWS; b++) {
+        uint64_t h = q3n__mix64(key + (uint32_t)b * Q3N__GOLDEN);
+        uint8_t c[Q3N__GROUP / 4];
+        for (int s = 0; s < Q3N__GROUP / 4; s++, h >>= 8) c[s] = rc->code[h & 255];
+        for (int s = 0; s < Q3N__GROUP / 4 && n_cols < Q3N__GROUP; s++)
+            if (4 * s + b % 4 >= n_cols) c[s] = rc->zero;
+        q3n__codes_put(type, codes, b, c);
+    }
+}
+
+/* Rows of a piece.  first is the number of its first group, of 16 rows, in the tensor. */
+static void q3n__random_tiles(const q3n__random_codes *rc, uint64_t key, int64_t first,
+                              q3n__piece *p)
+{
+    const q3n_type type = p->tensor->type;
+    const int n_cols = (int)p->tensor->item.dim[p->tensor->item.n_dims - 1];
+    const int n_groups = 2 * q3n__x8_blocks(n_cols);
+    const size_t block_bytes = (size_t)q3n__types[type].block_bytes * Q3N__TILE_ROWS;
+    const size_t code_bytes = q3n__group_bytes(type);
+    uint8_t *block = p->data;
+    for (int64_t row = p->row0; row < p->row1; row += Q3N__TILE_ROWS)
+        for (int g = 0; g < n_groups; g++, first++) {
+            const int left = n_cols - g * Q3N__GROUP;
+            uint8_t *codes = block + 4 * Q3N__TILE_ROWS + (size_t)(g % 2) * code_bytes;
+            q3n__random_group(rc, type, key + (uint64_t)(first * 64) * Q3N__GOLDEN, left, codes);
+            for (int r = 0; r < Q3N__TILE_ROWS; r++) {
+                const uint16_t scale = row + r < p->row1 && left > 0 ? rc->scale : 0;
+                memcpy(block + 2 * (g % 2 * Q3N__TILE_ROWS + r), &scale, sizeof scale);
+            }
+            if (g % 2) block += block_bytes;
+        }
+}
+
+/* ---- q3n_init_file, q3n_init_memory ---- */
+#define Q3N__INIT_CHUNK 2048             /* floats made at a time; even, as one hash makes two   */
 
 typedef struct {
     const q3n_config       *config;
     const q3n_init_options *o;
+    double                  stddev;
     q3n__quantiles          quantiles;
-    float                   x[Q3N__INIT_CHUNK];
-    uint32_t                encoded[Q3N__INIT_CHUNK];
+    q3n__random_codes       codes[Q3N_TYPE_COUNT];
+    q3n__crc_table          crc_table;
 } q3n__init_run;
 
 static int q3n__init_choose(void *user, q3n__plan_item *item, q3n_type *type)
@@ -7136,81 +7456,118 @@ static int q3n__init_choose(void *user, q3n__plan_item *item, q3n_type *type)
     const q3n__init_run *run = (const q3n__init_run *)user;
     if (item->optional) return 0;
     if (item->dim[0] == 0) item->dim[0] = run->config->max_position_embeddings;
-    *type = item->role == Q3N__ROLE_VEC ? Q3N_TYPE_F32 : run->o->type;
+    *type = q3n__finer_type(item, run->o->type);
     return 1;
 }
 
-static q3n_result q3n__init_slice(q3n__init_run *run, q3n__writer *w)
+static int q3n__init_make(void *user, q3n__piece *p)
 {
-    const q3n__writer_tensor *t = &w->tensors[w->tensor];
-    const uint32_t name = q3n__crc32_with(&w->crc_table, 0, t->item.name, strlen(t->item.name));
-    const double stddev = run->o->stddev == 0.0 ? 0.02 : run->o->stddev;
+    const q3n__init_run *run = (const q3n__init_run *)user;
+    const q3n__writer_tensor *t = p->tensor;
+    const int64_t n_cols = t->item.dim[t->item.n_dims - 1], rows = q3n__writer_rows(t);
+    const uint32_t name = q3n__crc32_with(&run->crc_table, 0, t->item.name, strlen(t->item.name));
     const q3n__random g = { &run->quantiles, q3n__mix64(run->o->seed ^ ((uint64_t)name << 32)),
-                            stddev / Q3N__Z_ONE };
-    const size_t element_bytes = (size_t)q3n__types[t->type].block_bytes;
-    const int64_t n = t->slice_bytes / (int64_t)element_bytes, first = w->slice * n;
-    for (int64_t done = 0; done < n; ) {
+                            run->stddev / Q3N__Z_ONE };
+    if (q3n__is_quantised(t->type)) {
+        const int64_t tiles = q3n__stored_rows(t->type, rows) / Q3N__TILE_ROWS;
+        const int64_t tile = p->slice * tiles + p->row0 / Q3N__TILE_ROWS;
+        q3n__random_tiles(&run->codes[t->type], g.key,
+                          tile * 2 * q3n__x8_blocks((int)n_cols), p);
+        return 1;
+    }
+    float x[Q3N__INIT_CHUNK];
+    const int64_t first = (p->slice * rows + p->row0) * n_cols, n = (p->row1 - p->row0) * n_cols;
+    for (int64_t done = 0; done < n; done += Q3N__INIT_CHUNK) {
         const int64_t count = n - done < Q3N__INIT_CHUNK ? n - done : Q3N__INIT_CHUNK;
-        q3n__random_fill(run->config, &g, t->item.init, first + done, run->x, count);
-        q3n__encode_floats(t->type, run->encoded, run->x, (int)count);
-        const q3n_result r = q3n__writer_put(w, run->encoded, (size_t)count * element_bytes);
-        if (r != Q3N_OK) return r;
-        done += count;
+        q3n__random_fill(run->config, &g, t->item.init, first + done, x, count);
+        q3n__encode_floats(t->type, p->data + (size_t)done * q3n__row_bytes(t->type, 1), x,
+                           (int)count);
     }
-    return Q3N_OK;
+    return 1;
 }
 
-static q3n_result q3n__init_write(const char *path, q3n__init_run *run, q3n_error *err)
+static q3n_result q3n__init_check(const q3n_init_options *o, q3n_error *err)
 {
-    q3n__writer w;
-    q3n__writer_options o;
-    memset(&o, 0, sizeof o);
-    o.config = run->config;
-    o.name = run->o->name;
-    o.allocator = &run->o->allocator;
-    o.progress = &run->o->progress;
-    o.choose = q3n__init_choose;
-    o.user = run;
-    q3n_result r = q3n__writer_open(&w, path, &o, err);
-    if (r != Q3N_OK) return r;
-    int more = 0;
-    for (;;) {
-        r = q3n__writer_next(&w, &more);
-        if (r != Q3N_OK || !more) break;
-        r = q3n__init_slice(run, &w);
-        if (r != Q3N_OK) break;
-    }
-    return q3n__writer_close(&w, r);
-}
-
-Q3N_DEF q3n_result q3n_init_file(const char *path, const q3n_config *c, const q3n_init_options *o,
-                                 q3n_error *err)
-{
-    static const q3n_init_options defaults;
-    if (!o) o = &defaults;
-    if (!q3n_type_name(o->type) || q3n__types[o->type].block_len != 1)
-        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "random weights are f32, f16 or bf16");
+    if (!q3n_type_name(o->type))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "there is no type %d", (int)o->type);
     if (!(o->stddev >= 0.0 && o->stddev <= 1e3))
         return q3n__fail(err, Q3N_ERR_ARG, -1, "stddev %g is not in [0, 1000]", o->stddev);
     if (!o->allocator.alloc != !o->allocator.free)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "an allocator needs both alloc and free");
+    return Q3N_OK;
+}
+
+/* What the three public functions share: w says where to; bytes != NULL = only measure. */
+static q3n_result q3n__init_any(q3n__writer_options *w, const q3n_config *c,
+                                const q3n_init_options *o, int64_t *bytes, q3n_error *err)
+{
+    q3n_result r = q3n__init_check(o, err);
+    if (r != Q3N_OK) return r;
     q3n__init_run *run = (q3n__init_run *)q3n__alloc(&o->allocator, sizeof *run);
     if (!run) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for random weights");
-    run->config = c;
+    run->config = w->config = c;
     run->o = o;
-    q3n__quantiles_make(&run->quantiles);
-    const q3n_result r = q3n__init_write(path, run, err);
+    run->stddev = o->stddev == 0.0 ? 0.02 : o->stddev;
+    w->name = o->name;
+    w->n_threads = o->n_threads;
+    w->allocator = &o->allocator;
+    w->progress = &o->progress;
+    w->choose = q3n__init_choose;
+    w->make = q3n__init_make;
+    w->user = run;
+    if (bytes) {
+        q3n__writer writer;
+        r = q3n__writer_layout(&writer, w, err);
+        if (r == Q3N_OK) *bytes = writer.file_bytes;
+        q3n__writer_discard(&writer);
+    } else {
+        q3n__crc_table_make(&run->crc_table);
+        q3n__quantiles_make(&run->quantiles);
+        for (int t = 0; t < Q3N_TYPE_COUNT && r == Q3N_OK; t++)
+            if (q3n__is_quantised((q3n_type)t)
+                && !q3n__random_codes_make(&run->codes[t], (q3n_type)t, &run->quantiles,
+                                           run->stddev)
+                && q3n__is_quantised(o->type))
+                r = q3n__fail(err, Q3N_ERR_ARG, -1, "stddev %g is too small for scales in f16",
+                              run->stddev);
+        if (r == Q3N_OK) r = q3n__writer_all(w, err);
+    }
     q3n__free(&o->allocator, run);
     return r;
 }
-#else
+
+static const q3n_init_options q3n__init_defaults;
+
 Q3N_DEF q3n_result q3n_init_file(const char *path, const q3n_config *c, const q3n_init_options *o,
                                  q3n_error *err)
 {
-    (void)path; (void)c; (void)o;
-    return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "built without files (Q3N_NO_STDIO)");
+    q3n__writer_options w;
+    memset(&w, 0, sizeof w);
+    if (!path || !c) return q3n__fail(err, Q3N_ERR_ARG, -1, "no path, or no configuration");
+    w.path = path;
+    return q3n__init_any(&w, c, o ? o : &q3n__init_defaults, NULL, err);
 }
-#endif /* Q3N_NO_STDIO */
+
+Q3N_DEF int64_t q3n_init_bytes(const q3n_config *c, const q3n_init_options *o, q3n_error *err)
+{
+    int64_t bytes = 0;
+    q3n__writer_options w;
+    memset(&w, 0, sizeof w);
+    if (!c) q3n__fail(err, Q3N_ERR_ARG, -1, "no configuration");
+    else    q3n__init_any(&w, c, o ? o : &q3n__init_defaults, &bytes, err);
+    return bytes;
+}
+
+Q3N_DEF q3n_result q3n_init_memory(void *data, size_t bytes, const q3n_config *c,
+                                   const q3n_init_options *o, q3n_error *err)
+{
+    q3n__writer_options w;
+    memset(&w, 0, sizeof w);
+    if (!data || !c) return q3n__fail(err, Q3N_ERR_ARG, -1, "no memory, or no configuration");
+    w.memory = (uint8_t *)data;
+    w.memory_bytes = bytes;
+    return q3n__init_any(&w, c, o ? o : &q3n__init_defaults, NULL, err);
+}
 
 /* =====================================================================================
  * [17] PUBLIC                                                                >>public

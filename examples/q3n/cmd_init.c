@@ -96,8 +96,10 @@ int cmd_init(int argc, char **argv)
     const cli_option options[] = {
         { "--preset", "NAME", CLI_TEXT, &preset, 0, 0, "the geometry to start from" },
         { "--list", NULL, CLI_FLAG, &list, 0, 0, "print the presets" },
-        { "--type", "TYPE", CLI_TEXT, &type, 0, 0, "of the matrices: f32, f16, bf16 (bf16)" },
+        { "--type", "TYPE", CLI_TEXT, &type, 0, 0,
+          "of the matrices: f32, f16, bf16, q8, q6, q4, q3 (bf16)" },
         { "-s --seed", "N", CLI_U64, &o.seed, 0, 0, "of the random numbers (0)" },
+        { "--threads", "N", CLI_INT, &o.n_threads, 0, 1024, "0 = one per CPU (0)" },
         { "--stddev", "X", CLI_REAL, &o.stddev, 1e-6, 10.0, "of the weights (0.02)" },
         { "--name", "NAME", CLI_TEXT, &o.name, 0, 0, "kept in the file (the preset)" },
     };
@@ -116,7 +118,7 @@ int cmd_init(int argc, char **argv)
     }
     if (words.n == 0) cli_misuse("no file: give the name of the model to write");
     if (type && q3n_type_from_name(type, &o.type) != Q3N_OK) {
-        cli_misuse("--type: '%s' is none of f32, f16, bf16", type);
+        cli_misuse("--type: '%s' is none of f32, f16, bf16, q8, q6, q4, q3", type);
     }
     q3n_config c;
     make_config(&c, preset, &fields);

@@ -1,4 +1,4 @@
-/* test_quantise.c - rows of floats to quantised types: codes in and out, errors of normal weights
+/* test_quantize.c - rows of floats to quantised types: codes in and out, errors of normal weights
  * for every type, zeros, odd shapes, importance, values that cannot be encoded. */
 #include <setjmp.h>
 #include <stdarg.h>
