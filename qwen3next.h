@@ -60,13 +60,14 @@
  *    [14] SAMPLER                           >>sampler
  *    [15] QUANTISE                          >>quantise
  *    [16] WRITER                            >>writer
- *    [17] PUBLIC                            >>public
- *    [18] KERNELS, SCALAR: the definition   >>kernels-scalar
- *    [19] KERNELS, AVX2                     >>kernels-avx2
- *    [20] KERNELS, AVX-512                  >>kernels-avx512
- *    [21] KERNELS, AVX-512 VNNI             >>kernels-avx512vnni
- *    [22] KERNELS, NEON                     >>kernels-neon
- *    [23] DISPATCH: one row per ISA         >>dispatch
+ *    [17] RANDOM WEIGHTS                    >>random
+ *    [18] PUBLIC                            >>public
+ *    [19] KERNELS, SCALAR: the definition   >>kernels-scalar
+ *    [20] KERNELS, AVX2                     >>kernels-avx2
+ *    [21] KERNELS, AVX-512                  >>kernels-avx512
+ *    [22] KERNELS, AVX-512 VNNI             >>kernels-avx512vnni
+ *    [23] KERNELS, NEON                     >>kernels-neon
+ *    [24] DISPATCH: one row per ISA         >>dispatch
  *
  * THE MODEL ON ONE PAGE.  Shapes are row-major, slowest first; x W' is a linear layer with W
  * [out, in].
@@ -799,6 +800,44 @@ Q3N_DEF q3n_result q3n_quantize_rows(q3n_type type, const q3n_rows *rows, void *
                                      size_t out_bytes, q3n_error *err);
 
 /* ---- Making files ---- */
+
+/* Which type a matrix gets: recipe, experts, other matrices, sensitive ones (v_proj of attention,
+ * out_proj of DeltaNet), embedding with head and MTP module.  Routers keep a float type; norms and
+ * other vectors are f32 in every file. */
+#define Q3N_RECIPE_LIST(X)                                                              \
+    X(q8,   Q8,   Q8,   Q8,   Q8)                                                       \
+    X(q6,   Q6,   Q6,   Q6,   Q6)                                                       \
+    X(q4,   Q4,   Q4,   Q6,   Q6)                                                       \
+    X(q4m,  Q4,   Q6,   Q6,   Q6)                                                       \
+    X(q4l,  Q4,   Q8,   Q8,   Q8)                                                       \
+    X(q3,   Q3,   Q6,   Q6,   Q6)                                                       \
+    X(bf16, BF16, BF16, BF16, BF16)                                                     \
+    X(f16,  F16,  F16,  F16,  F16)                                                      \
+    X(f32,  F32,  F32,  F32,  F32)
+
+Q3N_DEF const char *q3n_recipe_name(int i);             /* "q8"; NULL after the last */
+
+typedef struct q3n_quantize_options {  /* all zero = defaults                                    */
+    const char   *recipe;          /* NULL = "q4"                                                */
+    int           n_threads;       /* 0 = one per CPU                                            */
+    int           allow_requantize;    /* 1 = quantised tensors may get another type, which
+                                          loses more than quantising the original does           */
+    /* Importance of a tensor's columns, see q3n_rows; NULL = 1.  Called once for each matrix,
+     * before anything is written; what it returns is used until the end. */
+    const float *(*importance)(void *user, const q3n_tensor *t);
+    void         *importance_user;
+    q3n_allocator allocator;
+    q3n_progress  progress;        /* counts bytes                                               */
+} q3n_quantize_options;
+
+/* Write a copy of a model in other types.  Configuration and tokenizer are copied byte for byte.
+ * Uses a few rows of memory for each thread; the file is the same for any number of them.  A
+ * failed or stopped run leaves nothing under path.
+ *
+ * Errors: Q3N_ERR_ARG (no such recipe, values that a type cannot hold: the message names tensor,
+ * row and column), _UNSUPPORTED (quantised input), _IO, _MEMORY, _CANCELLED. */
+Q3N_DEF q3n_result q3n_quantize_file(const char *path, const q3n_model *in,
+                                     const q3n_quantize_options *o, q3n_error *err);
 
 typedef struct q3n_init_options {
     q3n_type      type;            /* of the matrices                                            */
@@ -6473,6 +6512,39 @@ static q3n_type q3n__finer_type(const q3n__plan_item *item, q3n_type wanted)
     return wanted;
 }
 
+/* ---- Recipes ---- */
+typedef struct {
+    const char *name;
+    q3n_type    experts, other, sensitive, ends;     /* ends: embedding, head, MTP               */
+} q3n__recipe;
+
+static const q3n__recipe q3n__recipes[] = {
+#define Q3N__X(name, experts, other, sensitive, ends)                                   \
+    { #name, Q3N_TYPE_##experts, Q3N_TYPE_##other, Q3N_TYPE_##sensitive, Q3N_TYPE_##ends },
+    Q3N_RECIPE_LIST(Q3N__X)
+#undef Q3N__X
+};
+#define Q3N__N_RECIPES ((int)(sizeof q3n__recipes / sizeof q3n__recipes[0]))
+
+Q3N_DEF const char *q3n_recipe_name(int i)
+{
+    return i >= 0 && i < Q3N__N_RECIPES ? q3n__recipes[i].name : NULL;
+}
+
+/* The type of an item whose source has type source. */
+static q3n_type q3n__recipe_type(const q3n__recipe *recipe, const q3n__plan_item *item,
+                                 q3n_type source)
+{
+    if (item->role == Q3N__ROLE_VEC) return Q3N_TYPE_F32;
+    if (item->role == Q3N__ROLE_ROUTER)
+        return q3n__is_quantised(recipe->experts) ? source : recipe->experts;
+    if (item->layer == Q3N__LAYER_NONE || item->layer == Q3N__LAYER_MTP) return recipe->ends;
+    if (item->experts) return recipe->experts;
+    const int sensitive = item->field == offsetof(q3n__layer, v_proj)
+                       || item->field == offsetof(q3n__layer, out_proj);
+    return sensitive ? recipe->sensitive : recipe->other;
+}
+
 /* ---- Rows ---- */
 
 /* What is encoded: rows as they stand in a file or in memory, of any type. */
@@ -6773,6 +6845,8 @@ typedef struct {
     const char          *name;           /* NULL or "" = none                                    */
     const void          *entries;        /* more configuration entries, as they stand in a file  */
     size_t               entries_bytes;
+    const void          *whole_config;   /* NULL, or the CONFIG section in place of all the above */
+    size_t               whole_config_bytes;
     const void          *tokenizer;      /* TOKENIZER section, NULL = none                       */
     size_t               tokenizer_bytes;
     const char          *path;           /* NULL = into memory [memory_bytes]                    */
@@ -6911,7 +6985,9 @@ static void q3n__writer_record(const q3n__writer_tensor *t, uint32_t name_offset
 
 static void q3n__writer_section(const q3n__writer *w, int kind, q3n__blob *b)
 {
-    if (kind == Q3N__SECTION_CONFIG) {
+    if (kind == Q3N__SECTION_CONFIG && w->o.whole_config) {
+        q3n__blob_bytes(b, w->o.whole_config, w->o.whole_config_bytes);
+    } else if (kind == Q3N__SECTION_CONFIG) {
         q3n__blob_config(b, w->o.config);
         if (w->o.name && w->o.name[0]) q3n__blob_string(b, "name", w->o.name);
         q3n__blob_bytes(b, w->o.entries, w->o.entries_bytes);
@@ -7260,7 +7336,142 @@ static q3n_result q3n__writer_all(const q3n__writer_options *o, q3n_error *err)
     return r == Q3N_OK ? q3n__writer_close(&w, q3n__writer_run(&w)) : r;
 }
 
-/* ---- Random weights ---- */
+/* ---- q3n_quantize_file ---- */
+typedef struct {
+    const q3n_model            *in;
+    const q3n_quantize_options *o;
+    const q3n__recipe          *recipe;
+    const float               **importance;          /* [n_tensors of the input]                 */
+    q3n__quantiser              quantiser[Q3N_TYPE_COUNT];
+    char                        blocked[96];         /* a quantised tensor that would change     */
+} q3n__quantize_run;
+
+static int q3n__quantize_choose(void *user, q3n__plan_item *item, q3n_type *type)
+{
+    q3n__quantize_run *run = (q3n__quantize_run *)user;
+    q3n_tensor t;
+    if (q3n_model_find_tensor(run->in, item->name, &t) != Q3N_OK) return 0;
+    item->dim[0] = t.dim[0];
+    *type = q3n__recipe_type(run->recipe, item, t.type);
+    if (q3n__is_quantised(t.type) && t.type != *type && !run->blocked[0])
+        memcpy(run->blocked, item->name, sizeof item->name);
+    return 1;
+}
+
+static int q3n__quantize_make(void *user, q3n__piece *p)
+{
+    const q3n__quantize_run *run = (const q3n__quantize_run *)user;
+    const q3n__plan_item *item = &p->tensor->item;
+    const int i = run->in->by_name[q3n__name_slot(run->in, item->name)];
+    const q3n_tensor *t = &run->in->tensors[i];
+    const uint8_t *data = (const uint8_t *)t->data + (size_t)p->slice * t->stride;
+    if (t->type == p->tensor->type) {
+        memcpy(p->data, data + p->row0 * q3n__writer_row_bytes(p->tensor), p->bytes);
+        return 1;
+    }
+    const q3n__source s = { t->type, data, q3n__writer_rows(p->tensor),
+                            (int)item->dim[item->n_dims - 1], run->importance[i] };
+    return q3n__encode_rows(&run->quantiser[p->tensor->type], &s, p->row0, p->row1, p->data,
+                            &p->fault);
+}
+
+/* A section of an open model; NULL = it has none. */
+static const uint8_t *q3n__model_section(const q3n_model *m, uint32_t kind, size_t *bytes)
+{
+    for (uint32_t i = 0; i < q3n__load_u32(m->data + 12); i++) {
+        const uint8_t *p = m->data + Q3N__HEADER_BYTES + (size_t)i * Q3N__SECTION_BYTES;
+        if (q3n__load_u32(p) != kind) continue;
+        *bytes = (size_t)q3n__load_u64(p + 16);
+        return m->data + q3n__load_u64(p + 8);
+    }
+    *bytes = 0;
+    return NULL;
+}
+
+static q3n_result q3n__quantize_importance(q3n__quantize_run *run, q3n_error *err)
+{
+    for (int i = 0; i < run->in->n_tensors; i++) {
+        const q3n_tensor *t = &run->in->tensors[i];
+        const int n_cols = (int)t->dim[t->n_dims - 1];
+        run->importance[i] = NULL;
+        if (!run->o->importance || t->n_dims < 2) continue;
+        run->importance[i] = run->o->importance(run->o->importance_user, t);
+        const int bad = q3n__first_bad_importance(run->importance[i], n_cols);
+        if (bad < n_cols)
+            return q3n__fail(err, Q3N_ERR_ARG, -1,
+                             "%s: importance of column %d is %g, expected 0 .. 1e30", t->name, bad,
+                             (double)run->importance[i][bad]);
+    }
+    return Q3N_OK;
+}
+
+static q3n_result q3n__quantize_write(const char *path, q3n__quantize_run *run, q3n_error *err)
+{
+    q3n__writer_options w;
+    q3n__writer writer;
+    memset(&w, 0, sizeof w);
+    w.config = &run->in->config;
+    w.whole_config = q3n__model_section(run->in, Q3N__SECTION_CONFIG, &w.whole_config_bytes);
+    w.tokenizer = q3n__model_section(run->in, Q3N__SECTION_TOKENIZER, &w.tokenizer_bytes);
+    w.path = path;
+    w.n_threads = run->o->n_threads;
+    w.allocator = &run->o->allocator;
+    w.progress = &run->o->progress;
+    w.choose = q3n__quantize_choose;
+    w.make = q3n__quantize_make;
+    w.user = run;
+    q3n_result r = q3n__writer_layout(&writer, &w, err);
+    q3n__writer_discard(&writer);
+    if (r == Q3N_OK && run->blocked[0] && !run->o->allow_requantize)
+        r = q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1,
+                      "%s is quantised already: start from the original, or allow to lose more",
+                      run->blocked);
+    return r == Q3N_OK ? q3n__writer_all(&w, err) : r;
+}
+
+Q3N_DEF q3n_result q3n_quantize_file(const char *path, const q3n_model *in,
+                                     const q3n_quantize_options *o, q3n_error *err)
+{
+    static const q3n_quantize_options defaults;
+    if (!o) o = &defaults;
+    if (!path || !in) return q3n__fail(err, Q3N_ERR_ARG, -1, "no path, or no model");
+    if (!o->allocator.alloc != !o->allocator.free)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "an allocator needs both alloc and free");
+    const char *name = o->recipe ? o->recipe : "q4";
+    int k = 0;
+    while (k < Q3N__N_RECIPES && strcmp(name, q3n__recipes[k].name) != 0) k++;
+    if (k == Q3N__N_RECIPES)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "there is no recipe '%.60s'", name);
+    q3n__quantize_run *run = (q3n__quantize_run *)q3n__alloc(&o->allocator, sizeof *run);
+    const float **importance = (const float **)
+        q3n__alloc(&o->allocator, (size_t)in->n_tensors * sizeof *importance);
+    q3n_result r = Q3N_ERR_MEMORY;
+    if (!run || !importance) {
+        q3n__fail(err, r, -1, "no memory to quantise");
+    } else {
+        memset(run, 0, sizeof *run);
+        run->in = in;
+        run->o = o;
+        run->recipe = &q3n__recipes[k];
+        run->importance = importance;
+        for (int t = 0; t < Q3N_TYPE_COUNT; t++)
+            q3n__quantiser_make(&run->quantiser[t], (q3n_type)t);
+        r = q3n__quantize_importance(run, err);
+        if (r == Q3N_OK) r = q3n__quantize_write(path, run, err);
+    }
+    q3n__free(&o->allocator, (void *)importance);
+    q3n__free(&o->allocator, run);
+    return r;
+}
+
+/* =====================================================================================
+ * [17] RANDOM WEIGHTS                                                        >>random
+ *
+ * Models of any geometry without a checkpoint, for tests and measurements.  A weight depends on the
+ * seed, its tensor's name and its place alone, so pieces can be made in any order.
+ * ===================================================================================== */
+
+/* ---- Numbers ---- */
 
 /* Quantiles of |z| for the normal distribution cut at 2: products of doubles and integers only, so
  * that the table is the same whatever compiler and math library made it. */
@@ -7570,7 +7781,7 @@ Q3N_DEF q3n_result q3n_init_memory(void *data, size_t bytes, const q3n_config *c
 }
 
 /* =====================================================================================
- * [17] PUBLIC                                                                >>public
+ * [18] PUBLIC                                                                >>public
  *
  * Public functions of models and sessions: check, delegate.
  * ===================================================================================== */
@@ -7819,7 +8030,7 @@ Q3N_DEF const int64_t *q3n_session_expert_counts(const q3n_session *s, int l)
 }
 
 /* =====================================================================================
- * [18] KERNELS, SCALAR: the definition                               >>kernels-scalar
+ * [19] KERNELS, SCALAR: the definition                               >>kernels-scalar
  *
  * Written from the equations; every other ISA is tested against these.
  * ===================================================================================== */
@@ -8087,7 +8298,7 @@ static void q3n__bind_scalar(q3n__kernels *k)
 }
 
 /* =====================================================================================
- * [19] KERNELS, AVX2                                                   >>kernels-avx2
+ * [20] KERNELS, AVX2                                                   >>kernels-avx2
  *
  * How all three ISA sections work.  An element of a product has one accumulator vector that walks
  * the columns in steps of one vector; a shorter last step reads zeros behind the end; then one
@@ -8686,7 +8897,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [20] KERNELS, AVX-512                                              >>kernels-avx512
+ * [21] KERNELS, AVX-512                                              >>kernels-avx512
  *
  * As the AVX2 section, with vectors of 16 and masks.
  * ===================================================================================== */
@@ -9201,7 +9412,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [21] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
+ * [22] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
  *
  * Quantised matrices.  A vector of weights is 4 columns of 16 rows, so 16 lanes are 16 rows: four
  * activations are broadcast, multiplied and added to the lanes' 32-bit sums by one instruction
@@ -9553,7 +9764,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [22] KERNELS, NEON                                                   >>kernels-neon
+ * [23] KERNELS, NEON                                                   >>kernels-neon
  *
  * Baseline AArch64: no extension is asked for, so there is no target region.  32 registers of four
  * floats allow wider tiles than those of AVX2.
@@ -10054,7 +10265,7 @@ static void q3n__bind_neon(q3n__kernels *k)
 #endif
 
 /* =====================================================================================
- * [23] DISPATCH: one row per ISA                                           >>dispatch
+ * [24] DISPATCH: one row per ISA                                           >>dispatch
  * ===================================================================================== */
 static const struct {
     const char *name;

@@ -1,5 +1,6 @@
 /* test_quantize.c - rows of floats to quantised types: codes in and out, errors of normal weights
- * for every type, zeros, odd shapes, importance, values that cannot be encoded. */
+ * for every type, zeros, odd shapes, importance, values that cannot be encoded; copies of whole
+ * models by every recipe, for any number of threads, stopped and failing. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -264,6 +265,305 @@ static void test_errors(void **state)
     assert_int_equal(q3n_type_bytes(Q3N_TYPE_F32, 17, 65), 17 * 65 * 4);
 }
 
+/* ---- Copies of models ---- */
+static char path[64], part[80];
+
+static int remove_files(void **state)
+{
+    (void)state;
+    remove(path);
+    remove(part);
+    return 0;
+}
+
+static int name_files(void **state)
+{
+    snprintf(path, sizeof path, "build/test_quantize_%ld.q3n", (long)getpid());
+    snprintf(part, sizeof part, "%s.part", path);
+    return remove_files(state);
+}
+
+static int exists(const char *name)
+{
+    FILE *f = fopen(name, "rb");
+    if (f) fclose(f);
+    return f != NULL;
+}
+
+static uint8_t *read_file(size_t *bytes)
+{
+    FILE *f = fopen(path, "rb");
+    assert_non_null(f);
+    assert_int_equal(fseek(f, 0, SEEK_END), 0);
+    *bytes = (size_t)ftell(f);
+    rewind(f);
+    uint8_t *data = malloc(*bytes);
+    assert_non_null(data);
+    assert_int_equal(fread(data, 1, *bytes, f), *bytes);
+    fclose(f);
+    return data;
+}
+
+/* A small model in memory: attention, DeltaNet, experts, dense, MTP, odd lengths. */
+static q3n_model *open_small(q3n_type type, uint8_t **memory)
+{
+    static const char *const sets[][2] = {
+        { "vocab", "301" }, { "hidden", "40" }, { "layers", "4" }, { "layer_types", "1,0" },
+        { "layer_experts", "1,1,0,0" }, { "heads", "4" }, { "kv_heads", "2" }, { "head_dim", "6" },
+        { "rotary_dim", "2" }, { "intermediate_size", "70" }, { "experts", "3" }, { "top_k", "2" },
+        { "moe_intermediate_size", "33" }, { "shared_expert_intermediate_size", "17" },
+        { "linear_num_key_heads", "2" }, { "linear_num_value_heads", "4" },
+        { "linear_key_head_dim", "3" }, { "linear_value_head_dim", "5" }, { "num_mtp_layers", "1" }
+    };
+    q3n_config c;
+    q3n_model *m;
+    q3n_error err = { Q3N_OK, -1, "" };
+    const q3n_init_options o = { .type = type, .name = "small", .n_threads = 1 };
+    assert_int_equal(q3n_config_preset("g1", &c, NULL), Q3N_OK);
+    for (size_t i = 0; i < COUNT(sets); i++)
+        assert_int_equal(q3n_config_set(&c, sets[i][0], sets[i][1], &err), Q3N_OK);
+    const size_t bytes = (size_t)q3n_init_bytes(&c, &o, &err);
+    *memory = q3n__alloc(NULL, bytes);
+    assert_non_null(*memory);
+    assert_int_equal(q3n_init_memory(*memory, bytes, &c, &o, &err), Q3N_OK);
+    assert_int_equal(q3n_model_open_memory(&m, *memory, bytes, NULL, &err), Q3N_OK);
+    return m;
+}
+
+static void close_small(q3n_model *m, uint8_t *memory)
+{
+    q3n_model_close(m);
+    q3n__free(NULL, memory);
+}
+
+static q3n_type type_of(const q3n_model *m, const char *name)
+{
+    q3n_tensor t;
+    if (q3n_model_find_tensor(m, name, &t) != Q3N_OK) fail_msg("no tensor %s", name);
+    return t.type;
+}
+
+static void test_recipes(void **state)
+{
+    (void)state;
+    static const struct { const char *name; q3n_type experts, other, sensitive, ends, router; }
+    want[] = {
+        { "q8",   Q3N_TYPE_Q8, Q3N_TYPE_Q8, Q3N_TYPE_Q8, Q3N_TYPE_Q8, Q3N_TYPE_BF16 },
+        { "q6",   Q3N_TYPE_Q6, Q3N_TYPE_Q6, Q3N_TYPE_Q6, Q3N_TYPE_Q6, Q3N_TYPE_BF16 },
+        { "q4",   Q3N_TYPE_Q4, Q3N_TYPE_Q4, Q3N_TYPE_Q6, Q3N_TYPE_Q6, Q3N_TYPE_BF16 },
+        { "q4m",  Q3N_TYPE_Q4, Q3N_TYPE_Q6, Q3N_TYPE_Q6, Q3N_TYPE_Q6, Q3N_TYPE_BF16 },
+        { "q4l",  Q3N_TYPE_Q4, Q3N_TYPE_Q8, Q3N_TYPE_Q8, Q3N_TYPE_Q8, Q3N_TYPE_BF16 },
+        { "q3",   Q3N_TYPE_Q3, Q3N_TYPE_Q6, Q3N_TYPE_Q6, Q3N_TYPE_Q6, Q3N_TYPE_BF16 },
+        { "bf16", Q3N_TYPE_BF16, Q3N_TYPE_BF16, Q3N_TYPE_BF16, Q3N_TYPE_BF16, Q3N_TYPE_BF16 },
+        { "f16",  Q3N_TYPE_F16, Q3N_TYPE_F16, Q3N_TYPE_F16, Q3N_TYPE_F16, Q3N_TYPE_F16 },
+        { "f32",  Q3N_TYPE_F32, Q3N_TYPE_F32, Q3N_TYPE_F32, Q3N_TYPE_F32, Q3N_TYPE_F32 }
+    };
+    uint8_t *memory;
+    q3n_model *in = open_small(Q3N_TYPE_BF16, &memory), *m;
+    q3n_error err = { Q3N_OK, -1, "" };
+    for (size_t i = 0; i < COUNT(want); i++) {
+        assert_string_equal(q3n_recipe_name((int)i), want[i].name);
+        const q3n_quantize_options o = { .recipe = want[i].name };
+        assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_OK);
+        assert_int_equal(q3n_model_open(&m, path, NULL, &err), Q3N_OK);
+        assert_int_equal(q3n_model_verify(m, NULL, &err), Q3N_OK);
+        assert_string_equal(q3n_model_name(m), "small");
+        assert_memory_equal(q3n_model_config(m), q3n_model_config(in), sizeof(q3n_config));
+        assert_int_equal(type_of(m, "layers.0.mlp.experts.down_proj.weight"), want[i].experts);
+        assert_int_equal(type_of(m, "layers.1.mlp.shared_expert.up_proj.weight"), want[i].other);
+        assert_int_equal(type_of(m, "layers.2.mlp.up_proj.weight"), want[i].other);
+        assert_int_equal(type_of(m, "layers.1.self_attn.k_proj.weight"), want[i].other);
+        assert_int_equal(type_of(m, "layers.1.self_attn.v_proj.weight"), want[i].sensitive);
+        assert_int_equal(type_of(m, "layers.0.linear_attn.out_proj.weight"), want[i].sensitive);
+        assert_int_equal(type_of(m, "layers.0.linear_attn.in_proj_ba.weight"), want[i].router);
+        assert_int_equal(type_of(m, "layers.0.mlp.gate.weight"), want[i].router);
+        assert_int_equal(type_of(m, "embed_tokens.weight"), want[i].ends);
+        assert_int_equal(type_of(m, "lm_head.weight"), want[i].ends);
+        assert_int_equal(type_of(m, "mtp.fc.weight"), want[i].ends);
+        assert_int_equal(type_of(m, "mtp.layers.0.mlp.experts.up_proj.weight"), want[i].ends);
+        assert_int_equal(type_of(m, "norm.weight"), Q3N_TYPE_F32);
+        q3n_model_close(m);
+    }
+    assert_null(q3n_recipe_name((int)COUNT(want)));
+    assert_null(q3n_recipe_name(-1));
+    close_small(in, memory);
+}
+
+/* Every slice is what q3n_quantize_rows makes of it, and threads change nothing. */
+static void test_bytes_of_copies(void **state)
+{
+    (void)state;
+    uint8_t *memory, *first = NULL;
+    size_t first_bytes = 0;
+    q3n_model *in = open_small(Q3N_TYPE_F32, &memory), *m;
+    q3n_error err = { Q3N_OK, -1, "" };
+    for (int threads = 1; threads < 6; threads += 2) {
+        const q3n_quantize_options o = { .recipe = "q3", .n_threads = threads };
+        assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_OK);
+        size_t bytes;
+        uint8_t *data = read_file(&bytes);
+        if (first) assert_true(bytes == first_bytes && memcmp(data, first, bytes) == 0);
+        free(first);
+        first = data;
+        first_bytes = bytes;
+    }
+    free(first);
+    assert_int_equal(q3n_model_open(&m, path, NULL, &err), Q3N_OK);
+    for (int i = 0; i < q3n_model_n_tensors(m); i++) {
+        q3n_tensor a, b;
+        assert_int_equal(q3n_model_tensor(m, i, &b), Q3N_OK);
+        assert_int_equal(q3n_model_find_tensor(in, b.name, &a), Q3N_OK);
+        const int64_t slices = b.n_dims == 3 ? b.dim[0] : 1;
+        const int64_t rows = b.n_dims == 1 ? 1 : b.dim[b.n_dims - 2], cols = b.dim[b.n_dims - 1];
+        for (int64_t e = 0; e < slices; e++) {
+            size_t bytes;
+            uint8_t *y = encode(b.type, (const float *)((const uint8_t *)a.data
+                                                        + (size_t)e * a.stride),
+                                rows, cols, NULL, &bytes);
+            assert_memory_equal(y, (const uint8_t *)b.data + (size_t)e * b.stride, bytes);
+            free(y);
+        }
+    }
+    q3n_model_close(m);
+    close_small(in, memory);
+}
+
+static void test_requantize(void **state)
+{
+    (void)state;
+    uint8_t *memory;
+    q3n_model *in = open_small(Q3N_TYPE_Q8, &memory), *m;
+    q3n_error err = { Q3N_OK, -1, "" };
+    q3n_quantize_options o = { .recipe = "q4" };
+    assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_ERR_UNSUPPORTED);
+    assert_non_null(strstr(err.message, "embed_tokens.weight is quantised already"));
+    assert_false(exists(path) || exists(part));
+    o.recipe = "q8";                    /* a copy */
+    assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_OK);
+    size_t bytes;
+    uint8_t *data = read_file(&bytes);
+    assert_int_equal(bytes, in->bytes);
+    assert_memory_equal(data, memory, bytes);
+    free(data);
+    o.recipe = "f32";
+    o.allow_requantize = 1;
+    assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_OK);
+    assert_int_equal(q3n_model_open(&m, path, NULL, &err), Q3N_OK);
+    q3n_tensor a, b;
+    float x[33];
+    assert_int_equal(q3n_model_find_tensor(in, "layers.1.mlp.experts.down_proj.weight", &a),
+                     Q3N_OK);
+    assert_int_equal(q3n_model_find_tensor(m, "layers.1.mlp.experts.down_proj.weight", &b), Q3N_OK);
+    for (int r = 0; r < 40; r++) {
+        q3n__dequantize_row(Q3N_TYPE_Q8, x, (const uint8_t *)a.data + 2 * a.stride, r, 33);
+        assert_memory_equal(x, (const uint8_t *)b.data + 2 * b.stride + (size_t)r * 33 * 4, 33 * 4);
+    }
+    q3n_model_close(m);
+    close_small(in, memory);
+}
+
+static const float *some_importance(void *user, const q3n_tensor *t)
+{
+    return strcmp(t->name, "layers.1.self_attn.o_proj.weight") == 0 ? user : NULL;
+}
+
+static void test_importance_of_tensors(void **state)
+{
+    (void)state;
+    uint8_t *memory;
+    float w[24];
+    q3n_model *in = open_small(Q3N_TYPE_F32, &memory), *plain, *m;
+    q3n_error err = { Q3N_OK, -1, "" };
+    q3n_quantize_options o = { .importance = some_importance, .importance_user = w };
+    for (int i = 0; i < 24; i++) w[i] = i < 4 ? 100.0f : 0.01f;
+    assert_int_equal(q3n_quantize_file(path, in, NULL, &err), Q3N_OK);
+    assert_int_equal(q3n_model_open(&plain, path, NULL, &err), Q3N_OK);
+    assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_OK);
+    assert_int_equal(q3n_model_open(&m, path, NULL, &err), Q3N_OK);
+    for (int i = 0; i < q3n_model_n_tensors(m); i++) {
+        q3n_tensor a, b;
+        assert_int_equal(q3n_model_tensor(plain, i, &a), Q3N_OK);
+        assert_int_equal(q3n_model_tensor(m, i, &b), Q3N_OK);
+        const int differs = memcmp(a.data, b.data, (size_t)a.bytes / (a.n_dims == 3 ? 3 : 1)) != 0;
+        assert_int_equal(differs, strcmp(a.name, "layers.1.self_attn.o_proj.weight") == 0);
+    }
+    q3n_model_close(m);
+    q3n_model_close(plain);
+    w[7] = -1.0f;
+    assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_ERR_ARG);
+    assert_non_null(strstr(err.message, "o_proj.weight: importance of column 7"));
+    close_small(in, memory);
+}
+
+static int stop_at(void *user, int64_t done, int64_t total)
+{
+    (void)total;
+    return done > *(int64_t *)user;
+}
+
+typedef struct { int calls, fail_at, live; } counter;
+
+static void *failing_alloc(void *user, size_t bytes)
+{
+    counter *k = user;
+    if (k->calls++ == k->fail_at) return NULL;
+    k->live++;
+    return malloc(bytes);
+}
+
+static void counted_free(void *user, void *memory, size_t bytes)
+{
+    (void)bytes;
+    ((counter *)user)->live--;
+    free(memory);
+}
+
+static void test_stopped_and_failing(void **state)
+{
+    (void)state;
+    uint8_t *memory;
+    q3n_model *in = open_small(Q3N_TYPE_F32, &memory);
+    q3n_error err = { Q3N_OK, -1, "" };
+    int64_t at;
+    q3n_quantize_options o = { .progress = { stop_at, &at }, .n_threads = 2 };
+    for (at = 0; at < 100000; at += 30000) {
+        assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_ERR_CANCELLED);
+        assert_false(exists(path) || exists(part));
+    }
+    counter k = { 0, 0, 0 };
+    o = (q3n_quantize_options){ .allocator = { failing_alloc, counted_free, &k } };
+    for (;; k.fail_at++) {
+        k.calls = 0;
+        const q3n_result r = q3n_quantize_file(path, in, &o, &err);
+        assert_int_equal(k.live, 0);
+        if (r == Q3N_OK) break;
+        assert_int_equal(r, Q3N_ERR_MEMORY);
+        assert_false(exists(path) || exists(part));
+    }
+    assert_true(k.fail_at >= 8);
+    remove(path);
+    o = (q3n_quantize_options){ .recipe = "q5" };
+    assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_ERR_ARG);
+    assert_non_null(strstr(err.message, "'q5'"));
+    assert_int_equal(q3n_quantize_file("build/no/such/x.q3n", in, NULL, &err), Q3N_ERR_IO);
+    assert_int_equal(q3n_quantize_file(NULL, in, NULL, &err), Q3N_ERR_ARG);
+    q3n_tensor t;                        /* a weight that is none, in the last expert */
+    assert_int_equal(q3n_model_find_tensor(in, "layers.0.mlp.experts.down_proj.weight", &t),
+                     Q3N_OK);
+    const float nan = NAN;
+    memcpy(memory + t.offset + 2 * (int64_t)t.stride + 4 * (39 * 33 + 32), &nan, sizeof nan);
+    for (int threads = 1; threads < 4; threads++) {
+        o = (q3n_quantize_options){ .n_threads = threads };
+        assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_ERR_ARG);
+        assert_non_null(strstr(err.message,
+                               "layers.0.mlp.experts.down_proj.weight: row 39, column 32"));
+        assert_false(exists(path) || exists(part));
+    }
+    close_small(in, memory);
+}
+
+#define FILE_TEST(f) cmocka_unit_test_setup_teardown(f, NULL, remove_files)
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -274,6 +574,8 @@ int main(void)
         cmocka_unit_test(test_shapes),
         cmocka_unit_test(test_zeros_and_importance),
         cmocka_unit_test(test_errors),
+        FILE_TEST(test_recipes), FILE_TEST(test_bytes_of_copies), FILE_TEST(test_requantize),
+        FILE_TEST(test_importance_of_tensors), FILE_TEST(test_stopped_and_failing)
     };
-    return cmocka_run_group_tests_name("quantise", tests, NULL, NULL);
+    return cmocka_run_group_tests_name("quantize", tests, name_files, NULL);
 }
