@@ -166,10 +166,14 @@ static void check_data(parsed *f)
 {
     for (int i = 0; i < f->n_tensors; i++) {
         const record *t = &f->tensors[i];
-        const int64_t element = t->type == Q3N_TYPE_F32 ? 4 : 2;
+        static const int64_t of_64[] = { 256, 128, 128, 68, 52, 36, 28 };    /* bytes */
+        const int64_t *d = t->n_dims == 3 ? t->dim + 1 : t->dim;
+        const int64_t rows = t->n_dims == 1 ? 1 : d[0], cols = t->n_dims == 1 ? d[0] : d[1];
+        const int64_t want = t->type < 3 ? rows * cols * of_64[t->type] / 64
+                           : (rows + 15) / 16 * 16 * ((cols + 63) / 64) * of_64[t->type];
         const int64_t slices = t->n_dims == 3 ? t->dim[0] : 1;
         uint32_t crc = 0;
-        assert_true(t->slice_bytes * slices == t->dim[0] * t->dim[1] * t->dim[2] * element);
+        assert_true(t->slice_bytes == want);
         assert_true(t->offset % 64 == 0);
         assert_true(t->n_dims == 3 ? t->stride % 4096 == 0 && t->stride > 0 : t->stride == 0);
         for (int64_t e = 0; e < slices; e++) {
@@ -599,6 +603,134 @@ static void test_integer_logarithm(void **state)
     assert_true(fabs(q3n__random_log(UINT32_MAX) - log(16.0)) < 1e-6);
 }
 
+/* ---- Quantised types ---- */
+
+/* Where a tensor may not have the type it has the next finer one. */
+static void test_quantised_types(void **state)
+{
+    (void)state;
+    q3n_config c = small_model();
+    static const struct { q3n_type type, experts, other, head, router; } list[] = {
+        { Q3N_TYPE_Q3, Q3N_TYPE_Q3, Q3N_TYPE_Q4, Q3N_TYPE_Q6, Q3N_TYPE_BF16 },
+        { Q3N_TYPE_Q4, Q3N_TYPE_Q4, Q3N_TYPE_Q4, Q3N_TYPE_Q6, Q3N_TYPE_BF16 },
+        { Q3N_TYPE_Q6, Q3N_TYPE_Q6, Q3N_TYPE_Q6, Q3N_TYPE_Q6, Q3N_TYPE_BF16 },
+        { Q3N_TYPE_Q8, Q3N_TYPE_Q8, Q3N_TYPE_Q8, Q3N_TYPE_Q8, Q3N_TYPE_BF16 }
+    };
+    for (size_t i = 0; i < COUNT(list); i++) {
+        const q3n_init_options o = { .type = list[i].type, .name = "quantised", .n_threads = 2 };
+        init_file(&c, &o);
+        parsed f = parse_file();
+        assert_int_equal(find(&f, "layers.0.mlp.experts.up_proj.weight")->type, list[i].experts);
+        assert_int_equal(find(&f, "layers.1.self_attn.q_proj.weight")->type, list[i].other);
+        assert_int_equal(find(&f, "lm_head.weight")->type, list[i].head);
+        assert_int_equal(find(&f, "mtp.fc.weight")->type, list[i].head);
+        assert_int_equal(find(&f, "layers.0.mlp.gate.weight")->type, list[i].router);
+        assert_int_equal(find(&f, "norm.weight")->type, Q3N_TYPE_F32);
+        free_parsed(&f);
+        check_open(&c, "quantised");
+    }
+}
+
+/* Mean and deviation of the weights are those of the float types; behind the last row: zeros. */
+static void test_quantised_weights(void **state)
+{
+    (void)state;
+    q3n_config c = small_model();
+    set(&c, "vocab", "4001");
+    set(&c, "hidden", "84");
+    static const q3n_type types[] = { Q3N_TYPE_Q8, Q3N_TYPE_Q6, Q3N_TYPE_Q4 };
+    for (size_t i = 0; i < COUNT(types); i++) {
+        init_file(&c, &(q3n_init_options){ .type = types[i], .stddev = 0.5, .seed = 4 });
+        parsed f = parse_file();
+        const record *t = find(&f, "embed_tokens.weight");
+        double sum = 0.0, square = 0.0, lag = 0.0;
+        float x[84];
+        const int n = 4001 * 84;
+        for (int r = 0; r < 4001 + 15; r++) {
+            q3n__dequantize_row(types[i], x, f.data + t->offset, r, 84);
+            for (int k = 0; k < 84; k++) {
+                assert_true(r < 4001 || x[k] == 0.0f);
+                sum += x[k];
+                square += x[k] * x[k];
+                if (k > 0) lag += x[k] * x[k - 1];
+            }
+        }
+        assert_true(fabs(sum / n) < 0.012);
+        assert_true(fabs(sqrt(square / n) - 0.5 * 0.8796) < 0.002);
+        assert_true(fabs(lag / n) < 0.25 * 4.0 / sqrt(n));
+        free_parsed(&f);
+    }
+}
+
+/* Memory gets the bytes of the file, whatever the number of threads. */
+static void test_memory_is_the_file(void **state)
+{
+    (void)state;
+    q3n_config c = small_model();
+    set(&c, "vocab", "20001");
+    for (int type = 0; type < Q3N_TYPE_COUNT; type++)
+        for (int threads = 0; threads < 4; threads++) {
+            q3n_init_options o = { .type = (q3n_type)type, .seed = 8, .n_threads = 1 };
+            if (threads == 0) init_file(&c, &o);
+            o.n_threads = threads;
+            size_t bytes;
+            q3n_error err = { .code = Q3N_OK };
+            uint8_t *file = read_file(path, &bytes), *memory = q3n__alloc(NULL, bytes);
+            assert_non_null(memory);
+            assert_int_equal(q3n_init_bytes(&c, &o, &err), bytes);
+            assert_int_equal(q3n_init_memory(memory, bytes, &c, &o, &err), Q3N_OK);
+            assert_memory_equal(memory, file, bytes);
+            q3n_model *m;
+            assert_int_equal(q3n_model_open_memory(&m, memory, bytes, NULL, &err), Q3N_OK);
+            assert_int_equal(q3n_model_verify(m, NULL, &err), Q3N_OK);
+            q3n_model_close(m);
+            q3n__free(NULL, memory);
+            free(file);
+        }
+}
+
+static int stop_late(void *user, int64_t done, int64_t total)
+{
+    (void)user;
+    return done > total / 2;
+}
+
+static void test_memory_errors(void **state)
+{
+    (void)state;
+    q3n_config c = small_model();
+    q3n_error err = { .code = Q3N_OK };
+    const size_t bytes = (size_t)q3n_init_bytes(&c, NULL, &err);
+    uint8_t *memory = q3n__alloc(NULL, bytes + 64);
+    assert_true(bytes > 0);
+    assert_non_null(memory);
+    assert_int_equal(q3n_init_memory(memory, bytes + 1, &c, NULL, &err), Q3N_ERR_ARG);
+    assert_int_equal(q3n_init_memory(memory, bytes - 1, &c, NULL, &err), Q3N_ERR_ARG);
+    assert_int_equal(q3n_init_memory(memory + 8, bytes, &c, NULL, &err), Q3N_ERR_ARG);
+    assert_int_equal(q3n_init_memory(NULL, bytes, &c, NULL, &err), Q3N_ERR_ARG);
+    assert_int_equal(q3n_init_memory(memory, bytes, &c, NULL, &err), Q3N_OK);
+    const q3n_init_options o = { .progress = { stop_late, NULL } };
+    q3n_model *m;
+    assert_int_equal(q3n_init_memory(memory, bytes, &c, &o, &err), Q3N_ERR_CANCELLED);
+    assert_int_equal(q3n_model_open_memory(&m, memory, bytes, NULL, &err), Q3N_ERR_FORMAT);
+    q3n__free(NULL, memory);
+    c.num_key_value_heads = 3;
+    assert_int_equal(q3n_init_bytes(&c, NULL, &err), 0);
+    assert_non_null(strstr(err.message, "num_key_value_heads"));
+}
+
+/* The checksum of two texts from theirs. */
+static void test_joined_checksums(void **state)
+{
+    (void)state;
+    uint8_t x[700];
+    for (size_t i = 0; i < sizeof x; i++) x[i] = (uint8_t)(i * i * 31 + 7);
+    for (size_t n = 0; n <= sizeof x; n += n < 20 ? 1 : 97) {
+        const uint32_t a = plain_crc(0, x, n), b = plain_crc(0, x + n, sizeof x - n);
+        assert_int_equal(q3n__crc_join(a, b, sizeof x - n), plain_crc(0, x, sizeof x));
+    }
+}
+
 /* ---- Stopped and failing runs ---- */
 typedef struct { int calls, stop_at; int64_t last, total; } stopper;
 
@@ -736,8 +868,9 @@ static void test_options(void **state)
     (void)state;
     q3n_config c = small_model();
     static const struct { q3n_init_options o; q3n_result r; } list[] = {
-        { { .type = Q3N_TYPE_COUNT }, Q3N_ERR_UNSUPPORTED },
-        { { .type = (q3n_type)-1 }, Q3N_ERR_UNSUPPORTED },
+        { { .type = Q3N_TYPE_COUNT }, Q3N_ERR_ARG }, { { .type = (q3n_type)-1 }, Q3N_ERR_ARG },
+        { { .n_threads = -1 }, Q3N_ERR_ARG },
+        { { .type = Q3N_TYPE_Q6, .stddev = 1e-7 }, Q3N_ERR_ARG },
         { { .stddev = -1.0 }, Q3N_ERR_ARG }, { { .stddev = NAN }, Q3N_ERR_ARG },
         { { .stddev = INFINITY }, Q3N_ERR_ARG },
         { { .allocator = { failing_alloc, NULL, NULL } }, Q3N_ERR_ARG }
@@ -773,18 +906,11 @@ static int choose(void *user, q3n__plan_item *item, q3n_type *type)
     return !ch->leave_out;
 }
 
-static q3n_result write_all(q3n__writer *w, size_t piece)
+static int make_some(void *user, q3n__piece *piece)
 {
-    static const uint8_t bytes[4096] = { 1, 2, 3 };
-    q3n_result r;
-    int more;
-    while ((r = q3n__writer_next(w, &more)) == Q3N_OK && more) {
-        int64_t left = w->tensors[w->tensor].slice_bytes;
-        for (; left > 0 && r == Q3N_OK; left -= (int64_t)piece)
-            r = q3n__writer_put(w, bytes, left < (int64_t)piece ? (size_t)left : piece);
-        if (r != Q3N_OK) break;
-    }
-    return r;
+    (void)user;
+    for (size_t i = 0; i < piece->bytes; i++) piece->data[i] = (uint8_t)(i * 7 + piece->bytes);
+    return 1;
 }
 
 static void test_sections_and_mixed_types(void **state)
@@ -795,16 +921,17 @@ static void test_sections_and_mixed_types(void **state)
                                        5, 0, 0, 0, 0, 0, 0, 0, 0, 0 };
     static const uint8_t tokenizer[] = "only copied, not looked at";
     choice ch = { "layers.0.mlp.gate.weight", Q3N_TYPE_F16, 0 };
-    const q3n__writer_options o = { .config = &c, .name = "n", .entries = entries,
-                                    .entries_bytes = sizeof entries, .tokenizer = tokenizer,
+    q3n__writer_options o = { .config = &c, .name = "n", .entries = entries,
+                              .entries_bytes = sizeof entries, .tokenizer = tokenizer,
                                     .tokenizer_bytes = sizeof tokenizer, .choose = choose,
-                                    .user = &ch };
+                                    .make = make_some, .path = path, .user = &ch };
     q3n__writer w;
     q3n_error err = { .code = Q3N_OK };
-    for (size_t piece = 1; piece < 4096; piece = piece * 7 + 1) {
-        assert_int_equal(q3n__writer_open(&w, path, &o, &err), Q3N_OK);
+    for (int threads = 0; threads < 4; threads++) {
+        o.n_threads = threads;
+        assert_int_equal(q3n__writer_open(&w, &o, &err), Q3N_OK);
         assert_true(exists(part) && !exists(path));
-        assert_int_equal(q3n__writer_close(&w, write_all(&w, piece)), Q3N_OK);
+        assert_int_equal(q3n__writer_close(&w, q3n__writer_run(&w)), Q3N_OK);
         parsed f = parse_file();
         size_t n;
         assert_int_equal(f.n_sections, 4);
@@ -819,7 +946,7 @@ static void test_sections_and_mixed_types(void **state)
         free_parsed(&f);
         remove(path);
     }
-    assert_int_equal(q3n__writer_open(&w, path, &o, &err), Q3N_OK);   /* a failure on the way */
+    assert_int_equal(q3n__writer_open(&w, &o, &err), Q3N_OK);   /* a failure on the way */
     assert_int_equal(q3n__writer_close(&w, Q3N_ERR_CHECKSUM), Q3N_ERR_CHECKSUM);
     assert_false(exists(path) || exists(part));
 }
@@ -836,13 +963,14 @@ static void test_choices_that_break_a_model(void **state)
     };
     for (size_t i = 0; i < COUNT(list); i++) {
         choice ch = list[i].ch;
-        const q3n__writer_options o = { .config = &c, .choose = choose, .user = &ch };
+        const q3n__writer_options o = { .config = &c, .choose = choose, .make = make_some,
+                                        .path = path, .n_threads = 1, .user = &ch };
         q3n__writer w;
         q3n_error err = { .code = Q3N_OK };
-        const q3n_result r = q3n__writer_open(&w, path, &o, &err);
+        const q3n_result r = q3n__writer_open(&w, &o, &err);
         assert_int_equal(r, list[i].passes ? Q3N_OK : Q3N_ERR_ARG);
         if (r != Q3N_OK) { assert_non_null(strstr(err.message, ch.name)); continue; }
-        assert_int_equal(q3n__writer_close(&w, write_all(&w, 4096)), Q3N_OK);
+        assert_int_equal(q3n__writer_close(&w, q3n__writer_run(&w)), Q3N_OK);
         parsed f = parse_file();
         for (int t = 0; t < f.n_tensors; t++)
             assert_true(strcmp(f.tensors[t].name, ch.name) != 0);
@@ -860,6 +988,8 @@ int main(void)
         TEST(test_rope_tables_and_score), TEST(test_determinism),
         TEST(test_weights_do_not_depend_on_the_file), TEST(test_quantiles),
         TEST(test_normal_weights), TEST(test_other_weights), TEST(test_integer_logarithm),
+        TEST(test_quantised_types), TEST(test_quantised_weights),
+        TEST(test_memory_is_the_file), TEST(test_memory_errors), TEST(test_joined_checksums),
         TEST(test_progress_and_cancel), TEST(test_failing_memory), TEST(test_paths),
         TEST(test_full_disk), TEST(test_options), TEST(test_sections_and_mixed_types),
         TEST(test_choices_that_break_a_model)

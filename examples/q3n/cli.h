@@ -279,6 +279,7 @@ int cmd_classify(int argc, char **argv);
 int cmd_perplexity(int argc, char **argv);
 int cmd_experts(int argc, char **argv);
 int cmd_init(int argc, char **argv);
+int cmd_quantize(int argc, char **argv);
 int cmd_bench(int argc, char **argv);
 int cmd_verify(int argc, char **argv);
 

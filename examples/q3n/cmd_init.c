@@ -53,6 +53,7 @@ int cmd_init(int argc, char **argv)
         { "--type", "TYPE", CLI_TEXT, &type, 0, 0,
           "of the matrices:" CLI_TYPE_NAMES " (bf16)" },
         { "-s --seed", "N", CLI_U64, &o.seed, 0, 0, "of the random numbers (0)" },
+        { "--threads", "N", CLI_INT, &o.n_threads, 0, 1024, "0 = one per CPU (0)" },
         { "--stddev", "X", CLI_REAL, &o.stddev, 1e-6, 10.0, "of the weights (0.02)" },
         { "--name", "NAME", CLI_TEXT, &o.name, 0, 0, "kept in the file (the preset)" },
     };

@@ -22,6 +22,7 @@ static const struct {
     { "perplexity", cmd_perplexity, "how well the model predicts a text" },
     { "experts",    cmd_experts,    "how often each expert is chosen on a text" },
     { "init",       cmd_init,       "make a model with random weights" },
+    { "quantize",   cmd_quantize,   "copy a model in smaller types" },
     { "bench",      cmd_bench,      "tokens per second, bytes per token, share of the bandwidth" },
     { "verify",     cmd_verify,     "compare the checksums of all tensors" },
 };

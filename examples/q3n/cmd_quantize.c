@@ -1,0 +1,112 @@
+/* q3n quantize: a copy of a model in smaller types. */
+#include "cli.h"
+
+#include <string.h>
+
+/* "q8, q6, ..." */
+static const char *recipe_names(char text[128])
+{
+    int at = 0;
+    text[0] = 0;
+    for (int i = 0; q3n_recipe_name(i); i++) {
+        at += snprintf(text + at, 128 - (size_t)at, "%s%s", i > 0 ? ", " : "", q3n_recipe_name(i));
+    }
+    return text;
+}
+
+static void check_recipe(const char *name)
+{
+    char names[128];
+    for (int i = 0; q3n_recipe_name(i); i++) {
+        if (strcmp(q3n_recipe_name(i), name) == 0) return;
+    }
+    cli_misuse("--type: '%s' is none of %s", name, recipe_names(names));
+}
+
+static q3n_model *open_model(const char *path)
+{
+    q3n_model *m = NULL;
+    q3n_error err = { .offset = -1 };
+    if (q3n_model_open(&m, path, NULL, &err) != Q3N_OK) cli_fail_with(path, &err);
+    return m;
+}
+
+static void write_copy(const char *path, const q3n_model *m, q3n_quantize_options *o)
+{
+    cli_catch_interrupt();
+    cli_bar bar = cli_bar_begin("quantize", 1);
+    o->progress = (q3n_progress){ cli_bar_report, &bar };
+    q3n_error err = { .offset = -1 };
+    const q3n_result r = q3n_quantize_file(path, m, o, &err);
+    cli_bar_end(&bar);
+    if (r == Q3N_ERR_UNSUPPORTED && !o->allow_requantize) {
+        cli_fail("%s (--allow-requantize does it)", err.message);
+    }
+    if (r != Q3N_OK) cli_fail_with(path, &err);
+}
+
+/* Tensors, weights and bytes of each type. */
+static void print_types(const q3n_model *m)
+{
+    for (int type = 0; type < Q3N_TYPE_COUNT; type++) {
+        int n = 0;
+        double weights = 0.0, bytes = 0.0;
+        for (int i = 0; i < q3n_model_n_tensors(m); i++) {
+            q3n_tensor t;
+            if (q3n_model_tensor(m, i, &t) != Q3N_OK || (int)t.type != type) continue;
+            n++;
+            weights += (double)t.dim[0] * (double)t.dim[1] * (double)t.dim[2];
+            bytes += (double)t.bytes;
+        }
+        char count[32], size[32];
+        if (n > 0) {
+            printf("  %-5s %6d tensors %10s weights %10s\n", q3n_type_name((q3n_type)type), n,
+                   cli_format_count(count, weights), cli_format_bytes(size, bytes));
+        }
+    }
+}
+
+static void print_summary(const char *path, const q3n_model *in, double seconds)
+{
+    q3n_model *out = open_model(path);
+    q3n_model_stats before, after;
+    char size[2][32];
+    q3n_model_stats_get(in, &before);
+    q3n_model_stats_get(out, &after);
+    const double n = (double)(after.n_weights + after.mtp_weights);
+    printf("%s: %s -> %s, %.2f bits per weight, %.1f s\n", path,
+           cli_format_bytes(size[0], (double)before.file_bytes),
+           cli_format_bytes(size[1], (double)after.file_bytes),
+           8.0 * (double)after.file_bytes / n, seconds);
+    print_types(out);
+    q3n_model_close(out);
+}
+
+int cmd_quantize(int argc, char **argv)
+{
+    q3n_quantize_options o = { .recipe = "q4" };
+    const cli_option options[] = {
+        { "-t --type", "RECIPE", CLI_TEXT, &o.recipe, 0, 0,
+          "q8, q6, q4, q4m, q4l, q3, bf16, f16, f32 (q4)" },
+        { "--threads", "N", CLI_INT, &o.n_threads, 0, 1024, "0 = one per CPU (0)" },
+        { "--allow-requantize", NULL, CLI_FLAG, &o.allow_requantize, 0, 0,
+          "also change tensors that are quantised already" },
+    };
+    const cli_syntax syntax = {
+        "quantize IN.q3n OUT.q3n [options]",
+        "Writes a copy of a model in other types.  Recipes name the type of the experts: q4m and\n"
+        "q4l keep the other matrices in q6 and q8, q3 keeps them in q6.  Routers and norms keep\n"
+        "float types.  Start from bf16, f16 or f32: quantising twice loses more.",
+        options, CLI_COUNT(options), 2, NULL, NULL,
+    };
+    cli_words words;
+    cli_parse(&syntax, argc, argv, &words);
+    if (words.n < 2) cli_misuse("give the model and the name of the file to write");
+    check_recipe(o.recipe);
+    q3n_model *m = open_model(words.word[0]);
+    const double start = cli_clock();
+    write_copy(words.word[1], m, &o);
+    print_summary(words.word[1], m, cli_clock() - start);
+    q3n_model_close(m);
+    return cli_finish();
+}
