@@ -127,7 +127,10 @@ class UsageTest(CliTest):
                 ["init"], ["init", "x.q3n"], ["init", "x.q3n", "--preset", "bogus"],
                 ["init", "x.q3n", "--preset", "tiny", "--bogus", "1"],
                 ["init", "x.q3n", "--preset", "tiny", "--type", "q99"],
-                ["bench", m, "-t", "0"], ["bench", m, "-p", "x"],
+                ["bench", m, "-t", "0"], ["bench", m, "-p", "x"], ["bench", m, "--layers", "2"],
+                ["bench", m, "--preset", "tiny"], ["bench", "--preset", "bogus"],
+                ["bench", "--preset", "tiny", "--type", "q99"], ["bench", m, "--type", "f32"],
+                ["bench", "--preset", "tiny", "--bogus", "1"],
                 ["tokenize", m, "a", "b"], ["detokenize", m, "1", "--ids", "2"]]:
             with self.subTest(args=args):
                 self.assertEqual(self.run_cli(*args, status=2), b"")
@@ -638,6 +641,16 @@ class FileTest(CliTest):
         self.assertGreater(decode[0, 1], info["decode_bytes"])
         self.assertGreater(decode[20, 1], decode[0, 1])
         self.assertEqual(decode[20, 1], decode[20, 2])
+
+    def test_bench_preset(self):
+        args = ["--preset", "tiny", "--vocab", "300", "--layers", "2", "--hidden-size", "64",
+                "--set", "moe_intermediate_size=32"]
+        got = self.json_lines("bench", *args, "--type", "f32", "-p", "8", "-n", "2", "-t", "1",
+                              "-r", "1", "--json")[0]
+        self.check_bench(got, [(8, 1)], [(0, 1)])
+        path = self.make("--type", "f32", "--name", "tiny")
+        self.assertEqual((got["model"], got["type"], got["file_bytes"]),
+                         ("tiny", "f32", os.path.getsize(path)))
 
     def test_bench_parts(self):
         path = self.make()

@@ -38,6 +38,10 @@ typedef struct bench_buffer bench_buffer;
 
 typedef struct bench {
     cli_setup       setup;
+    cli_geometry    geometry;    /* with a preset: random weights in memory, no file */
+    const char     *type;        /* of them; NULL = bf16 */
+    void           *memory;
+    size_t          memory_bytes;
     q3n_model      *m;
     q3n_model_stats stats;
     bench_list      prompts, threads, depths;

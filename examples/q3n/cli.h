@@ -232,6 +232,7 @@ typedef struct cli_setup {
 
 /* The model is setup->model or else the first word, which is taken away. */
 q3n_model *cli_open_model(cli_setup *setup, cli_words *words);
+q3n_model *cli_open_memory(cli_setup *setup, const void *data, size_t bytes);
 q3n_session_options cli_session_options(const cli_setup *setup);
 /* A session for texts of up to n tokens; --ctx, if given, must hold them. */
 q3n_session *cli_open_session(const cli_setup *setup, const q3n_model *m, size_t n,

@@ -84,11 +84,40 @@ static void make_ids(bench *b)
 
 /* ---- Measuring ---- */
 
+/* The bytes of a model file with random weights. */
+static void make_model(bench *b)
+{
+    q3n_config c;
+    cli_geometry_config(&b->geometry, &c);
+    cli_bar bar = cli_bar_begin("random weights", 1);
+    const q3n_init_options o = {
+        .type = cli_parse_type("--type", b->type), .seed = 1, .name = b->geometry.preset,
+        .progress = { cli_bar_report, &bar },
+    };
+    q3n_error err = { .offset = -1 };
+    const int64_t bytes = q3n_init_bytes(&c, &o, &err);
+    if (bytes == 0) cli_fail_with(b->geometry.preset, &err);
+    const size_t physical = cli_physical_memory();
+    if ((uint64_t)bytes > SIZE_MAX / 2 || (physical && (uint64_t)bytes > physical)) {
+        char need[32], have[32];
+        cli_fail("%s needs %s of memory, this machine has %s", b->geometry.preset,
+                 cli_format_bytes(need, (double)bytes), cli_format_bytes(have, (double)physical));
+    }
+    b->memory_bytes = (size_t)bytes;
+    b->memory = cli_alloc_pages(b->memory_bytes);
+    const q3n_result r = q3n_init_memory(b->memory, b->memory_bytes, &c, &o, &err);
+    cli_bar_end(&bar);
+    if (r != Q3N_OK) cli_fail_with(b->geometry.preset, &err);
+    b->setup.model = b->geometry.preset;
+}
+
 /* From nothing to the logits behind a prompt of one token, with the first number of threads. */
 static void open_and_eval(bench *b, cli_words *words)
 {
+    if (b->geometry.preset) make_model(b);
     const double start = cli_clock();
-    b->m = cli_open_model(&b->setup, words);
+    b->m = b->memory ? cli_open_memory(&b->setup, b->memory, b->memory_bytes)
+                     : cli_open_model(&b->setup, words);
     b->open_s = cli_clock() - start;
     if (!q3n_model_config(b->m)->causal) {
         cli_fail("%s attends both ways: it cannot decode, so there is nothing to measure",
@@ -187,6 +216,10 @@ static void parse_options(bench *b, int argc, char **argv, cli_words *words)
     const char *prompts = "512", *threads = NULL, *depths = "0";
     const cli_option options[] = {
         CLI_MODEL_OPTIONS(b->setup),
+        { "--preset", "NAME", CLI_TEXT, &b->geometry.preset, 0, 0,
+          "random weights in memory instead of a file" },
+        { "--type", "TYPE", CLI_TEXT, &b->type, 0, 0,
+          "of the preset's matrices:" CLI_TYPE_NAMES " (bf16)" },
         { "-p --prompt", "LIST", CLI_TEXT, &prompts, 0, 0, "tokens of the prompts (512); 0: none" },
         { "-n --tokens", "N", CLI_INT, &b->n_decode, 0, 1 << 16, "tokens to decode (64); 0: none" },
         { "-t --threads", "LIST", CLI_TEXT, &threads, 0, 0, "numbers of threads (one a CPU)" },
@@ -199,16 +232,23 @@ static void parse_options(bench *b, int argc, char **argv, cli_words *words)
         CLI_CONTEXT_OPTIONS(b->setup),
     };
     const cli_syntax syntax = {
-        "bench MODEL.q3n [options]",
+        "bench MODEL.q3n | --preset NAME [--FIELD VALUE ...] [options]",
         "Measures prefill and decode: the median of the repetitions with the least and the most,\n"
         "the bytes that a decoded token reads, and their share of this machine's read bandwidth.\n"
         "All are measured in turn, the bandwidth with the same numbers of threads; the share is\n"
         "the median of each repetition's.  Before that, one run warms up; the time to the first\n"
         "token is from opening the file, with the first number of threads; the resident memory is\n"
-        "that of all sessions and the weights used.",
-        options, CLI_COUNT(options), 1, NULL, NULL,
+        "that of all sessions and the weights used.  --preset measures a geometry without a file;\n"
+        "--FIELD VALUE overrides its fields as in q3n init.",
+        options, CLI_COUNT(options), 1, cli_geometry_option, &b->geometry,
     };
     cli_parse(&syntax, argc, argv, words);
+    if (!b->geometry.preset && (b->geometry.n || b->type)) {
+        cli_misuse("--%s is for a --preset", b->type ? "type" : b->geometry.field[0]);
+    }
+    if (b->geometry.preset && (b->setup.model || words->n)) {
+        cli_misuse("give a model or --preset, not both");
+    }
     b->prompts.n = cli_parse_list("-p", prompts, 0, b->prompts.value, BENCH_LIST);
     b->depths.n  = cli_parse_list("--depth", depths, 0, b->depths.value, BENCH_LIST);
     b->threads   = (bench_list){ { cli_n_cpus() }, 1 };
@@ -239,6 +279,7 @@ int cmd_bench(int argc, char **argv)
     }
     for (int t = 0; t < b->threads.n; t++) q3n_session_destroy(b->shared[t]);
     q3n_model_close(b->m);
+    cli_free_pages(b->memory);
     free(b->cases);
     free(b->ids);
     free(b->logits);

@@ -29,6 +29,17 @@ q3n_model *cli_open_model(cli_setup *setup, cli_words *words)
     return m;
 }
 
+q3n_model *cli_open_memory(cli_setup *setup, const void *data, size_t bytes)
+{
+    const q3n_model_options options = { .logger = { print_note, &setup->verbose } };
+    q3n_error err = { .offset = -1 };
+    q3n_model *m = NULL;
+    if (q3n_model_open_memory(&m, data, bytes, &options, &err) != Q3N_OK) {
+        cli_fail_with(setup->model, &err);
+    }
+    return m;
+}
+
 /* ---- Sessions ---- */
 
 static void set_isa(q3n_session_options *o, const char *name)
