@@ -8494,10 +8494,16 @@ Q3N__INLINE void q3n__storef_avx2(float *p, __m256 v, int n)
     else        _mm256_maskstore_ps(p, q3n__mask_avx2(n), v);
 }
 
-/* Elements [i, i + 8) of a float type's row.  type is a constant in every use. */
+/* Elements [i, i + 8) of a row of floats, or of bytes (q8).  type is a constant in every use. */
 Q3N__INLINE __m256 q3n__load_avx2(q3n_type type, const void *row, size_t i, int n)
 {
     if (type == Q3N_TYPE_F32) return q3n__loadf_avx2((const float *)row + i, n);
+    if (type == Q3N_TYPE_Q8) {
+        int8_t bytes[8] = { 0 };
+        memcpy(bytes, (const int8_t *)row + i, n >= 8 ? 8 : (size_t)n);
+        const __m128i v = _mm_loadl_epi64((const __m128i *)(const void *)bytes);
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v));
+    }
     const uint16_t *p = (const uint16_t *)row + i;
     uint16_t part[8] = { 0 };
     if (n < 8) {
@@ -8660,7 +8666,7 @@ Q3N__INLINE void q3n__matmul_avx2(q3n_type type, const q3n__matmul *m)
 /* Columns [c, c + 8 V) of T rows of out; n is how many are real if V is 1.  T, V are constants. */
 Q3N__INLINE void q3n__mix_tile_avx2(q3n_type type, int V, int T, const q3n__mix *p, int c, int n)
 {
-    const size_t size = (size_t)q3n__types[type].block_bytes;
+    const size_t size = q3n__kv_element(type);
     __m256 s[4][4], x[4];
     Q3N__UNROLL
     for (int v = 0; v < V; v++)
@@ -8739,9 +8745,17 @@ static float q3n__exp_sum_avx2(float *x, int n, float m)
     return q3n__sum_avx2(sum);
 }
 
+static void q3n__attend_scale_avx2(float *s, const float *scale, int n)
+{
+    for (int j = 0; j < n; j += 8)
+        q3n__storef_avx2(s + j, _mm256_mul_ps(q3n__loadf_avx2(s + j, n - j),
+                                              q3n__loadf_avx2(scale + j, n - j)), n - j);
+}
+
 /* Up to four queries from query i on.  They share the values up to the least of their counts; each
  * goes on alone from there, so that none sees a value that is not its own. */
-static void q3n__attend_group_avx2(const q3n__attend *a, int i, int T, q3n__mix_fn mix)
+static void q3n__attend_group_avx2(const q3n__attend *a, int i, int T, q3n__mix_fn mix,
+                                   int has_scales)
 {
     int least = Q3N__KV_BLOCK, most = 0;
     for (int t = i; t < i + T; t++) {
@@ -8755,8 +8769,10 @@ static void q3n__attend_group_avx2(const q3n__attend *a, int i, int T, q3n__mix_
     mix(&qk);
     for (int t = 0; t < T; t++) {
         float *s = scores + t * Q3N__KV_BLOCK;
+        if (has_scales) q3n__attend_scale_avx2(s, a->k_scale, a->n_keys[i + t]);
         a->m[i + t] = q3n__max_avx2(s, a->n_keys[i + t]);
         a->l[i + t] = q3n__exp_sum_avx2(s, a->n_keys[i + t], a->m[i + t]);
+        if (has_scales) q3n__attend_scale_avx2(s, a->v_scale, a->n_keys[i + t]);
     }
     q3n__mix pv = { a->v, scores, o, (size_t)a->dim, Q3N__KV_BLOCK, (size_t)a->o_stride, T, 0,
                     least, a->dim };
@@ -8770,10 +8786,10 @@ static void q3n__attend_group_avx2(const q3n__attend *a, int i, int T, q3n__mix_
     }
 }
 
-static void q3n__attend_avx2(const q3n__attend *a, q3n__mix_fn mix)
+static void q3n__attend_avx2(const q3n__attend *a, q3n__mix_fn mix, int has_scales)
 {
     for (int i = 0; i < a->n; i += 4)
-        q3n__attend_group_avx2(a, i, a->n - i < 4 ? a->n - i : 4, mix);
+        q3n__attend_group_avx2(a, i, a->n - i < 4 ? a->n - i : 4, mix, has_scales);
 }
 
 /* ---- One instance for each float type ---- */
@@ -8791,7 +8807,7 @@ Q3N__INLINE void q3n__to_f32_avx2(q3n_type type, float *y, const void *x, int n)
     static void q3n__mix_##id##_avx2(const q3n__mix *p) { q3n__mix_avx2(Q3N_TYPE_##ID, p); }   \
     static void q3n__attend_##id##_avx2(const q3n__attend *a)                                    \
     {                                                                                              \
-        q3n__attend_avx2(a, q3n__mix_##id##_avx2);                                             \
+        q3n__attend_avx2(a, q3n__mix_##id##_avx2, 0);                                            \
     }                                                                                              \
     static void q3n__to_f32_##id##_avx2(float *y, const void *x, int n)                          \
     {                                                                                              \
@@ -8799,6 +8815,12 @@ Q3N__INLINE void q3n__to_f32_avx2(q3n_type type, float *y, const void *x, int n)
     }
 
 Q3N__FLOAT_TYPE_LIST(Q3N__DEFINE_FLOAT_TYPE_AVX2)
+
+static void q3n__mix_q8_avx2(const q3n__mix *p) { q3n__mix_avx2(Q3N_TYPE_Q8, p); }
+static void q3n__attend_q8_avx2(const q3n__attend *a)
+{
+    q3n__attend_avx2(a, q3n__mix_q8_avx2, 1);
+}
 
 /* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
 typedef struct {
@@ -8964,6 +8986,209 @@ static void q3n__sigmoid_mul_avx2(float *y, const float *gate, int n)
     }
 }
 
+/* ---- Quantised matrices: 16 rows are two vectors of 8; see section >>kernels-avx512vnni ----
+ *
+ * vpmaddubsw adds two products of unsigned and signed bytes to 16 bits and saturates: levels of q4
+ * and q3 span 127 and q6 63 for that.  q8 multiplies |level| by the activation with its sign. */
+#define Q3N__Q4_ZERO_AVX2 70             /* makes the least level 0                              */
+#define Q3N__Q3_ZERO_AVX2 73
+#define Q3N__AHEAD_AVX2   4096           /* bytes to what is fetched                             */
+#define Q3N__TOKENS_QUANT_AVX2 8
+
+static const uint8_t q3n__q4_bytes_avx2[16] = {
+#define Q3N__X(level) (uint8_t)((level) + Q3N__Q4_ZERO_AVX2),
+    Q3N__Q4_LEVEL_LIST(Q3N__X)
+#undef Q3N__X
+};
+static const uint8_t q3n__q3_bytes_avx2[16] = {
+#define Q3N__X(level) (uint8_t)((level) + Q3N__Q3_ZERO_AVX2),
+    Q3N__Q3_LEVEL_LIST(Q3N__X)
+#undef Q3N__X
+};
+
+Q3N__INLINE __m256i q3n__half_avx2(const uint8_t *p)
+{
+    return _mm256_loadu_si256((const __m256i *)(const void *)p);
+}
+
+Q3N__INLINE __m256i q3n__table_avx2(const uint8_t *bytes)
+{
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)bytes));
+}
+
+/* Columns 4 s .. 4 s + 3 of 8 rows: level + zero, of q8 the level.  p is the rows' half of the
+ * group's lines.  type and s are constants in every use. */
+Q3N__INLINE __m256i q3n__unpack_avx2(q3n_type type, const uint8_t *p, int s)
+{
+    const __m256i low4 = _mm256_set1_epi8(15);
+    if (type == Q3N_TYPE_Q8)
+        return _mm256_xor_si256(q3n__half_avx2(p + 64 * s), _mm256_set1_epi8(-128));
+    if (type == Q3N_TYPE_Q3) {
+        const __m256i low = q3n__half_avx2(p + 64 * (s / 4)), top = q3n__half_avx2(p + 128);
+        const __m256i t = s < 2 ? _mm256_slli_epi16(top, 2 - s) : _mm256_srli_epi16(top, s - 2);
+        const __m256i code = _mm256_or_si256(
+            _mm256_and_si256(_mm256_srli_epi16(low, 2 * (s % 4)), _mm256_set1_epi8(3)),
+            _mm256_and_si256(t, _mm256_set1_epi8(4)));
+        return _mm256_shuffle_epi8(q3n__table_avx2(q3n__q3_bytes_avx2), code);
+    }
+    const __m256i v = q3n__half_avx2(p + 64 * (s % 4));
+    const __m256i low = _mm256_and_si256(s < 4 ? v : _mm256_srli_epi16(v, 4), low4);
+    if (type == Q3N_TYPE_Q4)
+        return _mm256_shuffle_epi8(q3n__table_avx2(q3n__q4_bytes_avx2), low);
+    const __m256i top = q3n__half_avx2(p + 256 + 64 * (s / 4));
+    const __m256i t = s % 4 == 0 ? _mm256_slli_epi16(top, 4) : s % 4 == 1 ? _mm256_slli_epi16(top, 2)
+                    : s % 4 == 2 ? top : _mm256_srli_epi16(top, 2);
+    return _mm256_or_si256(low, _mm256_and_si256(t, _mm256_set1_epi8(0x30)));
+}
+
+/* 16-bit sums of two products each. */
+Q3N__INLINE __m256i q3n__products_avx2(q3n_type type, __m256i w, __m256i x)
+{
+    if (type != Q3N_TYPE_Q8) return _mm256_maddubs_epi16(w, x);
+    return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+}
+
+Q3N__INLINE int q3n__zero_avx2(q3n_type type)
+{
+    return type == Q3N_TYPE_Q4 ? Q3N__Q4_ZERO_AVX2 : type == Q3N_TYPE_Q3 ? Q3N__Q3_ZERO_AVX2
+         : type == Q3N_TYPE_Q6 ? Q3N__Q6_ZERO : 0;
+}
+
+/* The sums of a group for 8 rows whose unpacked weights are u, u + 2, ... */
+Q3N__INLINE __m256i q3n__group_avx2(q3n_type type, const __m256i *u, const q3n__x8 *x, int g)
+{
+    const __m256i one = _mm256_set1_epi16(1);
+    __m256i sum = _mm256_set1_epi32(x->minus_sum[g] * q3n__zero_avx2(type));
+    Q3N__UNROLL
+    for (int s = 0; s < 8; s += 2) {
+        int32_t four[2];
+        memcpy(four, x->q + Q3N__GROUP * g + 4 * s, sizeof four);
+        const __m256i a = q3n__products_avx2(type, u[2 * s], _mm256_set1_epi32(four[0]));
+        const __m256i b = q3n__products_avx2(type, u[2 * s + 2], _mm256_set1_epi32(four[1]));
+        if (type == Q3N_TYPE_Q6) {
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_add_epi16(a, b), one));
+        } else {
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, one));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(b, one));
+        }
+    }
+    return sum;
+}
+
+/* Rows [r, r + 16) of token t, as far as they are wanted. */
+Q3N__INLINE void q3n__put_rows_avx2(const q3n__matmul *m, int r, int t, const __m256 acc[2])
+{
+    float *y = m->y + (size_t)t * (size_t)m->y_stride + r;
+    for (int h = 0; h < 2 && r + 8 * h < m->row1; h++) {
+        const int n = m->row1 - r - 8 * h;
+        __m256 v = acc[h];
+        if (m->bias) v = _mm256_add_ps(v, q3n__loadf_avx2(m->bias + r + 8 * h, n));
+        q3n__storef_avx2(y + 8 * h, v, n);
+    }
+}
+
+/* 16 rows and T tokens.  type and T are constants in every use. */
+Q3N__INLINE void q3n__quant_tile_avx2(q3n_type type, int T, const q3n__matmul *m, int r, int t0)
+{
+    const size_t block_bytes = (size_t)q3n__types[type].block_bytes * Q3N__TILE_ROWS;
+    const size_t group_bytes = (block_bytes - 64) / 2;
+    const uint8_t *w = (const uint8_t *)m->w + (size_t)r * q3n__row_bytes(type, m->n_cols);
+    const q3n__x8 *x[Q3N__TOKENS_QUANT_AVX2];
+    __m256 acc[Q3N__TOKENS_QUANT_AVX2][2];
+    for (int t = 0; t < T; t++) {
+        x[t] = q3n__matmul_xq(m, t0 + t);
+        acc[t][0] = acc[t][1] = _mm256_setzero_ps();
+    }
+    const int blocks = q3n__x8_blocks(m->n_cols);
+    for (int b = 0; b < blocks; b++, w += block_bytes) {
+        for (size_t i = 0; i < block_bytes && t0 == 0; i += 64)
+            _mm_prefetch((const char *)w + Q3N__AHEAD_AVX2 + i, _MM_HINT_T0);
+        for (int g = 0; g < 2; g++) {
+            __m256i u[16];
+            const uint8_t *codes = w + 64 + (size_t)g * group_bytes;
+            Q3N__UNROLL
+            for (int s = 0; s < 8; s++) {
+                u[2 * s]     = q3n__unpack_avx2(type, codes, s);
+                u[2 * s + 1] = q3n__unpack_avx2(type, codes + 32, s);
+            }
+            Q3N__UNROLL
+            for (int h = 0; h < 2; h++) {
+                const __m256 scales = _mm256_cvtph_ps(
+                    _mm_loadu_si128((const __m128i *)(const void *)(w + 32 * g + 16 * h)));
+                for (int t = 0; t < T; t++) {
+                    const __m256 sum =
+                        _mm256_cvtepi32_ps(q3n__group_avx2(type, u + h, x[t] + b, g));
+                    const __m256 scale = _mm256_mul_ps(scales, _mm256_set1_ps(x[t][b].scale[g]));
+                    acc[t][h] = _mm256_fmadd_ps(sum, scale, acc[t][h]);
+                }
+            }
+        }
+    }
+    for (int t = 0; t < T; t++) q3n__put_rows_avx2(m, r, t0 + t, acc[t]);
+}
+
+Q3N__INLINE void q3n__matmul_quantised_avx2(q3n_type type, const q3n__matmul *m)
+{
+    for (int r = m->row0; r < m->row1; r += Q3N__TILE_ROWS)
+        for (int t = 0; t < m->n; ) {
+            const int left = m->n - t;
+            if (left >= 8)      { q3n__quant_tile_avx2(type, 8, m, r, t); t += 8; }
+            else if (left >= 4) { q3n__quant_tile_avx2(type, 4, m, r, t); t += 4; }
+            else                { q3n__quant_tile_avx2(type, 1, m, r, t); t += 1; }
+        }
+}
+
+#define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
+    static void q3n__matmul_##id##_avx2(const q3n__matmul *m)                           \
+    {                                                                                   \
+        q3n__matmul_quantised_avx2(Q3N_TYPE_##ID, m);                                   \
+    }
+Q3N_QUANT_TYPE_LIST(Q3N__X)
+#undef Q3N__X
+
+/* As q3n__quantize_x_group_scalar.  |x| are compared as integers: NaN is the largest. */
+Q3N__INLINE void q3n__quantize_x_group_avx2(q3n__x8 *y, int g, const float *x, int n)
+{
+    const __m256i no_sign = _mm256_set1_epi32(0x7fffffff);
+    __m256 v[4];
+    __m256i most = _mm256_setzero_si256(), sum = most, q[4];
+    Q3N__UNROLL
+    for (int i = 0; i < 4; i++) {
+        v[i] = q3n__loadf_avx2(x + 8 * i, n < 8 * i ? 0 : n - 8 * i);
+        most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(v[i]), no_sign));
+    }
+    __m128i top = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0x4e));
+    top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0xb1));
+    const float m = q3n__bits_f32((uint32_t)_mm_cvtsi128_si32(top));
+    const int usable = m >= Q3N__X8_LEAST && m <= FLT_MAX;
+    const __m256 inverse = _mm256_set1_ps(usable ? 127.0f / m : 0.0f);
+    Q3N__UNROLL
+    for (int i = 0; i < 4; i++) {
+        q[i] = usable ? _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse)) : _mm256_setzero_si256();
+        sum = _mm256_add_epi32(sum, q[i]);
+    }
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]),
+                                             _mm256_packs_epi32(q[2], q[3]));
+    _mm256_storeu_si256((__m256i *)(void *)(y->q + Q3N__GROUP * g),
+                        _mm256_permutevar8x32_epi32(bytes, order));
+    __m128i all = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    all = _mm_add_epi32(all, _mm_shuffle_epi32(all, 0x4e));
+    all = _mm_add_epi32(all, _mm_shuffle_epi32(all, 0xb1));
+    y->scale[g] = usable ? m / 127.0f : m < Q3N__X8_LEAST ? 0.0f : NAN;
+    y->minus_sum[g] = -_mm_cvtsi128_si32(all);
+}
+
+static void q3n__quantize_x_avx2(q3n__x8 *y, const float *x, int n)
+{
+    for (int i = 0; i < n; i += 2 * Q3N__GROUP, y++) {
+        q3n__quantize_x_group_avx2(y, 0, x + i, n - i);
+        if (n - i > Q3N__GROUP) q3n__quantize_x_group_avx2(y, 1, x + i + 32, n - i - 32);
+        else                    q3n__quantize_x_group_scalar(y, 1, x, 0);
+    }
+}
+
 static void q3n__bind_avx2(q3n__kernels *k)
 {
 #define Q3N__X(ID, id)                                                                  \
@@ -8972,6 +9197,12 @@ static void q3n__bind_avx2(q3n__kernels *k)
     k->attend[Q3N_TYPE_##ID] = q3n__attend_##id##_avx2;
     Q3N__FLOAT_TYPE_LIST(Q3N__X)
 #undef Q3N__X
+#define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
+    k->matmul[Q3N_TYPE_##ID] = q3n__matmul_##id##_avx2;
+    Q3N_QUANT_TYPE_LIST(Q3N__X)
+#undef Q3N__X
+    k->quantize_x  = q3n__quantize_x_avx2;
+    k->attend[Q3N_TYPE_Q8] = q3n__attend_q8_avx2;
     k->delta       = q3n__delta_avx2;
     k->conv        = q3n__conv_avx2;
     k->dot         = q3n__dot_avx2;
