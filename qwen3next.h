@@ -128,7 +128,7 @@
  * -ffast-math, or this does not hold.
  *
  * LIMITS.  256 layers, heads of 1024, 2^24 tokens of vocabulary, little-endian machines.  MTP
- * modules are kept in files and not used yet.  Types f32, f16, bf16.
+ * modules are kept in files and not used yet.
  *
  * REFERENCES
  *     [HF]   Hugging Face transformers 5.17, models/qwen3_next, qwen3_moe, qwen3_5: the numerics

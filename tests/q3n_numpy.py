@@ -5,9 +5,47 @@ An independent reading of the FILE FORMAT comment and of the equations, for chec
 import numpy as np
 
 
+Q4_LEVEL = np.array([-70, -54, -42, -33, -25, -18, -11, -5, 1, 7, 13, 19, 26, 34, 44, 57])
+Q3_LEVEL = np.array([-73, -46, -27, -11, 2, 16, 32, 54])
+
+
+def levels(name, lines):
+    """Levels [.., 16, 32] of groups whose codes are lines [.., n, 16, 4] of 64 bytes; s is the
+    second last axis of what is put together, row and j the others."""
+    def bits(line, low, n):
+        return lines[..., line, :, :] >> low & (1 << n) - 1
+    steps = []
+    for s in range(8):
+        if name == "q8":
+            steps.append(bits(s, 0, 8) - 128)
+        elif name == "q6":
+            steps.append(bits(s % 4, 4 * (s // 4), 4)
+                         + 16 * bits(4 + s // 4, 2 * (s % 4), 2) - 32)
+        elif name == "q4":
+            steps.append(Q4_LEVEL[bits(s % 4, 4 * (s // 4), 4)])
+        else:
+            steps.append(Q3_LEVEL[bits(s // 4, 2 * (s % 4), 2) + 4 * bits(2, s, 1)])
+    x = np.stack(steps, -2)                               # [.., 16, 8, 4]
+    return x.reshape(x.shape[:-2] + (32,))
+
+
+def dequantise(t, data):
+    """A quantised matrix, or several, in f64."""
+    rows, cols = t.dims[-2], t.dims[-1]
+    n_tiles, n_blocks = -(-rows // 16), -(-cols // 64)
+    raw = np.frombuffer(data, np.uint8).reshape(-1, n_tiles, n_blocks, 16 * t.type.block_bytes)
+    scale = np.ascontiguousarray(raw[..., :64]).view("<f2").reshape(raw.shape[:3] + (2, 16, 1))
+    lines = raw[..., 64:].reshape(raw.shape[:3] + (2, -1, 16, 4)).astype(np.int64)
+    x = scale.astype(np.float64) * levels(t.type.name, lines)    # [e, tile, block, 2, 16, 32]
+    x = x.transpose(0, 1, 4, 2, 3, 5).reshape(-1, n_tiles * 16, n_blocks * 64)
+    return x[:, :rows, :cols].reshape(t.dims)
+
+
 def array(f, name):
     """A tensor of a q3n_file.File in f64."""
     t, data = f.tensors[name], f.data(name)
+    if t.type.name.startswith("q"):
+        return dequantise(t, data)
     if t.type.name == "bf16":
         x = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
     else:

@@ -581,6 +581,55 @@ class FileTest(CliTest):
         self.assertTrue(all(x is not None and abs(x) < 100 for x in logits))
         self.assertEqual(os.listdir(self.folder), ["made.q3n"])
 
+    def test_init_types(self):
+        """Every type; matrices that may not have it have the next finer one."""
+        sizes = []
+        for type_ in ("f32", "bf16", "q8", "q6", "q4", "q3"):
+            path = self.make("--type", type_)
+            self.run_cli("verify", path)
+            info = self.json_lines("info", path, "--json")[0]
+            self.assertEqual("bf16" in info["types"], type_ != "f32")
+            sizes.append(info["file_bytes"])
+        self.assertEqual(sizes, sorted(set(sizes), reverse=True))
+        self.run_cli("init", path, "--preset", "tiny", "--type", "q5", status=2)
+        self.assertIn("is none of f32, f16, bf16, q8, q6, q4, q3", self.error)
+
+    def test_quantize(self):
+        out = os.path.join(self.folder, "q.q3n")
+        want = {"q8": {"f32", "q8"}, "q6": {"f32", "q6"}, "q4": {"f32", "q4", "q6"},
+                "q4m": {"f32", "q4", "q6"}, "q4l": {"f32", "q4", "q8"}, "q3": {"f32", "q3", "q6"},
+                "bf16": {"f32", "bf16"}, "f16": {"f32", "f16"}, "f32": {"f32"}}
+        files = {}
+        for recipe, types in want.items():
+            text = self.run_cli("quantize", model("qwen3_next"), out, "--type", recipe).decode()
+            self.assertIn("bits per weight", text)
+            self.assertEqual({line.split()[0] for line in text.splitlines()[1:]}, types)
+            self.run_cli("verify", out)
+            self.assertEqual(set(self.json_lines("info", out, "--json")[0]["types"]), types)
+            with open(out, "rb") as f:
+                files[recipe] = f.read()
+        with open(model("qwen3_next"), "rb") as f:
+            self.assertEqual(files["f32"], f.read())
+        self.run_cli("quantize", model("qwen3_next"), out, "--threads", "3")
+        with open(out, "rb") as f:
+            self.assertEqual(f.read(), files["q4"])
+        self.assertEqual(os.listdir(self.folder), ["q.q3n"])
+
+    def test_quantize_errors(self):
+        q4, out = os.path.join(self.folder, "q4.q3n"), os.path.join(self.folder, "out.q3n")
+        self.run_cli("quantize", model("qwen3_dense"), q4)
+        self.run_cli("quantize", q4, out, "--type", "q6", status=1)
+        self.assertIn("quantised already", self.error)
+        self.assertIn("--allow-requantize", self.error)
+        self.assertFalse(os.path.exists(out))
+        self.run_cli("quantize", q4, out, "--type", "q6", "--allow-requantize")
+        self.run_cli("quantize", q4, out, "--type", "q5", status=2)
+        self.assertIn("'q5' is none of q8, q6, q4", self.error)
+        self.run_cli("quantize", q4, status=2)
+        self.run_cli("quantize", os.path.join(self.folder, "none.q3n"), out, status=1)
+        self.run_cli("quantize", q4, os.path.join(self.folder, "no", "x.q3n"), status=1)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["out.q3n", "q4.q3n"])
+
     def test_presets(self):
         text = self.run_cli("init", "--list").decode()
         for name in ("tiny", "small", "80b", "80b_a3b", "qwen3-next-80b-a3b", "g1", "g2", "g3"):

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import struct
@@ -35,6 +36,7 @@ import matrix
 import model_plan
 import q3n_file
 import q3n_numpy
+import quantize
 import safetensors_file
 import synthetic
 import tokenizer_file
@@ -201,6 +203,87 @@ class Goldens(Case):
         ids = np.array(prompt + output[:24])
         got = model.logits(ids)[len(prompt) - 1:-1].argmax(1)
         self.assertEqual(list(got), output[:24])
+
+
+# ---- Quantised types ----
+
+class Quantised(Case):
+    ERRORS = {"q8": 0.0075, "q6": 0.025, "q4": 0.09, "q3": 0.18}
+
+    @staticmethod
+    def quantize(source, out, *args):
+        """The command line does it."""
+        command = shlex.split(os.environ.get("Q3N", os.path.join(HERE, os.pardir, "build", "q3n")))
+        subprocess.run(command + ["quantize", source, out] + list(args), check=True,
+                       stdout=subprocess.DEVNULL)
+        return q3n_file.File(out)
+
+    def data(self, f, routers=True):
+        self.addCleanup(f.file.close)
+        return {name: f.data(name) for name in f.tensors
+                if routers or not name.endswith(quantize.ROUTERS)}
+
+    def test_as_the_library(self):
+        """One step from the checkpoint: the bytes of q3n quantize; from f32 too, but for routers,
+        which keep the type they come in."""
+        for name in ("qwen3_next_mtp", "qwen3_5_moe", "qwen3_dense", "qwen3_next_fp8"):
+            sources = {}
+            for kind in ("bf16", "f32"):
+                sources[kind] = self.path(kind)
+                self.assertEqual(self.run_main(golden(name), sources[kind], "--type", kind)[0], 0)
+            for recipe in ("q8", "q6", "q4", "q4m", "q4l", "q3"):
+                with self.subTest(name, recipe=recipe):
+                    f = self.convert(golden(name), "--type", recipe)
+                    wide = self.quantize(sources["f32"], self.path("q"), "--type", recipe)
+                    self.assertEqual(self.data(f, False), self.data(wide, False))
+                    self.assertEqual(wide.verify(), [])
+                    self.assertEqual(wide.config, f.config)
+                    if name != "qwen3_next_fp8":          # which bf16 would round
+                        self.quantize(sources["bf16"], self.path("q"), "--type",
+                                      recipe).file.close()
+                        with open(f.path, "rb") as a, open(self.path("q"), "rb") as b:
+                            self.assertEqual(a.read(), b.read())
+
+    def test_weights(self):
+        """Read back by other code: close to the originals, tensor by tensor."""
+        exact = self.convert(golden("qwen3_5_moe"), "--type", "f32")
+        want = {name: q3n_numpy.array(exact, name) for name in exact.tensors}
+        for recipe, bound in self.ERRORS.items():
+            f, seen = self.convert(golden("qwen3_5_moe"), "--type", recipe), set()
+            for name, t in f.tensors.items():
+                seen.add(t.type.name)
+                got, x = q3n_numpy.array(f, name), want[name]
+                error = np.sqrt(((got - x) ** 2).sum() / (x ** 2).sum())
+                self.assertLess(error, self.ERRORS.get(t.type.name, 0.003), (recipe, name, bound))
+            self.assertIn(recipe, seen)
+
+    def test_logits(self):
+        ids = np.array(load_json(golden("qwen3_next"), "golden.json")["cases"][1]["input_ids"])
+        exact = q3n_numpy.Model(self.convert(golden("qwen3_next"), "--type", "f32")).logits(ids)
+        for recipe, bound in (("q8", 0.03), ("q6", 0.13), ("q4", 0.3)):
+            got = q3n_numpy.Model(self.convert(golden("qwen3_next"), "--type", recipe)).logits(ids)
+            self.assertLess(np.sqrt(((got - exact) ** 2).sum() / (exact ** 2).sum()), bound, recipe)
+
+    def test_errors(self):
+        saved = os.environ.get("QWEN3NEXT_LIB")
+        try:
+            for value in (self.path("none.so"), os.path.join(GOLDEN, "qwen3_next", "config.json")):
+                os.environ["QWEN3NEXT_LIB"] = value
+                status, _, err = self.run_main(golden("qwen3_next"), self.path("x"), "--type", "q4")
+                self.assertEqual(status, 1)
+                self.assertIn("run `make`", err)
+                self.assertEqual(os.listdir(self.dir), [])
+        finally:
+            os.environ.pop("QWEN3NEXT_LIB")
+            if saved is not None:
+                os.environ["QWEN3NEXT_LIB"] = saved
+        x = np.ones((40, 33), "<f4")
+        x[35, 32] = np.nan
+        with self.assertRaises(ValueError) as e:
+            q4 = q3n_file.Definitions().types["q4"]
+            quantize.Encoder().encode(q4, x.tobytes(), 40, 33)
+        row, text = e.exception.args
+        self.assertIn("row %d, column 32: nan" % (35 - row), text)
 
 
 # ---- The file ----
@@ -854,7 +937,7 @@ class Refused(Case):
         self.fails("found also in", folder, self.path("out.q3n"))
 
     def test_usage(self):
-        for args in ((), ("a",), ("a", "b", "--type", "q8"), ("a", "b", "--set", "x"),
+        for args in ((), ("a",), ("a", "b", "--type", "q5"), ("a", "b", "--set", "x"),
                      ("a", "b", "--tokenizer", "t", "--no-tokenizer"),
                      ("a", "b", "--pooling", "x")):
             status, _, err = self.run_main(*args)

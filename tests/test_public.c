@@ -952,7 +952,7 @@ static void test_init_file(void **state)
     log = (progress_log){ 0, 0, 0, 0 };
     assert_error(q3n_init_file("no/such/folder/x.q3n", &c, &o, &err), Q3N_ERR_IO, &err);
     o.type = Q3N_TYPE_COUNT;
-    assert_error(q3n_init_file(path, &c, &o, &err), Q3N_ERR_UNSUPPORTED, &err);
+    assert_error(q3n_init_file(path, &c, &o, &err), Q3N_ERR_ARG, &err);
     o.type = Q3N_TYPE_F32;
     c.num_key_value_heads = 3;
     assert_error(q3n_init_file(path, &c, &o, &err), Q3N_ERR_ARG, &err);

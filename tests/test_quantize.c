@@ -410,7 +410,7 @@ static void test_bytes_of_copies(void **state)
     free(first);
     assert_int_equal(q3n_model_open(&m, path, NULL, &err), Q3N_OK);
     for (int i = 0; i < q3n_model_n_tensors(m); i++) {
-        q3n_tensor a, b;
+        q3n_tensor a = { .n_dims = 0 }, b = a;
         assert_int_equal(q3n_model_tensor(m, i, &b), Q3N_OK);
         assert_int_equal(q3n_model_find_tensor(in, b.name, &a), Q3N_OK);
         const int64_t slices = b.n_dims == 3 ? b.dim[0] : 1;
@@ -481,7 +481,7 @@ static void test_importance_of_tensors(void **state)
     assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_OK);
     assert_int_equal(q3n_model_open(&m, path, NULL, &err), Q3N_OK);
     for (int i = 0; i < q3n_model_n_tensors(m); i++) {
-        q3n_tensor a, b;
+        q3n_tensor a = { .n_dims = 0 }, b = a;
         assert_int_equal(q3n_model_tensor(plain, i, &a), Q3N_OK);
         assert_int_equal(q3n_model_tensor(m, i, &b), Q3N_OK);
         const int differs = memcmp(a.data, b.data, (size_t)a.bytes / (a.n_dims == 3 ? 3 : 1)) != 0;

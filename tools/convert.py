@@ -3,7 +3,7 @@
 
 CHECKPOINT is a folder with config.json and *.safetensors, one .safetensors file or index, or a
 Keras file (.keras, .weights.h5).  Python 3.8 and the standard library are enough for safetensors;
-FP8 and LoRA need numpy, Keras files need h5py.
+FP8 and LoRA need numpy, Keras files need h5py, quantised types the library that `make` builds.
 """
 import argparse
 import json
@@ -17,6 +17,7 @@ import zlib
 import hf_checkpoint
 import matrix
 import q3n_file
+import quantize
 import safetensors_file
 import tokenizer_file
 from q3n_file import ConvertError
@@ -27,12 +28,14 @@ VERSION = "convert.py 1"
 
 # ---- Arguments ----
 
-def parse_arguments(argv, types):
+def parse_arguments(argv, recipes):
     p = argparse.ArgumentParser(prog="convert.py", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", metavar="CHECKPOINT")
     p.add_argument("out", metavar="OUT.q3n")
-    p.add_argument("--type", choices=types, help="of matrices (default: as in the checkpoint)")
+    p.add_argument("--type", choices=recipes,
+                   help="of matrices (default: as in the checkpoint); a recipe names the type of "
+                   "the experts")
     p.add_argument("--lora", metavar="DIR", help="merge this PEFT adapter")
     p.add_argument("--name", help="of the model (default: the checkpoint's)")
     p.add_argument("--tokenizer", metavar="DIR", help="take the tokenizer from this folder")
@@ -141,7 +144,9 @@ def choose_types(plan, wanted, definitions):
         tensors = []
         for out in group:
             keep = matrix.common([m.keep for m in out.slices])
-            name = "f32" if out.vec else wanted or keep
+            name = "f32" if out.vec else keep
+            if wanted and not out.vec:
+                name = quantize.type_of(out.name, definitions.recipes[wanted], keep)
             rounded = rounded or (not wanted and not out.vec and name != "f32"
                                   and any(m.type == "f32" for m in out.slices))
             tensors.append(q3n_file.Tensor(out.name, definitions.types[name], out.dims))
@@ -232,12 +237,23 @@ class Progress:
 
 # ---- Writing ----
 
-def write_slice(f, tensor, m, at, progress):
-    """One slice at offset at; returns where it ended.  The tensor's checksum goes on."""
+def convert_rows(m, start, count, type_, encoder):
+    data = m.read(start, count)
+    if type_.block_len == 1:
+        return matrix.convert(data, m.type, type_.name)
+    try:
+        return encoder.encode(type_, matrix.convert(data, m.type, "f32"), count, m.cols)
+    except ValueError as e:
+        raise ConvertError("%s: in the rows from %d on: %s" % (m.source, start + e.args[0],
+                                                               e.args[1]))
+
+
+def write_slice(f, tensor, m, at, progress, encoder):
+    """One slice at offset at.  The tensor's checksum goes on."""
     f.write(bytes(at - f.tell()))        # at most a gap between tensors
-    for start, count in m.blocks(BLOCK_BYTES):
+    for start, count in m.blocks(BLOCK_BYTES, quantize.TILE_ROWS if encoder else 1):
         try:
-            data = matrix.convert(m.read(start, count), m.type, tensor.type.name)
+            data = convert_rows(m, start, count, tensor.type, encoder)
         except OverflowError as e:
             raise ConvertError("%s: found the value %g, expected at most 65504 for f16: use --type "
                                "bf16 or f32" % (m.source, e.args[0]))
@@ -248,12 +264,14 @@ def write_slice(f, tensor, m, at, progress):
 
 def write_file(path, plan, groups, meta, file_bytes, progress):
     """Everything: room for the metadata, data in the order of their offsets, then meta()."""
+    quantised = any(t.type.block_len > 1 for group in groups for t in group)
+    encoder = quantize.Encoder() if quantised else None
     with open(path, "wb") as f:
         f.write(bytes(len(meta())))
         for outs, tensors in zip(plan.groups, groups):
             for e in range(tensors[0].n_slices):
                 for out, t in zip(outs, tensors):
-                    write_slice(f, t, out.slices[e], t.slice_offset(e), progress)
+                    write_slice(f, t, out.slices[e], t.slice_offset(e), progress, encoder)
         f.write(bytes(file_bytes - f.tell()))
         f.seek(0)
         f.write(meta())
@@ -322,8 +340,7 @@ def terminate(*_):
 def main(argv):
     try:
         definitions = q3n_file.Definitions()
-        types = [t.name for t in definitions.types.values() if t.block_len == 1]
-        args = parse_arguments(argv, [t for t in ("bf16", "f16", "f32") if t in types])
+        args = parse_arguments(argv, list(definitions.recipes))
         signal.signal(signal.SIGTERM, terminate)
         convert(args, definitions)
     except ConvertError as e:

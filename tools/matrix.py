@@ -125,9 +125,10 @@ class Matrix:
     def read(self, start, count):
         raise NotImplementedError
 
-    def blocks(self, limit):
-        """Ranges (start, count) of rows that take at most limit bytes as f32 (one row at least)."""
-        step = max(1, limit // (4 * self.cols))
+    def blocks(self, limit, multiple=1):
+        """Ranges (start, count) of rows that take at most limit bytes as f32, but a multiple of so
+        many rows at least."""
+        step = max(1, limit // (4 * self.cols * multiple)) * multiple
         for start in range(0, self.rows, step):
             yield start, min(step, self.rows - start)
 

@@ -38,6 +38,7 @@ class ConvertError(Exception):
 
 
 Type = collections.namedtuple("Type", "name number block_len block_bytes")
+Recipe = collections.namedtuple("Recipe", "name experts other sensitive ends")
 Field = collections.namedtuple("Field", "name kind least most")
 
 
@@ -55,6 +56,9 @@ class Definitions:
         for macro in ("Q3N_FLOAT_TYPE_LIST", "Q3N_QUANT_TYPE_LIST"):
             for _, name, number, length, size in self._rows(text, macro, 5, path):
                 self.types[name] = Type(name, int(number), int(length), int(size))
+        self.recipes = collections.OrderedDict(
+            (row[0], Recipe(row[0], *(name.lower() for name in row[1:])))
+            for row in self._rows(text, "Q3N_RECIPE_LIST", 5, path))
         constants = {n: int(v) for n, v in re.findall(r"#define (Q3N_MAX_\w+) +(\d+)", text)}
         for kind, name, least, most in self._rows(text, "Q3N_CONFIG_LIST", 4, path):
             self.fields[name] = Field(name, kind, *(_number(t, constants) for t in (least, most)))
@@ -123,6 +127,12 @@ def align(n, to):
 
 # ---- Layout ----
 
+def matrix_bytes(type_, rows, cols):
+    """Quantised types have tiles of 16 rows."""
+    blocks = -(-cols // type_.block_len)
+    return (align(rows, 16) if type_.block_len > 1 else rows) * blocks * type_.block_bytes
+
+
 class Tensor:
     """One record of the tensor table."""
 
@@ -130,12 +140,7 @@ class Tensor:
 
     def __init__(self, name, type_, dims):
         self.name, self.type, self.dims = name, type_, tuple(dims)
-        rows = dims[-2] if len(dims) > 1 else 1
-        blocks, rest = divmod(dims[-1], type_.block_len)
-        if rest:
-            raise ConvertError("%s: rows of %d do not divide into blocks of %d (%s)"
-                               % (name, dims[-1], type_.block_len, type_.name))
-        self.slice_bytes = rows * blocks * type_.block_bytes
+        self.slice_bytes = matrix_bytes(type_, dims[-2] if len(dims) > 1 else 1, dims[-1])
         self.offset = self.stride = self.crc = 0
 
     @property
