@@ -123,9 +123,10 @@
  * outside.
  *
  * DETERMINISM.  Arithmetic is f32 from the stored type, in an order that depends on the
- * instruction set alone: for one ISA the same tokens give the same bits for any number of threads
- * and however the text is cut into calls.  Compile with -ffp-contract=off and without
- * -ffast-math, or this does not hold.
+ * instruction set alone; against quantised matrices the activations are bytes in groups of 32, and
+ * sums within a group are exact integers.  For one ISA the same tokens give the same bits for any
+ * number of threads and however the text is cut into calls.  Compile with -ffp-contract=off and
+ * without -ffast-math, or this does not hold.
  *
  * LIMITS.  256 layers, heads of 1024, 2^24 tokens of vocabulary, little-endian machines.  MTP
  * modules are kept in files and not used yet.
@@ -236,7 +237,8 @@
  *   only experts may have; lm_head, the embedding if it is the head too, and all of mtp: a float
  *   type, q8 or q6.
  *
- *   TENSORS BY NAME.  `lN` is layers.N.  d hidden_size, V vocab_size, H heads, K kv heads, D head_dim, E experts, I width.
+ *   TENSORS BY NAME.  `lN` is layers.N.  d hidden_size, V vocab_size, H heads, K kv heads,
+ *   D head_dim, E experts, I width.
  *      embed_tokens.weight                      mat [V, d]
  *      norm.weight                              vec [d]
  *      lm_head.weight                           mat [V, d]      absent if tie_word_embeddings
@@ -1667,9 +1669,9 @@ static uint16_t q3n__f32_to_f16(float f)
 #define Q3N__Q8_ZERO 128         /* level = code - zero                                          */
 #define Q3N__Q6_ZERO 32
 
-/* Levels that leave the least squared error in trained and in normally distributed weights, found by
- * Lloyd's iteration over groups with their best scales.  They span 127, so that kernels may add a
- * zero point and have 7 bits: two products of such a byte and an activation fit 16 bits. */
+/* Levels that leave the least squared error in trained and in normally distributed weights, found
+ * by Lloyd's iteration over groups with their best scales.  They span 127, so that kernels may add
+ * a zero point and have 7 bits: two products of such a byte and an activation fit 16 bits. */
 #define Q3N__Q4_LEVEL_LIST(X)                                                           \
     X(-70) X(-54) X(-42) X(-33) X(-25) X(-18) X(-11) X(-5)                     \
     X(1) X(7) X(13) X(19) X(26) X(34) X(44) X(57)
@@ -5381,8 +5383,8 @@ static void q3n__delta_prepare_task(void *arg, int begin, int end)
     }
 }
 
-/* For many tokens the columns are copied together: 128 rows of 128 bytes, 512 bytes apart, fall into
- * a quarter of the first-level cache's sets and would drive each other out. */
+/* For many tokens the columns are copied together: 128 rows of 128 bytes, 512 bytes apart, fall
+ * into a quarter of the first-level cache's sets and would drive each other out. */
 static void q3n__delta_copied(const q3n__kernels *k, const q3n__delta *call)
 {
     float S[Q3N__DELTA_ROWS * Q3N__DELTA_TILE];
@@ -8117,7 +8119,8 @@ static void q3n__attend_softmax_scalar(const q3n__attend *a, int i)
 }
 
 /* s_j *= scale_j for query i, if the cache has scales (has_scales is a constant in every use). */
-static void q3n__attend_scale_scalar(const q3n__attend *a, int i, const float *scale, int has_scales)
+static void q3n__attend_scale_scalar(const q3n__attend *a, int i, const float *scale,
+                                     int has_scales)
 {
     float *s = a->scores + (size_t)i * Q3N__KV_BLOCK;
     for (int j = 0; has_scales && j < a->n_keys[i]; j++) s[j] *= scale[j];
@@ -8201,8 +8204,9 @@ static void q3n__store_kv_q8_scalar(const q3n__store_kv *s)
 
 /* ---- Quantised matrices ---- */
 
-/* 64 activations to a block: scale = max |x| / 127 of a group, q = x / scale to the nearest integer,
- * halves to even.  A group that is as good as zero, or not finite, has q 0; its scale says which. */
+/* 64 activations to a block: scale = max |x| / 127 of a group, q = x / scale to the nearest
+ * integer, halves to even.  A group that is as good as zero, or not finite, has q 0; its scale
+ * says which. */
 static void q3n__quantize_x_group_scalar(q3n__x8 *y, int g, const float *x, int n)
 {
     float m = 0.0f;
@@ -8232,7 +8236,8 @@ static void q3n__quantize_x_scalar(q3n__x8 *y, const float *x, int n)
 
 /* One group of one row: the integers are exact, so all that may differ elsewhere is rounding in
  *     sum over groups of (float)(sum of level q) (scale of the row) (scale of x) */
-static float q3n__group_dot_scalar(q3n_type t, const uint8_t *block, int g, int r, const q3n__x8 *x)
+static float q3n__group_dot_scalar(q3n_type t, const uint8_t *block, int g, int r,
+                                   const q3n__x8 *x)
 {
     const uint8_t *codes = block + 4 * Q3N__TILE_ROWS + (size_t)g * q3n__group_bytes(t);
     uint16_t scale;
@@ -9036,7 +9041,8 @@ Q3N__INLINE __m256i q3n__unpack_avx2(q3n_type type, const uint8_t *p, int s)
     if (type == Q3N_TYPE_Q4)
         return _mm256_shuffle_epi8(q3n__table_avx2(q3n__q4_bytes_avx2), low);
     const __m256i top = q3n__half_avx2(p + 256 + 64 * (s / 4));
-    const __m256i t = s % 4 == 0 ? _mm256_slli_epi16(top, 4) : s % 4 == 1 ? _mm256_slli_epi16(top, 2)
+    const __m256i t = s % 4 == 0 ? _mm256_slli_epi16(top, 4)
+                    : s % 4 == 1 ? _mm256_slli_epi16(top, 2)
                     : s % 4 == 2 ? top : _mm256_srli_epi16(top, 2);
     return _mm256_or_si256(low, _mm256_and_si256(t, _mm256_set1_epi8(0x30)));
 }
@@ -9325,8 +9331,11 @@ Q3N__INLINE void q3n__tile_step_avx512(q3n_type type, int R, int T,
     __m512 x[Q3N__TOKENS_AVX512];
     if (p->ahead) {
         Q3N__UNROLL
-        for (int r = 0; r < R; r++)
-            _mm_prefetch((const char *)p->w[r] + p->ahead + (size_t)(j * size), _MM_HINT_T1);
+        for (int r = 0; r < R; r++) {
+            const char *next = (const char *)p->w[r] + p->ahead + (size_t)(j * size);
+            _mm_prefetch(next, _MM_HINT_T1);
+            _mm_prefetch(next + 64, _MM_HINT_T1);
+        }
     }
     Q3N__UNROLL
     for (int t = 0; t < T; t++) x[t] = q3n__loadf_avx512(p->x[t] + j, n);
@@ -9348,9 +9357,9 @@ Q3N__INLINE void q3n__store_rows_avx512(const q3n__matmul *m, int r, int t, __m1
 }
 
 /* Rows behind the last are computed as copies of it and dropped: every output takes one path.  The
- * first tile of a row fetches the next R rows into L2, a line more than once: the hardware's
- * prefetch stops at each row's end (bf16 from memory, rows of 512: 24 instead of 11 GB/s, Zen 4;
- * into L1, or each line once, it gains less). */
+ * first tile of a row fetches the next R rows into L2, a line four times: the hardware's prefetch
+ * stops at each row's end (bf16 from memory, rows of 2048: 26 GB/s where a plain loop reads 24 and
+ * asking for each line twice gives 21, on a core of Zen 4; into L1 it gains less). */
 Q3N__INLINE void q3n__tile_avx512(q3n_type type, int R, int T, const q3n__matmul *m, int r0, int t0)
 {
     const size_t row_bytes = q3n__row_bytes(type, m->n_cols);
@@ -9762,9 +9771,9 @@ Q3N__TARGET_END
  *
  * Quantised matrices.  A vector of weights is 4 columns of 16 rows, so 16 lanes are 16 rows: four
  * activations are broadcast, multiplied and added to the lanes' 32-bit sums by one instruction
- * (vpdpbusd: unsigned x signed bytes), and 8 of them make a group.  Its exact integer is then scaled
- * and added in f32, group after group: that order is the same whatever else is computed beside, so
- * tiles may be cut at will.
+ * (vpdpbusd: unsigned x signed bytes), and 8 of them make a group.  Its exact integer is then
+ * scaled and added in f32, group after group: that order is the same whatever else is computed
+ * beside, so tiles may be cut at will.
  * ===================================================================================== */
 #if Q3N__X86 && !defined(Q3N_NO_AVX512)
 Q3N__TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")

@@ -311,8 +311,9 @@ static void check_session_bytes(const q3n_model *m, heap *h, const q3n_session_o
         const size_t positions = ((size_t)capacity + 255) / 256 * 256;
         const size_t v = (size_t)c->linear_num_value_heads * (size_t)c->linear_value_head_dim;
         if (!c->layer_types[l]) {
-            const size_t dim = (size_t)c->head_dim, head =
-                o->kv_type == Q3N_TYPE_Q8 ? dim + 4 : o->kv_type == Q3N_TYPE_F32 ? 4 * dim : 2 * dim;
+            const size_t dim = (size_t)c->head_dim;
+            const size_t head = o->kv_type == Q3N_TYPE_Q8 ? dim + 4
+                              : o->kv_type == Q3N_TYPE_F32 ? 4 * dim : 2 * dim;
             kv += 2 * positions * (size_t)c->num_key_value_heads * head;
             continue;
         }

@@ -595,7 +595,8 @@ static void test_attention_long(void **state)
 /* ---- KV cache types ---- */
 
 /* A key or value in f16 is off by at most 2^-12 of itself, in bf16 by 2^-9, in q8 by 2^-8 of the
- * largest of its head; the logits move by less than that, relative to the largest; the bounds leave room for other ids. */
+ * largest of its head; the logits move by less than that, relative to the largest; the bounds
+ * leave room for other ids. */
 static void test_kv_types(void **state)
 {
     static const struct { q3n_type type; double bound; } rows[] = {

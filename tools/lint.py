@@ -34,7 +34,7 @@ BUDGETS = {"api": 700, "platform": 350, "memory": 200, "errors": 120, "parallel"
            "config": 500, "loader": 650, "tokenizer": 650, "ops": 400, "model": 900, "session": 450,
            "sampler": 350, "speculate": 300, "quantise": 500, "public": 300, "kernels-scalar": 400,
            "kernels-avx2": 600, "kernels-avx512": 600, "kernels-neon": 550, "dispatch": 100}
-KERNELS_SIMD = ("kernels-avx2", "kernels-avx512", "kernels-neon")
+KERNELS_SIMD = ("kernels-avx2", "kernels-avx512", "kernels-avx512vnni", "kernels-neon")
 # Where a condition inside a function is the section's job.
 CONDITIONAL = ("platform", None) + KERNELS_SIMD
 
