@@ -8106,6 +8106,17 @@ static void q3n__put_f32(void *p, size_t i, float f)  { ((float *)p)[i] = f; }
 static void q3n__put_f16(void *p, size_t i, float f)  { ((uint16_t *)p)[i] = q3n__f32_to_f16(f); }
 static void q3n__put_bf16(void *p, size_t i, float f) { ((uint16_t *)p)[i] = q3n__f32_to_bf16(f); }
 
+/* The largest |x|; infinity if one of them is not finite. */
+static float q3n__largest_scalar(const float *x, int n)
+{
+    float m = 0.0f;
+    for (int i = 0; i < n; i++) {
+        if (!(fabsf(x[i]) <= FLT_MAX)) return INFINITY;
+        if (fabsf(x[i]) > m) m = fabsf(x[i]);
+    }
+    return m;
+}
+
 /* ---- Matrix product, row to float, attention: one instance per float type ---- */
 
 static void q3n__attend_softmax_scalar(const q3n__attend *a, int i)
@@ -8186,8 +8197,7 @@ Q3N__DEFINE_ATTEND_SCALAR(q8, 1)
  * of NaN. */
 static float q3n__bytes_scalar(int8_t *q, size_t stride, const float *x, int n)
 {
-    float m = 0.0f;
-    for (int i = 0; i < n; i++) if (!(fabsf(x[i]) <= m)) m = fabsf(x[i]);
+    const float m = q3n__largest_scalar(x, n);
     const int usable = m >= Q3N__X8_LEAST && m <= FLT_MAX;
     const float inverse = usable ? 127.0f / m : 0.0f;
     for (int i = 0; i < n; i++)
@@ -8209,12 +8219,11 @@ static void q3n__store_kv_q8_scalar(const q3n__store_kv *s)
  * says which. */
 static void q3n__quantize_x_group_scalar(q3n__x8 *y, int g, const float *x, int n)
 {
-    float m = 0.0f;
-    int sum = 0;
-    memset(y->q + g * Q3N__GROUP, 0, Q3N__GROUP);
-    for (int i = 0; i < n; i++) if (!(fabsf(x[i]) <= m)) m = fabsf(x[i]);
+    const float m = q3n__largest_scalar(x, n);
     const int usable = m >= Q3N__X8_LEAST && m <= FLT_MAX;
     const float inverse = 127.0f / m;
+    int sum = 0;
+    memset(y->q + g * Q3N__GROUP, 0, Q3N__GROUP);
     for (int i = 0; i < n && usable; i++) {
         const int q = (int)lrintf(x[i] * inverse);
         y->q[g * Q3N__GROUP + i] = (int8_t)q;

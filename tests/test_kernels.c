@@ -154,7 +154,8 @@ static q3n__kernels kernels;
 
 static int lanes(void)
 {
-    return isa == Q3N_ISA_AVX512 ? 16 : isa == Q3N_ISA_AVX2 ? 8 : isa == Q3N_ISA_NEON ? 4 : 1;
+    return isa == Q3N_ISA_AVX512 || isa == Q3N_ISA_AVX512VNNI ? 16
+         : isa == Q3N_ISA_AVX2 ? 8 : isa == Q3N_ISA_NEON ? 4 : 1;
 }
 
 /* Roundings of a sum of n products whose accumulator is a vector: its steps and its last sum. */
@@ -293,6 +294,203 @@ static void matmul_cuts(void)
 }
 
 static void test_matmul_cuts(void **state) { (void)state; for_each_isa(matmul_cuts); }
+
+/* ---- Quantised matrices ---- */
+static const q3n_type quant_types[] = { Q3N_TYPE_Q8, Q3N_TYPE_Q6, Q3N_TYPE_Q4, Q3N_TYPE_Q3 };
+#define N_QUANT_TYPES 4
+
+typedef struct {
+    q3n_type    type;
+    int         rows;
+    q3n__matmul m;
+} quantised;
+
+/* Any codes, scales of both signs and many sizes; activations of n + 3 tokens, chosen by x_rows. */
+static quantised new_quantised(q3n_type type, int n, int rows, int cols)
+{
+    static int x_rows[64];
+    const size_t row_bytes = q3n__row_bytes(type, cols);
+    const size_t bytes = (size_t)q3n__stored_rows(type, rows) * row_bytes;
+    const size_t block = (size_t)q3n__types[type].block_bytes * Q3N__TILE_ROWS;
+    const int n_x8 = q3n__x8_blocks(cols);
+    uint8_t *w = (uint8_t *)take_in(bytes, 64);
+    for (size_t i = 0; i < bytes; i++) w[i] = (uint8_t)random_u32();
+    for (size_t b = 0; b < bytes; b += block)
+        for (int i = 0; i < 2 * Q3N__TILE_ROWS; i++) {
+            const uint16_t scale = q3n__f32_to_f16(random_of(TINY) * 0.1f);
+            memcpy(w + b + 2 * i, &scale, sizeof scale);
+        }
+    q3n__x8 *xq = (q3n__x8 *)take_in((size_t)((n + 3) * n_x8) * sizeof *xq, 4);
+    for (int t = 0; t < n + 3; t++) {
+        float *x = (float *)malloc((size_t)cols * sizeof *x);
+        fill(x, (size_t)cols, PLAIN);
+        kernels.quantize_x(xq + t * n_x8, x, cols);
+        free(x);
+    }
+    for (int t = 0; t < n; t++) x_rows[t] = random_int(n + 3);
+    quantised p = { .type = type, .rows = rows };
+    p.m.w = w;
+    p.m.xq = xq;
+    p.m.x_rows = random_int(2) ? x_rows : NULL;
+    p.m.bias = random_int(2) ? new_in((size_t)rows) : NULL;
+    if (p.m.bias) for (int i = 0; i < rows; i++) ((float *)(uintptr_t)p.m.bias)[i] = random_float();
+    p.m.y_stride = rows + random_int(3);
+    p.m.y = new_out((size_t)(n * p.m.y_stride));
+    p.m.n = n;
+    p.m.n_cols = cols;
+    p.m.row1 = rows;
+    return p;
+}
+
+/* y of token t, row r from its definition, in double; the bound of its roundings. */
+static double quantised_value(const quantised *p, int t, int r, double *bound)
+{
+    const q3n__matmul *m = &p->m;
+    const size_t block = (size_t)q3n__types[p->type].block_bytes * Q3N__TILE_ROWS;
+    const q3n__x8 *x = q3n__matmul_xq(m, t);
+    const uint8_t *tile = (const uint8_t *)m->w + (size_t)(r / Q3N__TILE_ROWS) * Q3N__TILE_ROWS
+                                                * q3n__row_bytes(p->type, m->n_cols);
+    double sum = 0.0, size = 0.0;
+    for (int g = 0; g < 2 * q3n__x8_blocks(m->n_cols); g++) {
+        const uint8_t *b = tile + (size_t)(g / 2) * block;
+        uint16_t scale;
+        int dot = 0;
+        memcpy(&scale, b + 32 * (g % 2) + 2 * (r % Q3N__TILE_ROWS), sizeof scale);
+        for (int c = 0; c < Q3N__GROUP; c++)
+            dot += x[g / 2].q[g % 2 * Q3N__GROUP + c]
+                 * q3n__code_level(p->type,
+                                   q3n__code_get(p->type, b + 64 + (size_t)(g % 2)
+                                                          * q3n__group_bytes(p->type),
+                                                 r % Q3N__TILE_ROWS, c));
+        const double term = dot * ((double)q3n__f16_to_f32(scale) * (double)x[g / 2].scale[g % 2]);
+        sum += term;
+        size += fabs(term);
+    }
+    if (m->bias) { sum += (double)m->bias[r]; size += fabs((double)m->bias[r]); }
+    *bound = (2 * q3n__x8_blocks(m->n_cols) + 4) * U * size + 1e-40;
+    return sum;
+}
+
+static void quantised_values(void)
+{
+    static const int rows[] = { 1, 15, 16, 17, 33, 48 }, cols[] = { 1, 31, 32, 33, 64, 100, 520 };
+    for (int type = 0; type < N_QUANT_TYPES; type++)
+        for (int i = 0; i < 6; i++)
+            for (int k = 0; k < 7; k++)
+                for (int n = 1; n <= 19; n += n < 10 ? 1 : 3) {
+                    const quantised p = new_quantised(quant_types[type], n, rows[i], cols[k]);
+                    kernels.matmul[p.type](&p.m);
+                    for (int t = 0; t < n; t++)
+                        for (int r = 0; r < rows[i]; r++) {
+                            double bound;
+                            const double want = quantised_value(&p, t, r, &bound);
+                            check((double)p.m.y[t * p.m.y_stride + r], want, bound, "quantised");
+                        }
+                    release();
+                }
+}
+
+static void test_quantised(void **state) { (void)state; for_each_isa(quantised_values); }
+
+/* Any rectangle gives the bits of the whole; the x86 kernels with multiply-add give one result. */
+static void quantised_cuts(void)
+{
+    for (int type = 0; type < N_QUANT_TYPES; type++)
+        for (int k = 0; k < 40; k++) {
+            const int n = 1 + random_int(30), rows = 1 + random_int(70);
+            const quantised p = new_quantised(quant_types[type], n, rows, 1 + random_int(300));
+            kernels.matmul[p.type](&p.m);
+            for (int cut = 0; cut < 20; cut++) {
+                q3n__matmul part = p.m;
+                const int t = random_int(n), keep = n_blocks;
+                part.row0 = random_int((rows + 15) / 16) * 16;
+                part.row1 = part.row0 + 1 + random_int(rows - part.row0);
+                part.n = 1 + random_int(n - t);
+                if (part.x_rows) part.x_rows += t;
+                else             part.xq += t * q3n__x8_blocks(part.n_cols);
+                part.y = new_out((size_t)(part.n * part.y_stride));
+                kernels.matmul[p.type](&part);
+                for (int u = 0; u < part.n; u++)
+                    check_same(part.y + u * part.y_stride + part.row0,
+                               p.m.y + (t + u) * p.m.y_stride + part.row0,
+                               (size_t)(part.row1 - part.row0) * 4, "quantised, cut");
+                release_to(keep);
+            }
+            if (isa == Q3N_ISA_AVX512VNNI) {
+                q3n__kernels narrow;
+                q3n__matmul same = p.m;
+                q3n__kernels_init(&narrow, Q3N_ISA_AVX2);
+                same.y = new_out((size_t)(n * p.m.y_stride));
+                narrow.matmul[p.type](&same);
+                for (int t = 0; t < n; t++)
+                    check_same(same.y + t * p.m.y_stride, p.m.y + t * p.m.y_stride,
+                               (size_t)rows * 4, "AVX2 and VNNI");
+            }
+            release();
+        }
+}
+
+static void test_quantised_cuts(void **state) { (void)state; for_each_isa(quantised_cuts); }
+
+/* Activations are quantised to the same bytes everywhere. */
+static void quantize_x_values(void)
+{
+    static const float odd[] = { NAN, -NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, 1e-30f, 9e-31f,
+                                 FLT_MIN, 1e-45f, -1e-45f, 0.0f, -0.0f };
+    for (int k = 0; k < 3000; k++) {
+        const int n = 1 + random_int(200), n_x8 = q3n__x8_blocks(n);
+        float *x = new_in((size_t)n);
+        q3n__x8 got[4], want[4];
+        memset(got, 0x5A, sizeof got);
+        memset(want, 0x5A, sizeof want);
+        fill(x, (size_t)n, k % N_KINDS);
+        if (k % 5 == 0) x[random_int(n)] = odd[random_int(13)];
+        if (k % 7 == 0)                       /* halves, which round to even */
+            for (int i = 0; i < n; i++)
+                x[i] = i % 32 == 0 ? 127.0f : (float)random_int(250) - 124.5f;
+        kernels.quantize_x(got, x, n);
+        q3n__quantize_x_scalar(want, x, n);
+        for (int b = 0; b < n_x8; b++) {
+            check_same(got[b].q, want[b].q, sizeof got[b].q, "quantize_x: q");
+            check_same(got[b].minus_sum, want[b].minus_sum, sizeof got[b].minus_sum, "sum");
+            for (int g = 0; g < 2; g++)
+                if (!(isnan(got[b].scale[g]) && isnan(want[b].scale[g])))
+                    check_same(&got[b].scale[g], &want[b].scale[g], 4, "quantize_x: scale");
+        }
+        check_same(got + n_x8, want + n_x8, (size_t)(4 - n_x8) * sizeof *got, "behind");
+        release();
+    }
+}
+
+static void test_quantize_x(void **state) { (void)state; for_each_isa(quantize_x_values); }
+
+/* A row as floats is what the product with unit vectors gives. */
+static void test_dequantize_row(void **state)
+{
+    (void)state;
+    enum { ROWS = 20, COLS = 70 };
+    q3n__kernels_init(&kernels, Q3N_ISA_SCALAR);
+    for (int type = 0; type < N_QUANT_TYPES; type++) {
+        quantised p = new_quantised(quant_types[type], 1, ROWS, COLS);
+        float row[COLS];
+        q3n__x8 unit[2];
+        p.m.bias = NULL;
+        p.m.x_rows = NULL;
+        p.m.xq = unit;
+        for (int c = 0; c < COLS; c++) {
+            memset(unit, 0, sizeof unit);
+            unit[c / 64].q[c % 64] = 1;
+            unit[c / 64].minus_sum[c % 64 / 32] = -1;
+            unit[c / 64].scale[c % 64 / 32] = 1.0f;
+            kernels.matmul[p.type](&p.m);
+            for (int r = 0; r < ROWS; r++) {
+                q3n__dequantize_row(p.type, row, p.m.w, r, COLS);
+                check((double)row[c], (double)p.m.y[r], 0.0, "row of a quantised matrix");
+            }
+        }
+        release();
+    }
+}
 
 /* ---- attend ---- */
 typedef struct {
@@ -970,6 +1168,10 @@ int main(void)
         cmocka_unit_test(test_gates),
         cmocka_unit_test(test_matmul),
         cmocka_unit_test(test_matmul_cuts),
+        cmocka_unit_test(test_quantised),
+        cmocka_unit_test(test_quantised_cuts),
+        cmocka_unit_test(test_quantize_x),
+        cmocka_unit_test(test_dequantize_row),
         cmocka_unit_test(test_attend),
         cmocka_unit_test(test_delta),
         cmocka_unit_test(test_delta_cuts),

@@ -637,6 +637,53 @@ static void test_kv_types(void **state)
     q3n_model_close(m);
 }
 
+/* ---- Quantised models: cuts and threads change no bit; near the original ---- */
+static void test_quantised(void **state)
+{
+    /* relative error of all logits (root of mean squares): quantised weights, activations, and
+     * experts that change places, for which random weights leave the least room */
+    static const struct { const char *recipe; double bound; } rows[] = {
+        { "q8", 0.08 }, { "q6", 0.2 }, { "q4", 0.45 }, { "q3", 0.4 },
+    };
+    static const char path[] = "build/test_model_quantised.q3n";
+    q3n_model *m = open_model((const char *)*state);
+    const int n = 70, V = q3n_model_config(m)->vocab_size;
+    int32_t *ids = random_ids(n, V);
+    float *want = new_logits(m, n), *got = new_logits(m, n);
+    q3n_error err;
+    for (int k = 0; k < COUNT(rows); k++) {
+        const q3n_quantize_options q = { .recipe = rows[k].recipe, .n_threads = 2 };
+        if (q3n_quantize_file(path, m, &q, &err) != Q3N_OK) fail_msg("%s", err.message);
+        q3n_model *small = NULL;
+        if (q3n_model_open(&small, path, NULL, &err) != Q3N_OK) fail_msg("%s", err.message);
+        for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
+            if (!q3n_isa_supported((q3n_isa)isa)) continue;
+            check_all_cuttings(small, (q3n_isa)isa, ids, n);
+            const q3n_session_options o = options_of((q3n_isa)isa);
+            q3n_session *a = create_session(m, &o), *b = create_session(small, &o);
+            evaluate(a, ids, n, want);
+            evaluate(b, ids, n, got);
+            double size = 0.0, error = 0.0;
+            for (int i = 0; i < n * V; i++) {
+                const double off = (double)got[i] - (double)want[i];
+                size += (double)want[i] * (double)want[i];
+                error += off * off;
+            }
+            if (!(sqrt(error / size) <= rows[k].bound) || error == 0.0)
+                fail_msg("%s, %s: relative error of the logits %.3g", rows[k].recipe,
+                         q3n_isa_name((q3n_isa)isa), sqrt(error / size));
+            q3n_session_destroy(a);
+            q3n_session_destroy(b);
+        }
+        q3n_model_close(small);
+        remove(path);
+    }
+    free(got);
+    free(want);
+    free(ids);
+    q3n_model_close(m);
+}
+
 /* ---- Errors leave the session as it was ---- */
 typedef struct {
     uint8_t *bytes;
@@ -744,6 +791,9 @@ int main(void)
         CASE(test_identity_long, qwen3_moe),
         CASE(test_attention_long, qwen3_next),
         CASE(test_attention_long, qwen3_moe),
+        CASE(test_quantised, qwen3_next),
+        CASE(test_quantised, qwen3_moe),
+        CASE(test_quantised, qwen3_5),
         CASE(test_kv_types, qwen3_next),
         CASE(test_kv_types, qwen3_dense_yarn),
         CASE(test_errors_change_nothing, qwen3_next),
