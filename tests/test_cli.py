@@ -592,7 +592,7 @@ class FileTest(CliTest):
             sizes.append(info["file_bytes"])
         self.assertEqual(sizes, sorted(set(sizes), reverse=True))
         self.run_cli("init", path, "--preset", "tiny", "--type", "q5", status=2)
-        self.assertIn("is none of f32, f16, bf16, q8, q6, q4, q3", self.error)
+        self.assertIn("is none of f32 f16 bf16 q8 q6 q4 q3", self.error)
 
     def test_quantize(self):
         out = os.path.join(self.folder, "q.q3n")

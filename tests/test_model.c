@@ -643,7 +643,7 @@ static void test_quantised(void **state)
     /* relative error of all logits (root of mean squares): quantised weights, activations, and
      * experts that change places, for which random weights leave the least room */
     static const struct { const char *recipe; double bound; } rows[] = {
-        { "q8", 0.08 }, { "q6", 0.2 }, { "q4", 0.45 }, { "q3", 0.4 },
+        { "q8", 0.08 }, { "q4", 0.45 }, { "q3", 0.4 },
     };
     static const char path[] = "build/test_model_quantised.q3n";
     q3n_model *m = open_model((const char *)*state);
@@ -793,7 +793,6 @@ int main(void)
         CASE(test_attention_long, qwen3_moe),
         CASE(test_quantised, qwen3_next),
         CASE(test_quantised, qwen3_moe),
-        CASE(test_quantised, qwen3_5),
         CASE(test_kv_types, qwen3_next),
         CASE(test_kv_types, qwen3_dense_yarn),
         CASE(test_errors_change_nothing, qwen3_next),
