@@ -10497,8 +10497,118 @@ static void q3n__sigmoid_mul_neon(float *y, const float *gate, int n)
     }
 }
 
+/* ---- Quantised matrices: 16 rows are four vectors; the sums are those of the x86 sections ---- */
+#define Q3N__TOKENS_QUANT_NEON 4
+
+static const int8_t q3n__q3_table_neon[16] = {
+#define Q3N__X(level) level,
+    Q3N__Q3_LEVEL_LIST(Q3N__X)
+#undef Q3N__X
+};
+
+/* Bits [from, from + 2) of every byte, from in 0 .. 6. */
+Q3N__INLINE uint8x16_t q3n__pair_neon(uint8x16_t v, int from)
+{
+    return vandq_u8(vshlq_u8(v, vdupq_n_s8((int8_t)-from)), vdupq_n_u8(3));
+}
+
+/* Levels of columns 4 s .. 4 s + 3 of 4 rows; p is the rows' quarter of the group's lines. */
+Q3N__INLINE int8x16_t q3n__unpack_neon(q3n_type type, const uint8_t *p, int s)
+{
+    if (type == Q3N_TYPE_Q8)
+        return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + 64 * s), vdupq_n_u8(128)));
+    if (type == Q3N_TYPE_Q3) {
+        const uint8x16_t low = q3n__pair_neon(vld1q_u8(p + 64 * (s / 4)), 2 * (s % 4));
+        const uint8x16_t top = vandq_u8(vshlq_u8(vld1q_u8(p + 128), vdupq_n_s8((int8_t)-s)),
+                                        vdupq_n_u8(1));
+        return vqtbl1q_s8(vld1q_s8(q3n__q3_table_neon), vorrq_u8(low, vshlq_n_u8(top, 2)));
+    }
+    const uint8x16_t v = vld1q_u8(p + 64 * (s % 4));
+    const uint8x16_t low = s < 4 ? vandq_u8(v, vdupq_n_u8(15)) : vshrq_n_u8(v, 4);
+    if (type == Q3N_TYPE_Q4) return vqtbl1q_s8(vld1q_s8(q3n__q4_levels), low);
+    const uint8x16_t top = q3n__pair_neon(vld1q_u8(p + 256 + 64 * (s / 4)), 2 * (s % 4));
+    const uint8x16_t code = vorrq_u8(low, vshlq_n_u8(top, 4));
+    return vsubq_s8(vreinterpretq_s8_u8(code), vdupq_n_s8(Q3N__Q6_ZERO));
+}
+
+/* Sums of a group for 4 rows, whose levels are u, u + 4, ... */
+Q3N__INLINE int32x4_t q3n__group_neon(const int8x16_t *u, const int8_t *x)
+{
+    int32x4_t a = vdupq_n_s32(0), b = a;          /* rows 0 and 1, rows 2 and 3: two sums each */
+    Q3N__UNROLL
+    for (int s = 0; s < 8; s++) {
+        int32_t four;
+        memcpy(&four, x + 4 * s, sizeof four);
+        const int8x16_t v = vreinterpretq_s8_s32(vdupq_n_s32(four)), w = u[4 * s];
+        a = vpadalq_s16(a, vmull_s8(vget_low_s8(w), vget_low_s8(v)));
+        b = vpadalq_s16(b, vmull_high_s8(w, v));
+    }
+    return vpaddq_s32(a, b);
+}
+
+/* 16 rows and T tokens.  type and T are constants in every use. */
+Q3N__INLINE void q3n__quant_tile_neon(q3n_type type, int T, const q3n__matmul *m, int r, int t0)
+{
+    const size_t block_bytes = (size_t)q3n__types[type].block_bytes * Q3N__TILE_ROWS;
+    const size_t group_bytes = (block_bytes - 64) / 2;
+    const uint8_t *w = (const uint8_t *)m->w + (size_t)r * q3n__row_bytes(type, m->n_cols);
+    const q3n__x8 *x[Q3N__TOKENS_QUANT_NEON];
+    float32x4_t acc[Q3N__TOKENS_QUANT_NEON][4];
+    for (int t = 0; t < T; t++) {
+        x[t] = q3n__matmul_xq(m, t0 + t);
+        for (int i = 0; i < 4; i++) acc[t][i] = vdupq_n_f32(0.0f);
+    }
+    const int blocks = q3n__x8_blocks(m->n_cols);
+    for (int b = 0; b < blocks; b++, w += block_bytes)
+        for (int g = 0; g < 2; g++) {
+            const uint8_t *codes = w + 64 + (size_t)g * group_bytes;
+            int8x16_t u[32];
+            for (int s = 0; s < 8; s++)
+                for (int i = 0; i < 4; i++)
+                    u[4 * s + i] = q3n__unpack_neon(type, codes + 16 * i, s);
+            for (int i = 0; i < 4; i++) {
+                const float32x4_t scales =
+                    q3n__load_neon(Q3N_TYPE_F16, w + 32 * g + 8 * i, 0, 4);
+                for (int t = 0; t < T; t++) {
+                    const int32x4_t sum = q3n__group_neon(u + i, x[t][b].q + Q3N__GROUP * g);
+                    acc[t][i] = vfmaq_f32(acc[t][i], vcvtq_f32_s32(sum),
+                                          vmulq_n_f32(scales, x[t][b].scale[g]));
+                }
+            }
+        }
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < 4 && r + 4 * i < m->row1; i++) {
+            const int row = r + 4 * i, n = m->row1 - row;
+            if (m->bias) acc[t][i] = vaddq_f32(acc[t][i], q3n__loadf_neon(m->bias + row, n));
+            q3n__storef_neon(m->y + (size_t)(t0 + t) * (size_t)m->y_stride + row, acc[t][i], n);
+        }
+}
+
+Q3N__INLINE void q3n__matmul_quantised_neon(q3n_type type, const q3n__matmul *m)
+{
+    for (int r = m->row0; r < m->row1; r += Q3N__TILE_ROWS)
+        for (int t = 0; t < m->n; ) {
+            const int all = m->n - t >= Q3N__TOKENS_QUANT_NEON;
+            if (all) q3n__quant_tile_neon(type, Q3N__TOKENS_QUANT_NEON, m, r, t);
+            else     q3n__quant_tile_neon(type, 1, m, r, t);
+            t += all ? Q3N__TOKENS_QUANT_NEON : 1;
+        }
+}
+
+#define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
+    static void q3n__matmul_##id##_neon(const q3n__matmul *m)                           \
+    {                                                                                   \
+        q3n__matmul_quantised_neon(Q3N_TYPE_##ID, m);                                   \
+    }
+Q3N_QUANT_TYPE_LIST(Q3N__X)
+#undef Q3N__X
+
 static void q3n__bind_neon(q3n__kernels *k)
 {
+#define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
+    k->matmul[Q3N_TYPE_##ID] = q3n__matmul_##id##_neon;
+    Q3N_QUANT_TYPE_LIST(Q3N__X)
+#undef Q3N__X
 #define Q3N__X(ID, id)                                                                  \
     k->matmul[Q3N_TYPE_##ID] = q3n__matmul_##id##_neon;                                 \
     k->to_f32[Q3N_TYPE_##ID] = q3n__to_f32_##id##_neon;                                 \
