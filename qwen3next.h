@@ -10046,10 +10046,17 @@ Q3N__INLINE void q3n__storef_neon(float *p, float32x4_t v, int n)
     memcpy(p, part, (size_t)n * sizeof *p);
 }
 
-/* Elements [i, i + 4) of a float type's row.  type is a constant in every use. */
+/* Elements [i, i + 4) of a row of a float type, or of the signed bytes of a q8 cache.  type is a
+ * constant in every use. */
 Q3N__INLINE float32x4_t q3n__load_neon(q3n_type type, const void *row, size_t i, int n)
 {
     if (type == Q3N_TYPE_F32) return q3n__loadf_neon((const float *)row + i, n);
+    if (type == Q3N_TYPE_Q8) {
+        uint32_t four = 0;
+        memcpy(&four, (const int8_t *)row + i, n < 4 ? (size_t)n : sizeof four);
+        const int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four)));
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+    }
     const uint16_t *p = (const uint16_t *)row + i;
     uint16_t part[4] = { 0 };
     if (n < 4) {
@@ -10273,9 +10280,17 @@ static float q3n__exp_sum_neon(float *x, int n, float m)
     return q3n__sum_neon(sum);
 }
 
+static void q3n__attend_scale_neon(float *s, const float *scale, int n)
+{
+    for (int j = 0; j < n; j += 4)
+        q3n__storef_neon(s + j, vmulq_f32(q3n__loadf_neon(s + j, n - j),
+                                          q3n__loadf_neon(scale + j, n - j)), n - j);
+}
+
 /* Up to four queries from query i on.  They share the values up to the least of their counts; each
  * goes on alone from there, so that none sees a value that is not its own. */
-static void q3n__attend_group_neon(const q3n__attend *a, int i, int T, q3n__mix_fn mix)
+static void q3n__attend_group_neon(const q3n__attend *a, int i, int T, q3n__mix_fn mix,
+                                   int has_scales)
 {
     int least = Q3N__KV_BLOCK, most = 0;
     for (int t = i; t < i + T; t++) {
@@ -10289,8 +10304,10 @@ static void q3n__attend_group_neon(const q3n__attend *a, int i, int T, q3n__mix_
     mix(&qk);
     for (int t = 0; t < T; t++) {
         float *s = scores + t * Q3N__KV_BLOCK;
+        if (has_scales) q3n__attend_scale_neon(s, a->k_scale, a->n_keys[i + t]);
         a->m[i + t] = q3n__max_neon(s, a->n_keys[i + t]);
         a->l[i + t] = q3n__exp_sum_neon(s, a->n_keys[i + t], a->m[i + t]);
+        if (has_scales) q3n__attend_scale_neon(s, a->v_scale, a->n_keys[i + t]);
     }
     q3n__mix pv = { a->v, scores, o, (size_t)a->dim, Q3N__KV_BLOCK, (size_t)a->o_stride, T, 0,
                     least, a->dim };
@@ -10304,10 +10321,10 @@ static void q3n__attend_group_neon(const q3n__attend *a, int i, int T, q3n__mix_
     }
 }
 
-static void q3n__attend_neon(const q3n__attend *a, q3n__mix_fn mix)
+static void q3n__attend_neon(const q3n__attend *a, q3n__mix_fn mix, int has_scales)
 {
     for (int i = 0; i < a->n; i += 4)
-        q3n__attend_group_neon(a, i, a->n - i < 4 ? a->n - i : 4, mix);
+        q3n__attend_group_neon(a, i, a->n - i < 4 ? a->n - i : 4, mix, has_scales);
 }
 
 /* ---- One instance for each float type ---- */
@@ -10325,7 +10342,7 @@ Q3N__INLINE void q3n__to_f32_neon(q3n_type type, float *y, const void *x, int n)
     static void q3n__mix_##id##_neon(const q3n__mix *p) { q3n__mix_neon(Q3N_TYPE_##ID, p); }       \
     static void q3n__attend_##id##_neon(const q3n__attend *a)                                      \
     {                                                                                              \
-        q3n__attend_neon(a, q3n__mix_##id##_neon);                                                 \
+        q3n__attend_neon(a, q3n__mix_##id##_neon, 0);                                              \
     }                                                                                              \
     static void q3n__to_f32_##id##_neon(float *y, const void *x, int n)                            \
     {                                                                                              \
@@ -10333,6 +10350,9 @@ Q3N__INLINE void q3n__to_f32_neon(q3n_type type, float *y, const void *x, int n)
     }
 
 Q3N__FLOAT_TYPE_LIST(Q3N__DEFINE_FLOAT_TYPE_NEON)
+
+static void q3n__mix_q8_neon(const q3n__mix *p) { q3n__mix_neon(Q3N_TYPE_Q8, p); }
+static void q3n__attend_q8_neon(const q3n__attend *a) { q3n__attend_neon(a, q3n__mix_q8_neon, 1); }
 
 /* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
 typedef struct {
@@ -10603,6 +10623,41 @@ Q3N__INLINE void q3n__matmul_quantised_neon(q3n_type type, const q3n__matmul *m)
 Q3N_QUANT_TYPE_LIST(Q3N__X)
 #undef Q3N__X
 
+/* 32 activations, n of them real.  |x| is compared as an integer, so that NaN is the largest; a
+ * product of 0 and what is not finite is NaN, which converts to 0. */
+Q3N__INLINE void q3n__quantize_x_group_neon(q3n__x8 *y, int g, const float *x, int n)
+{
+    float32x4_t a[8];
+    int32x4_t q[8], most = vdupq_n_s32(0), sum = most;
+    Q3N__UNROLL
+    for (int v = 0; v < 8; v++) {
+        a[v] = n > 4 * v ? q3n__loadf_neon(x + 4 * v, n - 4 * v) : vdupq_n_f32(0.0f);
+        most = vmaxq_s32(most, vreinterpretq_s32_f32(vabsq_f32(a[v])));
+    }
+    const float m = q3n__bits_f32((uint32_t)vmaxvq_s32(most));
+    const int usable = m >= Q3N__X8_LEAST && m <= FLT_MAX;
+    const float32x4_t inverse = vdupq_n_f32(usable ? 127.0f / m : 0.0f);
+    Q3N__UNROLL
+    for (int v = 0; v < 8; v++) {
+        q[v] = vcvtnq_s32_f32(vmulq_f32(a[v], inverse));
+        sum = vaddq_s32(sum, q[v]);
+    }
+    Q3N__UNROLL
+    for (int v = 0; v < 8; v += 2)
+        vst1_s8(y->q + Q3N__GROUP * g + 4 * v,
+                vmovn_s16(vcombine_s16(vmovn_s32(q[v]), vmovn_s32(q[v + 1]))));
+    y->scale[g] = usable ? m / 127.0f : m < Q3N__X8_LEAST ? 0.0f : NAN;
+    y->minus_sum[g] = -vaddvq_s32(sum);
+}
+
+static void q3n__quantize_x_neon(q3n__x8 *y, const float *x, int n)
+{
+    for (int i = 0; i < n; i += 2 * Q3N__GROUP, y++) {
+        q3n__quantize_x_group_neon(y, 0, x + i, n - i);
+        q3n__quantize_x_group_neon(y, 1, x + i + Q3N__GROUP, n - i - Q3N__GROUP);
+    }
+}
+
 static void q3n__bind_neon(q3n__kernels *k)
 {
 #define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
@@ -10615,6 +10670,8 @@ static void q3n__bind_neon(q3n__kernels *k)
     k->attend[Q3N_TYPE_##ID] = q3n__attend_##id##_neon;
     Q3N__FLOAT_TYPE_LIST(Q3N__X)
 #undef Q3N__X
+    k->attend[Q3N_TYPE_Q8] = q3n__attend_q8_neon;
+    k->quantize_x  = q3n__quantize_x_neon;
     k->delta       = q3n__delta_neon;
     k->conv        = q3n__conv_neon;
     k->dot         = q3n__dot_neon;
