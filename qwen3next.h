@@ -10520,48 +10520,67 @@ static void q3n__sigmoid_mul_neon(float *y, const float *gate, int n)
 /* ---- Quantised matrices: 16 rows are four vectors; the sums are those of the x86 sections ---- */
 #define Q3N__TOKENS_QUANT_NEON 4
 
-static const int8_t q3n__q3_table_neon[16] = {
-#define Q3N__X(level) level,
-    Q3N__Q3_LEVEL_LIST(Q3N__X)
-#undef Q3N__X
-};
-
-/* Bits [from, from + 2) of every byte, from in 0 .. 6. */
-Q3N__INLINE uint8x16_t q3n__pair_neon(uint8x16_t v, int from)
+/* Levels of 4 rows: columns 4 s .. 4 s + 3 in w[s].  p is the rows' quarter of the group's lines.
+ * Shifting left and inserting (vsli) puts a code's upper bits above its lower ones; what it brings
+ * along above them is masked off. */
+Q3N__INLINE void q3n__unpack_neon(q3n_type type, const uint8_t *p, int8x16_t w[8])
 {
-    return vandq_u8(vshlq_u8(v, vdupq_n_s8((int8_t)-from)), vdupq_n_u8(3));
-}
-
-/* Levels of columns 4 s .. 4 s + 3 of 4 rows; p is the rows' quarter of the group's lines. */
-Q3N__INLINE int8x16_t q3n__unpack_neon(q3n_type type, const uint8_t *p, int s)
-{
-    if (type == Q3N_TYPE_Q8)
-        return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + 64 * s), vdupq_n_u8(128)));
-    if (type == Q3N_TYPE_Q3) {
-        const uint8x16_t low = q3n__pair_neon(vld1q_u8(p + 64 * (s / 4)), 2 * (s % 4));
-        const uint8x16_t top = vandq_u8(vshlq_u8(vld1q_u8(p + 128), vdupq_n_s8((int8_t)-s)),
-                                        vdupq_n_u8(1));
-        return vqtbl1q_s8(vld1q_s8(q3n__q3_table_neon), vorrq_u8(low, vshlq_n_u8(top, 2)));
+    if (type == Q3N_TYPE_Q8) {
+        Q3N__UNROLL
+        for (int s = 0; s < 8; s++)
+            w[s] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + 64 * s), vdupq_n_u8(Q3N__Q8_ZERO)));
     }
-    const uint8x16_t v = vld1q_u8(p + 64 * (s % 4));
-    const uint8x16_t low = s < 4 ? vandq_u8(v, vdupq_n_u8(15)) : vshrq_n_u8(v, 4);
-    if (type == Q3N_TYPE_Q4) return vqtbl1q_s8(vld1q_s8(q3n__q4_levels), low);
-    const uint8x16_t top = q3n__pair_neon(vld1q_u8(p + 256 + 64 * (s / 4)), 2 * (s % 4));
-    const uint8x16_t code = vorrq_u8(low, vshlq_n_u8(top, 4));
-    return vsubq_s8(vreinterpretq_s8_u8(code), vdupq_n_s8(Q3N__Q6_ZERO));
+    if (type == Q3N_TYPE_Q6) {
+        uint8x16_t upper[2] = { vld1q_u8(p + 256), vld1q_u8(p + 320) };
+        Q3N__UNROLL
+        for (int s = 0; s < 8; s++) {
+            const uint8x16_t v = vld1q_u8(p + 64 * (s % 4)), low = s < 4 ? v : vshrq_n_u8(v, 4);
+            const uint8x16_t code = vandq_u8(vsliq_n_u8(low, upper[s / 4], 4), vdupq_n_u8(63));
+            w[s] = vsubq_s8(vreinterpretq_s8_u8(code), vdupq_n_s8(Q3N__Q6_ZERO));
+            upper[s / 4] = vshrq_n_u8(upper[s / 4], 2);
+        }
+    }
+    if (type == Q3N_TYPE_Q4) {
+        const int8x16_t levels = vld1q_s8(q3n__q4_levels);
+        Q3N__UNROLL
+        for (int s = 0; s < 4; s++) {
+            const uint8x16_t v = vld1q_u8(p + 64 * s);
+            w[s]     = vqtbl1q_s8(levels, vandq_u8(v, vdupq_n_u8(15)));
+            w[s + 4] = vqtbl1q_s8(levels, vshrq_n_u8(v, 4));
+        }
+    }
+    if (type == Q3N_TYPE_Q3) {
+        const int8x8_t half = vld1_s8(q3n__q3_levels);
+        const int8x16_t levels = vcombine_s8(half, half);
+        uint8x16_t lower[2] = { vld1q_u8(p), vld1q_u8(p + 64) }, top = vld1q_u8(p + 128);
+        Q3N__UNROLL
+        for (int s = 0; s < 8; s++) {
+            w[s] = vqtbl1q_s8(levels, vandq_u8(vsliq_n_u8(lower[s / 4], top, 2), vdupq_n_u8(7)));
+            lower[s / 4] = vshrq_n_u8(lower[s / 4], 2);
+            top = vshrq_n_u8(top, 1);
+        }
+    }
 }
 
-/* Sums of a group for 4 rows, whose levels are u, u + 4, ... */
-Q3N__INLINE int32x4_t q3n__group_neon(const int8x16_t *u, const int8_t *x)
+/* Sums of a group for 4 rows.  16 bits hold `chain` products: 2 x 128 x 127, of q6 8 x 32 x 127. */
+Q3N__INLINE int32x4_t q3n__group_neon(q3n_type type, const int8x16_t w[8], const int8_t *x)
 {
+    const int chain = type == Q3N_TYPE_Q6 ? 8 : 2;
     int32x4_t a = vdupq_n_s32(0), b = a;          /* rows 0 and 1, rows 2 and 3: two sums each */
     Q3N__UNROLL
-    for (int s = 0; s < 8; s++) {
-        int32_t four;
-        memcpy(&four, x + 4 * s, sizeof four);
-        const int8x16_t v = vreinterpretq_s8_s32(vdupq_n_s32(four)), w = u[4 * s];
-        a = vpadalq_s16(a, vmull_s8(vget_low_s8(w), vget_low_s8(v)));
-        b = vpadalq_s16(b, vmull_high_s8(w, v));
+    for (int s = 0; s < 8; s += chain) {
+        int16x8_t c = vdupq_n_s16(0), d = c;
+        Q3N__UNROLL
+        for (int i = s; i < s + chain; i++) {
+            int32_t four;
+            memcpy(&four, x + 4 * i, sizeof four);
+            const int8x16_t v = vreinterpretq_s8_s32(vdupq_n_s32(four));
+            c = i == s ? vmull_s8(vget_low_s8(w[i]), vget_low_s8(v))
+                       : vmlal_s8(c, vget_low_s8(w[i]), vget_low_s8(v));
+            d = i == s ? vmull_high_s8(w[i], v) : vmlal_high_s8(d, w[i], v);
+        }
+        a = vpadalq_s16(a, c);
+        b = vpadalq_s16(b, d);
     }
     return vpaddq_s32(a, b);
 }
@@ -10582,15 +10601,15 @@ Q3N__INLINE void q3n__quant_tile_neon(q3n_type type, int T, const q3n__matmul *m
     for (int b = 0; b < blocks; b++, w += block_bytes)
         for (int g = 0; g < 2; g++) {
             const uint8_t *codes = w + 64 + (size_t)g * group_bytes;
-            int8x16_t u[32];
-            for (int s = 0; s < 8; s++)
-                for (int i = 0; i < 4; i++)
-                    u[4 * s + i] = q3n__unpack_neon(type, codes + 16 * i, s);
+            Q3N__UNROLL
             for (int i = 0; i < 4; i++) {
+                int8x16_t u[8];
+                q3n__unpack_neon(type, codes + 16 * i, u);
                 const float32x4_t scales =
                     q3n__load_neon(Q3N_TYPE_F16, w + 32 * g + 8 * i, 0, 4);
+                Q3N__UNROLL
                 for (int t = 0; t < T; t++) {
-                    const int32x4_t sum = q3n__group_neon(u + i, x[t][b].q + Q3N__GROUP * g);
+                    const int32x4_t sum = q3n__group_neon(type, u, x[t][b].q + Q3N__GROUP * g);
                     acc[t][i] = vfmaq_f32(acc[t][i], vcvtq_f32_s32(sum),
                                           vmulq_n_f32(scales, x[t][b].scale[g]));
                 }
@@ -10608,10 +10627,14 @@ Q3N__INLINE void q3n__matmul_quantised_neon(q3n_type type, const q3n__matmul *m)
 {
     for (int r = m->row0; r < m->row1; r += Q3N__TILE_ROWS)
         for (int t = 0; t < m->n; ) {
-            const int all = m->n - t >= Q3N__TOKENS_QUANT_NEON;
-            if (all) q3n__quant_tile_neon(type, Q3N__TOKENS_QUANT_NEON, m, r, t);
-            else     q3n__quant_tile_neon(type, 1, m, r, t);
-            t += all ? Q3N__TOKENS_QUANT_NEON : 1;
+            const int T = q3n__tile_tokens(m->n - t, Q3N__TOKENS_QUANT_NEON);
+            switch (T) {
+            case 1: q3n__quant_tile_neon(type, 1, m, r, t); break;
+            case 2: q3n__quant_tile_neon(type, 2, m, r, t); break;
+            case 3: q3n__quant_tile_neon(type, 3, m, r, t); break;
+            case 4: q3n__quant_tile_neon(type, 4, m, r, t); break;
+            }
+            t += T;
         }
 }
 
