@@ -1673,7 +1673,7 @@ static uint16_t q3n__f32_to_f16(float f)
  * by Lloyd's iteration over groups with their best scales.  They span 127, so that kernels may add
  * a zero point and have 7 bits: two products of such a byte and an activation fit 16 bits. */
 #define Q3N__Q4_LEVEL_LIST(X)                                                           \
-    X(-70) X(-54) X(-42) X(-33) X(-25) X(-18) X(-11) X(-5)                     \
+    X(-70) X(-54) X(-42) X(-33) X(-25) X(-18) X(-11) X(-5)                              \
     X(1) X(7) X(13) X(19) X(26) X(34) X(44) X(57)
 #define Q3N__Q3_LEVEL_LIST(X) X(-73) X(-46) X(-27) X(-11) X(2) X(16) X(32) X(54)
 
@@ -1708,26 +1708,7 @@ static int q3n__code_get(q3n_type t, const uint8_t *group, int r, int c)
     }
 }
 
-/* Write a code into a group that was zero there. */
-static Q3N__UNUSED void q3n__code_put(q3n_type t, uint8_t *group, int r, int c, int code)
-{
-    const int s = c / 4, b = 4 * r + c % 4, pair = 2 * (s % 4);
-    switch (t) {
-    case Q3N_TYPE_Q8: group[64 * s + b] = (uint8_t)code; break;
-    case Q3N_TYPE_Q6:
-        group[64 * (s % 4) + b] |= (uint8_t)((code & 15) << 4 * (s / 4));
-        group[256 + 64 * (s / 4) + b] |= (uint8_t)(code >> 4 << pair);
-        break;
-    case Q3N_TYPE_Q4: group[64 * (s % 4) + b] |= (uint8_t)(code << 4 * (s / 4)); break;
-    case Q3N_TYPE_Q3:
-        group[64 * (s / 4) + b] |= (uint8_t)((code & 3) << pair);
-        group[128 + b] |= (uint8_t)(code >> 2 << s);
-        break;
-    default: break;
-    }
-}
-
-/* See the levels' declaration: the value is that times the group's scale. */
+/* The value of a code is this times its group's scale. */
 static int q3n__code_level(q3n_type t, int code)
 {
     switch (t) {
@@ -1807,11 +1788,16 @@ static size_t q3n__kv_element(q3n_type t)
     return q3n__is_quantised(t) ? 1 : (size_t)q3n__types[t].block_bytes;
 }
 
+/* Where the scales of a block's keys or values lie, in bytes from their start. */
+static size_t q3n__kv_scales_at(q3n_type t, int dim)
+{
+    return Q3N__KV_BLOCK * (size_t)dim * q3n__kv_element(t);
+}
+
 /* Bytes of the keys of a block, scales included; the values take as many. */
 static size_t q3n__kv_part_bytes(q3n_type t, int dim)
 {
-    return Q3N__KV_BLOCK * ((size_t)dim * q3n__kv_element(t)
-                            + (q3n__is_quantised(t) ? sizeof(float) : 0));
+    return q3n__kv_scales_at(t, dim) + (q3n__is_quantised(t) ? Q3N__KV_BLOCK * sizeof(float) : 0);
 }
 
 /* Softmax attention of n queries over one block, not yet normalised:
@@ -5112,7 +5098,7 @@ static void q3n__attention_prepare_task(void *arg, int begin, int end)
             const q3n__kv_cache *kv = &s->state->kv;
             uint8_t *k = q3n__kv_block(kv, j->layer, position / Q3N__KV_BLOCK, h);
             uint8_t *v = k + q3n__kv_part_bytes(kv->type, D);
-            const size_t scales = Q3N__KV_BLOCK * (size_t)D * q3n__kv_element(kv->type);
+            const size_t scales = q3n__kv_scales_at(kv->type, D);
             const q3n__store_kv store = {
                 .k = k, .v = v, .k_scale = (float *)(void *)(k + scales),
                 .v_scale = (float *)(void *)(v + scales), .key = key, .value = value,
@@ -5180,7 +5166,7 @@ static void q3n__attend_block(const q3n__attention_arg *j, const q3n__tile *tile
     const uint8_t *keys = q3n__kv_block(kv, j->layer, block, tile->head);
     const size_t query = (size_t)tile->head * (size_t)r->n * (size_t)g + (size_t)tile->first;
     const uint8_t *values = keys + q3n__kv_part_bytes(kv->type, D);
-    const size_t scales = Q3N__KV_BLOCK * (size_t)D * q3n__kv_element(kv->type);
+    const size_t scales = q3n__kv_scales_at(kv->type, D);
     const q3n__attend call = {
         .k = keys, .v = values, .k_scale = (const float *)(const void *)(keys + scales),
         .v_scale = (const float *)(const void *)(values + scales), .q = r->q + query * (size_t)D,
@@ -5571,6 +5557,13 @@ static q3n__mat q3n__slice(const q3n__mat *w, int e)
     return one;
 }
 
+/* Row t of an FFN in r->ffn_q; NULL if no matrix of the model is quantised. */
+static q3n__x8 *q3n__ffn_row_q(const q3n__run *r, const q3n__ffn *f, int t)
+{
+    if (!r->ffn_q) return NULL;
+    return r->ffn_q + f->first_q + (size_t)t * (size_t)q3n__x8_blocks(f->up.n_rows);
+}
+
 /* Rows [row0, row1) of the gate's or the up projection of one FFN's tokens. */
 static void q3n__ffn_half(const q3n__ffn_arg *j, const q3n__ffn *f, int is_up, int row0, int row1)
 {
@@ -5615,8 +5608,8 @@ static void q3n__ffn_up_task(void *arg, int begin, int end)
             const size_t at = (f->first + (size_t)t) * (size_t)I + (size_t)row0;
             r->k->silu_mul(r->ffn_up + at, r->ffn_gate + at, row1 - row0);
             if (r->ffn_q)
-                r->k->quantize_x(r->ffn_q + f->first_q + (size_t)t * (size_t)q3n__x8_blocks(I)
-                                 + (size_t)q3n__x8_blocks(row0), r->ffn_up + at, row1 - row0);
+                r->k->quantize_x(q3n__ffn_row_q(r, f, t) + q3n__x8_blocks(row0), r->ffn_up + at,
+                                 row1 - row0);
         }
     }
 }
@@ -5647,7 +5640,7 @@ static void q3n__ffn_down_task(void *arg, int begin, int end)
                 const q3n__matmul m = {
                     .w = f->down.data + (size_t)row0 * q3n__row_bytes(f->down.type, I),
                     .x = r->ffn_up + (f->first + (size_t)t) * (size_t)I,
-                    .xq = r->ffn_q + f->first_q + (size_t)t * (size_t)q3n__x8_blocks(I),
+                    .xq = q3n__ffn_row_q(r, f, t),
                     .x_stride = I,
                     .bias = f->down_bias ? f->down_bias + row0 : NULL,
                     .y = out,
@@ -6897,10 +6890,8 @@ struct q3n__piece;
 typedef struct {
     const q3n_config    *config;
     const char          *name;           /* NULL or "" = none                                    */
-    const void          *entries;        /* more configuration entries, as they stand in a file  */
-    size_t               entries_bytes;
-    const void          *whole_config;   /* NULL, or the CONFIG section in place of all the above */
-    size_t               whole_config_bytes;
+    const void          *config_section; /* CONFIG section; NULL = made of config and name       */
+    size_t               config_section_bytes;
     const void          *tokenizer;      /* TOKENIZER section, NULL = none                       */
     size_t               tokenizer_bytes;
     const char          *path;           /* NULL = into memory [memory_bytes]                    */
@@ -7039,12 +7030,11 @@ static void q3n__writer_record(const q3n__writer_tensor *t, uint32_t name_offset
 
 static void q3n__writer_section(const q3n__writer *w, int kind, q3n__blob *b)
 {
-    if (kind == Q3N__SECTION_CONFIG && w->o.whole_config) {
-        q3n__blob_bytes(b, w->o.whole_config, w->o.whole_config_bytes);
+    if (kind == Q3N__SECTION_CONFIG && w->o.config_section) {
+        q3n__blob_bytes(b, w->o.config_section, w->o.config_section_bytes);
     } else if (kind == Q3N__SECTION_CONFIG) {
         q3n__blob_config(b, w->o.config);
         if (w->o.name && w->o.name[0]) q3n__blob_string(b, "name", w->o.name);
-        q3n__blob_bytes(b, w->o.entries, w->o.entries_bytes);
     } else if (kind == Q3N__SECTION_TENSORS) {
         uint32_t name_offset = 0;
         q3n__blob_u32(b, (uint32_t)w->n_tensors);
@@ -7465,7 +7455,7 @@ static q3n_result q3n__quantize_write(const char *path, q3n__quantize_run *run, 
     q3n__writer writer;
     memset(&w, 0, sizeof w);
     w.config = &run->in->config;
-    w.whole_config = q3n__model_section(run->in, Q3N__SECTION_CONFIG, &w.whole_config_bytes);
+    w.config_section = q3n__model_section(run->in, Q3N__SECTION_CONFIG, &w.config_section_bytes);
     w.tokenizer = q3n__model_section(run->in, Q3N__SECTION_TOKENIZER, &w.tokenizer_bytes);
     w.path = path;
     w.n_threads = run->o->n_threads;
@@ -8424,7 +8414,6 @@ static void q3n__bind_scalar(q3n__kernels *k)
 #  define Q3N__UNROLL _Pragma("GCC unroll 8")
 #endif
 
-#define Q3N__FLOAT_TYPE_LIST(X) X(F32, f32) X(F16, f16) X(BF16, bf16)
 
 /* e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln(2) / 2: r in two steps (Cody and Waite's
  * reduction), the first exact because LN2_HI has 15 bits.  e^r = 1 + r + r^2 (EXP_2 + EXP_3 r + ...
@@ -8813,7 +8802,7 @@ Q3N__INLINE void q3n__to_f32_avx2(q3n_type type, float *y, const void *x, int n)
         q3n__storef_avx2(y + i, q3n__load_avx2(type, x, (size_t)i, n - i), n - i);
 }
 
-#define Q3N__DEFINE_FLOAT_TYPE_AVX2(ID, id)                                                      \
+#define Q3N__DEFINE_FLOAT_TYPE_AVX2(ID, id, number, block_len, block_bytes)                        \
     static void q3n__matmul_##id##_avx2(const q3n__matmul *m)                                    \
     {                                                                                              \
         q3n__matmul_avx2(Q3N_TYPE_##ID, m);                                                      \
@@ -8828,7 +8817,7 @@ Q3N__INLINE void q3n__to_f32_avx2(q3n_type type, float *y, const void *x, int n)
         q3n__to_f32_avx2(Q3N_TYPE_##ID, y, x, n);                                                \
     }
 
-Q3N__FLOAT_TYPE_LIST(Q3N__DEFINE_FLOAT_TYPE_AVX2)
+Q3N_FLOAT_TYPE_LIST(Q3N__DEFINE_FLOAT_TYPE_AVX2)
 
 static void q3n__mix_q8_avx2(const q3n__mix *p) { q3n__mix_avx2(Q3N_TYPE_Q8, p); }
 static void q3n__attend_q8_avx2(const q3n__attend *a)
@@ -9206,11 +9195,11 @@ static void q3n__quantize_x_avx2(q3n__x8 *y, const float *x, int n)
 
 static void q3n__bind_avx2(q3n__kernels *k)
 {
-#define Q3N__X(ID, id)                                                                  \
+#define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
     k->matmul[Q3N_TYPE_##ID] = q3n__matmul_##id##_avx2;                               \
     k->to_f32[Q3N_TYPE_##ID] = q3n__to_f32_##id##_avx2;                               \
     k->attend[Q3N_TYPE_##ID] = q3n__attend_##id##_avx2;
-    Q3N__FLOAT_TYPE_LIST(Q3N__X)
+    Q3N_FLOAT_TYPE_LIST(Q3N__X)
 #undef Q3N__X
 #define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
     k->matmul[Q3N_TYPE_##ID] = q3n__matmul_##id##_avx2;
@@ -9562,7 +9551,7 @@ Q3N__INLINE void q3n__to_f32_avx512(q3n_type type, float *y, const void *x, int 
         q3n__storef_avx512(y + i, q3n__load_avx512(type, x, (size_t)i, n - i), n - i);
 }
 
-#define Q3N__DEFINE_FLOAT_TYPE_AVX512(ID, id)                                                      \
+#define Q3N__DEFINE_FLOAT_TYPE_AVX512(ID, id, number, block_len, block_bytes)                      \
     static void q3n__matmul_##id##_avx512(const q3n__matmul *m)                                    \
     {                                                                                              \
         q3n__matmul_avx512(Q3N_TYPE_##ID, m);                                                      \
@@ -9577,7 +9566,7 @@ Q3N__INLINE void q3n__to_f32_avx512(q3n_type type, float *y, const void *x, int 
         q3n__to_f32_avx512(Q3N_TYPE_##ID, y, x, n);                                                \
     }
 
-Q3N__FLOAT_TYPE_LIST(Q3N__DEFINE_FLOAT_TYPE_AVX512)
+Q3N_FLOAT_TYPE_LIST(Q3N__DEFINE_FLOAT_TYPE_AVX512)
 
 static void q3n__mix_q8_avx512(const q3n__mix *p) { q3n__mix_avx512(Q3N_TYPE_Q8, p); }
 static void q3n__attend_q8_avx512(const q3n__attend *a)
@@ -9753,11 +9742,11 @@ static void q3n__sigmoid_mul_avx512(float *y, const float *gate, int n)
 
 static void q3n__bind_avx512(q3n__kernels *k)
 {
-#define Q3N__X(ID, id)                                                                  \
+#define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
     k->matmul[Q3N_TYPE_##ID] = q3n__matmul_##id##_avx512;                               \
     k->to_f32[Q3N_TYPE_##ID] = q3n__to_f32_##id##_avx512;                               \
     k->attend[Q3N_TYPE_##ID] = q3n__attend_##id##_avx512;
-    Q3N__FLOAT_TYPE_LIST(Q3N__X)
+    Q3N_FLOAT_TYPE_LIST(Q3N__X)
 #undef Q3N__X
     k->attend[Q3N_TYPE_Q8] = q3n__attend_q8_avx512;
     k->delta       = q3n__delta_avx512;
@@ -10334,7 +10323,7 @@ Q3N__INLINE void q3n__to_f32_neon(q3n_type type, float *y, const void *x, int n)
         q3n__storef_neon(y + i, q3n__load_neon(type, x, (size_t)i, n - i), n - i);
 }
 
-#define Q3N__DEFINE_FLOAT_TYPE_NEON(ID, id)                                                        \
+#define Q3N__DEFINE_FLOAT_TYPE_NEON(ID, id, number, block_len, block_bytes)                        \
     static void q3n__matmul_##id##_neon(const q3n__matmul *m)                                      \
     {                                                                                              \
         q3n__matmul_neon(Q3N_TYPE_##ID, m);                                                        \
@@ -10349,7 +10338,7 @@ Q3N__INLINE void q3n__to_f32_neon(q3n_type type, float *y, const void *x, int n)
         q3n__to_f32_neon(Q3N_TYPE_##ID, y, x, n);                                                  \
     }
 
-Q3N__FLOAT_TYPE_LIST(Q3N__DEFINE_FLOAT_TYPE_NEON)
+Q3N_FLOAT_TYPE_LIST(Q3N__DEFINE_FLOAT_TYPE_NEON)
 
 static void q3n__mix_q8_neon(const q3n__mix *p) { q3n__mix_neon(Q3N_TYPE_Q8, p); }
 static void q3n__attend_q8_neon(const q3n__attend *a) { q3n__attend_neon(a, q3n__mix_q8_neon, 1); }
@@ -10687,11 +10676,11 @@ static void q3n__bind_neon(q3n__kernels *k)
     k->matmul[Q3N_TYPE_##ID] = q3n__matmul_##id##_neon;
     Q3N_QUANT_TYPE_LIST(Q3N__X)
 #undef Q3N__X
-#define Q3N__X(ID, id)                                                                  \
+#define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
     k->matmul[Q3N_TYPE_##ID] = q3n__matmul_##id##_neon;                                 \
     k->to_f32[Q3N_TYPE_##ID] = q3n__to_f32_##id##_neon;                                 \
     k->attend[Q3N_TYPE_##ID] = q3n__attend_##id##_neon;
-    Q3N__FLOAT_TYPE_LIST(Q3N__X)
+    Q3N_FLOAT_TYPE_LIST(Q3N__X)
 #undef Q3N__X
     k->attend[Q3N_TYPE_Q8] = q3n__attend_q8_neon;
     k->quantize_x  = q3n__quantize_x_neon;

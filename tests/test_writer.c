@@ -11,6 +11,7 @@
 
 #define Q3N_IMPLEMENTATION
 #include "../qwen3next.h"
+#include "failing.h"
 
 #define COUNT(a) (sizeof(a) / sizeof(a)[0])
 
@@ -789,23 +790,6 @@ static void test_progress_and_cancel(void **state)
     assert_false(exists(path) || exists(part));
 }
 
-typedef struct { int calls, fail_at, live; } counter;
-
-static void *failing_alloc(void *user, size_t bytes)
-{
-    counter *k = user;
-    if (k->calls++ == k->fail_at) return NULL;
-    k->live++;
-    return malloc(bytes);
-}
-
-static void counted_free(void *user, void *memory, size_t bytes)
-{
-    (void)bytes;
-    ((counter *)user)->live--;
-    free(memory);
-}
-
 static void test_failing_memory(void **state)
 {
     (void)state;
@@ -921,10 +905,10 @@ static void test_sections_and_mixed_types(void **state)
                                        5, 0, 0, 0, 0, 0, 0, 0, 0, 0 };
     static const uint8_t tokenizer[] = "only copied, not looked at";
     choice ch = { "layers.0.mlp.gate.weight", Q3N_TYPE_F16, 0 };
-    q3n__writer_options o = { .config = &c, .name = "n", .entries = entries,
-                              .entries_bytes = sizeof entries, .tokenizer = tokenizer,
-                                    .tokenizer_bytes = sizeof tokenizer, .choose = choose,
-                                    .make = make_some, .path = path, .user = &ch };
+    q3n__writer_options o = { .config = &c, .config_section = entries,
+                              .config_section_bytes = sizeof entries, .tokenizer = tokenizer,
+                              .tokenizer_bytes = sizeof tokenizer, .choose = choose,
+                              .make = make_some, .path = path, .user = &ch };
     q3n__writer w;
     q3n_error err = { .code = Q3N_OK };
     for (int threads = 0; threads < 4; threads++) {
