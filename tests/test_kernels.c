@@ -14,7 +14,7 @@
 
 /* ---- Memory: a page that nobody may read behind each input, guard bytes around outputs ---- */
 #define GUARD      64
-#define MAX_BLOCKS 64
+#define MAX_BLOCKS 96
 #define SLOT       (1 << 20)     /* bytes of the largest input */
 
 static struct { uint8_t *base; size_t bytes; } blocks[MAX_BLOCKS];   /* base NULL: an input */
@@ -493,6 +493,31 @@ static void test_dequantize_row(void **state)
 }
 
 /* ---- attend ---- */
+static const q3n_type kv_types[] = { Q3N_TYPE_F32, Q3N_TYPE_F16, Q3N_TYPE_BF16, Q3N_TYPE_Q8 };
+#define N_KV_TYPES 4
+
+/* Store keys (dimension i of key j at i * KV_BLOCK + j) or values (at j * dim + i) in a cache's
+ * type; x becomes what was stored.  Scales depend on the key alone; unknown keys have NaN. */
+static const void *encode_kv(q3n_type type, float *x, int dim, int is_key, const float **scales)
+{
+    if (type != Q3N_TYPE_Q8) return encode(type, x, (size_t)dim * Q3N__KV_BLOCK);
+    int8_t *bytes = (int8_t *)take_in((size_t)dim * Q3N__KV_BLOCK, 1);
+    float *scale = new_in(Q3N__KV_BLOCK);
+    for (int j = 0; j < Q3N__KV_BLOCK; j++) {
+        scale[j] = (float)(1 + j % 7) * 0.01f;
+        for (int i = 0; i < dim; i++) {
+            const size_t at = (size_t)(is_key ? i * Q3N__KV_BLOCK + j : j * dim + i);
+            if (isnan(x[at])) scale[j] = NAN;
+            const float q = isnan(x[at])
+                          ? 0.0f : rintf(fmaxf(-127.0f, fminf(127.0f, x[at] / scale[j])));
+            bytes[at] = (int8_t)q;
+            x[at] = q * scale[j];
+        }
+    }
+    *scales = scale;
+    return bytes;
+}
+
 typedef struct {
     q3n__attend a;
     float      *k, *v;           /* decoded; NaN from key `known` on */
@@ -513,8 +538,8 @@ static attention new_attention(q3n_type type, int n, int dim, const int *n_keys)
     for (int c = 0; c < dim; c++)
         for (int j = p.known; j < Q3N__KV_BLOCK; j++)
             p.k[c * Q3N__KV_BLOCK + j] = p.v[j * dim + c] = NAN;
-    p.a.k = encode(type, p.k, size);
-    p.a.v = encode(type, p.v, size);
+    p.a.k = encode_kv(type, p.k, dim, 1, &p.a.k_scale);
+    p.a.v = encode_kv(type, p.v, dim, 0, &p.a.v_scale);
     p.a.n = n;
     p.a.dim = dim;
     p.a.q_stride = dim + random_int(3);
@@ -534,6 +559,7 @@ static attention new_attention(q3n_type type, int n, int dim, const int *n_keys)
 static void check_attention(const attention *p)
 {
     const q3n__attend *a = &p->a;
+    const int scaled = a->k_scale ? 2 : 0;   /* a scale is multiplied; decoding here rounds too */
     double s[Q3N__KV_BLOCK];
     for (int i = 0; i < a->n; i++) {
         const float *q = a->q + i * a->q_stride, *o = a->o + i * a->o_stride;
@@ -548,7 +574,7 @@ static void check_attention(const attention *p)
             }
             m = fmax(m, s[j]);
             least = fmin(least, s[j]);
-            e = fmax(e, (a->dim + 1) * U * sum);       /* error of a score: one chain over dim */
+            e = fmax(e, (a->dim + 1 + scaled) * U * sum);  /* of a score: one chain over dim */
         }
         check(a->m[i], m, e, "attend: m");
         for (int j = 0; j < a->n_keys[i]; j++) l += s[j] = exp(s[j] - m);
@@ -565,7 +591,7 @@ static void check_attention(const attention *p)
                 sum += s[j] * p->v[j * a->dim + c];
                 abs_sum += fabs(s[j] * p->v[j * a->dim + c]);
             }
-            check(o[c], sum, abs_sum * (weight + (a->n_keys[i] + 1) * U) + 256 * TINY_STEP,
+            check(o[c], sum, abs_sum * (weight + (a->n_keys[i] + 1 + scaled) * U) + 256 * TINY_STEP,
                   "attend: o");
         }
     }
@@ -583,8 +609,8 @@ static void check_alone(q3n_type type, const attention *p, int i)
         for (int j = a->n_keys[i]; j < Q3N__KV_BLOCK; j++)
             k[c * Q3N__KV_BLOCK + j] = v[j * a->dim + c] = NAN;
     q3n__attend one = *a;
-    one.k = encode(type, k, size);
-    one.v = encode(type, v, size);
+    one.k = encode_kv(type, k, a->dim, 1, &one.k_scale);
+    one.v = encode_kv(type, v, a->dim, 0, &one.v_scale);
     one.n = 1;
     one.q += i * a->q_stride;
     one.n_keys += i;
@@ -605,15 +631,15 @@ static void attend_values(void)
         { 256, 256, 256, 256, 256, 256, 256, 256, 256 }, { 0, 1, 2, 3, 4, 5, 6, 7, 8 },
         { 1, 1, 1, 1, 255, 255, 255, 255, 256 },         { 17, 17, 18, 18, 0, 0, 0, 0, 0 },
         { 100, 100, 101, 101, 102, 102, 255, 256, 0 },   { 15, 16, 31, 32, 33, 63, 64, 65, 128 } };
-    for (int type = 0; type < N_FLOAT_TYPES; type++)
+    for (int type = 0; type < N_KV_TYPES; type++)
         for (int d = 0; d < 15; d++)
             for (int i = 0; i < 6; i++) {
                 const int n = 1 + (d + 2 * i + type) % 9;
-                attention p = new_attention(float_types[type], n, dims[d], keys[i]);
-                kernels.attend[float_types[type]](&p.a);
+                attention p = new_attention(kv_types[type], n, dims[d], keys[i]);
+                kernels.attend[kv_types[type]](&p.a);
                 check_attention(&p);
                 if ((d + i) % 3 == 0)
-                    for (int k = 0; k < n; k++) check_alone(float_types[type], &p, k);
+                    for (int k = 0; k < n; k++) check_alone(kv_types[type], &p, k);
                 release();
             }
 }

@@ -1072,6 +1072,11 @@ static void test_not_numbers(void **state)
         [Q3N_TYPE_F32]  = { 0x7FC00000, 0xFFFFFFFF, 0x7F800000, 0x7F7FFFFF },
         [Q3N_TYPE_F16]  = { 0x7E00, 0xFFFF, 0x7C00, 0x7BFF },
         [Q3N_TYPE_BF16] = { 0x7FC0, 0xFFFF, 0x7F80, 0x7F7F },
+        /* scales; the codes are what falls on them */
+        [Q3N_TYPE_Q8]   = { 0x7E00, 0xFFFF, 0x7C00, 0x7BFF },
+        [Q3N_TYPE_Q6]   = { 0x7E00, 0xFFFF, 0x7C00, 0x7BFF },
+        [Q3N_TYPE_Q4]   = { 0x7E00, 0xFFFF, 0x7C00, 0x7BFF },
+        [Q3N_TYPE_Q3]   = { 0x7E00, 0xFFFF, 0x7C00, 0x7BFF },
     };
     static const char *const one_tensor[] = {
         ROUTER, "layers.1.mlp.gate.weight", "layers.0.linear_attn.in_proj_ba.weight",
@@ -1079,7 +1084,7 @@ static void test_not_numbers(void **state)
     };
     q3n_config c;
     small_config(&c);
-    for (int type = 0; type <= Q3N_TYPE_BF16; type++) {
+    for (int type = 0; type < Q3N_TYPE_COUNT; type++) {
         const image clean = make_file(&c, (q3n_type)type);
         for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
             if (!q3n_isa_supported((q3n_isa)isa)) continue;
