@@ -5320,8 +5320,6 @@ typedef struct {
  * 128 x 32 floats stays in the first-level cache for all tokens. */
 #define Q3N__CONV_TILE  128
 #define Q3N__DELTA_TILE 32
-#define Q3N__DELTA_ROWS 256      /* most rows of a copied tile                                   */
-#define Q3N__DELTA_COPY 8        /* tokens from which copying pays                               */
 
 /* u = silu(conv(q | k | v)): pieces are channel tiles. */
 static void q3n__conv_task(void *arg, int begin, int end)
@@ -5369,27 +5367,6 @@ static void q3n__delta_prepare_task(void *arg, int begin, int end)
     }
 }
 
-/* For many tokens the columns are copied together: 128 rows of 128 bytes, 512 bytes apart, fall
- * into a quarter of the first-level cache's sets and would drive each other out. */
-static void q3n__delta_copied(const q3n__kernels *k, const q3n__delta *call)
-{
-    float S[Q3N__DELTA_ROWS * Q3N__DELTA_TILE];
-    const size_t width = (size_t)(call->col1 - call->col0), dv = (size_t)call->dv;
-    float *from = call->S + call->col0;
-    q3n__delta one = *call;
-    for (size_t i = 0; i < (size_t)call->dk; i++)
-        memcpy(S + i * width, from + i * dv, width * sizeof *S);
-    one.S = S;
-    one.v += call->col0;
-    one.o += call->col0;
-    one.dv = (int)width;
-    one.col0 = 0;
-    one.col1 = (int)width;
-    k->delta(&one);
-    for (size_t i = 0; i < (size_t)call->dk; i++)
-        memcpy(from + i * dv, S + i * width, width * sizeof *S);
-}
-
 /* Pieces are (segment, value head, column tile), each over all of the segment's tokens. */
 static void q3n__delta_task(void *arg, int begin, int end)
 {
@@ -5424,8 +5401,7 @@ static void q3n__delta_task(void *arg, int begin, int end)
             .col0 = col0,
             .col1 = col0 + Q3N__DELTA_TILE < dv ? col0 + Q3N__DELTA_TILE : dv,
         };
-        if (s->n >= Q3N__DELTA_COPY && dk <= Q3N__DELTA_ROWS) q3n__delta_copied(r->k, &call);
-        else                                                  r->k->delta(&call);
+        r->k->delta(&call);
     }
 }
 
