@@ -634,8 +634,13 @@ Q3N_DEF void q3n_model_stats_get(const q3n_model *m, q3n_model_stats *out);
 
 /* ---- Session: the state of one text ---- */
 
-/* One thread at a time; sessions of one model may run concurrently. */
-typedef struct q3n_session q3n_session;
+/* Tokens, keys and values of the attention layers in pages of 256 tokens, DeltaNet matrices,
+ * convolution columns, and the last token's hidden state and logits.  One thread at a time, but for
+ * q3n_session_cancel; sessions of one model may run concurrently, also those that share pages. */
+typedef struct q3n_session  q3n_session;
+typedef struct q3n_snapshot q3n_snapshot;
+typedef struct q3n_cache    q3n_cache;
+typedef struct q3n_batch    q3n_batch;
 
 /* Called after each layer during evaluation, on the thread that called eval: x [n, d] is the
  * residual stream behind layer l (l = -1: the embeddings; l = layers: after the final norm). */
@@ -644,31 +649,65 @@ typedef struct q3n_layer_hook {
     void  *user;
 } q3n_layer_hook;
 
+/* Where q3n_session_next takes its drafts from. */
+typedef enum q3n_speculate {
+    Q3N_SPECULATE_OFF,
+    Q3N_SPECULATE_AUTO,    /* whichever of the two below pays                                    */
+    Q3N_SPECULATE_MTP,     /* the model's multi-token-prediction module                          */
+    Q3N_SPECULATE_LOOKUP,  /* what followed the last tokens where they stood before in the text  */
+    Q3N_SPECULATE_COUNT
+} q3n_speculate;
+
 typedef struct q3n_session_options {     /* all zero = defaults                                  */
-    int            capacity;             /* tokens; 0 = min(max_position_embeddings, 4096)       */
+    int            capacity;             /* most tokens; 0 = max_position_embeddings.  Memory is
+                                            taken as they come, 256 at a time                    */
     int            batch;                /* most tokens evaluated at once, 0 = 512               */
     int            n_threads;            /* 0 = one per CPU that the process may use             */
-    q3n_isa max_isa; /* Q3N_ISA_SCALAR (0) = the best there is; see scalar_only */
+    q3n_isa        max_isa;              /* Q3N_ISA_SCALAR (0) = the best there is; see
+                                            scalar_only                                          */
     int            scalar_only;          /* 1 = reference kernels                                */
     q3n_type       kv_type;              /* KV cache: f32 (0, default), f16, bf16, or q8: bytes
                                             and one scale for each head's key and value          */
     q3n_executor   executor;             /* run = NULL: the session makes its own threads        */
-    int            count_experts;        /* 1 = keep counts for q3n_session_expert_counts        */
+    int            count_experts;        /* 1 = keep counts for q3n_session_expert_counts; then
+                                            q3n_session_next drafts nothing                      */
     q3n_layer_hook layer_hook;
+    q3n_batch     *shared;               /* evaluate with the threads and scratch of this batch:
+                                            batch, n_threads, isa and executor are its own.  Batch
+                                            and session then belong to one thread               */
+    q3n_cache     *cache;                /* snapshots go here and come from here; it outlives the
+                                            session                                              */
+    size_t         snapshot_bytes;       /* without a cache: > 0 = a cache of the session's own
+                                            that holds at most so many bytes                     */
+    int            snapshot_every;       /* tokens between snapshots put into the cache; 0 = at
+                                            marked points only: ends of feeds, q3n_session_keep  */
+    q3n_type       snapshot_type;        /* DeltaNet matrices in snapshots: f32 (0), which is
+                                            exact, or bf16, half the bytes and nearly so         */
+    q3n_speculate  speculate;
+    int            draft;                /* drafts per step: 0 = chosen while running by what they
+                                            cost and how many are accepted; else always so many,
+                                            1 .. Q3N_MAX_DRAFT                                   */
 } q3n_session_options;
+
+#define Q3N_MAX_DRAFT 8
 
 /* Where a session's memory goes, in bytes. */
 typedef struct q3n_session_memory {
-    size_t kv_cache;                     /* attention layers                                     */
-    size_t delta_state;                  /* DeltaNet matrices                                    */
-    size_t conv_state;                   /* last columns before each convolution                 */
+    size_t kv_cache;                     /* pages of `capacity` tokens: keys, values, ids        */
+    size_t delta_state;                  /* DeltaNet matrices, before and behind a call          */
+    size_t conv_state;                   /* last columns before each convolution, the same       */
     size_t scratch;                      /* activations of one batch, logits                     */
     size_t other;                        /* bookkeeping                                          */
-    size_t total;                        /* the one allocation that q3n_session_create makes     */
+    size_t total;                        /* all of these: the most that the session will hold    */
+    size_t initial;                      /* what q3n_session_create takes of it                  */
+    size_t page;                         /* one page of 256 tokens                               */
+    size_t snapshot;                     /* one snapshot, without the pages that it shares       */
 } q3n_session_memory;
 
-/* Bytes that q3n_session_create will ask of the allocator; 0 if the options are impossible.
- * memory (NULL = not wanted) explains it.  The threads' stacks are the system's. */
+/* Bytes that a session of these options asks of the allocator when `capacity` tokens are in it;
+ * 0 if the options are impossible.  memory (NULL = not wanted) explains it.  Snapshots come on top:
+ * each takes memory->snapshot, and pages that no session holds any more.  The threads' stacks are
+ * the system's. */
 Q3N_DEF size_t     q3n_session_bytes(const q3n_model *m, const q3n_session_options *o,
                                      q3n_session_memory *memory);
 Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
@@ -682,8 +721,9 @@ Q3N_DEF void       q3n_session_destroy(q3n_session *s);   /* NULL is allowed */
  *   logits  [vocab]   out: unnormalised log-probability of the next token; NULL = not wanted
  *
  * Errors: Q3N_ERR_ARG (id or n out of range), Q3N_ERR_FULL, Q3N_ERR_UNSUPPORTED (a model that
- * attends both ways takes a text whole: length 0, n <= batch).  On error the session is as before
- * and q3n_session_error tells more.  Allocates nothing.
+ * attends both ways takes a text whole: length 0, n <= batch), Q3N_ERR_MEMORY (for the next page
+ * of 256 tokens; taken before anything is evaluated), Q3N_ERR_CANCELLED.  On error the session is
+ * as before and q3n_session_error tells more.
  */
 Q3N_DEF q3n_result q3n_session_eval(q3n_session *s, const int32_t *tokens, int n, float *logits);
 
@@ -703,6 +743,19 @@ Q3N_DEF q3n_result q3n_session_eval_outputs(q3n_session *s, const int32_t *token
 Q3N_DEF q3n_result q3n_session_classify(q3n_session *s, const int32_t *tokens, int n,
                                         float *scores);
 
+/* The logits [vocab] behind the session's last token once more: a copy if they were asked of eval,
+ * else the head alone is evaluated.  Q3N_ERR_ARG at length 0. */
+Q3N_DEF q3n_result       q3n_session_logits(q3n_session *s, float *logits);
+
+/* Tokens [first, first + n) of the session's text. */
+Q3N_DEF q3n_result       q3n_session_tokens(const q3n_session *s, int first, int n,
+                                            int32_t *tokens);
+
+/* From any thread: the evaluation under way, or else the next one, stops within the time of one
+ * layer and returns Q3N_ERR_CANCELLED, with the session as before the call; that uses the request
+ * up.  on = 0 withdraws it. */
+Q3N_DEF void             q3n_session_cancel(q3n_session *s, int on);
+
 Q3N_DEF int              q3n_session_length(const q3n_session *s);    /* tokens evaluated so far */
 Q3N_DEF int              q3n_session_capacity(const q3n_session *s);
 Q3N_DEF int              q3n_session_n_threads(const q3n_session *s);
@@ -713,6 +766,135 @@ Q3N_DEF const q3n_error *q3n_session_error(const q3n_session *s);     /* of the 
 /* How often layer l's router chose each expert since the session was made or reset: [num_experts],
  * or NULL if the layer has no experts or count_experts was not set. */
 Q3N_DEF const int64_t   *q3n_session_expert_counts(const q3n_session *s, int l);
+
+/* ---- Session: going back, copies ---- */
+
+/* Keep the state as it is now: pages are shared, DeltaNet's matrices copied.  A snapshot does not
+ * change; free it before the model is closed.  Any thread may free it or restore from it.
+ * Errors: Q3N_ERR_MEMORY, Q3N_ERR_UNSUPPORTED (a model that attends both ways). */
+Q3N_DEF q3n_result q3n_session_snapshot(q3n_session *s, q3n_snapshot **out);
+Q3N_DEF int        q3n_snapshot_length(const q3n_snapshot *snap);
+Q3N_DEF size_t     q3n_snapshot_bytes(const q3n_snapshot *snap);   /* without shared pages */
+Q3N_DEF void       q3n_snapshot_free(q3n_snapshot *snap);          /* NULL is allowed */
+
+/* Make the session what snap was, which may come from another session of the same model, with the
+ * same kv_type, and both with or without an MTP cache (speculate AUTO or MTP).  Nothing is
+ * evaluated. */
+Q3N_DEF q3n_result q3n_session_restore(q3n_session *s, const q3n_snapshot *snap);
+
+/* A new session with the same text; o NULL = the options of s.  Pages are shared until one of the
+ * two writes into them. */
+Q3N_DEF q3n_result q3n_session_fork(q3n_session **out, q3n_session *s,
+                                    const q3n_session_options *o, q3n_error *err);
+
+/* Go back to the first `length` tokens, 0 .. the session's length.  Exact: models without DeltaNet
+ * evaluate one token again; others take the nearest snapshot of the cache that lies before and
+ * evaluate what is between.  Errors: as q3n_session_eval. */
+Q3N_DEF q3n_result q3n_session_rewind(q3n_session *s, int length);
+
+/* Make the session's text tokens [n], from wherever that costs least: what it has already, a
+ * snapshot of the cache, or nothing; evaluate the rest, and mark the end (q3n_session_keep).
+ *
+ *   logits    [vocab]  out, NULL = not wanted
+ *   n_reused  out: tokens that were not evaluated, NULL = not wanted
+ *
+ * Errors: as q3n_session_eval. */
+Q3N_DEF q3n_result q3n_session_feed(q3n_session *s, const int32_t *tokens, int n, float *logits,
+                                    int *n_reused);
+
+/* The first step of q3n_session_feed alone: afterwards the session's text is the *n_reused first of
+ * tokens [n].  For callers that evaluate the rest in bounded steps (q3n_batch_eval). */
+Q3N_DEF q3n_result q3n_session_reuse(q3n_session *s, const int32_t *tokens, int n, int *n_reused);
+
+/* Put a snapshot of the state into the cache; marked ones outlive those of snapshot_every.  Does
+ * nothing without a cache. */
+Q3N_DEF q3n_result q3n_session_keep(q3n_session *s);
+
+/* ---- Session files ---- */
+
+/* The host's own files: both return 0 when all bytes are written or read, else nonzero. */
+typedef struct q3n_sink {
+    int (*write)(void *user, const void *data, size_t bytes);
+    void *user;
+} q3n_sink;
+typedef struct q3n_source {
+    int (*read)(void *user, void *data, size_t bytes);
+    void *user;
+} q3n_source;
+
+/* Write the state: tokens, keys, values, matrices, hidden state and logits.  A failed save leaves
+ * nothing under path, and what was there before as it was. */
+Q3N_DEF q3n_result q3n_session_save(q3n_session *s, const char *path);
+Q3N_DEF q3n_result q3n_session_save_to(q3n_session *s, const q3n_sink *sink);
+
+/* Continue a saved session; nothing is evaluated.  The file is bound to the bytes of the model's
+ * metadata, which hold the checksums of its tensors, and to the session's kv_type.  Files are taken
+ * for hostile: on error (Q3N_ERR_IO, _FORMAT, _CHECKSUM, _UNSUPPORTED: another model or kv_type,
+ * _FULL: more tokens than the session's capacity, _MEMORY) the session is untouched. */
+Q3N_DEF q3n_result q3n_session_load(q3n_session *s, const char *path);
+Q3N_DEF q3n_result q3n_session_load_from(q3n_session *s, const q3n_source *source);
+
+/* ---- Prefix cache: states by the tokens that led to them ---- */
+
+/* Shared by any number of sessions of one model, on any threads. */
+typedef struct q3n_cache_options {
+    size_t      max_bytes;               /* snapshots and the pages they hold, each page once; the
+                                            least recently used go first, unmarked before marked */
+    const char *directory;               /* NULL = none.  What leaves the memory goes there, also
+                                            when the cache is destroyed, and is found again; the
+                                            directory must exist                                 */
+    int64_t     max_directory_bytes;     /* 0 = no bound; the oldest files go first              */
+    q3n_logger  logger;                  /* a directory that fails is a warning, never an error  */
+} q3n_cache_options;
+
+typedef struct q3n_cache_stats {
+    size_t  bytes;                       /* in memory now                                        */
+    int     n_entries;
+    int     n_files;                     /* in the directory                                     */
+    int64_t file_bytes;
+    int64_t n_hits, n_misses;            /* of q3n_session_feed, _reuse and _rewind              */
+    int64_t n_evicted;
+} q3n_cache_stats;
+
+Q3N_DEF q3n_result q3n_cache_create(q3n_cache **out, const q3n_model *m,
+                                    const q3n_cache_options *o, q3n_error *err);
+Q3N_DEF void       q3n_cache_destroy(q3n_cache *c);    /* NULL is allowed; after its sessions */
+Q3N_DEF void       q3n_cache_clear(q3n_cache *c);      /* memory only */
+Q3N_DEF void       q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out);
+
+/* ---- Many sessions at once ---- */
+
+/* Threads and scratch that evaluate tokens of several sessions in one pass.  One thread at a time,
+ * but for q3n_batch_cancel; it outlives the sessions that share it. */
+typedef struct q3n_batch_item {
+    q3n_session   *session;              /* of the batch's model, each at most once in a call    */
+    const int32_t *tokens;               /* [n] to append                                        */
+    int            n;
+    int            done;                 /* in and out: how many of them are evaluated; begin
+                                            with 0                                               */
+    float         *logits;               /* [vocab] out, when done becomes n; NULL = not wanted  */
+} q3n_batch_item;
+
+typedef struct q3n_limit {               /* all zero = until everything is done                  */
+    int     max_tokens;                  /* evaluated in one call                                */
+    int64_t max_microseconds;            /* a pass that is expected to end later does not begin;
+                                            one token is always evaluated                        */
+} q3n_limit;
+
+/* Uses batch, n_threads, max_isa, scalar_only, executor and layer_hook of o. */
+Q3N_DEF q3n_result q3n_batch_create(q3n_batch **out, const q3n_model *m,
+                                    const q3n_session_options *o, q3n_error *err);
+Q3N_DEF void       q3n_batch_destroy(q3n_batch *b);    /* NULL is allowed; after its sessions */
+
+/* Evaluate items until all are done or the limit (NULL = none) is reached: call again with the same
+ * array to go on.  Each pass takes one token of every unfinished item and fills up with more, in
+ * the order of the items.  Every session gets the bits that it would get alone.
+ * Errors: as q3n_session_eval, and Q3N_ERR_ARG (session twice, of another model or instruction
+ * set); then every session, and done of every item, is as before the call. */
+Q3N_DEF q3n_result       q3n_batch_eval(q3n_batch *b, q3n_batch_item *items, int n_items,
+                                        const q3n_limit *limit);
+Q3N_DEF void             q3n_batch_cancel(q3n_batch *b, int on);   /* as q3n_session_cancel */
+Q3N_DEF const q3n_error *q3n_batch_error(const q3n_batch *b);
 
 /* ---- Tokenizer: part of the model, no state ---- */
 
@@ -778,6 +960,38 @@ Q3N_DEF int32_t    q3n_sampler_sample(q3n_sampler *s, const float *logits);
 /* Remember a token that was not sampled, such as the prompt's. */
 Q3N_DEF void       q3n_sampler_accept(q3n_sampler *s, int32_t id);
 Q3N_DEF void       q3n_sampler_reset(q3n_sampler *s);    /* forget tokens, seed again */
+
+/* ---- Generating with drafts ---- */
+
+/* Evaluate `token`, which followed the session's text, and choose what comes next.  With drafts
+ * (option speculate) several tokens are checked in one pass; how many is chosen while running, down
+ * to none where drafts do not pay.
+ *
+ *   token    the last token chosen, not evaluated yet: from q3n_sampler_sample, or the last of
+ *            `tokens` of the call before
+ *   tokens   [max]  out: the tokens chosen, *n >= 1 of them; all but the last are evaluated
+ *   max      1 or more; room in the session is needed for so many
+ *
+ * Nothing is drafted beyond a token that ends the text (q3n_model_is_eos).  Greedy output is what
+ * it is without drafts; sampled output has the same distribution ([SPEC]).
+ * Errors: as q3n_session_eval. */
+Q3N_DEF q3n_result q3n_session_next(q3n_session *s, q3n_sampler *sampler, int32_t token,
+                                    int32_t *tokens, int max, int *n);
+
+/* What the MTP module would draft behind `token`: drafts [n], n in 1 .. Q3N_MAX_DRAFT, each the
+ * most probable one; logits [vocab] of the first (NULL = not wanted).  The session stays as it is.
+ * Errors: Q3N_ERR_UNSUPPORTED (no module, or speculate is not AUTO or MTP), Q3N_ERR_FULL. */
+Q3N_DEF q3n_result q3n_session_draft(q3n_session *s, int32_t token, int32_t *drafts, int n,
+                                     float *logits);
+
+typedef struct q3n_speculation {
+    int64_t n_steps;                     /* calls of q3n_session_next                            */
+    int64_t n_tokens;                    /* that they returned                                   */
+    int64_t n_drafted, n_accepted;
+    int     draft;                       /* drafts of the last step                              */
+} q3n_speculation;
+
+Q3N_DEF void q3n_session_speculation(const q3n_session *s, q3n_speculation *out);
 
 /* ---- Quantising ---- */
 
@@ -4849,25 +5063,40 @@ static void q3n__rope_rotate(float *x, const float *cosines, const float *sines,
     }
 }
 
-/* ---- KV cache: [attention layer][block][kv head], keys and then values of one block ---- */
+/* ---- KV cache: pages of Q3N__KV_BLOCK tokens ---- */
+
+/* Tokens of a text with what all attention layers keep of them: [layer][kv head], of each keys and
+ * then values.  The MTP module's layer is the last, if the session drafts with it.  Sessions and
+ * snapshots share pages; nobody writes slots that another of them reads (q3n__session_reserve). */
+typedef struct q3n__page {
+    q3n__atomic n_refs;
+    int         n_used;          /* slots written so far: for the one session that may append    */
+    int32_t     tokens[Q3N__KV_BLOCK];
+} q3n__page;
+
+#define Q3N__PAGE_HEAD ((sizeof(q3n__page) + Q3N__ALIGN - 1) / Q3N__ALIGN * Q3N__ALIGN)
+
 typedef struct {
-    uint8_t *data;
-    q3n_type type;
-    int      n_blocks;           /* per layer                                                    */
-    int      n_kv_heads, dim;
+    q3n__page **page;            /* [blocks], as far as the text goes                            */
+    q3n_type    type;
+    int         n_kv_heads, dim;
 } q3n__kv_cache;
 
-/* Bytes of one block: the keys, and behind them as many of values. */
+/* Bytes of one layer and head: the keys, and behind them as many of values. */
 static size_t q3n__kv_block_bytes(q3n_type type, int dim)
 {
     return 2 * q3n__kv_part_bytes(type, dim);
 }
 
+static uint8_t *q3n__page_block(q3n__page *page, const q3n__kv_cache *kv, int layer, int head)
+{
+    const size_t i = (size_t)layer * (size_t)kv->n_kv_heads + (size_t)head;
+    return (uint8_t *)page + Q3N__PAGE_HEAD + i * q3n__kv_block_bytes(kv->type, kv->dim);
+}
+
 static uint8_t *q3n__kv_block(const q3n__kv_cache *kv, int layer, int block, int head)
 {
-    const size_t i = ((size_t)layer * (size_t)kv->n_blocks + (size_t)block) * (size_t)kv->n_kv_heads
-                   + (size_t)head;
-    return kv->data + i * q3n__kv_block_bytes(kv->type, kv->dim);
+    return q3n__page_block(kv->page[block], kv, layer, head);
 }
 
 /* Add one block's softmax (m, l, o) to the running one (M, L, O), both relative to their maximum
@@ -5779,6 +6008,170 @@ static void q3n__logits(const q3n__run *r, const float *hidden, int n, float *lo
     const q3n__linear out = { w, NULL, hidden, r->mixed_q, logits, w->n_cols, w->n_rows };
     if (q3n__is_quantised(w->type)) q3n__quantize_rows(r, r->mixed_q, hidden, n, w->n_cols);
     q3n__linear_all(r->pool, r->k, &out, 1, n);
+}
+
+/* =====================================================================================
+ * [13] STATE                                                                  >>state
+ *
+ * What a session knows of its text, as things that can be kept and passed on: pages, which are
+ * counted and shared, and snapshots, which do not change.  Knows nothing of evaluation.
+ * ===================================================================================== */
+
+/* Sizes that follow from the model and a session's options: states of one shape fit each other. */
+typedef struct {
+    q3n_type kv_type;
+    int      has_mtp;            /* pages hold the MTP module's layer too                        */
+    int      n_kv_layers, n_kv_heads, head_dim;
+    size_t   page_bytes;
+    size_t   delta_len, conv_len;   /* floats of all DeltaNet layers                             */
+    int      hidden_size, vocab_size;
+} q3n__shape;
+
+static int q3n__blocks_of(int n_tokens)
+{
+    return n_tokens / Q3N__KV_BLOCK + (n_tokens % Q3N__KV_BLOCK != 0);
+}
+
+static void q3n__shape_make(const q3n_model *m, q3n_type kv_type, int has_mtp, q3n__shape *s)
+{
+    const q3n_config *c = &m->config;
+    int n_delta = 0;
+    for (int l = 0; l < c->num_hidden_layers; l++) n_delta += c->layer_types[l];
+    memset(s, 0, sizeof *s);
+    s->kv_type = kv_type;
+    s->has_mtp = has_mtp;
+    s->n_kv_layers = c->num_hidden_layers - n_delta + has_mtp;
+    s->n_kv_heads = c->num_key_value_heads;
+    s->head_dim = c->head_dim;
+    s->page_bytes = Q3N__PAGE_HEAD + (size_t)s->n_kv_layers * (size_t)s->n_kv_heads
+                                     * q3n__kv_block_bytes(kv_type, c->head_dim);
+    s->delta_len = (size_t)n_delta * (size_t)c->linear_num_value_heads
+                 * (size_t)c->linear_key_head_dim * (size_t)c->linear_value_head_dim;
+    if (n_delta > 0)
+        s->conv_len = (size_t)n_delta * (size_t)(c->linear_conv_kernel_dim - 1)
+                    * (size_t)q3n__config_channels(c);
+    s->hidden_size = c->hidden_size;
+    s->vocab_size = c->vocab_size;
+}
+
+/* ---- Pages ---- */
+static q3n__page *q3n__page_alloc(const q3n_model *m, const q3n__shape *shape)
+{
+    q3n__page *p = (q3n__page *)q3n__alloc(&m->allocator, shape->page_bytes);
+    if (!p) return NULL;
+    memset(p, 0, Q3N__PAGE_HEAD);
+    p->n_refs = 1;
+    return p;
+}
+
+static void q3n__page_retain(q3n__page *p) { q3n__atomic_add(&p->n_refs, 1); }
+
+static void q3n__page_release(const q3n_model *m, q3n__page *p)   /* NULL is allowed */
+{
+    if (p && q3n__atomic_add(&p->n_refs, -1) == 1) q3n__free(&m->allocator, p);
+}
+
+/* The first n slots of a page, and not a byte of the others, which someone may be writing. */
+static void q3n__page_copy(const q3n__shape *shape, q3n__page *to, q3n__page *from, int n)
+{
+    const q3n__kv_cache kv = { NULL, shape->kv_type, shape->n_kv_heads, shape->head_dim };
+    const size_t D = (size_t)shape->head_dim, e = q3n__kv_element(shape->kv_type);
+    const size_t part = q3n__kv_part_bytes(kv.type, kv.dim);
+    const size_t scales = q3n__kv_scales_at(kv.type, kv.dim);
+    memcpy(to->tokens, from->tokens, (size_t)n * sizeof *to->tokens);
+    for (int i = 0; i < shape->n_kv_layers * shape->n_kv_heads; i++) {
+        uint8_t *y = q3n__page_block(to, &kv, 0, i);
+        const uint8_t *x = q3n__page_block(from, &kv, 0, i);
+        for (size_t d = 0; d < D; d++)
+            memcpy(y + d * Q3N__KV_BLOCK * e, x + d * Q3N__KV_BLOCK * e, (size_t)n * e);
+        memcpy(y + part, x + part, (size_t)n * D * e);
+        if (!q3n__is_quantised(kv.type)) continue;
+        memcpy(y + scales, x + scales, (size_t)n * sizeof(float));
+        memcpy(y + part + scales, x + part + scales, (size_t)n * sizeof(float));
+    }
+    to->n_used = n;
+}
+
+/* ---- Snapshots: one allocation each, and a hold on pages ---- */
+struct q3n_snapshot {
+    q3n__atomic      n_refs;
+    const q3n_model *model;
+    q3n__shape       shape;
+    size_t           bytes;      /* of this allocation                                           */
+    q3n_type         delta_type; /* f32 or bf16                                                  */
+    int              length;     /* tokens                                                       */
+    int              n_pages;    /* q3n__blocks_of(length)                                       */
+    int              has_hidden; /* not at length 0                                              */
+    int              has_logits;
+    q3n__page      **page;       /* [n_pages]                                                    */
+    void            *delta;      /* [shape.delta_len] of delta_type                              */
+    float           *conv;       /* [shape.conv_len]                                             */
+    float           *hidden;     /* [d] of the last token, behind the final norm                 */
+    float           *logits;     /* [vocab] behind the last token                                */
+};
+
+static void q3n__snapshot_layout(q3n__arena *a, q3n_snapshot *s)
+{
+    const q3n__shape *h = &s->shape;
+    s->page   = (q3n__page **)q3n__arena_take(a, (size_t)s->n_pages, sizeof *s->page);
+    s->delta  = q3n__arena_take(a, h->delta_len, (size_t)q3n__types[s->delta_type].block_bytes);
+    s->conv   = (float *)q3n__arena_take(a, h->conv_len, sizeof(float));
+    s->hidden = (float *)q3n__arena_take(a, (size_t)h->hidden_size, sizeof(float));
+    s->logits = (float *)q3n__arena_take(a, (size_t)h->vocab_size, sizeof(float));
+}
+
+static size_t q3n__snapshot_measure(const q3n__shape *shape, q3n_type delta_type, int length)
+{
+    q3n_snapshot s;
+    memset(&s, 0, sizeof s);
+    s.shape = *shape;
+    s.delta_type = delta_type;
+    s.n_pages = q3n__blocks_of(length);
+    q3n__arena a = { NULL, 0, 0 };
+    q3n__arena_take(&a, 1, sizeof s);
+    q3n__snapshot_layout(&a, &s);
+    return a.overflow ? 0 : a.used;
+}
+
+/* A snapshot with one reference and no pages yet (NULL), everything else not filled in; NULL
+ * without memory. */
+static q3n_snapshot *q3n__snapshot_alloc(const q3n_model *m, const q3n__shape *shape,
+                                         q3n_type delta_type, int length)
+{
+    const size_t bytes = q3n__snapshot_measure(shape, delta_type, length);
+    q3n__arena a = { bytes ? (uint8_t *)q3n__alloc(&m->allocator, bytes) : NULL, 0, 0 };
+    if (!a.base) return NULL;
+    q3n_snapshot *s = (q3n_snapshot *)q3n__arena_take(&a, 1, sizeof *s);
+    memset(s, 0, sizeof *s);
+    s->n_refs = 1;
+    s->model = m;
+    s->shape = *shape;
+    s->bytes = bytes;
+    s->delta_type = delta_type;
+    s->length = length;
+    s->n_pages = q3n__blocks_of(length);
+    q3n__snapshot_layout(&a, s);
+    if (s->n_pages) memset(s->page, 0, (size_t)s->n_pages * sizeof *s->page);
+    return s;
+}
+
+static void q3n__snapshot_retain(q3n_snapshot *s) { q3n__atomic_add(&s->n_refs, 1); }
+
+static void q3n__snapshot_release(q3n_snapshot *s)   /* NULL is allowed */
+{
+    if (!s || q3n__atomic_add(&s->n_refs, -1) != 1) return;
+    const q3n_model *m = s->model;
+    for (int i = 0; i < s->n_pages; i++) q3n__page_release(m, s->page[i]);
+    q3n__free(&m->allocator, s);
+}
+
+/* How many of tokens [n] the snapshot's text begins with. */
+static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t *tokens, int n)
+{
+    const int most = length < n ? length : n;
+    for (int i = 0; i < most; i++)
+        if (page[i / Q3N__KV_BLOCK]->tokens[i % Q3N__KV_BLOCK] != tokens[i]) return i;
+    return most;
 }
 
 /* =====================================================================================
