@@ -95,8 +95,8 @@ static void compare(q3n_sampler *s, int n, const int32_t *recent, int n_recent)
     if (o.repetition_penalty == 1.0f) o.repetition_penalty = 0.0f;
     const int n_want = plain_filter(logits, n, &o, recent, n_recent, want);
     double kept;
-    q3n__sampler_prepare(s, logits);
-    const int n_got = q3n__sampler_filter(s, q3n__sampler_maxima(s), &kept);
+    const float *x = q3n__sampler_prepare(s, logits);
+    const int n_got = q3n__sampler_filter(s, x, q3n__sampler_maxima(s, x), o.top_k, &kept);
     double sum = 0.0;
     for (int i = 0; i < n_got; i++) got[i] = (entry){ s->candidates[i].v, s->candidates[i].id };
     if (n_got != n_want) fail_msg("%d tokens are kept, expected %d", n_got, n_want);
@@ -209,8 +209,7 @@ static void test_filters_by_hand(void **state)
     for (size_t k = 0; k < COUNT(list); k++) {
         q3n_sampler *s = create(4, list[k].o);
         double kept;
-        q3n__sampler_prepare(s, x);
-        const int n = q3n__sampler_filter(s, q3n__sampler_maxima(s), &kept);
+        const int n = q3n__sampler_filter(s, x, q3n__sampler_maxima(s, x), s->o.top_k, &kept);
         int mask = 0, expected = 0;
         for (int i = 0; i < n; i++) mask |= 1 << s->candidates[i].id;
         for (int i = 0; i < list[k].n; i++) expected |= 1 << list[k].ids[i];
@@ -245,6 +244,34 @@ static void test_greedy(void **state)
     s = create(1, (q3n_sampler_options){ .temperature = 1.0f, .top_k = 5, .top_p = 0.1f });
     assert_int_equal(q3n_sampler_sample(s, infinite), 0);
     q3n_sampler_destroy(s);
+}
+
+/* The first of the largest, wherever it stands in a block: NaN and infinities, ties, penalty. */
+static void test_greedy_against_a_plain_loop(void **state)
+{
+    (void)state;
+    random_state = 17;
+    for (int round = 0; round < 2000; round++) {
+        const int n = 1 + random_below(300);
+        const int penalised = random_below(2) ? random_below(n) : -1;
+        q3n_sampler *s = create(n, (q3n_sampler_options){ .repetition_penalty = 1.5f });
+        q3n_sampler_accept(s, penalised);
+        random_logits(n);
+        if (random_below(3) == 0) logits[random_below(n)] = INFINITY;
+        const int nothing = random_below(9) == 0;
+        for (int i = 0; nothing && i < n; i++) logits[i] = random_below(2) ? NAN : -INFINITY;
+        int best = 0;
+        float max = -INFINITY;
+        for (int i = 0; i < n; i++) {
+            float x = logits[i] > FLT_MAX ? FLT_MAX : logits[i];
+            if (i == penalised) x = x > 0.0f ? x / 1.5f : x * 1.5f;
+            if (!(x > max)) continue;
+            max = x;
+            best = i;
+        }
+        assert_int_equal(q3n_sampler_sample(s, logits), best);
+        q3n_sampler_destroy(s);
+    }
 }
 
 /* With temperature 0 the penalty alone decides. */
@@ -479,7 +506,8 @@ int main(void)
         cmocka_unit_test(test_filters_against_sorting),
         cmocka_unit_test(test_filters_on_a_whole_vocabulary),
         cmocka_unit_test(test_filters_by_hand), cmocka_unit_test(test_greedy),
-        cmocka_unit_test(test_penalty), cmocka_unit_test(test_default_window),
+        cmocka_unit_test(test_greedy_against_a_plain_loop), cmocka_unit_test(test_penalty),
+        cmocka_unit_test(test_default_window),
         cmocka_unit_test(test_logits_are_left_alone), cmocka_unit_test(test_distribution),
         cmocka_unit_test(test_seed), cmocka_unit_test(test_random_numbers),
         cmocka_unit_test(test_option_errors), cmocka_unit_test(test_memory),
