@@ -136,6 +136,8 @@
  *     [GDN]  Yang, Kautz, Hatamizadeh: Gated Delta Networks, arXiv 2412.06464
  *     [FA]   Dao et al.: FlashAttention, arXiv 2205.14135
  *     [YaRN] Peng et al.: YaRN, arXiv 2309.00071
+ *     [SPEC] Leviathan, Kalman, Matias: Fast Inference from Transformers via Speculative Decoding,
+ *            arXiv 2211.17192
  *     [SDM]  Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1
  *     [UAX15] Unicode Standard Annex 15: normalisation forms
  *     [HFT]  Hugging Face tokenizers 0.23: what byte-level BPE does with added tokens
@@ -6088,7 +6090,9 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
  *
  * Chooses the next token from logits.  Each filter keeps the tokens ranked before some place in
  * the order "larger first, lower id among equals", so finding that place takes a selection, not a
- * sort, and the draw goes over what is kept in any fixed order.  Allocates nothing after create.
+ * sort, and the draw goes over what is kept in any fixed order.  A draft, proposed by whatever
+ * guesses ahead, changes what is computed and not the distribution.  Allocates nothing after
+ * create.
  * ===================================================================================== */
 
 /* ---- Random numbers: SplitMix64 of Steele, Lea and Flood (2014) ---- */
@@ -6178,7 +6182,7 @@ struct q3n_sampler {
     uint64_t            rng;
     int32_t            *window;      /* [o.penalty_window] ring of the last tokens               */
     int                 n_window, next;
-    float              *logits;      /* [vocab] penalised, later relative p                      */
+    float              *logits;      /* [vocab] penalised, later relative p, later q of a draft  */
     float              *block_max;   /* [ceil(vocab / Q3N__SAMPLER_BLOCK)]                       */
     q3n__candidate     *candidates;  /* [vocab]                                                  */
 };
@@ -6419,9 +6423,90 @@ static int32_t q3n__sampler_draw(q3n_sampler *s, int n, double kept)   /* of n c
     return c[n - 1].id;
 }
 
-/* One random number is used for each token drawn, so that a text can be continued from its seed and
- * length.  If no logit is finite or +inf the answer is token 0. */
-Q3N_DEF int32_t q3n_sampler_sample(q3n_sampler *s, const float *logits)
+/* ---- Drafts ---- */
+#define Q3N__DRAFT_MAX 64
+
+/* A token proposed as the next one and what it was drawn from: 1 <= n tokens of the vocabulary,
+ * each once, and their probabilities, which sum to 1.  A point mass has n = 1, p = 1. */
+typedef struct {
+    int32_t id;
+    int     n;
+    int32_t ids[Q3N__DRAFT_MAX];
+    float   p[Q3N__DRAFT_MAX];
+} q3n__draft;
+
+static void q3n__draft_point(q3n__draft *d, int32_t id)   /* greedy or looked up */
+{
+    d->id = d->ids[0] = id;
+    d->n = 1;
+    d->p[0] = 1.0f;
+}
+
+/* Draw a draft from a draft model's logits [vocab] with the sampler's filters, of the
+ * Q3N__DRAFT_MAX largest: any distribution will do (see below), and top-k needs few exponentials.
+ * Greedy: the largest.  The window is left as it is, for the draft is not accepted yet. */
+static Q3N__UNUSED void q3n__sampler_draft(q3n_sampler *s, const float *logits, q3n__draft *d)
+{
+    const float *x = q3n__sampler_prepare(s, logits);
+    const float max = q3n__sampler_maxima(s, x);
+    if (s->o.temperature == 0.0f || max < -FLT_MAX) {
+        q3n__draft_point(d, q3n__sampler_best(s, x, max));
+        return;
+    }
+    const int k = s->o.top_k > 0 && s->o.top_k < Q3N__DRAFT_MAX ? s->o.top_k : Q3N__DRAFT_MAX;
+    double kept;
+    d->n = q3n__sampler_filter(s, x, max, k, &kept);
+    for (int i = 0; i < d->n; i++) {
+        d->ids[i] = s->candidates[i].id;
+        d->p[i] = (float)(s->candidates[i].v / kept);
+    }
+    d->id = q3n__sampler_draw(s, d->n, kept);
+}
+
+/* Leaves max(0, p - q) of the n candidates p, with q the draft's: returns how many are left and
+ * sets *kept to their sum.  p stays if rounding leaves none.  s->logits becomes q by token. */
+static int q3n__sampler_residual(q3n_sampler *s, int n, const q3n__draft *d, double *kept)
+{
+    q3n__candidate *c = s->candidates;
+    float *q = s->logits;
+    double sum = 0.0;
+    int n_left = 0;
+    for (int i = 0; i < n; i++) q[c[i].id] = 0.0f;
+    for (int i = 0; i < d->n; i++) q[d->ids[i]] = d->p[i];
+    for (int i = 0; i < n; i++) {
+        const float left = (float)(c[i].v - q[c[i].id] * *kept);
+        if (!(left > 0.0f)) continue;
+        sum += left;
+        c[n_left++] = (q3n__candidate){ left, c[i].id };
+    }
+    if (n_left == 0) return n;
+    *kept = sum;
+    return n_left;
+}
+
+/* Draw from the n candidates p, given a draft drawn from q ([SPEC]): it is kept with probability
+ * min(1, p / q), else a token is drawn from max(0, p - q) / (1 - a), a = sum min(p, q) being the
+ * probability that it is kept.  A token comes with min(p, q) + (1 - a) max(0, p - q) / (1 - a) = p,
+ * whatever q is.  The draft does not come back: u q >= p and u < 1 leave nothing of it. */
+static int32_t q3n__sampler_verify(q3n_sampler *s, int n, double kept, const q3n__draft *d)
+{
+    const q3n__candidate *c = s->candidates;
+    double p = 0.0, q = 0.0;   /* of the draft, times kept */
+    for (int i = 0; i < n; i++) if (c[i].id == d->id) p = c[i].v;
+    for (int i = 0; i < d->n; i++) if (d->ids[i] == d->id) q = d->p[i] * kept;
+    if (q3n__random_unit(&s->rng) * q < p) return d->id;
+    const int n_left = q3n__sampler_residual(s, n, d, &kept);
+    return q3n__sampler_draw(s, n_left, kept);
+}
+
+/* Choose the token that follows from the target's logits [vocab], given a draft or NULL, and
+ * remember it: it has the sampler's distribution, and the draft is accepted if it is d->id.
+ *
+ * One random number is used for each token drawn, so that a text can be continued from its seed and
+ * length.  That holds with a point mass: to keep it with probability p and to draw from the others
+ * otherwise is to draw from p, so it is not looked at and the text is the same as without.  Drafts
+ * from a distribution use more.  If no logit is finite or +inf the answer is token 0. */
+static int32_t q3n__sampler_choose(q3n_sampler *s, const float *logits, const q3n__draft *d)
 {
     const float *x = q3n__sampler_prepare(s, logits);
     const float max = q3n__sampler_maxima(s, x);
@@ -6429,12 +6514,17 @@ Q3N_DEF int32_t q3n_sampler_sample(q3n_sampler *s, const float *logits)
     if (s->o.temperature > 0.0f && max >= -FLT_MAX) {
         double kept;
         const int n = q3n__sampler_filter(s, x, max, s->o.top_k, &kept);
-        id = q3n__sampler_draw(s, n, kept);
+        id = d && d->n > 1 ? q3n__sampler_verify(s, n, kept, d) : q3n__sampler_draw(s, n, kept);
     } else {
         id = q3n__sampler_best(s, x, max);
     }
     q3n_sampler_accept(s, id);
     return id;
+}
+
+Q3N_DEF int32_t q3n_sampler_sample(q3n_sampler *s, const float *logits)
+{
+    return q3n__sampler_choose(s, logits, NULL);
 }
 
 /* =====================================================================================
