@@ -136,6 +136,8 @@
  *     [GDN]  Yang, Kautz, Hatamizadeh: Gated Delta Networks, arXiv 2412.06464
  *     [FA]   Dao et al.: FlashAttention, arXiv 2205.14135
  *     [YaRN] Peng et al.: YaRN, arXiv 2309.00071
+ *     [SPEC] Leviathan, Kalman, Matias: Fast Inference from Transformers via Speculative Decoding,
+ *            arXiv 2211.17192
  *     [SDM]  Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1
  *     [UAX15] Unicode Standard Annex 15: normalisation forms
  *     [HFT]  Hugging Face tokenizers 0.23: what byte-level BPE does with added tokens
@@ -7753,7 +7755,9 @@ static q3n_result q3n__batch_eval(q3n_batch *b, q3n_batch_item *items, int n_ite
  *
  * Chooses the next token from logits.  Each filter keeps the tokens ranked before some place in
  * the order "larger first, lower id among equals", so finding that place takes a selection, not a
- * sort, and the draw goes over what is kept in any fixed order.  Allocates nothing after create.
+ * sort, and the draw goes over what is kept in any fixed order.  A draft, proposed by whatever
+ * guesses ahead, changes what is computed and not the distribution.  Allocates nothing after
+ * create.
  * ===================================================================================== */
 
 /* ---- Random numbers: SplitMix64 of Steele, Lea and Flood (2014) ---- */
@@ -7843,7 +7847,7 @@ struct q3n_sampler {
     uint64_t            rng;
     int32_t            *window;      /* [o.penalty_window] ring of the last tokens               */
     int                 n_window, next;
-    float              *logits;      /* [vocab] cleaned and penalised, later relative p          */
+    float              *logits;      /* [vocab] penalised, later relative p, later q of a draft  */
     float              *block_max;   /* [ceil(vocab / Q3N__SAMPLER_BLOCK)]                       */
     q3n__candidate     *candidates;  /* [vocab]                                                  */
 };
@@ -7932,17 +7936,36 @@ static float q3n__clean_logit(float x)
     return x == x ? x : -INFINITY;
 }
 
-/* A token counts once however often it stands in the window: each is set from the given logits. */
-static void q3n__sampler_prepare(q3n_sampler *s, const float *logits)
+/* The logits to choose from: the given ones, or a copy with the penalty.  A token counts once,
+ * however often it stands in the window: each is set from the given logits. */
+static const float *q3n__sampler_prepare(q3n_sampler *s, const float *logits)
 {
     const float r = s->o.repetition_penalty;
-    for (int i = 0; i < s->vocab; i++) s->logits[i] = q3n__clean_logit(logits[i]);
-    if (r == 1.0f) return;
+    if (r == 1.0f || s->n_window == 0) return logits;
+    memcpy(s->logits, logits, (size_t)s->vocab * sizeof *logits);
     for (int i = 0; i < s->n_window; i++) {
         const int32_t id = s->window[i];
         const float x = q3n__clean_logit(logits[id]);
         s->logits[id] = q3n__clean_logit(x > 0.0f ? x / r : x * r);
     }
+    return s->logits;
+}
+
+/* The largest of x [Q3N__SAMPLER_BLOCK], cleaned: no comparison with NaN holds.  gcc 12 makes
+ * vectors of halves with constant lengths (-O2, -O3: 18 and 12 us for 151,936 logits on Zen 4), but
+ * at -O3 not of 4 or 16 running maxima (26 and 41 us). */
+static float q3n__block_max(const float *x)
+{
+    float m[Q3N__SAMPLER_BLOCK / 2];
+    for (int j = 0; j < 32; j++) {
+        const float a = x[j] > -INFINITY ? x[j] : -INFINITY;
+        m[j] = x[j + 32] > a ? x[j + 32] : a;
+    }
+    for (int j = 0; j < 16; j++) m[j] = m[j + 16] > m[j] ? m[j + 16] : m[j];
+    for (int j = 0; j < 8; j++) m[j] = m[j + 8] > m[j] ? m[j + 8] : m[j];
+    for (int j = 0; j < 4; j++) m[j] = m[j + 4] > m[j] ? m[j + 4] : m[j];
+    const float a = m[0] > m[1] ? m[0] : m[1], b = m[2] > m[3] ? m[2] : m[3];
+    return q3n__clean_logit(a > b ? a : b);
 }
 
 static int q3n__sampler_blocks(const q3n_sampler *s)
@@ -7950,32 +7973,37 @@ static int q3n__sampler_blocks(const q3n_sampler *s)
     return (s->vocab + Q3N__SAMPLER_BLOCK - 1) / Q3N__SAMPLER_BLOCK;
 }
 
-/* Four running maxima hide the latency of each comparison. */
-static float q3n__max_of(const float *x, int n)
+/* Sets the maximum of every block of x [vocab] and returns the largest. */
+static float q3n__sampler_maxima(q3n_sampler *s, const float *x)
 {
-    float m[4] = { -INFINITY, -INFINITY, -INFINITY, -INFINITY };
-    int i = 0;
-    for (; i + 4 <= n; i += 4)
-        for (int j = 0; j < 4; j++) m[j] = x[i + j] > m[j] ? x[i + j] : m[j];
-    for (; i < n; i++) m[0] = x[i] > m[0] ? x[i] : m[0];
-    const float a = m[0] > m[1] ? m[0] : m[1], b = m[2] > m[3] ? m[2] : m[3];
-    return a > b ? a : b;
-}
-
-static float q3n__sampler_maxima(q3n_sampler *s)   /* of every block; returns the largest */
-{
-    const int n = q3n__sampler_blocks(s);
-    for (int b = 0; b < n; b++) {
-        const int first = b * Q3N__SAMPLER_BLOCK, left = s->vocab - first;
-        s->block_max[b] = q3n__max_of(s->logits + first,
-                                      left < Q3N__SAMPLER_BLOCK ? left : Q3N__SAMPLER_BLOCK);
+    const int whole = s->vocab / Q3N__SAMPLER_BLOCK, rest = s->vocab % Q3N__SAMPLER_BLOCK;
+    for (int b = 0; b < whole; b++) s->block_max[b] = q3n__block_max(x + b * Q3N__SAMPLER_BLOCK);
+    if (rest) {
+        float last[Q3N__SAMPLER_BLOCK];
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++)
+            last[i] = i < rest ? x[whole * Q3N__SAMPLER_BLOCK + i] : -INFINITY;
+        s->block_max[whole] = q3n__block_max(last);
     }
-    return q3n__max_of(s->block_max, n);
+    float max = -INFINITY;
+    for (int b = 0; b < whole + (rest > 0); b++)
+        if (s->block_max[b] > max) max = s->block_max[b];
+    return max;
 }
 
-/* The k largest logits as candidates.  The k-th largest of the blocks' maxima bounds the k-th
- * largest logit from below, so few blocks are looked into. */
-static int q3n__sampler_top_k(q3n_sampler *s, int k)
+/* The first token whose logit is the largest; 0 if no logit is finite or +inf. */
+static int32_t q3n__sampler_best(const q3n_sampler *s, const float *x, float max)
+{
+    if (max < -FLT_MAX) return 0;
+    int b = 0;
+    while (s->block_max[b] != max) b++;
+    int32_t id = b * Q3N__SAMPLER_BLOCK;
+    while (!(x[id] >= max)) id++;   /* +inf counts as max */
+    return id;
+}
+
+/* The k largest of x as candidates.  The k-th largest of the blocks' maxima bounds the k-th largest
+ * logit from below, so few blocks are looked into. */
+static int q3n__sampler_top_k(q3n_sampler *s, const float *x, int k)
 {
     q3n__candidate *c = s->candidates;
     const int n_blocks = q3n__sampler_blocks(s);
@@ -7993,7 +8021,7 @@ static int q3n__sampler_top_k(q3n_sampler *s, int k)
         const int first = b * Q3N__SAMPLER_BLOCK, left = s->vocab - first;
         const int end = first + (left < Q3N__SAMPLER_BLOCK ? left : Q3N__SAMPLER_BLOCK);
         for (int i = first; i < end; i++)
-            if (s->logits[i] >= bound) c[n++] = (q3n__candidate){ s->logits[i], i };
+            if (x[i] >= bound) c[n++] = (q3n__candidate){ q3n__clean_logit(x[i]), i };
     }
     return q3n__select(c, n, k, 0);
 }
@@ -8004,16 +8032,16 @@ static float q3n__relative_p(const q3n_sampler *s, float x, float max)
     return expf((x - max) / s->o.temperature);
 }
 
-/* The tokens that top-k leaves, with their relative probabilities; *total of these.  Without top-k,
+/* The k largest tokens (0 = all), with their relative probabilities; *total of these.  Of all,
  * tokens that top-p or min-p will drop anyway are left out: those below (1 - top_p) total / vocab
  * have less than (1 - top_p) total together, so the rest holds all that top-p keeps. */
-static int q3n__sampler_candidates(q3n_sampler *s, float max, double *total)
+static int q3n__sampler_candidates(q3n_sampler *s, const float *x, float max, int k, double *total)
 {
     q3n__candidate *c = s->candidates;
     int n = 0;
     *total = 0.0;
-    if (s->o.top_k > 0 && s->o.top_k < s->vocab) {
-        n = q3n__sampler_top_k(s, s->o.top_k);
+    if (k > 0 && k < s->vocab) {
+        n = q3n__sampler_top_k(s, x, k);
         for (int i = 0; i < n; i++) {
             c[i].v = q3n__relative_p(s, c[i].v, max);
             *total += c[i].v;
@@ -8021,7 +8049,7 @@ static int q3n__sampler_candidates(q3n_sampler *s, float max, double *total)
         return n;
     }
     for (int i = 0; i < s->vocab; i++) {
-        s->logits[i] = q3n__relative_p(s, s->logits[i], max);
+        s->logits[i] = q3n__relative_p(s, q3n__clean_logit(x[i]), max);
         *total += s->logits[i];
     }
     double cut = (1.0 - (double)s->o.top_p) * *total / s->vocab;
@@ -8032,13 +8060,13 @@ static int q3n__sampler_candidates(q3n_sampler *s, float max, double *total)
     return n;
 }
 
-/* What all filters leave, in no particular order but always the same; *kept is their sum.  The
- * largest logit is among them. */
-static int q3n__sampler_filter(q3n_sampler *s, float max, double *kept)
+/* What top-k with this k and the other filters leave of x, in no particular order but always the
+ * same; *kept is their sum.  The largest logit is among them. */
+static int q3n__sampler_filter(q3n_sampler *s, const float *x, float max, int k, double *kept)
 {
     q3n__candidate *c = s->candidates;
     double total;
-    int n = q3n__sampler_candidates(s, max, &total), n_kept = 0;
+    int n = q3n__sampler_candidates(s, x, max, k, &total), n_kept = 0;
     if (s->o.top_p < 1.0f) n = q3n__select(c, n, (double)s->o.top_p * total, 1);
     *kept = 0.0;
     for (int i = 0; i < n; i++) {
@@ -8049,11 +8077,9 @@ static int q3n__sampler_filter(q3n_sampler *s, float max, double *kept)
     return n_kept;
 }
 
-static int32_t q3n__sampler_draw(q3n_sampler *s, float max)
+static int32_t q3n__sampler_draw(q3n_sampler *s, int n, double kept)   /* of n candidates */
 {
     const q3n__candidate *c = s->candidates;
-    double kept;
-    const int n = q3n__sampler_filter(s, max, &kept);
     double u = q3n__random_unit(&s->rng) * kept;
     for (int i = 0; i < n - 1; i++) {
         u -= c[i].v;
@@ -8062,19 +8088,108 @@ static int32_t q3n__sampler_draw(q3n_sampler *s, float max)
     return c[n - 1].id;
 }
 
-/* One random number is used for each token drawn, so that a text can be continued from its seed and
- * length.  If no logit is finite or +inf the answer is token 0. */
-Q3N_DEF int32_t q3n_sampler_sample(q3n_sampler *s, const float *logits)
+/* ---- Drafts ---- */
+#define Q3N__DRAFT_MAX 64
+
+/* A token proposed as the next one and what it was drawn from: 1 <= n tokens of the vocabulary,
+ * each once, and their probabilities, which sum to 1.  A point mass has n = 1, p = 1. */
+typedef struct {
+    int32_t id;
+    int     n;
+    int32_t ids[Q3N__DRAFT_MAX];
+    float   p[Q3N__DRAFT_MAX];
+} q3n__draft;
+
+static void q3n__draft_point(q3n__draft *d, int32_t id)   /* greedy or looked up */
 {
-    q3n__sampler_prepare(s, logits);
-    const float max = q3n__sampler_maxima(s);
-    int32_t id = 0;
-    if (max >= -FLT_MAX) {
-        if (s->o.temperature > 0.0f) id = q3n__sampler_draw(s, max);
-        else while (s->logits[id] != max) id++;
+    d->id = d->ids[0] = id;
+    d->n = 1;
+    d->p[0] = 1.0f;
+}
+
+/* Draw a draft from a draft model's logits [vocab] with the sampler's filters, of the
+ * Q3N__DRAFT_MAX largest: any distribution will do (see below), and top-k needs few exponentials.
+ * Greedy: the largest.  The window is left as it is, for the draft is not accepted yet. */
+static Q3N__UNUSED void q3n__sampler_draft(q3n_sampler *s, const float *logits, q3n__draft *d)
+{
+    const float *x = q3n__sampler_prepare(s, logits);
+    const float max = q3n__sampler_maxima(s, x);
+    if (s->o.temperature == 0.0f || max < -FLT_MAX) {
+        q3n__draft_point(d, q3n__sampler_best(s, x, max));
+        return;
+    }
+    const int k = s->o.top_k > 0 && s->o.top_k < Q3N__DRAFT_MAX ? s->o.top_k : Q3N__DRAFT_MAX;
+    double kept;
+    d->n = q3n__sampler_filter(s, x, max, k, &kept);
+    for (int i = 0; i < d->n; i++) {
+        d->ids[i] = s->candidates[i].id;
+        d->p[i] = (float)(s->candidates[i].v / kept);
+    }
+    d->id = q3n__sampler_draw(s, d->n, kept);
+}
+
+/* Leaves max(0, p - q) of the n candidates p, with q the draft's: returns how many are left and
+ * sets *kept to their sum.  p stays if rounding leaves none.  s->logits becomes q by token. */
+static int q3n__sampler_residual(q3n_sampler *s, int n, const q3n__draft *d, double *kept)
+{
+    q3n__candidate *c = s->candidates;
+    float *q = s->logits;
+    double sum = 0.0;
+    int n_left = 0;
+    for (int i = 0; i < n; i++) q[c[i].id] = 0.0f;
+    for (int i = 0; i < d->n; i++) q[d->ids[i]] = d->p[i];
+    for (int i = 0; i < n; i++) {
+        const float left = (float)(c[i].v - q[c[i].id] * *kept);
+        if (!(left > 0.0f)) continue;
+        sum += left;
+        c[n_left++] = (q3n__candidate){ left, c[i].id };
+    }
+    if (n_left == 0) return n;
+    *kept = sum;
+    return n_left;
+}
+
+/* Draw from the n candidates p, given a draft drawn from q ([SPEC]): it is kept with probability
+ * min(1, p / q), else a token is drawn from max(0, p - q) / (1 - a), a = sum min(p, q) being the
+ * probability that it is kept.  A token comes with min(p, q) + (1 - a) max(0, p - q) / (1 - a) = p,
+ * whatever q is.  The draft does not come back: u q >= p and u < 1 leave nothing of it. */
+static int32_t q3n__sampler_verify(q3n_sampler *s, int n, double kept, const q3n__draft *d)
+{
+    const q3n__candidate *c = s->candidates;
+    double p = 0.0, q = 0.0;   /* of the draft, times kept */
+    for (int i = 0; i < n; i++) if (c[i].id == d->id) p = c[i].v;
+    for (int i = 0; i < d->n; i++) if (d->ids[i] == d->id) q = d->p[i] * kept;
+    if (q3n__random_unit(&s->rng) * q < p) return d->id;
+    const int n_left = q3n__sampler_residual(s, n, d, &kept);
+    return q3n__sampler_draw(s, n_left, kept);
+}
+
+/* Choose the token that follows from the target's logits [vocab], given a draft or NULL, and
+ * remember it: it has the sampler's distribution, and the draft is accepted if it is d->id.
+ *
+ * One random number is used for each token drawn, so that a text can be continued from its seed and
+ * length.  That holds with a point mass: to keep it with probability p and to draw from the others
+ * otherwise is to draw from p, so it is not looked at and the text is the same as without.  Drafts
+ * from a distribution use more.  If no logit is finite or +inf the answer is token 0. */
+static int32_t q3n__sampler_choose(q3n_sampler *s, const float *logits, const q3n__draft *d)
+{
+    const float *x = q3n__sampler_prepare(s, logits);
+    const float max = q3n__sampler_maxima(s, x);
+    int32_t id;
+    if (s->o.temperature > 0.0f && max >= -FLT_MAX) {
+        double kept;
+        const int n = q3n__sampler_filter(s, x, max, s->o.top_k, &kept);
+        id = d && d->n > 1 ? q3n__sampler_verify(s, n, kept, d) : q3n__sampler_draw(s, n, kept);
+    } else {
+        id = q3n__sampler_best(s, x, max);
     }
     q3n_sampler_accept(s, id);
     return id;
+}
+
+Q3N_DEF int32_t q3n_sampler_sample(q3n_sampler *s, const float *logits)
+{
+    return q3n__sampler_choose(s, logits, NULL);
 }
 
 /* =====================================================================================
