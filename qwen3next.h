@@ -327,8 +327,8 @@
  *   HASH.  Words of 64 bits, K = 0x9E3779B97F4A7C15, all arithmetic modulo 2^64.
  *      lane[i] = mix(seed + K (i + 1))                         i = 0 .. 7
  *      lane[i] = rotate_left((lane[i] ^ word[i]) K, 29)        for every 64 bytes; zeros fill up
- *      hash    = mix(bytes ^ seed); then for each lane hash = rotate_left((hash ^ mix(lane)) K, 29);
- *                and mix(hash) at the end
+ *      hash    = mix(bytes ^ seed); for each lane hash = rotate_left((hash ^ mix(lane)) K, 29);
+ *                mix(hash) at the end
  *      mix(x): x = (x ^ x >> 30) 0xBF58476D1CE4E5B9; x = (x ^ x >> 27) 0x94D049BB133111EB;
  *              x ^ x >> 31
  *   Every step is a bijection of the lane and of the word: no change of one word goes unseen.
@@ -6652,8 +6652,8 @@ static q3n_result q3n__session_header_check(const q3n__session_header *h, const 
     if (r == Q3N_OK) r = q3n__session_header_fits(h, &want, err);
     if (r != Q3N_OK) return r;
     if (h->delta_type != Q3N_TYPE_F32 && h->delta_type != Q3N_TYPE_BF16)
-        return q3n__fail(err, Q3N_ERR_FORMAT, 56, "delta_type is %u, expected %d (f32) or %d (bf16)",
-                         h->delta_type, Q3N_TYPE_F32, Q3N_TYPE_BF16);
+        return q3n__fail(err, Q3N_ERR_FORMAT, 56, "delta_type is %u, expected %d (f32) or %d"
+                         " (bf16)", h->delta_type, Q3N_TYPE_F32, Q3N_TYPE_BF16);
     if (h->has_hidden > (h->length > 0) || h->has_logits > (h->length > 0))
         return q3n__fail(err, Q3N_ERR_FORMAT, 64, "has_hidden %u and has_logits %u of %u tokens:"
                          " expected 0 or 1, at length 0 none", h->has_hidden, h->has_logits,
@@ -6738,8 +6738,8 @@ static q3n_result q3n__stream_arrays(q3n__stream *s, const q3n_snapshot *snap)
 static q3n_result q3n__stream_page(q3n__stream *s, const q3n__shape *shape, q3n__page *page)
 {
     const q3n_result r = q3n__stream_part(s, page->tokens, sizeof page->tokens);
-    if (r != Q3N_OK) return r;
-    return q3n__stream_part(s, (uint8_t *)page + Q3N__PAGE_HEAD, shape->page_bytes - Q3N__PAGE_HEAD);
+    const size_t bytes = shape->page_bytes - Q3N__PAGE_HEAD;
+    return r == Q3N_OK ? q3n__stream_part(s, (uint8_t *)page + Q3N__PAGE_HEAD, bytes) : r;
 }
 
 /* ---- Writing ---- */
@@ -7285,8 +7285,8 @@ static void q3n__cache_store(q3n_cache *c, q3n__cache_item *e, const q3n_snapsho
     if (lost) q3n__file_remove(path);
 }
 
-/* Read the file of an item, whose text tokens [length] should be.  NULL = there is none any more, or
- * it holds something else: then it is forgotten.  Called without the lock. */
+/* Read the file of an item, whose text tokens [length] should be.  NULL = there is none any more,
+ * or it holds something else: then it is forgotten.  Called without the lock. */
 static q3n_snapshot *q3n__cache_load(q3n_cache *c, const q3n__cache_item *e,
                                      const q3n__shape *shape, const int32_t *tokens)
 {
@@ -7302,8 +7302,8 @@ static q3n_snapshot *q3n__cache_load(q3n_cache *c, const q3n__cache_item *e,
                         || !q3n__snapshot_is_prefix(s, tokens, e->length))) {
         q3n__snapshot_release(s);
         s = NULL;
-        r = q3n__fail(&err, Q3N_ERR_UNSUPPORTED, -1, "%.300s: holds another text than its name says",
-                      path);
+        r = q3n__fail(&err, Q3N_ERR_UNSUPPORTED, -1, "%.300s: holds another text than its name"
+                      " says", path);
     }
     if (r == Q3N_OK || r == Q3N_ERR_MEMORY) return s;
     const int found = q3n__file_open(&f, path, &bytes);
