@@ -44,30 +44,34 @@
  *
  * CONTENTS                                                    (search for >>tag to jump)
  *
- *     [1] API                               >>api
- *     [2] PLATFORM                          >>platform
- *     [3] MEMORY                            >>memory
- *     [4] ERRORS                            >>errors
- *     [5] PARALLEL                          >>parallel
- *     [6] TYPES                             >>types
- *     [7] CONFIG                            >>config
- *     [8] LOADER                            >>loader
- *     [9] UNICODE                           >>unicode
- *    [10] TOKENIZER                         >>tokenizer
- *    [11] OPS                               >>ops
- *    [12] MODEL                             >>model
- *    [13] SESSION                           >>session
- *    [14] SAMPLER                           >>sampler
- *    [15] QUANTISE                          >>quantise
- *    [16] WRITER                            >>writer
- *    [17] RANDOM WEIGHTS                    >>random
- *    [18] PUBLIC                            >>public
- *    [19] KERNELS, SCALAR: the definition   >>kernels-scalar
- *    [20] KERNELS, AVX2                     >>kernels-avx2
- *    [21] KERNELS, AVX-512                  >>kernels-avx512
- *    [22] KERNELS, AVX-512 VNNI             >>kernels-avx512vnni
- *    [23] KERNELS, NEON                     >>kernels-neon
- *    [24] DISPATCH: one row per ISA         >>dispatch
+ *     [1] API                             >>api
+ *     [2] PLATFORM                        >>platform
+ *     [3] MEMORY                          >>memory
+ *     [4] ERRORS                          >>errors
+ *     [5] PARALLEL                        >>parallel
+ *     [6] TYPES                           >>types
+ *     [7] CONFIG                          >>config
+ *     [8] LOADER                          >>loader
+ *     [9] UNICODE                         >>unicode
+ *    [10] TOKENIZER                       >>tokenizer
+ *    [11] OPS                             >>ops
+ *    [12] MODEL                           >>model
+ *    [13] STATE                           >>state
+ *    [14] SESSION FILES                   >>session-files
+ *    [15] CACHE                           >>cache
+ *    [16] SESSION                         >>session
+ *    [17] SAMPLER                         >>sampler
+ *    [18] SPECULATION                     >>speculation
+ *    [19] QUANTISE                        >>quantise
+ *    [20] WRITER                          >>writer
+ *    [21] RANDOM WEIGHTS                  >>random
+ *    [22] PUBLIC                          >>public
+ *    [23] KERNELS, SCALAR: the definition >>kernels-scalar
+ *    [24] KERNELS, AVX2                   >>kernels-avx2
+ *    [25] KERNELS, AVX-512                >>kernels-avx512
+ *    [26] KERNELS, AVX-512 VNNI           >>kernels-avx512vnni
+ *    [27] KERNELS, NEON                   >>kernels-neon
+ *    [28] DISPATCH: one row per ISA       >>dispatch
  *
  * THE MODEL ON ONE PAGE.  Shapes are row-major, slowest first; x W' is a linear layer with W
  * [out, in].
@@ -118,9 +122,9 @@
  * A session is one allocation, of q3n_session_bytes.  Evaluation allocates nothing.
  *
  * ERRORS.  Functions return q3n_result; the record says what was found and what was expected.  A
- * function that fails changes nothing.  Model files are taken for hostile: any bytes give a model
- * or an error.  What a hostile model computes is its own affair: numbers, never an access
- * outside.
+ * function that fails changes nothing.  Model and session files are taken for hostile: any bytes
+ * give a model, a state or an error.  What a hostile one computes is its own affair: numbers, never
+ * an access outside.
  *
  * DETERMINISM.  Arithmetic is f32 from the stored type, in an order that depends on the
  * instruction set alone; against quantised matrices the activations are bytes in groups of 32, and
@@ -283,6 +287,54 @@
  *   Norms hold the factor itself: where the family scales by 1 + w the writer has added the 1
  *   (in f32, exactly as [HF] does at run time).  q and k rows of checkpoints with interleaved
  *   rotary pairs are permuted to the half-rotate form.
+ *
+ * SESSION FILE FORMAT, version 1
+ *
+ * The state behind a text, as a stream: written and read once, from the first byte to the last.
+ * All numbers are little-endian.  One state has one sequence of bytes.
+ *
+ *   HEADER, 128 bytes
+ *      0  u8[8]  magic           89 51 33 53 0D 0A 1A 0A  ("\x89Q3S\r\n\x1a\n")
+ *      8  u32    version         1; a reader refuses any other
+ *     12  u32    header_bytes    128
+ *     16  u64    header_hash     of bytes [0, 128) with this field taken as 0
+ *     24  u64    file_bytes      size of the whole file
+ *     32  u64    model_hash      of bytes [0, meta_bytes) of the model's file, which hold the
+ *                                checksum of every tensor
+ *     40  u64    model_bytes     size of the model's file
+ *     48  u32    length          tokens
+ *     52  u32    kv_type         id of Q3N_TYPE_LIST: f32, f16, bf16 or q8
+ *     56  u32    delta_type      f32 or bf16
+ *     60  u32    has_mtp         1 = pages hold the MTP module's layer too
+ *     64  u32    has_hidden, has_logits      0 or 1; 0 at length 0
+ *     72  u32    page_tokens     256
+ *     76  u32    n_kv_layers, n_kv_heads, head_dim, hidden_size, vocab_size
+ *     96  u64    delta_len, conv_len         elements
+ *    112  u64    page_bytes      of one page in the file
+ *    120  u64    zero
+ *
+ *   PARTS, one behind another, each padded with zeros to a multiple of 64 bytes
+ *      delta_type[delta_len]     DeltaNet matrices: [DeltaNet layer][Hv][dk, dv]
+ *      f32[conv_len]             inputs of the convolutions: [DeltaNet layer][width - 1, C]
+ *      f32[hidden_size]          if has_hidden: last token, behind the final norm
+ *      f32[vocab_size]           if has_logits
+ *      pages                     length / page_tokens of them, rounded up:
+ *          i32[page_tokens]      tokens
+ *          [layer][kv head]      keys [D, page_tokens] of kv_type, values [page_tokens, D]; of type
+ *                                q8 signed bytes and behind keys and values f32[page_tokens] scales
+ *                                What lies behind the last token is zero.
+ *
+ *   END
+ *      u64       parts_hash      of all parts, seeded with header_hash
+ *
+ *   HASH.  Words of 64 bits, K = 0x9E3779B97F4A7C15, all arithmetic modulo 2^64.
+ *      lane[i] = mix(seed + K (i + 1))                         i = 0 .. 7
+ *      lane[i] = rotate_left((lane[i] ^ word[i]) K, 29)        for every 64 bytes; zeros fill up
+ *      hash    = mix(bytes ^ seed); for each lane hash = rotate_left((hash ^ mix(lane)) K, 29);
+ *                mix(hash) at the end
+ *      mix(x): x = (x ^ x >> 30) 0xBF58476D1CE4E5B9; x = (x ^ x >> 27) 0x94D049BB133111EB;
+ *              x ^ x >> 31
+ *   Every step is a bijection of the lane and of the word: no change of one word goes unseen.
  */
 
 #if defined(Q3N_IMPLEMENTATION) && defined(__linux__) && !defined(_GNU_SOURCE)
@@ -861,7 +913,7 @@ typedef struct q3n_cache_stats {
 Q3N_DEF q3n_result q3n_cache_create(q3n_cache **out, const q3n_model *m,
                                     const q3n_cache_options *o, q3n_error *err);
 Q3N_DEF void       q3n_cache_destroy(q3n_cache *c);    /* NULL is allowed; after its sessions */
-Q3N_DEF void       q3n_cache_clear(q3n_cache *c);      /* memory only */
+Q3N_DEF void       q3n_cache_clear(q3n_cache *c);      /* out of memory; into the directory */
 Q3N_DEF void       q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out);
 
 /* ---- Many sessions at once ---- */
@@ -1113,6 +1165,8 @@ Q3N_DEF q3n_result q3n_init_memory(void *data, size_t bytes, const q3n_config *c
 #  endif
 #  include <windows.h>
 #else
+#  include <dirent.h>
+#  include <errno.h>
 #  include <fcntl.h>
 #  include <sched.h>
 #  include <sys/mman.h>
@@ -1417,6 +1471,187 @@ static void q3n__file_unmap(const uint8_t *data, size_t bytes)
 static int q3n__file_replace(const char *from, const char *to) { return rename(from, to) == 0; }
 #endif
 
+/* ---- Files as streams, directories ---- */
+
+/* Of regular files of a directory: name, size, and when it was written, in seconds. */
+typedef void (*q3n__file_found)(void *user, const char *name, int64_t bytes, int64_t when);
+
+#if defined(Q3N_NO_STDIO)
+#  define Q3N__HAS_FILES 0
+typedef int q3n__file;
+static int  q3n__file_create(q3n__file *f, const char *path) { (void)path; return *f = 0; }
+static int  q3n__file_open(q3n__file *f, const char *path, int64_t *bytes)
+{
+    (void)path; (void)bytes;
+    return *f = 0;
+}
+static int  q3n__file_write(q3n__file *f, const void *data, size_t bytes)
+{
+    (void)f; (void)data; (void)bytes;
+    return 0;
+}
+static int  q3n__file_read(q3n__file *f, void *data, size_t bytes)
+{
+    (void)f; (void)data; (void)bytes;
+    return 0;
+}
+static int  q3n__file_close(q3n__file *f) { (void)f; return 0; }
+static int  q3n__file_remove(const char *path) { (void)path; return 0; }
+static int  q3n__file_replace(const char *from, const char *to) { (void)from; (void)to; return 0; }
+static int  q3n__directory_list(const char *path, const char *prefix, q3n__file_found found,
+                                void *user)
+{
+    (void)path; (void)prefix; (void)found; (void)user;
+    return 0;
+}
+#elif defined(_WIN32)
+#  define Q3N__HAS_FILES 1
+typedef struct { HANDLE handle; } q3n__file;
+
+/* A file that must not exist yet, to be written; 0 = failed. */
+static int q3n__file_create(q3n__file *f, const char *path)
+{
+    f->handle = CreateFileA(path, GENERIC_WRITE, 0, NULL, CREATE_NEW, FILE_ATTRIBUTE_NORMAL, NULL);
+    return f->handle != INVALID_HANDLE_VALUE;
+}
+
+/* A regular file to read, and its size; 0 = failed, -1 = there is none. */
+static int q3n__file_open(q3n__file *f, const char *path, int64_t *bytes)
+{
+    LARGE_INTEGER size;
+    f->handle = CreateFileA(path, GENERIC_READ, FILE_SHARE_READ | FILE_SHARE_DELETE, NULL,
+                            OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
+    if (f->handle == INVALID_HANDLE_VALUE)
+        return GetLastError() == ERROR_FILE_NOT_FOUND ? -1 : 0;
+    if (GetFileType(f->handle) == FILE_TYPE_DISK && GetFileSizeEx(f->handle, &size)) {
+        *bytes = size.QuadPart;
+        return 1;
+    }
+    CloseHandle(f->handle);
+    return 0;
+}
+
+static int q3n__file_write(q3n__file *f, const void *data, size_t bytes)
+{
+    for (const uint8_t *p = (const uint8_t *)data; bytes > 0; ) {
+        DWORD n = 0;
+        const DWORD some = bytes < ((size_t)1 << 30) ? (DWORD)bytes : (DWORD)1 << 30;
+        if (!WriteFile(f->handle, p, some, &n, NULL) || n == 0) return 0;
+        p += n;
+        bytes -= n;
+    }
+    return 1;
+}
+
+static int q3n__file_read(q3n__file *f, void *data, size_t bytes)
+{
+    for (uint8_t *p = (uint8_t *)data; bytes > 0; ) {
+        DWORD n = 0;
+        const DWORD some = bytes < ((size_t)1 << 30) ? (DWORD)bytes : (DWORD)1 << 30;
+        if (!ReadFile(f->handle, p, some, &n, NULL) || n == 0) return 0;
+        p += n;
+        bytes -= n;
+    }
+    return 1;
+}
+
+static int q3n__file_close(q3n__file *f) { return CloseHandle(f->handle) != 0; }
+static int q3n__file_remove(const char *path) { return DeleteFileA(path) != 0; }
+
+/* Tell of every regular file whose name begins with prefix; 0 = the directory cannot be read. */
+static int q3n__directory_list(const char *path, const char *prefix, q3n__file_found found,
+                               void *user)
+{
+    char pattern[1024];
+    WIN32_FIND_DATAA d;
+    const int n = snprintf(pattern, sizeof pattern, "%s\\%s*", path, prefix);
+    if (n < 0 || n >= (int)sizeof pattern) return 0;
+    HANDLE h = FindFirstFileA(pattern, &d);
+    if (h == INVALID_HANDLE_VALUE) {
+        const DWORD attributes = GetFileAttributesA(path);
+        return attributes != INVALID_FILE_ATTRIBUTES && (attributes & FILE_ATTRIBUTE_DIRECTORY);
+    }
+    do {
+        const uint64_t ticks = (uint64_t)d.ftLastWriteTime.dwHighDateTime << 32
+                             | d.ftLastWriteTime.dwLowDateTime;   /* 100 ns since 1601 */
+        if (!(d.dwFileAttributes & (FILE_ATTRIBUTE_DIRECTORY | FILE_ATTRIBUTE_REPARSE_POINT)))
+            found(user, d.cFileName, (int64_t)((uint64_t)d.nFileSizeHigh << 32 | d.nFileSizeLow),
+                  (int64_t)(ticks / 10000000) - 11644473600);
+    } while (FindNextFileA(h, &d));
+    FindClose(h);
+    return 1;
+}
+#else
+#  define Q3N__HAS_FILES 1
+typedef struct { int fd; } q3n__file;
+
+/* A file that must not exist yet, to be written; 0 = failed. */
+static int q3n__file_create(q3n__file *f, const char *path)
+{
+    f->fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    return f->fd >= 0;
+}
+
+/* A regular file to read, and its size; 0 = failed, -1 = there is none.  Opening a pipe would wait
+ * but for O_NONBLOCK. */
+static int q3n__file_open(q3n__file *f, const char *path, int64_t *bytes)
+{
+    struct stat st;
+    f->fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (f->fd < 0) return errno == ENOENT ? -1 : 0;
+    if (fstat(f->fd, &st) == 0 && S_ISREG(st.st_mode)) {
+        *bytes = (int64_t)st.st_size;
+        return 1;
+    }
+    close(f->fd);
+    return 0;
+}
+
+static int q3n__file_write(q3n__file *f, const void *data, size_t bytes)
+{
+    for (const uint8_t *p = (const uint8_t *)data; bytes > 0; ) {
+        const ssize_t n = write(f->fd, p, bytes);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return 0;
+        p += n;
+        bytes -= (size_t)n;
+    }
+    return 1;
+}
+
+static int q3n__file_read(q3n__file *f, void *data, size_t bytes)
+{
+    for (uint8_t *p = (uint8_t *)data; bytes > 0; ) {
+        const ssize_t n = read(f->fd, p, bytes);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return 0;
+        p += n;
+        bytes -= (size_t)n;
+    }
+    return 1;
+}
+
+static int q3n__file_close(q3n__file *f) { return close(f->fd) == 0; }
+static int q3n__file_remove(const char *path) { return unlink(path) == 0; }
+
+/* Tell of every regular file whose name begins with prefix; 0 = the directory cannot be read. */
+static int q3n__directory_list(const char *path, const char *prefix, q3n__file_found found,
+                               void *user)
+{
+    DIR *dir = opendir(path);
+    if (!dir) return 0;
+    for (const struct dirent *e; (e = readdir(dir)) != NULL; ) {
+        struct stat st;
+        if (strncmp(e->d_name, prefix, strlen(prefix)) == 0
+            && fstatat(dirfd(dir), e->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0
+            && S_ISREG(st.st_mode))
+            found(user, e->d_name, (int64_t)st.st_size, (int64_t)st.st_mtime);
+    }
+    closedir(dir);
+    return 1;
+}
+#endif
+
 /* ---- CPU features ---- */
 #if Q3N__X86
 static void q3n__cpuid(uint32_t leaf, uint32_t sub, uint32_t r[4])
@@ -1468,7 +1703,7 @@ static int q3n__cpu_has(q3n_isa isa) { return Q3N__ARM64 && isa == Q3N_ISA_NEON;
  * [3] MEMORY                                                                 >>memory
  *
  * Sizes that cannot wrap, unaligned little-endian reads, the host's allocator, an arena that lays
- * out one allocation, CRC-32.
+ * out one allocation, CRC-32, a hash of 64 bits.
  * ===================================================================================== */
 static int q3n__mul_size(size_t a, size_t b, size_t *out)   /* 0 = overflow */
 {
@@ -1581,6 +1816,79 @@ static uint32_t q3n__crc32(uint32_t crc, const void *data, size_t bytes)
     q3n__crc_table c;
     q3n__crc_table_make(&c);
     return q3n__crc32_with(&c, crc, data, bytes);
+}
+
+/* ---- Hash of 64 bits: SESSION FILE FORMAT, HASH ---- */
+#define Q3N__GOLDEN 0x9E3779B97F4A7C15ull
+
+/* A bijection of 64-bit words whose outputs for consecutive inputs look independent. */
+static uint64_t q3n__mix64(uint64_t x)
+{
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    return x ^ (x >> 31);
+}
+
+static uint64_t q3n__hash_step(uint64_t lane, uint64_t word)
+{
+    const uint64_t x = (lane ^ word) * Q3N__GOLDEN;
+    return x << 29 | x >> 35;
+}
+
+typedef struct { uint64_t lane[8], seed, bytes; } q3n__hash;
+
+static void q3n__hash_begin(q3n__hash *h, uint64_t seed)
+{
+    for (uint64_t i = 0; i < 8; i++) h->lane[i] = q3n__mix64(seed + Q3N__GOLDEN * (i + 1));
+    h->seed = seed;
+    h->bytes = 0;
+}
+
+static void q3n__hash_blocks(q3n__hash *h, const uint8_t *p, size_t n)   /* n of 64 bytes */
+{
+    uint64_t a = h->lane[0], b = h->lane[1], c = h->lane[2], d = h->lane[3];
+    uint64_t e = h->lane[4], f = h->lane[5], g = h->lane[6], i = h->lane[7];
+    for (; n > 0; n--, p += 64) {
+        a = q3n__hash_step(a, q3n__load_u64(p));
+        b = q3n__hash_step(b, q3n__load_u64(p + 8));
+        c = q3n__hash_step(c, q3n__load_u64(p + 16));
+        d = q3n__hash_step(d, q3n__load_u64(p + 24));
+        e = q3n__hash_step(e, q3n__load_u64(p + 32));
+        f = q3n__hash_step(f, q3n__load_u64(p + 40));
+        g = q3n__hash_step(g, q3n__load_u64(p + 48));
+        i = q3n__hash_step(i, q3n__load_u64(p + 56));
+    }
+    const uint64_t lane[8] = { a, b, c, d, e, f, g, i };
+    memcpy(h->lane, lane, sizeof lane);
+}
+
+/* In pieces of multiples of 64 bytes, but for the last one. */
+static void q3n__hash_add(q3n__hash *h, const void *data, size_t bytes)
+{
+    Q3N_ASSERT(h->bytes % 64 == 0);
+    const size_t whole = bytes / 64 * 64;
+    q3n__hash_blocks(h, (const uint8_t *)data, whole / 64);
+    if (whole < bytes) {
+        uint8_t last[64] = { 0 };
+        memcpy(last, (const uint8_t *)data + whole, bytes - whole);
+        q3n__hash_blocks(h, last, 1);
+    }
+    h->bytes += bytes;
+}
+
+static uint64_t q3n__hash_end(const q3n__hash *h)
+{
+    uint64_t x = q3n__mix64(h->bytes ^ h->seed);
+    for (int i = 0; i < 8; i++) x = q3n__hash_step(x, q3n__mix64(h->lane[i]));
+    return q3n__mix64(x);
+}
+
+static uint64_t q3n__hash_of(uint64_t seed, const void *data, size_t bytes)
+{
+    q3n__hash h;
+    q3n__hash_begin(&h, seed);
+    q3n__hash_add(&h, data, bytes);
+    return q3n__hash_end(&h);
 }
 
 /* =====================================================================================
@@ -6425,13 +6733,1127 @@ static void q3n__snapshot_release(q3n_snapshot *s)   /* NULL is allowed */
 static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t *tokens, int n)
 {
     const int most = length < n ? length : n;
-    for (int i = 0; i < most; i++)
-        if (page[i / Q3N__KV_BLOCK]->tokens[i % Q3N__KV_BLOCK] != tokens[i]) return i;
+    for (int i = 0; i < most; i += Q3N__KV_BLOCK) {
+        const int32_t *x = page[i / Q3N__KV_BLOCK]->tokens;
+        const int some = most - i < Q3N__KV_BLOCK ? most - i : Q3N__KV_BLOCK;
+        if (memcmp(x, tokens + i, (size_t)some * sizeof *x) == 0) continue;
+        int t = 0;
+        while (x[t] == tokens[i + t]) t++;
+        return i + t;
+    }
     return most;
 }
 
 /* =====================================================================================
- * [14] SESSION                                                              >>session
+ * [14] SESSION FILES                                                  >>session-files
+ *
+ * A snapshot to bytes and back (SESSION FILE FORMAT).  One walk over its parts serves both ways.
+ * What is read is hostile: sizes come from the shape, pages are made as their bytes arrive, and
+ * nothing is handed out before the last hash is right.
+ * ===================================================================================== */
+static const uint8_t q3n__session_magic[8] = { 0x89, 'Q', '3', 'S', '\r', '\n', 0x1a, '\n' };
+
+typedef struct {
+    uint8_t  magic[8];
+    uint32_t version, header_bytes;
+    uint64_t header_hash, file_bytes, model_hash, model_bytes;
+    uint32_t length, kv_type, delta_type, has_mtp, has_hidden, has_logits;
+    uint32_t page_tokens, n_kv_layers, n_kv_heads, head_dim, hidden_size, vocab_size;
+    uint64_t delta_len, conv_len, page_bytes, zero;
+} q3n__session_header;
+
+typedef char q3n__session_header_is_128[sizeof(q3n__session_header) == 128 ? 1 : -1];
+
+/* What a model is: its metadata, which hold the checksum of every tensor. */
+static uint64_t q3n__model_hash(const q3n_model *m)
+{
+    return q3n__hash_of(0, m->data, (size_t)q3n__load_u64(m->data + 24));
+}
+
+/* ---- Sizes ---- */
+static uint64_t q3n__padded(uint64_t len, size_t element) { return (len * element + 63) / 64 * 64; }
+
+static uint64_t q3n__page_file_bytes(const q3n__shape *shape)
+{
+    return sizeof ((q3n__page *)0)->tokens + (shape->page_bytes - Q3N__PAGE_HEAD);
+}
+
+/* Of the file that a snapshot makes; its pages and arrays are not looked at. */
+static uint64_t q3n__snapshot_file_bytes(const q3n_snapshot *s)
+{
+    const q3n__shape *h = &s->shape;
+    return sizeof(q3n__session_header)
+         + q3n__padded(h->delta_len, (size_t)q3n__types[s->delta_type].block_bytes)
+         + q3n__padded(h->conv_len, sizeof(float))
+         + (s->has_hidden ? q3n__padded((uint64_t)h->hidden_size, sizeof(float)) : 0)
+         + (s->has_logits ? q3n__padded((uint64_t)h->vocab_size, sizeof(float)) : 0)
+         + (uint64_t)q3n__blocks_of(s->length) * q3n__page_file_bytes(h) + sizeof(uint64_t);
+}
+
+/* ---- Header ---- */
+static uint64_t q3n__session_header_hash(q3n__session_header h)
+{
+    h.header_hash = 0;
+    return q3n__hash_of(0, &h, sizeof h);
+}
+
+/* Of model m and a snapshot's shape, types, length and flags. */
+static void q3n__session_header_make(q3n__session_header *h, const q3n_model *m,
+                                     const q3n_snapshot *s)
+{
+    const q3n__shape *shape = &s->shape;
+    memset(h, 0, sizeof *h);
+    memcpy(h->magic, q3n__session_magic, sizeof h->magic);
+    h->version = 1;
+    h->header_bytes = sizeof *h;
+    h->file_bytes = q3n__snapshot_file_bytes(s);
+    h->model_hash = q3n__model_hash(m);
+    h->model_bytes = m->bytes;
+    h->length = (uint32_t)s->length;
+    h->kv_type = (uint32_t)shape->kv_type;
+    h->delta_type = (uint32_t)s->delta_type;
+    h->has_mtp = (uint32_t)shape->has_mtp;
+    h->has_hidden = (uint32_t)s->has_hidden;
+    h->has_logits = (uint32_t)s->has_logits;
+    h->page_tokens = Q3N__KV_BLOCK;
+    h->n_kv_layers = (uint32_t)shape->n_kv_layers;
+    h->n_kv_heads = (uint32_t)shape->n_kv_heads;
+    h->head_dim = (uint32_t)shape->head_dim;
+    h->hidden_size = (uint32_t)shape->hidden_size;
+    h->vocab_size = (uint32_t)shape->vocab_size;
+    h->delta_len = shape->delta_len;
+    h->conv_len = shape->conv_len;
+    h->page_bytes = q3n__page_file_bytes(shape);
+    h->header_hash = q3n__session_header_hash(*h);
+}
+
+/* Whether this is a header at all, undamaged, of this version. */
+static q3n_result q3n__session_header_open(const q3n__session_header *h, q3n_error *err)
+{
+    if (memcmp(h->magic, q3n__session_magic, sizeof h->magic) != 0)
+        return q3n__fail(err, Q3N_ERR_FORMAT, 0,
+                         "not a session file: the first bytes are %02x %02x %02x %02x, expected "
+                         "89 51 33 53", h->magic[0], h->magic[1], h->magic[2], h->magic[3]);
+    if (h->version != 1)
+        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, 8,
+                         "session file of version %u, expected 1: use the library that wrote it",
+                         h->version);
+    const uint64_t hash = q3n__session_header_hash(*h);
+    if (h->header_hash != hash)
+        return q3n__fail(err, Q3N_ERR_CHECKSUM, 16,
+                         "hash of the header is %016llx, expected %016llx: the file is damaged",
+                         (unsigned long long)hash, (unsigned long long)h->header_hash);
+    return Q3N_OK;
+}
+
+/* Whether a session of this model and shape can take the file, all its numbers aside. */
+static q3n_result q3n__session_header_fits(const q3n__session_header *h,
+                                           const q3n__session_header *want, q3n_error *err)
+{
+    if (h->model_hash != want->model_hash || h->model_bytes != want->model_bytes)
+        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, 32,
+                         "the session is of another model: metadata %016llx of a file of %llu bytes"
+                         " (%u layers with keys, hidden size %u, %u tokens of vocabulary), expected"
+                         " %016llx and %llu bytes: open that model, or evaluate the text again",
+                         (unsigned long long)h->model_hash, (unsigned long long)h->model_bytes,
+                         h->n_kv_layers, h->hidden_size, h->vocab_size,
+                         (unsigned long long)want->model_hash,
+                         (unsigned long long)want->model_bytes);
+    if (h->kv_type >= Q3N_TYPE_COUNT)
+        return q3n__fail(err, Q3N_ERR_FORMAT, 52, "kv_type %u is no type", h->kv_type);
+    if (h->kv_type != want->kv_type)
+        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, 52,
+                         "keys and values are %s, the session's %s: make it with kv_type %s",
+                         q3n__types[h->kv_type].name, q3n__types[want->kv_type].name,
+                         q3n__types[h->kv_type].name);
+    if (h->has_mtp > 1) return q3n__fail(err, Q3N_ERR_FORMAT, 60, "has_mtp is %u", h->has_mtp);
+    if (h->has_mtp != want->has_mtp)
+        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, 60,
+                         "saved %s keys of the MTP module, the session is %s them: make it with "
+                         "option speculate %s", h->has_mtp ? "with" : "without",
+                         want->has_mtp ? "with" : "without", h->has_mtp ? "AUTO or MTP" : "OFF");
+    return Q3N_OK;
+}
+
+/* Numbers that follow from the model, and from what the file says of itself. */
+static q3n_result q3n__session_header_numbers(const q3n__session_header *h,
+                                              const q3n__session_header *want, q3n_error *err)
+{
+    static const struct { const char *name; int at, bytes; } field[] = {
+        { "header_bytes", 12, 4 }, { "page_tokens", 72, 4 }, { "n_kv_layers", 76, 4 },
+        { "n_kv_heads", 80, 4 },   { "head_dim", 84, 4 },    { "hidden_size", 88, 4 },
+        { "vocab_size", 92, 4 },   { "delta_len", 96, 8 },   { "conv_len", 104, 8 },
+        { "page_bytes", 112, 8 },  { "zero", 120, 8 },       { "file_bytes", 24, 8 },
+    };
+    for (size_t i = 0; i < sizeof field / sizeof *field; i++) {
+        uint64_t x = 0, y = 0;
+        memcpy(&x, (const uint8_t *)h + field[i].at, (size_t)field[i].bytes);
+        memcpy(&y, (const uint8_t *)want + field[i].at, (size_t)field[i].bytes);
+        if (x != y)
+            return q3n__fail(err, Q3N_ERR_FORMAT, field[i].at,
+                             "%s is %llu, expected %llu: not a file of this library",
+                             field[i].name, (unsigned long long)x, (unsigned long long)y);
+    }
+    return Q3N_OK;
+}
+
+/* Fill `like`, a snapshot without arrays, from a header that a session of like->shape can take. */
+static q3n_result q3n__session_header_check(const q3n__session_header *h, const q3n_model *m,
+                                            int capacity, q3n_snapshot *like, q3n_error *err)
+{
+    q3n__session_header want;
+    like->delta_type = Q3N_TYPE_F32;
+    q3n__session_header_make(&want, m, like);
+    q3n_result r = q3n__session_header_open(h, err);
+    if (r == Q3N_OK) r = q3n__session_header_fits(h, &want, err);
+    if (r != Q3N_OK) return r;
+    if (h->delta_type != Q3N_TYPE_F32 && h->delta_type != Q3N_TYPE_BF16)
+        return q3n__fail(err, Q3N_ERR_FORMAT, 56, "delta_type is %u, expected %d (f32) or %d"
+                         " (bf16)", h->delta_type, Q3N_TYPE_F32, Q3N_TYPE_BF16);
+    if (h->has_hidden > (h->length > 0) || h->has_logits > (h->length > 0))
+        return q3n__fail(err, Q3N_ERR_FORMAT, 64, "has_hidden %u and has_logits %u of %u tokens:"
+                         " expected 0 or 1, at length 0 none", h->has_hidden, h->has_logits,
+                         h->length);
+    if (h->length > (uint32_t)capacity)
+        return q3n__fail(err, Q3N_ERR_FULL, 48, "%u tokens do not fit a session of %d: make it with"
+                         " a larger capacity", h->length, capacity);
+    like->delta_type = (q3n_type)h->delta_type;
+    like->has_hidden = (int)h->has_hidden;
+    like->has_logits = (int)h->has_logits;
+    like->length = (int)h->length;
+    want.file_bytes = q3n__snapshot_file_bytes(like);
+    return q3n__session_header_numbers(h, &want, err);
+}
+
+/* ---- Parts: the same walk writes and reads ---- */
+typedef struct {
+    const q3n_sink   *sink;      /* NULL = read from source                                      */
+    const q3n_source *source;
+    int64_t           size;      /* of the file that is read, -1 = not known                     */
+    q3n__hash         hash;      /* of the parts so far                                          */
+    uint64_t          at, bytes; /* so far, in all                                               */
+    q3n_error        *err;
+} q3n__stream;
+
+static q3n_result q3n__stream_raw(q3n__stream *s, void *data, size_t bytes)
+{
+    const int failed = s->sink ? s->sink->write(s->sink->user, data, bytes)
+                               : s->source->read(s->source->user, data, bytes);
+    if (failed)
+        return q3n__fail(s->err, Q3N_ERR_IO, (int64_t)s->at, "cannot %s bytes %llu .. %llu of %llu"
+                         " of the session (%s?)", s->sink ? "write" : "read",
+                         (unsigned long long)s->at, (unsigned long long)(s->at + bytes),
+                         (unsigned long long)s->bytes, s->sink ? "is the disk full" : "cut off");
+    s->at += bytes;
+    return Q3N_OK;
+}
+
+static q3n_result q3n__stream_blocks(q3n__stream *s, void *data, size_t bytes)
+{
+    if (s->sink) q3n__hash_add(&s->hash, data, bytes);
+    const q3n_result r = q3n__stream_raw(s, data, bytes);
+    if (!s->sink && r == Q3N_OK) q3n__hash_add(&s->hash, data, bytes);
+    return r;
+}
+
+/* Bytes are hashed in steps that stay in the processor's cache between file and hash. */
+#define Q3N__STREAM_STEP ((size_t)128 << 10)
+
+static q3n_result q3n__stream_part(q3n__stream *s, void *data, size_t bytes)
+{
+    uint8_t *p = (uint8_t *)data, last[64] = { 0 };
+    const size_t tail = bytes % sizeof last;
+    q3n_result r = Q3N_OK;
+    for (size_t left = bytes - tail, some; left > 0 && r == Q3N_OK; left -= some, p += some) {
+        some = left < Q3N__STREAM_STEP ? left : Q3N__STREAM_STEP;
+        r = q3n__stream_blocks(s, p, some);
+    }
+    if (tail == 0 || r != Q3N_OK) return r;
+    if (s->sink) memcpy(last, p, tail);
+    r = q3n__stream_blocks(s, last, sizeof last);
+    if (!s->sink && r == Q3N_OK) memcpy(p, last, tail);
+    return r;
+}
+
+/* All of a snapshot but the pages. */
+static q3n_result q3n__stream_arrays(q3n__stream *s, const q3n_snapshot *snap)
+{
+    const q3n__shape *h = &snap->shape;
+    const struct { void *data; size_t bytes; } part[] = {
+        { snap->delta, h->delta_len * (size_t)q3n__types[snap->delta_type].block_bytes },
+        { snap->conv, h->conv_len * sizeof(float) },
+        { snap->hidden, snap->has_hidden ? (size_t)h->hidden_size * sizeof(float) : 0 },
+        { snap->logits, snap->has_logits ? (size_t)h->vocab_size * sizeof(float) : 0 },
+    };
+    q3n_result r = Q3N_OK;
+    for (size_t i = 0; i < sizeof part / sizeof *part && r == Q3N_OK; i++)
+        r = q3n__stream_part(s, part[i].data, part[i].bytes);
+    return r;
+}
+
+static q3n_result q3n__stream_page(q3n__stream *s, const q3n__shape *shape, q3n__page *page)
+{
+    const q3n_result r = q3n__stream_part(s, page->tokens, sizeof page->tokens);
+    const size_t bytes = shape->page_bytes - Q3N__PAGE_HEAD;
+    return r == Q3N_OK ? q3n__stream_part(s, (uint8_t *)page + Q3N__PAGE_HEAD, bytes) : r;
+}
+
+/* ---- Writing ---- */
+
+/* The used slots of a snapshot's last page, zeros behind them; NULL without memory. */
+static q3n__page *q3n__snapshot_last_page(const q3n_snapshot *s)
+{
+    q3n__page *p = q3n__page_alloc(s->model, &s->shape);
+    if (!p) return NULL;
+    memset((uint8_t *)p + Q3N__PAGE_HEAD, 0, s->shape.page_bytes - Q3N__PAGE_HEAD);
+    q3n__page_copy(&s->shape, p, s->page[s->n_pages - 1], s->length % Q3N__KV_BLOCK);
+    return p;
+}
+
+static q3n_result q3n__snapshot_write(const q3n_snapshot *s, const q3n_sink *sink, q3n_error *err)
+{
+    q3n__session_header h;
+    q3n__session_header_make(&h, s->model, s);
+    q3n__page *last = NULL;
+    if (s->length % Q3N__KV_BLOCK != 0 && (last = q3n__snapshot_last_page(s)) == NULL)
+        return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a page of %zu bytes",
+                         s->shape.page_bytes);
+    q3n__stream out = { .sink = sink, .bytes = h.file_bytes, .err = err };
+    q3n__hash_begin(&out.hash, h.header_hash);
+    q3n_result r = q3n__stream_raw(&out, &h, sizeof h);
+    if (r == Q3N_OK) r = q3n__stream_arrays(&out, s);
+    for (int i = 0; i < s->n_pages && r == Q3N_OK; i++)
+        r = q3n__stream_page(&out, &s->shape, last && i == s->n_pages - 1 ? last : s->page[i]);
+    uint64_t hash = q3n__hash_end(&out.hash);
+    if (r == Q3N_OK) r = q3n__stream_raw(&out, &hash, sizeof hash);
+    q3n__page_release(s->model, last);
+    return r;
+}
+
+/* ---- Reading ---- */
+static q3n_result q3n__stream_pages(q3n__stream *in, q3n_snapshot *s)
+{
+    q3n_result r = Q3N_OK;
+    for (int i = 0; i < s->n_pages && r == Q3N_OK; i++) {
+        q3n__page *p = s->page[i] = q3n__page_alloc(s->model, &s->shape);
+        if (!p)
+            return q3n__fail(in->err, Q3N_ERR_MEMORY, -1, "no memory for page %d of %d, %zu bytes",
+                             i + 1, s->n_pages, s->shape.page_bytes);
+        p->n_used = s->length - i * Q3N__KV_BLOCK;
+        if (p->n_used > Q3N__KV_BLOCK) p->n_used = Q3N__KV_BLOCK;
+        r = q3n__stream_page(in, &s->shape, p);
+    }
+    return r;
+}
+
+static q3n_result q3n__stream_end(q3n__stream *in, const q3n_snapshot *s)
+{
+    uint64_t expected = 0;
+    const int64_t at = (int64_t)in->at;
+    const q3n_result r = q3n__stream_raw(in, &expected, sizeof expected);
+    if (r != Q3N_OK) return r;
+    const uint64_t hash = q3n__hash_end(&in->hash);
+    if (hash != expected)
+        return q3n__fail(in->err, Q3N_ERR_CHECKSUM, at,
+                         "hash of the session is %016llx, expected %016llx: the file is damaged",
+                         (unsigned long long)hash, (unsigned long long)expected);
+    for (int i = 0; i < s->length; i++) {
+        const int32_t id = s->page[i / Q3N__KV_BLOCK]->tokens[i % Q3N__KV_BLOCK];
+        if (id < 0 || id >= s->shape.vocab_size)
+            return q3n__fail(in->err, Q3N_ERR_FORMAT, -1, "token %d is %d, expected 0 .. %d", i, id,
+                             s->shape.vocab_size - 1);
+    }
+    return Q3N_OK;
+}
+
+static q3n_result q3n__stream_read(q3n__stream *in, q3n_snapshot **out, const q3n_model *m,
+                                   const q3n__shape *shape, int capacity)
+{
+    q3n__session_header h;
+    q3n_snapshot like;
+    memset(&like, 0, sizeof like);
+    like.shape = *shape;
+    in->bytes = sizeof h;
+    q3n_result r = q3n__stream_raw(in, &h, sizeof h);
+    if (r == Q3N_OK) r = q3n__session_header_check(&h, m, capacity, &like, in->err);
+    if (r != Q3N_OK) return r;
+    if (in->size >= 0 && (uint64_t)in->size != h.file_bytes)
+        return q3n__fail(in->err, Q3N_ERR_FORMAT, 24, "the file has %lld bytes, its header says"
+                         " %llu: it was not copied whole", (long long)in->size,
+                         (unsigned long long)h.file_bytes);
+    in->bytes = h.file_bytes;
+    q3n__hash_begin(&in->hash, h.header_hash);
+    q3n_snapshot *s = q3n__snapshot_alloc(m, shape, like.delta_type, like.length);
+    if (!s)
+        return q3n__fail(in->err, Q3N_ERR_MEMORY, -1, "no memory for the state of %d tokens, %zu"
+                         " bytes without pages", like.length,
+                         q3n__snapshot_measure(shape, like.delta_type, like.length));
+    s->has_hidden = like.has_hidden;
+    s->has_logits = like.has_logits;
+    r = q3n__stream_arrays(in, s);
+    if (r == Q3N_OK) r = q3n__stream_pages(in, s);
+    if (r == Q3N_OK) r = q3n__stream_end(in, s);
+    if (r == Q3N_OK) *out = s;
+    else             q3n__snapshot_release(s);
+    return r;
+}
+
+/* What a session of that shape and capacity can take; *out is NULL on error. */
+static q3n_result q3n__snapshot_read(q3n_snapshot **out, const q3n_model *m,
+                                     const q3n__shape *shape, int capacity,
+                                     const q3n_source *source, q3n_error *err)
+{
+    q3n__stream in = { .source = source, .size = -1, .err = err };
+    *out = NULL;
+    return q3n__stream_read(&in, out, m, shape, capacity);
+}
+
+/* ---- Files ---- */
+static int q3n__sink_file(void *user, const void *data, size_t bytes)
+{
+    return !q3n__file_write((q3n__file *)user, data, bytes);
+}
+
+static int q3n__source_file(void *user, void *data, size_t bytes)
+{
+    return !q3n__file_read((q3n__file *)user, data, bytes);
+}
+
+static q3n_result q3n__no_files(const char *path, q3n_error *err)
+{
+    return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "%.400s: built without files (Q3N_NO_STDIO)",
+                     path);
+}
+
+/* Others may write a file of this name at the same time, and one that was interrupted may have
+ * left its own: each takes the first name that is free. */
+#define Q3N__MOST_PARTS 100
+
+/* The file has another name until it is complete; on failure nothing is left. */
+static q3n_result q3n__snapshot_save(const q3n_snapshot *s, const char *path, q3n_error *err)
+{
+    if (!Q3N__HAS_FILES) return q3n__no_files(path, err);
+    const size_t room = strlen(path) + sizeof ".00.part";
+    char *part = (char *)q3n__alloc(&s->model->allocator, room);
+    if (!part) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "%.400s: no memory to save", path);
+    q3n__file f;
+    int created = 0;
+    for (int i = 0; i < Q3N__MOST_PARTS && !created; i++) {
+        snprintf(part, room, "%s.%02d.part", path, i);
+        created = q3n__file_create(&f, part);
+    }
+    q3n_error why = { Q3N_OK, -1, "" };
+    if (created) {
+        const q3n_sink sink = { q3n__sink_file, &f };
+        q3n_result r = q3n__snapshot_write(s, &sink, &why);
+        if (!q3n__file_close(&f) && r == Q3N_OK)
+            r = q3n__fail(&why, Q3N_ERR_IO, -1, "cannot write (is the disk full?)");
+        if (r == Q3N_OK && !q3n__file_replace(part, path))
+            r = q3n__fail(&why, Q3N_ERR_IO, -1, "cannot rename %.280s to it", part);
+        if (r != Q3N_OK) q3n__file_remove(part);
+    } else {
+        q3n__fail(&why, Q3N_ERR_IO, -1, "cannot create %.280s", part);
+    }
+    q3n__free(&s->model->allocator, part);
+    if (why.code == Q3N_OK) return Q3N_OK;
+    return q3n__fail(err, why.code, why.offset, "%.200s: %.290s", path, why.message);
+}
+
+/* As q3n__snapshot_read; a file that goes on behind its end is refused. */
+static q3n_result q3n__snapshot_open(q3n_snapshot **out, const q3n_model *m,
+                                     const q3n__shape *shape, int capacity, const char *path,
+                                     q3n_error *err)
+{
+    *out = NULL;
+    if (!Q3N__HAS_FILES) return q3n__no_files(path, err);
+    q3n__file f;
+    int64_t size = 0;
+    const int found = q3n__file_open(&f, path, &size);
+    if (found <= 0)
+        return q3n__fail(err, Q3N_ERR_IO, -1, "%.400s: %s", path,
+                         found < 0 ? "there is no such file"
+                                   : "cannot open, or not a regular file");
+    q3n_error why = { Q3N_OK, -1, "" };
+    const q3n_source source = { q3n__source_file, &f };
+    q3n__stream in = { .source = &source, .size = size, .err = &why };
+    const q3n_result r = q3n__stream_read(&in, out, m, shape, capacity);
+    q3n__file_close(&f);
+    if (r == Q3N_OK) return r;
+    return q3n__fail(err, r, why.offset, "%.200s: %.290s", path, why.message);
+}
+
+/* =====================================================================================
+ * [15] CACHE                                                                  >>cache
+ *
+ * Snapshots by the text that led to them, for any number of threads.  An item is a text, in memory,
+ * in a file, or both; items are sorted by length, so that one pass over a text finds the longest
+ * that it begins with.  Texts are compared, hashes only point.  Files are read and written without
+ * the lock; what a directory holds may be hostile, or gone the next moment.
+ * ===================================================================================== */
+typedef struct {
+    uint64_t      key;           /* of model, kv_type, MTP and type of the matrices              */
+    uint64_t      text;          /* hash of the tokens                                           */
+    int           length;
+    int           marked;
+    uint64_t      used;          /* the cache's clock when it was last used                      */
+    q3n_snapshot *snap;          /* NULL = not in memory                                         */
+    q3n_snapshot *leaving;       /* out of the budget, not yet written and released              */
+    int           has_file;
+    int64_t       file_bytes, file_time;   /* time in seconds                                    */
+    uint64_t      file_order;    /* among files of one second                                    */
+} q3n__cache_item;
+
+typedef struct {
+    q3n__page *page;             /* NULL = free slot                                             */
+    int        n;                /* snapshots that hold it                                       */
+} q3n__cache_page;
+
+struct q3n_cache {
+    const q3n_model  *model;
+    uint64_t          model_hash;
+    q3n__mutex        mutex;     /* for all below                                                */
+    size_t            max_bytes, bytes;
+    q3n__cache_item  *items;     /* [n_items] by length, key, text                               */
+    int               n_items, items_room;
+    int               n_leaving;
+    q3n__cache_page  *pages;     /* [page_room] hash table, at most half full                    */
+    size_t            n_pages, page_room;
+    uint64_t          clock, file_order;
+    int64_t           n_hits, n_misses, n_evicted;
+    int               n_files;
+    int64_t           file_bytes, max_directory_bytes;
+    int64_t           pending_bytes;   /* files being written                                    */
+    q3n_logger        logger;
+    const char       *directory; /* NULL = none                                                  */
+};
+
+/* What an allocation takes besides its bytes. */
+#define Q3N__CACHE_HEAD (Q3N__ALIGN + sizeof(q3n__block_head))
+
+/* ---- Texts ---- */
+static uint64_t q3n__cache_key(const q3n_cache *c, const q3n__shape *shape, q3n_type delta_type)
+{
+    const int type = shape->delta_len ? (int)delta_type : 0;
+    return q3n__mix64(c->model_hash ^ q3n__mix64((uint64_t)shape->kv_type << 16
+                                                 | (uint64_t)shape->has_mtp << 8 | (uint64_t)type));
+}
+
+/* Takes up the chain behind tokens that are in it; q3n__mix64 makes it a hash. */
+#define Q3N__TEXT_START Q3N__GOLDEN
+
+static uint64_t q3n__text_chain(uint64_t chain, const int32_t *tokens, int n)
+{
+    for (int i = 0; i < n; i++) chain = q3n__hash_step(chain, (uint32_t)tokens[i]);
+    return chain;
+}
+
+static uint64_t q3n__snapshot_text(const q3n_snapshot *s)
+{
+    uint64_t chain = Q3N__TEXT_START;
+    for (int i = 0, n = s->length; n > 0; i++, n -= Q3N__KV_BLOCK)
+        chain = q3n__text_chain(chain, s->page[i]->tokens, n < Q3N__KV_BLOCK ? n : Q3N__KV_BLOCK);
+    return q3n__mix64(chain);
+}
+
+static int q3n__snapshot_is_prefix(const q3n_snapshot *s, const int32_t *tokens, int n)
+{
+    return s->length <= n && q3n__common_prefix(s->page, s->length, tokens, n) == s->length;
+}
+
+static int q3n__snapshot_same_text(const q3n_snapshot *a, const q3n_snapshot *b)
+{
+    if (a->length != b->length) return 0;
+    for (int i = 0, n = a->length; n > 0; i++, n -= Q3N__KV_BLOCK)
+        if (a->page[i] != b->page[i]
+            && memcmp(a->page[i]->tokens, b->page[i]->tokens,
+                      (size_t)(n < Q3N__KV_BLOCK ? n : Q3N__KV_BLOCK) * sizeof(int32_t)) != 0)
+            return 0;
+    return 1;
+}
+
+/* ---- Items ---- */
+static int q3n__cache_compare(const void *left, const void *right)
+{
+    const q3n__cache_item *a = (const q3n__cache_item *)left, *b = (const q3n__cache_item *)right;
+    if (a->length != b->length) return a->length < b->length ? -1 : 1;
+    if (a->key != b->key) return a->key < b->key ? -1 : 1;
+    return a->text == b->text ? 0 : a->text < b->text ? -1 : 1;
+}
+
+/* The first item that does not come before (length, key, text). */
+static int q3n__cache_lower(const q3n_cache *c, int length, uint64_t key, uint64_t text)
+{
+    q3n__cache_item at;
+    memset(&at, 0, sizeof at);
+    at.length = length;
+    at.key = key;
+    at.text = text;
+    int low = 0, high = c->n_items;
+    while (low < high) {
+        const int middle = low + (high - low) / 2;
+        if (q3n__cache_compare(&c->items[middle], &at) < 0) low = middle + 1;
+        else                                                high = middle;
+    }
+    return low;
+}
+
+static int q3n__cache_is(const q3n_cache *c, int i, int length, uint64_t key)
+{
+    return i < c->n_items && c->items[i].length == length && c->items[i].key == key;
+}
+
+/* Room for one more; 0 = no memory. */
+static int q3n__cache_items_reserve(q3n_cache *c)
+{
+    if (c->n_items < c->items_room) return 1;
+    if (c->items_room > INT_MAX / 2) return 0;
+    const int room = c->items_room ? 2 * c->items_room : 16;
+    const q3n_allocator *a = &c->model->allocator;
+    q3n__cache_item *items = (q3n__cache_item *)q3n__alloc(a, (size_t)room * sizeof *items);
+    if (!items) return 0;
+    if (c->n_items) memcpy(items, c->items, (size_t)c->n_items * sizeof *items);
+    q3n__free(a, c->items);
+    c->items = items;
+    c->items_room = room;
+    return 1;
+}
+
+/* The item of a text, a new one if there is none; -1 = no memory. */
+static int q3n__cache_item_at(q3n_cache *c, int length, uint64_t key, uint64_t text)
+{
+    const int i = q3n__cache_lower(c, length, key, text);
+    if (q3n__cache_is(c, i, length, key) && c->items[i].text == text) return i;
+    if (!q3n__cache_items_reserve(c)) return -1;
+    memmove(c->items + i + 1, c->items + i, (size_t)(c->n_items - i) * sizeof *c->items);
+    c->n_items++;
+    memset(&c->items[i], 0, sizeof c->items[i]);
+    c->items[i].length = length;
+    c->items[i].key = key;
+    c->items[i].text = text;
+    return i;
+}
+
+/* Forget an item that is nowhere any more. */
+static void q3n__cache_item_tidy(q3n_cache *c, int i)
+{
+    const q3n__cache_item *e = &c->items[i];
+    if (e->snap || e->leaving || e->has_file) return;
+    c->n_items--;
+    memmove(c->items + i, c->items + i + 1, (size_t)(c->n_items - i) * sizeof *c->items);
+}
+
+/* ---- Pages, each counted once ---- */
+static size_t q3n__cache_page_home(const q3n_cache *c, const q3n__page *page)
+{
+    return (size_t)q3n__mix64((uint64_t)(uintptr_t)page) & (c->page_room - 1);
+}
+
+static size_t q3n__cache_page_slot(const q3n_cache *c, const q3n__page *page)
+{
+    size_t i = q3n__cache_page_home(c, page);
+    while (c->pages[i].page && c->pages[i].page != page) i = (i + 1) & (c->page_room - 1);
+    return i;
+}
+
+/* Room for n more; 0 = no memory. */
+static int q3n__cache_pages_reserve(q3n_cache *c, size_t n)
+{
+    size_t room = c->page_room ? c->page_room : 64, bytes;
+    while (room / 2 < c->n_pages + n) room *= 2;
+    if (room == c->page_room) return 1;
+    q3n__cache_page *old = c->pages;
+    const size_t old_room = c->page_room;
+    if (!q3n__mul_size(room, sizeof *old, &bytes)) return 0;
+    q3n__cache_page *pages = (q3n__cache_page *)q3n__alloc(&c->model->allocator, bytes);
+    if (!pages) return 0;
+    memset(pages, 0, bytes);
+    c->pages = pages;
+    c->page_room = room;
+    for (size_t i = 0; i < old_room; i++)
+        if (old[i].page) pages[q3n__cache_page_slot(c, old[i].page)] = old[i];
+    q3n__free(&c->model->allocator, old);
+    return 1;
+}
+
+/* Free a slot; those behind it move up to where they are looked for. */
+static void q3n__cache_page_remove(q3n_cache *c, size_t hole)
+{
+    const size_t mask = c->page_room - 1;
+    for (size_t i = (hole + 1) & mask; c->pages[i].page; i = (i + 1) & mask) {
+        const size_t home = q3n__cache_page_home(c, c->pages[i].page);
+        if (((i - home) & mask) < ((i - hole) & mask)) continue;
+        c->pages[hole] = c->pages[i];
+        hole = i;
+    }
+    c->pages[hole].page = NULL;
+    c->n_pages--;
+}
+
+/* Put a snapshot's pages and bytes on the account; room for its pages is there. */
+static void q3n__cache_hold(q3n_cache *c, const q3n_snapshot *s)
+{
+    c->bytes += s->bytes + Q3N__CACHE_HEAD;
+    for (int i = 0; i < s->n_pages; i++) {
+        q3n__cache_page *p = &c->pages[q3n__cache_page_slot(c, s->page[i])];
+        if (!p->page) {
+            c->bytes += s->shape.page_bytes + Q3N__CACHE_HEAD;
+            c->n_pages++;
+            p->page = s->page[i];
+            p->n = 0;
+        }
+        p->n++;
+    }
+}
+
+static void q3n__cache_unhold(q3n_cache *c, const q3n_snapshot *s)
+{
+    c->bytes -= s->bytes + Q3N__CACHE_HEAD;
+    for (int i = 0; i < s->n_pages; i++) {
+        const size_t slot = q3n__cache_page_slot(c, s->page[i]);
+        if (--c->pages[slot].n > 0) continue;
+        c->bytes -= s->shape.page_bytes + Q3N__CACHE_HEAD;
+        q3n__cache_page_remove(c, slot);
+    }
+}
+
+/* ---- Directory ---- */
+#define Q3N__CACHE_PATH      4096
+#define Q3N__CACHE_NAME      64
+#define Q3N__CACHE_MOST_FILES 65536      /* that are taken note of                               */
+#define Q3N__CACHE_MOST_BYTES ((int64_t)1 << 46)   /* of each, so that their sum stays a number  */
+#define Q3N__CACHE_STALE      86400      /* seconds after which an unfinished file is abandoned  */
+
+static void q3n__cache_name(const q3n__cache_item *e, char name[Q3N__CACHE_NAME])
+{
+    snprintf(name, Q3N__CACHE_NAME, "q3n-%016llx-%016llx-%d.session", (unsigned long long)e->key,
+             (unsigned long long)e->text, e->length);
+}
+
+static void q3n__cache_path(const q3n_cache *c, const char *name, char path[Q3N__CACHE_PATH])
+{
+    snprintf(path, Q3N__CACHE_PATH, "%s/%s", c->directory, name);
+}
+
+/* The item of a file's name: 0 if q3n__cache_name does not make it. */
+static int q3n__cache_parse(const char *name, q3n__cache_item *e)
+{
+    char again[Q3N__CACHE_NAME];
+    memset(e, 0, sizeof *e);
+    if (strlen(name) < 39) return 0;     /* "q3n-", 16 digits, "-", 16 digits, "-", a digit */
+    e->key = strtoull(name + 4, NULL, 16);
+    e->text = strtoull(name + 21, NULL, 16);
+    const long long length = strtoll(name + 38, NULL, 10);
+    if (length < 0 || length > INT_MAX) return 0;
+    e->length = (int)length;
+    q3n__cache_name(e, again);
+    return strcmp(name, again) == 0;
+}
+
+static void q3n__cache_file_forget(q3n_cache *c, int i)
+{
+    q3n__cache_item *e = &c->items[i];
+    c->n_files--;
+    c->file_bytes -= e->file_bytes;
+    e->has_file = 0;
+    q3n__cache_item_tidy(c, i);
+}
+
+/* The item's file is there now; 0 = no memory to take note of it. */
+static int q3n__cache_file_note(q3n_cache *c, const q3n__cache_item *file)
+{
+    const int i = q3n__cache_item_at(c, file->length, file->key, file->text);
+    if (i < 0) return 0;
+    q3n__cache_item *e = &c->items[i];
+    if (e->has_file) c->file_bytes -= e->file_bytes;
+    else             c->n_files++;
+    c->file_bytes += file->file_bytes;
+    e->has_file = 1;
+    e->marked |= file->marked;
+    e->file_bytes = file->file_bytes;
+    e->file_time = file->file_time;
+    e->file_order = ++c->file_order;
+    return 1;
+}
+
+/* Older files first. */
+static int q3n__cache_compare_age(const void *left, const void *right)
+{
+    const q3n__cache_item *a = (const q3n__cache_item *)left, *b = (const q3n__cache_item *)right;
+    if (a->file_time != b->file_time) return a->file_time < b->file_time ? -1 : 1;
+    return a->file_order == b->file_order ? 0 : a->file_order < b->file_order ? -1 : 1;
+}
+
+static int q3n__cache_oldest_file(const q3n_cache *c)
+{
+    int oldest = -1;
+    for (int i = 0; i < c->n_items; i++)
+        if (c->items[i].has_file
+            && (oldest < 0 || q3n__cache_compare_age(&c->items[i], &c->items[oldest]) < 0))
+            oldest = i;
+    return oldest;
+}
+
+static void q3n__cache_file_remove(const q3n_cache *c, const q3n__cache_item *e)
+{
+    char name[Q3N__CACHE_NAME], path[Q3N__CACHE_PATH];
+    q3n__cache_name(e, name);
+    q3n__cache_path(c, name, path);
+    q3n__file_remove(path);
+}
+
+/* Delete the oldest files until `bytes` more fit, and reserve these; 0 = they do not.  Called
+ * without the lock. */
+static int q3n__cache_make_room(q3n_cache *c, int64_t bytes)
+{
+    const int64_t max = c->max_directory_bytes > 0 ? c->max_directory_bytes : INT64_MAX;
+    for (;;) {
+        q3n__cache_item e;
+        q3n__mutex_lock(&c->mutex);
+        const int fits = bytes <= max - c->file_bytes - c->pending_bytes;
+        const int oldest = fits || bytes > max ? -1 : q3n__cache_oldest_file(c);
+        if (fits) c->pending_bytes += bytes;
+        if (oldest >= 0) {
+            e = c->items[oldest];
+            q3n__cache_file_forget(c, oldest);
+        }
+        q3n__mutex_unlock(&c->mutex);
+        if (oldest < 0) return fits;
+        q3n__cache_file_remove(c, &e);
+    }
+}
+
+/* Write a snapshot that has left the memory. */
+static void q3n__cache_store(q3n_cache *c, q3n__cache_item *e, const q3n_snapshot *s)
+{
+    char name[Q3N__CACHE_NAME], path[Q3N__CACHE_PATH];
+    q3n_error err;
+    e->file_bytes = (int64_t)q3n__snapshot_file_bytes(s);
+    if (!q3n__cache_make_room(c, e->file_bytes)) return;
+    q3n__cache_name(e, name);
+    q3n__cache_path(c, name, path);
+    const q3n_result r = q3n__snapshot_save(s, path, &err);
+    if (r != Q3N_OK) q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %s", err.message);
+    e->file_time = (int64_t)time(NULL);
+    q3n__mutex_lock(&c->mutex);
+    c->pending_bytes -= e->file_bytes;
+    const int lost = r == Q3N_OK && !q3n__cache_file_note(c, e);
+    q3n__mutex_unlock(&c->mutex);
+    if (lost) q3n__file_remove(path);
+}
+
+/* Read the file of an item, whose text tokens [length] should be.  NULL = there is none any more,
+ * or it holds something else: then it is forgotten.  Called without the lock. */
+static q3n_snapshot *q3n__cache_load(q3n_cache *c, const q3n__cache_item *e,
+                                     const q3n__shape *shape, const int32_t *tokens)
+{
+    char name[Q3N__CACHE_NAME], path[Q3N__CACHE_PATH];
+    q3n_snapshot *s;
+    q3n_error err;
+    q3n__file f;
+    int64_t bytes;
+    q3n__cache_name(e, name);
+    q3n__cache_path(c, name, path);
+    q3n_result r = q3n__snapshot_open(&s, c->model, shape, e->length, path, &err);
+    if (r == Q3N_OK && (s->length != e->length || q3n__cache_key(c, shape, s->delta_type) != e->key
+                        || !q3n__snapshot_is_prefix(s, tokens, e->length))) {
+        q3n__snapshot_release(s);
+        s = NULL;
+        r = q3n__fail(&err, Q3N_ERR_UNSUPPORTED, -1, "%.300s: holds another text than its name"
+                      " says", path);
+    }
+    if (r == Q3N_OK || r == Q3N_ERR_MEMORY) return s;
+    const int found = q3n__file_open(&f, path, &bytes);
+    if (found > 0) q3n__file_close(&f);
+    if (found >= 0) q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %s", err.message);
+    if (r == Q3N_ERR_FORMAT || r == Q3N_ERR_CHECKSUM) q3n__file_remove(path);
+    q3n__mutex_lock(&c->mutex);
+    const int i = q3n__cache_lower(c, e->length, e->key, e->text);
+    if (q3n__cache_is(c, i, e->length, e->key) && c->items[i].text == e->text
+        && c->items[i].has_file)
+        q3n__cache_file_forget(c, i);
+    q3n__mutex_unlock(&c->mutex);
+    return NULL;
+}
+
+/* A file of the directory: appended; q3n__cache_scan sorts. */
+static void q3n__cache_found(void *user, const char *name, int64_t bytes, int64_t when)
+{
+    q3n_cache *c = (q3n_cache *)user;
+    q3n__cache_item e;
+    if (q3n__cache_parse(name, &e)) {
+        if (c->n_items >= Q3N__CACHE_MOST_FILES || !q3n__cache_items_reserve(c)) return;
+        e.marked = 1;
+        e.has_file = 1;
+        e.file_bytes = bytes < Q3N__CACHE_MOST_BYTES ? bytes : Q3N__CACHE_MOST_BYTES;
+        e.file_time = when;
+        e.file_order = ++c->file_order;
+        c->items[c->n_items++] = e;
+        c->n_files++;
+        c->file_bytes += e.file_bytes;
+        return;
+    }
+    const size_t n = strlen(name);       /* ends with ".session.NN.part" */
+    if (n > 16 && strncmp(name + n - 16, ".session.", 9) == 0 && strcmp(name + n - 5, ".part") == 0
+        && when < (int64_t)time(NULL) - Q3N__CACHE_STALE) {
+        char path[Q3N__CACHE_PATH];
+        q3n__cache_path(c, name, path);
+        q3n__file_remove(path);
+    }
+}
+
+/* Take note of the directory's files; one that cannot be read is done without. */
+static void q3n__cache_scan(q3n_cache *c)
+{
+    if (!Q3N__HAS_FILES || strlen(c->directory) > Q3N__CACHE_PATH - 512
+        || !q3n__directory_list(c->directory, "q3n-", q3n__cache_found, c)) {
+        q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %.300s: %s", c->directory,
+                 Q3N__HAS_FILES ? "cannot read the directory, going on without it"
+                                : "built without files (Q3N_NO_STDIO)");
+        c->directory = NULL;
+        return;
+    }
+    if (c->n_items == 0) return;
+    if (c->n_items >= Q3N__CACHE_MOST_FILES)
+        q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %.300s: more than %d files, the others are"
+                 " not used", c->directory, Q3N__CACHE_MOST_FILES);
+    int gone = 0;
+    qsort(c->items, (size_t)c->n_items, sizeof *c->items, q3n__cache_compare_age);
+    for (; c->max_directory_bytes > 0 && c->file_bytes > c->max_directory_bytes; gone++) {
+        q3n__cache_file_remove(c, &c->items[gone]);
+        c->file_bytes -= c->items[gone].file_bytes;
+    }
+    c->n_files = c->n_items -= gone;
+    memmove(c->items, c->items + gone, (size_t)c->n_items * sizeof *c->items);
+    qsort(c->items, (size_t)c->n_items, sizeof *c->items, q3n__cache_compare);
+}
+
+/* ---- What leaves the memory ---- */
+
+/* Take an item's snapshot off the account. */
+static void q3n__cache_drop(q3n_cache *c, int i)
+{
+    q3n__cache_item *e = &c->items[i];
+    q3n__cache_unhold(c, e->snap);
+    if (e->leaving) q3n__snapshot_release(e->leaving);
+    else            c->n_leaving++;
+    e->leaving = e->snap;
+    e->snap = NULL;
+}
+
+/* The item in memory that goes first, -1 = none. */
+static int q3n__cache_victim(const q3n_cache *c)
+{
+    int first = -1;
+    for (int i = 0; i < c->n_items; i++) {
+        const q3n__cache_item *e = &c->items[i], *f = &c->items[first < 0 ? 0 : first];
+        if (e->snap && (first < 0 || e->marked < f->marked
+                        || (e->marked == f->marked && e->used < f->used)))
+            first = i;
+    }
+    return first;
+}
+
+/* Write and release what was dropped, oldest first.  Called without the lock. */
+static void q3n__cache_drain(q3n_cache *c)
+{
+    for (;;) {
+        q3n__cache_item e;
+        int oldest = -1;
+        q3n__mutex_lock(&c->mutex);
+        for (int i = 0; i < c->n_items && c->n_leaving > 0; i++)
+            if (c->items[i].leaving && (oldest < 0 || c->items[i].used < c->items[oldest].used))
+                oldest = i;
+        if (oldest >= 0) {
+            e = c->items[oldest];
+            c->items[oldest].leaving = NULL;
+            c->n_leaving--;
+            q3n__cache_item_tidy(c, oldest);
+        }
+        q3n__mutex_unlock(&c->mutex);
+        if (oldest < 0) return;
+        if (c->directory && !e.has_file) q3n__cache_store(c, &e, e.leaving);
+        q3n__snapshot_release(e.leaving);
+    }
+}
+
+/* ---- For sessions ---- */
+
+/* Take in a snapshot, unless its text is there; takes its own reference. */
+static void q3n__cache_put(q3n_cache *c, q3n_snapshot *snap, int marked)
+{
+    const uint64_t key = q3n__cache_key(c, &snap->shape, snap->delta_type);
+    const uint64_t text = q3n__snapshot_text(snap);
+    const size_t alone = snap->bytes + Q3N__CACHE_HEAD
+                       + (size_t)snap->n_pages * (snap->shape.page_bytes + Q3N__CACHE_HEAD);
+    Q3N_ASSERT(snap->model == c->model);
+    if (alone > c->max_bytes) return;
+    q3n__mutex_lock(&c->mutex);
+    const int i = q3n__cache_pages_reserve(c, (size_t)snap->n_pages)
+                ? q3n__cache_item_at(c, snap->length, key, text) : -1;
+    if (i >= 0) {
+        q3n__cache_item *e = &c->items[i];
+        if (e->snap && !q3n__snapshot_same_text(e->snap, snap)) q3n__cache_drop(c, i);
+        e->marked |= marked;
+        e->used = ++c->clock;
+        if (!e->snap) {
+            q3n__snapshot_retain(snap);
+            e->snap = snap;
+            q3n__cache_hold(c, snap);
+        }
+        while (c->bytes > c->max_bytes) {
+            q3n__cache_drop(c, q3n__cache_victim(c));
+            c->n_evicted++;
+        }
+    }
+    q3n__mutex_unlock(&c->mutex);
+    q3n__cache_drain(c);
+}
+
+/* Whether exactly this text is in memory; then it counts as used, and is marked if marked. */
+static int q3n__cache_touch(q3n_cache *c, const q3n__shape *shape, q3n_type delta_type,
+                            const int32_t *tokens, int n, int marked)
+{
+    const uint64_t key = q3n__cache_key(c, shape, delta_type);
+    int found = 0;
+    q3n__mutex_lock(&c->mutex);
+    int i = q3n__cache_lower(c, n, key, 0);
+    if (q3n__cache_is(c, i, n, key)) {
+        const uint64_t text = q3n__mix64(q3n__text_chain(Q3N__TEXT_START, tokens, n));
+        i = q3n__cache_lower(c, n, key, text);
+        q3n__cache_item *e = &c->items[i];
+        found = q3n__cache_is(c, i, n, key) && e->text == text && e->snap
+              && q3n__snapshot_is_prefix(e->snap, tokens, n);
+        if (found) {
+            e->marked |= marked;
+            e->used = ++c->clock;
+        }
+    }
+    q3n__mutex_unlock(&c->mutex);
+    return found;
+}
+
+/* The longest item whose hash is that of the first tokens, more than least and at most n of them;
+ * -1 = none.  One pass over the tokens, as far as there are items. */
+static int q3n__cache_longest(const q3n_cache *c, uint64_t key, const int32_t *tokens, int n,
+                              int least)
+{
+    uint64_t chain = Q3N__TEXT_START;
+    int longest = -1, done = 0;
+    for (int i = q3n__cache_lower(c, least + 1, 0, 0); i < c->n_items; i++) {
+        const q3n__cache_item *e = &c->items[i];
+        if (e->length > n) break;
+        if (e->key != key || (!e->snap && !e->has_file)) continue;
+        chain = q3n__text_chain(chain, tokens + done, e->length - done);
+        done = e->length;
+        if (q3n__mix64(chain) == e->text) longest = i;
+    }
+    return longest;
+}
+
+/* The longest snapshot of this shape, of more than least and at most n tokens, whose text is a
+ * prefix of tokens [n], with a reference for the caller; NULL = none.  Files are looked into where
+ * they are longer than what is in memory.  Counts a hit or a miss. */
+static q3n_snapshot *q3n__cache_find(q3n_cache *c, const q3n__shape *shape, q3n_type delta_type,
+                                     const int32_t *tokens, int n, int least)
+{
+    const uint64_t key = q3n__cache_key(c, shape, delta_type);
+    q3n_snapshot *snap = NULL;
+    for (int most = n; !snap; ) {
+        q3n__cache_item e;
+        q3n__mutex_lock(&c->mutex);
+        const int i = q3n__cache_longest(c, key, tokens, most, least);
+        if (i >= 0) {
+            e = c->items[i];
+            if (e.snap && q3n__snapshot_is_prefix(e.snap, tokens, n)) {
+                snap = e.snap;
+                q3n__snapshot_retain(snap);
+                c->items[i].used = ++c->clock;
+            }
+        }
+        q3n__mutex_unlock(&c->mutex);
+        if (i < 0) break;
+        most = e.length - 1;
+        if (!snap && e.has_file) {
+            snap = q3n__cache_load(c, &e, shape, tokens);
+            if (snap) q3n__cache_put(c, snap, e.marked);
+        }
+    }
+    q3n__mutex_lock(&c->mutex);
+    if (snap) c->n_hits++;
+    else      c->n_misses++;
+    q3n__mutex_unlock(&c->mutex);
+    return snap;
+}
+
+/* ---- Public functions ---- */
+Q3N_DEF q3n_result q3n_cache_create(q3n_cache **out, const q3n_model *m,
+                                    const q3n_cache_options *o, q3n_error *err)
+{
+    if (!out) return q3n__fail(err, Q3N_ERR_ARG, -1, "no place for the cache");
+    *out = NULL;
+    if (!m || !o) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model, or no options of the cache");
+    if (o->max_directory_bytes < 0)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "max_directory_bytes is %lld, expected 0 or more",
+                         (long long)o->max_directory_bytes);
+    const size_t path_bytes = o->directory ? strlen(o->directory) + 1 : 0;
+    q3n_cache *c = (q3n_cache *)q3n__alloc(&m->allocator, sizeof *c + path_bytes);
+    if (!c) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a cache");
+    memset(c, 0, sizeof *c);
+    if (!q3n__mutex_init(&c->mutex)) {
+        q3n__free(&m->allocator, c);
+        return q3n__fail(err, Q3N_ERR_THREAD, -1, "no mutex");
+    }
+    c->model = m;
+    c->model_hash = q3n__mix64(q3n__model_hash(m) ^ m->bytes);
+    c->max_bytes = o->max_bytes;
+    c->max_directory_bytes = o->max_directory_bytes;
+    c->logger = o->logger;
+    if (o->directory) {
+        memcpy(c + 1, o->directory, path_bytes);
+        c->directory = (const char *)(c + 1);
+        q3n__cache_scan(c);
+    }
+    *out = c;
+    return Q3N_OK;
+}
+
+Q3N_DEF void q3n_cache_clear(q3n_cache *c)
+{
+    for (int i = 0; i >= 0; ) {
+        q3n__mutex_lock(&c->mutex);
+        i = q3n__cache_victim(c);
+        if (i >= 0) q3n__cache_drop(c, i);
+        q3n__mutex_unlock(&c->mutex);
+        q3n__cache_drain(c);
+    }
+}
+
+Q3N_DEF void q3n_cache_destroy(q3n_cache *c)
+{
+    if (!c) return;
+    q3n_cache_clear(c);
+    q3n__free(&c->model->allocator, c->pages);
+    q3n__free(&c->model->allocator, c->items);
+    q3n__mutex_free(&c->mutex);
+    q3n__free(&c->model->allocator, c);
+}
+
+Q3N_DEF void q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out)
+{
+    memset(out, 0, sizeof *out);
+    q3n__mutex_lock(&c->mutex);
+    out->bytes = c->bytes;
+    for (int i = 0; i < c->n_items; i++) out->n_entries += c->items[i].snap != NULL;
+    out->n_files = c->n_files;
+    out->file_bytes = c->file_bytes;
+    out->n_hits = c->n_hits;
+    out->n_misses = c->n_misses;
+    out->n_evicted = c->n_evicted;
+    q3n__mutex_unlock(&c->mutex);
+}
+
+/* =====================================================================================
+ * [16] SESSION                                                              >>session
  *
  * Evaluation as transactions.  Between calls a session holds its text; a call works beside it -
  * in a second set of matrices, in slots of pages behind the text, in the trail - and ends with
@@ -7751,7 +9173,7 @@ static q3n_result q3n__batch_eval(q3n_batch *b, q3n_batch_item *items, int n_ite
 }
 
 /* =====================================================================================
- * [14] SAMPLER                                                              >>sampler
+ * [17] SAMPLER                                                              >>sampler
  *
  * Chooses the next token from logits.  Each filter keeps the tokens ranked before some place in
  * the order "larger first, lower id among equals", so finding that place takes a selection, not a
@@ -7761,16 +9183,6 @@ static q3n_result q3n__batch_eval(q3n_batch *b, q3n_batch_item *items, int n_ite
  * ===================================================================================== */
 
 /* ---- Random numbers: SplitMix64 of Steele, Lea and Flood (2014) ---- */
-#define Q3N__GOLDEN 0x9E3779B97F4A7C15ull
-
-/* A bijection of 64-bit words whose outputs for consecutive inputs look independent. */
-static uint64_t q3n__mix64(uint64_t x)
-{
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
-    return x ^ (x >> 31);
-}
-
 static double q3n__random_unit(uint64_t *state)   /* [0, 1) in steps of 2^-53 */
 {
     *state += Q3N__GOLDEN;
@@ -8193,7 +9605,7 @@ Q3N_DEF int32_t q3n_sampler_sample(q3n_sampler *s, const float *logits)
 }
 
 /* =====================================================================================
- * [16] SPECULATION                                                      >>speculation
+ * [18] SPECULATION                                                      >>speculation
  *
  * Several tokens a pass: drafts come from the model's MTP module or from the text itself, one pass
  * of the trunk checks them, and what is rejected is forgotten like a cancelled call.  How many
@@ -8508,7 +9920,7 @@ static q3n_result q3n__session_draft(q3n_session *s, int32_t token, int32_t *dra
 }
 
 /* =====================================================================================
- * [15] QUANTISE                                                             >>quantise
+ * [19] QUANTISE                                                            >>quantise
  *
  * Rows of floats to the bytes that a file holds, in any type.  The bytes depend on the weights
  * alone: float arithmetic in a fixed order, the same on every machine and for every split of the
@@ -8882,7 +10294,7 @@ Q3N_DEF q3n_result q3n_quantize_rows(q3n_type type, const q3n_rows *rows, void *
 }
 
 /* =====================================================================================
- * [16] WRITER                                                                >>writer
+ * [20] WRITER                                                                >>writer
  *
  * Makes model files as a stream, or in memory.  The tensor plan and a choice of types fix the whole
  * layout before the first byte, so every byte is written once and in order; only the checksums are
@@ -9580,7 +10992,7 @@ Q3N_DEF q3n_result q3n_quantize_file(const char *path, const q3n_model *in,
 }
 
 /* =====================================================================================
- * [17] RANDOM WEIGHTS                                                        >>random
+ * [21] RANDOM WEIGHTS                                                        >>random
  *
  * Models of any geometry without a checkpoint, for tests and measurements.  A weight depends on the
  * seed, its tensor's name and its place alone, so pieces can be made in any order.
@@ -9896,7 +11308,7 @@ Q3N_DEF q3n_result q3n_init_memory(void *data, size_t bytes, const q3n_config *c
 }
 
 /* =====================================================================================
- * [18] PUBLIC                                                                >>public
+ * [22] PUBLIC                                                                >>public
  *
  * Public functions of models and sessions: check, delegate.
  * ===================================================================================== */
@@ -10410,7 +11822,7 @@ Q3N_DEF void q3n_session_speculation(const q3n_session *s, q3n_speculation *out)
 }
 
 /* =====================================================================================
- * [19] KERNELS, SCALAR: the definition                               >>kernels-scalar
+ * [23] KERNELS, SCALAR: the definition                               >>kernels-scalar
  *
  * Written from the equations; every other ISA is tested against these.
  * ===================================================================================== */
@@ -10729,7 +12141,7 @@ static void q3n__bind_scalar(q3n__kernels *k)
 }
 
 /* =====================================================================================
- * [20] KERNELS, AVX2                                                   >>kernels-avx2
+ * [24] KERNELS, AVX2                                                   >>kernels-avx2
  *
  * How all three ISA sections work.  An element of a product has one accumulator vector that walks
  * the columns in steps of one vector; a shorter last step reads zeros behind the end; then one
@@ -11559,7 +12971,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [21] KERNELS, AVX-512                                              >>kernels-avx512
+ * [25] KERNELS, AVX-512                                              >>kernels-avx512
  *
  * As the AVX2 section, with vectors of 16 and masks.
  * ===================================================================================== */
@@ -12101,7 +13513,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [22] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
+ * [26] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
  *
  * Quantised matrices.  A vector of weights is 4 columns of 16 rows, so 16 lanes are 16 rows: four
  * activations are broadcast, multiplied and added to the lanes' 32-bit sums by one instruction
@@ -12344,7 +13756,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [23] KERNELS, NEON                                                   >>kernels-neon
+ * [27] KERNELS, NEON                                                   >>kernels-neon
  *
  * Baseline AArch64: no extension is asked for, so there is no target region.  32 registers of four
  * floats allow wider tiles than those of AVX2.
@@ -13035,7 +14447,7 @@ static void q3n__bind_neon(q3n__kernels *k)
 #endif
 
 /* =====================================================================================
- * [24] DISPATCH: one row per ISA                                           >>dispatch
+ * [28] DISPATCH: one row per ISA                                           >>dispatch
  * ===================================================================================== */
 static const struct {
     const char *name;
