@@ -2369,12 +2369,14 @@ typedef struct {
 } q3n__store_kv;
 
 /* The gated delta rule over n tokens for one value head, columns [col0, col1) of its state; see
- * q3n__delta_scalar for the equations.  Strides are in floats from token to token. */
+ * q3n__delta_scalar for the equations.  Strides are in floats from token to token.  S is not
+ * written unless S_out is the same; without tokens nothing is. */
 typedef struct {
-    float       *S;              /* [dk, dv], updated                                            */
+    const float *S;              /* [dk, dv]: the state before                                   */
+    float       *S_out;          /* [dk, dv] out: the state behind all tokens; may be S          */
     const float *q, *k;          /* [n][dk] of the head's key head                               */
     const float *v;              /* [n][dv]                                                      */
-    float       *o;              /* [n][dv] out                                                  */
+    float       *o;              /* [n][dv] out; NULL = not wanted                               */
     const float *g, *beta;       /* [n]: log decay <= 0, write strength in (0, 1)                */
     int          qk_stride, v_stride, o_stride, gb_stride;
     int          n, dk, dv, col0, col1;
@@ -2382,10 +2384,12 @@ typedef struct {
 
 /* Causal depthwise convolution and SiLU for channels [c0, c1):
  *   y[t][c] = silu(sum_j w[j][c] u[t - width + 1 + j][c])
- * where u is the state's width - 1 columns followed by x; the state becomes the last of them. */
+ * where u is the state's width - 1 columns followed by x; the last of them are the new state.
+ * `state` is not written unless `state_out` is the same; without tokens nothing is. */
 typedef struct {
     const float *w;              /* [width, n_channels]                                          */
-    float       *state;          /* [width - 1, n_channels], oldest first                        */
+    const float *state;          /* [width - 1, n_channels], oldest first                        */
+    float       *state_out;      /* [width - 1, n_channels] out; may be state                    */
     const float *x;              /* [n, ...] rows x_stride apart                                 */
     float       *y;              /* [n, ...] rows y_stride apart; not x                          */
     int          x_stride, y_stride;
@@ -12039,16 +12043,18 @@ static void q3n__delta_scalar(const q3n__delta *h)
         const float *v = h->v + (size_t)t * (size_t)h->v_stride;
         const float beta  = h->beta[(size_t)t * (size_t)h->gb_stride];
         const float decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
+        const float *S = t == 0 ? h->S : h->S_out;
         for (int j = h->col0; j < h->col1; j++) {
-            float *S = h->S + j, read = 0.0f, o = 0.0f;
-            for (int i = 0; i < h->dk; i++) read += S[(size_t)i * (size_t)h->dv] * k[i];
+            float read = 0.0f, o = 0.0f;
+            for (int i = 0; i < h->dk; i++) read += S[(size_t)i * (size_t)h->dv + (size_t)j] * k[i];
             const float d = beta * (v[j] - decay * read);
             for (int i = 0; i < h->dk; i++) {
-                float *s = S + (size_t)i * (size_t)h->dv;
-                *s = decay * *s + k[i] * d;
-                o += *s * q[i];
+                const size_t at = (size_t)i * (size_t)h->dv + (size_t)j;
+                const float s = decay * S[at] + k[i] * d;
+                h->S_out[at] = s;
+                o += s * q[i];
             }
-            h->o[(size_t)t * (size_t)h->o_stride + (size_t)j] = o;
+            if (h->o) h->o[(size_t)t * (size_t)h->o_stride + (size_t)j] = o;
         }
     }
 }
@@ -12058,9 +12064,10 @@ static float q3n__silu(float x) { return x / (1.0f + expf(-x)); }
 static void q3n__conv_scalar(const q3n__conv *c)
 {
     const int back = c->width - 1;
-    for (int ch = c->c0; ch < c->c1; ch++) {
+    for (int ch = c->c0; ch < c->c1 && c->n > 0; ch++) {
         float u[16];                                   /* width <= 16 (Q3N_CONFIG_LIST) */
-        float *state = c->state + ch;
+        const float *state = c->state + ch;
+        float *state_out = c->state_out + ch;
         for (int j = 0; j < back; j++) u[j] = state[(size_t)j * (size_t)c->n_channels];
         for (int t = 0; t < c->n; t++) {
             u[back] = c->x[(size_t)t * (size_t)c->x_stride + (size_t)ch];
@@ -12070,7 +12077,7 @@ static void q3n__conv_scalar(const q3n__conv *c)
             c->y[(size_t)t * (size_t)c->y_stride + (size_t)ch] = q3n__silu(s);
             for (int j = 0; j < back; j++) u[j] = u[j + 1];
         }
-        for (int j = 0; j < back; j++) state[(size_t)j * (size_t)c->n_channels] = u[j];
+        for (int j = 0; j < back; j++) state_out[(size_t)j * (size_t)c->n_channels] = u[j];
     }
 }
 
@@ -12216,12 +12223,13 @@ static Q3N__UNUSED const float *q3n__conv_input(const q3n__conv *c, int i)
                     : c->x + (size_t)(i - back) * (size_t)c->x_stride;
 }
 
-/* The state becomes the last width - 1 rows of the input. */
+/* The new state is the last width - 1 rows of the input.  In place a row comes from one behind it
+ * that is not written yet. */
 static Q3N__UNUSED void q3n__conv_shift(const q3n__conv *c)
 {
     if (c->n < 1 || c->c1 <= c->c0) return;
     for (int j = 0; j < c->width - 1; j++)
-        memcpy(c->state + (size_t)j * (size_t)c->n_channels + c->c0,
+        memcpy(c->state_out + (size_t)j * (size_t)c->n_channels + c->c0,
                q3n__conv_input(c, c->n + j) + c->c0, (size_t)(c->c1 - c->c0) * sizeof(float));
 }
 
@@ -12575,10 +12583,11 @@ static void q3n__attend_q8_avx2(const q3n__attend *a)
 
 /* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
 typedef struct {
-    float *S;                    /* the block's first column                                     */
-    size_t stride;
-    int    dk, n;                /* n columns are real if V is 1                                 */
-    __m256 d[8], o[8], read[8];
+    const float *from;           /* the block's first column where the token reads the state ... */
+    float       *S;              /* ... and where it writes it; the same behind the first token  */
+    size_t       stride;
+    int          dk, n;          /* n columns are real if V is 1                                 */
+    __m256       d[8], o[8], read[8];
 } q3n__delta_cols_avx2;
 
 /* read = S' k */
@@ -12587,7 +12596,7 @@ Q3N__INLINE void q3n__delta_read_avx2(int V, q3n__delta_cols_avx2 *p, const floa
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->read[v] = _mm256_setzero_ps();
     for (int i = 0; i < p->dk; i++) {
-        const float *S = p->S + (size_t)i * p->stride;
+        const float *S = p->from + (size_t)i * p->stride;
         const __m256 ki = _mm256_set1_ps(k[i]);
         Q3N__UNROLL
         for (int v = 0; v < V; v++)
@@ -12604,12 +12613,13 @@ Q3N__INLINE void q3n__delta_step_avx2(int V, q3n__delta_cols_avx2 *p, float deca
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->o[v] = p->read[v] = _mm256_setzero_ps();
     for (int i = 0; i < p->dk; i++) {
+        const float *from = p->from + (size_t)i * p->stride;
         float *S = p->S + (size_t)i * p->stride;
         const __m256 qi = _mm256_set1_ps(q[i]), ki = _mm256_set1_ps(k[i]);
         const __m256 ni = next ? _mm256_set1_ps(next[i]) : ki;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) {
-            __m256 s = q3n__loadf_avx2(S + 8 * v, p->n);
+            __m256 s = q3n__loadf_avx2(from + 8 * v, p->n);
             s = _mm256_fmadd_ps(keep, s, _mm256_mul_ps(ki, p->d[v]));
             q3n__storef_avx2(S + 8 * v, s, p->n);
             p->o[v] = _mm256_fmadd_ps(s, qi, p->o[v]);
@@ -12621,7 +12631,8 @@ Q3N__INLINE void q3n__delta_step_avx2(int V, q3n__delta_cols_avx2 *p, float deca
 Q3N__INLINE void q3n__delta_block_avx2(int V, const q3n__delta *h, int j, int n)
 {
     q3n__delta_cols_avx2 p;
-    p.S = h->S + j;
+    p.from = h->S + j;
+    p.S = h->S_out + j;
     p.stride = (size_t)h->dv;
     p.dk = h->dk;
     p.n = n;
@@ -12630,7 +12641,6 @@ Q3N__INLINE void q3n__delta_block_avx2(int V, const q3n__delta *h, int j, int n)
         const float *q = h->q + (size_t)t * (size_t)h->qk_stride;
         const float *k = h->k + (size_t)t * (size_t)h->qk_stride;
         const float *values = h->v + (size_t)t * (size_t)h->v_stride + j;
-        float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         const float decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
         const __m256 beta = _mm256_set1_ps(h->beta[(size_t)t * (size_t)h->gb_stride]);
         Q3N__UNROLL
@@ -12640,6 +12650,9 @@ Q3N__INLINE void q3n__delta_block_avx2(int V, const q3n__delta *h, int j, int n)
         }
         if (t + 1 < h->n) q3n__delta_step_avx2(V, &p, decay, q, k, k + h->qk_stride);
         else              q3n__delta_step_avx2(V, &p, decay, q, k, NULL);
+        p.from = p.S;
+        if (!h->o) continue;
+        float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) q3n__storef_avx2(o + 8 * v, p.o[v], n);
     }
@@ -13324,10 +13337,11 @@ static void q3n__attend_q8_avx512(const q3n__attend *a)
 
 /* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
 typedef struct {
-    float *S;                    /* the block's first column                                     */
-    size_t stride;
-    int    dk, n;                /* n columns are real if V is 1                                 */
-    __m512 d[8], o[8], read[8];
+    const float *from;           /* the block's first column where the token reads the state ... */
+    float       *S;              /* ... and where it writes it; the same behind the first token  */
+    size_t       stride;
+    int          dk, n;          /* n columns are real if V is 1                                 */
+    __m512       d[8], o[8], read[8];
 } q3n__delta_cols_avx512;
 
 /* read = S' k */
@@ -13336,7 +13350,7 @@ Q3N__INLINE void q3n__delta_read_avx512(int V, q3n__delta_cols_avx512 *p, const 
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->read[v] = _mm512_setzero_ps();
     for (int i = 0; i < p->dk; i++) {
-        const float *S = p->S + (size_t)i * p->stride;
+        const float *S = p->from + (size_t)i * p->stride;
         const __m512 ki = _mm512_set1_ps(k[i]);
         Q3N__UNROLL
         for (int v = 0; v < V; v++)
@@ -13353,12 +13367,13 @@ Q3N__INLINE void q3n__delta_step_avx512(int V, q3n__delta_cols_avx512 *p, float 
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->o[v] = p->read[v] = _mm512_setzero_ps();
     for (int i = 0; i < p->dk; i++) {
+        const float *from = p->from + (size_t)i * p->stride;
         float *S = p->S + (size_t)i * p->stride;
         const __m512 qi = _mm512_set1_ps(q[i]), ki = _mm512_set1_ps(k[i]);
         const __m512 ni = next ? _mm512_set1_ps(next[i]) : ki;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) {
-            __m512 s = q3n__loadf_avx512(S + 16 * v, p->n);
+            __m512 s = q3n__loadf_avx512(from + 16 * v, p->n);
             s = _mm512_fmadd_ps(keep, s, _mm512_mul_ps(ki, p->d[v]));
             q3n__storef_avx512(S + 16 * v, s, p->n);
             p->o[v] = _mm512_fmadd_ps(s, qi, p->o[v]);
@@ -13370,7 +13385,8 @@ Q3N__INLINE void q3n__delta_step_avx512(int V, q3n__delta_cols_avx512 *p, float 
 Q3N__INLINE void q3n__delta_block_avx512(int V, const q3n__delta *h, int j, int n)
 {
     q3n__delta_cols_avx512 p;
-    p.S = h->S + j;
+    p.from = h->S + j;
+    p.S = h->S_out + j;
     p.stride = (size_t)h->dv;
     p.dk = h->dk;
     p.n = n;
@@ -13379,7 +13395,6 @@ Q3N__INLINE void q3n__delta_block_avx512(int V, const q3n__delta *h, int j, int 
         const float *q = h->q + (size_t)t * (size_t)h->qk_stride;
         const float *k = h->k + (size_t)t * (size_t)h->qk_stride;
         const float *values = h->v + (size_t)t * (size_t)h->v_stride + j;
-        float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         const float decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
         const __m512 beta = _mm512_set1_ps(h->beta[(size_t)t * (size_t)h->gb_stride]);
         Q3N__UNROLL
@@ -13389,6 +13404,9 @@ Q3N__INLINE void q3n__delta_block_avx512(int V, const q3n__delta *h, int j, int 
         }
         if (t + 1 < h->n) q3n__delta_step_avx512(V, &p, decay, q, k, k + h->qk_stride);
         else              q3n__delta_step_avx512(V, &p, decay, q, k, NULL);
+        p.from = p.S;
+        if (!h->o) continue;
+        float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) q3n__storef_avx512(o + 16 * v, p.o[v], n);
     }
@@ -14093,10 +14111,11 @@ static void q3n__attend_q8_neon(const q3n__attend *a) { q3n__attend_neon(a, q3n_
 
 /* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
 typedef struct {
-    float      *S;               /* the block's first column                                     */
-    size_t      stride;
-    int         dk, n;           /* n columns are real if V is 1                                 */
-    float32x4_t d[8], o[8], read[8];
+    const float *from;           /* the block's first column where the token reads the state ... */
+    float       *S;              /* ... and where it writes it; the same behind the first token  */
+    size_t       stride;
+    int          dk, n;          /* n columns are real if V is 1                                 */
+    float32x4_t  d[8], o[8], read[8];
 } q3n__delta_cols_neon;
 
 /* read = S' k */
@@ -14105,7 +14124,7 @@ Q3N__INLINE void q3n__delta_read_neon(int V, q3n__delta_cols_neon *p, const floa
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->read[v] = vdupq_n_f32(0.0f);
     for (int i = 0; i < p->dk; i++) {
-        const float *S = p->S + (size_t)i * p->stride;
+        const float *S = p->from + (size_t)i * p->stride;
         const float32x4_t ki = vdupq_n_f32(k[i]);
         Q3N__UNROLL
         for (int v = 0; v < V; v++)
@@ -14122,12 +14141,13 @@ Q3N__INLINE void q3n__delta_step_neon(int V, q3n__delta_cols_neon *p, float deca
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->o[v] = p->read[v] = vdupq_n_f32(0.0f);
     for (int i = 0; i < p->dk; i++) {
+        const float *from = p->from + (size_t)i * p->stride;
         float *S = p->S + (size_t)i * p->stride;
         const float32x4_t qi = vdupq_n_f32(q[i]), ki = vdupq_n_f32(k[i]);
         const float32x4_t ni = next ? vdupq_n_f32(next[i]) : ki;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) {
-            float32x4_t s = q3n__loadf_neon(S + 4 * v, p->n);
+            float32x4_t s = q3n__loadf_neon(from + 4 * v, p->n);
             s = vfmaq_f32(vmulq_f32(ki, p->d[v]), keep, s);
             q3n__storef_neon(S + 4 * v, s, p->n);
             p->o[v] = vfmaq_f32(p->o[v], s, qi);
@@ -14139,7 +14159,8 @@ Q3N__INLINE void q3n__delta_step_neon(int V, q3n__delta_cols_neon *p, float deca
 Q3N__INLINE void q3n__delta_block_neon(int V, const q3n__delta *h, int j, int n)
 {
     q3n__delta_cols_neon p;
-    p.S = h->S + j;
+    p.from = h->S + j;
+    p.S = h->S_out + j;
     p.stride = (size_t)h->dv;
     p.dk = h->dk;
     p.n = n;
@@ -14148,7 +14169,6 @@ Q3N__INLINE void q3n__delta_block_neon(int V, const q3n__delta *h, int j, int n)
         const float *q = h->q + (size_t)t * (size_t)h->qk_stride;
         const float *k = h->k + (size_t)t * (size_t)h->qk_stride;
         const float *values = h->v + (size_t)t * (size_t)h->v_stride + j;
-        float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         const float decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
         const float32x4_t beta = vdupq_n_f32(h->beta[(size_t)t * (size_t)h->gb_stride]);
         Q3N__UNROLL
@@ -14158,6 +14178,9 @@ Q3N__INLINE void q3n__delta_block_neon(int V, const q3n__delta *h, int j, int n)
         }
         if (t + 1 < h->n) q3n__delta_step_neon(V, &p, decay, q, k, k + h->qk_stride);
         else              q3n__delta_step_neon(V, &p, decay, q, k, NULL);
+        p.from = p.S;
+        if (!h->o) continue;
+        float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) q3n__storef_neon(o + 4 * v, p.o[v], n);
     }
