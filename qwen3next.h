@@ -8440,8 +8440,8 @@ static void q3n__session_point(q3n_session *s, int n, int last)
 
 /* The MTP module over positions [first, first + n) of a session; see q3n__mtp_forward.  The last
  * chunk's rows are in run.a afterwards; returns the last one. */
-static const float *q3n__mtp_rows(q3n_session *s, q3n__engine *e, const int32_t *tokens,
-                                  const float *hidden, int first, int n)
+static const float *q3n__mtp_run(q3n_session *s, q3n__engine *e, const int32_t *tokens,
+                                 const float *hidden, int first, int n)
 {
     const size_t d = (size_t)s->shape.hidden_size;
     q3n__state st = s->state;
@@ -8473,7 +8473,7 @@ static void q3n__mtp_flush(q3n_session *s, q3n__engine *e)
         const int p = s->mtp_length + i;
         tokens[i] = s->state.kv.page[p / Q3N__KV_BLOCK]->tokens[p % Q3N__KV_BLOCK];
     }
-    q3n__mtp_rows(s, e, tokens, s->hidden, s->mtp_length, n);
+    q3n__mtp_run(s, e, tokens, s->hidden, s->mtp_length, n);
     memmove(s->hidden, s->hidden + (size_t)n * d, d * sizeof(float));
     s->n_hidden = 1;
     s->mtp_length = s->length;
@@ -8491,7 +8491,7 @@ static void q3n__mtp_follow(q3n_session *s, q3n__engine *e, const int32_t *token
         float *before = e->hidden + (size_t)row0 * d;  /* the row before row0: of another part */
         memcpy(e->row, before, d * sizeof(float));
         memcpy(before, s->work_hidden, d * sizeof(float));
-        q3n__mtp_rows(s, e, tokens + (first - p), before + (size_t)(first - p) * d, first,
+        q3n__mtp_run(s, e, tokens + (first - p), before + (size_t)(first - p) * d, first,
                       p + n - first);
         memcpy(before, e->row, d * sizeof(float));
     }
@@ -9622,6 +9622,13 @@ typedef struct {
 } q3n__drafts;
 
 /* ---- Drafts ---- */
+static int32_t q3n__largest_logit(const float *logits, int n)   /* the first of equals; no NaN */
+{
+    int32_t best = 0;
+    for (int i = 1; i < n; i++)
+        if (logits[i] > logits[best] || logits[best] != logits[best]) best = i;
+    return best;
+}
 
 /* The module's drafts behind token, which follows the text: the first from the trunk's rows, the
  * others from the module's own output.  sampler NULL = the most probable.  Pages must reach n
@@ -9635,7 +9642,7 @@ static void q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, 
     const int rows = s->n_hidden;                       /* the last is about `token` */
     q3n__session_copy_tokens(s, s->mtp_length, rows - 1, tokens);
     tokens[rows - 1] = token;
-    const float *out = q3n__mtp_rows(s, e, tokens, s->hidden, s->mtp_length, rows);
+    const float *out = q3n__mtp_run(s, e, tokens, s->hidden, s->mtp_length, rows);
     memmove(s->hidden, s->hidden + (size_t)(rows - 1) * d, d * sizeof(float));
     s->n_hidden = 1;                                    /* the text's keys are there for good */
     s->mtp_length = s->work_mtp = s->length;
@@ -9646,7 +9653,7 @@ static void q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, 
         if (sampler) q3n__sampler_draft(sampler, logits, &draft[i]);
         else         q3n__draft_point(&draft[i], q3n__largest_logit(logits, s->shape.vocab_size));
         if (i + 1 < n)
-            out = q3n__mtp_rows(s, e, &draft[i].id, s->draft_hidden, s->length + 1 + i, 1);
+            out = q3n__mtp_run(s, e, &draft[i].id, s->draft_hidden, s->length + 1 + i, 1);
     }
 }
 
