@@ -9048,6 +9048,7 @@ static int q3n__batch_plan(q3n_batch *b, q3n_batch_item *items, int n_items, int
     int n = 0;
     for (int i = 0; i < n_items && n < rows; i++) {
         q3n_session *s = items[i].session;
+        if (q3n__item_left(&items[i]) == 0) continue;
         const int done = items[i].done + s->taken;
         if (done == items[i].n) continue;
         b->parts[n++] = (q3n__part){ s, items[i].tokens + done, 1, items[i].n - done == 1 };
