@@ -13,11 +13,14 @@
 #include <string.h>
 
 static volatile sig_atomic_t interrupted;
+static q3n_session *volatile session_to_cancel;
 
 static void on_interrupt(int number)
 {
     (void)number;
+    q3n_session *s = session_to_cancel;
     interrupted = 1;
+    if (s) q3n_session_cancel(s, 1);
     signal(SIGINT, SIG_DFL);      /* the second one ends the program */
 }
 
@@ -29,6 +32,11 @@ void cli_catch_interrupt(void)
 int cli_interrupted(void)
 {
     return interrupted != 0;
+}
+
+void cli_cancel_on_interrupt(q3n_session *s)
+{
+    session_to_cancel = s;
 }
 
 #if defined(_WIN32)
