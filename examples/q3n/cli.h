@@ -69,6 +69,9 @@ size_t cli_physical_memory(void);           /* bytes of this machine; 0 = unknow
  * it is undefined; never NULL. */
 void  *cli_alloc_pages(size_t bytes);
 void   cli_free_pages(void *memory);
+#define CLI_PATH_ROOM 1024
+/* Makes an empty file of a new name where the system keeps such; remove it in the end. */
+void   cli_scratch_file(char path[CLI_PATH_ROOM]);
 /* Runs fn(arg, i) for i in [0, n), each on its own thread. */
 void   cli_run_threads(int n, void (*fn)(void *arg, int i), void *arg);
 

@@ -309,9 +309,9 @@ int cmd_info(int argc, char **argv)
     };
     const cli_syntax syntax = {
         "info MODEL.q3n [options]",
-        "Prints configuration, types, sizes, tokenizer and the memory that running takes: weights,\n"
-        "a session of --ctx tokens by part, --snapshots of it.  Pages that only a snapshot holds\n"
-        "come on top: one for each 256 tokens that the session no longer shares with it.",
+        "Prints configuration, types, sizes, tokenizer and the memory that running takes:\n"
+        "weights, a session of --ctx tokens by part, --snapshots of it.  Pages that only a\n"
+        "snapshot holds come on top: one for each 256 tokens that the session no longer shares.",
         options, CLI_COUNT(options), 1, NULL, NULL,
     };
     cli_words words;

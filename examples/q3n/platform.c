@@ -105,6 +105,15 @@ void cli_free_pages(void *memory)
     if (memory) VirtualFree(memory, 0, MEM_RELEASE);
 }
 
+void cli_scratch_file(char path[CLI_PATH_ROOM])
+{
+    char folder[MAX_PATH + 1], name[MAX_PATH + 1];
+    if (!GetTempPathA(sizeof folder, folder) || !GetTempFileNameA(folder, "q3n", 0, name)) {
+        cli_fail("cannot make a file for what is measured");
+    }
+    snprintf(path, CLI_PATH_ROOM, "%s", name);
+}
+
 typedef HANDLE thread_handle;
 
 #else
@@ -118,6 +127,9 @@ typedef HANDLE thread_handle;
 #  include <sched.h>
 #elif defined(__APPLE__)
 #  include <sys/sysctl.h>
+#endif
+#ifndef P_tmpdir
+#  define P_tmpdir "."
 #endif
 
 double cli_clock(void)
@@ -235,6 +247,15 @@ void *cli_alloc_pages(size_t bytes)
 void cli_free_pages(void *memory)
 {
     free(memory);
+}
+
+void cli_scratch_file(char path[CLI_PATH_ROOM])
+{
+    const char *folder = getenv("TMPDIR");
+    snprintf(path, CLI_PATH_ROOM, "%s/q3n-XXXXXX", folder && folder[0] ? folder : P_tmpdir);
+    const int file = mkstemp(path);
+    if (file < 0) cli_fail("%s: cannot make the file", path);
+    close(file);
 }
 
 typedef pthread_t thread_handle;
