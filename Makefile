@@ -286,10 +286,10 @@ bench: $(B)/q3n   ## Measure BENCH="g1 g2 g3" in TYPES="q4 q8 bf16", beside PEER
 	    --threads="$(THREADS)" --models build/models --out $(B)/bench --peer="$(PEER)" \
 	    --peer-models="$(PEER_MODELS)" --peer-args="$(PEER_ARGS)" $(BENCH_FLAGS)
 
-# A model, or a preset as here, and other options of q3n bench.
+# SESSIONS: a model, or a preset as here, and other options of q3n bench.
 SESSIONS ?= --preset g2 --type q4
 
-bench-sessions: $(B)/q3n $(STORIES)   ## Measure batches, drafts, states; SESSIONS="--preset g2 --type q4"
+bench-sessions: $(B)/q3n $(STORIES)   ## Measure many sessions, drafts, states
 	$(B)/q3n bench $(SESSIONS) --batch 1,2,4,8,16
 	$(B)/q3n bench $(STORIES) --mtp
 	$(B)/q3n bench $(SESSIONS) --mtp
