@@ -660,7 +660,7 @@ static memory new_memory(int n, int dk, int dv)
     memory p;
     memset(&p, 0, sizeof p);
     q3n__delta *d = &p.d;
-    d->n = n;
+    d->n = d->n_store = n;
     d->dk = dk;
     d->dv = d->col1 = dv;
     d->qk_stride = 2 * dk + random_int(3);
@@ -681,11 +681,11 @@ static memory new_memory(int n, int dk, int dv)
     d->v = v;
     d->g = gb;
     d->beta = gb + 1;
-    d->S = new_out((size_t)(dk * dv));
+    d->S = d->S_out = new_out((size_t)(dk * dv));
     d->o = new_out((size_t)(n * d->o_stride));
     p.before = new_in((size_t)(dk * dv));
     fill(p.before, (size_t)(dk * dv), random_int(2) ? PLAIN : TINY);
-    memcpy(d->S, p.before, (size_t)(dk * dv) * 4);
+    memcpy(d->S_out, p.before, (size_t)(dk * dv) * 4);
     return p;
 }
 
@@ -737,7 +737,7 @@ static void delta_values(void)
             release();
         }
     memory none = new_memory(1, 8, 8);
-    none.d.n = 0;
+    none.d.n = none.d.n_store = 0;
     none.d.q = none.d.k = none.d.v = none.d.g = none.d.beta = NULL;
     kernels.delta(&none.d);
     check_same(none.d.S, none.before, 64 * 4, "delta: no token");
@@ -755,14 +755,14 @@ static void delta_cuts(void)
             const int dv = widths[i], dk = 1 + random_int(70), step = 1 + random_int(dv);
             memory p = new_memory(DELTA_TOKENS, dk, dv);
             q3n__delta part = p.d;
-            part.S = new_out((size_t)(dk * dv));
+            part.S = part.S_out = new_out((size_t)(dk * dv));
             part.o = new_out((size_t)(p.d.n * p.d.o_stride));
-            memcpy(part.S, p.before, (size_t)(dk * dv) * 4);
+            memcpy(part.S_out, p.before, (size_t)(dk * dv) * 4);
             kernels.delta(&p.d);
             for (int j = 0; j < dv; j += step)
                 for (int t = 0; t < p.d.n; t += part.n) {
                     q3n__delta one = part;
-                    one.n = part.n = cut == 0 || t + 2 > p.d.n ? 1 : 2;
+                    one.n = one.n_store = part.n = cut == 0 || t + 2 > p.d.n ? 1 : 2;
                     one.q += t * p.d.qk_stride;
                     one.k += t * p.d.qk_stride;
                     one.v += t * p.d.v_stride;
@@ -780,6 +780,96 @@ static void delta_cuts(void)
 }
 
 static void test_delta_cuts(void **state) { (void)state; for_each_isa(delta_cuts); }
+
+/* Columns [begin, end) of out [n_rows, n_cols] are those of want; nobody wrote the others. */
+static void check_columns(const float *out, const float *want, int n_rows, int n_cols,
+                          const int range[2], const char *what)
+{
+    for (int i = 0; i < n_rows * n_cols; i++) {
+        const int mine = i % n_cols >= range[0] && i % n_cols < range[1];
+        if (q3n__f32_bits(out[i]) != (mine ? q3n__f32_bits(want[i]) : 0xA5A5A5A5u))
+            fail_msg("%s: row %d, column %d", what, i / n_cols, i % n_cols);
+    }
+}
+
+/* The call's tokens one by one, each in place: S_out becomes the state behind n_store of them. */
+static void delta_alone(const q3n__delta *h, const float *before, float *S_out, float *o)
+{
+    const size_t bytes = (size_t)(h->dk * h->dv) * 4;
+    q3n__delta one = *h;
+    float *S = new_out((size_t)(h->dk * h->dv));
+    memcpy(S, before, bytes);
+    one.S = one.S_out = S;
+    one.scratch = NULL;
+    one.n = one.n_store = 1;
+    one.n_quiet = 0;
+    for (int t = 0; t <= h->n; t++) {
+        if (t == h->n_store) memcpy(S_out, S, bytes);
+        if (t == h->n) return;
+        one.o = t < h->n_quiet ? NULL : o + t * h->o_stride;
+        kernels.delta(&one);
+        one.q += h->qk_stride;
+        one.k += h->qk_stride;
+        one.v += h->v_stride;
+        one.g += h->gb_stride;
+        one.beta += h->gb_stride;
+    }
+}
+
+/* One call whose stored state lags behind, in place and apart, with and without outputs. */
+static void check_lag(const memory *p, int n_store, int n_quiet)
+{
+    const int keep = n_blocks, range[2] = { p->d.col0, n_store ? p->d.col1 : p->d.col0 };
+    const size_t len = (size_t)(p->d.dk * p->d.dv), o_len = (size_t)(p->d.n * p->d.o_stride);
+    q3n__delta d = p->d;
+    d.n_store = n_store;
+    d.n_quiet = n_quiet;
+    float *S = new_out(len), *o = new_out(o_len), *old = new_in(len), *S_place = new_out(len);
+    delta_alone(&d, p->before, S, o);
+    memcpy(old, p->before, len * 4);
+    memcpy(S_place, p->before, len * 4);
+
+    if (d.n > n_store + 1) d.scratch = new_out((size_t)(d.dk * (d.col1 - d.col0)));
+    d.S = d.S_out = S_place;
+    d.o = new_out(o_len);
+    kernels.delta(&d);
+    check_same(S_place, S, len * 4, "delta in place: S");
+    check_same(d.o, o, o_len * 4, "delta in place: o");
+
+    if (d.scratch) d.scratch = new_out((size_t)(d.dk * (d.col1 - d.col0)));
+    d.S = old;
+    d.S_out = new_out(len);
+    d.o = new_out(o_len);
+    kernels.delta(&d);
+    check_columns(d.S_out, S, d.dk, d.dv, range, "delta apart: S");
+    check_same(d.o, o, o_len * 4, "delta apart: o");
+
+    d.S_out = n_store ? new_out(len) : NULL;
+    d.o = NULL;
+    kernels.delta(&d);
+    if (n_store) check_columns(d.S_out, S, d.dk, d.dv, range, "delta without o: S");
+    check_same(old, p->before, len * 4, "delta apart: the old S");
+    release_to(keep);
+}
+
+static void delta_lag(void)
+{
+    static const int widths[] = { 1, 7, 8, 17, 32, 47, 64, 100, 128, 160, 257 };
+    for (int i = 0; i < 22; i++)
+        for (int n = 0; n <= 6; n++) {
+            const int dv = widths[i / 2];
+            memory p = new_memory(n, i % 8 == 7 ? 128 : 1 + random_int(70), dv);
+            if (i % 2) {
+                p.d.col0 = random_int(dv);
+                p.d.col1 = p.d.col0 + random_int(dv - p.d.col0 + 1);
+            }
+            for (int n_store = 0; n_store <= n; n_store++)
+                for (int n_quiet = 0; n_quiet <= n; n_quiet++) check_lag(&p, n_store, n_quiet);
+            release();
+        }
+}
+
+static void test_delta_lag(void **state) { (void)state; for_each_isa(delta_lag); }
 
 /* ---- conv ---- */
 static double silu(double x) { return x / (1.0 + exp(-x)); }
@@ -807,11 +897,11 @@ static convolution new_convolution(int n, int width, int n_channels)
     const size_t state = (size_t)((width - 1) * n_channels);
     p.c.w = w;
     p.c.x = x;
-    p.c.state = new_out(state);
+    p.c.state = p.c.state_out = new_out(state);
     p.c.y = new_out((size_t)(n * p.c.y_stride));
     p.before = new_in(state);
     fill(p.before, state, PLAIN);
-    memcpy(p.c.state, p.before, state * 4);
+    memcpy(p.c.state_out, p.before, state * 4);
     return p;
 }
 
@@ -870,9 +960,9 @@ static void conv_cuts(void)
                   step = 1 + random_int(channels);
         convolution p = new_convolution(n, 4, channels);
         q3n__conv part = p.c;
-        part.state = new_out((size_t)(3 * channels));
+        part.state = part.state_out = new_out((size_t)(3 * channels));
         part.y = new_out((size_t)(n * p.c.y_stride));
-        memcpy(part.state, p.before, (size_t)(3 * channels) * 4);
+        memcpy(part.state_out, p.before, (size_t)(3 * channels) * 4);
         kernels.conv(&p.c);
         for (int c = 0; c < channels; c += step)
             for (int t = 0; t < n; t++) {
@@ -891,6 +981,36 @@ static void conv_cuts(void)
 }
 
 static void test_conv_cuts(void **state) { (void)state; for_each_isa(conv_cuts); }
+
+static void conv_elsewhere(void)
+{
+    for (int i = 0; i < 300; i++) {
+        const int n = i % 7, width = i % 3 ? 4 : 1 + random_int(16),
+                  channels = i < 70 ? 1 + i : 1 + random_int(150);
+        convolution p = new_convolution(n, width, channels);
+        if (i % 2) {
+            p.c.c0 = random_int(channels);
+            p.c.c1 = p.c.c0 + random_int(channels - p.c.c0 + 1);
+        }
+        const int nothing[2] = { 0, 0 }, range[2] = { p.c.c0, p.c.c1 };
+        const size_t len = (size_t)((width - 1) * channels), y_len = (size_t)(n * p.c.y_stride);
+        float *old = new_in(len);
+        memcpy(old, p.before, len * 4);
+        q3n__conv apart = p.c;
+        apart.state = old;
+        apart.state_out = new_out(len);
+        apart.y = new_out(y_len);
+        kernels.conv(&p.c);
+        kernels.conv(&apart);
+        check_columns(apart.state_out, p.c.state, width - 1, channels, n ? range : nothing,
+                      "conv elsewhere: state");
+        check_same(apart.y, p.c.y, y_len * 4, "conv elsewhere: y");
+        check_same(old, p.before, len * 4, "conv elsewhere: the old state");
+        release();
+    }
+}
+
+static void test_conv_elsewhere(void **state) { (void)state; for_each_isa(conv_elsewhere); }
 
 /* ---- dot, axpy, rms_norm ---- */
 static void vector_values(void)
@@ -1201,8 +1321,10 @@ int main(void)
         cmocka_unit_test(test_attend),
         cmocka_unit_test(test_delta),
         cmocka_unit_test(test_delta_cuts),
+        cmocka_unit_test(test_delta_lag),
         cmocka_unit_test(test_conv),
         cmocka_unit_test(test_conv_cuts),
+        cmocka_unit_test(test_conv_elsewhere),
     };
     return cmocka_run_group_tests_name("kernels", tests, NULL, NULL);
 }
