@@ -480,7 +480,7 @@ class StateTest(CliTest):
             with self.subTest(args):
                 got = self.greedy(self.prompt, len(self.output), "--speculate", *args)
                 self.assertEqual(got, self.output)
-                if "mtp" in args:
+                if "--draft" in args:
                     self.assertRegex(self.notes, r"\d+ of \d+ drafts accepted, \d\.\d\d tokens a")
                 if "off" in args:
                     self.assertNotIn("drafts", self.notes)
@@ -854,7 +854,7 @@ class FileTest(CliTest):
         self.assertRegex(text, r"3 sessions .* tokens/s .* each .* x one")
 
     def test_bench_drafts(self):
-        args = ["bench", model("stories"), "--mtp", "-n", "12", "-t", "1"]
+        args = ["bench", model("stories"), "--mtp", "-n", "12", "-t", "1", "--draft", "2"]
         got = self.json_lines(*args, "-r", "2", "--json")[0]
         self.assertEqual([x["speculate"] for x in got["drafts"]], ["off", "mtp", "lookup", "auto"])
         self.assertEqual((got["equal"], got["texts"]), (True, 4))

@@ -239,6 +239,15 @@ class Sessions(unittest.TestCase):
         with self.model.session(snapshot_type="bf16") as session:
             session.logits(self.ids[:280])
             session.save(path)
+        size = path.stat().st_size
+        with self.model.session() as session:
+            session.load(path)
+            rounded = session.logits(self.ids[280:])
+            self.assertLess(max(abs(a - b) for a, b in zip(rounded, self.want[330])), 0.1)
+            session.rewind(0)
+            session.logits(self.ids[:280])
+            session.save(path)
+        self.assertGreater(path.stat().st_size, size)
         with self.model.session() as session:
             session.load(path)
             self.check(session, 280)

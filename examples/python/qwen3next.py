@@ -423,10 +423,11 @@ def _session_options(isa, kv_type, **options):
 
 class Session(_Owner):
     """The state of one text.  Options: capacity, batch, n_threads (0 = the library's default),
-    isa, kv_type, snapshot_type and speculate by name, draft, count_experts; cache=Cache or
-    snapshot_bytes, snapshot_every; shared=Batch."""
+    isa, kv_type, snapshot_type and speculate ("auto": drafts where they pay, by which a seed no
+    longer gives one text) by name, draft, count_experts; cache=Cache or snapshot_bytes,
+    snapshot_every; shared=Batch."""
 
-    def __init__(self, model, isa=None, kv_type=None, snapshot_type=None, speculate="auto",
+    def __init__(self, model, isa=None, kv_type=None, snapshot_type=None, speculate="off",
                  count_experts=False, cache=None, shared=None, **options):
         lib = load()
         self._handle = None

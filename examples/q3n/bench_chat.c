@@ -88,6 +88,12 @@ static q3n_session_memory plan(const chat_run *r, int n)
     return memory;
 }
 
+/* With the scratch of the session that is measured: one for n tokens alone may need less. */
+static size_t planned_bytes(const chat_run *r, int n)
+{
+    return r->memory.total - r->memory.kv_cache + plan(r, n).kv_cache;
+}
+
 /* Makes the session that reads all again, and notes what it and its copies take. */
 static void measure_memory(chat_run *r)
 {
@@ -100,7 +106,7 @@ static void measure_memory(chat_run *r)
         cli_eval(r->fresh, r->ids + n, t->n - n, NULL);
         n = t->n;
         t->allocated = b->heap.bytes - before;
-        t->planned   = plan(r, n).total;
+        t->planned   = planned_bytes(r, n);
     }
     const size_t full = b->heap.bytes;
     q3n_snapshot *snapshot = NULL;
@@ -202,7 +208,7 @@ static const char *const op_names[N_OPS] = {
     "snapshot", "restore", "fork", "rewind 1", "rewind", "save", "load", "evaluate",
 };
 
-/* Bytes that an operation writes or reads; 0 = none worth a rate. */
+/* Bytes that an operation copies, or allocates (fork); 0 = it evaluates. */
 static size_t op_bytes(const chat_run *r, int op)
 {
     switch (op) {
@@ -245,7 +251,7 @@ static void print_json(const chat_run *r)
 static void print_seconds(const bench_samples *samples)
 {
     const bench_spread s = bench_spread_of(samples);
-    printf("%10.2f ms (%.2f .. %.2f)", 1e3 * s.median, 1e3 * s.least, 1e3 * s.most);
+    printf("%10.3f ms (%.3f .. %.3f)", 1e3 * s.median, 1e3 * s.least, 1e3 * s.most);
 }
 
 static void print_ops(const chat_run *r)
@@ -258,11 +264,10 @@ static void print_ops(const chat_run *r)
         else                 snprintf(name, sizeof name, "%s", op_names[op]);
         printf("%-12s", name);
         print_seconds(&r->seconds[op]);
-        if (bytes > 0.0) {
-            printf("  %s, %.2f GB/s", cli_format_bytes(text, bytes), 1e-9 * bytes / s);
-        }
-        if (op != OP_EVAL) printf("  %.4g x faster than evaluating\n", eval / s);
-        else               printf("  %d tokens\n", r->length);
+        if (bytes > 0.0)    printf("  %s", cli_format_bytes(text, bytes));
+        if (bytes > 0.0 && op != OP_FORK) printf(", %.2f GB/s", 1e-9 * bytes / s);
+        if (op != OP_EVAL)  printf("  %.*f x as fast as evaluating\n", eval < 100.0 * s, eval / s);
+        else                printf("  %d tokens\n", r->length);
     }
 }
 
@@ -307,6 +312,7 @@ void bench_chat(bench *b)
     r.back   = BACK < r.length / 2 ? BACK : r.length / 2;
     bench_make_ids(b, r.length > BENCH_TEXTS * r.n_prompt ? r.length : BENCH_TEXTS * r.n_prompt);
     r.options = bench_options(b, 0, r.length);
+    r.options.capacity = r.length;
     r.memory  = plan(&r, r.length);
     r.other   = cli_alloc((size_t)q3n_model_config(b->m)->vocab_size, sizeof *r.other);
     r.ids     = cli_alloc((size_t)r.length, sizeof *r.ids);

@@ -307,6 +307,7 @@ static void write_cases(run_options *o, const q3n_model *m, const cli_cases *pro
 
 static void parse_options(run_options *o, int argc, char **argv, cli_words *words)
 {
+    const uint64_t drawn = o->seed;
     const cli_option options[] = {
         CLI_MODEL_OPTIONS(o->setup),
         CLI_INPUT_OPTIONS(o->in),
@@ -342,7 +343,7 @@ static void parse_options(run_options *o, int argc, char **argv, cli_words *word
         { "--snapshot-every", "N", CLI_INT, &o->snapshot_every, 0, 1 << 30,
           "tokens between them; 0: at the ends of prompts only (1024)" },
         CLI_THREADS_OPTION(o->setup),
-        CLI_CONTEXT_OPTIONS(o->setup, "-b --batch --batch-size", "auto"),
+        CLI_CONTEXT_OPTIONS(o->setup, "-b --batch --batch-size", "auto; off with --seed"),
     };
     const cli_syntax syntax = {
         "run MODEL.q3n -p TEXT [options]",
@@ -357,6 +358,8 @@ static void parse_options(run_options *o, int argc, char **argv, cli_words *word
     if ((o->in.ids || o->in.ids_file) && o->n >= 0) o->ignore_eos = 1;
     if (o->n == NOT_GIVEN) o->n = DEFAULT_N;
     if (o->temperature == 0.0) o->greedy = 1;
+    /* Drafts keep the distribution, not the text of a seed: how many there are depends on time. */
+    if (!o->setup.speculate) o->setup.speculate = o->greedy || o->seed == drawn ? "auto" : "off";
     if (o->append && !o->session_file) cli_misuse("--append is for a --session");
 }
 
@@ -365,7 +368,7 @@ int cmd_run(int argc, char **argv)
     run_options o = {
         .n = NOT_GIVEN, .temperature = 0.7, .top_k = 20, .top_p = 0.8, .penalty = 1.0,
         .seed = (uint64_t)time(NULL), .in = { .drop_newline = 1 },
-        .snapshot_every = DEFAULT_EVERY, .setup = { .speculate = "auto" },
+        .snapshot_every = DEFAULT_EVERY,
     };
     cli_words words;
     parse_options(&o, argc, argv, &words);
