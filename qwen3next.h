@@ -9676,11 +9676,11 @@ static int32_t q3n__text_at(const q3n_session *s, int32_t token, int i)   /* tok
                           : s->state.kv.page[i / Q3N__KV_BLOCK]->tokens[i % Q3N__KV_BLOCK];
 }
 
-/* What followed the longest earlier match of the text's end, the latest of equals; returns how
- * many of draft [n] there are. */
+/* What followed the longest earlier match of the text's end, the latest of equals, and then again
+ * what followed that; returns how many of draft [n] there are: n or none. */
 static int q3n__draft_lookup(const q3n_session *s, int32_t token, q3n__draft *draft, int n)
 {
-    int best = Q3N__LOOKUP_LEAST - 1, best_at = -1, found = 0;
+    int best = Q3N__LOOKUP_LEAST - 1, best_at = -1;
     const int stop = s->length > Q3N__LOOKUP_SPAN ? s->length - Q3N__LOOKUP_SPAN : 0;
     for (int at = s->length - 1; at >= stop && best < Q3N__LOOKUP_MOST; at--) {
         if (q3n__text_at(s, token, at) != token) continue;
@@ -9694,9 +9694,12 @@ static int q3n__draft_lookup(const q3n_session *s, int32_t token, q3n__draft *dr
         }
     }
     if (best_at < 0) return 0;
-    for (int i = best_at + 1; found < n && i <= s->length; i++)
-        q3n__draft_point(&draft[found++], q3n__text_at(s, token, i));
-    return found;
+    for (int i = 0; i < n; i++) {
+        const int at = best_at + 1 + i;                 /* a text that repeats itself goes on so */
+        q3n__draft_point(&draft[i], at <= s->length ? q3n__text_at(s, token, at)
+                                                    : draft[at - s->length - 1].id);
+    }
+    return n;
 }
 
 /* ---- How many drafts ---- */
