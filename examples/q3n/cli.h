@@ -236,7 +236,7 @@ typedef struct cli_setup {
       "best instruction set to use: scalar, avx2, avx512, neon" },                                \
     { "--kv --kv-type", "TYPE", CLI_TEXT, &(s).kv, 0, 0, "KV cache: f32, f16, bf16, q8" },        \
     { "--snapshot-type", "TYPE", CLI_TEXT, &(s).snapshot_type, 0, 0,                              \
-      "DeltaNet states in snapshots: f32, bf16 (half the bytes, not exact)" },                    \
+      "DeltaNet states that are kept: f32, bf16 (half the bytes, not exact)" },                   \
     { "--speculate", "HOW", CLI_TEXT, &(s).speculate, 0, 0,                                       \
       "drafts: off, auto, mtp, lookup (" speculate_default ")" },                                 \
     { "--draft --draft-max", "N", CLI_INT, &(s).draft, 0, Q3N_MAX_DRAFT,                          \

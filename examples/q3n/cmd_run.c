@@ -359,7 +359,8 @@ static void parse_options(run_options *o, int argc, char **argv, cli_words *word
     if (o->n == NOT_GIVEN) o->n = DEFAULT_N;
     if (o->temperature == 0.0) o->greedy = 1;
     /* Drafts keep the distribution, not the text of a seed: how many there are depends on time. */
-    if (!o->setup.speculate) o->setup.speculate = o->greedy || o->seed == drawn ? "auto" : "off";
+    const int any_text = o->greedy || o->seed == drawn || o->setup.draft;
+    if (!o->setup.speculate) o->setup.speculate = any_text ? "auto" : "off";
     if (o->append && !o->session_file) cli_misuse("--append is for a --session");
 }
 
