@@ -9695,9 +9695,29 @@ static int32_t q3n__largest_logit(const float *logits, int n)   /* the first of 
     return best;
 }
 
+/* Logits for a draft of one row: of the first tokens of the vocabulary alone, which byte-pair merges
+ * have numbered by how common they are; the head is most of what a draft costs.  A draft that is
+ * never made is merely never accepted. */
+#define Q3N__DRAFT_VOCAB 4   /* one token in so many */
+#define Q3N__DRAFT_LEAST 2048
+
+static void q3n__draft_logits(const q3n__run *r, const float *hidden, float *logits)
+{
+    const int V = r->model->config.vocab_size;
+    int n = (V / Q3N__DRAFT_VOCAB + 15) / 16 * 16;
+    if (n < Q3N__DRAFT_LEAST) n = Q3N__DRAFT_LEAST;
+    if (n > V) n = V;
+    q3n__mat w = r->model->weights.lm_head;
+    w.n_rows = n;
+    const q3n__linear out = { &w, NULL, hidden, r->mixed_q, logits, w.n_cols, n };
+    if (q3n__is_quantised(w.type)) q3n__quantize_rows(r, r->mixed_q, hidden, 1, w.n_cols);
+    q3n__linear_all(r->pool, r->k, &out, 1, 1);
+    for (int i = n; i < V; i++) logits[i] = -INFINITY;
+}
+
 /* The module's drafts behind token, which follows the text: the first from the trunk's rows, the
- * others from the module's own output.  sampler NULL = the most probable.  Pages must reach n
- * tokens beyond the text. */
+ * others from the module's own output.  sampler NULL = the most probable of the whole vocabulary.
+ * Pages must reach n tokens beyond the text. */
 static void q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, q3n__draft *draft,
                            int n)
 {
@@ -9714,9 +9734,13 @@ static void q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, 
     for (int i = 0; i < n; i++) {
         float *logits = s->draft_logits + (size_t)i * V;
         memcpy(s->draft_hidden, out, d * sizeof(float));
-        q3n__logits(&e->run, s->draft_hidden, 1, logits);
-        if (sampler) q3n__sampler_draft(sampler, logits, &draft[i]);
-        else         q3n__draft_point(&draft[i], q3n__largest_logit(logits, s->shape.vocab_size));
+        if (sampler) {
+            q3n__draft_logits(&e->run, s->draft_hidden, logits);
+            q3n__sampler_draft(sampler, logits, &draft[i]);
+        } else {
+            q3n__logits(&e->run, s->draft_hidden, 1, logits);
+            q3n__draft_point(&draft[i], q3n__largest_logit(logits, s->shape.vocab_size));
+        }
         if (i + 1 < n)
             out = q3n__mtp_run(s, e, &draft[i].id, s->draft_hidden, s->length + 1 + i, 1);
     }
