@@ -55,23 +55,28 @@
  *     [9] UNICODE                         >>unicode
  *    [10] TOKENIZER                       >>tokenizer
  *    [11] OPS                             >>ops
- *    [12] MODEL                           >>model
- *    [13] STATE                           >>state
- *    [14] SESSION FILES                   >>session-files
- *    [15] CACHE                           >>cache
- *    [16] SESSION                         >>session
- *    [17] SAMPLER                         >>sampler
- *    [18] SPECULATION                     >>speculation
- *    [19] QUANTISE                        >>quantise
- *    [20] WRITER                          >>writer
- *    [21] RANDOM WEIGHTS                  >>random
- *    [22] PUBLIC                          >>public
- *    [23] KERNELS, SCALAR: the definition >>kernels-scalar
- *    [24] KERNELS, AVX2                   >>kernels-avx2
- *    [25] KERNELS, AVX-512                >>kernels-avx512
- *    [26] KERNELS, AVX-512 VNNI           >>kernels-avx512vnni
- *    [27] KERNELS, NEON                   >>kernels-neon
- *    [28] DISPATCH: one row per ISA       >>dispatch
+ *    [12] RUN                             >>run
+ *    [13] ATTENTION                       >>attention
+ *    [14] DELTANET                        >>deltanet
+ *    [15] MODEL                           >>model
+ *    [16] STATE                           >>state
+ *    [17] SESSION FILES                   >>session-files
+ *    [18] CACHE                           >>cache
+ *    [19] ENGINE                          >>engine
+ *    [20] SESSION                         >>session
+ *    [21] BATCH                           >>batch
+ *    [22] SAMPLER                         >>sampler
+ *    [23] SPECULATION                     >>speculation
+ *    [24] QUANTISE                        >>quantise
+ *    [25] WRITER                          >>writer
+ *    [26] RANDOM WEIGHTS                  >>random
+ *    [27] PUBLIC                          >>public
+ *    [28] KERNELS, SCALAR: the definition >>kernels-scalar
+ *    [29] KERNELS, AVX2                   >>kernels-avx2
+ *    [30] KERNELS, AVX-512                >>kernels-avx512
+ *    [31] KERNELS, AVX-512 VNNI           >>kernels-avx512vnni
+ *    [32] KERNELS, NEON                   >>kernels-neon
+ *    [33] DISPATCH: one row per ISA       >>dispatch
  *
  * THE MODEL ON ONE PAGE.  Shapes are row-major, slowest first; x W' is a linear layer with W
  * [out, in].
@@ -119,7 +124,8 @@
  *
  * MEMORY.  Weights are mapped: the system keeps what is used and may drop it again.
  * Do not cut a file that is open: reading past its new end is a fault that no library can catch.
- * A session is one allocation, of q3n_session_bytes.  Evaluation allocates nothing.
+ * A session is one allocation and a page for every 256 tokens, taken before they are evaluated;
+ * q3n_session_bytes tells what it comes to.  Snapshots and forks share pages.
  *
  * ERRORS.  Functions return q3n_result; the record says what was found and what was expected.  A
  * function that fails changes nothing.  Model and session files are taken for hostile: any bytes
@@ -132,8 +138,7 @@
  * number of threads and however the text is cut into calls.  Compile with -ffp-contract=off and
  * without -ffast-math, or this does not hold.
  *
- * LIMITS.  256 layers, heads of 1024, 2^24 tokens of vocabulary, little-endian machines.  MTP
- * modules are kept in files and not used yet.
+ * LIMITS.  256 layers, heads of 1024, 2^24 tokens of vocabulary, little-endian machines.
  *
  * REFERENCES
  *     [HF]   Hugging Face transformers 5.17, models/qwen3_next, qwen3_moe, qwen3_5: the numerics
@@ -450,8 +455,8 @@ Q3N_DEF q3n_isa     q3n_isa_best(void);
 /* ---- What the host may supply ---- */
 
 /* Memory.  Both functions or neither (then malloc and free).  Any alignment that malloc gives is
- * enough.  free gets the bytes that alloc got.  Called by open, create and their counterparts
- * only, never by evaluation. */
+ * enough.  free gets the bytes that alloc got.  Evaluation asks for one page in 256 tokens.
+ * Sessions on several threads may call both at once. */
 typedef struct q3n_allocator {
     void *(*alloc)(void *user, size_t bytes);            /* NULL = out of memory */
     void  (*free)(void *user, void *memory, size_t bytes);
@@ -735,9 +740,10 @@ typedef struct q3n_session_options {     /* all zero = defaults                 
                                             that holds at most so many bytes                     */
     int            snapshot_every;       /* tokens between snapshots put into the cache; 0 = at
                                             marked points only: ends of feeds, q3n_session_keep  */
-    q3n_type       snapshot_type;        /* DeltaNet matrices in snapshots: f32 (0), which is
-                                            exact, or bf16, half the bytes and nearly so         */
-    q3n_speculate  speculate;
+    q3n_type       snapshot_type;        /* DeltaNet matrices in snapshots and the cache: f32 (0),
+                                            which is exact, or bf16, half the bytes and nearly so;
+                                            forks and files are exact                            */
+    q3n_speculate  speculate;            /* MTP is an error without a module in the model        */
     int            draft;                /* drafts per step: 0 = chosen while running by what they
                                             cost and how many are accepted; else always so many,
                                             1 .. Q3N_MAX_DRAFT                                   */
@@ -807,7 +813,8 @@ Q3N_DEF q3n_result       q3n_session_tokens(const q3n_session *s, int first, int
 
 /* From any thread: the evaluation under way, or else the next one, stops within the time of one
  * layer and returns Q3N_ERR_CANCELLED, with the session as before the call; that uses the request
- * up.  on = 0 withdraws it. */
+ * up.  on = 0 withdraws it.  Of a session that shares a batch's threads, it is the batch's
+ * evaluation that stops. */
 Q3N_DEF void             q3n_session_cancel(q3n_session *s, int on);
 
 Q3N_DEF int              q3n_session_length(const q3n_session *s);    /* tokens evaluated so far */
@@ -882,8 +889,9 @@ Q3N_DEF q3n_result q3n_session_save(q3n_session *s, const char *path);
 Q3N_DEF q3n_result q3n_session_save_to(q3n_session *s, const q3n_sink *sink);
 
 /* Continue a saved session; nothing is evaluated.  The file is bound to the bytes of the model's
- * metadata, which hold the checksums of its tensors, and to the session's kv_type.  Files are taken
- * for hostile: on error (Q3N_ERR_IO, _FORMAT, _CHECKSUM, _UNSUPPORTED: another model or kv_type,
+ * metadata, which hold the checksums of its tensors, to the session's kv_type, and to whether it
+ * has an MTP cache (as q3n_session_restore).  Files are taken for hostile: on error (Q3N_ERR_IO,
+ * _FORMAT, _CHECKSUM, _UNSUPPORTED: another model, kv_type or MTP cache,
  * _FULL: more tokens than the session's capacity, _MEMORY) the session is untouched. */
 Q3N_DEF q3n_result q3n_session_load(q3n_session *s, const char *path);
 Q3N_DEF q3n_result q3n_session_load_from(q3n_session *s, const q3n_source *source);
@@ -5419,7 +5427,7 @@ typedef struct {
     q3n__page **page;            /* [blocks], as far as the text goes                            */
     q3n_type    type;
     int         n_kv_heads, dim;
-    int         skip;            /* leading tokens that have no key: 1 in the MTP module         */
+    int         skip;            /* leading tokens that have no key, as in the MTP module        */
 } q3n__kv_cache;
 
 /* Bytes of one layer and head: the keys, and behind them as many of values. */
@@ -5455,11 +5463,11 @@ static void q3n__attend_merge(q3n__softmax_part *run, float *O, q3n__softmax_par
 }
 
 /* =====================================================================================
- * [12] MODEL                                                                  >>model
+ * [12] RUN                                                                      >>run
  *
- * The forward pass, in the words and letters of the reference.  One path serves one token and five
- * hundred, of one session or of several: a run is a list of token rows, cut into segments that
- * belong to one session each.  Knows no type, no instruction set, no file.
+ * What one pass over some tokens works with: the sessions' states, activations,
+ * and the small steps that go over all rows.  One path serves one token and five hundred, of one
+ * session or of several: a run is a list of token rows, cut into segments of one session each.
  * ===================================================================================== */
 
 /* DeltaNet's matrices lag behind the text: reading and writing them is most of what they cost, so a
@@ -5643,7 +5651,8 @@ static void q3n__embed_task(void *arg, int begin, int end)
 {
     const q3n__embed_arg *j = (const q3n__embed_arg *)arg;
     const size_t d = (size_t)j->r->model->config.hidden_size;
-    for (int t = begin; t < end; t++) q3n__embed_row(j->r, j->tokens[t], t, j->r->x + (size_t)t * d);
+    float *x = j->r->x;
+    for (int t = begin; t < end; t++) q3n__embed_row(j->r, j->tokens[t], t, x + (size_t)t * d);
 }
 
 static void q3n__embed(const q3n__run *r, const int32_t *tokens)
@@ -5652,7 +5661,11 @@ static void q3n__embed(const q3n__run *r, const int32_t *tokens)
     q3n__parallel(r->pool, r->n, 8, q3n__embed_task, &arg);
 }
 
-/* ---- Attention ---- */
+/* =====================================================================================
+ * [13] ATTENTION                                                          >>attention
+ *
+ * Grouped-query attention over pages of keys and values (q3n__attention, at the end).
+ * ===================================================================================== */
 typedef struct {
     const q3n__run   *r;
     const q3n__layer *w;
@@ -5754,7 +5767,8 @@ static void q3n__attend_block(const q3n__attention_arg *j, const q3n__tile *tile
     const int g = r->model->config.num_attention_heads / kv->n_kv_heads, D = kv->dim;
     float scores[Q3N__QUERY_TILE * Q3N__KV_BLOCK], m[Q3N__QUERY_TILE], l[Q3N__QUERY_TILE];
     int n_keys[Q3N__QUERY_TILE];
-    const int skip = block == 0 ? kv->skip : 0;
+    int skip = kv->skip - block * Q3N__KV_BLOCK;
+    skip = skip < 0 ? 0 : skip > Q3N__KV_BLOCK ? Q3N__KV_BLOCK : skip;
     for (int i = 0; i < tile->n; i++) {
         const int n = q3n__n_visible(r, tile, i) - block * Q3N__KV_BLOCK;
         n_keys[i] = n < skip ? 0 : (n > Q3N__KV_BLOCK ? Q3N__KV_BLOCK : n) - skip;
@@ -5906,7 +5920,12 @@ static void q3n__attention(q3n__run *r, const q3n__layer *w, int layer)
     q3n__linear_all(r->pool, r->k, &out, 1, r->n);
 }
 
-/* ---- Gated DeltaNet ---- */
+/* =====================================================================================
+ * [14] DELTANET                                                            >>deltanet
+ *
+ * The gated delta rule with its convolution (q3n__deltanet, at the end), for runs that store their
+ * states and for runs that leave them in the trail.
+ * ===================================================================================== */
 typedef struct {
     const q3n__run   *r;
     const q3n__layer *w;
@@ -6098,8 +6117,8 @@ static void q3n__delta_task(void *arg, int begin, int end)
     }
 }
 
-/* Columns of a piece: a tile that stays in the cache for all tokens; whole rows for one token, which
- * read memory in longer stretches (AVX-512: 5.5 microseconds a head, in tiles 6.5). */
+/* Columns of a piece: a tile that stays in the cache for all tokens; whole rows for one token, for
+ * memory is read in longer stretches (AVX-512: 5.5 microseconds a head, in tiles 6.5). */
 static int q3n__delta_columns(const q3n__run *r, int pieces)
 {
     const q3n_config *c = &r->model->config;
@@ -6213,6 +6232,13 @@ static void q3n__deltanet(q3n__run *r, const q3n__layer *w, int layer)
                               w->out_proj.n_cols, d };
     q3n__linear_all(r->pool, r->k, &out, 1, r->n);
 }
+
+/* =====================================================================================
+ * [15] MODEL                                                                  >>model
+ *
+ * The forward pass, in the words and letters of the reference: feed-forward networks and experts,
+ * layers, the trunk, multi-token prediction.  Knows no type, no instruction set, no file.
+ * ===================================================================================== */
 
 /* ---- Feed-forward networks and experts ---- */
 typedef struct {
@@ -6585,7 +6611,7 @@ static void q3n__logits(const q3n__run *r, const float *hidden, int n, float *lo
 }
 
 /* =====================================================================================
- * [13] STATE                                                                  >>state
+ * [16] STATE                                                                  >>state
  *
  * What a session knows of its text, as things that can be kept and passed on: pages, which are
  * counted and shared, and snapshots, which do not change.  Knows nothing of evaluation.
@@ -6675,6 +6701,7 @@ struct q3n_snapshot {
     q3n_type         delta_type; /* f32 or bf16                                                  */
     int              length;     /* tokens                                                       */
     int              n_pages;    /* q3n__blocks_of(length)                                       */
+    int              mtp_first;  /* the MTP module's keys begin at this token, 1 or more         */
     int              has_hidden; /* not at length 0                                              */
     int              has_logits;
     q3n__page      **page;       /* [n_pages]                                                    */
@@ -6723,6 +6750,7 @@ static q3n_snapshot *q3n__snapshot_alloc(const q3n_model *m, const q3n__shape *s
     s->bytes = bytes;
     s->delta_type = delta_type;
     s->length = length;
+    s->mtp_first = 1;
     s->n_pages = q3n__blocks_of(length);
     q3n__snapshot_layout(&a, s);
     if (s->n_pages) memset(s->page, 0, (size_t)s->n_pages * sizeof *s->page);
@@ -6755,7 +6783,7 @@ static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t 
 }
 
 /* =====================================================================================
- * [14] SESSION FILES                                                  >>session-files
+ * [17] SESSION FILES                                                  >>session-files
  *
  * A snapshot to bytes and back (SESSION FILE FORMAT).  One walk over its parts serves both ways.
  * What is read is hostile: sizes come from the shape, pages are made as their bytes arrive, and
@@ -7193,7 +7221,7 @@ static q3n_result q3n__snapshot_open(q3n_snapshot **out, const q3n_model *m,
 }
 
 /* =====================================================================================
- * [15] CACHE                                                                  >>cache
+ * [18] CACHE                                                                  >>cache
  *
  * Snapshots by the text that led to them, for any number of threads.  An item is a text, in memory,
  * in a file, or both; items are sorted by length, so that one pass over a text finds the longest
@@ -7863,13 +7891,10 @@ Q3N_DEF void q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out)
 }
 
 /* =====================================================================================
- * [16] SESSION                                                              >>session
+ * [19] ENGINE                                                                >>engine
  *
- * Evaluation as transactions.  Between calls a session holds its text; a call works beside it -
- * in a second set of matrices, in slots of pages behind the text, in the trail - and ends with
- * q3n__session_commit, or with q3n__session_rollback, which takes no more than forgetting.
- *
- * The engine is what evaluates: threads, kernels and scratch, of one session or of a batch.
+ * What evaluates: threads, kernels and scratch, of one session or of a batch, in one allocation
+ * that is measured first and then handed out.  Options of sessions and batches.
  * ===================================================================================== */
 
 /* Measured microseconds of passes, by their rows: drafts and bounded steps are chosen by them. */
@@ -7900,67 +7925,6 @@ typedef struct {
     q3n__atomic         cancel;
     q3n__costs          costs;
 } q3n__engine;
-
-/* Rows of hidden states that a session with an MTP module collects before the module reads them. */
-#define Q3N__MAX_HIDDEN 64
-
-/* What is known of one source of drafts. */
-typedef struct {
-    double accept[Q3N_MAX_DRAFT];     /* the i-th is right if those before are                    */
-    double weight[Q3N_MAX_DRAFT];     /* of what was seen of it                                   */
-} q3n__acceptance;
-
-struct q3n_session {
-    const q3n_model    *model;
-    q3n_session_options options;      /* with the defaults filled in                              */
-    q3n__engine        *engine;       /* its own, or that of options.shared                       */
-    q3n_cache          *cache;        /* or NULL                                                  */
-    q3n_cache          *own_cache;    /* the same, if it is the session's to destroy              */
-    q3n__shape          shape;
-    q3n_error           error;
-    int                 n_delta;      /* layers                                                   */
-    int                 n_blocks;     /* pages at full capacity                                   */
-
-    /* the text between calls */
-    int                 length;
-    int                 delta_now, conv_now;   /* which of the two is meant                       */
-    float              *delta[2];     /* [shape.delta_len]                                        */
-    float              *conv[2];      /* [shape.conv_len]                                         */
-    unsigned char      *owned;        /* [n_blocks] 1 = no other session appends to the page      */
-    float              *hidden;       /* [n_hidden, d] trunk's rows of tokens mtp_length - 1 ..
-                                         length - 1; without a module the last alone              */
-    int                 n_hidden;
-    int                 mtp_length;   /* tokens whose keys the module's layer holds               */
-    float              *logits;       /* [vocab] behind the last token                            */
-    int                 has_logits;
-    int64_t            *counts;       /* of experts: [layer][E]                                   */
-
-    /* the call under way */
-    q3n__state          state;        /* what the layers see                                      */
-    int                 begun;        /* 1 = the work is in the other delta and conv              */
-    int                 in_batch;     /* 1 = in a batch's call: item, and tokens taken of it      */
-    int                 item, taken;
-    int                 seek_logits;  /* 1 = logits are those of the snapshot sought              */
-    int                 deferred;     /* 1 = the MTP module reads this call's rows later          */
-    float              *work_hidden;  /* [d] of token state.length - 1                            */
-    int                 work_mtp;     /* as mtp_length                                            */
-    int                 has_saved;    /* 1 = the pages of the text are in saved_page              */
-    q3n__page         **saved_page;   /* [n_blocks]                                               */
-    unsigned char      *saved_owned;
-
-    float              *pooled;       /* [d] classification                                       */
-
-    /* drafts */
-    float              *draft_logits; /* [Q3N_MAX_DRAFT + 1, vocab] */
-    float              *draft_hidden; /* [d] */
-    q3n_speculation     spec;
-    q3n__acceptance     acceptance[Q3N_SPECULATE_COUNT];
-    double              step_cost[Q3N_MAX_DRAFT + 1];   /* microseconds, by drafts; 0 = unknown   */
-    double              draft_cost[2];   /* of the module: the first draft, each further one      */
-    int                 probe_left, probe_wait, probe_gap;
-};
-
-static q3n__engine *q3n__batch_engine(q3n_batch *b);
 
 /* ---- Options and memory ---- */
 
@@ -7997,7 +7961,8 @@ static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session
                          "range", (int)o->speculate, o->draft, o->snapshot_every);
     if (o->speculate == Q3N_SPECULATE_MTP && c->num_mtp_layers == 0)
         return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1,
-                         "the model has no multi-token-prediction module: speculate AUTO or LOOKUP");
+                         "the model has no multi-token-prediction module: choose speculate AUTO "
+                         "or LOOKUP");
     if (c->rope_type == Q3N_ROPE_TABLE && o->capacity > m->weights.rope_positions)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "capacity %d: the model's rotary tables end at %d",
                          o->capacity, m->weights.rope_positions);
@@ -8152,6 +8117,120 @@ static void q3n__engine_close(q3n__engine *e)
     q3n__free(&e->model->allocator, e->split);
 }
 
+static void q3n__engine_set(q3n__engine *e, const q3n_model *m, const q3n_session_options *o,
+                            int has_mtp)
+{
+    memset(e, 0, sizeof *e);
+    e->model = m;
+    e->options = *o;
+    e->has_mtp = has_mtp;
+}
+
+/* The cancel request is used up. */
+static q3n_result q3n__cancelled(q3n__engine *e, q3n_error *err)
+{
+    q3n__atomic_store(&e->cancel, 0);
+    return q3n__fail(err, Q3N_ERR_CANCELLED, -1, "cancelled: the session is as before the call");
+}
+
+/* ---- Costs ---- */
+static double q3n__cost_of(const q3n__costs *c, int rows)   /* microseconds, 0 = not known */
+{
+    if (rows > Q3N__COST_ROWS) return c->row * rows;
+    for (int n = rows; n > 0; n--)
+        if (c->pass[n] > 0.0) return c->pass[n] * rows / n;
+    return c->row * rows;
+}
+
+/* A noisy measurement: outliers count for little, faster ones are believed sooner. */
+static void q3n__cost_learn(double *cost, double us)
+{
+    if (*cost == 0.0) *cost = us;
+    else if (us < *cost) *cost += (us - *cost) / 4.0;
+    else *cost += ((us < 2.0 * *cost ? us : 2.0 * *cost) - *cost) / 16.0;
+}
+
+static void q3n__engine_learn(q3n__engine *e, int rows, int64_t us)
+{
+    if (rows <= Q3N__COST_ROWS) q3n__cost_learn(&e->costs.pass[rows], (double)us);
+    else q3n__cost_learn(&e->costs.row, (double)us / rows);
+}
+
+/* =====================================================================================
+ * [20] SESSION                                                              >>session
+ *
+ * Evaluation as transactions.  Between calls a session holds its text; a call works beside it -
+ * in a second set of matrices, in slots of pages behind the text, in the trail - and ends with
+ * q3n__session_commit, or with q3n__session_rollback, which takes no more than forgetting.
+ * ===================================================================================== */
+
+/* Rows of hidden states that a session with an MTP module collects before the module reads them. */
+#define Q3N__MAX_HIDDEN 64
+
+/* What is known of one source of drafts. */
+typedef struct {
+    double accept[Q3N_MAX_DRAFT];     /* the i-th is right if those before are                    */
+    double weight[Q3N_MAX_DRAFT];     /* of what was seen of it                                   */
+} q3n__acceptance;
+
+struct q3n_session {
+    const q3n_model    *model;
+    q3n_session_options options;      /* with the defaults filled in                              */
+    q3n__engine        *engine;       /* its own, or that of options.shared                       */
+    q3n_cache          *cache;        /* or NULL                                                  */
+    q3n_cache          *own_cache;    /* the same, if it is the session's to destroy              */
+    q3n__shape          shape;
+    q3n_error           error;
+    int                 n_delta;      /* layers                                                   */
+    int                 n_blocks;     /* pages at full capacity                                   */
+
+    /* the text between calls */
+    int                 length;
+    int                 delta_now, conv_now;   /* which of the two is meant                       */
+    float              *delta[2];     /* [shape.delta_len]                                        */
+    float              *conv[2];      /* [shape.conv_len]                                         */
+    unsigned char      *owned;        /* [n_blocks] 1 = no other session appends to the page      */
+    float              *hidden;       /* [n_hidden, d] trunk's rows of tokens mtp_length - 1 ..
+                                         length - 1; without a module the last alone              */
+    int                 n_hidden;
+    int                 mtp_length;   /* tokens whose keys the module's layer holds, but for the
+                                         first mtp_first                                          */
+    int                 mtp_first;
+    float              *logits;       /* [vocab] behind the last token                            */
+    int                 has_logits;
+    int64_t            *counts;       /* of experts: [layer][E]                                   */
+
+    /* the call under way */
+    q3n__state          state;        /* what the layers see                                      */
+    int                 begun;        /* 1 = the work is in the other delta and conv              */
+    int                 in_batch;     /* 1 = in a batch's call: item, and tokens taken of it      */
+    int                 item, taken;
+    int                 seek_logits;  /* 1 = logits are those of the snapshot sought              */
+    int                 deferred;     /* 1 = the MTP module reads this call's rows later          */
+    float              *work_hidden;  /* [d] of token state.length - 1                            */
+    int                 work_mtp;     /* as mtp_length                                            */
+    int                 work_first;   /* as mtp_first                                             */
+    int                 has_saved;    /* 1 = the pages of the text are in saved_page              */
+    q3n__page         **saved_page;   /* [n_blocks]                                               */
+    unsigned char      *saved_owned;
+
+    float              *pooled;       /* [d] classification                                       */
+
+    /* drafts */
+    float              *draft_logits; /* [Q3N_MAX_DRAFT + 1, vocab] */
+    float              *draft_hidden; /* [d] */
+    q3n_speculation     spec;
+    q3n__acceptance     acceptance[Q3N_SPECULATE_COUNT];
+    double              step_cost[Q3N_MAX_DRAFT + 1];   /* microseconds, by drafts; 0 = unknown   */
+    double              draft_cost[2];   /* of the module: the first draft, each further one      */
+    int                 probe_left, probe_wait, probe_gap;
+    int                 mtp_idle;        /* steps since drafts of the module paid                 */
+};
+
+static q3n__engine *q3n__batch_engine(q3n_batch *b);
+
+/* ---- Memory ---- */
+
 /* The trail's rows: two calls' of one token each, or of a token and its drafts. */
 static void q3n__trail_layout(q3n__arena *a, q3n_session *s)
 {
@@ -8206,15 +8285,6 @@ static void q3n__session_layout(q3n__arena *a, q3n_session *s, q3n__engine *own,
         s->counts = (int64_t *)q3n__arena_take(a, n, sizeof *s->counts);
         s->state.expert_counts = (int64_t *)q3n__arena_take(a, n, sizeof *s->counts);
     }
-}
-
-static void q3n__engine_set(q3n__engine *e, const q3n_model *m, const q3n_session_options *o,
-                            int has_mtp)
-{
-    memset(e, 0, sizeof *e);
-    e->model = m;
-    e->options = *o;
-    e->has_mtp = has_mtp;
 }
 
 /* Everything that create needs to know; bytes of its one allocation without the allocator's own
@@ -8320,6 +8390,7 @@ static void q3n__session_clear(q3n_session *s)
 {
     const q3n_config *c = &s->model->config;
     s->length = s->n_hidden = s->mtp_length = s->has_logits = 0;
+    s->mtp_first = 1;
     s->state.trail.n = 0;
     if (s->n_delta) {
         memset(s->state.trail.applied, 0, (size_t)s->n_delta);
@@ -8357,6 +8428,7 @@ static void q3n__session_begin(q3n_session *s, q3n__engine *e)
     s->state.trailing = 0;
     s->begun = s->deferred = 0;
     s->work_mtp = s->mtp_length;
+    s->work_first = s->mtp_first;
     if (s->n_hidden > 0)
         memcpy(s->work_hidden, s->hidden + (size_t)(s->n_hidden - 1) * d, d * sizeof(float));
     if (s->counts)
@@ -8396,6 +8468,7 @@ static void q3n__session_commit(q3n_session *s, q3n__engine *e, int n)
     }
     s->has_saved = s->begun = st->trailing = s->has_logits = 0;
     s->length = st->length;
+    s->mtp_first = s->work_first;
     if (s->deferred) {
         s->n_hidden += n < 0 ? ran : n;
     } else {
@@ -8451,7 +8524,7 @@ static const float *q3n__mtp_run(q3n_session *s, q3n__engine *e, const int32_t *
 {
     const size_t d = (size_t)s->shape.hidden_size;
     q3n__state st = s->state;
-    st.kv.skip = 1;
+    st.kv.skip = s->work_first;
     st.kv_valid = 0;
     st.expert_counts = NULL;
     int some = 0;
@@ -8475,6 +8548,7 @@ static void q3n__mtp_flush(q3n_session *s, q3n__engine *e)
     int32_t tokens[Q3N__MAX_HIDDEN];
     const int n = s->n_hidden - 1;
     if (!s->shape.has_mtp || n < 1) return;
+    s->work_first = s->mtp_first;
     for (int i = 0; i < n; i++) {
         const int p = s->mtp_length + i;
         tokens[i] = s->state.kv.page[p / Q3N__KV_BLOCK]->tokens[p % Q3N__KV_BLOCK];
@@ -8532,28 +8606,6 @@ static void q3n__session_advance(q3n_session *s, q3n__engine *e, const int32_t *
     s->begun = 1;
 }
 
-static double q3n__cost_of(const q3n__costs *c, int rows)   /* microseconds, 0 = not known */
-{
-    if (rows > Q3N__COST_ROWS) return c->row * rows;
-    for (int n = rows; n > 0; n--)
-        if (c->pass[n] > 0.0) return c->pass[n] * rows / n;
-    return c->row * rows;
-}
-
-/* A noisy measurement: outliers count for little, faster ones are believed sooner. */
-static void q3n__cost_learn(double *cost, double us)
-{
-    if (*cost == 0.0) *cost = us;
-    else if (us < *cost) *cost += (us - *cost) / 4.0;
-    else *cost += ((us < 2.0 * *cost ? us : 2.0 * *cost) - *cost) / 16.0;
-}
-
-static void q3n__engine_learn(q3n__engine *e, int rows, int64_t us)
-{
-    if (rows <= Q3N__COST_ROWS) q3n__cost_learn(&e->costs.pass[rows], (double)us);
-    else q3n__cost_learn(&e->costs.row, (double)us / rows);
-}
-
 /* One pass over all parts, at most `batch` tokens together; the sessions have begun and have pages.
  * Afterwards q3n__engine_rows has the rows of all parts, one after another.  Q3N_ERR_CANCELLED
  * leaves the work undone: roll back. */
@@ -8589,13 +8641,6 @@ static q3n_result q3n__engine_pass(q3n__engine *e, const q3n__part *part, int n_
     return Q3N_OK;
 }
 
-/* The cancel request is used up. */
-static q3n_result q3n__cancelled(q3n__engine *e, q3n_error *err)
-{
-    q3n__atomic_store(&e->cancel, 0);
-    return q3n__fail(err, Q3N_ERR_CANCELLED, -1, "cancelled: the session is as before the call");
-}
-
 /* ---- Snapshots ---- */
 typedef struct {
     const float *from;
@@ -8629,14 +8674,15 @@ static void q3n__copy(q3n__pool *p, q3n__copy_arg arg)
 
 /* The state as a snapshot: of the text, or in a call of what is evaluated so far.  NULL = no
  * memory. */
-static q3n_snapshot *q3n__session_take(q3n_session *s, q3n__engine *e, int in_call)
+static q3n_snapshot *q3n__session_take(q3n_session *s, q3n__engine *e, q3n_type delta_type,
+                                       int in_call)
 {
     const q3n__shape *h = &s->shape;
     if (!in_call) {
         q3n__session_settle(s, e);
         q3n__mtp_flush(s, e);
     }
-    q3n_snapshot *snap = q3n__snapshot_alloc(s->model, h, s->options.snapshot_type,
+    q3n_snapshot *snap = q3n__snapshot_alloc(s->model, h, delta_type,
                                              in_call ? s->state.length : s->length);
     if (!snap) return NULL;
     for (int b = 0; b < snap->n_pages; b++) {
@@ -8652,6 +8698,7 @@ static q3n_snapshot *q3n__session_take(q3n_session *s, q3n__engine *e, int in_ca
     q3n__copy(&e->pool, copy);
     if (h->conv_len)
         memcpy(snap->conv, s->conv[s->conv_now ^ from], h->conv_len * sizeof(float));
+    snap->mtp_first = in_call ? s->work_first : s->mtp_first;
     snap->has_hidden = snap->length > 0;
     snap->has_logits = !in_call && s->has_logits;
     memcpy(snap->hidden, in_call ? s->work_hidden : s->hidden,
@@ -8670,6 +8717,7 @@ static void q3n__session_load_work(q3n_session *s, q3n__engine *e, const q3n_sna
     s->begun = 1;
     s->state.length = snap ? snap->length : 0;
     s->work_mtp = s->state.length;
+    s->work_first = snap ? snap->mtp_first : 1;
     if (!snap) {
         if (h->delta_len) memset(delta, 0, h->delta_len * sizeof(float));
         if (h->conv_len) memset(conv, 0, h->conv_len * sizeof(float));
@@ -8702,8 +8750,8 @@ static q3n_result q3n__session_restore(q3n_session *s, const q3n_snapshot *snap)
                          snap->shape.has_mtp ? "with" : "without",
                          q3n__types[s->shape.kv_type].name, s->shape.has_mtp ? "with" : "without");
     if (snap->length > s->options.capacity)
-        return q3n__fail(&s->error, Q3N_ERR_FULL, -1, "the snapshot has %d tokens, the session room "
-                         "for %d", snap->length, s->options.capacity);
+        return q3n__fail(&s->error, Q3N_ERR_FULL, -1, "the snapshot has %d tokens, the session "
+                         "room for %d", snap->length, s->options.capacity);
     q3n__session_begin(s, e);
     q3n__session_load_work(s, e, snap);
     q3n__session_adopt(s, snap->page, snap->n_pages);
@@ -8743,7 +8791,7 @@ static int q3n__session_put(q3n_session *s, q3n__engine *e, int in_call, int mar
                                        marked);
     q3n__free(&s->model->allocator, text);
     if (there) return 1;
-    q3n_snapshot *snap = q3n__session_take(s, e, in_call);
+    q3n_snapshot *snap = q3n__session_take(s, e, s->options.snapshot_type, in_call);
     if (!snap) return 0;
     q3n__cache_put(s->cache, snap, marked);
     q3n__snapshot_release(snap);
@@ -8918,7 +8966,10 @@ static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n)
     if (own) q3n__session_adopt(s, s->state.kv.page, q3n__blocks_of(m));
     else     q3n__session_adopt(s, snap->page, snap->n_pages);
     s->state.kv_valid = own ? m : s->state.length;
-    if (own) s->work_mtp = m;
+    if (own) {                                           /* the module's keys, or what is left */
+        s->work_mtp = m;
+        s->work_first = s->mtp_first < m ? s->mtp_first : m > 0 ? m : 1;
+    }
     s->seek_logits = snap && snap->has_logits && snap->length == n;
     if (s->seek_logits)
         memcpy(s->logits, snap->logits, (size_t)s->shape.vocab_size * sizeof(float));
@@ -9007,7 +9058,11 @@ static q3n_result q3n__session_feed(q3n_session *s, const int32_t *tokens, int n
     return r;
 }
 
-/* ---- Many sessions at once ---- */
+/* =====================================================================================
+ * [21] BATCH                                                                  >>batch
+ *
+ * Many sessions at once: passes over tokens of several, as one transaction of all.
+ * ===================================================================================== */
 struct q3n_batch {
     q3n__engine engine;
     q3n_error   error;
@@ -9184,7 +9239,7 @@ static q3n_result q3n__batch_eval(q3n_batch *b, q3n_batch_item *items, int n_ite
 }
 
 /* =====================================================================================
- * [17] SAMPLER                                                              >>sampler
+ * [22] SAMPLER                                                              >>sampler
  *
  * Chooses the next token from logits.  Each filter keeps the tokens ranked before some place in
  * the order "larger first, lower id among equals", so finding that place takes a selection, not a
@@ -9616,7 +9671,7 @@ Q3N_DEF int32_t q3n_sampler_sample(q3n_sampler *s, const float *logits)
 }
 
 /* =====================================================================================
- * [18] SPECULATION                                                      >>speculation
+ * [23] SPECULATION                                                      >>speculation
  *
  * Several tokens a pass: drafts come from the model's MTP module or from the text itself, one pass
  * of the trunk checks them, and what is rejected is forgotten like a cancelled call.  How many
@@ -9676,11 +9731,11 @@ static int32_t q3n__text_at(const q3n_session *s, int32_t token, int i)   /* tok
                           : s->state.kv.page[i / Q3N__KV_BLOCK]->tokens[i % Q3N__KV_BLOCK];
 }
 
-/* What followed the longest earlier match of the text's end, the latest of equals; returns how
- * many of draft [n] there are. */
+/* What followed the longest earlier match of the text's end, the latest of equals, and then again
+ * what followed that; returns how many of draft [n] there are: n or none. */
 static int q3n__draft_lookup(const q3n_session *s, int32_t token, q3n__draft *draft, int n)
 {
-    int best = Q3N__LOOKUP_LEAST - 1, best_at = -1, found = 0;
+    int best = Q3N__LOOKUP_LEAST - 1, best_at = -1;
     const int stop = s->length > Q3N__LOOKUP_SPAN ? s->length - Q3N__LOOKUP_SPAN : 0;
     for (int at = s->length - 1; at >= stop && best < Q3N__LOOKUP_MOST; at--) {
         if (q3n__text_at(s, token, at) != token) continue;
@@ -9694,9 +9749,12 @@ static int q3n__draft_lookup(const q3n_session *s, int32_t token, q3n__draft *dr
         }
     }
     if (best_at < 0) return 0;
-    for (int i = best_at + 1; found < n && i <= s->length; i++)
-        q3n__draft_point(&draft[found++], q3n__text_at(s, token, i));
-    return found;
+    for (int i = 0; i < n; i++) {
+        const int at = best_at + 1 + i;                 /* a text that repeats itself goes on so */
+        q3n__draft_point(&draft[i], at <= s->length ? q3n__text_at(s, token, at)
+                                                    : draft[at - s->length - 1].id);
+    }
+    return n;
 }
 
 /* ---- How many drafts ---- */
@@ -9727,9 +9785,9 @@ static double q3n__best_length(const q3n_session *s, q3n_speculate source, int m
 }
 
 /* Steps without drafts in a row before some are tried again; each failure doubles it. */
-#define Q3N__PROBE_GAP   32
+#define Q3N__PROBE_GAP   64
 #define Q3N__PROBE_MOST  1024
-#define Q3N__PROBE_STEPS 3
+#define Q3N__PROBE_STEPS 2
 
 /* Now and then a draft is made where none seems to pay: texts change. */
 static int q3n__probe(q3n_session *s)
@@ -9780,6 +9838,26 @@ static void q3n__drafts_plan(q3n_session *s, int32_t token, int most, q3n__draft
         p->n = 1;
         p->source = found > 0 ? Q3N_SPECULATE_LOOKUP : Q3N_SPECULATE_MTP;
     }
+    s->mtp_idle = by_mtp > 0 && p->source == Q3N_SPECULATE_MTP ? 0 : s->mtp_idle + 1;
+}
+
+/* A module whose drafts have not paid for a while does not follow the text: that would cost a share
+ * of a layer for each token.  It begins anew at the last rows, and sees no further back. */
+#define Q3N__MTP_IDLE    32
+#define Q3N__MTP_RESTART 8
+
+static void q3n__mtp_restart(q3n_session *s, const q3n__drafts *p)
+{
+    const size_t d = (size_t)s->shape.hidden_size;
+    const int reads = p->n > 0 && p->source == Q3N_SPECULATE_MTP;
+    const int drop = s->n_hidden - Q3N__MTP_RESTART;
+    if (!s->shape.has_mtp || s->options.draft || s->mtp_idle < Q3N__MTP_IDLE || drop <= 0) return;
+    if (!reads && s->n_hidden + p->n + 1 <= Q3N__MAX_HIDDEN) return;
+    memmove(s->hidden, s->hidden + (size_t)drop * d,
+            (size_t)Q3N__MTP_RESTART * d * sizeof(float));
+    s->n_hidden = Q3N__MTP_RESTART;
+    s->mtp_length += drop;
+    s->mtp_first = s->mtp_length;
 }
 
 /* What a step of n drafts, of which `right` were accepted, teaches. */
@@ -9892,6 +9970,7 @@ static q3n_result q3n__session_next(q3n_session *s, q3n_sampler *sampler, int32_
     int32_t rows[Q3N_MAX_DRAFT + 1] = { token };
     q3n__drafts plan;
     q3n__drafts_plan(s, token, q3n__most_drafts(s, max), &plan);
+    q3n__mtp_restart(s, &plan);
     q3n__session_begin(s, s->engine);
     r = q3n__session_reserve(s, s->engine, s->length, s->length + 1 + plan.n);
     if (r == Q3N_OK) {
@@ -9938,7 +10017,7 @@ static q3n_result q3n__session_draft(q3n_session *s, int32_t token, int32_t *dra
 }
 
 /* =====================================================================================
- * [19] QUANTISE                                                            >>quantise
+ * [24] QUANTISE                                                            >>quantise
  *
  * Rows of floats to the bytes that a file holds, in any type.  The bytes depend on the weights
  * alone: float arithmetic in a fixed order, the same on every machine and for every split of the
@@ -10312,7 +10391,7 @@ Q3N_DEF q3n_result q3n_quantize_rows(q3n_type type, const q3n_rows *rows, void *
 }
 
 /* =====================================================================================
- * [20] WRITER                                                                >>writer
+ * [25] WRITER                                                                >>writer
  *
  * Makes model files as a stream, or in memory.  The tensor plan and a choice of types fix the whole
  * layout before the first byte, so every byte is written once and in order; only the checksums are
@@ -11010,7 +11089,7 @@ Q3N_DEF q3n_result q3n_quantize_file(const char *path, const q3n_model *in,
 }
 
 /* =====================================================================================
- * [21] RANDOM WEIGHTS                                                        >>random
+ * [26] RANDOM WEIGHTS                                                        >>random
  *
  * Models of any geometry without a checkpoint, for tests and measurements.  A weight depends on the
  * seed, its tensor's name and its place alone, so pieces can be made in any order.
@@ -11326,7 +11405,7 @@ Q3N_DEF q3n_result q3n_init_memory(void *data, size_t bytes, const q3n_config *c
 }
 
 /* =====================================================================================
- * [22] PUBLIC                                                                >>public
+ * [27] PUBLIC                                                                >>public
  *
  * Public functions of models and sessions: check, delegate.
  * ===================================================================================== */
@@ -11634,16 +11713,21 @@ Q3N_DEF const int64_t *q3n_session_expert_counts(const q3n_session *s, int l)
 }
 
 /* ---- Going back, copies ---- */
-Q3N_DEF q3n_result q3n_session_snapshot(q3n_session *s, q3n_snapshot **out)
+static q3n_result q3n__session_snapshot(q3n_session *s, q3n_type delta_type, q3n_snapshot **out)
 {
-    if (!out) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no place for the snapshot");
     *out = NULL;
     const q3n_result r = q3n__check_causal(s);
     if (r != Q3N_OK) return r;
-    *out = q3n__session_take(s, s->engine, 0);
+    *out = q3n__session_take(s, s->engine, delta_type, 0);
     if (*out) return Q3N_OK;
     return q3n__fail(&s->error, Q3N_ERR_MEMORY, -1, "no memory for a snapshot of %zu bytes",
-                     q3n__snapshot_measure(&s->shape, s->options.snapshot_type, s->length));
+                     q3n__snapshot_measure(&s->shape, delta_type, s->length));
+}
+
+Q3N_DEF q3n_result q3n_session_snapshot(q3n_session *s, q3n_snapshot **out)
+{
+    if (!out) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no place for the snapshot");
+    return q3n__session_snapshot(s, s->options.snapshot_type, out);
 }
 
 Q3N_DEF int    q3n_snapshot_length(const q3n_snapshot *snap) { return snap->length; }
@@ -11659,10 +11743,11 @@ Q3N_DEF q3n_result q3n_session_restore(q3n_session *s, const q3n_snapshot *snap)
 Q3N_DEF q3n_result q3n_session_fork(q3n_session **out, q3n_session *s,
                                     const q3n_session_options *o, q3n_error *err)
 {
-    if (!out || !s) return q3n__fail(err, Q3N_ERR_ARG, -1, "no session, or no place for the new one");
+    if (!out || !s)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "no session, or no place for the new one");
     *out = NULL;
     q3n_snapshot *snap = NULL;
-    q3n_result r = q3n_session_snapshot(s, &snap);
+    q3n_result r = q3n__session_snapshot(s, Q3N_TYPE_F32, &snap);
     if (r != Q3N_OK) return q3n__fail(err, r, -1, "%s", s->error.message);
     r = q3n_session_create(out, s->model, o ? o : &s->options, err);
     if (r == Q3N_OK) {
@@ -11719,7 +11804,7 @@ static q3n_result q3n__session_load_from(q3n_session *s, const q3n_source *sourc
 static q3n_result q3n__session_save_to(q3n_session *s, const q3n_sink *sink, const char *path)
 {
     q3n_snapshot *snap = NULL;
-    q3n_result r = q3n_session_snapshot(s, &snap);
+    q3n_result r = q3n__session_snapshot(s, Q3N_TYPE_F32, &snap);
     if (r != Q3N_OK) return r;
     r = path ? q3n__snapshot_save(snap, path, &s->error)
              : q3n__snapshot_write(snap, sink, &s->error);
@@ -11840,7 +11925,7 @@ Q3N_DEF void q3n_session_speculation(const q3n_session *s, q3n_speculation *out)
 }
 
 /* =====================================================================================
- * [23] KERNELS, SCALAR: the definition                               >>kernels-scalar
+ * [28] KERNELS, SCALAR: the definition                               >>kernels-scalar
  *
  * Written from the equations; every other ISA is tested against these.
  * ===================================================================================== */
@@ -12177,7 +12262,7 @@ static void q3n__bind_scalar(q3n__kernels *k)
 }
 
 /* =====================================================================================
- * [24] KERNELS, AVX2                                                   >>kernels-avx2
+ * [29] KERNELS, AVX2                                                   >>kernels-avx2
  *
  * How all three ISA sections work.  An element of a product has one accumulator vector that walks
  * the columns in steps of one vector; a shorter last step reads zeros behind the end; then one
@@ -13019,7 +13104,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [25] KERNELS, AVX-512                                              >>kernels-avx512
+ * [30] KERNELS, AVX-512                                              >>kernels-avx512
  *
  * As the AVX2 section, with vectors of 16 and masks.
  * ===================================================================================== */
@@ -13572,7 +13657,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [26] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
+ * [31] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
  *
  * Quantised matrices.  A vector of weights is 4 columns of 16 rows, so 16 lanes are 16 rows: four
  * activations are broadcast, multiplied and added to the lanes' 32-bit sums by one instruction
@@ -13815,7 +13900,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [27] KERNELS, NEON                                                   >>kernels-neon
+ * [32] KERNELS, NEON                                                   >>kernels-neon
  *
  * Baseline AArch64: no extension is asked for, so there is no target region.  32 registers of four
  * floats allow wider tiles than those of AVX2.
@@ -14517,7 +14602,7 @@ static void q3n__bind_neon(q3n__kernels *k)
 #endif
 
 /* =====================================================================================
- * [28] DISPATCH: one row per ISA                                           >>dispatch
+ * [33] DISPATCH: one row per ISA                                           >>dispatch
  * ===================================================================================== */
 static const struct {
     const char *name;
