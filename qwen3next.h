@@ -8221,9 +8221,12 @@ struct q3n_session {
     float              *draft_hidden; /* [d] */
     q3n_speculation     spec;
     q3n__acceptance     acceptance[Q3N_SPECULATE_COUNT];
-    double              step_cost[Q3N_MAX_DRAFT + 1];   /* microseconds, by drafts; 0 = unknown   */
-    double              draft_cost[2];   /* of the module: the first draft, each further one      */
+    double              step_us;         /* a step without drafts would take now                  */
+    double              step_cost[Q3N_MAX_DRAFT + 1];   /* by drafts, in step_us; 0 = unknown     */
+    int                 step_tries[Q3N_MAX_DRAFT + 1];
+    double              draft_cost[2];   /* of the module, in step_us: the first, each further    */
     int                 probe_left, probe_wait, probe_gap;
+    int                 since_plain;     /* steps since one without drafts                        */
     int                 mtp_idle;        /* steps since drafts of the module paid                 */
 };
 
@@ -9759,18 +9762,38 @@ static int q3n__draft_lookup(const q3n_session *s, int32_t token, q3n__draft *dr
 
 /* ---- How many drafts ---- */
 
-/* A step with n drafts, in microseconds.  One that was never tried is guessed low, and so tried. */
+/* Times are kept in units of a step without drafts, and that unit follows the machine, which may
+ * have other things to do: what was measured a while ago stays comparable.  The first try of a
+ * number meets cold memory and does not count. */
+static void q3n__step_learn(q3n_session *s, int n, double us)
+{
+    double *cost = &s->step_cost[n];
+    if (s->step_tries[n]++ == 0) return;
+    if (n == 0) *cost = 1.0;
+    if (n > 0 && s->step_us > 0.0) {
+        const double seen = us / s->step_us;
+        if (*cost == 0.0) *cost = seen;
+        else *cost += ((seen < 2.0 * *cost ? seen : 2.0 * *cost) - *cost) / 8.0;
+    }
+    if (*cost == 0.0) return;
+    const double unit = us / *cost;
+    if (s->step_us == 0.0 || s->spec.n_steps < 3) s->step_us = unit;
+    else s->step_us += ((unit < 2.0 * s->step_us ? unit : 2.0 * s->step_us) - s->step_us) / 8.0;
+}
+
+/* A step with n drafts.  One that was never tried is guessed low, and so tried. */
 static double q3n__step_cost(const q3n_session *s, int n)
 {
     int known = n;
     while (known > 0 && s->step_cost[known] == 0.0) known--;
-    return s->step_cost[known] * (1.0 + 0.1 * (n - known));
+    return (known ? s->step_cost[known] : 1.0) + 0.1 * (n - known);
 }
 
-/* Tokens a microsecond with the best number of drafts, at most `most`, of a source; *n is it. */
+/* Tokens per unit of time with the best number of drafts, at most `most`, of a source; *n is it.
+ * Drafts must promise a little more than nothing to be worth the trouble. */
 static double q3n__best_length(const q3n_session *s, q3n_speculate source, int most, int *n)
 {
-    double tokens = 1.0, p = 1.0, draft = 0.0, best = 1.0 / q3n__step_cost(s, 0);
+    double tokens = 1.0, p = 1.0, draft = 0.0, best = 1.02;
     *n = 0;
     for (int k = 1; k <= most; k++) {
         p *= s->acceptance[source].accept[k - 1];
@@ -9788,6 +9811,9 @@ static double q3n__best_length(const q3n_session *s, q3n_speculate source, int m
 #define Q3N__PROBE_GAP   64
 #define Q3N__PROBE_MOST  1024
 #define Q3N__PROBE_STEPS 2
+
+/* Steps with drafts in a row before one without: it keeps the unit of costs right. */
+#define Q3N__PLAIN_GAP   64
 
 /* Now and then a draft is made where none seems to pay: texts change. */
 static int q3n__probe(q3n_session *s)
@@ -9820,8 +9846,8 @@ static void q3n__drafts_plan(q3n_session *s, int32_t token, int most, q3n__draft
         p->source = Q3N_SPECULATE_MTP;
         return;
     }
-    if (s->spec.n_steps < 2) p->n = most = 0;           /* what a plain step costs comes first */
-    if (most < 1) return;
+    if (s->spec.n_steps < 3 || ++s->since_plain > Q3N__PLAIN_GAP) p->n = most = 0;
+    if (most < 1) return;                               /* what a plain step costs comes first */
     int by_lookup = 0, by_mtp = 0;
     const int found = p->n;
     const double lookup = q3n__best_length(s, Q3N_SPECULATE_LOOKUP, found, &by_lookup);
@@ -9892,12 +9918,12 @@ static int q3n__drafts_make(q3n_session *s, q3n_sampler *sampler, q3n__drafts *p
     const int rows = s->n_hidden;
     if (p->n > 0 && p->source == Q3N_SPECULATE_MTP) {
         q3n__draft_mtp(s, sampler, tokens[0], p->draft, p->n);
-        const double us = (double)(q3n__now() - start);
+        const double cost = s->step_us > 0.0 ? (double)(q3n__now() - start) / s->step_us : 0.0;
+        const double more = cost - s->draft_cost[0];
         if (p->n == 1 && rows <= 4)
-            q3n__cost_learn(&s->draft_cost[0], us);
-        else if (p->n > 1 && s->draft_cost[0] > 0.0)
-            q3n__cost_learn(&s->draft_cost[1], us > s->draft_cost[0] ? (us - s->draft_cost[0])
-                                                                        / (p->n - 1) : 1.0);
+            q3n__cost_learn(&s->draft_cost[0], cost);
+        else if (p->n > 1 && s->draft_cost[0] > 0.0 && more > 0.0)
+            q3n__cost_learn(&s->draft_cost[1], more / (p->n - 1));
     }
     for (int i = 0; i < p->n; i++) {
         if (q3n_model_is_eos(s->model, p->draft[i].id)) p->n = i;
@@ -9945,7 +9971,8 @@ static q3n_result q3n__step(q3n_session *s, q3n_sampler *sampler, const int32_t 
         s->mtp_length = before + 1;
         memmove(s->hidden, s->hidden + d, (size_t)s->n_hidden * d * sizeof(float));
     }
-    q3n__cost_learn(&s->step_cost[p->n], (double)(q3n__now() - start));
+    if (p->n == 0) s->since_plain = 0;
+    q3n__step_learn(s, p->n, (double)(q3n__now() - start));
     return Q3N_OK;
 }
 
