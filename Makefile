@@ -49,6 +49,7 @@ endif
 # ---- What is made of what ----
 CLI_OBJECTS   := $(patsubst examples/q3n/%.c,$(B)/obj/q3n/%.o,$(wildcard examples/q3n/*.c))
 C_TESTS       := $(patsubst tests/test_%.c,%,$(wildcard tests/test_*.c))
+FUZZ_TARGETS  := $(patsubst tests/fuzz_%.c,%,$(wildcard tests/fuzz_*.c))
 PYTHON_TESTS  := $(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py))
 # Tests that start threads and are short: these run under the thread sanitizer too.
 THREAD_TESTS  := $(filter parallel public memory quantize storage,$(C_TESTS))
@@ -200,9 +201,9 @@ C_SUITES.aarch64  := $(C_TESTS)
 SUITES := $(C_SUITES.$(config):%=$(RESULTS)/test_%)
 SUITES.release   := $(addprefix $(RESULTS)/,build_gcc build_clang build_cross lint) \
                     $(PYTHON_TESTS:%=$(RESULTS)/test_%.py)
-SUITES.sanitize  := $(RESULTS)/replay_loader
-SUITES.coverage  := $(RESULTS)/test_cli.py $(RESULTS)/replay_loader
-SUITES.aarch64   := $(RESULTS)/test_cli.py $(RESULTS)/replay_loader
+SUITES.sanitize  := $(FUZZ_TARGETS:%=$(RESULTS)/replay_%)
+SUITES.coverage  := $(RESULTS)/test_cli.py $(FUZZ_TARGETS:%=$(RESULTS)/replay_%)
+SUITES.aarch64   := $(RESULTS)/test_cli.py $(FUZZ_TARGETS:%=$(RESULTS)/replay_%)
 SUITES := $(SUITES.$(config)) $(SUITES)
 # name(config), as the reports show it
 SHOWN = $(@F)$(if $(filter release,$(config)),,\($(config)\))
@@ -253,13 +254,13 @@ coverage:   ## Run the C and command line tests with gcov, print what they reach
 	@$(PY) tools/coverage.py build/coverage
 
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS := $(patsubst tests/fuzz_%.c,%,$(wildcard tests/fuzz_*.c))
-fuzz: build/corpus.made   ## Fuzz the loader with libFuzzer (clang) for FUZZ_SECONDS=60
+fuzz: build/corpus.made   ## Fuzz what reads files with libFuzzer (clang) for FUZZ_SECONDS=60
 	+@$(SUBMAKE) config=fuzz $(FUZZ_TARGETS:%=build/fuzz/fuzz_%)
-	@mkdir -p build/fuzz/found build/fuzz/crashes
+	@mkdir -p $(FUZZ_TARGETS:%=build/fuzz/found_%) build/fuzz/crashes
 	for t in $(FUZZ_TARGETS); do build/fuzz/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) \
 	    -max_len=262144 -timeout=10 -rss_limit_mb=2048 -artifact_prefix=build/fuzz/crashes/ \
-	    -print_final_stats=1 build/fuzz/found build/corpus || exit 1; done
+	    -print_final_stats=1 build/fuzz/found_$$t $$([ $$t != loader ] || echo build/corpus) \
+	    || exit 1; done
 
 # Not position-independent: tables of pointers are then constant data, as they are in a program.
 build/obj/lint.o: qwen3next.h

@@ -7248,7 +7248,7 @@ typedef struct {
 
 struct q3n_cache {
     const q3n_model  *model;
-    uint64_t          model_hash;
+    uint64_t          model_hash;      /* for the names of files; 0 without a directory           */
     q3n__mutex        mutex;     /* for all below                                                */
     size_t            max_bytes, bytes;
     q3n__cache_item  *items;     /* [n_items] by length, key, text                               */
@@ -7842,13 +7842,13 @@ Q3N_DEF q3n_result q3n_cache_create(q3n_cache **out, const q3n_model *m,
         return q3n__fail(err, Q3N_ERR_THREAD, -1, "no mutex");
     }
     c->model = m;
-    c->model_hash = q3n__mix64(q3n__model_hash(m) ^ m->bytes);
     c->max_bytes = o->max_bytes;
     c->max_directory_bytes = o->max_directory_bytes;
     c->logger = o->logger;
     if (o->directory) {
         memcpy(c + 1, o->directory, path_bytes);
         c->directory = (const char *)(c + 1);
+        c->model_hash = q3n__mix64(q3n__model_hash(m) ^ m->bytes);
         q3n__cache_scan(c);
     }
     *out = c;

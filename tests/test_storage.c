@@ -1179,7 +1179,7 @@ static void test_damaged_files(void **state)
     /* Right, but under the name of another text, length or shape: kept, not used. */
     q3n__cache_item item;
     int32_t tokens[60];
-    c = new_cache(&h, m, 1 << 24, NULL, 0);
+    c = new_cache(&h, m, 1 << 24, directory, 0);
     memset(&item, 0, sizeof item);
     tokens_of(40, tokens, 60);
     item.key = q3n__cache_key(c, &shape, Q3N_TYPE_F32);
@@ -1388,7 +1388,8 @@ static void append_job(void *arg)
 {
     job *j = (job *)arg;
     q3n__page *page = j->shared->page[j->shared->n_pages - 1];
-    const q3n__kv_cache kv = { NULL, j->shape.kv_type, j->shape.n_kv_heads, j->shape.head_dim };
+    const q3n__kv_cache kv = { .type = j->shape.kv_type, .n_kv_heads = j->shape.n_kv_heads,
+                               .dim = j->shape.head_dim };
     float *k = (float *)(void *)q3n__page_block(page, &kv, 0, 0);
     float *v = k + Q3N__KV_BLOCK * j->shape.head_dim;
     for (int round = 0; round < 50; round++)
