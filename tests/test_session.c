@@ -210,6 +210,37 @@ static void test_cancel_waits(void **state)
     q3n_model_close(m);
 }
 
+/* A request is one session's alone, also where several share a batch. */
+static void test_cancel_one(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model("qwen3_next", NULL);
+    const int32_t ids[4] = { 1, 2, 3, 4 };
+    q3n_session_options o = plain_options(30);
+    q3n_batch *b = NULL;
+    assert_int_equal(q3n_batch_create(&b, m, &o, NULL), Q3N_OK);
+    o.shared = b;
+    q3n_session *s[2] = { create_session(m, &o), create_session(m, &o) };
+    q3n_batch_item items[2] = {
+        { .session = s[0], .tokens = ids, .n = 4 }, { .session = s[1], .tokens = ids, .n = 4 } };
+    q3n_session_cancel(s[0], 1);
+    must(s[1], q3n_session_eval(s[1], ids, 4, NULL), Q3N_OK);
+    assert_int_equal(q3n_batch_eval(b, items + 1, 1, NULL), Q3N_OK);
+    assert_int_equal(items[1].done, 4);
+    must(s[0], q3n_session_eval(s[0], ids, 4, NULL), Q3N_ERR_CANCELLED);
+    must(s[0], q3n_session_eval(s[0], ids, 4, NULL), Q3N_OK);
+    q3n_session_cancel(s[0], 1);
+    items[1].done = 0;
+    assert_int_equal(q3n_batch_eval(b, items, 2, NULL), Q3N_ERR_CANCELLED);
+    assert_int_equal(q3n_session_length(s[0]), 4);
+    assert_int_equal(q3n_session_length(s[1]), 8);
+    assert_int_equal(q3n_batch_eval(b, items, 2, NULL), Q3N_OK);
+    q3n_session_destroy(s[0]);
+    q3n_session_destroy(s[1]);
+    q3n_batch_destroy(b);
+    q3n_model_close(m);
+}
+
 /* ---- Several threads on shared pages ---- */
 #ifndef _WIN32
 #define N_WORKERS 4
@@ -1026,7 +1057,12 @@ static void test_snapshots_bf16(void **state)
     must(s, q3n_session_eval(s, ids, COUNT(ids), NULL), Q3N_OK);
     must(s, q3n_session_snapshot(s, &snap), Q3N_OK);
     assert_int_equal(q3n_snapshot_bytes(snap), half.snapshot);
+    q3n_session *fork = NULL;
+    assert_int_equal(q3n_session_fork(&fork, s, NULL, NULL), Q3N_OK);
     must(s, q3n_session_eval(s, &token, 1, want), Q3N_OK);
+    must(fork, q3n_session_eval(fork, &token, 1, got), Q3N_OK);
+    check_same(got, want, (size_t)vocab, "a fork is no snapshot");
+    q3n_session_destroy(fork);
     must(s, q3n_session_restore(s, snap), Q3N_OK);
     must(s, q3n_session_eval(s, &token, 1, got), Q3N_OK);
     double scale = 0.0;
@@ -1062,6 +1098,7 @@ int main(int argc, char **argv)
         CASE(test_cancel, qwen3_next_mtp),
         CASE(test_cancel, qwen3_moe),
         cmocka_unit_test(test_cancel_waits),
+        cmocka_unit_test(test_cancel_one),
 #ifndef _WIN32
         CASE(test_other_process, qwen3_next_mtp),
         CASE(test_other_process, qwen3_dense),
