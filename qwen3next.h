@@ -44,30 +44,34 @@
  *
  * CONTENTS                                                    (search for >>tag to jump)
  *
- *     [1] API                               >>api
- *     [2] PLATFORM                          >>platform
- *     [3] MEMORY                            >>memory
- *     [4] ERRORS                            >>errors
- *     [5] PARALLEL                          >>parallel
- *     [6] TYPES                             >>types
- *     [7] CONFIG                            >>config
- *     [8] LOADER                            >>loader
- *     [9] UNICODE                           >>unicode
- *    [10] TOKENIZER                         >>tokenizer
- *    [11] OPS                               >>ops
- *    [12] MODEL                             >>model
- *    [13] SESSION                           >>session
- *    [14] SAMPLER                           >>sampler
- *    [15] QUANTISE                          >>quantise
- *    [16] WRITER                            >>writer
- *    [17] RANDOM WEIGHTS                    >>random
- *    [18] PUBLIC                            >>public
- *    [19] KERNELS, SCALAR: the definition   >>kernels-scalar
- *    [20] KERNELS, AVX2                     >>kernels-avx2
- *    [21] KERNELS, AVX-512                  >>kernels-avx512
- *    [22] KERNELS, AVX-512 VNNI             >>kernels-avx512vnni
- *    [23] KERNELS, NEON                     >>kernels-neon
- *    [24] DISPATCH: one row per ISA         >>dispatch
+ *     [1] API                             >>api
+ *     [2] PLATFORM                        >>platform
+ *     [3] MEMORY                          >>memory
+ *     [4] ERRORS                          >>errors
+ *     [5] PARALLEL                        >>parallel
+ *     [6] TYPES                           >>types
+ *     [7] CONFIG                          >>config
+ *     [8] LOADER                          >>loader
+ *     [9] UNICODE                         >>unicode
+ *    [10] TOKENIZER                       >>tokenizer
+ *    [11] OPS                             >>ops
+ *    [12] MODEL                           >>model
+ *    [13] STATE                           >>state
+ *    [14] SESSION FILES                   >>session-files
+ *    [15] CACHE                           >>cache
+ *    [16] SESSION                         >>session
+ *    [17] SAMPLER                         >>sampler
+ *    [18] SPECULATION                     >>speculation
+ *    [19] QUANTISE                        >>quantise
+ *    [20] WRITER                          >>writer
+ *    [21] RANDOM WEIGHTS                  >>random
+ *    [22] PUBLIC                          >>public
+ *    [23] KERNELS, SCALAR: the definition >>kernels-scalar
+ *    [24] KERNELS, AVX2                   >>kernels-avx2
+ *    [25] KERNELS, AVX-512                >>kernels-avx512
+ *    [26] KERNELS, AVX-512 VNNI           >>kernels-avx512vnni
+ *    [27] KERNELS, NEON                   >>kernels-neon
+ *    [28] DISPATCH: one row per ISA       >>dispatch
  *
  * THE MODEL ON ONE PAGE.  Shapes are row-major, slowest first; x W' is a linear layer with W
  * [out, in].
@@ -118,9 +122,9 @@
  * A session is one allocation, of q3n_session_bytes.  Evaluation allocates nothing.
  *
  * ERRORS.  Functions return q3n_result; the record says what was found and what was expected.  A
- * function that fails changes nothing.  Model files are taken for hostile: any bytes give a model
- * or an error.  What a hostile model computes is its own affair: numbers, never an access
- * outside.
+ * function that fails changes nothing.  Model and session files are taken for hostile: any bytes
+ * give a model, a state or an error.  What a hostile one computes is its own affair: numbers, never
+ * an access outside.
  *
  * DETERMINISM.  Arithmetic is f32 from the stored type, in an order that depends on the
  * instruction set alone; against quantised matrices the activations are bytes in groups of 32, and
@@ -136,6 +140,8 @@
  *     [GDN]  Yang, Kautz, Hatamizadeh: Gated Delta Networks, arXiv 2412.06464
  *     [FA]   Dao et al.: FlashAttention, arXiv 2205.14135
  *     [YaRN] Peng et al.: YaRN, arXiv 2309.00071
+ *     [SPEC] Leviathan, Kalman, Matias: Fast Inference from Transformers via Speculative Decoding,
+ *            arXiv 2211.17192
  *     [SDM]  Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1
  *     [UAX15] Unicode Standard Annex 15: normalisation forms
  *     [HFT]  Hugging Face tokenizers 0.23: what byte-level BPE does with added tokens
@@ -281,6 +287,54 @@
  *   Norms hold the factor itself: where the family scales by 1 + w the writer has added the 1
  *   (in f32, exactly as [HF] does at run time).  q and k rows of checkpoints with interleaved
  *   rotary pairs are permuted to the half-rotate form.
+ *
+ * SESSION FILE FORMAT, version 1
+ *
+ * The state behind a text, as a stream: written and read once, from the first byte to the last.
+ * All numbers are little-endian.  One state has one sequence of bytes.
+ *
+ *   HEADER, 128 bytes
+ *      0  u8[8]  magic           89 51 33 53 0D 0A 1A 0A  ("\x89Q3S\r\n\x1a\n")
+ *      8  u32    version         1; a reader refuses any other
+ *     12  u32    header_bytes    128
+ *     16  u64    header_hash     of bytes [0, 128) with this field taken as 0
+ *     24  u64    file_bytes      size of the whole file
+ *     32  u64    model_hash      of bytes [0, meta_bytes) of the model's file, which hold the
+ *                                checksum of every tensor
+ *     40  u64    model_bytes     size of the model's file
+ *     48  u32    length          tokens
+ *     52  u32    kv_type         id of Q3N_TYPE_LIST: f32, f16, bf16 or q8
+ *     56  u32    delta_type      f32 or bf16
+ *     60  u32    has_mtp         1 = pages hold the MTP module's layer too
+ *     64  u32    has_hidden, has_logits      0 or 1; 0 at length 0
+ *     72  u32    page_tokens     256
+ *     76  u32    n_kv_layers, n_kv_heads, head_dim, hidden_size, vocab_size
+ *     96  u64    delta_len, conv_len         elements
+ *    112  u64    page_bytes      of one page in the file
+ *    120  u64    zero
+ *
+ *   PARTS, one behind another, each padded with zeros to a multiple of 64 bytes
+ *      delta_type[delta_len]     DeltaNet matrices: [DeltaNet layer][Hv][dk, dv]
+ *      f32[conv_len]             inputs of the convolutions: [DeltaNet layer][width - 1, C]
+ *      f32[hidden_size]          if has_hidden: last token, behind the final norm
+ *      f32[vocab_size]           if has_logits
+ *      pages                     length / page_tokens of them, rounded up:
+ *          i32[page_tokens]      tokens
+ *          [layer][kv head]      keys [D, page_tokens] of kv_type, values [page_tokens, D]; of type
+ *                                q8 signed bytes and behind keys and values f32[page_tokens] scales
+ *                                What lies behind the last token is zero.
+ *
+ *   END
+ *      u64       parts_hash      of all parts, seeded with header_hash
+ *
+ *   HASH.  Words of 64 bits, K = 0x9E3779B97F4A7C15, all arithmetic modulo 2^64.
+ *      lane[i] = mix(seed + K (i + 1))                         i = 0 .. 7
+ *      lane[i] = rotate_left((lane[i] ^ word[i]) K, 29)        for every 64 bytes; zeros fill up
+ *      hash    = mix(bytes ^ seed); for each lane hash = rotate_left((hash ^ mix(lane)) K, 29);
+ *                mix(hash) at the end
+ *      mix(x): x = (x ^ x >> 30) 0xBF58476D1CE4E5B9; x = (x ^ x >> 27) 0x94D049BB133111EB;
+ *              x ^ x >> 31
+ *   Every step is a bijection of the lane and of the word: no change of one word goes unseen.
  */
 
 #if defined(Q3N_IMPLEMENTATION) && defined(__linux__) && !defined(_GNU_SOURCE)
@@ -859,7 +913,7 @@ typedef struct q3n_cache_stats {
 Q3N_DEF q3n_result q3n_cache_create(q3n_cache **out, const q3n_model *m,
                                     const q3n_cache_options *o, q3n_error *err);
 Q3N_DEF void       q3n_cache_destroy(q3n_cache *c);    /* NULL is allowed; after its sessions */
-Q3N_DEF void       q3n_cache_clear(q3n_cache *c);      /* memory only */
+Q3N_DEF void       q3n_cache_clear(q3n_cache *c);      /* out of memory; into the directory */
 Q3N_DEF void       q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out);
 
 /* ---- Many sessions at once ---- */
@@ -1111,6 +1165,8 @@ Q3N_DEF q3n_result q3n_init_memory(void *data, size_t bytes, const q3n_config *c
 #  endif
 #  include <windows.h>
 #else
+#  include <dirent.h>
+#  include <errno.h>
 #  include <fcntl.h>
 #  include <sched.h>
 #  include <sys/mman.h>
@@ -1127,6 +1183,7 @@ Q3N_DEF q3n_result q3n_init_memory(void *data, size_t bytes, const q3n_config *c
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* ---- Build macros ---- */
 #ifndef Q3N_ASSERT
@@ -1323,6 +1380,25 @@ static int q3n__cpu_count(void)
 }
 #endif
 
+/* ---- A clock that only goes forward, in microseconds ---- */
+static int64_t q3n__now(void)
+{
+#if defined(_WIN32)
+    LARGE_INTEGER t, f;
+    QueryPerformanceCounter(&t);
+    QueryPerformanceFrequency(&f);
+    return t.QuadPart / f.QuadPart * 1000000 + t.QuadPart % f.QuadPart * 1000000 / f.QuadPart;
+#else
+    struct timespec t;
+#  ifdef CLOCK_MONOTONIC
+    clock_gettime(CLOCK_MONOTONIC, &t);
+#  else
+    timespec_get(&t, TIME_UTC);
+#  endif
+    return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+#endif
+}
+
 /* ---- Files ---- */
 #if defined(Q3N_NO_STDIO)
 static const uint8_t *q3n__file_map(const char *path, size_t *bytes, const char **why)
@@ -1395,6 +1471,187 @@ static void q3n__file_unmap(const uint8_t *data, size_t bytes)
 static int q3n__file_replace(const char *from, const char *to) { return rename(from, to) == 0; }
 #endif
 
+/* ---- Files as streams, directories ---- */
+
+/* Of regular files of a directory: name, size, and when it was written, in seconds. */
+typedef void (*q3n__file_found)(void *user, const char *name, int64_t bytes, int64_t when);
+
+#if defined(Q3N_NO_STDIO)
+#  define Q3N__HAS_FILES 0
+typedef int q3n__file;
+static int  q3n__file_create(q3n__file *f, const char *path) { (void)path; return *f = 0; }
+static int  q3n__file_open(q3n__file *f, const char *path, int64_t *bytes)
+{
+    (void)path; (void)bytes;
+    return *f = 0;
+}
+static int  q3n__file_write(q3n__file *f, const void *data, size_t bytes)
+{
+    (void)f; (void)data; (void)bytes;
+    return 0;
+}
+static int  q3n__file_read(q3n__file *f, void *data, size_t bytes)
+{
+    (void)f; (void)data; (void)bytes;
+    return 0;
+}
+static int  q3n__file_close(q3n__file *f) { (void)f; return 0; }
+static int  q3n__file_remove(const char *path) { (void)path; return 0; }
+static int  q3n__file_replace(const char *from, const char *to) { (void)from; (void)to; return 0; }
+static int  q3n__directory_list(const char *path, const char *prefix, q3n__file_found found,
+                                void *user)
+{
+    (void)path; (void)prefix; (void)found; (void)user;
+    return 0;
+}
+#elif defined(_WIN32)
+#  define Q3N__HAS_FILES 1
+typedef struct { HANDLE handle; } q3n__file;
+
+/* A file that must not exist yet, to be written; 0 = failed. */
+static int q3n__file_create(q3n__file *f, const char *path)
+{
+    f->handle = CreateFileA(path, GENERIC_WRITE, 0, NULL, CREATE_NEW, FILE_ATTRIBUTE_NORMAL, NULL);
+    return f->handle != INVALID_HANDLE_VALUE;
+}
+
+/* A regular file to read, and its size; 0 = failed, -1 = there is none. */
+static int q3n__file_open(q3n__file *f, const char *path, int64_t *bytes)
+{
+    LARGE_INTEGER size;
+    f->handle = CreateFileA(path, GENERIC_READ, FILE_SHARE_READ | FILE_SHARE_DELETE, NULL,
+                            OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
+    if (f->handle == INVALID_HANDLE_VALUE)
+        return GetLastError() == ERROR_FILE_NOT_FOUND ? -1 : 0;
+    if (GetFileType(f->handle) == FILE_TYPE_DISK && GetFileSizeEx(f->handle, &size)) {
+        *bytes = size.QuadPart;
+        return 1;
+    }
+    CloseHandle(f->handle);
+    return 0;
+}
+
+static int q3n__file_write(q3n__file *f, const void *data, size_t bytes)
+{
+    for (const uint8_t *p = (const uint8_t *)data; bytes > 0; ) {
+        DWORD n = 0;
+        const DWORD some = bytes < ((size_t)1 << 30) ? (DWORD)bytes : (DWORD)1 << 30;
+        if (!WriteFile(f->handle, p, some, &n, NULL) || n == 0) return 0;
+        p += n;
+        bytes -= n;
+    }
+    return 1;
+}
+
+static int q3n__file_read(q3n__file *f, void *data, size_t bytes)
+{
+    for (uint8_t *p = (uint8_t *)data; bytes > 0; ) {
+        DWORD n = 0;
+        const DWORD some = bytes < ((size_t)1 << 30) ? (DWORD)bytes : (DWORD)1 << 30;
+        if (!ReadFile(f->handle, p, some, &n, NULL) || n == 0) return 0;
+        p += n;
+        bytes -= n;
+    }
+    return 1;
+}
+
+static int q3n__file_close(q3n__file *f) { return CloseHandle(f->handle) != 0; }
+static int q3n__file_remove(const char *path) { return DeleteFileA(path) != 0; }
+
+/* Tell of every regular file whose name begins with prefix; 0 = the directory cannot be read. */
+static int q3n__directory_list(const char *path, const char *prefix, q3n__file_found found,
+                               void *user)
+{
+    char pattern[1024];
+    WIN32_FIND_DATAA d;
+    const int n = snprintf(pattern, sizeof pattern, "%s\\%s*", path, prefix);
+    if (n < 0 || n >= (int)sizeof pattern) return 0;
+    HANDLE h = FindFirstFileA(pattern, &d);
+    if (h == INVALID_HANDLE_VALUE) {
+        const DWORD attributes = GetFileAttributesA(path);
+        return attributes != INVALID_FILE_ATTRIBUTES && (attributes & FILE_ATTRIBUTE_DIRECTORY);
+    }
+    do {
+        const uint64_t ticks = (uint64_t)d.ftLastWriteTime.dwHighDateTime << 32
+                             | d.ftLastWriteTime.dwLowDateTime;   /* 100 ns since 1601 */
+        if (!(d.dwFileAttributes & (FILE_ATTRIBUTE_DIRECTORY | FILE_ATTRIBUTE_REPARSE_POINT)))
+            found(user, d.cFileName, (int64_t)((uint64_t)d.nFileSizeHigh << 32 | d.nFileSizeLow),
+                  (int64_t)(ticks / 10000000) - 11644473600);
+    } while (FindNextFileA(h, &d));
+    FindClose(h);
+    return 1;
+}
+#else
+#  define Q3N__HAS_FILES 1
+typedef struct { int fd; } q3n__file;
+
+/* A file that must not exist yet, to be written; 0 = failed. */
+static int q3n__file_create(q3n__file *f, const char *path)
+{
+    f->fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    return f->fd >= 0;
+}
+
+/* A regular file to read, and its size; 0 = failed, -1 = there is none.  Opening a pipe would wait
+ * but for O_NONBLOCK. */
+static int q3n__file_open(q3n__file *f, const char *path, int64_t *bytes)
+{
+    struct stat st;
+    f->fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (f->fd < 0) return errno == ENOENT ? -1 : 0;
+    if (fstat(f->fd, &st) == 0 && S_ISREG(st.st_mode)) {
+        *bytes = (int64_t)st.st_size;
+        return 1;
+    }
+    close(f->fd);
+    return 0;
+}
+
+static int q3n__file_write(q3n__file *f, const void *data, size_t bytes)
+{
+    for (const uint8_t *p = (const uint8_t *)data; bytes > 0; ) {
+        const ssize_t n = write(f->fd, p, bytes);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return 0;
+        p += n;
+        bytes -= (size_t)n;
+    }
+    return 1;
+}
+
+static int q3n__file_read(q3n__file *f, void *data, size_t bytes)
+{
+    for (uint8_t *p = (uint8_t *)data; bytes > 0; ) {
+        const ssize_t n = read(f->fd, p, bytes);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return 0;
+        p += n;
+        bytes -= (size_t)n;
+    }
+    return 1;
+}
+
+static int q3n__file_close(q3n__file *f) { return close(f->fd) == 0; }
+static int q3n__file_remove(const char *path) { return unlink(path) == 0; }
+
+/* Tell of every regular file whose name begins with prefix; 0 = the directory cannot be read. */
+static int q3n__directory_list(const char *path, const char *prefix, q3n__file_found found,
+                               void *user)
+{
+    DIR *dir = opendir(path);
+    if (!dir) return 0;
+    for (const struct dirent *e; (e = readdir(dir)) != NULL; ) {
+        struct stat st;
+        if (strncmp(e->d_name, prefix, strlen(prefix)) == 0
+            && fstatat(dirfd(dir), e->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0
+            && S_ISREG(st.st_mode))
+            found(user, e->d_name, (int64_t)st.st_size, (int64_t)st.st_mtime);
+    }
+    closedir(dir);
+    return 1;
+}
+#endif
+
 /* ---- CPU features ---- */
 #if Q3N__X86
 static void q3n__cpuid(uint32_t leaf, uint32_t sub, uint32_t r[4])
@@ -1446,7 +1703,7 @@ static int q3n__cpu_has(q3n_isa isa) { return Q3N__ARM64 && isa == Q3N_ISA_NEON;
  * [3] MEMORY                                                                 >>memory
  *
  * Sizes that cannot wrap, unaligned little-endian reads, the host's allocator, an arena that lays
- * out one allocation, CRC-32.
+ * out one allocation, CRC-32, a hash of 64 bits.
  * ===================================================================================== */
 static int q3n__mul_size(size_t a, size_t b, size_t *out)   /* 0 = overflow */
 {
@@ -1559,6 +1816,79 @@ static uint32_t q3n__crc32(uint32_t crc, const void *data, size_t bytes)
     q3n__crc_table c;
     q3n__crc_table_make(&c);
     return q3n__crc32_with(&c, crc, data, bytes);
+}
+
+/* ---- Hash of 64 bits: SESSION FILE FORMAT, HASH ---- */
+#define Q3N__GOLDEN 0x9E3779B97F4A7C15ull
+
+/* A bijection of 64-bit words whose outputs for consecutive inputs look independent. */
+static uint64_t q3n__mix64(uint64_t x)
+{
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    return x ^ (x >> 31);
+}
+
+static uint64_t q3n__hash_step(uint64_t lane, uint64_t word)
+{
+    const uint64_t x = (lane ^ word) * Q3N__GOLDEN;
+    return x << 29 | x >> 35;
+}
+
+typedef struct { uint64_t lane[8], seed, bytes; } q3n__hash;
+
+static void q3n__hash_begin(q3n__hash *h, uint64_t seed)
+{
+    for (uint64_t i = 0; i < 8; i++) h->lane[i] = q3n__mix64(seed + Q3N__GOLDEN * (i + 1));
+    h->seed = seed;
+    h->bytes = 0;
+}
+
+static void q3n__hash_blocks(q3n__hash *h, const uint8_t *p, size_t n)   /* n of 64 bytes */
+{
+    uint64_t a = h->lane[0], b = h->lane[1], c = h->lane[2], d = h->lane[3];
+    uint64_t e = h->lane[4], f = h->lane[5], g = h->lane[6], i = h->lane[7];
+    for (; n > 0; n--, p += 64) {
+        a = q3n__hash_step(a, q3n__load_u64(p));
+        b = q3n__hash_step(b, q3n__load_u64(p + 8));
+        c = q3n__hash_step(c, q3n__load_u64(p + 16));
+        d = q3n__hash_step(d, q3n__load_u64(p + 24));
+        e = q3n__hash_step(e, q3n__load_u64(p + 32));
+        f = q3n__hash_step(f, q3n__load_u64(p + 40));
+        g = q3n__hash_step(g, q3n__load_u64(p + 48));
+        i = q3n__hash_step(i, q3n__load_u64(p + 56));
+    }
+    const uint64_t lane[8] = { a, b, c, d, e, f, g, i };
+    memcpy(h->lane, lane, sizeof lane);
+}
+
+/* In pieces of multiples of 64 bytes, but for the last one. */
+static void q3n__hash_add(q3n__hash *h, const void *data, size_t bytes)
+{
+    Q3N_ASSERT(h->bytes % 64 == 0);
+    const size_t whole = bytes / 64 * 64;
+    q3n__hash_blocks(h, (const uint8_t *)data, whole / 64);
+    if (whole < bytes) {
+        uint8_t last[64] = { 0 };
+        memcpy(last, (const uint8_t *)data + whole, bytes - whole);
+        q3n__hash_blocks(h, last, 1);
+    }
+    h->bytes += bytes;
+}
+
+static uint64_t q3n__hash_end(const q3n__hash *h)
+{
+    uint64_t x = q3n__mix64(h->bytes ^ h->seed);
+    for (int i = 0; i < 8; i++) x = q3n__hash_step(x, q3n__mix64(h->lane[i]));
+    return q3n__mix64(x);
+}
+
+static uint64_t q3n__hash_of(uint64_t seed, const void *data, size_t bytes)
+{
+    q3n__hash h;
+    q3n__hash_begin(&h, seed);
+    q3n__hash_add(&h, data, bytes);
+    return q3n__hash_end(&h);
 }
 
 /* =====================================================================================
@@ -2039,12 +2369,14 @@ typedef struct {
 } q3n__store_kv;
 
 /* The gated delta rule over n tokens for one value head, columns [col0, col1) of its state; see
- * q3n__delta_scalar for the equations.  Strides are in floats from token to token. */
+ * q3n__delta_scalar for the equations.  Strides are in floats from token to token.  S is not
+ * written unless S_out is the same; without tokens nothing is. */
 typedef struct {
-    float       *S;              /* [dk, dv], updated                                            */
+    const float *S;              /* [dk, dv]: the state before                                   */
+    float       *S_out;          /* [dk, dv] out: the state behind all tokens; may be S          */
     const float *q, *k;          /* [n][dk] of the head's key head                               */
     const float *v;              /* [n][dv]                                                      */
-    float       *o;              /* [n][dv] out                                                  */
+    float       *o;              /* [n][dv] out; NULL = not wanted                               */
     const float *g, *beta;       /* [n]: log decay <= 0, write strength in (0, 1)                */
     int          qk_stride, v_stride, o_stride, gb_stride;
     int          n, dk, dv, col0, col1;
@@ -2052,10 +2384,12 @@ typedef struct {
 
 /* Causal depthwise convolution and SiLU for channels [c0, c1):
  *   y[t][c] = silu(sum_j w[j][c] u[t - width + 1 + j][c])
- * where u is the state's width - 1 columns followed by x; the state becomes the last of them. */
+ * where u is the state's width - 1 columns followed by x; the last of them are the new state.
+ * `state` is not written unless `state_out` is the same; without tokens nothing is. */
 typedef struct {
     const float *w;              /* [width, n_channels]                                          */
-    float       *state;          /* [width - 1, n_channels], oldest first                        */
+    const float *state;          /* [width - 1, n_channels], oldest first                        */
+    float       *state_out;      /* [width - 1, n_channels] out; may be state                    */
     const float *x;              /* [n, ...] rows x_stride apart                                 */
     float       *y;              /* [n, ...] rows y_stride apart; not x                          */
     int          x_stride, y_stride;
@@ -5080,6 +5414,7 @@ typedef struct {
     q3n__page **page;            /* [blocks], as far as the text goes                            */
     q3n_type    type;
     int         n_kv_heads, dim;
+    int         skip;            /* leading tokens that have no key: 1 in the MTP module         */
 } q3n__kv_cache;
 
 /* Bytes of one layer and head: the keys, and behind them as many of values. */
@@ -5122,12 +5457,32 @@ static void q3n__attend_merge(q3n__softmax_part *run, float *O, q3n__softmax_par
  * belong to one session each.  Knows no type, no instruction set, no file.
  * ===================================================================================== */
 
+/* DeltaNet's matrices lag behind the text: reading and writing them is most of what they cost, so a
+ * run of few tokens stores the state behind the tokens of the call before, and keeps what its own
+ * tokens do to it.  That takes no more traffic than storing at once; and until the next run these
+ * tokens can be taken back, all or the last of them (cancelled calls, rejected drafts). */
+typedef struct {
+    float *u[2];                 /* [layer][max, C] q, k, v: of the call before, of this call    */
+    float *ba[2];                /* [layer][max, 2 Hv] beta, g                                   */
+    float *x;                    /* [layer][max, C] this run's input of the convolution          */
+    unsigned char *applied;      /* [layer] 1 = the matrices hold the rows below                 */
+    int    now;                  /* 0 or 1: where the rows of the call before are                */
+    int    first, n;             /* rows that the matrices do not hold yet                       */
+    int    max;
+} q3n__trail;
+
 /* State of one session that the layers read and write. */
 typedef struct {
     q3n__kv_cache kv;
-    float        *delta;         /* [DeltaNet layer][Hv][dk, dv]                                 */
-    float        *conv;          /* [DeltaNet layer][width - 1, C]                               */
+    float        *delta;         /* [DeltaNet layer][Hv][dk, dv] behind all tokens but n_trail   */
+    float        *delta_out;     /* behind this run, if it does not trail; may be delta          */
+    const float  *conv;          /* [DeltaNet layer][width - 1, C]                               */
+    float        *conv_out;      /* behind this run; may be conv                                 */
+    q3n__trail    trail;
+    int           trailing;      /* 1 = this run leaves its tokens in the trail                  */
+    int           n_trail;       /* rows of the trail that come before this run: trail.n or 0    */
     int           length;        /* tokens before this run                                       */
+    int           kv_valid;      /* tokens whose keys and values the pages hold already          */
     int64_t      *expert_counts; /* [layer][E] or NULL                                           */
 } q3n__state;
 
@@ -5180,6 +5535,9 @@ typedef struct {
     q3n__ffn *ffn;               /* [E + 1] jobs of this layer                                   */
     float *ffn_gate, *ffn_up;    /* [max (k + 1)] rows of the widest FFN                         */
     q3n__x8 *ffn_q;              /* ffn_up, quantised                                            */
+    float *mtp_in;               /* [2 d] input of the MTP module; NULL if there is none         */
+    q3n__x8 *mtp_in_q;
+    q3n__atomic *cancel;         /* nonzero: stop behind this layer                              */
     int    max;
 } q3n__run;
 
@@ -5262,23 +5620,25 @@ typedef struct {
     const int32_t  *tokens;
 } q3n__embed_arg;
 
-/* The rows of the embedding, and cos and sin of the positions. */
+/* A token's embedding to x [d], and cos and sin of the position of row t. */
+static void q3n__embed_row(const q3n__run *r, int32_t token, int t, float *x)
+{
+    const q3n__mat *w = &r->model->weights.embed_tokens;
+    const size_t half = (size_t)r->model->config.rotary_dim / 2;
+    if (q3n__is_quantised(w->type))
+        q3n__dequantize_row(w->type, x, w->data, token, w->n_cols);
+    else
+        r->k->to_f32[w->type](x, w->data + (size_t)token * q3n__row_bytes(w->type, w->n_cols),
+                              w->n_cols);
+    q3n__rope_at(r->model, q3n__position(r, t), r->rope_cos + (size_t)t * half,
+                 r->rope_sin + (size_t)t * half);
+}
+
 static void q3n__embed_task(void *arg, int begin, int end)
 {
     const q3n__embed_arg *j = (const q3n__embed_arg *)arg;
-    const q3n__run *r = j->r;
-    const q3n__mat *w = &r->model->weights.embed_tokens;
-    const size_t d = (size_t)w->n_cols, half = (size_t)r->model->config.rotary_dim / 2;
-    for (int t = begin; t < end; t++) {
-        float *x = r->x + (size_t)t * d;
-        if (q3n__is_quantised(w->type))
-            q3n__dequantize_row(w->type, x, w->data, j->tokens[t], w->n_cols);
-        else
-            r->k->to_f32[w->type](x, w->data + (size_t)j->tokens[t]
-                                               * q3n__row_bytes(w->type, w->n_cols), w->n_cols);
-        q3n__rope_at(r->model, q3n__position(r, t), r->rope_cos + (size_t)t * half,
-                     r->rope_sin + (size_t)t * half);
-    }
+    const size_t d = (size_t)j->r->model->config.hidden_size;
+    for (int t = begin; t < end; t++) q3n__embed_row(j->r, j->tokens[t], t, j->r->x + (size_t)t * d);
 }
 
 static void q3n__embed(const q3n__run *r, const int32_t *tokens)
@@ -5324,6 +5684,7 @@ static void q3n__attention_prepare_task(void *arg, int begin, int end)
             const float *value = r->value + ((size_t)t * (size_t)K + (size_t)h) * (size_t)D;
             if (j->w->k_norm) r->k->rms_norm(key, key, j->w->k_norm, D, eps);
             q3n__rope_rotate(key, cosines, sines, half);
+            if (position < s->state->kv_valid) continue;
             const q3n__kv_cache *kv = &s->state->kv;
             uint8_t *k = q3n__kv_block(kv, j->layer, position / Q3N__KV_BLOCK, h);
             uint8_t *v = k + q3n__kv_part_bytes(kv->type, D);
@@ -5388,17 +5749,20 @@ static void q3n__attend_block(const q3n__attention_arg *j, const q3n__tile *tile
     const int g = r->model->config.num_attention_heads / kv->n_kv_heads, D = kv->dim;
     float scores[Q3N__QUERY_TILE * Q3N__KV_BLOCK], m[Q3N__QUERY_TILE], l[Q3N__QUERY_TILE];
     int n_keys[Q3N__QUERY_TILE];
+    const int skip = block == 0 ? kv->skip : 0;
     for (int i = 0; i < tile->n; i++) {
         const int n = q3n__n_visible(r, tile, i) - block * Q3N__KV_BLOCK;
-        n_keys[i] = n < 0 ? 0 : n > Q3N__KV_BLOCK ? Q3N__KV_BLOCK : n;
+        n_keys[i] = n < skip ? 0 : (n > Q3N__KV_BLOCK ? Q3N__KV_BLOCK : n) - skip;
     }
     const uint8_t *keys = q3n__kv_block(kv, j->layer, block, tile->head);
     const size_t query = (size_t)tile->head * (size_t)r->n * (size_t)g + (size_t)tile->first;
     const uint8_t *values = keys + q3n__kv_part_bytes(kv->type, D);
-    const size_t scales = q3n__kv_scales_at(kv->type, D);
+    const size_t scales = q3n__kv_scales_at(kv->type, D), e = q3n__kv_element(kv->type);
     const q3n__attend call = {
-        .k = keys, .v = values, .k_scale = (const float *)(const void *)(keys + scales),
-        .v_scale = (const float *)(const void *)(values + scales), .q = r->q + query * (size_t)D,
+        .k = keys + (size_t)skip * e, .v = values + (size_t)skip * (size_t)D * e,
+        .k_scale = (const float *)(const void *)(keys + scales) + skip,
+        .v_scale = (const float *)(const void *)(values + scales) + skip,
+        .q = r->q + query * (size_t)D,
         .o = o, .m = m, .l = l, .scores = scores, .n_keys = n_keys,
         .q_stride = D, .o_stride = o_stride, .n = tile->n, .dim = D,
     };
@@ -5543,12 +5907,48 @@ typedef struct {
     const q3n__layer *w;
     int               layer;         /* number among the DeltaNet layers                         */
     int               channels;      /* C                                                        */
+    int               n_cols;        /* columns of a piece of the delta rule                     */
 } q3n__delta_arg;
 
 /* Channels of one piece of the convolution, columns of one piece of the delta rule: a state tile of
  * 128 x 32 floats stays in the first-level cache for all tokens. */
 #define Q3N__CONV_TILE  128
 #define Q3N__DELTA_TILE 32
+
+/* Floats of one head's state that a piece may keep on the stack beside the stored one: 64 KiB. */
+#define Q3N__DELTA_SCRATCH 16384
+
+/* One segment's rows of u and beta, g: in the trail, behind the n_trail that it holds already, or
+ * in the run's scratch.  Both begin with the rows of the trail, if the run trails. */
+typedef struct { float *u, *ba; } q3n__delta_rows;
+
+static q3n__delta_rows q3n__delta_rows_of(const q3n__delta_arg *j, const q3n__segment *s)
+{
+    const size_t C = (size_t)j->channels;
+    const size_t heads2 = 2 * (size_t)j->r->model->config.linear_num_value_heads;
+    const q3n__trail *trail = &s->state->trail;
+    const size_t at = (size_t)j->layer * (size_t)trail->max;
+    if (s->state->trailing)
+        return (q3n__delta_rows){ trail->u[!trail->now] + at * C,
+                                  trail->ba[!trail->now] + at * heads2 };
+    return (q3n__delta_rows){ j->r->u + (size_t)s->row0 * C, j->r->ba + (size_t)s->row0 * heads2 };
+}
+
+/* The rows that the matrices do not hold yet. */
+static q3n__delta_rows q3n__trail_rows(const q3n__delta_arg *j, const q3n__state *s)
+{
+    const q3n__trail *trail = &s->trail;
+    const size_t at = (size_t)j->layer * (size_t)trail->max + (size_t)trail->first;
+    const size_t heads2 = 2 * (size_t)j->r->model->config.linear_num_value_heads;
+    return (q3n__delta_rows){ trail->u[trail->now] + at * (size_t)j->channels,
+                              trail->ba[trail->now] + at * heads2 };
+}
+
+/* Rows of u that stand before the segment's own. */
+static int q3n__delta_before(const q3n__segment *s)
+{
+    return s->state->trailing ? s->state->n_trail : 0;
+}
 
 /* u = silu(conv(q | k | v)): pieces are channel tiles. */
 static void q3n__conv_task(void *arg, int begin, int end)
@@ -5557,16 +5957,32 @@ static void q3n__conv_task(void *arg, int begin, int end)
     const q3n__run *r = j->r;
     const q3n_config *c = &r->model->config;
     const int C = j->channels, width = c->linear_conv_kernel_dim, rows = j->w->in_proj_qkvz.n_rows;
+    const int c0 = begin * Q3N__CONV_TILE;
+    const int c1 = end * Q3N__CONV_TILE < C ? end * Q3N__CONV_TILE : C;
+    const size_t bytes = (size_t)(c1 - c0) * sizeof(float);
     for (int i = 0; i < r->n_segments; i++) {
         const q3n__segment *s = &r->segments[i];
+        q3n__state *st = s->state;
+        float *u = q3n__delta_rows_of(j, s).u;
+        const int before = q3n__delta_before(s);
+        const size_t state = (size_t)j->layer * (size_t)(width - 1) * (size_t)C;
         const q3n__conv call = {
-            .w = j->w->conv1d,
-            .state = s->state->conv + (size_t)j->layer * (size_t)(width - 1) * (size_t)C,
+            .w = j->w->conv1d, .state = st->conv + state, .state_out = st->conv_out + state,
             .x = r->proj + (size_t)s->row0 * (size_t)rows, .x_stride = rows,
-            .y = r->u + (size_t)s->row0 * (size_t)C, .y_stride = C,
-            .n = s->n, .width = width, .n_channels = C, .c0 = begin * Q3N__CONV_TILE,
-            .c1 = end * Q3N__CONV_TILE < C ? end * Q3N__CONV_TILE : C,
+            .y = u + (size_t)before * (size_t)C, .y_stride = C,
+            .n = s->n, .width = width, .n_channels = C, .c0 = c0, .c1 = c1,
         };
+        if (before > 0) {
+            const float *from = q3n__trail_rows(j, st).u;
+            for (int t = 0; t < before; t++)
+                memcpy(u + (size_t)t * (size_t)C + c0, from + (size_t)t * (size_t)C + c0, bytes);
+        }
+        if (st->trailing && s->n > 1) {
+            float *x = st->trail.x + (size_t)j->layer * (size_t)st->trail.max * (size_t)C;
+            for (int t = 0; t < s->n; t++)
+                memcpy(x + (size_t)t * (size_t)C + c0, call.x + (size_t)t * (size_t)rows + c0,
+                       bytes);
+        }
         r->k->conv(&call);
     }
 }
@@ -5582,18 +5998,70 @@ static void q3n__delta_prepare_task(void *arg, int begin, int end)
     const int Hk = c->linear_num_key_heads, Hv = c->linear_num_value_heads,
               dk = c->linear_key_head_dim;
     for (int t = begin; t < end; t++) {
+        const q3n__segment *s = q3n__segment_of(r, t);
+        const q3n__delta_rows rows = q3n__delta_rows_of(j, s);
+        const int before = q3n__delta_before(s);
+        const size_t row = (size_t)(before + t - s->row0);
+        if (t == s->row0 && before > 0)
+            memcpy(rows.ba, q3n__trail_rows(j, s->state).ba,
+                   (size_t)before * 2 * (size_t)Hv * sizeof *rows.ba);
         for (int h = 0; h < 2 * Hk; h++) {                   /* the q heads, then the k heads */
-            float *x = r->u + (size_t)t * (size_t)j->channels + (size_t)h * (size_t)dk;
+            float *x = rows.u + row * (size_t)j->channels + (size_t)h * (size_t)dk;
             float scale = 1.0f / sqrtf(r->k->dot(x, x, dk) + 1e-6f);
             if (h < Hk) scale /= sqrtf((float)dk);
             for (int i = 0; i < dk; i++) x[i] *= scale;
         }
-        float *beta = r->ba + (size_t)t * 2 * (size_t)Hv, *g = beta + Hv;
+        const float *b = r->ba + (size_t)t * 2 * (size_t)Hv, *a = b + Hv;
+        float *beta = rows.ba + row * 2 * (size_t)Hv, *g = beta + Hv;
         for (int h = 0; h < Hv; h++) {
-            beta[h] = q3n__sigmoid(beta[h]);
-            g[h] = -expf(j->w->A_log[h]) * q3n__softplus(g[h] + j->w->dt_bias[h]);
+            beta[h] = q3n__sigmoid(b[h]);
+            g[h] = -expf(j->w->A_log[h]) * q3n__softplus(a[h] + j->w->dt_bias[h]);
         }
     }
+}
+
+/* The delta rule of value head h over the first n of rows, columns from col0; what is left to fill
+ * in: where states and outputs go. */
+static q3n__delta q3n__delta_call(const q3n__delta_arg *j, const q3n__delta_rows *rows, int h,
+                                  int col0)
+{
+    const q3n_config *c = &j->r->model->config;
+    const int Hk = c->linear_num_key_heads, Hv = c->linear_num_value_heads;
+    const int dk = c->linear_key_head_dim, dv = c->linear_value_head_dim, C = j->channels;
+    const int kh = h / (Hv / Hk);
+    return (q3n__delta){
+        .q = rows->u + (size_t)kh * (size_t)dk,
+        .k = rows->u + (size_t)(Hk + kh) * (size_t)dk,
+        .qk_stride = C,
+        .v = rows->u + 2 * (size_t)Hk * (size_t)dk + (size_t)h * (size_t)dv,
+        .v_stride = C,
+        .beta = rows->ba + h,
+        .g = rows->ba + Hv + h,
+        .gb_stride = 2 * Hv,
+        .o_stride = Hv * dv,
+        .dk = dk,
+        .dv = dv,
+        .col0 = col0,
+        .col1 = col0 + j->n_cols < dv ? col0 + j->n_cols : dv,
+    };
+}
+
+/* The trail's rows into the matrices in place. */
+static void q3n__delta_catch_up(const q3n__delta_arg *j, const q3n__state *s, int h, int col0)
+{
+    const q3n_config *c = &j->r->model->config;
+    const q3n__delta_rows rows = q3n__trail_rows(j, s);
+    q3n__delta call = q3n__delta_call(j, &rows, h, col0);
+    call.S = call.S_out = s->delta
+        + ((size_t)j->layer * (size_t)c->linear_num_value_heads + (size_t)h)
+          * (size_t)call.dk * (size_t)call.dv;
+    call.n = call.n_store = s->trail.n;
+    j->r->k->delta(&call);
+}
+
+static int q3n__delta_tiles(const q3n__delta_arg *j)
+{
+    return (j->r->model->config.linear_value_head_dim + j->n_cols - 1) / j->n_cols;
 }
 
 /* Pieces are (segment, value head, column tile), each over all of the segment's tokens. */
@@ -5601,36 +6069,83 @@ static void q3n__delta_task(void *arg, int begin, int end)
 {
     const q3n__delta_arg *j = (const q3n__delta_arg *)arg;
     const q3n__run *r = j->r;
-    const q3n_config *c = &r->model->config;
-    const int Hk = c->linear_num_key_heads, Hv = c->linear_num_value_heads;
-    const int dk = c->linear_key_head_dim, dv = c->linear_value_head_dim, C = j->channels;
-    const int tiles = (dv + Q3N__DELTA_TILE - 1) / Q3N__DELTA_TILE;
+    const int Hv = r->model->config.linear_num_value_heads, tiles = q3n__delta_tiles(j);
+    float scratch[Q3N__DELTA_SCRATCH];
     for (int i = begin; i < end; i++) {
-        const int tile = i % tiles, h = i / tiles % Hv;
+        const int col0 = i % tiles * j->n_cols, h = i / tiles % Hv;
         const q3n__segment *s = &r->segments[i / tiles / Hv];
-        const float *u = r->u + (size_t)s->row0 * (size_t)C;
-        const float *ba = r->ba + (size_t)s->row0 * 2 * (size_t)Hv;
-        const int kh = h / (Hv / Hk), col0 = tile * Q3N__DELTA_TILE;
-        const q3n__delta call = {
-            .S = s->state->delta
-                 + ((size_t)j->layer * (size_t)Hv + (size_t)h) * (size_t)dk * (size_t)dv,
-            .q = u + (size_t)kh * (size_t)dk,
-            .k = u + (size_t)(Hk + kh) * (size_t)dk,
-            .qk_stride = C,
-            .v = u + 2 * (size_t)Hk * (size_t)dk + (size_t)h * (size_t)dv,
-            .v_stride = C,
-            .o = r->mixed + ((size_t)s->row0 * (size_t)Hv + (size_t)h) * (size_t)dv,
-            .o_stride = Hv * dv,
-            .beta = ba + h,
-            .g = ba + Hv + h,
-            .gb_stride = 2 * Hv,
-            .n = s->n,
-            .dk = dk,
-            .dv = dv,
-            .col0 = col0,
-            .col1 = col0 + Q3N__DELTA_TILE < dv ? col0 + Q3N__DELTA_TILE : dv,
-        };
+        const q3n__state *st = s->state;
+        const q3n__delta_rows rows = q3n__delta_rows_of(j, s);
+        q3n__delta call = q3n__delta_call(j, &rows, h, col0);
+        const size_t at = ((size_t)j->layer * (size_t)Hv + (size_t)h)
+                        * (size_t)call.dk * (size_t)call.dv;
+        const int before = q3n__delta_before(s);
+        if (!st->trailing && st->n_trail > 0) q3n__delta_catch_up(j, st, h, col0);
+        call.S = st->delta + at;
+        call.S_out = (st->trailing ? st->delta : st->delta_out) + at;
+        call.n = before + s->n;
+        call.n_store = st->trailing ? before : call.n;
+        call.n_quiet = before;
+        call.scratch = scratch;
+        call.o = r->mixed + ((size_t)s->row0 * (size_t)Hv + (size_t)h) * (size_t)call.dv
+               - (size_t)before * (size_t)call.o_stride;
         r->k->delta(&call);
+    }
+}
+
+/* Columns of a piece: whole rows of few tokens, which read memory; else a tile for the cache. */
+static int q3n__delta_columns(const q3n__run *r, int pieces)
+{
+    const q3n_config *c = &r->model->config;
+    const int dk = c->linear_key_head_dim, dv = c->linear_value_head_dim;
+    int n = Q3N__DELTA_TILE;
+    while (n > 8 && n * dk > Q3N__DELTA_SCRATCH) n /= 2;
+    const int few = r->n == r->n_segments && pieces >= 4 * r->pool->n_threads;
+    return few && dv * dk <= Q3N__DELTA_SCRATCH ? dv : n;
+}
+
+/* Pieces are (DeltaNet layer, value head): the trail of segment 0 into the matrices. */
+static void q3n__settle_task(void *arg, int begin, int end)
+{
+    q3n__delta_arg j = *(const q3n__delta_arg *)arg;
+    const int Hv = j.r->model->config.linear_num_value_heads;
+    const q3n__state *s = j.r->segments[0].state;
+    for (int i = begin; i < end; i++) {
+        j.layer = i / Hv;
+        if (s->trail.applied[j.layer]) continue;
+        for (int tile = 0; tile < q3n__delta_tiles(&j); tile++)
+            q3n__delta_catch_up(&j, s, i % Hv, tile * j.n_cols);
+    }
+}
+
+/* Make the matrices hold the whole text: nothing trails afterwards. */
+static void q3n__settle(q3n__run *r, q3n__state *s, int n_delta)
+{
+    if (s->trail.n == 0) return;
+    const q3n__segment segment = { s, 0, 0 };
+    const q3n_config *c = &r->model->config;
+    q3n__delta_arg arg = { r, NULL, 0, (int)q3n__config_channels(c), Q3N__DELTA_TILE };
+    r->segments = &segment;
+    q3n__parallel(r->pool, n_delta * c->linear_num_value_heads, 1, q3n__settle_task, &arg);
+    r->segments = NULL;
+    s->trail.n = 0;
+    memset(s->trail.applied, 0, (size_t)n_delta);
+}
+
+/* The convolution's columns behind the first n tokens of a run that trailed, to conv_out. */
+static void q3n__conv_rewind(const q3n__run *r, q3n__state *s, int n_delta, int n)
+{
+    const q3n_config *c = &r->model->config;
+    const size_t C = (size_t)q3n__config_channels(c);
+    const int back = c->linear_conv_kernel_dim - 1;
+    for (int l = 0; l < n_delta; l++) {
+        const float *before = s->conv + (size_t)l * (size_t)back * C;
+        const float *x = s->trail.x + (size_t)l * (size_t)s->trail.max * C;
+        float *out = s->conv_out + (size_t)l * (size_t)back * C;
+        for (int i = 0; i < back; i++)
+            memcpy(out + (size_t)i * C, i + n < back ? before + (size_t)(i + n) * C
+                                                     : x + (size_t)(i + n - back) * C,
+                   C * sizeof *out);
     }
 }
 
@@ -5669,19 +6184,23 @@ static void q3n__delta_gate_task(void *arg, int begin, int end)
 static void q3n__deltanet(q3n__run *r, const q3n__layer *w, int layer)
 {
     const q3n_config *c = &r->model->config;
-    const int d = c->hidden_size, Hv = c->linear_num_value_heads, dv = c->linear_value_head_dim;
+    const int d = c->hidden_size, Hv = c->linear_num_value_heads;
     const q3n__linear in[2] = {
         { &w->in_proj_qkvz, NULL, r->a, r->a_q, r->proj, d, w->in_proj_qkvz.n_rows },
         { &w->in_proj_ba,   NULL, r->a, r->a_q, r->ba,   d, w->in_proj_ba.n_rows },
     };
     q3n__linear_all(r->pool, r->k, in, 2, r->n);
 
-    q3n__delta_arg arg = { r, w, layer, (int)q3n__config_channels(c) };
+    q3n__delta_arg arg = { r, w, layer, (int)q3n__config_channels(c), 0 };
+    arg.n_cols = q3n__delta_columns(r, r->n_segments * Hv);
     const int conv_tiles = (arg.channels + Q3N__CONV_TILE - 1) / Q3N__CONV_TILE;
-    const int delta_tiles = (dv + Q3N__DELTA_TILE - 1) / Q3N__DELTA_TILE;
     q3n__parallel(r->pool, conv_tiles, 8, q3n__conv_task, &arg);
     q3n__parallel(r->pool, r->n, 1, q3n__delta_prepare_task, &arg);
-    q3n__parallel(r->pool, r->n_segments * Hv * delta_tiles, 4, q3n__delta_task, &arg);
+    q3n__parallel(r->pool, r->n_segments * Hv * q3n__delta_tiles(&arg), arg.n_cols > 64 ? 1 : 4,
+                  q3n__delta_task, &arg);
+    for (int i = 0; i < r->n_segments; i++)
+        if (r->segments[i].state->n_trail > 0)
+            r->segments[i].state->trail.applied[layer] = 1;
     q3n__parallel(r->pool, r->n, 1, q3n__delta_gate_task, &arg);
 
     const q3n__linear out = { &w->out_proj, NULL, r->mixed, r->mixed_q, r->b,
@@ -5985,8 +6504,8 @@ static void q3n__hook(const q3n__run *r, const q3n_layer_hook *hook, int l, cons
 }
 
 /* Tokens through the trunk: afterwards r->a holds the final norm of every row.  The segments'
- * states are advanced; their lengths are not. */
-static void q3n__forward(q3n__run *r, const int32_t *tokens, const q3n_layer_hook *hook)
+ * states are advanced; their lengths are not.  0 = cancelled on the way. */
+static int q3n__forward(q3n__run *r, const int32_t *tokens, const q3n_layer_hook *hook)
 {
     const q3n_model *m = r->model;
     int n_kind[2] = { 0, 0 };
@@ -5994,11 +6513,60 @@ static void q3n__forward(q3n__run *r, const int32_t *tokens, const q3n_layer_hoo
     q3n__hook(r, hook, -1, r->x);
     for (int l = 0; l < m->config.num_hidden_layers; l++) {
         const q3n__layer *w = &m->layers[l];
+        if (q3n__atomic_load(r->cancel)) return 0;
         q3n__layer_forward(r, w, l, n_kind[w->is_delta]++);
         q3n__hook(r, hook, l, r->x);
     }
     q3n__rms_norm(r, m->weights.norm);
     q3n__hook(r, hook, m->config.num_hidden_layers, r->a);
+    return 1;
+}
+
+/* ---- Multi-token prediction ---- */
+typedef struct {
+    const q3n__run *r;
+    const int32_t  *tokens;      /* [n]                                                          */
+    const float    *hidden;      /* [n, d]                                                       */
+} q3n__mtp_arg;
+
+/* Per row: both halves of the input, and cos and sin of the token's position. */
+static void q3n__mtp_input_task(void *arg, int begin, int end)
+{
+    const q3n__mtp_arg *j = (const q3n__mtp_arg *)arg;
+    const q3n__run *r = j->r;
+    const q3n__weights *w = &r->model->weights;
+    const int d = r->model->config.hidden_size;
+    const float eps = (float)r->model->config.rms_norm_eps;
+    for (int t = begin; t < end; t++) {
+        float *x = r->mtp_in + (size_t)t * 2 * (size_t)d;
+        q3n__embed_row(r, j->tokens[t], t, x);
+        r->k->rms_norm(x, x, w->mtp_norm_embedding, d, eps);
+        r->k->rms_norm(x + d, j->hidden + (size_t)t * (size_t)d, w->mtp_norm_hidden, d, eps);
+        q3n__quantize_row(r, r->mtp_in_q, r->mtp_in, t, 2 * d);
+    }
+}
+
+/* The module over the rows of a run, which has one segment ([HF] has none: MODEL of the published
+ * checkpoints, as vLLM's qwen3_next_mtp runs it):
+ *
+ *     x = fc [norm(embed(token[p])); norm(h[p - 1])]     one decoder layer;  norm
+ *
+ * Row p is about the token behind token[p]; its key lies in slot p of the module's layer, so slot 0
+ * has none (kv.skip).  tokens [n] are those at the rows' positions, hidden [n, d] the trunk's final
+ * norm of the positions before, or the module's own output there.  Afterwards r->a holds the
+ * module's output. */
+static void q3n__mtp_forward(q3n__run *r, const int32_t *tokens, const float *hidden)
+{
+    const q3n_model *m = r->model;
+    const int d = m->config.hidden_size;
+    int n_attention = 0;
+    for (int l = 0; l < m->config.num_hidden_layers; l++) n_attention += !m->layers[l].is_delta;
+    q3n__mtp_arg arg = { r, tokens, hidden };
+    q3n__parallel(r->pool, r->n, 1, q3n__mtp_input_task, &arg);
+    const q3n__linear fc = { &m->weights.mtp_fc, NULL, r->mtp_in, r->mtp_in_q, r->x, 2 * d, d };
+    q3n__linear_all(r->pool, r->k, &fc, 1, r->n);
+    q3n__layer_forward(r, &m->layers[m->config.num_hidden_layers], -1, n_attention);
+    q3n__rms_norm(r, m->weights.mtp_norm);
 }
 
 /* logits [n, vocab] of n rows of normed hidden states */
@@ -6074,7 +6642,7 @@ static void q3n__page_release(const q3n_model *m, q3n__page *p)   /* NULL is all
 /* The first n slots of a page, and not a byte of the others, which someone may be writing. */
 static void q3n__page_copy(const q3n__shape *shape, q3n__page *to, q3n__page *from, int n)
 {
-    const q3n__kv_cache kv = { NULL, shape->kv_type, shape->n_kv_heads, shape->head_dim };
+    const q3n__kv_cache kv = { NULL, shape->kv_type, shape->n_kv_heads, shape->head_dim, 0 };
     const size_t D = (size_t)shape->head_dim, e = q3n__kv_element(shape->kv_type);
     const size_t part = q3n__kv_part_bytes(kv.type, kv.dim);
     const size_t scales = q3n__kv_scales_at(kv.type, kv.dim);
@@ -6169,42 +6737,1237 @@ static void q3n__snapshot_release(q3n_snapshot *s)   /* NULL is allowed */
 static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t *tokens, int n)
 {
     const int most = length < n ? length : n;
-    for (int i = 0; i < most; i++)
-        if (page[i / Q3N__KV_BLOCK]->tokens[i % Q3N__KV_BLOCK] != tokens[i]) return i;
+    for (int i = 0; i < most; i += Q3N__KV_BLOCK) {
+        const int32_t *x = page[i / Q3N__KV_BLOCK]->tokens;
+        const int some = most - i < Q3N__KV_BLOCK ? most - i : Q3N__KV_BLOCK;
+        if (memcmp(x, tokens + i, (size_t)some * sizeof *x) == 0) continue;
+        int t = 0;
+        while (x[t] == tokens[i + t]) t++;
+        return i + t;
+    }
     return most;
 }
 
 /* =====================================================================================
- * [13] SESSION                                                              >>session
+ * [14] SESSION FILES                                                  >>session-files
  *
- * The state of one text and the activations of one run, in one allocation that q3n__session_layout
- * first measures, then hands out.
+ * A snapshot to bytes and back (SESSION FILE FORMAT).  One walk over its parts serves both ways.
+ * What is read is hostile: sizes come from the shape, pages are made as their bytes arrive, and
+ * nothing is handed out before the last hash is right.
  * ===================================================================================== */
-struct q3n_session {
+static const uint8_t q3n__session_magic[8] = { 0x89, 'Q', '3', 'S', '\r', '\n', 0x1a, '\n' };
+
+typedef struct {
+    uint8_t  magic[8];
+    uint32_t version, header_bytes;
+    uint64_t header_hash, file_bytes, model_hash, model_bytes;
+    uint32_t length, kv_type, delta_type, has_mtp, has_hidden, has_logits;
+    uint32_t page_tokens, n_kv_layers, n_kv_heads, head_dim, hidden_size, vocab_size;
+    uint64_t delta_len, conv_len, page_bytes, zero;
+} q3n__session_header;
+
+typedef char q3n__session_header_is_128[sizeof(q3n__session_header) == 128 ? 1 : -1];
+
+/* What a model is: its metadata, which hold the checksum of every tensor. */
+static uint64_t q3n__model_hash(const q3n_model *m)
+{
+    return q3n__hash_of(0, m->data, (size_t)q3n__load_u64(m->data + 24));
+}
+
+/* ---- Sizes ---- */
+static uint64_t q3n__padded(uint64_t len, size_t element) { return (len * element + 63) / 64 * 64; }
+
+static uint64_t q3n__page_file_bytes(const q3n__shape *shape)
+{
+    return sizeof ((q3n__page *)0)->tokens + (shape->page_bytes - Q3N__PAGE_HEAD);
+}
+
+/* Of the file that a snapshot makes; its pages and arrays are not looked at. */
+static uint64_t q3n__snapshot_file_bytes(const q3n_snapshot *s)
+{
+    const q3n__shape *h = &s->shape;
+    return sizeof(q3n__session_header)
+         + q3n__padded(h->delta_len, (size_t)q3n__types[s->delta_type].block_bytes)
+         + q3n__padded(h->conv_len, sizeof(float))
+         + (s->has_hidden ? q3n__padded((uint64_t)h->hidden_size, sizeof(float)) : 0)
+         + (s->has_logits ? q3n__padded((uint64_t)h->vocab_size, sizeof(float)) : 0)
+         + (uint64_t)q3n__blocks_of(s->length) * q3n__page_file_bytes(h) + sizeof(uint64_t);
+}
+
+/* ---- Header ---- */
+static uint64_t q3n__session_header_hash(q3n__session_header h)
+{
+    h.header_hash = 0;
+    return q3n__hash_of(0, &h, sizeof h);
+}
+
+/* Of model m and a snapshot's shape, types, length and flags. */
+static void q3n__session_header_make(q3n__session_header *h, const q3n_model *m,
+                                     const q3n_snapshot *s)
+{
+    const q3n__shape *shape = &s->shape;
+    memset(h, 0, sizeof *h);
+    memcpy(h->magic, q3n__session_magic, sizeof h->magic);
+    h->version = 1;
+    h->header_bytes = sizeof *h;
+    h->file_bytes = q3n__snapshot_file_bytes(s);
+    h->model_hash = q3n__model_hash(m);
+    h->model_bytes = m->bytes;
+    h->length = (uint32_t)s->length;
+    h->kv_type = (uint32_t)shape->kv_type;
+    h->delta_type = (uint32_t)s->delta_type;
+    h->has_mtp = (uint32_t)shape->has_mtp;
+    h->has_hidden = (uint32_t)s->has_hidden;
+    h->has_logits = (uint32_t)s->has_logits;
+    h->page_tokens = Q3N__KV_BLOCK;
+    h->n_kv_layers = (uint32_t)shape->n_kv_layers;
+    h->n_kv_heads = (uint32_t)shape->n_kv_heads;
+    h->head_dim = (uint32_t)shape->head_dim;
+    h->hidden_size = (uint32_t)shape->hidden_size;
+    h->vocab_size = (uint32_t)shape->vocab_size;
+    h->delta_len = shape->delta_len;
+    h->conv_len = shape->conv_len;
+    h->page_bytes = q3n__page_file_bytes(shape);
+    h->header_hash = q3n__session_header_hash(*h);
+}
+
+/* Whether this is a header at all, undamaged, of this version. */
+static q3n_result q3n__session_header_open(const q3n__session_header *h, q3n_error *err)
+{
+    if (memcmp(h->magic, q3n__session_magic, sizeof h->magic) != 0)
+        return q3n__fail(err, Q3N_ERR_FORMAT, 0,
+                         "not a session file: the first bytes are %02x %02x %02x %02x, expected "
+                         "89 51 33 53", h->magic[0], h->magic[1], h->magic[2], h->magic[3]);
+    if (h->version != 1)
+        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, 8,
+                         "session file of version %u, expected 1: use the library that wrote it",
+                         h->version);
+    const uint64_t hash = q3n__session_header_hash(*h);
+    if (h->header_hash != hash)
+        return q3n__fail(err, Q3N_ERR_CHECKSUM, 16,
+                         "hash of the header is %016llx, expected %016llx: the file is damaged",
+                         (unsigned long long)hash, (unsigned long long)h->header_hash);
+    return Q3N_OK;
+}
+
+/* Whether a session of this model and shape can take the file, all its numbers aside. */
+static q3n_result q3n__session_header_fits(const q3n__session_header *h,
+                                           const q3n__session_header *want, q3n_error *err)
+{
+    if (h->model_hash != want->model_hash || h->model_bytes != want->model_bytes)
+        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, 32,
+                         "the session is of another model: metadata %016llx of a file of %llu bytes"
+                         " (%u layers with keys, hidden size %u, %u tokens of vocabulary), expected"
+                         " %016llx and %llu bytes: open that model, or evaluate the text again",
+                         (unsigned long long)h->model_hash, (unsigned long long)h->model_bytes,
+                         h->n_kv_layers, h->hidden_size, h->vocab_size,
+                         (unsigned long long)want->model_hash,
+                         (unsigned long long)want->model_bytes);
+    if (h->kv_type >= Q3N_TYPE_COUNT)
+        return q3n__fail(err, Q3N_ERR_FORMAT, 52, "kv_type %u is no type", h->kv_type);
+    if (h->kv_type != want->kv_type)
+        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, 52,
+                         "keys and values are %s, the session's %s: make it with kv_type %s",
+                         q3n__types[h->kv_type].name, q3n__types[want->kv_type].name,
+                         q3n__types[h->kv_type].name);
+    if (h->has_mtp > 1) return q3n__fail(err, Q3N_ERR_FORMAT, 60, "has_mtp is %u", h->has_mtp);
+    if (h->has_mtp != want->has_mtp)
+        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, 60,
+                         "saved %s keys of the MTP module, the session is %s them: make it with "
+                         "option speculate %s", h->has_mtp ? "with" : "without",
+                         want->has_mtp ? "with" : "without", h->has_mtp ? "AUTO or MTP" : "OFF");
+    return Q3N_OK;
+}
+
+/* Numbers that follow from the model, and from what the file says of itself. */
+static q3n_result q3n__session_header_numbers(const q3n__session_header *h,
+                                              const q3n__session_header *want, q3n_error *err)
+{
+    static const struct { const char *name; int at, bytes; } field[] = {
+        { "header_bytes", 12, 4 }, { "page_tokens", 72, 4 }, { "n_kv_layers", 76, 4 },
+        { "n_kv_heads", 80, 4 },   { "head_dim", 84, 4 },    { "hidden_size", 88, 4 },
+        { "vocab_size", 92, 4 },   { "delta_len", 96, 8 },   { "conv_len", 104, 8 },
+        { "page_bytes", 112, 8 },  { "zero", 120, 8 },       { "file_bytes", 24, 8 },
+    };
+    for (size_t i = 0; i < sizeof field / sizeof *field; i++) {
+        uint64_t x = 0, y = 0;
+        memcpy(&x, (const uint8_t *)h + field[i].at, (size_t)field[i].bytes);
+        memcpy(&y, (const uint8_t *)want + field[i].at, (size_t)field[i].bytes);
+        if (x != y)
+            return q3n__fail(err, Q3N_ERR_FORMAT, field[i].at,
+                             "%s is %llu, expected %llu: not a file of this library",
+                             field[i].name, (unsigned long long)x, (unsigned long long)y);
+    }
+    return Q3N_OK;
+}
+
+/* Fill `like`, a snapshot without arrays, from a header that a session of like->shape can take. */
+static q3n_result q3n__session_header_check(const q3n__session_header *h, const q3n_model *m,
+                                            int capacity, q3n_snapshot *like, q3n_error *err)
+{
+    q3n__session_header want;
+    like->delta_type = Q3N_TYPE_F32;
+    q3n__session_header_make(&want, m, like);
+    q3n_result r = q3n__session_header_open(h, err);
+    if (r == Q3N_OK) r = q3n__session_header_fits(h, &want, err);
+    if (r != Q3N_OK) return r;
+    if (h->delta_type != Q3N_TYPE_F32 && h->delta_type != Q3N_TYPE_BF16)
+        return q3n__fail(err, Q3N_ERR_FORMAT, 56, "delta_type is %u, expected %d (f32) or %d"
+                         " (bf16)", h->delta_type, Q3N_TYPE_F32, Q3N_TYPE_BF16);
+    if (h->has_hidden > (h->length > 0) || h->has_logits > (h->length > 0))
+        return q3n__fail(err, Q3N_ERR_FORMAT, 64, "has_hidden %u and has_logits %u of %u tokens:"
+                         " expected 0 or 1, at length 0 none", h->has_hidden, h->has_logits,
+                         h->length);
+    if (h->length > (uint32_t)capacity)
+        return q3n__fail(err, Q3N_ERR_FULL, 48, "%u tokens do not fit a session of %d: make it with"
+                         " a larger capacity", h->length, capacity);
+    like->delta_type = (q3n_type)h->delta_type;
+    like->has_hidden = (int)h->has_hidden;
+    like->has_logits = (int)h->has_logits;
+    like->length = (int)h->length;
+    want.file_bytes = q3n__snapshot_file_bytes(like);
+    return q3n__session_header_numbers(h, &want, err);
+}
+
+/* ---- Parts: the same walk writes and reads ---- */
+typedef struct {
+    const q3n_sink   *sink;      /* NULL = read from source                                      */
+    const q3n_source *source;
+    int64_t           size;      /* of the file that is read, -1 = not known                     */
+    q3n__hash         hash;      /* of the parts so far                                          */
+    uint64_t          at, bytes; /* so far, in all                                               */
+    q3n_error        *err;
+} q3n__stream;
+
+static q3n_result q3n__stream_raw(q3n__stream *s, void *data, size_t bytes)
+{
+    const int failed = s->sink ? s->sink->write(s->sink->user, data, bytes)
+                               : s->source->read(s->source->user, data, bytes);
+    if (failed)
+        return q3n__fail(s->err, Q3N_ERR_IO, (int64_t)s->at, "cannot %s bytes %llu .. %llu of %llu"
+                         " of the session (%s?)", s->sink ? "write" : "read",
+                         (unsigned long long)s->at, (unsigned long long)(s->at + bytes),
+                         (unsigned long long)s->bytes, s->sink ? "is the disk full" : "cut off");
+    s->at += bytes;
+    return Q3N_OK;
+}
+
+static q3n_result q3n__stream_blocks(q3n__stream *s, void *data, size_t bytes)
+{
+    if (s->sink) q3n__hash_add(&s->hash, data, bytes);
+    const q3n_result r = q3n__stream_raw(s, data, bytes);
+    if (!s->sink && r == Q3N_OK) q3n__hash_add(&s->hash, data, bytes);
+    return r;
+}
+
+/* Bytes are hashed in steps that stay in the processor's cache between file and hash. */
+#define Q3N__STREAM_STEP ((size_t)128 << 10)
+
+static q3n_result q3n__stream_part(q3n__stream *s, void *data, size_t bytes)
+{
+    uint8_t *p = (uint8_t *)data, last[64] = { 0 };
+    const size_t tail = bytes % sizeof last;
+    q3n_result r = Q3N_OK;
+    for (size_t left = bytes - tail, some; left > 0 && r == Q3N_OK; left -= some, p += some) {
+        some = left < Q3N__STREAM_STEP ? left : Q3N__STREAM_STEP;
+        r = q3n__stream_blocks(s, p, some);
+    }
+    if (tail == 0 || r != Q3N_OK) return r;
+    if (s->sink) memcpy(last, p, tail);
+    r = q3n__stream_blocks(s, last, sizeof last);
+    if (!s->sink && r == Q3N_OK) memcpy(p, last, tail);
+    return r;
+}
+
+/* All of a snapshot but the pages. */
+static q3n_result q3n__stream_arrays(q3n__stream *s, const q3n_snapshot *snap)
+{
+    const q3n__shape *h = &snap->shape;
+    const struct { void *data; size_t bytes; } part[] = {
+        { snap->delta, h->delta_len * (size_t)q3n__types[snap->delta_type].block_bytes },
+        { snap->conv, h->conv_len * sizeof(float) },
+        { snap->hidden, snap->has_hidden ? (size_t)h->hidden_size * sizeof(float) : 0 },
+        { snap->logits, snap->has_logits ? (size_t)h->vocab_size * sizeof(float) : 0 },
+    };
+    q3n_result r = Q3N_OK;
+    for (size_t i = 0; i < sizeof part / sizeof *part && r == Q3N_OK; i++)
+        r = q3n__stream_part(s, part[i].data, part[i].bytes);
+    return r;
+}
+
+static q3n_result q3n__stream_page(q3n__stream *s, const q3n__shape *shape, q3n__page *page)
+{
+    const q3n_result r = q3n__stream_part(s, page->tokens, sizeof page->tokens);
+    const size_t bytes = shape->page_bytes - Q3N__PAGE_HEAD;
+    return r == Q3N_OK ? q3n__stream_part(s, (uint8_t *)page + Q3N__PAGE_HEAD, bytes) : r;
+}
+
+/* ---- Writing ---- */
+
+/* The used slots of a snapshot's last page, zeros behind them; NULL without memory. */
+static q3n__page *q3n__snapshot_last_page(const q3n_snapshot *s)
+{
+    q3n__page *p = q3n__page_alloc(s->model, &s->shape);
+    if (!p) return NULL;
+    memset((uint8_t *)p + Q3N__PAGE_HEAD, 0, s->shape.page_bytes - Q3N__PAGE_HEAD);
+    q3n__page_copy(&s->shape, p, s->page[s->n_pages - 1], s->length % Q3N__KV_BLOCK);
+    return p;
+}
+
+static q3n_result q3n__snapshot_write(const q3n_snapshot *s, const q3n_sink *sink, q3n_error *err)
+{
+    q3n__session_header h;
+    q3n__session_header_make(&h, s->model, s);
+    q3n__page *last = NULL;
+    if (s->length % Q3N__KV_BLOCK != 0 && (last = q3n__snapshot_last_page(s)) == NULL)
+        return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a page of %zu bytes",
+                         s->shape.page_bytes);
+    q3n__stream out = { .sink = sink, .bytes = h.file_bytes, .err = err };
+    q3n__hash_begin(&out.hash, h.header_hash);
+    q3n_result r = q3n__stream_raw(&out, &h, sizeof h);
+    if (r == Q3N_OK) r = q3n__stream_arrays(&out, s);
+    for (int i = 0; i < s->n_pages && r == Q3N_OK; i++)
+        r = q3n__stream_page(&out, &s->shape, last && i == s->n_pages - 1 ? last : s->page[i]);
+    uint64_t hash = q3n__hash_end(&out.hash);
+    if (r == Q3N_OK) r = q3n__stream_raw(&out, &hash, sizeof hash);
+    q3n__page_release(s->model, last);
+    return r;
+}
+
+/* ---- Reading ---- */
+static q3n_result q3n__stream_pages(q3n__stream *in, q3n_snapshot *s)
+{
+    q3n_result r = Q3N_OK;
+    for (int i = 0; i < s->n_pages && r == Q3N_OK; i++) {
+        q3n__page *p = s->page[i] = q3n__page_alloc(s->model, &s->shape);
+        if (!p)
+            return q3n__fail(in->err, Q3N_ERR_MEMORY, -1, "no memory for page %d of %d, %zu bytes",
+                             i + 1, s->n_pages, s->shape.page_bytes);
+        p->n_used = s->length - i * Q3N__KV_BLOCK;
+        if (p->n_used > Q3N__KV_BLOCK) p->n_used = Q3N__KV_BLOCK;
+        r = q3n__stream_page(in, &s->shape, p);
+    }
+    return r;
+}
+
+static q3n_result q3n__stream_end(q3n__stream *in, const q3n_snapshot *s)
+{
+    uint64_t expected = 0;
+    const int64_t at = (int64_t)in->at;
+    const q3n_result r = q3n__stream_raw(in, &expected, sizeof expected);
+    if (r != Q3N_OK) return r;
+    const uint64_t hash = q3n__hash_end(&in->hash);
+    if (hash != expected)
+        return q3n__fail(in->err, Q3N_ERR_CHECKSUM, at,
+                         "hash of the session is %016llx, expected %016llx: the file is damaged",
+                         (unsigned long long)hash, (unsigned long long)expected);
+    for (int i = 0; i < s->length; i++) {
+        const int32_t id = s->page[i / Q3N__KV_BLOCK]->tokens[i % Q3N__KV_BLOCK];
+        if (id < 0 || id >= s->shape.vocab_size)
+            return q3n__fail(in->err, Q3N_ERR_FORMAT, -1, "token %d is %d, expected 0 .. %d", i, id,
+                             s->shape.vocab_size - 1);
+    }
+    return Q3N_OK;
+}
+
+static q3n_result q3n__stream_read(q3n__stream *in, q3n_snapshot **out, const q3n_model *m,
+                                   const q3n__shape *shape, int capacity)
+{
+    q3n__session_header h;
+    q3n_snapshot like;
+    memset(&like, 0, sizeof like);
+    like.shape = *shape;
+    in->bytes = sizeof h;
+    q3n_result r = q3n__stream_raw(in, &h, sizeof h);
+    if (r == Q3N_OK) r = q3n__session_header_check(&h, m, capacity, &like, in->err);
+    if (r != Q3N_OK) return r;
+    if (in->size >= 0 && (uint64_t)in->size != h.file_bytes)
+        return q3n__fail(in->err, Q3N_ERR_FORMAT, 24, "the file has %lld bytes, its header says"
+                         " %llu: it was not copied whole", (long long)in->size,
+                         (unsigned long long)h.file_bytes);
+    in->bytes = h.file_bytes;
+    q3n__hash_begin(&in->hash, h.header_hash);
+    q3n_snapshot *s = q3n__snapshot_alloc(m, shape, like.delta_type, like.length);
+    if (!s)
+        return q3n__fail(in->err, Q3N_ERR_MEMORY, -1, "no memory for the state of %d tokens, %zu"
+                         " bytes without pages", like.length,
+                         q3n__snapshot_measure(shape, like.delta_type, like.length));
+    s->has_hidden = like.has_hidden;
+    s->has_logits = like.has_logits;
+    r = q3n__stream_arrays(in, s);
+    if (r == Q3N_OK) r = q3n__stream_pages(in, s);
+    if (r == Q3N_OK) r = q3n__stream_end(in, s);
+    if (r == Q3N_OK) *out = s;
+    else             q3n__snapshot_release(s);
+    return r;
+}
+
+/* What a session of that shape and capacity can take; *out is NULL on error. */
+static q3n_result q3n__snapshot_read(q3n_snapshot **out, const q3n_model *m,
+                                     const q3n__shape *shape, int capacity,
+                                     const q3n_source *source, q3n_error *err)
+{
+    q3n__stream in = { .source = source, .size = -1, .err = err };
+    *out = NULL;
+    return q3n__stream_read(&in, out, m, shape, capacity);
+}
+
+/* ---- Files ---- */
+static int q3n__sink_file(void *user, const void *data, size_t bytes)
+{
+    return !q3n__file_write((q3n__file *)user, data, bytes);
+}
+
+static int q3n__source_file(void *user, void *data, size_t bytes)
+{
+    return !q3n__file_read((q3n__file *)user, data, bytes);
+}
+
+static q3n_result q3n__no_files(const char *path, q3n_error *err)
+{
+    return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "%.400s: built without files (Q3N_NO_STDIO)",
+                     path);
+}
+
+/* Others may write a file of this name at the same time, and one that was interrupted may have
+ * left its own: each takes the first name that is free. */
+#define Q3N__MOST_PARTS 100
+
+/* The file has another name until it is complete; on failure nothing is left. */
+static q3n_result q3n__snapshot_save(const q3n_snapshot *s, const char *path, q3n_error *err)
+{
+    if (!Q3N__HAS_FILES) return q3n__no_files(path, err);
+    const size_t room = strlen(path) + sizeof ".00.part";
+    char *part = (char *)q3n__alloc(&s->model->allocator, room);
+    if (!part) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "%.400s: no memory to save", path);
+    q3n__file f;
+    int created = 0;
+    for (int i = 0; i < Q3N__MOST_PARTS && !created; i++) {
+        snprintf(part, room, "%s.%02d.part", path, i);
+        created = q3n__file_create(&f, part);
+    }
+    q3n_error why = { Q3N_OK, -1, "" };
+    if (created) {
+        const q3n_sink sink = { q3n__sink_file, &f };
+        q3n_result r = q3n__snapshot_write(s, &sink, &why);
+        if (!q3n__file_close(&f) && r == Q3N_OK)
+            r = q3n__fail(&why, Q3N_ERR_IO, -1, "cannot write (is the disk full?)");
+        if (r == Q3N_OK && !q3n__file_replace(part, path))
+            r = q3n__fail(&why, Q3N_ERR_IO, -1, "cannot rename %.280s to it", part);
+        if (r != Q3N_OK) q3n__file_remove(part);
+    } else {
+        q3n__fail(&why, Q3N_ERR_IO, -1, "cannot create %.280s", part);
+    }
+    q3n__free(&s->model->allocator, part);
+    if (why.code == Q3N_OK) return Q3N_OK;
+    return q3n__fail(err, why.code, why.offset, "%.200s: %.290s", path, why.message);
+}
+
+/* As q3n__snapshot_read; a file that goes on behind its end is refused. */
+static q3n_result q3n__snapshot_open(q3n_snapshot **out, const q3n_model *m,
+                                     const q3n__shape *shape, int capacity, const char *path,
+                                     q3n_error *err)
+{
+    *out = NULL;
+    if (!Q3N__HAS_FILES) return q3n__no_files(path, err);
+    q3n__file f;
+    int64_t size = 0;
+    const int found = q3n__file_open(&f, path, &size);
+    if (found <= 0)
+        return q3n__fail(err, Q3N_ERR_IO, -1, "%.400s: %s", path,
+                         found < 0 ? "there is no such file"
+                                   : "cannot open, or not a regular file");
+    q3n_error why = { Q3N_OK, -1, "" };
+    const q3n_source source = { q3n__source_file, &f };
+    q3n__stream in = { .source = &source, .size = size, .err = &why };
+    const q3n_result r = q3n__stream_read(&in, out, m, shape, capacity);
+    q3n__file_close(&f);
+    if (r == Q3N_OK) return r;
+    return q3n__fail(err, r, why.offset, "%.200s: %.290s", path, why.message);
+}
+
+/* =====================================================================================
+ * [15] CACHE                                                                  >>cache
+ *
+ * Snapshots by the text that led to them, for any number of threads.  An item is a text, in memory,
+ * in a file, or both; items are sorted by length, so that one pass over a text finds the longest
+ * that it begins with.  Texts are compared, hashes only point.  Files are read and written without
+ * the lock; what a directory holds may be hostile, or gone the next moment.
+ * ===================================================================================== */
+typedef struct {
+    uint64_t      key;           /* of model, kv_type, MTP and type of the matrices              */
+    uint64_t      text;          /* hash of the tokens                                           */
+    int           length;
+    int           marked;
+    uint64_t      used;          /* the cache's clock when it was last used                      */
+    q3n_snapshot *snap;          /* NULL = not in memory                                         */
+    q3n_snapshot *leaving;       /* out of the budget, not yet written and released              */
+    int           has_file;
+    int64_t       file_bytes, file_time;   /* time in seconds                                    */
+    uint64_t      file_order;    /* among files of one second                                    */
+} q3n__cache_item;
+
+typedef struct {
+    q3n__page *page;             /* NULL = free slot                                             */
+    int        n;                /* snapshots that hold it                                       */
+} q3n__cache_page;
+
+struct q3n_cache {
+    const q3n_model  *model;
+    uint64_t          model_hash;
+    q3n__mutex        mutex;     /* for all below                                                */
+    size_t            max_bytes, bytes;
+    q3n__cache_item  *items;     /* [n_items] by length, key, text                               */
+    int               n_items, items_room;
+    int               n_leaving;
+    q3n__cache_page  *pages;     /* [page_room] hash table, at most half full                    */
+    size_t            n_pages, page_room;
+    uint64_t          clock, file_order;
+    int64_t           n_hits, n_misses, n_evicted;
+    int               n_files;
+    int64_t           file_bytes, max_directory_bytes;
+    int64_t           pending_bytes;   /* files being written                                    */
+    q3n_logger        logger;
+    const char       *directory; /* NULL = none                                                  */
+};
+
+/* What an allocation takes besides its bytes. */
+#define Q3N__CACHE_HEAD (Q3N__ALIGN + sizeof(q3n__block_head))
+
+/* ---- Texts ---- */
+static uint64_t q3n__cache_key(const q3n_cache *c, const q3n__shape *shape, q3n_type delta_type)
+{
+    const int type = shape->delta_len ? (int)delta_type : 0;
+    return q3n__mix64(c->model_hash ^ q3n__mix64((uint64_t)shape->kv_type << 16
+                                                 | (uint64_t)shape->has_mtp << 8 | (uint64_t)type));
+}
+
+/* Takes up the chain behind tokens that are in it; q3n__mix64 makes it a hash. */
+#define Q3N__TEXT_START Q3N__GOLDEN
+
+static uint64_t q3n__text_chain(uint64_t chain, const int32_t *tokens, int n)
+{
+    for (int i = 0; i < n; i++) chain = q3n__hash_step(chain, (uint32_t)tokens[i]);
+    return chain;
+}
+
+static uint64_t q3n__snapshot_text(const q3n_snapshot *s)
+{
+    uint64_t chain = Q3N__TEXT_START;
+    for (int i = 0, n = s->length; n > 0; i++, n -= Q3N__KV_BLOCK)
+        chain = q3n__text_chain(chain, s->page[i]->tokens, n < Q3N__KV_BLOCK ? n : Q3N__KV_BLOCK);
+    return q3n__mix64(chain);
+}
+
+static int q3n__snapshot_is_prefix(const q3n_snapshot *s, const int32_t *tokens, int n)
+{
+    return s->length <= n && q3n__common_prefix(s->page, s->length, tokens, n) == s->length;
+}
+
+static int q3n__snapshot_same_text(const q3n_snapshot *a, const q3n_snapshot *b)
+{
+    if (a->length != b->length) return 0;
+    for (int i = 0, n = a->length; n > 0; i++, n -= Q3N__KV_BLOCK)
+        if (a->page[i] != b->page[i]
+            && memcmp(a->page[i]->tokens, b->page[i]->tokens,
+                      (size_t)(n < Q3N__KV_BLOCK ? n : Q3N__KV_BLOCK) * sizeof(int32_t)) != 0)
+            return 0;
+    return 1;
+}
+
+/* ---- Items ---- */
+static int q3n__cache_compare(const void *left, const void *right)
+{
+    const q3n__cache_item *a = (const q3n__cache_item *)left, *b = (const q3n__cache_item *)right;
+    if (a->length != b->length) return a->length < b->length ? -1 : 1;
+    if (a->key != b->key) return a->key < b->key ? -1 : 1;
+    return a->text == b->text ? 0 : a->text < b->text ? -1 : 1;
+}
+
+/* The first item that does not come before (length, key, text). */
+static int q3n__cache_lower(const q3n_cache *c, int length, uint64_t key, uint64_t text)
+{
+    q3n__cache_item at;
+    memset(&at, 0, sizeof at);
+    at.length = length;
+    at.key = key;
+    at.text = text;
+    int low = 0, high = c->n_items;
+    while (low < high) {
+        const int middle = low + (high - low) / 2;
+        if (q3n__cache_compare(&c->items[middle], &at) < 0) low = middle + 1;
+        else                                                high = middle;
+    }
+    return low;
+}
+
+static int q3n__cache_is(const q3n_cache *c, int i, int length, uint64_t key)
+{
+    return i < c->n_items && c->items[i].length == length && c->items[i].key == key;
+}
+
+/* Room for one more; 0 = no memory. */
+static int q3n__cache_items_reserve(q3n_cache *c)
+{
+    if (c->n_items < c->items_room) return 1;
+    if (c->items_room > INT_MAX / 2) return 0;
+    const int room = c->items_room ? 2 * c->items_room : 16;
+    const q3n_allocator *a = &c->model->allocator;
+    q3n__cache_item *items = (q3n__cache_item *)q3n__alloc(a, (size_t)room * sizeof *items);
+    if (!items) return 0;
+    if (c->n_items) memcpy(items, c->items, (size_t)c->n_items * sizeof *items);
+    q3n__free(a, c->items);
+    c->items = items;
+    c->items_room = room;
+    return 1;
+}
+
+/* The item of a text, a new one if there is none; -1 = no memory. */
+static int q3n__cache_item_at(q3n_cache *c, int length, uint64_t key, uint64_t text)
+{
+    const int i = q3n__cache_lower(c, length, key, text);
+    if (q3n__cache_is(c, i, length, key) && c->items[i].text == text) return i;
+    if (!q3n__cache_items_reserve(c)) return -1;
+    memmove(c->items + i + 1, c->items + i, (size_t)(c->n_items - i) * sizeof *c->items);
+    c->n_items++;
+    memset(&c->items[i], 0, sizeof c->items[i]);
+    c->items[i].length = length;
+    c->items[i].key = key;
+    c->items[i].text = text;
+    return i;
+}
+
+/* Forget an item that is nowhere any more. */
+static void q3n__cache_item_tidy(q3n_cache *c, int i)
+{
+    const q3n__cache_item *e = &c->items[i];
+    if (e->snap || e->leaving || e->has_file) return;
+    c->n_items--;
+    memmove(c->items + i, c->items + i + 1, (size_t)(c->n_items - i) * sizeof *c->items);
+}
+
+/* ---- Pages, each counted once ---- */
+static size_t q3n__cache_page_home(const q3n_cache *c, const q3n__page *page)
+{
+    return (size_t)q3n__mix64((uint64_t)(uintptr_t)page) & (c->page_room - 1);
+}
+
+static size_t q3n__cache_page_slot(const q3n_cache *c, const q3n__page *page)
+{
+    size_t i = q3n__cache_page_home(c, page);
+    while (c->pages[i].page && c->pages[i].page != page) i = (i + 1) & (c->page_room - 1);
+    return i;
+}
+
+/* Room for n more; 0 = no memory. */
+static int q3n__cache_pages_reserve(q3n_cache *c, size_t n)
+{
+    size_t room = c->page_room ? c->page_room : 64, bytes;
+    while (room / 2 < c->n_pages + n) room *= 2;
+    if (room == c->page_room) return 1;
+    q3n__cache_page *old = c->pages;
+    const size_t old_room = c->page_room;
+    if (!q3n__mul_size(room, sizeof *old, &bytes)) return 0;
+    q3n__cache_page *pages = (q3n__cache_page *)q3n__alloc(&c->model->allocator, bytes);
+    if (!pages) return 0;
+    memset(pages, 0, bytes);
+    c->pages = pages;
+    c->page_room = room;
+    for (size_t i = 0; i < old_room; i++)
+        if (old[i].page) pages[q3n__cache_page_slot(c, old[i].page)] = old[i];
+    q3n__free(&c->model->allocator, old);
+    return 1;
+}
+
+/* Free a slot; those behind it move up to where they are looked for. */
+static void q3n__cache_page_remove(q3n_cache *c, size_t hole)
+{
+    const size_t mask = c->page_room - 1;
+    for (size_t i = (hole + 1) & mask; c->pages[i].page; i = (i + 1) & mask) {
+        const size_t home = q3n__cache_page_home(c, c->pages[i].page);
+        if (((i - home) & mask) < ((i - hole) & mask)) continue;
+        c->pages[hole] = c->pages[i];
+        hole = i;
+    }
+    c->pages[hole].page = NULL;
+    c->n_pages--;
+}
+
+/* Put a snapshot's pages and bytes on the account; room for its pages is there. */
+static void q3n__cache_hold(q3n_cache *c, const q3n_snapshot *s)
+{
+    c->bytes += s->bytes + Q3N__CACHE_HEAD;
+    for (int i = 0; i < s->n_pages; i++) {
+        q3n__cache_page *p = &c->pages[q3n__cache_page_slot(c, s->page[i])];
+        if (!p->page) {
+            c->bytes += s->shape.page_bytes + Q3N__CACHE_HEAD;
+            c->n_pages++;
+            p->page = s->page[i];
+            p->n = 0;
+        }
+        p->n++;
+    }
+}
+
+static void q3n__cache_unhold(q3n_cache *c, const q3n_snapshot *s)
+{
+    c->bytes -= s->bytes + Q3N__CACHE_HEAD;
+    for (int i = 0; i < s->n_pages; i++) {
+        const size_t slot = q3n__cache_page_slot(c, s->page[i]);
+        if (--c->pages[slot].n > 0) continue;
+        c->bytes -= s->shape.page_bytes + Q3N__CACHE_HEAD;
+        q3n__cache_page_remove(c, slot);
+    }
+}
+
+/* ---- Directory ---- */
+#define Q3N__CACHE_PATH      4096
+#define Q3N__CACHE_NAME      64
+#define Q3N__CACHE_MOST_FILES 65536      /* that are taken note of                               */
+#define Q3N__CACHE_MOST_BYTES ((int64_t)1 << 46)   /* of each, so that their sum stays a number  */
+#define Q3N__CACHE_STALE      86400      /* seconds after which an unfinished file is abandoned  */
+
+static void q3n__cache_name(const q3n__cache_item *e, char name[Q3N__CACHE_NAME])
+{
+    snprintf(name, Q3N__CACHE_NAME, "q3n-%016llx-%016llx-%d.session", (unsigned long long)e->key,
+             (unsigned long long)e->text, e->length);
+}
+
+static void q3n__cache_path(const q3n_cache *c, const char *name, char path[Q3N__CACHE_PATH])
+{
+    snprintf(path, Q3N__CACHE_PATH, "%s/%s", c->directory, name);
+}
+
+/* The item of a file's name: 0 if q3n__cache_name does not make it. */
+static int q3n__cache_parse(const char *name, q3n__cache_item *e)
+{
+    char again[Q3N__CACHE_NAME];
+    memset(e, 0, sizeof *e);
+    if (strlen(name) < 39) return 0;     /* "q3n-", 16 digits, "-", 16 digits, "-", a digit */
+    e->key = strtoull(name + 4, NULL, 16);
+    e->text = strtoull(name + 21, NULL, 16);
+    const long long length = strtoll(name + 38, NULL, 10);
+    if (length < 0 || length > INT_MAX) return 0;
+    e->length = (int)length;
+    q3n__cache_name(e, again);
+    return strcmp(name, again) == 0;
+}
+
+static void q3n__cache_file_forget(q3n_cache *c, int i)
+{
+    q3n__cache_item *e = &c->items[i];
+    c->n_files--;
+    c->file_bytes -= e->file_bytes;
+    e->has_file = 0;
+    q3n__cache_item_tidy(c, i);
+}
+
+/* The item's file is there now; 0 = no memory to take note of it. */
+static int q3n__cache_file_note(q3n_cache *c, const q3n__cache_item *file)
+{
+    const int i = q3n__cache_item_at(c, file->length, file->key, file->text);
+    if (i < 0) return 0;
+    q3n__cache_item *e = &c->items[i];
+    if (e->has_file) c->file_bytes -= e->file_bytes;
+    else             c->n_files++;
+    c->file_bytes += file->file_bytes;
+    e->has_file = 1;
+    e->marked |= file->marked;
+    e->file_bytes = file->file_bytes;
+    e->file_time = file->file_time;
+    e->file_order = ++c->file_order;
+    return 1;
+}
+
+/* Older files first. */
+static int q3n__cache_compare_age(const void *left, const void *right)
+{
+    const q3n__cache_item *a = (const q3n__cache_item *)left, *b = (const q3n__cache_item *)right;
+    if (a->file_time != b->file_time) return a->file_time < b->file_time ? -1 : 1;
+    return a->file_order == b->file_order ? 0 : a->file_order < b->file_order ? -1 : 1;
+}
+
+static int q3n__cache_oldest_file(const q3n_cache *c)
+{
+    int oldest = -1;
+    for (int i = 0; i < c->n_items; i++)
+        if (c->items[i].has_file
+            && (oldest < 0 || q3n__cache_compare_age(&c->items[i], &c->items[oldest]) < 0))
+            oldest = i;
+    return oldest;
+}
+
+static void q3n__cache_file_remove(const q3n_cache *c, const q3n__cache_item *e)
+{
+    char name[Q3N__CACHE_NAME], path[Q3N__CACHE_PATH];
+    q3n__cache_name(e, name);
+    q3n__cache_path(c, name, path);
+    q3n__file_remove(path);
+}
+
+/* Delete the oldest files until `bytes` more fit, and reserve these; 0 = they do not.  Called
+ * without the lock. */
+static int q3n__cache_make_room(q3n_cache *c, int64_t bytes)
+{
+    const int64_t max = c->max_directory_bytes > 0 ? c->max_directory_bytes : INT64_MAX;
+    for (;;) {
+        q3n__cache_item e;
+        q3n__mutex_lock(&c->mutex);
+        const int fits = bytes <= max - c->file_bytes - c->pending_bytes;
+        const int oldest = fits || bytes > max ? -1 : q3n__cache_oldest_file(c);
+        if (fits) c->pending_bytes += bytes;
+        if (oldest >= 0) {
+            e = c->items[oldest];
+            q3n__cache_file_forget(c, oldest);
+        }
+        q3n__mutex_unlock(&c->mutex);
+        if (oldest < 0) return fits;
+        q3n__cache_file_remove(c, &e);
+    }
+}
+
+/* Write a snapshot that has left the memory. */
+static void q3n__cache_store(q3n_cache *c, q3n__cache_item *e, const q3n_snapshot *s)
+{
+    char name[Q3N__CACHE_NAME], path[Q3N__CACHE_PATH];
+    q3n_error err;
+    e->file_bytes = (int64_t)q3n__snapshot_file_bytes(s);
+    if (!q3n__cache_make_room(c, e->file_bytes)) return;
+    q3n__cache_name(e, name);
+    q3n__cache_path(c, name, path);
+    const q3n_result r = q3n__snapshot_save(s, path, &err);
+    if (r != Q3N_OK) q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %s", err.message);
+    e->file_time = (int64_t)time(NULL);
+    q3n__mutex_lock(&c->mutex);
+    c->pending_bytes -= e->file_bytes;
+    const int lost = r == Q3N_OK && !q3n__cache_file_note(c, e);
+    q3n__mutex_unlock(&c->mutex);
+    if (lost) q3n__file_remove(path);
+}
+
+/* Read the file of an item, whose text tokens [length] should be.  NULL = there is none any more,
+ * or it holds something else: then it is forgotten.  Called without the lock. */
+static q3n_snapshot *q3n__cache_load(q3n_cache *c, const q3n__cache_item *e,
+                                     const q3n__shape *shape, const int32_t *tokens)
+{
+    char name[Q3N__CACHE_NAME], path[Q3N__CACHE_PATH];
+    q3n_snapshot *s;
+    q3n_error err;
+    q3n__file f;
+    int64_t bytes;
+    q3n__cache_name(e, name);
+    q3n__cache_path(c, name, path);
+    q3n_result r = q3n__snapshot_open(&s, c->model, shape, e->length, path, &err);
+    if (r == Q3N_OK && (s->length != e->length || q3n__cache_key(c, shape, s->delta_type) != e->key
+                        || !q3n__snapshot_is_prefix(s, tokens, e->length))) {
+        q3n__snapshot_release(s);
+        s = NULL;
+        r = q3n__fail(&err, Q3N_ERR_UNSUPPORTED, -1, "%.300s: holds another text than its name"
+                      " says", path);
+    }
+    if (r == Q3N_OK || r == Q3N_ERR_MEMORY) return s;
+    const int found = q3n__file_open(&f, path, &bytes);
+    if (found > 0) q3n__file_close(&f);
+    if (found >= 0) q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %s", err.message);
+    if (r == Q3N_ERR_FORMAT || r == Q3N_ERR_CHECKSUM) q3n__file_remove(path);
+    q3n__mutex_lock(&c->mutex);
+    const int i = q3n__cache_lower(c, e->length, e->key, e->text);
+    if (q3n__cache_is(c, i, e->length, e->key) && c->items[i].text == e->text
+        && c->items[i].has_file)
+        q3n__cache_file_forget(c, i);
+    q3n__mutex_unlock(&c->mutex);
+    return NULL;
+}
+
+/* A file of the directory: appended; q3n__cache_scan sorts. */
+static void q3n__cache_found(void *user, const char *name, int64_t bytes, int64_t when)
+{
+    q3n_cache *c = (q3n_cache *)user;
+    q3n__cache_item e;
+    if (q3n__cache_parse(name, &e)) {
+        if (c->n_items >= Q3N__CACHE_MOST_FILES || !q3n__cache_items_reserve(c)) return;
+        e.marked = 1;
+        e.has_file = 1;
+        e.file_bytes = bytes < Q3N__CACHE_MOST_BYTES ? bytes : Q3N__CACHE_MOST_BYTES;
+        e.file_time = when;
+        e.file_order = ++c->file_order;
+        c->items[c->n_items++] = e;
+        c->n_files++;
+        c->file_bytes += e.file_bytes;
+        return;
+    }
+    const size_t n = strlen(name);       /* ends with ".session.NN.part" */
+    if (n > 16 && strncmp(name + n - 16, ".session.", 9) == 0 && strcmp(name + n - 5, ".part") == 0
+        && when < (int64_t)time(NULL) - Q3N__CACHE_STALE) {
+        char path[Q3N__CACHE_PATH];
+        q3n__cache_path(c, name, path);
+        q3n__file_remove(path);
+    }
+}
+
+/* Take note of the directory's files; one that cannot be read is done without. */
+static void q3n__cache_scan(q3n_cache *c)
+{
+    if (!Q3N__HAS_FILES || strlen(c->directory) > Q3N__CACHE_PATH - 512
+        || !q3n__directory_list(c->directory, "q3n-", q3n__cache_found, c)) {
+        q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %.300s: %s", c->directory,
+                 Q3N__HAS_FILES ? "cannot read the directory, going on without it"
+                                : "built without files (Q3N_NO_STDIO)");
+        c->directory = NULL;
+        return;
+    }
+    if (c->n_items == 0) return;
+    if (c->n_items >= Q3N__CACHE_MOST_FILES)
+        q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %.300s: more than %d files, the others are"
+                 " not used", c->directory, Q3N__CACHE_MOST_FILES);
+    int gone = 0;
+    qsort(c->items, (size_t)c->n_items, sizeof *c->items, q3n__cache_compare_age);
+    for (; c->max_directory_bytes > 0 && c->file_bytes > c->max_directory_bytes; gone++) {
+        q3n__cache_file_remove(c, &c->items[gone]);
+        c->file_bytes -= c->items[gone].file_bytes;
+    }
+    c->n_files = c->n_items -= gone;
+    memmove(c->items, c->items + gone, (size_t)c->n_items * sizeof *c->items);
+    qsort(c->items, (size_t)c->n_items, sizeof *c->items, q3n__cache_compare);
+}
+
+/* ---- What leaves the memory ---- */
+
+/* Take an item's snapshot off the account. */
+static void q3n__cache_drop(q3n_cache *c, int i)
+{
+    q3n__cache_item *e = &c->items[i];
+    q3n__cache_unhold(c, e->snap);
+    if (e->leaving) q3n__snapshot_release(e->leaving);
+    else            c->n_leaving++;
+    e->leaving = e->snap;
+    e->snap = NULL;
+}
+
+/* The item in memory that goes first, -1 = none. */
+static int q3n__cache_victim(const q3n_cache *c)
+{
+    int first = -1;
+    for (int i = 0; i < c->n_items; i++) {
+        const q3n__cache_item *e = &c->items[i], *f = &c->items[first < 0 ? 0 : first];
+        if (e->snap && (first < 0 || e->marked < f->marked
+                        || (e->marked == f->marked && e->used < f->used)))
+            first = i;
+    }
+    return first;
+}
+
+/* Write and release what was dropped, oldest first.  Called without the lock. */
+static void q3n__cache_drain(q3n_cache *c)
+{
+    for (;;) {
+        q3n__cache_item e;
+        int oldest = -1;
+        q3n__mutex_lock(&c->mutex);
+        for (int i = 0; i < c->n_items && c->n_leaving > 0; i++)
+            if (c->items[i].leaving && (oldest < 0 || c->items[i].used < c->items[oldest].used))
+                oldest = i;
+        if (oldest >= 0) {
+            e = c->items[oldest];
+            c->items[oldest].leaving = NULL;
+            c->n_leaving--;
+            q3n__cache_item_tidy(c, oldest);
+        }
+        q3n__mutex_unlock(&c->mutex);
+        if (oldest < 0) return;
+        if (c->directory && !e.has_file) q3n__cache_store(c, &e, e.leaving);
+        q3n__snapshot_release(e.leaving);
+    }
+}
+
+/* ---- For sessions ---- */
+
+/* Take in a snapshot, unless its text is there; takes its own reference. */
+static void q3n__cache_put(q3n_cache *c, q3n_snapshot *snap, int marked)
+{
+    const uint64_t key = q3n__cache_key(c, &snap->shape, snap->delta_type);
+    const uint64_t text = q3n__snapshot_text(snap);
+    const size_t alone = snap->bytes + Q3N__CACHE_HEAD
+                       + (size_t)snap->n_pages * (snap->shape.page_bytes + Q3N__CACHE_HEAD);
+    Q3N_ASSERT(snap->model == c->model);
+    if (alone > c->max_bytes) return;
+    q3n__mutex_lock(&c->mutex);
+    const int i = q3n__cache_pages_reserve(c, (size_t)snap->n_pages)
+                ? q3n__cache_item_at(c, snap->length, key, text) : -1;
+    if (i >= 0) {
+        q3n__cache_item *e = &c->items[i];
+        if (e->snap && !q3n__snapshot_same_text(e->snap, snap)) q3n__cache_drop(c, i);
+        e->marked |= marked;
+        e->used = ++c->clock;
+        if (!e->snap) {
+            q3n__snapshot_retain(snap);
+            e->snap = snap;
+            q3n__cache_hold(c, snap);
+        }
+        while (c->bytes > c->max_bytes) {
+            q3n__cache_drop(c, q3n__cache_victim(c));
+            c->n_evicted++;
+        }
+    }
+    q3n__mutex_unlock(&c->mutex);
+    q3n__cache_drain(c);
+}
+
+/* Whether exactly this text is in memory; then it counts as used, and is marked if marked. */
+static int q3n__cache_touch(q3n_cache *c, const q3n__shape *shape, q3n_type delta_type,
+                            const int32_t *tokens, int n, int marked)
+{
+    const uint64_t key = q3n__cache_key(c, shape, delta_type);
+    int found = 0;
+    q3n__mutex_lock(&c->mutex);
+    int i = q3n__cache_lower(c, n, key, 0);
+    if (q3n__cache_is(c, i, n, key)) {
+        const uint64_t text = q3n__mix64(q3n__text_chain(Q3N__TEXT_START, tokens, n));
+        i = q3n__cache_lower(c, n, key, text);
+        q3n__cache_item *e = &c->items[i];
+        found = q3n__cache_is(c, i, n, key) && e->text == text && e->snap
+              && q3n__snapshot_is_prefix(e->snap, tokens, n);
+        if (found) {
+            e->marked |= marked;
+            e->used = ++c->clock;
+        }
+    }
+    q3n__mutex_unlock(&c->mutex);
+    return found;
+}
+
+/* The longest item whose hash is that of the first tokens, more than least and at most n of them;
+ * -1 = none.  One pass over the tokens, as far as there are items. */
+static int q3n__cache_longest(const q3n_cache *c, uint64_t key, const int32_t *tokens, int n,
+                              int least)
+{
+    uint64_t chain = Q3N__TEXT_START;
+    int longest = -1, done = 0;
+    for (int i = q3n__cache_lower(c, least + 1, 0, 0); i < c->n_items; i++) {
+        const q3n__cache_item *e = &c->items[i];
+        if (e->length > n) break;
+        if (e->key != key || (!e->snap && !e->has_file)) continue;
+        chain = q3n__text_chain(chain, tokens + done, e->length - done);
+        done = e->length;
+        if (q3n__mix64(chain) == e->text) longest = i;
+    }
+    return longest;
+}
+
+/* The longest snapshot of this shape, of more than least and at most n tokens, whose text is a
+ * prefix of tokens [n], with a reference for the caller; NULL = none.  Files are looked into where
+ * they are longer than what is in memory.  Counts a hit or a miss. */
+static q3n_snapshot *q3n__cache_find(q3n_cache *c, const q3n__shape *shape, q3n_type delta_type,
+                                     const int32_t *tokens, int n, int least)
+{
+    const uint64_t key = q3n__cache_key(c, shape, delta_type);
+    q3n_snapshot *snap = NULL;
+    for (int most = n; !snap; ) {
+        q3n__cache_item e;
+        q3n__mutex_lock(&c->mutex);
+        const int i = q3n__cache_longest(c, key, tokens, most, least);
+        if (i >= 0) {
+            e = c->items[i];
+            if (e.snap && q3n__snapshot_is_prefix(e.snap, tokens, n)) {
+                snap = e.snap;
+                q3n__snapshot_retain(snap);
+                c->items[i].used = ++c->clock;
+            }
+        }
+        q3n__mutex_unlock(&c->mutex);
+        if (i < 0) break;
+        most = e.length - 1;
+        if (!snap && e.has_file) {
+            snap = q3n__cache_load(c, &e, shape, tokens);
+            if (snap) q3n__cache_put(c, snap, e.marked);
+        }
+    }
+    q3n__mutex_lock(&c->mutex);
+    if (snap) c->n_hits++;
+    else      c->n_misses++;
+    q3n__mutex_unlock(&c->mutex);
+    return snap;
+}
+
+/* ---- Public functions ---- */
+Q3N_DEF q3n_result q3n_cache_create(q3n_cache **out, const q3n_model *m,
+                                    const q3n_cache_options *o, q3n_error *err)
+{
+    if (!out) return q3n__fail(err, Q3N_ERR_ARG, -1, "no place for the cache");
+    *out = NULL;
+    if (!m || !o) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model, or no options of the cache");
+    if (o->max_directory_bytes < 0)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "max_directory_bytes is %lld, expected 0 or more",
+                         (long long)o->max_directory_bytes);
+    const size_t path_bytes = o->directory ? strlen(o->directory) + 1 : 0;
+    q3n_cache *c = (q3n_cache *)q3n__alloc(&m->allocator, sizeof *c + path_bytes);
+    if (!c) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a cache");
+    memset(c, 0, sizeof *c);
+    if (!q3n__mutex_init(&c->mutex)) {
+        q3n__free(&m->allocator, c);
+        return q3n__fail(err, Q3N_ERR_THREAD, -1, "no mutex");
+    }
+    c->model = m;
+    c->model_hash = q3n__mix64(q3n__model_hash(m) ^ m->bytes);
+    c->max_bytes = o->max_bytes;
+    c->max_directory_bytes = o->max_directory_bytes;
+    c->logger = o->logger;
+    if (o->directory) {
+        memcpy(c + 1, o->directory, path_bytes);
+        c->directory = (const char *)(c + 1);
+        q3n__cache_scan(c);
+    }
+    *out = c;
+    return Q3N_OK;
+}
+
+Q3N_DEF void q3n_cache_clear(q3n_cache *c)
+{
+    for (int i = 0; i >= 0; ) {
+        q3n__mutex_lock(&c->mutex);
+        i = q3n__cache_victim(c);
+        if (i >= 0) q3n__cache_drop(c, i);
+        q3n__mutex_unlock(&c->mutex);
+        q3n__cache_drain(c);
+    }
+}
+
+Q3N_DEF void q3n_cache_destroy(q3n_cache *c)
+{
+    if (!c) return;
+    q3n_cache_clear(c);
+    q3n__free(&c->model->allocator, c->pages);
+    q3n__free(&c->model->allocator, c->items);
+    q3n__mutex_free(&c->mutex);
+    q3n__free(&c->model->allocator, c);
+}
+
+Q3N_DEF void q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out)
+{
+    memset(out, 0, sizeof *out);
+    q3n__mutex_lock(&c->mutex);
+    out->bytes = c->bytes;
+    for (int i = 0; i < c->n_items; i++) out->n_entries += c->items[i].snap != NULL;
+    out->n_files = c->n_files;
+    out->file_bytes = c->file_bytes;
+    out->n_hits = c->n_hits;
+    out->n_misses = c->n_misses;
+    out->n_evicted = c->n_evicted;
+    q3n__mutex_unlock(&c->mutex);
+}
+
+/* =====================================================================================
+ * [16] SESSION                                                              >>session
+ *
+ * Evaluation as transactions.  Between calls a session holds its text; a call works beside it -
+ * in a second set of matrices, in slots of pages behind the text, in the trail - and ends with
+ * q3n__session_commit, or with q3n__session_rollback, which takes no more than forgetting.
+ *
+ * The engine is what evaluates: threads, kernels and scratch, of one session or of a batch.
+ * ===================================================================================== */
+
+/* Measured microseconds of passes, by their rows: drafts and bounded steps are chosen by them. */
+#define Q3N__COST_ROWS 16
+typedef struct {
+    double pass[Q3N__COST_ROWS + 1];  /* by rows; 0 = not known                                   */
+    double row;                       /* one row of longer passes; 0 = not known                  */
+} q3n__costs;
+
+typedef struct {
     const q3n_model    *model;
-    q3n_session_options options;          /* with the defaults filled in                          */
+    q3n_session_options options;      /* with the defaults filled in                              */
+    int                 has_mtp;
+    int                 logit_rows;   /* of `logits`                                              */
     q3n__kernels        kernels;
     q3n_isa             isa;
     q3n__pool           pool;
-    q3n__state          state;
     q3n__run            run;
+    q3n__segment       *segments;     /* [batch]                                                  */
+    int32_t            *tokens;       /* [batch] of a run                                         */
+    float              *hidden;       /* [1 + batch, d] with an MTP module: the trunk's rows, one
+                                         row further down                                         */
+    float              *row;          /* [d]                                                      */
+    float              *gathered;     /* [logit_rows, d] of a batch                               */
+    float              *logits;       /* [logit_rows, vocab] of a batch                           */
+    void               *split;        /* partial results of split attention, grows               */
+    int                 split_blocks;
+    q3n__atomic         cancel;
+    q3n__costs          costs;
+} q3n__engine;
+
+/* Rows of hidden states that a session with an MTP module collects before the module reads them. */
+#define Q3N__MAX_HIDDEN 64
+
+/* What is known of one source of drafts. */
+typedef struct {
+    double accept[Q3N_MAX_DRAFT];     /* the i-th is right if those before are                    */
+    double weight[Q3N_MAX_DRAFT];     /* of what was seen of it                                   */
+} q3n__acceptance;
+
+struct q3n_session {
+    const q3n_model    *model;
+    q3n_session_options options;      /* with the defaults filled in                              */
+    q3n__engine        *engine;       /* its own, or that of options.shared                       */
+    q3n_cache          *cache;        /* or NULL                                                  */
+    q3n_cache          *own_cache;    /* the same, if it is the session's to destroy              */
+    q3n__shape          shape;
     q3n_error           error;
-    int                 n_delta, n_attention;
-    size_t              delta_len, conv_len;   /* floats of all DeltaNet layers                   */
-    float              *pooled;           /* [d] classification                                   */
-    float              *logits;           /* [vocab] classification of logits                     */
-    int32_t             n_expert_layers;
+    int                 n_delta;      /* layers                                                   */
+    int                 n_blocks;     /* pages at full capacity                                   */
+
+    /* the text between calls */
+    int                 length;
+    int                 delta_now, conv_now;   /* which of the two is meant                       */
+    float              *delta[2];     /* [shape.delta_len]                                        */
+    float              *conv[2];      /* [shape.conv_len]                                         */
+    unsigned char      *owned;        /* [n_blocks] 1 = no other session appends to the page      */
+    float              *hidden;       /* [n_hidden, d] trunk's rows of tokens mtp_length - 1 ..
+                                         length - 1; without a module the last alone              */
+    int                 n_hidden;
+    int                 mtp_length;   /* tokens whose keys the module's layer holds               */
+    float              *logits;       /* [vocab] behind the last token                            */
+    int                 has_logits;
+    int64_t            *counts;       /* of experts: [layer][E]                                   */
+
+    /* the call under way */
+    q3n__state          state;        /* what the layers see                                      */
+    int                 begun;        /* 1 = the work is in the other delta and conv              */
+    int                 in_batch;     /* 1 = in a batch's call: item, and tokens taken of it      */
+    int                 item, taken;
+    int                 seek_logits;  /* 1 = logits are those of the snapshot sought              */
+    int                 deferred;     /* 1 = the MTP module reads this call's rows later          */
+    float              *work_hidden;  /* [d] of token state.length - 1                            */
+    int                 work_mtp;     /* as mtp_length                                            */
+    int                 has_saved;    /* 1 = the pages of the text are in saved_page              */
+    q3n__page         **saved_page;   /* [n_blocks]                                               */
+    unsigned char      *saved_owned;
+
+    float              *pooled;       /* [d] classification                                       */
+
+    /* drafts */
+    float              *draft_logits; /* [Q3N_MAX_DRAFT + 1, vocab] */
+    float              *draft_hidden; /* [d] */
+    q3n_speculation     spec;
+    q3n__acceptance     acceptance[Q3N_SPECULATE_COUNT];
+    double              step_cost[Q3N_MAX_DRAFT + 1];   /* microseconds, by drafts; 0 = unknown   */
+    double              draft_cost[2];   /* of the module: the first draft, each further one      */
+    int                 probe_left, probe_wait, probe_gap;
 };
 
-/* Fill in defaults; 0 if the options cannot be. */
+static q3n__engine *q3n__batch_engine(q3n_batch *b);
+
+/* ---- Options and memory ---- */
+
+/* Fill in defaults; an error if the options cannot be. */
 static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session_options *in,
                                            q3n_session_options *o, q3n_error *err)
 {
     const q3n_config *c = &m->config;
     memset(o, 0, sizeof *o);
     if (in) *o = *in;
-    if (o->capacity == 0)
-        o->capacity = c->max_position_embeddings < 4096 ? c->max_position_embeddings : 4096;
+    if (o->capacity == 0) o->capacity = c->max_position_embeddings;
+    if (c->rope_type == Q3N_ROPE_TABLE && (!in || in->capacity == 0)
+        && o->capacity > m->weights.rope_positions) o->capacity = m->weights.rope_positions;
     if (o->batch == 0) o->batch = 512;
     if (o->batch > o->capacity) o->batch = o->capacity;
     if (o->executor.run) o->n_threads = o->executor.n_threads;
@@ -6220,18 +7983,33 @@ static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session
     if ((unsigned)o->kv_type >= Q3N_TYPE_COUNT
         || (q3n__is_quantised(o->kv_type) && o->kv_type != Q3N_TYPE_Q8))
         return q3n__fail(err, Q3N_ERR_ARG, -1, "KV cache type must be f32, f16, bf16 or q8");
+    if (o->snapshot_type != Q3N_TYPE_F32 && o->snapshot_type != Q3N_TYPE_BF16)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "snapshot_type must be f32 or bf16");
+    if ((unsigned)o->speculate >= Q3N_SPECULATE_COUNT || o->draft < 0 || o->draft > Q3N_MAX_DRAFT
+        || o->snapshot_every < 0)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "speculate %d, draft %d, snapshot_every %d: out of "
+                         "range", (int)o->speculate, o->draft, o->snapshot_every);
+    if (o->speculate == Q3N_SPECULATE_MTP && c->num_mtp_layers == 0)
+        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1,
+                         "the model has no multi-token-prediction module: speculate AUTO or LOOKUP");
     if (c->rope_type == Q3N_ROPE_TABLE && o->capacity > m->weights.rope_positions)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "capacity %d: the model's rotary tables end at %d",
                          o->capacity, m->weights.rope_positions);
     return Q3N_OK;
 }
 
-/* The quantised copies of inputs, for models that have quantised matrices. */
-static void q3n__run_layout_quantised(q3n__arena *a, q3n_session *s)
+static int q3n__wants_mtp(const q3n_model *m, const q3n_session_options *o)
 {
-    const q3n_config *c = &s->model->config;
-    q3n__run *r = &s->run;
-    const size_t n = (size_t)s->options.batch, k = (size_t)c->num_experts_per_tok;
+    return m->config.num_mtp_layers > 0 && (o->speculate == Q3N_SPECULATE_MTP
+                                            || o->speculate == Q3N_SPECULATE_AUTO);
+}
+
+/* The quantised copies of inputs, for models that have quantised matrices. */
+static void q3n__run_layout_quantised(q3n__arena *a, q3n__engine *e)
+{
+    const q3n_config *c = &e->model->config;
+    q3n__run *r = &e->run;
+    const size_t n = (size_t)e->options.batch, k = (size_t)c->num_experts_per_tok;
     const int HD = c->num_attention_heads * c->head_dim;
     const int v = c->linear_num_value_heads * c->linear_value_head_dim, d = c->hidden_size;
     const int mixed = HD > v ? HD : v;
@@ -6243,22 +8021,24 @@ static void q3n__run_layout_quantised(q3n__arena *a, q3n_session *s)
     const size_t dense = (size_t)q3n__x8_blocks(c->intermediate_size);
     r->ffn_q = (q3n__x8 *)q3n__arena_take(a, n, sizeof *r->ffn_q
                                                 * (experts > dense ? experts : dense));
+    if (e->has_mtp)
+        r->mtp_in_q = (q3n__x8 *)q3n__arena_take(
+            a, n, sizeof *r->mtp_in_q * (size_t)q3n__x8_blocks(2 * d));
 }
 
-/* Activations of a run of at most s->options.batch tokens. */
-static void q3n__run_layout(q3n__arena *a, q3n_session *s)
+/* Activations of a run of at most e->options.batch tokens. */
+static void q3n__run_layout(q3n__arena *a, q3n__engine *e)
 {
-    const q3n_config *c = &s->model->config;
-    q3n__run *r = &s->run;
-    const size_t n = (size_t)s->options.batch, f = sizeof(float), d = (size_t)c->hidden_size;
+    const q3n_config *c = &e->model->config;
+    q3n__run *r = &e->run;
+    const size_t n = (size_t)e->options.batch, f = sizeof(float), d = (size_t)c->hidden_size;
     const size_t D = (size_t)c->head_dim, H = (size_t)c->num_attention_heads;
     const size_t KD = (size_t)c->num_key_value_heads * D, C = (size_t)q3n__config_channels(c);
     const size_t Hv = (size_t)c->linear_num_value_heads, v = Hv * (size_t)c->linear_value_head_dim;
     const size_t q_rows = H * D * (c->attn_output_gate ? 2 : 1);
     const size_t E = (size_t)c->num_experts, k = (size_t)c->num_experts_per_tok;
     const size_t Is = (size_t)c->shared_expert_intermediate_size;
-    const size_t blocks = (size_t)s->state.kv.n_blocks;
-    r->max = s->options.batch;
+    r->max = e->options.batch;
     r->x = (float *)q3n__arena_take(a, n * d, f);
     r->a = (float *)q3n__arena_take(a, n * d, f);
     r->b = (float *)q3n__arena_take(a, n * d, f);
@@ -6272,11 +8052,6 @@ static void q3n__run_layout(q3n__arena *a, q3n_session *s)
     r->rope_sin = (float *)q3n__arena_take(a, n, f * (size_t)c->rotary_dim / 2);
     r->u  = (float *)q3n__arena_take(a, n, f * C);
     r->ba = (float *)q3n__arena_take(a, n, f * 2 * Hv);
-    if (s->n_attention > 0) {
-        const size_t split = (n < Q3N__SPLIT_TOKENS ? n : Q3N__SPLIT_TOKENS) * H;
-        r->part_o = (float *)q3n__arena_take(a, split * blocks, f * D);
-        r->part   = (q3n__softmax_part *)q3n__arena_take(a, split * blocks, sizeof *r->part);
-    }
     r->router        = (float *)q3n__arena_take(a, n, f * E);
     r->top           = (int *)q3n__arena_take(a, n, sizeof(int) * k);
     r->top_weight    = (float *)q3n__arena_take(a, n, f * k);
@@ -6291,68 +8066,176 @@ static void q3n__run_layout(q3n__arena *a, q3n_session *s)
     const size_t dense = n * (size_t)c->intermediate_size;
     r->ffn_gate = (float *)q3n__arena_take(a, experts > dense ? experts : dense, f);
     r->ffn_up   = (float *)q3n__arena_take(a, experts > dense ? experts : dense, f);
-    if (s->model->has_quantised) q3n__run_layout_quantised(a, s);
+    if (e->has_mtp) r->mtp_in = (float *)q3n__arena_take(a, n, f * 2 * d);
+    if (e->model->has_quantised) q3n__run_layout_quantised(a, e);
 }
 
-/* Measure (a->base NULL) or hand out everything behind the session struct. */
-static void q3n__session_layout(q3n__arena *a, q3n_session *s, q3n_session_memory *memory)
+/* Everything behind the engine's struct; threads come last: *threads gets their bytes. */
+static void q3n__engine_layout(q3n__arena *a, q3n__engine *e, size_t *threads)
+{
+    const size_t n = (size_t)e->options.batch, d = (size_t)e->model->config.hidden_size;
+    const size_t V = (size_t)e->model->config.vocab_size, f = sizeof(float);
+    q3n__run_layout(a, e);
+    e->segments = (q3n__segment *)q3n__arena_take(a, n, sizeof *e->segments);
+    e->tokens = (int32_t *)q3n__arena_take(a, n, sizeof *e->tokens);
+    e->row = (float *)q3n__arena_take(a, d, f);
+    if (e->has_mtp) e->hidden = (float *)q3n__arena_take(a, n + 1, f * d);
+    e->gathered = (float *)q3n__arena_take(a, (size_t)e->logit_rows, f * d);
+    e->logits = (float *)q3n__arena_take(a, (size_t)e->logit_rows, f * V);
+    const size_t at = a->used;
+    e->pool.threads =
+        (q3n__thread *)q3n__arena_take(a, (size_t)e->options.n_threads, sizeof(q3n__thread));
+    *threads = a->used - at;
+}
+
+/* Split attention keeps a partial result for each query and block. */
+static size_t q3n__split_queries(const q3n__engine *e)
+{
+    const int n = e->options.batch < Q3N__SPLIT_TOKENS ? e->options.batch : Q3N__SPLIT_TOKENS;
+    return (size_t)n * (size_t)e->model->config.num_attention_heads;
+}
+
+static size_t q3n__split_bytes(const q3n__engine *e, int n_blocks)
+{
+    const size_t D = (size_t)e->model->config.head_dim;
+    return q3n__split_queries(e) * (size_t)n_blocks * (sizeof(float) * D
+                                                       + sizeof(q3n__softmax_part));
+}
+
+/* Blocks that the scratch is made for when a text has n: it doubles, so that it seldom grows. */
+static int q3n__split_room(const q3n__engine *e, int n_blocks)
+{
+    if (e->options.n_threads == 1 || n_blocks <= 1) return 0;
+    int room = 4;
+    while (room < n_blocks) room *= 2;
+    return room;
+}
+
+/* Room for split attention over n_blocks; 0 = no memory. */
+static int q3n__engine_reserve(q3n__engine *e, int n_blocks)
+{
+    const int room = q3n__split_room(e, n_blocks);
+    if (room <= e->split_blocks) return 1;
+    uint8_t *p = (uint8_t *)q3n__alloc(&e->model->allocator, q3n__split_bytes(e, room));
+    if (!p) return 0;
+    q3n__free(&e->model->allocator, e->split);
+    e->split = p;
+    e->split_blocks = room;
+    e->run.part_o = (float *)(void *)p;
+    e->run.part = (q3n__softmax_part *)(void *)(e->run.part_o
+        + q3n__split_queries(e) * (size_t)room * (size_t)e->model->config.head_dim);
+    return 1;
+}
+
+static q3n_result q3n__engine_open(q3n__engine *e, q3n_error *err)
+{
+    const q3n_session_options *o = &e->options;
+    const q3n_isa max = o->scalar_only ? Q3N_ISA_SCALAR
+                      : o->max_isa == Q3N_ISA_SCALAR ? q3n_isa_best() : o->max_isa;
+    e->isa = q3n__kernels_init(&e->kernels, max);
+    e->run.model = e->model;
+    e->run.k = &e->kernels;
+    e->run.pool = &e->pool;
+    e->run.cancel = &e->cancel;
+    return q3n__pool_open(&e->pool, o->n_threads, &o->executor, e->pool.threads, err);
+}
+
+static void q3n__engine_close(q3n__engine *e)
+{
+    q3n__pool_close(&e->pool);
+    q3n__free(&e->model->allocator, e->split);
+}
+
+/* The trail's rows: two calls' of one token each, or of a token and its drafts. */
+static void q3n__trail_layout(q3n__arena *a, q3n_session *s)
 {
     const q3n_config *c = &s->model->config;
-    const size_t Hv = (size_t)c->linear_num_value_heads, C = (size_t)q3n__config_channels(c);
-    q3n__kv_cache *kv = &s->state.kv;
-    s->n_delta = s->n_attention = 0;
-    for (int l = 0; l < c->num_hidden_layers; l++) {
-        s->n_delta += c->layer_types[l];
-        s->n_attention += !c->layer_types[l];
+    q3n__trail *t = &s->state.trail;
+    t->max = s->options.speculate ? 2 * (Q3N_MAX_DRAFT + 1) : 2;
+    const size_t n = (size_t)s->n_delta * (size_t)t->max;
+    for (int i = 0; i < 2; i++) {
+        t->u[i] = (float *)q3n__arena_take(a, n * (size_t)q3n__config_channels(c), sizeof(float));
+        t->ba[i] = (float *)q3n__arena_take(a, n * 2 * (size_t)c->linear_num_value_heads,
+                                            sizeof(float));
     }
-    kv->type = s->options.kv_type;
-    kv->n_blocks = (s->options.capacity + Q3N__KV_BLOCK - 1) / Q3N__KV_BLOCK;
-    kv->n_kv_heads = c->num_key_value_heads;
-    kv->dim = c->head_dim;
-
-    size_t at = a->used;
-    q3n_session_memory m;
-    kv->data = (uint8_t *)q3n__arena_take(
-        a, (size_t)s->n_attention * (size_t)kv->n_blocks * (size_t)kv->n_kv_heads,
-        q3n__kv_block_bytes(kv->type, kv->dim));
-    m.kv_cache = a->used - at;
-    at = a->used;
-    s->delta_len = (size_t)s->n_delta * Hv * (size_t)c->linear_key_head_dim
-                 * (size_t)c->linear_value_head_dim;
-    s->state.delta = (float *)q3n__arena_take(a, s->delta_len, sizeof(float));
-    m.delta_state = a->used - at;
-    at = a->used;
-    s->conv_len = s->n_delta ? (size_t)s->n_delta * (size_t)(c->linear_conv_kernel_dim - 1) * C : 0;
-    s->state.conv = (float *)q3n__arena_take(a, s->conv_len, sizeof(float));
-    m.conv_state = a->used - at;
-    at = a->used;
-    q3n__run_layout(a, s);
-    if (c->num_labels > 0) {
-        s->pooled = (float *)q3n__arena_take(a, (size_t)c->hidden_size, sizeof(float));
-        s->logits = (float *)q3n__arena_take(a, (size_t)c->vocab_size, sizeof(float));
-    }
-    m.scratch = a->used - at;
-    at = a->used;
-    if (s->options.count_experts && c->num_experts > 0)
-        s->state.expert_counts = (int64_t *)q3n__arena_take(
-            a, (size_t)c->num_hidden_layers * (size_t)c->num_experts, sizeof(int64_t));
-    s->pool.threads =
-        (q3n__thread *)q3n__arena_take(a, (size_t)s->options.n_threads, sizeof(q3n__thread));
-    m.other = a->used - at;
-    m.total = 0;
-    if (memory) *memory = m;
+    if (t->max > 2)
+        t->x = (float *)q3n__arena_take(a, n * (size_t)q3n__config_channels(c), sizeof(float));
+    t->applied = (unsigned char *)q3n__arena_take(a, (size_t)s->n_delta, 1);
 }
 
-/* Bytes of the one allocation, without the allocator's own head; 0 with err if it cannot be. */
-static size_t q3n__session_measure(const q3n_model *m, const q3n_session_options *o, q3n_session *s,
-                                   q3n_session_memory *memory, q3n_error *err)
+/* Measure (a->base NULL) or hand out everything behind the session struct; own: its own engine. */
+static void q3n__session_layout(q3n__arena *a, q3n_session *s, q3n__engine *own,
+                                q3n_session_memory *m)
+{
+    const q3n_config *c = &s->model->config;
+    const size_t f = sizeof(float), d = (size_t)c->hidden_size, V = (size_t)c->vocab_size;
+    const size_t blocks = (size_t)s->n_blocks;
+    size_t at = a->used, threads = 0;
+    for (int i = 0; i < 2; i++) s->delta[i] = (float *)q3n__arena_take(a, s->shape.delta_len, f);
+    m->delta_state = a->used - at;
+    at = a->used;
+    for (int i = 0; i < 2; i++) s->conv[i] = (float *)q3n__arena_take(a, s->shape.conv_len, f);
+    m->conv_state = a->used - at;
+    at = a->used;
+    if (s->n_delta > 0) q3n__trail_layout(a, s);
+    s->hidden = (float *)q3n__arena_take(a, s->shape.has_mtp ? Q3N__MAX_HIDDEN : 1, f * d);
+    s->work_hidden = (float *)q3n__arena_take(a, d, f);
+    s->logits = (float *)q3n__arena_take(a, V, f);
+    if (c->num_labels > 0) s->pooled = (float *)q3n__arena_take(a, d, f);
+    if (s->options.speculate) {
+        s->draft_logits = (float *)q3n__arena_take(a, Q3N_MAX_DRAFT + 1, f * V);
+        s->draft_hidden = (float *)q3n__arena_take(a, d, f);
+    }
+    if (own) {
+        q3n__engine_layout(a, own, &threads);
+        s->engine = own;
+    }
+    m->scratch = a->used - at - threads;
+    s->state.kv.page = (q3n__page **)q3n__arena_take(a, blocks, sizeof *s->state.kv.page);
+    s->saved_page = (q3n__page **)q3n__arena_take(a, blocks, sizeof *s->saved_page);
+    s->owned = (unsigned char *)q3n__arena_take(a, blocks, 1);
+    s->saved_owned = (unsigned char *)q3n__arena_take(a, blocks, 1);
+    if (s->options.count_experts && c->num_experts > 0) {
+        const size_t n = (size_t)c->num_hidden_layers * (size_t)c->num_experts;
+        s->counts = (int64_t *)q3n__arena_take(a, n, sizeof *s->counts);
+        s->state.expert_counts = (int64_t *)q3n__arena_take(a, n, sizeof *s->counts);
+    }
+}
+
+static void q3n__engine_set(q3n__engine *e, const q3n_model *m, const q3n_session_options *o,
+                            int has_mtp)
+{
+    memset(e, 0, sizeof *e);
+    e->model = m;
+    e->options = *o;
+    e->has_mtp = has_mtp;
+}
+
+/* Everything that create needs to know; bytes of its one allocation without the allocator's own
+ * head, 0 with err if it cannot be. */
+static size_t q3n__session_measure(const q3n_model *m, const q3n_session_options *o,
+                                   q3n_session *s, q3n__engine *e, q3n_session_memory *memory,
+                                   q3n_error *err)
 {
     memset(s, 0, sizeof *s);
+    memset(memory, 0, sizeof *memory);
     s->model = m;
     if (q3n__session_options_set(m, o, &s->options, err) != Q3N_OK) return 0;
+    if (s->options.shared && q3n__batch_engine(s->options.shared)->model != m) {
+        q3n__fail(err, Q3N_ERR_ARG, -1, "the batch to share is of another model");
+        return 0;
+    }
+    q3n__shape_make(m, s->options.kv_type, q3n__wants_mtp(m, &s->options), &s->shape);
+    for (int l = 0; l < m->config.num_hidden_layers; l++) s->n_delta += m->config.layer_types[l];
+    s->n_blocks = q3n__blocks_of(s->options.capacity);
+    s->state.kv.type = s->options.kv_type;
+    s->state.kv.n_kv_heads = m->config.num_key_value_heads;
+    s->state.kv.dim = m->config.head_dim;
+    q3n__engine_set(e, m, &s->options, s->shape.has_mtp);
     q3n__arena a = { NULL, 0, 0 };
     q3n__arena_take(&a, 1, sizeof *s);
-    q3n__session_layout(&a, s, memory);
+    if (!s->options.shared) q3n__arena_take(&a, 1, sizeof *e);
+    q3n__session_layout(&a, s, s->options.shared ? NULL : e, memory);
     if (a.overflow) {
         q3n__fail(err, Q3N_ERR_MEMORY, -1, "a session of %d tokens does not fit the address space",
                   s->options.capacity);
@@ -6361,32 +8244,521 @@ static size_t q3n__session_measure(const q3n_model *m, const q3n_session_options
     return a.used;
 }
 
+/* ---- Pages of a session ---- */
+
+/* How many slots of block b the first n tokens of a text fill. */
+static int q3n__slots_of(int n, int b)
+{
+    const int64_t left = (int64_t)n - (int64_t)b * Q3N__KV_BLOCK;
+    return left < 0 ? 0 : left > Q3N__KV_BLOCK ? Q3N__KV_BLOCK : (int)left;
+}
+
+/* Make block b one that this session may write from slot `used` on; 0 = no memory.  A page is
+ * written by one session alone: by the only one that holds it, or by the one that made it if it has
+ * written exactly what the session knows - who shares it knows less, and does not look further. */
+static int q3n__page_for_writing(q3n_session *s, int b, int used)
+{
+    q3n__page **page = &s->state.kv.page[b];
+    if (*page && q3n__atomic_load(&(*page)->n_refs) == 1) {
+        s->owned[b] = 1;
+        return 1;
+    }
+    if (*page && s->owned[b] && (*page)->n_used == used) return 1;
+    q3n__page *copy = q3n__page_alloc(s->model, &s->shape);
+    if (!copy) return 0;
+    if (*page) q3n__page_copy(&s->shape, copy, *page, used);
+    q3n__page_release(s->model, *page);
+    *page = copy;
+    s->owned[b] = 1;
+    return 1;
+}
+
+/* Pages for tokens [first, end), before any of them is evaluated. */
+static q3n_result q3n__session_reserve(q3n_session *s, q3n__engine *e, int first, int end)
+{
+    int ok = q3n__engine_reserve(e, q3n__blocks_of(end));
+    for (int b = first / Q3N__KV_BLOCK; ok && b < q3n__blocks_of(end); b++)
+        ok = q3n__page_for_writing(s, b, q3n__slots_of(first, b));
+    return ok ? Q3N_OK
+              : q3n__fail(&s->error, Q3N_ERR_MEMORY, -1, "no memory for %d tokens: a page of %d "
+                          "takes %zu bytes", end, Q3N__KV_BLOCK, s->shape.page_bytes);
+}
+
+/* Work with the given pages instead of the text's, which are kept for commit or rollback. */
+static void q3n__session_adopt(q3n_session *s, q3n__page *const *page, int n_pages)
+{
+    const size_t n = (size_t)s->n_blocks;
+    memcpy(s->saved_page, s->state.kv.page, n * sizeof *s->saved_page);
+    memcpy(s->saved_owned, s->owned, n);
+    s->has_saved = 1;
+    for (int b = 0; b < s->n_blocks; b++) {
+        q3n__page *p = b < n_pages ? page[b] : NULL;
+        if (p) q3n__page_retain(p);
+        s->owned[b] = p && p == s->saved_page[b] && s->saved_owned[b];
+        s->state.kv.page[b] = p;
+    }
+}
+
+static void q3n__session_drop(q3n_session *s, q3n__page **page)
+{
+    for (int b = 0; b < s->n_blocks; b++) {
+        q3n__page_release(s->model, page[b]);
+        page[b] = NULL;
+    }
+}
+
+/* ---- Transactions ---- */
+
+/* Back to nothing, as a new session is. */
 static void q3n__session_clear(q3n_session *s)
 {
     const q3n_config *c = &s->model->config;
-    s->state.length = 0;
-    if (s->delta_len) memset(s->state.delta, 0, s->delta_len * sizeof *s->state.delta);
-    if (s->conv_len)  memset(s->state.conv, 0, s->conv_len * sizeof *s->state.conv);
-    if (s->state.expert_counts)
-        memset(s->state.expert_counts, 0, (size_t)c->num_hidden_layers * (size_t)c->num_experts
-                                          * sizeof *s->state.expert_counts);
+    s->length = s->n_hidden = s->mtp_length = s->has_logits = 0;
+    s->state.trail.n = 0;
+    if (s->n_delta) {
+        memset(s->state.trail.applied, 0, (size_t)s->n_delta);
+        memset(s->delta[s->delta_now], 0, s->shape.delta_len * sizeof(float));
+        memset(s->conv[s->conv_now], 0, s->shape.conv_len * sizeof(float));
+    }
+    if (s->counts)
+        memset(s->counts, 0, (size_t)c->num_hidden_layers * (size_t)c->num_experts
+                             * sizeof *s->counts);
+    for (int b = 0; b < s->n_blocks; b++) {
+        q3n__page *p = s->state.kv.page[b];
+        if (!p || q3n__atomic_load(&p->n_refs) == 1) continue;
+        q3n__page_release(s->model, p);
+        s->state.kv.page[b] = NULL;
+    }
+}
+
+static void q3n__session_settle(q3n_session *s, q3n__engine *e)
+{
+    s->state.delta = s->delta[s->delta_now];
+    q3n__settle(&e->run, &s->state, s->n_delta);
+}
+
+static void q3n__mtp_flush(q3n_session *s, q3n__engine *e);
+
+/* Begin a call behind the session's text.  What a cancelled call did to the matrices is finished
+ * first: it changes nothing that can be seen. */
+static void q3n__session_begin(q3n_session *s, q3n__engine *e)
+{
+    const size_t d = (size_t)s->shape.hidden_size;
+    if (s->n_delta && memchr(s->state.trail.applied, 1, (size_t)s->n_delta))
+        q3n__session_settle(s, e);
+    s->state.length = s->length;
+    s->state.kv_valid = 0;
+    s->state.trailing = 0;
+    s->begun = s->deferred = 0;
+    s->work_mtp = s->mtp_length;
+    if (s->n_hidden > 0)
+        memcpy(s->work_hidden, s->hidden + (size_t)(s->n_hidden - 1) * d, d * sizeof(float));
+    if (s->counts)
+        memset(s->state.expert_counts, 0, (size_t)s->model->config.num_hidden_layers
+               * (size_t)s->model->config.num_experts * sizeof *s->counts);
+}
+
+/* The text becomes what was evaluated: its first n tokens if the call trailed, else all (n < 0). */
+static void q3n__session_commit(q3n_session *s, q3n__engine *e, int n)
+{
+    q3n__state *st = &s->state;
+    const int ran = st->length - s->length;
+    const size_t d = (size_t)s->shape.hidden_size;
+    if (n >= 0) st->length = s->length + n;
+    if (st->trailing) {
+        if (n >= 0 && n < ran) q3n__conv_rewind(&e->run, st, s->n_delta, n);
+        s->conv_now ^= 1;
+        st->trail.now ^= 1;
+        st->trail.first = st->trail.n;
+        st->trail.n = n < 0 ? ran : n;
+    } else if (s->begun) {
+        s->conv_now ^= 1;
+        s->delta_now ^= 1;
+        st->trail.n = 0;
+    }
+    if (s->n_delta) memset(st->trail.applied, 0, (size_t)s->n_delta);
+    if (s->has_saved) q3n__session_drop(s, s->saved_page);
+    if (s->counts) {
+        const size_t n_counts = (size_t)s->model->config.num_hidden_layers
+                              * (size_t)s->model->config.num_experts;
+        for (size_t i = 0; i < n_counts; i++) s->counts[i] += st->expert_counts[i];
+    }
+    const int b = (st->length - 1) / Q3N__KV_BLOCK;
+    if (n >= 0 && n < ran && st->length > 0) {          /* what was rejected may be written over */
+        st->kv.page[b]->n_used = q3n__slots_of(st->length, b);
+        for (int i = b + 1; i < q3n__blocks_of(s->length + ran); i++) st->kv.page[i]->n_used = 0;
+    }
+    s->has_saved = s->begun = st->trailing = s->has_logits = 0;
+    s->length = st->length;
+    if (s->deferred) {
+        s->n_hidden += n < 0 ? ran : n;
+    } else {
+        memcpy(s->hidden, s->work_hidden, d * sizeof(float));
+        s->n_hidden = s->length > 0;
+        s->mtp_length = s->length;
+    }
+    s->deferred = 0;
+}
+
+/* The text stays what it was. */
+static void q3n__session_rollback(q3n_session *s)
+{
+    if (s->has_saved) {
+        q3n__session_drop(s, s->state.kv.page);
+        memcpy(s->state.kv.page, s->saved_page, (size_t)s->n_blocks * sizeof *s->saved_page);
+        memcpy(s->owned, s->saved_owned, (size_t)s->n_blocks);
+    }
+    s->has_saved = s->begun = s->deferred = s->state.trailing = 0;
+    s->state.length = s->length;
+}
+
+/* ---- Passes ---- */
+
+/* The next n tokens of one session in a pass; last: the call takes no more of this session. */
+typedef struct {
+    q3n_session   *s;
+    const int32_t *tokens;
+    int            n, last;
+} q3n__part;
+
+/* Point the layers at the state that the pass reads and at the one that it writes. */
+static void q3n__session_point(q3n_session *s, int n, int last)
+{
+    q3n__state *st = &s->state;
+    const int from_delta = s->begun ? !s->delta_now : s->delta_now;
+    const int from_conv = s->begun ? !s->conv_now : s->conv_now;
+    st->n_trail = s->begun ? 0 : st->trail.n;
+    st->trailing = s->n_delta > 0 && last && !s->begun && st->trail.n + n <= st->trail.max
+                 && (n == 1 || st->trail.x);
+    st->delta = s->delta[from_delta];
+    st->delta_out = s->delta[!s->delta_now];
+    st->conv = s->conv[from_conv];
+    st->conv_out = s->conv[!s->conv_now];
+    s->deferred = s->shape.has_mtp && last && !s->begun && !s->has_saved && s->n_hidden > 0
+                && n <= Q3N_MAX_DRAFT + 1 && s->n_hidden + n <= Q3N__MAX_HIDDEN;
+}
+
+/* The MTP module over positions [first, first + n) of a session; see q3n__mtp_forward.  The last
+ * chunk's rows are in run.a afterwards; returns the last one. */
+static const float *q3n__mtp_run(q3n_session *s, q3n__engine *e, const int32_t *tokens,
+                                 const float *hidden, int first, int n)
+{
+    const size_t d = (size_t)s->shape.hidden_size;
+    q3n__state st = s->state;
+    st.kv.skip = 1;
+    st.kv_valid = 0;
+    st.expert_counts = NULL;
+    int some = 0;
+    for (int i = 0; i < n; i += some) {
+        some = n - i < e->options.batch ? n - i : e->options.batch;
+        st.length = first + i;
+        const q3n__segment segment = { &st, 0, some };
+        e->run.segments = &segment;
+        e->run.n_segments = 1;
+        e->run.n = some;
+        q3n__mtp_forward(&e->run, tokens + i, hidden + (size_t)i * d);
+    }
+    e->run.segments = NULL;
+    return e->run.a + (size_t)(some - 1) * d;
+}
+
+/* Keys of the module for all tokens of the text: afterwards one row of hidden is left. */
+static void q3n__mtp_flush(q3n_session *s, q3n__engine *e)
+{
+    const size_t d = (size_t)s->shape.hidden_size;
+    int32_t tokens[Q3N__MAX_HIDDEN];
+    const int n = s->n_hidden - 1;
+    if (!s->shape.has_mtp || n < 1) return;
+    for (int i = 0; i < n; i++) {
+        const int p = s->mtp_length + i;
+        tokens[i] = s->state.kv.page[p / Q3N__KV_BLOCK]->tokens[p % Q3N__KV_BLOCK];
+    }
+    q3n__mtp_run(s, e, tokens, s->hidden, s->mtp_length, n);
+    memmove(s->hidden, s->hidden + (size_t)n * d, d * sizeof(float));
+    s->n_hidden = 1;
+    s->mtp_length = s->length;
+}
+
+/* The module's keys of a pass's tokens, which begin at row0 of e->hidden's rows: each needs the row
+ * before it, the first the session's work_hidden. */
+static void q3n__mtp_follow(q3n_session *s, q3n__engine *e, const int32_t *tokens, int row0, int n)
+{
+    const size_t d = (size_t)s->shape.hidden_size;
+    const int p = s->state.length;                     /* before the pass */
+    int first = s->work_mtp > p ? s->work_mtp : p;
+    if (first < 1) first = 1;
+    if (first < p + n) {
+        float *before = e->hidden + (size_t)row0 * d;  /* the row before row0: of another part */
+        memcpy(e->row, before, d * sizeof(float));
+        memcpy(before, s->work_hidden, d * sizeof(float));
+        q3n__mtp_run(s, e, tokens + (first - p), before + (size_t)(first - p) * d, first,
+                      p + n - first);
+        memcpy(before, e->row, d * sizeof(float));
+    }
+    if (s->work_mtp < p + n) s->work_mtp = p + n;
+}
+
+/* The final norms of a pass's rows. */
+static const float *q3n__engine_rows(const q3n__engine *e)
+{
+    return e->hidden ? e->hidden + e->model->config.hidden_size : e->run.a;
+}
+
+/* A pass has evaluated n tokens of s, rows from row0. */
+static void q3n__session_advance(q3n_session *s, q3n__engine *e, const int32_t *tokens, int row0,
+                                 int n)
+{
+    q3n__state *st = &s->state;
+    const size_t d = (size_t)s->shape.hidden_size;
+    const float *rows = q3n__engine_rows(e) + (size_t)row0 * d;
+    const int end = st->length + n, first = st->kv_valid > st->length ? st->kv_valid : st->length;
+    for (int p = first; p < end; p++)
+        st->kv.page[p / Q3N__KV_BLOCK]->tokens[p % Q3N__KV_BLOCK] = tokens[p - st->length];
+    if (first < end)
+        for (int b = first / Q3N__KV_BLOCK; b < q3n__blocks_of(end); b++)
+            st->kv.page[b]->n_used = q3n__slots_of(end, b);
+    if (s->deferred)
+        memcpy(s->hidden + (size_t)s->n_hidden * d, rows, (size_t)n * d * sizeof(float));
+    else if (s->shape.has_mtp)
+        q3n__mtp_follow(s, e, tokens, row0, n);
+    memcpy(s->work_hidden, rows + (size_t)(n - 1) * d, d * sizeof(float));
+    st->length = end;
+    s->begun = 1;
+}
+
+static double q3n__cost_of(const q3n__costs *c, int rows)   /* microseconds, 0 = not known */
+{
+    if (rows > Q3N__COST_ROWS) return c->row * rows;
+    for (int n = rows; n > 0; n--)
+        if (c->pass[n] > 0.0) return c->pass[n] * rows / n;
+    return c->row * rows;
+}
+
+/* A noisy measurement: outliers count for little, faster ones are believed sooner. */
+static void q3n__cost_learn(double *cost, double us)
+{
+    if (*cost == 0.0) *cost = us;
+    else if (us < *cost) *cost += (us - *cost) / 4.0;
+    else *cost += ((us < 2.0 * *cost ? us : 2.0 * *cost) - *cost) / 16.0;
+}
+
+static void q3n__engine_learn(q3n__engine *e, int rows, int64_t us)
+{
+    if (rows <= Q3N__COST_ROWS) q3n__cost_learn(&e->costs.pass[rows], (double)us);
+    else q3n__cost_learn(&e->costs.row, (double)us / rows);
+}
+
+/* One pass over all parts, at most `batch` tokens together; the sessions have begun and have pages.
+ * Afterwards q3n__engine_rows has the rows of all parts, one after another.  Q3N_ERR_CANCELLED
+ * leaves the work undone: roll back. */
+static q3n_result q3n__engine_pass(q3n__engine *e, const q3n__part *part, int n_parts)
+{
+    q3n__run *r = &e->run;
+    int rows = 0;
+    const int64_t start = q3n__now();
+    for (int i = 0; i < n_parts; i++) {
+        q3n_session *s = part[i].s;
+        q3n__session_point(s, part[i].n, part[i].last);
+        if (!s->deferred && !s->begun && !s->has_saved && s->n_hidden > 1) {
+            q3n__mtp_flush(s, e);
+            s->work_mtp = s->mtp_length;
+        }
+    }
+    for (int i = 0; i < n_parts; i++) {
+        e->segments[i] = (q3n__segment){ &part[i].s->state, rows, part[i].n };
+        memcpy(e->tokens + rows, part[i].tokens, (size_t)part[i].n * sizeof *e->tokens);
+        rows += part[i].n;
+    }
+    r->segments = e->segments;
+    r->n_segments = n_parts;
+    r->n = rows;
+    const int done = q3n__forward(r, e->tokens, &e->options.layer_hook);
+    r->segments = NULL;
+    if (!done) return Q3N_ERR_CANCELLED;
+    const size_t d = (size_t)e->model->config.hidden_size;
+    if (e->hidden) memcpy(e->hidden + d, r->a, (size_t)rows * d * sizeof(float));
+    for (int i = 0, row0 = 0; i < n_parts; row0 += part[i++].n)
+        q3n__session_advance(part[i].s, e, part[i].tokens, row0, part[i].n);
+    q3n__engine_learn(e, rows, q3n__now() - start);
+    return Q3N_OK;
+}
+
+/* The cancel request is used up. */
+static q3n_result q3n__cancelled(q3n__engine *e, q3n_error *err)
+{
+    q3n__atomic_store(&e->cancel, 0);
+    return q3n__fail(err, Q3N_ERR_CANCELLED, -1, "cancelled: the session is as before the call");
+}
+
+/* ---- Snapshots ---- */
+typedef struct {
+    const float *from;
+    float       *to_f32;
+    uint16_t    *to_bf16;
+    const uint16_t *from_bf16;
+    size_t       n;
+} q3n__copy_arg;
+
+#define Q3N__COPY_PIECE 65536   /* floats */
+
+static void q3n__copy_task(void *arg, int begin, int end)
+{
+    const q3n__copy_arg *j = (const q3n__copy_arg *)arg;
+    const size_t first = (size_t)begin * Q3N__COPY_PIECE;
+    size_t last = (size_t)end * Q3N__COPY_PIECE;
+    if (last > j->n) last = j->n;
+    if (j->from && j->to_f32)
+        memcpy(j->to_f32 + first, j->from + first, (last - first) * sizeof(float));
+    else if (j->from)
+        for (size_t i = first; i < last; i++) j->to_bf16[i] = q3n__f32_to_bf16(j->from[i]);
+    else
+        for (size_t i = first; i < last; i++) j->to_f32[i] = q3n__bf16_to_f32(j->from_bf16[i]);
+}
+
+static void q3n__copy(q3n__pool *p, q3n__copy_arg arg)
+{
+    q3n__parallel(p, (int)((arg.n + Q3N__COPY_PIECE - 1) / Q3N__COPY_PIECE), 1, q3n__copy_task,
+                  &arg);
+}
+
+/* The state as a snapshot: of the text, or in a call of what is evaluated so far.  NULL = no
+ * memory. */
+static q3n_snapshot *q3n__session_take(q3n_session *s, q3n__engine *e, int in_call)
+{
+    const q3n__shape *h = &s->shape;
+    if (!in_call) {
+        q3n__session_settle(s, e);
+        q3n__mtp_flush(s, e);
+    }
+    q3n_snapshot *snap = q3n__snapshot_alloc(s->model, h, s->options.snapshot_type,
+                                             in_call ? s->state.length : s->length);
+    if (!snap) return NULL;
+    for (int b = 0; b < snap->n_pages; b++) {
+        snap->page[b] = s->state.kv.page[b];
+        q3n__page_retain(snap->page[b]);
+    }
+    const int bf16 = snap->delta_type == Q3N_TYPE_BF16;
+    const int from = in_call && s->begun;
+    const q3n__copy_arg copy = { .from = s->delta[s->delta_now ^ from],
+                                 .to_f32 = bf16 ? NULL : (float *)snap->delta,
+                                 .to_bf16 = bf16 ? (uint16_t *)snap->delta : NULL,
+                                 .n = h->delta_len };
+    q3n__copy(&e->pool, copy);
+    if (h->conv_len)
+        memcpy(snap->conv, s->conv[s->conv_now ^ from], h->conv_len * sizeof(float));
+    snap->has_hidden = snap->length > 0;
+    snap->has_logits = !in_call && s->has_logits;
+    memcpy(snap->hidden, in_call ? s->work_hidden : s->hidden,
+           (size_t)h->hidden_size * sizeof(float));
+    if (snap->has_logits)
+        memcpy(snap->logits, s->logits, (size_t)h->vocab_size * sizeof(float));
+    return snap;
+}
+
+/* Begin from a snapshot instead of the text; snap NULL = from nothing.  The pages are another
+ * matter: q3n__session_adopt. */
+static void q3n__session_load_work(q3n_session *s, q3n__engine *e, const q3n_snapshot *snap)
+{
+    const q3n__shape *h = &s->shape;
+    float *delta = s->delta[!s->delta_now], *conv = s->conv[!s->conv_now];
+    s->begun = 1;
+    s->state.length = snap ? snap->length : 0;
+    s->work_mtp = s->state.length;
+    if (!snap) {
+        if (h->delta_len) memset(delta, 0, h->delta_len * sizeof(float));
+        if (h->conv_len) memset(conv, 0, h->conv_len * sizeof(float));
+        return;
+    }
+    const int bf16 = snap->delta_type == Q3N_TYPE_BF16;
+    const q3n__copy_arg copy = { .from = bf16 ? NULL : (const float *)snap->delta,
+                                 .from_bf16 = bf16 ? (const uint16_t *)snap->delta : NULL,
+                                 .to_f32 = delta, .n = h->delta_len };
+    q3n__copy(&e->pool, copy);
+    if (h->conv_len) memcpy(conv, snap->conv, h->conv_len * sizeof(float));
+    memcpy(s->work_hidden, snap->hidden, (size_t)h->hidden_size * sizeof(float));
+}
+
+static int q3n__same_shape(const q3n__shape *a, const q3n__shape *b)
+{
+    return a->kv_type == b->kv_type && a->has_mtp == b->has_mtp
+        && a->page_bytes == b->page_bytes && a->delta_len == b->delta_len;
+}
+
+static q3n_result q3n__session_restore(q3n_session *s, const q3n_snapshot *snap)
+{
+    q3n__engine *e = s->engine;
+    if (snap->model != s->model)
+        return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "the snapshot is of another model");
+    if (!q3n__same_shape(&snap->shape, &s->shape))
+        return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1, "the snapshot has a KV cache of type "
+                         "%s %s MTP keys, the session one of %s %s: give both the same kv_type and "
+                         "speculate", q3n__types[snap->shape.kv_type].name,
+                         snap->shape.has_mtp ? "with" : "without",
+                         q3n__types[s->shape.kv_type].name, s->shape.has_mtp ? "with" : "without");
+    if (snap->length > s->options.capacity)
+        return q3n__fail(&s->error, Q3N_ERR_FULL, -1, "the snapshot has %d tokens, the session room "
+                         "for %d", snap->length, s->options.capacity);
+    q3n__session_begin(s, e);
+    q3n__session_load_work(s, e, snap);
+    q3n__session_adopt(s, snap->page, snap->n_pages);
+    q3n__session_commit(s, e, -1);
+    s->has_logits = snap->has_logits;
+    if (s->has_logits)
+        memcpy(s->logits, snap->logits, (size_t)s->shape.vocab_size * sizeof(float));
+    return Q3N_OK;
+}
+
+static void q3n__session_copy_tokens(const q3n_session *s, int first, int n, int32_t *tokens)
+{
+    for (int i = 0, some; i < n; i += some) {
+        const int slot = (first + i) % Q3N__KV_BLOCK;
+        some = n - i < Q3N__KV_BLOCK - slot ? n - i : Q3N__KV_BLOCK - slot;
+        memcpy(tokens + i, s->state.kv.page[(first + i) / Q3N__KV_BLOCK]->tokens + slot,
+               (size_t)some * sizeof *tokens);
+    }
+}
+
+/* The first n tokens in one array, to be freed; NULL = no memory. */
+static int32_t *q3n__session_text(const q3n_session *s, int n)
+{
+    int32_t *text = (int32_t *)q3n__alloc(&s->model->allocator, (size_t)n * sizeof *text);
+    if (text) q3n__session_copy_tokens(s, 0, n, text);
+    return text;
+}
+
+/* Put the state into the cache unless it is there.  0 = no memory. */
+static int q3n__session_put(q3n_session *s, q3n__engine *e, int in_call, int marked)
+{
+    const int n = in_call ? s->state.length : s->length;
+    if (!s->cache || n == 0) return 1;
+    int32_t *text = q3n__session_text(s, n);
+    if (!text) return 0;
+    const int there = q3n__cache_touch(s->cache, &s->shape, s->options.snapshot_type, text, n,
+                                       marked);
+    q3n__free(&s->model->allocator, text);
+    if (there) return 1;
+    q3n_snapshot *snap = q3n__session_take(s, e, in_call);
+    if (!snap) return 0;
+    q3n__cache_put(s->cache, snap, marked);
+    q3n__snapshot_release(snap);
+    return 1;
 }
 
 /* ---- Evaluation ---- */
-static q3n_result q3n__session_check(q3n_session *s, const int32_t *tokens, int n)
+static q3n_result q3n__session_check(q3n_session *s, const int32_t *tokens, int n, int length)
 {
     const q3n_config *c = &s->model->config;
+    const int batch = s->engine->options.batch;
     if (!tokens || n < 1) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no tokens to evaluate");
-    if (n > s->options.capacity - s->state.length)
+    if (n > s->options.capacity - length)
         return q3n__fail(&s->error, Q3N_ERR_FULL, -1,
                          "%d tokens after %d do not fit a session of %d: make "
-                         "it with a larger capacity",
-                         n, s->state.length, s->options.capacity);
-    if (!c->causal && (s->state.length > 0 || n > s->options.batch))
+                         "it with a larger capacity", n, length, s->options.capacity);
+    if (!c->causal && (length > 0 || n > batch))
         return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1,
                          "the model attends both ways: reset the session "
                          "and evaluate the whole text of at most %d tokens (option batch) at once",
-                         s->options.batch);
+                         batch);
     for (int i = 0; i < n; i++)
         if (tokens[i] < 0 || tokens[i] >= c->vocab_size)
             return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "token %d is %d, expected 0 .. %d", i,
@@ -6394,107 +8766,427 @@ static q3n_result q3n__session_check(q3n_session *s, const int32_t *tokens, int 
     return Q3N_OK;
 }
 
-/* Evaluate one run: at most `batch` tokens.  Afterwards run.a has their normed hidden states. */
-static void q3n__session_run(q3n_session *s, const int32_t *tokens, int n)
+static q3n_result q3n__check_head(q3n_session *s, int wanted)
 {
-    const q3n__segment segment = { &s->state, 0, n };
-    s->run.segments = &segment;
-    s->run.n_segments = 1;
-    s->run.n = n;
-    q3n__forward(&s->run, tokens, &s->options.layer_hook);
-    s->state.length += n;
-    s->run.segments = NULL;
+    if (!wanted || s->model->weights.lm_head.data) return Q3N_OK;
+    return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1, "the model has no language head: it "
+                     "classifies (q3n_session_classify)");
 }
 
-static void q3n__session_outputs(q3n_session *s, const q3n_outputs *out, int first, int n, int last)
+/* How many of the next n tokens go into one pass: at most `most`, and no further than the next
+ * point of snapshot_every. */
+static int q3n__session_stride(const q3n_session *s, int n, int most)
 {
-    const q3n__run *r = &s->run;
-    const size_t d = (size_t)s->model->config.hidden_size, V = (size_t)s->model->config.vocab_size;
-    const float *end = r->a + (size_t)(n - 1) * d;
-    if (out->all_hidden)
-        memcpy(out->all_hidden + (size_t)first * d, r->a, (size_t)n * d * sizeof *r->a);
-    if (out->all_logits) q3n__logits(r, r->a, n, out->all_logits + (size_t)first * V);
-    if (!last) return;
-    if (out->hidden) memcpy(out->hidden, end, d * sizeof *end);
-    if (out->logits && out->all_logits)
-        memcpy(out->logits, out->all_logits + (size_t)(first + n - 1) * V, V * sizeof *end);
-    else if (out->logits)
-        q3n__logits(r, end, 1, out->logits);
+    const int every = s->cache ? s->options.snapshot_every : 0;
+    if (n > most) n = most;
+    if (every > 0 && n > every - s->state.length % every) n = every - s->state.length % every;
+    return n;
+}
+
+/* Evaluate tokens [n] in the call under way; out is filled as far as it is wanted. */
+static q3n_result q3n__session_passes(q3n_session *s, const int32_t *tokens, int n,
+                                      const q3n_outputs *out)
+{
+    q3n__engine *e = s->engine;
+    const size_t d = (size_t)s->shape.hidden_size, V = (size_t)s->shape.vocab_size;
+    for (int i = 0, some; i < n; i += some) {
+        some = q3n__session_stride(s, n - i, e->options.batch);
+        const q3n__part part = { s, tokens + i, some, i + some == n };
+        if (q3n__engine_pass(e, &part, 1) != Q3N_OK) return q3n__cancelled(e, &s->error);
+        const float *rows = q3n__engine_rows(e);
+        if (out->all_hidden)
+            memcpy(out->all_hidden + (size_t)i * d, rows, (size_t)some * d * sizeof *rows);
+        if (out->all_logits) q3n__logits(&e->run, rows, some, out->all_logits + (size_t)i * V);
+        if (i + some < n && s->cache && s->options.snapshot_every > 0
+            && s->state.length % s->options.snapshot_every == 0)
+            q3n__session_put(s, e, 1, 0);
+    }
+    return Q3N_OK;
+}
+
+/* The logits behind the text, from what is kept of its last token. */
+static const float *q3n__session_last_logits(q3n_session *s)
+{
+    const size_t d = (size_t)s->shape.hidden_size;
+    if (!s->has_logits)
+        q3n__logits(&s->engine->run, s->hidden + (size_t)(s->n_hidden - 1) * d, 1, s->logits);
+    s->has_logits = 1;
+    return s->logits;
+}
+
+/* The call is done: commit, give the last token's outputs, keep a snapshot where it is due. */
+static void q3n__session_finish(q3n_session *s, const q3n_outputs *out)
+{
+    const size_t d = (size_t)s->shape.hidden_size, V = (size_t)s->shape.vocab_size;
+    const int before = s->length, every = s->options.snapshot_every;
+    q3n__session_commit(s, s->engine, -1);
+    if (out->hidden)
+        memcpy(out->hidden, s->hidden + (size_t)(s->n_hidden - 1) * d, d * sizeof(float));
+    if (out->logits) memcpy(out->logits, q3n__session_last_logits(s), V * sizeof(float));
+    if (s->cache && every > 0 && s->length / every != before / every)
+        q3n__session_put(s, s->engine, 0, 0);
 }
 
 static q3n_result q3n__session_eval(q3n_session *s, const int32_t *tokens, int n,
                                     const q3n_outputs *out)
 {
-    const q3n_result r = q3n__session_check(s, tokens, n);
+    q3n_result r = q3n__session_check(s, tokens, n, s->length);
+    if (r == Q3N_OK) r = q3n__check_head(s, out->logits || out->all_logits);
     if (r != Q3N_OK) return r;
-    if ((out->logits || out->all_logits) && !s->model->weights.lm_head.data)
-        return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1,
-                         "the model has no language head: it classifies "
-                         "(q3n_session_classify)");
-    for (int i = 0; i < n; i += s->options.batch) {
-        const int some = n - i < s->options.batch ? n - i : s->options.batch;
-        q3n__session_run(s, tokens + i, some);
-        q3n__session_outputs(s, out, i, some, i + some == n);
-    }
-    return Q3N_OK;
+    q3n__session_begin(s, s->engine);
+    r = q3n__session_reserve(s, s->engine, s->length, s->length + n);
+    if (r == Q3N_OK) r = q3n__session_passes(s, tokens, n, out);
+    if (r == Q3N_OK) q3n__session_finish(s, out);
+    else             q3n__session_rollback(s);
+    return r;
 }
 
 /* Scores from the pooled hidden state; a head over logits is linear in it, so it may pool first. */
 static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, int n, float *scores)
 {
     const q3n_config *c = &s->model->config;
-    const q3n__run *r = &s->run;
+    q3n__engine *e = s->engine;
     const size_t d = (size_t)c->hidden_size;
     if (c->num_labels == 0)
         return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1,
                          "the model has no classification head");
     q3n__session_clear(s);
-    const q3n_result result = q3n__session_check(s, tokens, n);
+    q3n_result result = q3n__session_check(s, tokens, n, 0);
+    if (result == Q3N_OK) {
+        q3n__session_begin(s, e);
+        result = q3n__session_reserve(s, e, 0, n);
+    }
     if (result != Q3N_OK) return result;
     memset(s->pooled, 0, d * sizeof *s->pooled);
-    for (int i = 0; i < n; i += s->options.batch) {
-        const int some = n - i < s->options.batch ? n - i : s->options.batch;
-        q3n__session_run(s, tokens + i, some);
+    for (int i = 0, some; i < n; i += some) {
+        some = n - i < e->options.batch ? n - i : e->options.batch;
+        const q3n__part part = { s, tokens + i, some, i + some == n };
+        if (q3n__engine_pass(e, &part, 1) != Q3N_OK) {
+            q3n__session_rollback(s);
+            return q3n__cancelled(e, &s->error);
+        }
         for (int t = 0; t < some; t++) {
             const int wanted = c->pooling == Q3N_POOLING_MEAN
                             || (c->pooling == Q3N_POOLING_FIRST && i + t == 0)
                             || (c->pooling == Q3N_POOLING_LAST && i + t == n - 1);
             if (wanted)
-                r->k->axpy(s->pooled, c->pooling == Q3N_POOLING_MEAN ? 1.0f / (float)n : 1.0f,
-                           r->a + (size_t)t * d, (int)d);
+                e->run.k->axpy(s->pooled, c->pooling == Q3N_POOLING_MEAN ? 1.0f / (float)n : 1.0f,
+                               q3n__engine_rows(e) + (size_t)t * d, (int)d);
         }
     }
+    q3n__session_commit(s, e, -1);
     const float *input = s->pooled;
     if (c->classifier_input == Q3N_CLASSIFIER_LOGITS) {
-        q3n__logits(r, s->pooled, 1, s->logits);
+        q3n__logits(&e->run, s->pooled, 1, s->logits);
         input = s->logits;
     }
     const q3n__mat *w = &s->model->weights.score;
     const q3n__linear out = { w, s->model->weights.score_bias, input, NULL, scores, w->n_cols,
                               w->n_rows };
-    q3n__linear_all(r->pool, r->k, &out, 1, 1);
+    q3n__linear_all(&e->pool, e->run.k, &out, 1, 1);
     return Q3N_OK;
 }
 
+/* ---- Going back ---- */
+
+/* Begin a call at the longest beginning of tokens [n] that costs nothing: the text itself, a
+ * snapshot, or without DeltaNet any part of the text, of which the last token is evaluated again.
+ * What the text's pages hold of tokens [0, kv_valid) is not stored again.  Returns how many tokens
+ * are there.  Nothing is lost: the call can be rolled back. */
+static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n)
+{
+    q3n__engine *e = s->engine;
+    const int m = q3n__common_prefix(s->state.kv.page, s->length, tokens, n);
+    const int stay = m == s->length, any = s->n_delta == 0;
+    q3n__mtp_flush(s, e);
+    q3n__session_begin(s, e);
+    int cut = m < n - 1 ? m : n - 1;
+    if (s->shape.has_mtp && cut == m && cut > 0) cut--;   /* token m needs the row of token m - 1 */
+    const int least = stay ? s->length : any ? cut : 0;
+    q3n_snapshot *snap = s->cache ? q3n__cache_find(s->cache, &s->shape, s->options.snapshot_type,
+                                                    tokens, n, least) : NULL;
+    if (!snap && stay) return s->length;
+    const int own = !snap || snap->length <= m;
+    if (snap || !any) q3n__session_load_work(s, e, snap);
+    else s->state.length = cut;
+    if (own) q3n__session_adopt(s, s->state.kv.page, q3n__blocks_of(m));
+    else     q3n__session_adopt(s, snap->page, snap->n_pages);
+    s->state.kv_valid = own ? m : s->state.length;
+    if (own) s->work_mtp = m;
+    s->seek_logits = snap && snap->has_logits && snap->length == n;
+    if (s->seek_logits)
+        memcpy(s->logits, snap->logits, (size_t)s->shape.vocab_size * sizeof(float));
+    q3n__snapshot_release(snap);
+    return s->state.length;
+}
+
+/* From where q3n__session_seek left off to tokens [n], and commit. */
+static q3n_result q3n__session_go_on(q3n_session *s, const int32_t *tokens, int from, int n,
+                                     const q3n_outputs *out)
+{
+    q3n_result r = Q3N_OK;
+    const int stored = s->state.kv_valid > from ? s->state.kv_valid : from;
+    const int stays = !s->has_saved && from == n;
+    if (stays) {                                         /* the text is what was asked for */
+        if (out->logits)
+            memcpy(out->logits, q3n__session_last_logits(s),
+                   (size_t)s->shape.vocab_size * sizeof(float));
+        return Q3N_OK;
+    }
+    if (stored < n) r = q3n__session_reserve(s, s->engine, stored, n);
+    if (r == Q3N_OK && from < n) r = q3n__session_passes(s, tokens + from, n - from, out);
+    if (r != Q3N_OK) {
+        q3n__session_rollback(s);
+        return r;
+    }
+    const int has_logits = from == n && s->seek_logits;
+    const q3n_outputs none = { NULL, NULL, NULL, NULL };
+    q3n__session_finish(s, has_logits ? &none : out);
+    if (has_logits) {
+        s->has_logits = 1;
+        if (out->logits)
+            memcpy(out->logits, s->logits, (size_t)s->shape.vocab_size * sizeof(float));
+    }
+    return Q3N_OK;
+}
+
+static q3n_result q3n__check_causal(q3n_session *s)
+{
+    if (s->model->config.causal) return Q3N_OK;
+    return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1,
+                     "the model attends both ways: its state cannot be continued");
+}
+
+static q3n_result q3n__session_rewind(q3n_session *s, int length)
+{
+    if (length < 0 || length > s->length)
+        return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "rewind to %d: the session has %d tokens",
+                         length, s->length);
+    const q3n_result r = q3n__check_causal(s);
+    if (r != Q3N_OK || length == s->length) return r;
+    const q3n_outputs none = { NULL, NULL, NULL, NULL };
+    if (length == 0) {
+        q3n__session_begin(s, s->engine);
+        q3n__session_load_work(s, s->engine, NULL);
+        q3n__session_adopt(s, NULL, 0);
+        q3n__session_commit(s, s->engine, -1);
+        return Q3N_OK;
+    }
+    int32_t *text = q3n__session_text(s, length);
+    if (!text) return q3n__fail(&s->error, Q3N_ERR_MEMORY, -1, "no memory for %d ids", length);
+    const int from = q3n__session_seek(s, text, length);
+    int64_t *counts = s->state.expert_counts;             /* evaluating again is not counted */
+    s->state.expert_counts = NULL;
+    const q3n_result result = q3n__session_go_on(s, text, from, length, &none);
+    s->state.expert_counts = counts;
+    q3n__free(&s->model->allocator, text);
+    return result;
+}
+
+/* tokens [n] from wherever it costs least; only_reuse: no further than what is there. */
+static q3n_result q3n__session_feed(q3n_session *s, const int32_t *tokens, int n, float *logits,
+                                    int only_reuse, int *n_reused)
+{
+    q3n_result r = q3n__check_causal(s);
+    if (r == Q3N_OK) r = q3n__session_check(s, tokens, n, 0);
+    if (r == Q3N_OK) r = q3n__check_head(s, logits != NULL);
+    if (r != Q3N_OK) return r;
+    const q3n_outputs out = { logits, NULL, NULL, NULL };
+    const int m = q3n__common_prefix(s->state.kv.page, s->length, tokens, n);
+    const int from = q3n__session_seek(s, tokens, n);
+    int end = n, reused = from;
+    if (only_reuse) end = reused = s->n_delta == 0 && m > from ? m : from;
+    r = q3n__session_go_on(s, tokens, from, end, &out);
+    if (r == Q3N_OK && n_reused) *n_reused = reused;
+    return r;
+}
+
+/* ---- Many sessions at once ---- */
+struct q3n_batch {
+    q3n__engine engine;
+    q3n_error   error;
+    q3n__part  *parts;            /* [batch] of a pass                                            */
+};
+
+static q3n__engine *q3n__batch_engine(q3n_batch *b) { return &b->engine; }
+
+static q3n_result q3n__batch_fail(q3n_batch *b, const q3n_error *e, int item)
+{
+    return q3n__fail(&b->error, e->code, e->offset, "item %d: %.460s", item, e->message);
+}
+
+static int q3n__item_left(const q3n_batch_item *it) { return it->n - it->done; }
+
+/* Whether item i can go on, and its session begun; pages for as much as one call may take. */
+static q3n_result q3n__batch_begin(q3n_batch *b, q3n_batch_item *it, int i, int max_tokens)
+{
+    q3n_session *s = it->session;
+    int n = q3n__item_left(it);
+    if (s->model != b->engine.model || s->engine->isa != b->engine.isa
+        || (s->shape.has_mtp && !b->engine.has_mtp))
+        return q3n__fail(&b->error, Q3N_ERR_ARG, -1, "item %d: its session is of another model or "
+                         "instruction set", i);
+    if (s->in_batch)
+        return q3n__fail(&b->error, Q3N_ERR_ARG, -1, "item %d: the session stands in another item "
+                         "too", i);
+    q3n_result r = q3n__check_causal(s);
+    if (r == Q3N_OK) r = q3n__session_check(s, it->tokens + it->done, n, s->length);
+    if (r == Q3N_OK) r = q3n__check_head(s, it->logits != NULL);
+    if (r != Q3N_OK) return q3n__batch_fail(b, &s->error, i);
+    q3n__session_begin(s, &b->engine);
+    s->in_batch = 1;
+    s->taken = 0;
+    if (max_tokens > 0 && n > max_tokens) n = max_tokens;
+    if (q3n__session_reserve(s, &b->engine, s->length, s->length + n) == Q3N_OK) return Q3N_OK;
+    return q3n__batch_fail(b, &s->error, i);
+}
+
+/* Fill b->parts with at most `rows` tokens: one of every item that is not done, then more of each
+ * in their order.  Returns the number of parts. */
+static int q3n__batch_plan(q3n_batch *b, q3n_batch_item *items, int n_items, int rows)
+{
+    int n = 0;
+    for (int i = 0; i < n_items && n < rows; i++) {
+        q3n_session *s = items[i].session;
+        const int done = items[i].done + s->taken;
+        if (done == items[i].n) continue;
+        b->parts[n++] = (q3n__part){ s, items[i].tokens + done, 1, items[i].n - done == 1 };
+        s->item = i;
+    }
+    rows -= n;
+    for (int k = 0; k < n && rows > 0; k++) {
+        q3n__part *p = &b->parts[k];
+        const q3n_batch_item *it = &items[p->s->item];
+        const int left = it->n - it->done - p->s->taken;
+        const int some = q3n__session_stride(p->s, left, rows + 1);
+        p->n = some;
+        p->last = some == left;
+        rows -= some - 1;
+    }
+    return n;
+}
+
+/* The most rows that are expected to end in time; 0 = none. */
+static int q3n__batch_rows(const q3n__engine *e, const q3n_limit *limit, int taken, int64_t elapsed)
+{
+    int rows = e->options.batch;
+    if (limit->max_tokens > 0 && rows > limit->max_tokens - taken) rows = limit->max_tokens - taken;
+    if (limit->max_microseconds <= 0) return rows;
+    if (e->costs.pass[1] == 0.0 && e->costs.row == 0.0) return rows < 1 ? rows : 1;
+    const double left = (double)(limit->max_microseconds - elapsed);
+    while (rows > 1 && q3n__cost_of(&e->costs, rows) > left) rows /= 2;
+    if (taken > 0 && q3n__cost_of(&e->costs, 1) > left) return 0;
+    return rows;
+}
+
+/* The logits of parts that end their items, a few rows at a time, to their sessions. */
+static void q3n__batch_logits(q3n_batch *b, const q3n_batch_item *items, int n_parts)
+{
+    q3n__engine *e = &b->engine;
+    const size_t d = (size_t)e->model->config.hidden_size, V = (size_t)e->model->config.vocab_size;
+    const float *row = q3n__engine_rows(e) - d;
+    for (int i = 0, first = 0, n = 0; i <= n_parts; i++) {
+        if (i == n_parts || n == e->logit_rows) {
+            if (n > 0) q3n__logits(&e->run, e->gathered, n, e->logits);
+            for (int k = 0; first < i; first++) {
+                q3n_session *s = b->parts[first].s;
+                if (!b->parts[first].last || !items[s->item].logits) continue;
+                memcpy(s->logits, e->logits + (size_t)k++ * V, V * sizeof(float));
+            }
+            n = 0;
+        }
+        if (i == n_parts) break;
+        row += (size_t)b->parts[i].n * d;
+        if (b->parts[i].last && items[b->parts[i].s->item].logits)
+            memcpy(e->gathered + (size_t)n++ * d, row, d * sizeof(float));
+    }
+}
+
+/* Rows that wait for a pass's logits must not be overwritten: the module's run comes later only
+ * with e->hidden, which keeps them. */
+static q3n_result q3n__batch_pass(q3n_batch *b, q3n_batch_item *items, int n_parts)
+{
+    q3n__engine *e = &b->engine;
+    if (q3n__engine_pass(e, b->parts, n_parts) != Q3N_OK) return q3n__cancelled(e, &b->error);
+    q3n__batch_logits(b, items, n_parts);
+    for (int i = 0; i < n_parts; i++) {
+        q3n_session *s = b->parts[i].s;
+        s->taken += b->parts[i].n;
+        if (!b->parts[i].last && s->cache && s->options.snapshot_every > 0
+            && s->state.length % s->options.snapshot_every == 0)
+            q3n__session_put(s, e, 1, 0);
+    }
+    return Q3N_OK;
+}
+
+static q3n_result q3n__batch_passes(q3n_batch *b, q3n_batch_item *items, int n_items,
+                                    const q3n_limit *limit)
+{
+    const int64_t start = q3n__now();
+    int taken = 0;
+    for (;;) {
+        const int rows = q3n__batch_rows(&b->engine, limit, taken, q3n__now() - start);
+        const int n_parts = q3n__batch_plan(b, items, n_items, rows);
+        if (n_parts == 0) return Q3N_OK;
+        for (int i = 0; i < n_parts; i++) taken += b->parts[i].n;
+        const q3n_result r = q3n__batch_pass(b, items, n_parts);
+        if (r != Q3N_OK) return r;
+    }
+}
+
+/* Commit or roll back the first n items. */
+static void q3n__batch_end(q3n_batch *b, q3n_batch_item *items, int n, int commit)
+{
+    const size_t V = (size_t)b->engine.model->config.vocab_size;
+    for (int i = 0; i < n; i++) {
+        q3n_session *s = items[i].session;
+        if (q3n__item_left(&items[i]) == 0 || !s->in_batch) continue;
+        const int before = s->length, every = s->options.snapshot_every;
+        s->in_batch = 0;
+        if (!commit) {
+            q3n__session_rollback(s);
+            continue;
+        }
+        if (s->taken == 0) continue;
+        q3n__session_commit(s, &b->engine, -1);
+        items[i].done += s->taken;
+        if (q3n__item_left(&items[i]) == 0 && items[i].logits) {
+            s->has_logits = 1;
+            memcpy(items[i].logits, s->logits, V * sizeof(float));
+        }
+        if (s->cache && every > 0 && s->length / every != before / every)
+            q3n__session_put(s, &b->engine, 0, 0);
+    }
+}
+
+static q3n_result q3n__batch_eval(q3n_batch *b, q3n_batch_item *items, int n_items,
+                                  const q3n_limit *limit)
+{
+    q3n_result r = Q3N_OK;
+    int begun = 0;
+    for (int i = 0; i < n_items; i++)
+        if (!items[i].session || items[i].done < 0 || items[i].done > items[i].n)
+            return q3n__fail(&b->error, Q3N_ERR_ARG, -1, "item %d: no session, or done %d of %d "
+                             "tokens", i, items[i].done, items[i].n);
+    for (; begun < n_items && r == Q3N_OK; begun++)
+        if (q3n__item_left(&items[begun]) > 0)
+            r = q3n__batch_begin(b, &items[begun], begun, limit->max_tokens);
+    if (r == Q3N_OK) r = q3n__batch_passes(b, items, n_items, limit);
+    q3n__batch_end(b, items, begun, r == Q3N_OK);
+    return r;
+}
+
 /* =====================================================================================
- * [14] SAMPLER                                                              >>sampler
+ * [17] SAMPLER                                                              >>sampler
  *
  * Chooses the next token from logits.  Each filter keeps the tokens ranked before some place in
  * the order "larger first, lower id among equals", so finding that place takes a selection, not a
- * sort, and the draw goes over what is kept in any fixed order.  Allocates nothing after create.
+ * sort, and the draw goes over what is kept in any fixed order.  A draft, proposed by whatever
+ * guesses ahead, changes what is computed and not the distribution.  Allocates nothing after
+ * create.
  * ===================================================================================== */
 
 /* ---- Random numbers: SplitMix64 of Steele, Lea and Flood (2014) ---- */
-#define Q3N__GOLDEN 0x9E3779B97F4A7C15ull
-
-/* A bijection of 64-bit words whose outputs for consecutive inputs look independent. */
-static uint64_t q3n__mix64(uint64_t x)
-{
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
-    return x ^ (x >> 31);
-}
-
 static double q3n__random_unit(uint64_t *state)   /* [0, 1) in steps of 2^-53 */
 {
     *state += Q3N__GOLDEN;
@@ -6571,7 +9263,7 @@ struct q3n_sampler {
     uint64_t            rng;
     int32_t            *window;      /* [o.penalty_window] ring of the last tokens               */
     int                 n_window, next;
-    float              *logits;      /* [vocab] cleaned and penalised, later relative p          */
+    float              *logits;      /* [vocab] penalised, later relative p, later q of a draft  */
     float              *block_max;   /* [ceil(vocab / Q3N__SAMPLER_BLOCK)]                       */
     q3n__candidate     *candidates;  /* [vocab]                                                  */
 };
@@ -6660,17 +9352,36 @@ static float q3n__clean_logit(float x)
     return x == x ? x : -INFINITY;
 }
 
-/* A token counts once however often it stands in the window: each is set from the given logits. */
-static void q3n__sampler_prepare(q3n_sampler *s, const float *logits)
+/* The logits to choose from: the given ones, or a copy with the penalty.  A token counts once,
+ * however often it stands in the window: each is set from the given logits. */
+static const float *q3n__sampler_prepare(q3n_sampler *s, const float *logits)
 {
     const float r = s->o.repetition_penalty;
-    for (int i = 0; i < s->vocab; i++) s->logits[i] = q3n__clean_logit(logits[i]);
-    if (r == 1.0f) return;
+    if (r == 1.0f || s->n_window == 0) return logits;
+    memcpy(s->logits, logits, (size_t)s->vocab * sizeof *logits);
     for (int i = 0; i < s->n_window; i++) {
         const int32_t id = s->window[i];
         const float x = q3n__clean_logit(logits[id]);
         s->logits[id] = q3n__clean_logit(x > 0.0f ? x / r : x * r);
     }
+    return s->logits;
+}
+
+/* The largest of x [Q3N__SAMPLER_BLOCK], cleaned: no comparison with NaN holds.  gcc 12 makes
+ * vectors of halves with constant lengths (-O2, -O3: 18 and 12 us for 151,936 logits on Zen 4), but
+ * at -O3 not of 4 or 16 running maxima (26 and 41 us). */
+static float q3n__block_max(const float *x)
+{
+    float m[Q3N__SAMPLER_BLOCK / 2];
+    for (int j = 0; j < 32; j++) {
+        const float a = x[j] > -INFINITY ? x[j] : -INFINITY;
+        m[j] = x[j + 32] > a ? x[j + 32] : a;
+    }
+    for (int j = 0; j < 16; j++) m[j] = m[j + 16] > m[j] ? m[j + 16] : m[j];
+    for (int j = 0; j < 8; j++) m[j] = m[j + 8] > m[j] ? m[j + 8] : m[j];
+    for (int j = 0; j < 4; j++) m[j] = m[j + 4] > m[j] ? m[j + 4] : m[j];
+    const float a = m[0] > m[1] ? m[0] : m[1], b = m[2] > m[3] ? m[2] : m[3];
+    return q3n__clean_logit(a > b ? a : b);
 }
 
 static int q3n__sampler_blocks(const q3n_sampler *s)
@@ -6678,32 +9389,37 @@ static int q3n__sampler_blocks(const q3n_sampler *s)
     return (s->vocab + Q3N__SAMPLER_BLOCK - 1) / Q3N__SAMPLER_BLOCK;
 }
 
-/* Four running maxima hide the latency of each comparison. */
-static float q3n__max_of(const float *x, int n)
+/* Sets the maximum of every block of x [vocab] and returns the largest. */
+static float q3n__sampler_maxima(q3n_sampler *s, const float *x)
 {
-    float m[4] = { -INFINITY, -INFINITY, -INFINITY, -INFINITY };
-    int i = 0;
-    for (; i + 4 <= n; i += 4)
-        for (int j = 0; j < 4; j++) m[j] = x[i + j] > m[j] ? x[i + j] : m[j];
-    for (; i < n; i++) m[0] = x[i] > m[0] ? x[i] : m[0];
-    const float a = m[0] > m[1] ? m[0] : m[1], b = m[2] > m[3] ? m[2] : m[3];
-    return a > b ? a : b;
-}
-
-static float q3n__sampler_maxima(q3n_sampler *s)   /* of every block; returns the largest */
-{
-    const int n = q3n__sampler_blocks(s);
-    for (int b = 0; b < n; b++) {
-        const int first = b * Q3N__SAMPLER_BLOCK, left = s->vocab - first;
-        s->block_max[b] = q3n__max_of(s->logits + first,
-                                      left < Q3N__SAMPLER_BLOCK ? left : Q3N__SAMPLER_BLOCK);
+    const int whole = s->vocab / Q3N__SAMPLER_BLOCK, rest = s->vocab % Q3N__SAMPLER_BLOCK;
+    for (int b = 0; b < whole; b++) s->block_max[b] = q3n__block_max(x + b * Q3N__SAMPLER_BLOCK);
+    if (rest) {
+        float last[Q3N__SAMPLER_BLOCK];
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++)
+            last[i] = i < rest ? x[whole * Q3N__SAMPLER_BLOCK + i] : -INFINITY;
+        s->block_max[whole] = q3n__block_max(last);
     }
-    return q3n__max_of(s->block_max, n);
+    float max = -INFINITY;
+    for (int b = 0; b < whole + (rest > 0); b++)
+        if (s->block_max[b] > max) max = s->block_max[b];
+    return max;
 }
 
-/* The k largest logits as candidates.  The k-th largest of the blocks' maxima bounds the k-th
- * largest logit from below, so few blocks are looked into. */
-static int q3n__sampler_top_k(q3n_sampler *s, int k)
+/* The first token whose logit is the largest; 0 if no logit is finite or +inf. */
+static int32_t q3n__sampler_best(const q3n_sampler *s, const float *x, float max)
+{
+    if (max < -FLT_MAX) return 0;
+    int b = 0;
+    while (s->block_max[b] != max) b++;
+    int32_t id = b * Q3N__SAMPLER_BLOCK;
+    while (!(x[id] >= max)) id++;   /* +inf counts as max */
+    return id;
+}
+
+/* The k largest of x as candidates.  The k-th largest of the blocks' maxima bounds the k-th largest
+ * logit from below, so few blocks are looked into. */
+static int q3n__sampler_top_k(q3n_sampler *s, const float *x, int k)
 {
     q3n__candidate *c = s->candidates;
     const int n_blocks = q3n__sampler_blocks(s);
@@ -6721,7 +9437,7 @@ static int q3n__sampler_top_k(q3n_sampler *s, int k)
         const int first = b * Q3N__SAMPLER_BLOCK, left = s->vocab - first;
         const int end = first + (left < Q3N__SAMPLER_BLOCK ? left : Q3N__SAMPLER_BLOCK);
         for (int i = first; i < end; i++)
-            if (s->logits[i] >= bound) c[n++] = (q3n__candidate){ s->logits[i], i };
+            if (x[i] >= bound) c[n++] = (q3n__candidate){ q3n__clean_logit(x[i]), i };
     }
     return q3n__select(c, n, k, 0);
 }
@@ -6732,16 +9448,16 @@ static float q3n__relative_p(const q3n_sampler *s, float x, float max)
     return expf((x - max) / s->o.temperature);
 }
 
-/* The tokens that top-k leaves, with their relative probabilities; *total of these.  Without top-k,
+/* The k largest tokens (0 = all), with their relative probabilities; *total of these.  Of all,
  * tokens that top-p or min-p will drop anyway are left out: those below (1 - top_p) total / vocab
  * have less than (1 - top_p) total together, so the rest holds all that top-p keeps. */
-static int q3n__sampler_candidates(q3n_sampler *s, float max, double *total)
+static int q3n__sampler_candidates(q3n_sampler *s, const float *x, float max, int k, double *total)
 {
     q3n__candidate *c = s->candidates;
     int n = 0;
     *total = 0.0;
-    if (s->o.top_k > 0 && s->o.top_k < s->vocab) {
-        n = q3n__sampler_top_k(s, s->o.top_k);
+    if (k > 0 && k < s->vocab) {
+        n = q3n__sampler_top_k(s, x, k);
         for (int i = 0; i < n; i++) {
             c[i].v = q3n__relative_p(s, c[i].v, max);
             *total += c[i].v;
@@ -6749,7 +9465,7 @@ static int q3n__sampler_candidates(q3n_sampler *s, float max, double *total)
         return n;
     }
     for (int i = 0; i < s->vocab; i++) {
-        s->logits[i] = q3n__relative_p(s, s->logits[i], max);
+        s->logits[i] = q3n__relative_p(s, q3n__clean_logit(x[i]), max);
         *total += s->logits[i];
     }
     double cut = (1.0 - (double)s->o.top_p) * *total / s->vocab;
@@ -6760,13 +9476,13 @@ static int q3n__sampler_candidates(q3n_sampler *s, float max, double *total)
     return n;
 }
 
-/* What all filters leave, in no particular order but always the same; *kept is their sum.  The
- * largest logit is among them. */
-static int q3n__sampler_filter(q3n_sampler *s, float max, double *kept)
+/* What top-k with this k and the other filters leave of x, in no particular order but always the
+ * same; *kept is their sum.  The largest logit is among them. */
+static int q3n__sampler_filter(q3n_sampler *s, const float *x, float max, int k, double *kept)
 {
     q3n__candidate *c = s->candidates;
     double total;
-    int n = q3n__sampler_candidates(s, max, &total), n_kept = 0;
+    int n = q3n__sampler_candidates(s, x, max, k, &total), n_kept = 0;
     if (s->o.top_p < 1.0f) n = q3n__select(c, n, (double)s->o.top_p * total, 1);
     *kept = 0.0;
     for (int i = 0; i < n; i++) {
@@ -6777,11 +9493,9 @@ static int q3n__sampler_filter(q3n_sampler *s, float max, double *kept)
     return n_kept;
 }
 
-static int32_t q3n__sampler_draw(q3n_sampler *s, float max)
+static int32_t q3n__sampler_draw(q3n_sampler *s, int n, double kept)   /* of n candidates */
 {
     const q3n__candidate *c = s->candidates;
-    double kept;
-    const int n = q3n__sampler_filter(s, max, &kept);
     double u = q3n__random_unit(&s->rng) * kept;
     for (int i = 0; i < n - 1; i++) {
         u -= c[i].v;
@@ -6790,23 +9504,434 @@ static int32_t q3n__sampler_draw(q3n_sampler *s, float max)
     return c[n - 1].id;
 }
 
-/* One random number is used for each token drawn, so that a text can be continued from its seed and
- * length.  If no logit is finite or +inf the answer is token 0. */
-Q3N_DEF int32_t q3n_sampler_sample(q3n_sampler *s, const float *logits)
+/* ---- Drafts ---- */
+#define Q3N__DRAFT_MAX 64
+
+/* A token proposed as the next one and what it was drawn from: 1 <= n tokens of the vocabulary,
+ * each once, and their probabilities, which sum to 1.  A point mass has n = 1, p = 1. */
+typedef struct {
+    int32_t id;
+    int     n;
+    int32_t ids[Q3N__DRAFT_MAX];
+    float   p[Q3N__DRAFT_MAX];
+} q3n__draft;
+
+static void q3n__draft_point(q3n__draft *d, int32_t id)   /* greedy or looked up */
 {
-    q3n__sampler_prepare(s, logits);
-    const float max = q3n__sampler_maxima(s);
-    int32_t id = 0;
-    if (max >= -FLT_MAX) {
-        if (s->o.temperature > 0.0f) id = q3n__sampler_draw(s, max);
-        else while (s->logits[id] != max) id++;
+    d->id = d->ids[0] = id;
+    d->n = 1;
+    d->p[0] = 1.0f;
+}
+
+/* Draw a draft from a draft model's logits [vocab] with the sampler's filters, of the
+ * Q3N__DRAFT_MAX largest: any distribution will do (see below), and top-k needs few exponentials.
+ * Greedy: the largest.  The window is left as it is, for the draft is not accepted yet. */
+static Q3N__UNUSED void q3n__sampler_draft(q3n_sampler *s, const float *logits, q3n__draft *d)
+{
+    const float *x = q3n__sampler_prepare(s, logits);
+    const float max = q3n__sampler_maxima(s, x);
+    if (s->o.temperature == 0.0f || max < -FLT_MAX) {
+        q3n__draft_point(d, q3n__sampler_best(s, x, max));
+        return;
+    }
+    const int k = s->o.top_k > 0 && s->o.top_k < Q3N__DRAFT_MAX ? s->o.top_k : Q3N__DRAFT_MAX;
+    double kept;
+    d->n = q3n__sampler_filter(s, x, max, k, &kept);
+    for (int i = 0; i < d->n; i++) {
+        d->ids[i] = s->candidates[i].id;
+        d->p[i] = (float)(s->candidates[i].v / kept);
+    }
+    d->id = q3n__sampler_draw(s, d->n, kept);
+}
+
+/* Leaves max(0, p - q) of the n candidates p, with q the draft's: returns how many are left and
+ * sets *kept to their sum.  p stays if rounding leaves none.  s->logits becomes q by token. */
+static int q3n__sampler_residual(q3n_sampler *s, int n, const q3n__draft *d, double *kept)
+{
+    q3n__candidate *c = s->candidates;
+    float *q = s->logits;
+    double sum = 0.0;
+    int n_left = 0;
+    for (int i = 0; i < n; i++) q[c[i].id] = 0.0f;
+    for (int i = 0; i < d->n; i++) q[d->ids[i]] = d->p[i];
+    for (int i = 0; i < n; i++) {
+        const float left = (float)(c[i].v - q[c[i].id] * *kept);
+        if (!(left > 0.0f)) continue;
+        sum += left;
+        c[n_left++] = (q3n__candidate){ left, c[i].id };
+    }
+    if (n_left == 0) return n;
+    *kept = sum;
+    return n_left;
+}
+
+/* Draw from the n candidates p, given a draft drawn from q ([SPEC]): it is kept with probability
+ * min(1, p / q), else a token is drawn from max(0, p - q) / (1 - a), a = sum min(p, q) being the
+ * probability that it is kept.  A token comes with min(p, q) + (1 - a) max(0, p - q) / (1 - a) = p,
+ * whatever q is.  The draft does not come back: u q >= p and u < 1 leave nothing of it. */
+static int32_t q3n__sampler_verify(q3n_sampler *s, int n, double kept, const q3n__draft *d)
+{
+    const q3n__candidate *c = s->candidates;
+    double p = 0.0, q = 0.0;   /* of the draft, times kept */
+    for (int i = 0; i < n; i++) if (c[i].id == d->id) p = c[i].v;
+    for (int i = 0; i < d->n; i++) if (d->ids[i] == d->id) q = d->p[i] * kept;
+    if (q3n__random_unit(&s->rng) * q < p) return d->id;
+    const int n_left = q3n__sampler_residual(s, n, d, &kept);
+    return q3n__sampler_draw(s, n_left, kept);
+}
+
+/* Choose the token that follows from the target's logits [vocab], given a draft or NULL, and
+ * remember it: it has the sampler's distribution, and the draft is accepted if it is d->id.
+ *
+ * One random number is used for each token drawn, so that a text can be continued from its seed and
+ * length.  That holds with a point mass: to keep it with probability p and to draw from the others
+ * otherwise is to draw from p, so it is not looked at and the text is the same as without.  Drafts
+ * from a distribution use more.  If no logit is finite or +inf the answer is token 0. */
+static int32_t q3n__sampler_choose(q3n_sampler *s, const float *logits, const q3n__draft *d)
+{
+    const float *x = q3n__sampler_prepare(s, logits);
+    const float max = q3n__sampler_maxima(s, x);
+    int32_t id;
+    if (s->o.temperature > 0.0f && max >= -FLT_MAX) {
+        double kept;
+        const int n = q3n__sampler_filter(s, x, max, s->o.top_k, &kept);
+        id = d && d->n > 1 ? q3n__sampler_verify(s, n, kept, d) : q3n__sampler_draw(s, n, kept);
+    } else {
+        id = q3n__sampler_best(s, x, max);
     }
     q3n_sampler_accept(s, id);
     return id;
 }
 
+Q3N_DEF int32_t q3n_sampler_sample(q3n_sampler *s, const float *logits)
+{
+    return q3n__sampler_choose(s, logits, NULL);
+}
+
 /* =====================================================================================
- * [15] QUANTISE                                                             >>quantise
+ * [18] SPECULATION                                                      >>speculation
+ *
+ * Several tokens a pass: drafts come from the model's MTP module or from the text itself, one pass
+ * of the trunk checks them, and what is rejected is forgotten like a cancelled call.  How many
+ * drafts a step tries is chosen from measured times and acceptance, none included.
+ * ===================================================================================== */
+typedef struct {
+    q3n__draft    draft[Q3N_MAX_DRAFT];
+    int           n;
+    q3n_speculate source;
+} q3n__drafts;
+
+/* ---- Drafts ---- */
+static int32_t q3n__largest_logit(const float *logits, int n)   /* the first of equals; no NaN */
+{
+    int32_t best = 0;
+    for (int i = 1; i < n; i++)
+        if (logits[i] > logits[best] || logits[best] != logits[best]) best = i;
+    return best;
+}
+
+/* The module's drafts behind token, which follows the text: the first from the trunk's rows, the
+ * others from the module's own output.  sampler NULL = the most probable.  Pages must reach n
+ * tokens beyond the text. */
+static void q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, q3n__draft *draft,
+                           int n)
+{
+    q3n__engine *e = s->engine;
+    const size_t d = (size_t)s->shape.hidden_size, V = (size_t)s->shape.vocab_size;
+    int32_t tokens[Q3N__MAX_HIDDEN];
+    const int rows = s->n_hidden;                       /* the last is about `token` */
+    q3n__session_copy_tokens(s, s->mtp_length, rows - 1, tokens);
+    tokens[rows - 1] = token;
+    const float *out = q3n__mtp_run(s, e, tokens, s->hidden, s->mtp_length, rows);
+    memmove(s->hidden, s->hidden + (size_t)(rows - 1) * d, d * sizeof(float));
+    s->n_hidden = 1;                                    /* the text's keys are there for good */
+    s->mtp_length = s->work_mtp = s->length;
+    for (int i = 0; i < n; i++) {
+        float *logits = s->draft_logits + (size_t)i * V;
+        memcpy(s->draft_hidden, out, d * sizeof(float));
+        q3n__logits(&e->run, s->draft_hidden, 1, logits);
+        if (sampler) q3n__sampler_draft(sampler, logits, &draft[i]);
+        else         q3n__draft_point(&draft[i], q3n__largest_logit(logits, s->shape.vocab_size));
+        if (i + 1 < n)
+            out = q3n__mtp_run(s, e, &draft[i].id, s->draft_hidden, s->length + 1 + i, 1);
+    }
+}
+
+/* Tokens of context that a looked-up draft must share with the end of the text, and the most that
+ * are compared; how far back is looked. */
+#define Q3N__LOOKUP_LEAST 2
+#define Q3N__LOOKUP_MOST  8
+#define Q3N__LOOKUP_SPAN  65536
+
+static int32_t q3n__text_at(const q3n_session *s, int32_t token, int i)   /* token ends the text */
+{
+    return i == s->length ? token
+                          : s->state.kv.page[i / Q3N__KV_BLOCK]->tokens[i % Q3N__KV_BLOCK];
+}
+
+/* What followed the longest earlier match of the text's end, the latest of equals; returns how
+ * many of draft [n] there are. */
+static int q3n__draft_lookup(const q3n_session *s, int32_t token, q3n__draft *draft, int n)
+{
+    int best = Q3N__LOOKUP_LEAST - 1, best_at = -1, found = 0;
+    const int stop = s->length > Q3N__LOOKUP_SPAN ? s->length - Q3N__LOOKUP_SPAN : 0;
+    for (int at = s->length - 1; at >= stop && best < Q3N__LOOKUP_MOST; at--) {
+        if (q3n__text_at(s, token, at) != token) continue;
+        int same = 1;
+        while (same < Q3N__LOOKUP_MOST && same <= at
+               && q3n__text_at(s, token, at - same) == q3n__text_at(s, token, s->length - same))
+            same++;
+        if (same > best) {
+            best = same;
+            best_at = at;
+        }
+    }
+    if (best_at < 0) return 0;
+    for (int i = best_at + 1; found < n && i <= s->length; i++)
+        q3n__draft_point(&draft[found++], q3n__text_at(s, token, i));
+    return found;
+}
+
+/* ---- How many drafts ---- */
+
+/* A step with n drafts, in microseconds.  One that was never tried is guessed low, and so tried. */
+static double q3n__step_cost(const q3n_session *s, int n)
+{
+    int known = n;
+    while (known > 0 && s->step_cost[known] == 0.0) known--;
+    return s->step_cost[known] * (1.0 + 0.1 * (n - known));
+}
+
+/* Tokens a microsecond with the best number of drafts, at most `most`, of a source; *n is it. */
+static double q3n__best_length(const q3n_session *s, q3n_speculate source, int most, int *n)
+{
+    double tokens = 1.0, p = 1.0, draft = 0.0, best = 1.0 / q3n__step_cost(s, 0);
+    *n = 0;
+    for (int k = 1; k <= most; k++) {
+        p *= s->acceptance[source].accept[k - 1];
+        tokens += p;
+        if (source == Q3N_SPECULATE_MTP) draft += s->draft_cost[k > 1];
+        const double rate = tokens / (q3n__step_cost(s, k) + draft);
+        if (rate <= best) continue;
+        best = rate;
+        *n = k;
+    }
+    return best;
+}
+
+/* Steps without drafts in a row before some are tried again; each failure doubles it. */
+#define Q3N__PROBE_GAP   32
+#define Q3N__PROBE_MOST  1024
+#define Q3N__PROBE_STEPS 3
+
+/* Now and then a draft is made where none seems to pay: texts change. */
+static int q3n__probe(q3n_session *s)
+{
+    if (s->probe_left > 0) {
+        s->probe_left--;
+        return 1;
+    }
+    if (++s->probe_wait < s->probe_gap) return 0;
+    s->probe_wait = 0;
+    s->probe_left = Q3N__PROBE_STEPS - 1;
+    if (s->probe_gap < Q3N__PROBE_MOST) s->probe_gap *= 2;
+    return 1;
+}
+
+/* Choose source and number of drafts: at most `most`, fixed by the options or by what pays. */
+static void q3n__drafts_plan(q3n_session *s, int32_t token, int most, q3n__drafts *plan)
+{
+    const q3n_speculate want = s->options.speculate;
+    q3n__drafts *p = plan;
+    p->n = 0;
+    p->source = Q3N_SPECULATE_LOOKUP;
+    if (most < 1) return;
+    const int fixed = s->options.draft, mtp = s->shape.has_mtp && s->n_hidden > 0;
+    if (want != Q3N_SPECULATE_MTP)
+        p->n = q3n__draft_lookup(s, token, p->draft, fixed && fixed < most ? fixed : most);
+    if (fixed) {
+        if (p->n > 0 || !mtp) return;
+        p->n = fixed < most ? fixed : most;
+        p->source = Q3N_SPECULATE_MTP;
+        return;
+    }
+    if (s->spec.n_steps < 2) p->n = most = 0;           /* what a plain step costs comes first */
+    if (most < 1) return;
+    int by_lookup = 0, by_mtp = 0;
+    const int found = p->n;
+    const double lookup = q3n__best_length(s, Q3N_SPECULATE_LOOKUP, found, &by_lookup);
+    const double module = mtp ? q3n__best_length(s, Q3N_SPECULATE_MTP, most, &by_mtp) : 0.0;
+    p->n = by_lookup;
+    if (by_mtp > 0 && module > lookup) {
+        p->n = by_mtp;
+        p->source = Q3N_SPECULATE_MTP;
+    }
+    if (p->n > 0) {
+        s->probe_wait = s->probe_left = 0;
+        s->probe_gap = Q3N__PROBE_GAP;
+    } else if ((found > 0 || mtp) && q3n__probe(s)) {
+        p->n = 1;
+        p->source = found > 0 ? Q3N_SPECULATE_LOOKUP : Q3N_SPECULATE_MTP;
+    }
+}
+
+/* What a step of n drafts, of which `right` were accepted, teaches. */
+static void q3n__drafts_learn(q3n_session *s, const q3n__drafts *p, int right)
+{
+    q3n__acceptance *a = &s->acceptance[p->source];
+    for (int i = 0; i < p->n && i <= right; i++) {
+        if (a->weight[i] < 24.0) a->weight[i] += 1.0;
+        a->accept[i] += ((i < right) - a->accept[i]) / a->weight[i];
+    }
+    s->spec.n_drafted += p->n;
+    s->spec.n_accepted += right;
+}
+
+static void q3n__speculation_reset(q3n_session *s)
+{
+    memset(&s->spec, 0, sizeof s->spec);
+    s->probe_gap = Q3N__PROBE_GAP;
+    for (int i = 0; i < Q3N_SPECULATE_COUNT; i++)
+        for (int k = 0; k < Q3N_MAX_DRAFT; k++) {
+            s->acceptance[i].accept[k] = 0.6;
+            s->acceptance[i].weight[k] = 1.0;
+        }
+}
+
+/* ---- A step ---- */
+
+/* Make the drafts that the plan wants and put token and drafts into tokens; returns the rows. */
+static int q3n__drafts_make(q3n_session *s, q3n_sampler *sampler, q3n__drafts *p, int32_t *tokens)
+{
+    const int64_t start = q3n__now();
+    const int rows = s->n_hidden;
+    if (p->n > 0 && p->source == Q3N_SPECULATE_MTP) {
+        q3n__draft_mtp(s, sampler, tokens[0], p->draft, p->n);
+        const double us = (double)(q3n__now() - start);
+        if (p->n == 1 && rows <= 4)
+            q3n__cost_learn(&s->draft_cost[0], us);
+        else if (p->n > 1 && s->draft_cost[0] > 0.0)
+            q3n__cost_learn(&s->draft_cost[1], us > s->draft_cost[0] ? (us - s->draft_cost[0])
+                                                                        / (p->n - 1) : 1.0);
+    }
+    for (int i = 0; i < p->n; i++) {
+        if (q3n_model_is_eos(s->model, p->draft[i].id)) p->n = i;
+        else tokens[1 + i] = p->draft[i].id;
+    }
+    return 1 + p->n;
+}
+
+/* Choose from the rows' logits until a draft is wrong or the text ends; returns how many tokens
+ * were chosen. */
+static int q3n__drafts_choose(q3n_session *s, q3n_sampler *sampler, const q3n__drafts *p,
+                              const float *logits, int32_t *tokens)
+{
+    const size_t V = (size_t)s->shape.vocab_size;
+    for (int i = 0;; i++) {
+        tokens[i] = q3n__sampler_choose(sampler, logits + (size_t)i * V,
+                                        i < p->n ? &p->draft[i] : NULL);
+        if (i == p->n || tokens[i] != p->draft[i].id || q3n_model_is_eos(s->model, tokens[i]))
+            return i + 1;
+    }
+}
+
+/* The pass over token and drafts, the choice, and the commit of what was right. */
+static q3n_result q3n__step(q3n_session *s, q3n_sampler *sampler, const int32_t *rows,
+                            q3n__drafts *p, int32_t *tokens, int *n)
+{
+    q3n__engine *e = s->engine;
+    const size_t d = (size_t)s->shape.hidden_size;
+    const int with_mtp = p->n > 0 && p->source == Q3N_SPECULATE_MTP, before = s->length;
+    const int64_t start = q3n__now();
+    if (s->n_hidden + p->n + 1 > Q3N__MAX_HIDDEN) {
+        q3n__mtp_flush(s, e);
+        s->work_mtp = s->mtp_length;
+    }
+    const q3n__part part = { s, rows, p->n + 1, 1 };
+    if (q3n__engine_pass(e, &part, 1) != Q3N_OK) return q3n__cancelled(e, &s->error);
+    float *logits = p->n > 0 ? s->draft_logits : s->logits;
+    q3n__logits(&e->run, q3n__engine_rows(e), p->n + 1, logits);
+    *n = q3n__drafts_choose(s, sampler, p, logits, tokens);
+    memcpy(s->work_hidden, q3n__engine_rows(e) + (size_t)(*n - 1) * d, d * sizeof(float));
+    q3n__session_commit(s, e, *n);
+    s->has_logits = p->n == 0;
+    if (with_mtp) {                                     /* the module has seen `token` already */
+        s->n_hidden--;
+        s->mtp_length = before + 1;
+        memmove(s->hidden, s->hidden + d, (size_t)s->n_hidden * d * sizeof(float));
+    }
+    q3n__cost_learn(&s->step_cost[p->n], (double)(q3n__now() - start));
+    return Q3N_OK;
+}
+
+static int q3n__most_drafts(const q3n_session *s, int max)
+{
+    int most = Q3N_MAX_DRAFT;
+    if (s->options.speculate == Q3N_SPECULATE_OFF || s->counts) return 0;
+    if (most > max - 1) most = max - 1;
+    if (most > s->options.capacity - s->length - 1) most = s->options.capacity - s->length - 1;
+    if (most > s->engine->options.batch - 1) most = s->engine->options.batch - 1;
+    return most;
+}
+
+static q3n_result q3n__session_next(q3n_session *s, q3n_sampler *sampler, int32_t token,
+                                    int32_t *tokens, int max, int *n)
+{
+    q3n_result r = q3n__check_causal(s);
+    if (r == Q3N_OK) r = q3n__session_check(s, &token, 1, s->length);
+    if (r == Q3N_OK) r = q3n__check_head(s, 1);
+    if (r != Q3N_OK) return r;
+    const int before = s->length, every = s->options.snapshot_every;
+    int32_t rows[Q3N_MAX_DRAFT + 1] = { token };
+    q3n__drafts plan;
+    q3n__drafts_plan(s, token, q3n__most_drafts(s, max), &plan);
+    q3n__session_begin(s, s->engine);
+    r = q3n__session_reserve(s, s->engine, s->length, s->length + 1 + plan.n);
+    if (r == Q3N_OK) {
+        q3n__drafts_make(s, sampler, &plan, rows);
+        r = q3n__step(s, sampler, rows, &plan, tokens, n);
+    }
+    if (r != Q3N_OK) {
+        q3n__session_rollback(s);
+        return r;
+    }
+    q3n__drafts_learn(s, &plan, *n - 1);
+    s->spec.draft = plan.n;
+    s->spec.n_steps++;
+    s->spec.n_tokens += *n;
+    if (s->cache && every > 0 && s->length / every != before / every)
+        q3n__session_put(s, s->engine, 0, 0);
+    return Q3N_OK;
+}
+
+static q3n_result q3n__session_draft(q3n_session *s, int32_t token, int32_t *drafts, int n,
+                                     float *logits)
+{
+    q3n__draft draft[Q3N_MAX_DRAFT];
+    if (!s->shape.has_mtp || s->length == 0 || n < 1 || n > Q3N_MAX_DRAFT)
+        return q3n__fail(&s->error, s->shape.has_mtp ? Q3N_ERR_ARG : Q3N_ERR_UNSUPPORTED, -1,
+                         "%d drafts behind %d tokens: expected 1 .. %d behind at least one, of a "
+                         "model with an MTP module and a session that speculates with it", n,
+                         s->length, Q3N_MAX_DRAFT);
+    q3n_result r = q3n__session_check(s, &token, 1, s->length);
+    if (r == Q3N_OK && n > s->options.capacity - s->length)
+        r = q3n__fail(&s->error, Q3N_ERR_FULL, -1, "%d drafts after %d tokens do not fit a session "
+                      "of %d", n, s->length, s->options.capacity);
+    if (r != Q3N_OK) return r;
+    q3n__session_begin(s, s->engine);
+    r = q3n__session_reserve(s, s->engine, s->length, s->length + n);
+    if (r == Q3N_OK) {
+        q3n__draft_mtp(s, NULL, token, draft, n);
+        for (int i = 0; i < n; i++) drafts[i] = draft[i].id;
+        if (logits)
+            memcpy(logits, s->draft_logits, (size_t)s->shape.vocab_size * sizeof *logits);
+    }
+    q3n__session_rollback(s);
+    return r;
+}
+
+/* =====================================================================================
+ * [19] QUANTISE                                                            >>quantise
  *
  * Rows of floats to the bytes that a file holds, in any type.  The bytes depend on the weights
  * alone: float arithmetic in a fixed order, the same on every machine and for every split of the
@@ -7180,7 +10305,7 @@ Q3N_DEF q3n_result q3n_quantize_rows(q3n_type type, const q3n_rows *rows, void *
 }
 
 /* =====================================================================================
- * [16] WRITER                                                                >>writer
+ * [20] WRITER                                                                >>writer
  *
  * Makes model files as a stream, or in memory.  The tensor plan and a choice of types fix the whole
  * layout before the first byte, so every byte is written once and in order; only the checksums are
@@ -7878,7 +11003,7 @@ Q3N_DEF q3n_result q3n_quantize_file(const char *path, const q3n_model *in,
 }
 
 /* =====================================================================================
- * [17] RANDOM WEIGHTS                                                        >>random
+ * [21] RANDOM WEIGHTS                                                        >>random
  *
  * Models of any geometry without a checkpoint, for tests and measurements.  A weight depends on the
  * seed, its tensor's name and its place alone, so pieces can be made in any order.
@@ -8194,7 +11319,7 @@ Q3N_DEF q3n_result q3n_init_memory(void *data, size_t bytes, const q3n_config *c
 }
 
 /* =====================================================================================
- * [18] PUBLIC                                                                >>public
+ * [22] PUBLIC                                                                >>public
  *
  * Public functions of models and sessions: check, delegate.
  * ===================================================================================== */
@@ -8352,18 +11477,43 @@ Q3N_DEF void q3n_model_stats_get(const q3n_model *m, q3n_model_stats *out)
 }
 
 /* ---- Sessions ---- */
+static size_t q3n__with_head(size_t bytes)   /* what q3n__alloc asks of the allocator */
+{
+    return bytes + Q3N__ALIGN + sizeof(q3n__block_head);
+}
+
 Q3N_DEF size_t q3n_session_bytes(const q3n_model *m, const q3n_session_options *o,
                                  q3n_session_memory *memory)
 {
     q3n_session s;
+    q3n__engine e;
     q3n_session_memory parts;
-    memset(&parts, 0, sizeof parts);
-    size_t bytes = q3n__session_measure(m, o, &s, &parts, NULL), total = 0;
-    if (bytes && !q3n__add_size(bytes, Q3N__ALIGN + sizeof(q3n__block_head), &total)) total = 0;
-    parts.total = total;
-    parts.other = total - parts.kv_cache - parts.delta_state - parts.conv_state - parts.scratch;
-    if (memory && total) *memory = parts;
-    return total;
+    const size_t bytes = q3n__session_measure(m, o, &s, &e, &parts, NULL);
+    if (bytes == 0) return 0;
+    const int room = s.options.shared ? 0 : q3n__split_room(&e, s.n_blocks);
+    const size_t split = room ? q3n__with_head(q3n__split_bytes(&e, room)) : 0;
+    parts.page = q3n__with_head(s.shape.page_bytes);
+    parts.snapshot = q3n__with_head(q3n__snapshot_measure(&s.shape, s.options.snapshot_type,
+                                                          s.options.capacity));
+    parts.initial = q3n__with_head(bytes);
+    if (!q3n__mul_size(parts.page, (size_t)s.n_blocks, &parts.kv_cache)
+        || !q3n__add_size(parts.initial + split, parts.kv_cache, &parts.total)) return 0;
+    parts.other = parts.initial - parts.delta_state - parts.conv_state - parts.scratch;
+    parts.scratch += split;
+    if (memory) *memory = parts;
+    return parts.total;
+}
+
+static q3n_result q3n__session_open_cache(q3n_session *s, q3n_error *err)
+{
+    s->cache = s->options.cache;
+    if (s->cache || s->options.snapshot_bytes == 0) return Q3N_OK;
+    q3n_cache_options o;
+    memset(&o, 0, sizeof o);
+    o.max_bytes = s->options.snapshot_bytes;
+    const q3n_result r = q3n_cache_create(&s->own_cache, s->model, &o, err);
+    s->cache = s->own_cache;
+    return r;
 }
 
 Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
@@ -8372,27 +11522,37 @@ Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
     if (!out || !m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model, or no place for the session");
     *out = NULL;
     q3n_session measured;
+    q3n__engine engine, *own = NULL;
+    q3n_session_memory memory;
     q3n_error why = { Q3N_ERR_ARG, -1, "" };
-    const size_t bytes = q3n__session_measure(m, o, &measured, NULL, &why);
+    const size_t bytes = q3n__session_measure(m, o, &measured, &engine, &memory, &why);
     if (bytes == 0) return q3n__fail(err, why.code, -1, "%s", why.message);
     q3n__arena arena = { (uint8_t *)q3n__alloc(&m->allocator, bytes), 0, 0 };
     if (!arena.base)
         return q3n__fail(err, Q3N_ERR_MEMORY, -1,
                          "no memory for a session of %zu bytes (%d tokens): make "
-                         "capacity or batch smaller",
-                         bytes, measured.options.capacity);
+                         "capacity or batch smaller", bytes, measured.options.capacity);
     q3n_session *s = (q3n_session *)q3n__arena_take(&arena, 1, sizeof *s);
     *s = measured;
-    q3n__session_layout(&arena, s, NULL);
-    const q3n_isa max = s->options.scalar_only ? Q3N_ISA_SCALAR
-                      : s->options.max_isa == Q3N_ISA_SCALAR ? q3n_isa_best() : s->options.max_isa;
-    s->isa = q3n__kernels_init(&s->kernels, max);
-    s->run.model = m;
-    s->run.k = &s->kernels;
-    s->run.pool = &s->pool;
+    if (!s->options.shared) {
+        own = (q3n__engine *)q3n__arena_take(&arena, 1, sizeof *own);
+        *own = engine;
+    }
+    q3n__session_layout(&arena, s, own, &memory);
+    if (!own) {
+        s->engine = q3n__batch_engine(s->options.shared);
+        s->options.batch = s->engine->options.batch;
+        s->options.n_threads = s->engine->options.n_threads;
+    }
+    memset(s->state.kv.page, 0, (size_t)s->n_blocks * sizeof *s->state.kv.page);
+    memset(s->owned, 0, (size_t)s->n_blocks);
     q3n__session_clear(s);
-    const q3n_result r = q3n__pool_open(&s->pool, s->options.n_threads, &s->options.executor,
-                                        s->pool.threads, err);
+    q3n__speculation_reset(s);
+    q3n_result r = own ? q3n__engine_open(own, err) : Q3N_OK;
+    if (r == Q3N_OK) {
+        r = q3n__session_open_cache(s, err);
+        if (r != Q3N_OK && own) q3n__engine_close(own);
+    }
     if (r != Q3N_OK) {
         q3n__free(&m->allocator, s);
         return r;
@@ -8404,7 +11564,9 @@ Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
 Q3N_DEF void q3n_session_destroy(q3n_session *s)
 {
     if (!s) return;
-    q3n__pool_close(&s->pool);
+    if (!s->options.shared) q3n__engine_close(s->engine);
+    q3n__session_drop(s, s->state.kv.page);
+    q3n_cache_destroy(s->own_cache);
     q3n__free(&s->model->allocator, s);
 }
 
@@ -8427,23 +11589,251 @@ Q3N_DEF q3n_result q3n_session_classify(q3n_session *s, const int32_t *tokens, i
     return q3n__session_classify(s, tokens, n, scores);
 }
 
-Q3N_DEF int     q3n_session_length(const q3n_session *s)    { return s->state.length; }
+Q3N_DEF q3n_result q3n_session_logits(q3n_session *s, float *logits)
+{
+    if (!logits || s->length == 0)
+        return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no place for the logits, or no token yet");
+    const q3n_result r = q3n__check_head(s, 1);
+    if (r != Q3N_OK) return r;
+    memcpy(logits, q3n__session_last_logits(s), (size_t)s->shape.vocab_size * sizeof *logits);
+    return Q3N_OK;
+}
+
+Q3N_DEF q3n_result q3n_session_tokens(const q3n_session *s, int first, int n, int32_t *tokens)
+{
+    if (first < 0 || n < 0 || first > s->length || n > s->length - first || (n > 0 && !tokens))
+        return Q3N_ERR_ARG;
+    q3n__session_copy_tokens(s, first, n, tokens);
+    return Q3N_OK;
+}
+
+Q3N_DEF void q3n_session_cancel(q3n_session *s, int on)
+{
+    q3n__atomic_store(&s->engine->cancel, on != 0);
+}
+
+Q3N_DEF int     q3n_session_length(const q3n_session *s)    { return s->length; }
 Q3N_DEF int     q3n_session_capacity(const q3n_session *s)  { return s->options.capacity; }
 Q3N_DEF int     q3n_session_n_threads(const q3n_session *s) { return s->options.n_threads; }
-Q3N_DEF q3n_isa q3n_session_isa(const q3n_session *s)       { return s->isa; }
+Q3N_DEF q3n_isa q3n_session_isa(const q3n_session *s)       { return s->engine->isa; }
 Q3N_DEF void    q3n_session_reset(q3n_session *s)           { q3n__session_clear(s); }
 Q3N_DEF const q3n_error *q3n_session_error(const q3n_session *s) { return &s->error; }
 
 Q3N_DEF const int64_t *q3n_session_expert_counts(const q3n_session *s, int l)
 {
     const q3n_config *c = &s->model->config;
-    if (!s->state.expert_counts || l < 0 || l >= c->num_hidden_layers || !c->layer_experts[l])
-        return NULL;
-    return s->state.expert_counts + (size_t)l * (size_t)c->num_experts;
+    if (!s->counts || l < 0 || l >= c->num_hidden_layers || !c->layer_experts[l]) return NULL;
+    return s->counts + (size_t)l * (size_t)c->num_experts;
+}
+
+/* ---- Going back, copies ---- */
+Q3N_DEF q3n_result q3n_session_snapshot(q3n_session *s, q3n_snapshot **out)
+{
+    if (!out) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no place for the snapshot");
+    *out = NULL;
+    const q3n_result r = q3n__check_causal(s);
+    if (r != Q3N_OK) return r;
+    *out = q3n__session_take(s, s->engine, 0);
+    if (*out) return Q3N_OK;
+    return q3n__fail(&s->error, Q3N_ERR_MEMORY, -1, "no memory for a snapshot of %zu bytes",
+                     q3n__snapshot_measure(&s->shape, s->options.snapshot_type, s->length));
+}
+
+Q3N_DEF int    q3n_snapshot_length(const q3n_snapshot *snap) { return snap->length; }
+Q3N_DEF size_t q3n_snapshot_bytes(const q3n_snapshot *snap)  { return q3n__with_head(snap->bytes); }
+Q3N_DEF void   q3n_snapshot_free(q3n_snapshot *snap)         { q3n__snapshot_release(snap); }
+
+Q3N_DEF q3n_result q3n_session_restore(q3n_session *s, const q3n_snapshot *snap)
+{
+    if (!snap) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no snapshot");
+    return q3n__session_restore(s, snap);
+}
+
+Q3N_DEF q3n_result q3n_session_fork(q3n_session **out, q3n_session *s,
+                                    const q3n_session_options *o, q3n_error *err)
+{
+    if (!out || !s) return q3n__fail(err, Q3N_ERR_ARG, -1, "no session, or no place for the new one");
+    *out = NULL;
+    q3n_snapshot *snap = NULL;
+    q3n_result r = q3n_session_snapshot(s, &snap);
+    if (r != Q3N_OK) return q3n__fail(err, r, -1, "%s", s->error.message);
+    r = q3n_session_create(out, s->model, o ? o : &s->options, err);
+    if (r == Q3N_OK) {
+        r = q3n__session_restore(*out, snap);
+        if (r != Q3N_OK) {
+            q3n__fail(err, r, -1, "%s", (*out)->error.message);
+            q3n_session_destroy(*out);
+            *out = NULL;
+        }
+    }
+    q3n_snapshot_free(snap);
+    return r;
+}
+
+Q3N_DEF q3n_result q3n_session_rewind(q3n_session *s, int length)
+{
+    return q3n__session_rewind(s, length);
+}
+
+Q3N_DEF q3n_result q3n_session_keep(q3n_session *s)
+{
+    const q3n_result r = q3n__check_causal(s);
+    if (r != Q3N_OK || q3n__session_put(s, s->engine, 0, 1)) return r;
+    return q3n__fail(&s->error, Q3N_ERR_MEMORY, -1, "no memory for a snapshot");
+}
+
+Q3N_DEF q3n_result q3n_session_feed(q3n_session *s, const int32_t *tokens, int n, float *logits,
+                                    int *n_reused)
+{
+    const q3n_result r = q3n__session_feed(s, tokens, n, logits, 0, n_reused);
+    if (r == Q3N_OK) q3n__session_put(s, s->engine, 0, 1);   /* without memory: not kept */
+    return r;
+}
+
+Q3N_DEF q3n_result q3n_session_reuse(q3n_session *s, const int32_t *tokens, int n, int *n_reused)
+{
+    return q3n__session_feed(s, tokens, n, NULL, 1, n_reused);
+}
+
+/* ---- Session files ---- */
+static q3n_result q3n__session_load_from(q3n_session *s, const q3n_source *source, const char *path)
+{
+    q3n_snapshot *snap = NULL;
+    q3n_result r = q3n__check_causal(s);
+    if (r != Q3N_OK) return r;
+    r = path ? q3n__snapshot_open(&snap, s->model, &s->shape, s->options.capacity, path, &s->error)
+             : q3n__snapshot_read(&snap, s->model, &s->shape, s->options.capacity, source,
+                                  &s->error);
+    if (r == Q3N_OK) r = q3n__session_restore(s, snap);
+    q3n__snapshot_release(snap);
+    return r;
+}
+
+static q3n_result q3n__session_save_to(q3n_session *s, const q3n_sink *sink, const char *path)
+{
+    q3n_snapshot *snap = NULL;
+    q3n_result r = q3n_session_snapshot(s, &snap);
+    if (r != Q3N_OK) return r;
+    r = path ? q3n__snapshot_save(snap, path, &s->error)
+             : q3n__snapshot_write(snap, sink, &s->error);
+    q3n__snapshot_release(snap);
+    return r;
+}
+
+Q3N_DEF q3n_result q3n_session_save(q3n_session *s, const char *path)
+{
+    if (!path) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no path");
+    return q3n__session_save_to(s, NULL, path);
+}
+
+Q3N_DEF q3n_result q3n_session_save_to(q3n_session *s, const q3n_sink *sink)
+{
+    if (!sink || !sink->write) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no sink");
+    return q3n__session_save_to(s, sink, NULL);
+}
+
+Q3N_DEF q3n_result q3n_session_load(q3n_session *s, const char *path)
+{
+    if (!path) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no path");
+    return q3n__session_load_from(s, NULL, path);
+}
+
+Q3N_DEF q3n_result q3n_session_load_from(q3n_session *s, const q3n_source *source)
+{
+    if (!source || !source->read) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no source");
+    return q3n__session_load_from(s, source, NULL);
+}
+
+/* ---- Batches ---- */
+
+/* Rows of logits that a batch computes at once. */
+#define Q3N__LOGIT_ROWS 16
+
+Q3N_DEF q3n_result q3n_batch_create(q3n_batch **out, const q3n_model *m,
+                                    const q3n_session_options *o, q3n_error *err)
+{
+    if (!out || !m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model, or no place for the batch");
+    *out = NULL;
+    q3n_session_options options;
+    q3n_result r = q3n__session_options_set(m, o, &options, err);
+    if (r != Q3N_OK) return r;
+    q3n_batch measured;
+    memset(&measured, 0, sizeof measured);
+    q3n__engine_set(&measured.engine, m, &options, m->config.num_mtp_layers > 0);
+    measured.engine.logit_rows = options.batch < Q3N__LOGIT_ROWS ? options.batch : Q3N__LOGIT_ROWS;
+    q3n__arena a = { NULL, 0, 0 };
+    q3n_batch *b = &measured;
+    for (int pass = 0; pass < 2; pass++) {
+        size_t threads;
+        q3n__arena_take(&a, 1, sizeof *b);
+        b->parts = (q3n__part *)q3n__arena_take(&a, (size_t)options.batch, sizeof *b->parts);
+        q3n__engine_layout(&a, &b->engine, &threads);
+        if (pass == 1) break;
+        uint8_t *memory = a.overflow ? NULL : (uint8_t *)q3n__alloc(&m->allocator, a.used);
+        if (!memory)
+            return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a batch of %d tokens, %zu "
+                             "bytes", options.batch, a.used);
+        a = (q3n__arena){ memory, 0, 0 };
+        b = (q3n_batch *)(void *)memory;
+        *b = measured;
+    }
+    r = q3n__engine_open(&b->engine, err);
+    if (r != Q3N_OK) {
+        q3n__free(&m->allocator, b);
+        return r;
+    }
+    *out = b;
+    return Q3N_OK;
+}
+
+Q3N_DEF void q3n_batch_destroy(q3n_batch *b)
+{
+    if (!b) return;
+    q3n__engine_close(&b->engine);
+    q3n__free(&b->engine.model->allocator, b);
+}
+
+Q3N_DEF q3n_result q3n_batch_eval(q3n_batch *b, q3n_batch_item *items, int n_items,
+                                  const q3n_limit *limit)
+{
+    const q3n_limit none = { 0, 0 };
+    if (n_items < 0 || (n_items > 0 && !items) || (limit && limit->max_tokens < 0))
+        return q3n__fail(&b->error, Q3N_ERR_ARG, -1, "%d items, at most %d tokens: out of range",
+                         n_items, limit ? limit->max_tokens : 0);
+    return q3n__batch_eval(b, items, n_items, limit ? limit : &none);
+}
+
+Q3N_DEF void q3n_batch_cancel(q3n_batch *b, int on)
+{
+    q3n__atomic_store(&b->engine.cancel, on != 0);
+}
+
+Q3N_DEF const q3n_error *q3n_batch_error(const q3n_batch *b) { return &b->error; }
+
+/* ---- Drafts ---- */
+Q3N_DEF q3n_result q3n_session_next(q3n_session *s, q3n_sampler *sampler, int32_t token,
+                                    int32_t *tokens, int max, int *n)
+{
+    if (!sampler || !tokens || !n || max < 1)
+        return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no sampler, or no place for a token");
+    *n = 0;
+    return q3n__session_next(s, sampler, token, tokens, max, n);
+}
+
+Q3N_DEF q3n_result q3n_session_draft(q3n_session *s, int32_t token, int32_t *drafts, int n,
+                                     float *logits)
+{
+    if (!drafts) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no place for the drafts");
+    return q3n__session_draft(s, token, drafts, n, logits);
+}
+
+Q3N_DEF void q3n_session_speculation(const q3n_session *s, q3n_speculation *out)
+{
+    *out = s->spec;
 }
 
 /* =====================================================================================
- * [19] KERNELS, SCALAR: the definition                               >>kernels-scalar
+ * [23] KERNELS, SCALAR: the definition                               >>kernels-scalar
  *
  * Written from the equations; every other ISA is tested against these.
  * ===================================================================================== */
@@ -8660,16 +12050,18 @@ static void q3n__delta_scalar(const q3n__delta *h)
         const float *v = h->v + (size_t)t * (size_t)h->v_stride;
         const float beta  = h->beta[(size_t)t * (size_t)h->gb_stride];
         const float decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
+        const float *S = t == 0 ? h->S : h->S_out;
         for (int j = h->col0; j < h->col1; j++) {
-            float *S = h->S + j, read = 0.0f, o = 0.0f;
-            for (int i = 0; i < h->dk; i++) read += S[(size_t)i * (size_t)h->dv] * k[i];
+            float read = 0.0f, o = 0.0f;
+            for (int i = 0; i < h->dk; i++) read += S[(size_t)i * (size_t)h->dv + (size_t)j] * k[i];
             const float d = beta * (v[j] - decay * read);
             for (int i = 0; i < h->dk; i++) {
-                float *s = S + (size_t)i * (size_t)h->dv;
-                *s = decay * *s + k[i] * d;
-                o += *s * q[i];
+                const size_t at = (size_t)i * (size_t)h->dv + (size_t)j;
+                const float s = decay * S[at] + k[i] * d;
+                h->S_out[at] = s;
+                o += s * q[i];
             }
-            h->o[(size_t)t * (size_t)h->o_stride + (size_t)j] = o;
+            if (h->o) h->o[(size_t)t * (size_t)h->o_stride + (size_t)j] = o;
         }
     }
 }
@@ -8679,9 +12071,10 @@ static float q3n__silu(float x) { return x / (1.0f + expf(-x)); }
 static void q3n__conv_scalar(const q3n__conv *c)
 {
     const int back = c->width - 1;
-    for (int ch = c->c0; ch < c->c1; ch++) {
+    for (int ch = c->c0; ch < c->c1 && c->n > 0; ch++) {
         float u[16];                                   /* width <= 16 (Q3N_CONFIG_LIST) */
-        float *state = c->state + ch;
+        const float *state = c->state + ch;
+        float *state_out = c->state_out + ch;
         for (int j = 0; j < back; j++) u[j] = state[(size_t)j * (size_t)c->n_channels];
         for (int t = 0; t < c->n; t++) {
             u[back] = c->x[(size_t)t * (size_t)c->x_stride + (size_t)ch];
@@ -8691,7 +12084,7 @@ static void q3n__conv_scalar(const q3n__conv *c)
             c->y[(size_t)t * (size_t)c->y_stride + (size_t)ch] = q3n__silu(s);
             for (int j = 0; j < back; j++) u[j] = u[j + 1];
         }
-        for (int j = 0; j < back; j++) state[(size_t)j * (size_t)c->n_channels] = u[j];
+        for (int j = 0; j < back; j++) state_out[(size_t)j * (size_t)c->n_channels] = u[j];
     }
 }
 
@@ -8762,7 +12155,7 @@ static void q3n__bind_scalar(q3n__kernels *k)
 }
 
 /* =====================================================================================
- * [20] KERNELS, AVX2                                                   >>kernels-avx2
+ * [24] KERNELS, AVX2                                                   >>kernels-avx2
  *
  * How all three ISA sections work.  An element of a product has one accumulator vector that walks
  * the columns in steps of one vector; a shorter last step reads zeros behind the end; then one
@@ -8837,12 +12230,13 @@ static Q3N__UNUSED const float *q3n__conv_input(const q3n__conv *c, int i)
                     : c->x + (size_t)(i - back) * (size_t)c->x_stride;
 }
 
-/* The state becomes the last width - 1 rows of the input. */
+/* The new state is the last width - 1 rows of the input.  In place a row comes from one behind it
+ * that is not written yet. */
 static Q3N__UNUSED void q3n__conv_shift(const q3n__conv *c)
 {
     if (c->n < 1 || c->c1 <= c->c0) return;
     for (int j = 0; j < c->width - 1; j++)
-        memcpy(c->state + (size_t)j * (size_t)c->n_channels + c->c0,
+        memcpy(c->state_out + (size_t)j * (size_t)c->n_channels + c->c0,
                q3n__conv_input(c, c->n + j) + c->c0, (size_t)(c->c1 - c->c0) * sizeof(float));
 }
 
@@ -9196,10 +12590,11 @@ static void q3n__attend_q8_avx2(const q3n__attend *a)
 
 /* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
 typedef struct {
-    float *S;                    /* the block's first column                                     */
-    size_t stride;
-    int    dk, n;                /* n columns are real if V is 1                                 */
-    __m256 d[8], o[8], read[8];
+    const float *from;           /* the block's first column where the token reads the state ... */
+    float       *S;              /* ... and where it writes it; the same behind the first token  */
+    size_t       stride;
+    int          dk, n;          /* n columns are real if V is 1                                 */
+    __m256       d[8], o[8], read[8];
 } q3n__delta_cols_avx2;
 
 /* read = S' k */
@@ -9208,7 +12603,7 @@ Q3N__INLINE void q3n__delta_read_avx2(int V, q3n__delta_cols_avx2 *p, const floa
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->read[v] = _mm256_setzero_ps();
     for (int i = 0; i < p->dk; i++) {
-        const float *S = p->S + (size_t)i * p->stride;
+        const float *S = p->from + (size_t)i * p->stride;
         const __m256 ki = _mm256_set1_ps(k[i]);
         Q3N__UNROLL
         for (int v = 0; v < V; v++)
@@ -9225,12 +12620,13 @@ Q3N__INLINE void q3n__delta_step_avx2(int V, q3n__delta_cols_avx2 *p, float deca
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->o[v] = p->read[v] = _mm256_setzero_ps();
     for (int i = 0; i < p->dk; i++) {
+        const float *from = p->from + (size_t)i * p->stride;
         float *S = p->S + (size_t)i * p->stride;
         const __m256 qi = _mm256_set1_ps(q[i]), ki = _mm256_set1_ps(k[i]);
         const __m256 ni = next ? _mm256_set1_ps(next[i]) : ki;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) {
-            __m256 s = q3n__loadf_avx2(S + 8 * v, p->n);
+            __m256 s = q3n__loadf_avx2(from + 8 * v, p->n);
             s = _mm256_fmadd_ps(keep, s, _mm256_mul_ps(ki, p->d[v]));
             q3n__storef_avx2(S + 8 * v, s, p->n);
             p->o[v] = _mm256_fmadd_ps(s, qi, p->o[v]);
@@ -9242,7 +12638,8 @@ Q3N__INLINE void q3n__delta_step_avx2(int V, q3n__delta_cols_avx2 *p, float deca
 Q3N__INLINE void q3n__delta_block_avx2(int V, const q3n__delta *h, int j, int n)
 {
     q3n__delta_cols_avx2 p;
-    p.S = h->S + j;
+    p.from = h->S + j;
+    p.S = h->S_out + j;
     p.stride = (size_t)h->dv;
     p.dk = h->dk;
     p.n = n;
@@ -9251,7 +12648,6 @@ Q3N__INLINE void q3n__delta_block_avx2(int V, const q3n__delta *h, int j, int n)
         const float *q = h->q + (size_t)t * (size_t)h->qk_stride;
         const float *k = h->k + (size_t)t * (size_t)h->qk_stride;
         const float *values = h->v + (size_t)t * (size_t)h->v_stride + j;
-        float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         const float decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
         const __m256 beta = _mm256_set1_ps(h->beta[(size_t)t * (size_t)h->gb_stride]);
         Q3N__UNROLL
@@ -9261,6 +12657,9 @@ Q3N__INLINE void q3n__delta_block_avx2(int V, const q3n__delta *h, int j, int n)
         }
         if (t + 1 < h->n) q3n__delta_step_avx2(V, &p, decay, q, k, k + h->qk_stride);
         else              q3n__delta_step_avx2(V, &p, decay, q, k, NULL);
+        p.from = p.S;
+        if (!h->o) continue;
+        float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) q3n__storef_avx2(o + 8 * v, p.o[v], n);
     }
@@ -9592,7 +12991,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [21] KERNELS, AVX-512                                              >>kernels-avx512
+ * [25] KERNELS, AVX-512                                              >>kernels-avx512
  *
  * As the AVX2 section, with vectors of 16 and masks.
  * ===================================================================================== */
@@ -9945,10 +13344,11 @@ static void q3n__attend_q8_avx512(const q3n__attend *a)
 
 /* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
 typedef struct {
-    float *S;                    /* the block's first column                                     */
-    size_t stride;
-    int    dk, n;                /* n columns are real if V is 1                                 */
-    __m512 d[8], o[8], read[8];
+    const float *from;           /* the block's first column where the token reads the state ... */
+    float       *S;              /* ... and where it writes it; the same behind the first token  */
+    size_t       stride;
+    int          dk, n;          /* n columns are real if V is 1                                 */
+    __m512       d[8], o[8], read[8];
 } q3n__delta_cols_avx512;
 
 /* read = S' k */
@@ -9957,7 +13357,7 @@ Q3N__INLINE void q3n__delta_read_avx512(int V, q3n__delta_cols_avx512 *p, const 
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->read[v] = _mm512_setzero_ps();
     for (int i = 0; i < p->dk; i++) {
-        const float *S = p->S + (size_t)i * p->stride;
+        const float *S = p->from + (size_t)i * p->stride;
         const __m512 ki = _mm512_set1_ps(k[i]);
         Q3N__UNROLL
         for (int v = 0; v < V; v++)
@@ -9974,12 +13374,13 @@ Q3N__INLINE void q3n__delta_step_avx512(int V, q3n__delta_cols_avx512 *p, float 
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->o[v] = p->read[v] = _mm512_setzero_ps();
     for (int i = 0; i < p->dk; i++) {
+        const float *from = p->from + (size_t)i * p->stride;
         float *S = p->S + (size_t)i * p->stride;
         const __m512 qi = _mm512_set1_ps(q[i]), ki = _mm512_set1_ps(k[i]);
         const __m512 ni = next ? _mm512_set1_ps(next[i]) : ki;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) {
-            __m512 s = q3n__loadf_avx512(S + 16 * v, p->n);
+            __m512 s = q3n__loadf_avx512(from + 16 * v, p->n);
             s = _mm512_fmadd_ps(keep, s, _mm512_mul_ps(ki, p->d[v]));
             q3n__storef_avx512(S + 16 * v, s, p->n);
             p->o[v] = _mm512_fmadd_ps(s, qi, p->o[v]);
@@ -9991,7 +13392,8 @@ Q3N__INLINE void q3n__delta_step_avx512(int V, q3n__delta_cols_avx512 *p, float 
 Q3N__INLINE void q3n__delta_block_avx512(int V, const q3n__delta *h, int j, int n)
 {
     q3n__delta_cols_avx512 p;
-    p.S = h->S + j;
+    p.from = h->S + j;
+    p.S = h->S_out + j;
     p.stride = (size_t)h->dv;
     p.dk = h->dk;
     p.n = n;
@@ -10000,7 +13402,6 @@ Q3N__INLINE void q3n__delta_block_avx512(int V, const q3n__delta *h, int j, int 
         const float *q = h->q + (size_t)t * (size_t)h->qk_stride;
         const float *k = h->k + (size_t)t * (size_t)h->qk_stride;
         const float *values = h->v + (size_t)t * (size_t)h->v_stride + j;
-        float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         const float decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
         const __m512 beta = _mm512_set1_ps(h->beta[(size_t)t * (size_t)h->gb_stride]);
         Q3N__UNROLL
@@ -10010,6 +13411,9 @@ Q3N__INLINE void q3n__delta_block_avx512(int V, const q3n__delta *h, int j, int 
         }
         if (t + 1 < h->n) q3n__delta_step_avx512(V, &p, decay, q, k, k + h->qk_stride);
         else              q3n__delta_step_avx512(V, &p, decay, q, k, NULL);
+        p.from = p.S;
+        if (!h->o) continue;
+        float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) q3n__storef_avx512(o + 16 * v, p.o[v], n);
     }
@@ -10134,7 +13538,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [22] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
+ * [26] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
  *
  * Quantised matrices.  A vector of weights is 4 columns of 16 rows, so 16 lanes are 16 rows: four
  * activations are broadcast, multiplied and added to the lanes' 32-bit sums by one instruction
@@ -10377,7 +13781,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [23] KERNELS, NEON                                                   >>kernels-neon
+ * [27] KERNELS, NEON                                                   >>kernels-neon
  *
  * Baseline AArch64: no extension is asked for, so there is no target region.  32 registers of four
  * floats allow wider tiles than those of AVX2.
@@ -10714,10 +14118,11 @@ static void q3n__attend_q8_neon(const q3n__attend *a) { q3n__attend_neon(a, q3n_
 
 /* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
 typedef struct {
-    float      *S;               /* the block's first column                                     */
-    size_t      stride;
-    int         dk, n;           /* n columns are real if V is 1                                 */
-    float32x4_t d[8], o[8], read[8];
+    const float *from;           /* the block's first column where the token reads the state ... */
+    float       *S;              /* ... and where it writes it; the same behind the first token  */
+    size_t       stride;
+    int          dk, n;          /* n columns are real if V is 1                                 */
+    float32x4_t  d[8], o[8], read[8];
 } q3n__delta_cols_neon;
 
 /* read = S' k */
@@ -10726,7 +14131,7 @@ Q3N__INLINE void q3n__delta_read_neon(int V, q3n__delta_cols_neon *p, const floa
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->read[v] = vdupq_n_f32(0.0f);
     for (int i = 0; i < p->dk; i++) {
-        const float *S = p->S + (size_t)i * p->stride;
+        const float *S = p->from + (size_t)i * p->stride;
         const float32x4_t ki = vdupq_n_f32(k[i]);
         Q3N__UNROLL
         for (int v = 0; v < V; v++)
@@ -10743,12 +14148,13 @@ Q3N__INLINE void q3n__delta_step_neon(int V, q3n__delta_cols_neon *p, float deca
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->o[v] = p->read[v] = vdupq_n_f32(0.0f);
     for (int i = 0; i < p->dk; i++) {
+        const float *from = p->from + (size_t)i * p->stride;
         float *S = p->S + (size_t)i * p->stride;
         const float32x4_t qi = vdupq_n_f32(q[i]), ki = vdupq_n_f32(k[i]);
         const float32x4_t ni = next ? vdupq_n_f32(next[i]) : ki;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) {
-            float32x4_t s = q3n__loadf_neon(S + 4 * v, p->n);
+            float32x4_t s = q3n__loadf_neon(from + 4 * v, p->n);
             s = vfmaq_f32(vmulq_f32(ki, p->d[v]), keep, s);
             q3n__storef_neon(S + 4 * v, s, p->n);
             p->o[v] = vfmaq_f32(p->o[v], s, qi);
@@ -10760,7 +14166,8 @@ Q3N__INLINE void q3n__delta_step_neon(int V, q3n__delta_cols_neon *p, float deca
 Q3N__INLINE void q3n__delta_block_neon(int V, const q3n__delta *h, int j, int n)
 {
     q3n__delta_cols_neon p;
-    p.S = h->S + j;
+    p.from = h->S + j;
+    p.S = h->S_out + j;
     p.stride = (size_t)h->dv;
     p.dk = h->dk;
     p.n = n;
@@ -10769,7 +14176,6 @@ Q3N__INLINE void q3n__delta_block_neon(int V, const q3n__delta *h, int j, int n)
         const float *q = h->q + (size_t)t * (size_t)h->qk_stride;
         const float *k = h->k + (size_t)t * (size_t)h->qk_stride;
         const float *values = h->v + (size_t)t * (size_t)h->v_stride + j;
-        float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         const float decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
         const float32x4_t beta = vdupq_n_f32(h->beta[(size_t)t * (size_t)h->gb_stride]);
         Q3N__UNROLL
@@ -10779,6 +14185,9 @@ Q3N__INLINE void q3n__delta_block_neon(int V, const q3n__delta *h, int j, int n)
         }
         if (t + 1 < h->n) q3n__delta_step_neon(V, &p, decay, q, k, k + h->qk_stride);
         else              q3n__delta_step_neon(V, &p, decay, q, k, NULL);
+        p.from = p.S;
+        if (!h->o) continue;
+        float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) q3n__storef_neon(o + 4 * v, p.o[v], n);
     }
@@ -11068,7 +14477,7 @@ static void q3n__bind_neon(q3n__kernels *k)
 #endif
 
 /* =====================================================================================
- * [24] DISPATCH: one row per ISA                                           >>dispatch
+ * [28] DISPATCH: one row per ISA                                           >>dispatch
  * ===================================================================================== */
 static const struct {
     const char *name;

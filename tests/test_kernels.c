@@ -681,11 +681,11 @@ static memory new_memory(int n, int dk, int dv)
     d->v = v;
     d->g = gb;
     d->beta = gb + 1;
-    d->S = new_out((size_t)(dk * dv));
+    d->S = d->S_out = new_out((size_t)(dk * dv));
     d->o = new_out((size_t)(n * d->o_stride));
     p.before = new_in((size_t)(dk * dv));
     fill(p.before, (size_t)(dk * dv), random_int(2) ? PLAIN : TINY);
-    memcpy(d->S, p.before, (size_t)(dk * dv) * 4);
+    memcpy(d->S_out, p.before, (size_t)(dk * dv) * 4);
     return p;
 }
 
@@ -755,9 +755,9 @@ static void delta_cuts(void)
             const int dv = widths[i], dk = 1 + random_int(70), step = 1 + random_int(dv);
             memory p = new_memory(DELTA_TOKENS, dk, dv);
             q3n__delta part = p.d;
-            part.S = new_out((size_t)(dk * dv));
+            part.S = part.S_out = new_out((size_t)(dk * dv));
             part.o = new_out((size_t)(p.d.n * p.d.o_stride));
-            memcpy(part.S, p.before, (size_t)(dk * dv) * 4);
+            memcpy(part.S_out, p.before, (size_t)(dk * dv) * 4);
             kernels.delta(&p.d);
             for (int j = 0; j < dv; j += step)
                 for (int t = 0; t < p.d.n; t += part.n) {
@@ -780,6 +780,58 @@ static void delta_cuts(void)
 }
 
 static void test_delta_cuts(void **state) { (void)state; for_each_isa(delta_cuts); }
+
+/* Columns [begin, end) of out [n_rows, n_cols] are those of want; nobody wrote the others. */
+static void check_columns(const float *out, const float *want, int n_rows, int n_cols,
+                          const int range[2], const char *what)
+{
+    for (int i = 0; i < n_rows * n_cols; i++) {
+        const int mine = i % n_cols >= range[0] && i % n_cols < range[1];
+        if (q3n__f32_bits(out[i]) != (mine ? q3n__f32_bits(want[i]) : 0xA5A5A5A5u))
+            fail_msg("%s: row %d, column %d", what, i / n_cols, i % n_cols);
+    }
+}
+
+/* A state that is written elsewhere is the one written in place, and the old one stays; so it is
+ * when no output is wanted. */
+static void delta_elsewhere(void)
+{
+    for (int i = 0; i < 150; i++) {
+        const int n = i % 6, dk = 1 + random_int(70),
+                  dv = i < 50 ? 1 + i : 1 + random_int(i < 130 ? 70 : 300);
+        memory p = new_memory(n, dk, dv);
+        if (i % 2) {
+            p.d.col0 = random_int(dv);
+            p.d.col1 = p.d.col0 + random_int(dv - p.d.col0 + 1);
+        }
+        const int nothing[2] = { 0, 0 }, range[2] = { p.d.col0, p.d.col1 };
+        const size_t len = (size_t)(dk * dv), o_len = (size_t)(n * p.d.o_stride);
+        float *old = new_in(len);
+        memcpy(old, p.before, len * 4);
+        q3n__delta apart = p.d, silent, in_place;
+        apart.S = old;
+        apart.S_out = new_out(len);
+        apart.o = new_out(o_len);
+        silent = apart;
+        silent.S_out = new_out(len);
+        silent.o = NULL;
+        in_place = silent;
+        in_place.S = in_place.S_out = new_out(len);
+        memcpy(in_place.S_out, old, len * 4);
+        kernels.delta(&p.d);
+        kernels.delta(&apart);
+        kernels.delta(&silent);
+        kernels.delta(&in_place);
+        check_columns(apart.S_out, p.d.S, dk, dv, n ? range : nothing, "delta elsewhere: S");
+        check_same(apart.o, p.d.o, o_len * 4, "delta elsewhere: o");
+        check_same(silent.S_out, apart.S_out, len * 4, "delta elsewhere without o: S");
+        check_same(in_place.S, p.d.S, len * 4, "delta without o: S");
+        check_same(old, p.before, len * 4, "delta elsewhere: the old S");
+        release();
+    }
+}
+
+static void test_delta_elsewhere(void **state) { (void)state; for_each_isa(delta_elsewhere); }
 
 /* ---- conv ---- */
 static double silu(double x) { return x / (1.0 + exp(-x)); }
@@ -807,11 +859,11 @@ static convolution new_convolution(int n, int width, int n_channels)
     const size_t state = (size_t)((width - 1) * n_channels);
     p.c.w = w;
     p.c.x = x;
-    p.c.state = new_out(state);
+    p.c.state = p.c.state_out = new_out(state);
     p.c.y = new_out((size_t)(n * p.c.y_stride));
     p.before = new_in(state);
     fill(p.before, state, PLAIN);
-    memcpy(p.c.state, p.before, state * 4);
+    memcpy(p.c.state_out, p.before, state * 4);
     return p;
 }
 
@@ -870,9 +922,9 @@ static void conv_cuts(void)
                   step = 1 + random_int(channels);
         convolution p = new_convolution(n, 4, channels);
         q3n__conv part = p.c;
-        part.state = new_out((size_t)(3 * channels));
+        part.state = part.state_out = new_out((size_t)(3 * channels));
         part.y = new_out((size_t)(n * p.c.y_stride));
-        memcpy(part.state, p.before, (size_t)(3 * channels) * 4);
+        memcpy(part.state_out, p.before, (size_t)(3 * channels) * 4);
         kernels.conv(&p.c);
         for (int c = 0; c < channels; c += step)
             for (int t = 0; t < n; t++) {
@@ -891,6 +943,36 @@ static void conv_cuts(void)
 }
 
 static void test_conv_cuts(void **state) { (void)state; for_each_isa(conv_cuts); }
+
+static void conv_elsewhere(void)
+{
+    for (int i = 0; i < 300; i++) {
+        const int n = i % 7, width = i % 3 ? 4 : 1 + random_int(16),
+                  channels = i < 70 ? 1 + i : 1 + random_int(150);
+        convolution p = new_convolution(n, width, channels);
+        if (i % 2) {
+            p.c.c0 = random_int(channels);
+            p.c.c1 = p.c.c0 + random_int(channels - p.c.c0 + 1);
+        }
+        const int nothing[2] = { 0, 0 }, range[2] = { p.c.c0, p.c.c1 };
+        const size_t len = (size_t)((width - 1) * channels), y_len = (size_t)(n * p.c.y_stride);
+        float *old = new_in(len);
+        memcpy(old, p.before, len * 4);
+        q3n__conv apart = p.c;
+        apart.state = old;
+        apart.state_out = new_out(len);
+        apart.y = new_out(y_len);
+        kernels.conv(&p.c);
+        kernels.conv(&apart);
+        check_columns(apart.state_out, p.c.state, width - 1, channels, n ? range : nothing,
+                      "conv elsewhere: state");
+        check_same(apart.y, p.c.y, y_len * 4, "conv elsewhere: y");
+        check_same(old, p.before, len * 4, "conv elsewhere: the old state");
+        release();
+    }
+}
+
+static void test_conv_elsewhere(void **state) { (void)state; for_each_isa(conv_elsewhere); }
 
 /* ---- dot, axpy, rms_norm ---- */
 static void vector_values(void)
@@ -1201,8 +1283,10 @@ int main(void)
         cmocka_unit_test(test_attend),
         cmocka_unit_test(test_delta),
         cmocka_unit_test(test_delta_cuts),
+        cmocka_unit_test(test_delta_elsewhere),
         cmocka_unit_test(test_conv),
         cmocka_unit_test(test_conv_cuts),
+        cmocka_unit_test(test_conv_elsewhere),
     };
     return cmocka_run_group_tests_name("kernels", tests, NULL, NULL);
 }
