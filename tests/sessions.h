@@ -14,11 +14,11 @@
 #  define SLOW 0
 #endif
 
-/* Models that take a text in pieces and give logits. */
+/* The models of the published families. */
 #define FAMILIES(X)                                                                     \
     X(qwen3_5) X(qwen3_5_moe) X(qwen3_5_moe_vl) X(qwen3_dense) X(qwen3_dense_yarn)      \
     X(qwen3_moe) X(qwen3_moe_nonorm) X(qwen3_next) X(qwen3_next_fp8)                    \
-    X(qwen3_next_mixed) X(qwen3_next_mtp) X(qwen3_head_all_moe)
+    X(qwen3_next_mixed) X(qwen3_next_mtp)
 
 #define CASE(test, model) { #test "(" #model ")", test, NULL, NULL, (void *)(uintptr_t)#model }
 
@@ -94,7 +94,7 @@ static inline int random_below(uint64_t *state, int n)   /* 0 .. n - 1 */
     return (int)(random_next(state) % (uint64_t)n);
 }
 
-static inline void random_ids(uint64_t *state, int32_t *ids, int n, int vocab)
+static inline void random_tokens(uint64_t *state, int32_t *ids, int n, int vocab)
 {
     for (int i = 0; i < n; i++) ids[i] = random_below(state, vocab);
 }

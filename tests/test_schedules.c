@@ -952,14 +952,14 @@ static void op_draft(world *w)
 /* Twice as often the model with a module that drafts. */
 static const char *const model_names[] = {
 #define NAME(model) #model,
-    FAMILIES(NAME) "qwen3_next_mtp", "stories",
+    FAMILIES(NAME) "qwen3_next_mtp", "qwen3_head_all_moe", "stories",
 #undef NAME
 };
 
 static void world_sources(world *w)
 {
     for (int i = 0; i < COUNT(w->source); i++) {
-        random_ids(&w->rng, w->source[i].ids, MOST, w->vocab);
+        random_tokens(&w->rng, w->source[i].ids, MOST, w->vocab);
         const int from = i == 1 ? below(w, MOST / 2) : 1 + below(w, 20);
         if (i == 1) memcpy(w->source[1].ids, w->source[0].ids, (size_t)from * sizeof(int32_t));
         if (i > 1)

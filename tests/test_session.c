@@ -172,7 +172,7 @@ static void test_cancel(void **state)
     const q3n_config *cfg = q3n_model_config(m);
     int32_t ids[60];
     uint64_t rng = 17;
-    random_ids(&rng, ids, 60, cfg->vocab_size);
+    random_tokens(&rng, ids, 60, cfg->vocab_size);
     float *want = new_floats(60 * (size_t)cfg->vocab_size);
     const q3n_session_options o = plain_options(80);
     q3n_session *s = create_session(m, &o);
@@ -412,7 +412,7 @@ static void commons_open(commons *all, const q3n_model *m, const q3n_session_opt
     all->want = new_floats(N_LINES * row);
     q3n_session *s = create_session(m, o);
     for (int i = 0; i < N_LINES; i++) {
-        random_ids(&rng, all->ids[i], LINE, all->vocab);
+        random_tokens(&rng, all->ids[i], LINE, all->vocab);
         memcpy(all->ids[i], all->ids[0], SHARED * sizeof(int32_t));
         q3n_session_reset(s);
         const q3n_outputs out = { .all_logits = all->want + (size_t)i * row };
@@ -533,7 +533,7 @@ static void test_other_process(void **state)
     int32_t ids[300];
     const int32_t token = 7;
     uint64_t rng = 29;
-    random_ids(&rng, ids, COUNT(ids), (int)V);
+    random_tokens(&rng, ids, COUNT(ids), (int)V);
     for (int type = 0; type <= Q3N_TYPE_Q8; type++) {
         q3n_session_options o = plain_options(COUNT(ids) + 1);
         o.kv_type = (q3n_type)type;
@@ -592,7 +592,7 @@ static void check_memory(const memory_case *k, q3n_type kv_type)
     q3n_model *m = open_model(k->model, &h);
     int32_t ids[600];
     uint64_t rng = 31;
-    random_ids(&rng, ids, COUNT(ids), q3n_model_config(m)->vocab_size);
+    random_tokens(&rng, ids, COUNT(ids), q3n_model_config(m)->vocab_size);
     q3n_session_options o = plain_options(k->capacity);
     q3n_batch *b = NULL;
     q3n_session_memory planned;
@@ -684,7 +684,7 @@ static void crowd_open(crowd *c, const char *name, int have, int first)
     o.shared = c->b;
     for (int i = 0; i < N_ITEMS; i++) {
         const int n = i ? 1 : first;
-        random_ids(&rng, c->ids[i], 300, c->vocab);
+        random_tokens(&rng, c->ids[i], 300, c->vocab);
         c->session[i] = create_session(c->m, &o);
         must(c->session[i], q3n_session_eval(c->session[i], c->ids[i], have, NULL), Q3N_OK);
         c->item[i] = (q3n_batch_item){ .session = c->session[i], .tokens = c->ids[i] + have, .n = n,
@@ -953,7 +953,7 @@ static void test_cache(void **state)
     const int vocab = q3n_model_config(m)->vocab_size;
     int32_t ids[300];
     uint64_t rng = 41;
-    random_ids(&rng, ids, COUNT(ids), vocab);
+    random_tokens(&rng, ids, COUNT(ids), vocab);
     q3n_cache *cache = NULL;
     const q3n_cache_options co = { .max_bytes = (size_t)64 << 20 };
     assert_int_equal(q3n_cache_create(&cache, m, &co, NULL), Q3N_OK);
@@ -1011,10 +1011,10 @@ static void test_cache_bound(void **state)
     q3n_session *s = create_session(m, &o);
     const size_t live = h.live_bytes;
     int32_t marked[40], ids[300];
-    random_ids(&rng, marked, COUNT(marked), vocab);
+    random_tokens(&rng, marked, COUNT(marked), vocab);
     must(s, q3n_session_feed(s, marked, COUNT(marked), NULL, NULL), Q3N_OK);
     for (int i = 0; i < 6; i++) {
-        random_ids(&rng, ids, COUNT(ids), vocab);
+        random_tokens(&rng, ids, COUNT(ids), vocab);
         q3n_session_reset(s);
         must(s, q3n_session_eval(s, ids, COUNT(ids), NULL), Q3N_OK);
         assert_true(stats_of(cache).bytes <= max_bytes);
@@ -1044,7 +1044,7 @@ static void test_snapshots_bf16(void **state)
     const int32_t token = 3;
     int32_t ids[100];
     uint64_t rng = 47;
-    random_ids(&rng, ids, COUNT(ids), vocab);
+    random_tokens(&rng, ids, COUNT(ids), vocab);
     q3n_session_options o = plain_options(COUNT(ids) + 1);
     q3n_session_memory exact, half;
     q3n_session_bytes(m, &o, &exact);

@@ -312,7 +312,7 @@ static void test_greedy_speculation(void **state)
     int32_t prompt[12];
     const int n = c->max_position_embeddings < 200 ? c->max_position_embeddings - COUNT(prompt)
                 : SLOW ? 60 : 110;
-    random_ids(&rng, prompt, COUNT(prompt), c->vocab_size);
+    random_tokens(&rng, prompt, COUNT(prompt), c->vocab_size);
     generation g = { .m = m, .prompt = prompt, .n_prompt = COUNT(prompt) };
     for (int i = 0; i < 2; i++) {
         g.penalty = i ? 1.1f : 1.0f;
@@ -486,7 +486,7 @@ static void draw_for_module(draw *d, uint64_t *rng)
     double p[CHOICES];
     d->n = 10;
     for (int found = 0; !found; ) {
-        random_ids(rng, d->ids, d->n, d->vocab);
+        random_tokens(rng, d->ids, d->n, d->vocab);
         d->token = random_below(rng, d->vocab);
         q3n_session_reset(s);
         must(s, q3n_session_eval(s, d->ids, d->n, NULL), Q3N_OK);
@@ -509,7 +509,7 @@ static void draw_for_lookup(draw *d, uint64_t *rng)
     double p[CHOICES];
     for (int found = 0; !found; ) {
         d->n = 26;                               /* 6 tokens, 5 behind them, and 6 again */
-        random_ids(rng, d->ids, d->n, d->vocab);
+        random_tokens(rng, d->ids, d->n, d->vocab);
         memcpy(d->ids + 20, d->ids + 3, 6 * sizeof *d->ids);
         d->token = d->ids[9];
         q3n_session_reset(s);
@@ -552,6 +552,7 @@ int main(void)
         cmocka_unit_test(test_draft_limits),
 #define GREEDY(model) CASE(test_greedy_speculation, model),
         FAMILIES(GREEDY)
+        GREEDY(qwen3_head_all_moe)
         cmocka_unit_test(test_greedy_stories),
         cmocka_unit_test(test_sampled_speculation),
     };
