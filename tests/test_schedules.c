@@ -2,7 +2,8 @@
  * operations, each compared with plain runs of the same tokens, to the bit.
  *
  * Q3N_SCHEDULES=N in the environment runs N schedules, Q3N_SEED=S begins with seed S.  A schedule
- * depends on its seed alone; one that fails prints seed and operations. */
+ * depends on its seed, and on time where limits of time and chosen numbers of drafts do; one that
+ * fails prints seed and operations. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -191,7 +192,7 @@ static void world_fail(const world *w, const char *format, ...)
     va_start(args, format);
     vsnprintf(why, sizeof why, format, args);
     va_end(args);
-    print_error("%s\n", w->log);
+    fprintf(stderr, "%s\n", w->log);        /* longer than what cmocka prints */
     fail_msg("Q3N_SEED=%lu Q3N_SCHEDULES=1 (%s): %s", w->seed, w->name, why);
 }
 
@@ -1077,12 +1078,14 @@ static void run_schedule(unsigned long seed, int n_ops)
         op_create(w);
     }
     for (; w->n_ops < n_ops; w->n_ops++) {
+        const uint64_t behind = random_next(&w->rng);   /* however many numbers this one draws */
         int pick = below(w, total), i = 0;
         for (; pick >= operations[i].weight; i++) pick -= operations[i].weight;
         note(w, "\n%3d ", w->n_ops);
         operations[i].run(w);
         if (chance(w, 20)) verify(w, any_session(w));
         if (w->cache && chance(w, 2)) q3n_cache_clear(w->cache);
+        w->rng = behind;
     }
     world_finish(w);
     world_close(w);

@@ -26,7 +26,8 @@ typedef struct {
     q3n_session *s;
     q3n_batch   *b;              /* cancel this, if it is not NULL                               */
     int          at, calls;      /* in call number `at` of the hook, from 0                      */
-    int          after;          /* calls since                                                  */
+    int          after;          /* layers since, of n_layers                                    */
+    int          n_layers;
     int          on_thread;
 } canceller;
 
@@ -41,11 +42,10 @@ static void *cancel_now(void *memory)
 static void cancel_in_hook(void *user, int l, const float *x, int n, int d)
 {
     canceller *c = (canceller *)user;
-    (void)l;
     (void)x;
     (void)n;
     (void)d;
-    if (c->calls > c->at && c->at >= 0) c->after++;
+    if (c->calls > c->at && c->at >= 0) c->after += l >= 0 && l < c->n_layers;
     if (c->calls++ != c->at) return;
 #ifndef _WIN32
     pthread_t thread;
@@ -126,7 +126,7 @@ static int cancel_once(const cancel_case *k, const cancellable *what, int at)
     const q3n_config *cfg = q3n_model_config(k->m);
     const size_t V = (size_t)cfg->vocab_size;
     const int in_batch = what->run == run_batch;
-    canceller c = { .at = -1, .on_thread = at % 7 == 3 };
+    canceller c = { .at = -1, .on_thread = at % 7 == 3, .n_layers = cfg->num_hidden_layers };
     q3n_session_options o = plain_options(80);
     float *logits = new_floats(V);
     o.batch = 8;
@@ -289,7 +289,7 @@ static int worker_cancelled(worker *k, q3n_result r, const char *what)
         return !k->why[0];
     }
     if (r != Q3N_OK && !k->why[0])
-        snprintf(k->why, sizeof k->why, "%s: %s", what, q3n_session_error(k->s)->message);
+        snprintf(k->why, sizeof k->why, "%s: %.250s", what, q3n_session_error(k->s)->message);
     return 0;
 }
 
@@ -600,12 +600,17 @@ static void check_memory(const memory_case *k, q3n_type kv_type)
     o.n_threads = 2;
     o.batch = 50;
     o.speculate = k->speculate;
-    if (k->shared) assert_int_equal(q3n_batch_create(&b, m, &o, NULL), Q3N_OK);
-    o.shared = b;
+    if (k->shared) {                 /* its scratch grows with the longest text */
+        assert_int_equal(q3n_batch_create(&b, m, &o, NULL), Q3N_OK);
+        o.shared = b;
+        q3n_session *longest = create_session(m, &o);
+        must(longest, q3n_session_eval(longest, ids, k->capacity, NULL), Q3N_OK);
+        q3n_session_destroy(longest);
+    }
     const size_t live = h.live_bytes;
     const int blocks = h.live;
-    assert_int_equal(q3n_session_bytes(m, &o, &planned), planned.total);
-    assert_int_equal(q3n_session_bytes(m, &o, NULL), planned.total);
+    const size_t bytes = q3n_session_bytes(m, &o, &planned);
+    assert_int_equal(planned.total, bytes);
     assert_int_equal(planned.kv_cache + planned.delta_state + planned.conv_state + planned.scratch
                      + planned.other, planned.total);
     assert_int_equal(h.live_bytes, live);
@@ -616,8 +621,9 @@ static void check_memory(const memory_case *k, q3n_type kv_type)
         const int some = 100 < k->capacity - n ? 100 : k->capacity - n;
         must(s, q3n_session_eval(s, ids + n, some, NULL), Q3N_OK);
         n += some;
-        assert_int_equal(h.live_bytes - live,
-                         planned.initial + (size_t)((n + 255) / 256) * planned.page);
+        const size_t held = h.live_bytes - live;     /* and what splits attention over pages */
+        assert_in_range(held, planned.initial + (size_t)((n + 255) / 256) * planned.page,
+                        planned.total);
     }
     assert_int_equal(h.live_bytes - live, planned.total);
 
@@ -848,7 +854,7 @@ static void test_strangers(void **state)
     must(half, q3n_session_restore(half, snap), Q3N_ERR_UNSUPPORTED);
     must(half, load_from(&b, half, SIZE_MAX), Q3N_ERR_UNSUPPORTED);
     assert_int_equal(q3n_session_length(half), 2);
-    must(stranger, q3n_session_restore(stranger, snap), Q3N_ERR_UNSUPPORTED);
+    must(stranger, q3n_session_restore(stranger, snap), Q3N_ERR_ARG);
     must(stranger, load_from(&b, stranger, SIZE_MAX), Q3N_ERR_UNSUPPORTED);
     assert_int_equal(q3n_session_length(stranger), 0);
     assert_int_equal(q3n_session_fork(&fork, s, &o, &err), Q3N_ERR_UNSUPPORTED);
