@@ -2369,17 +2369,22 @@ typedef struct {
 } q3n__store_kv;
 
 /* The gated delta rule over n tokens for one value head, columns [col0, col1) of its state; see
- * q3n__delta_scalar for the equations.  Strides are in floats from token to token.  S is not
- * written unless S_out is the same; without tokens nothing is. */
+ * q3n__delta_scalar for the equations.  Strides are in floats from token to token.
+ *
+ * The stored state may lag behind the tokens: S_out becomes the state behind the first n_store of
+ * them.  States behind later tokens pass through `scratch`, the last one is not kept at all.  S is
+ * not written unless S_out is the same. */
 typedef struct {
     const float *S;              /* [dk, dv]: the state before                                   */
-    float       *S_out;          /* [dk, dv] out: the state behind all tokens; may be S          */
+    float       *S_out;          /* [dk, dv] out; may be S; not used if n_store is 0             */
+    float       *scratch;        /* [dk, col1 - col0]; not used if n <= n_store + 1              */
     const float *q, *k;          /* [n][dk] of the head's key head                               */
     const float *v;              /* [n][dv]                                                      */
-    float       *o;              /* [n][dv] out; NULL = not wanted                               */
+    float       *o;              /* [n][dv] out; rows < n_quiet are not written; NULL = none are */
     const float *g, *beta;       /* [n]: log decay <= 0, write strength in (0, 1)                */
     int          qk_stride, v_stride, o_stride, gb_stride;
-    int          n, dk, dv, col0, col1;
+    int          n, n_store, n_quiet;   /* tokens; n_store and n_quiet are 0 to n                */
+    int          dk, dv, col0, col1;
 } q3n__delta;
 
 /* Causal depthwise convolution and SiLU for channels [c0, c1):
@@ -6093,7 +6098,8 @@ static void q3n__delta_task(void *arg, int begin, int end)
     }
 }
 
-/* Columns of a piece: whole rows of few tokens, which read memory; else a tile for the cache. */
+/* Columns of a piece: a tile that stays in the cache for all tokens; whole rows for one token, which
+ * read memory in longer stretches (AVX-512: 5.5 microseconds a head, in tiles 6.5). */
 static int q3n__delta_columns(const q3n__run *r, int pieces)
 {
     const q3n_config *c = &r->model->config;
@@ -9048,6 +9054,7 @@ static int q3n__batch_plan(q3n_batch *b, q3n_batch_item *items, int n_items, int
     int n = 0;
     for (int i = 0; i < n_items && n < rows; i++) {
         q3n_session *s = items[i].session;
+        if (q3n__item_left(&items[i]) == 0) continue;
         const int done = items[i].done + s->taken;
         if (done == items[i].n) continue;
         b->parts[n++] = (q3n__part){ s, items[i].tokens + done, 1, items[i].n - done == 1 };
@@ -9669,11 +9676,11 @@ static int32_t q3n__text_at(const q3n_session *s, int32_t token, int i)   /* tok
                           : s->state.kv.page[i / Q3N__KV_BLOCK]->tokens[i % Q3N__KV_BLOCK];
 }
 
-/* What followed the longest earlier match of the text's end, the latest of equals; returns how
- * many of draft [n] there are. */
+/* What followed the longest earlier match of the text's end, the latest of equals, and then again
+ * what followed that; returns how many of draft [n] there are: n or none. */
 static int q3n__draft_lookup(const q3n_session *s, int32_t token, q3n__draft *draft, int n)
 {
-    int best = Q3N__LOOKUP_LEAST - 1, best_at = -1, found = 0;
+    int best = Q3N__LOOKUP_LEAST - 1, best_at = -1;
     const int stop = s->length > Q3N__LOOKUP_SPAN ? s->length - Q3N__LOOKUP_SPAN : 0;
     for (int at = s->length - 1; at >= stop && best < Q3N__LOOKUP_MOST; at--) {
         if (q3n__text_at(s, token, at) != token) continue;
@@ -9687,9 +9694,12 @@ static int q3n__draft_lookup(const q3n_session *s, int32_t token, q3n__draft *dr
         }
     }
     if (best_at < 0) return 0;
-    for (int i = best_at + 1; found < n && i <= s->length; i++)
-        q3n__draft_point(&draft[found++], q3n__text_at(s, token, i));
-    return found;
+    for (int i = 0; i < n; i++) {
+        const int at = best_at + 1 + i;                 /* a text that repeats itself goes on so */
+        q3n__draft_point(&draft[i], at <= s->length ? q3n__text_at(s, token, at)
+                                                    : draft[at - s->length - 1].id);
+    }
+    return n;
 }
 
 /* ---- How many drafts ---- */
@@ -12034,6 +12044,20 @@ Q3N_QUANT_TYPE_LIST(Q3N__X)
 
 /* ---- DeltaNet ---- */
 
+/* Where the state behind token t goes, from column j on; NULL: nobody reads it. */
+static float *q3n__delta_behind(const q3n__delta *h, int t, int j)
+{
+    return t < h->n_store ? h->S_out + j : t + 1 < h->n ? h->scratch + (j - h->col0) : NULL;
+}
+
+/* From row to row of it, also of the state before token 0. */
+static size_t q3n__delta_stride(const q3n__delta *h, int t)
+{
+    return (size_t)(t < 0 || t < h->n_store ? h->dv : h->col1 - h->col0);
+}
+
+static int q3n__delta_speaks(const q3n__delta *h, int t) { return h->o && t >= h->n_quiet; }
+
 /* The gated delta rule ([HF] torch_recurrent_gated_delta_rule; [GDN] eq. 10), for each token:
  *
  *     S <- e^g S                 forget
@@ -12050,18 +12074,19 @@ static void q3n__delta_scalar(const q3n__delta *h)
         const float *v = h->v + (size_t)t * (size_t)h->v_stride;
         const float beta  = h->beta[(size_t)t * (size_t)h->gb_stride];
         const float decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
-        const float *S = t == 0 ? h->S : h->S_out;
+        const size_t from_stride = q3n__delta_stride(h, t - 1), to_stride = q3n__delta_stride(h, t);
         for (int j = h->col0; j < h->col1; j++) {
+            const float *from = t == 0 ? h->S + j : q3n__delta_behind(h, t - 1, j);
+            float *to = q3n__delta_behind(h, t, j);
             float read = 0.0f, o = 0.0f;
-            for (int i = 0; i < h->dk; i++) read += S[(size_t)i * (size_t)h->dv + (size_t)j] * k[i];
+            for (int i = 0; i < h->dk; i++) read += from[(size_t)i * from_stride] * k[i];
             const float d = beta * (v[j] - decay * read);
             for (int i = 0; i < h->dk; i++) {
-                const size_t at = (size_t)i * (size_t)h->dv + (size_t)j;
-                const float s = decay * S[at] + k[i] * d;
-                h->S_out[at] = s;
+                const float s = decay * from[(size_t)i * from_stride] + k[i] * d;
+                if (to) to[(size_t)i * to_stride] = s;
                 o += s * q[i];
             }
-            if (h->o) h->o[(size_t)t * (size_t)h->o_stride + (size_t)j] = o;
+            if (q3n__delta_speaks(h, t)) h->o[(size_t)t * (size_t)h->o_stride + (size_t)j] = o;
         }
     }
 }
@@ -12591,8 +12616,9 @@ static void q3n__attend_q8_avx2(const q3n__attend *a)
 /* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
 typedef struct {
     const float *from;           /* the block's first column where the token reads the state ... */
-    float       *S;              /* ... and where it writes it; the same behind the first token  */
-    size_t       stride;
+    float       *to;             /* ... and where it writes it                                   */
+    size_t       from_stride, to_stride;
+    float        decay;
     int          dk, n;          /* n columns are real if V is 1                                 */
     __m256       d[8], o[8], read[8];
 } q3n__delta_cols_avx2;
@@ -12603,7 +12629,7 @@ Q3N__INLINE void q3n__delta_read_avx2(int V, q3n__delta_cols_avx2 *p, const floa
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->read[v] = _mm256_setzero_ps();
     for (int i = 0; i < p->dk; i++) {
-        const float *S = p->from + (size_t)i * p->stride;
+        const float *S = p->from + (size_t)i * p->from_stride;
         const __m256 ki = _mm256_set1_ps(k[i]);
         Q3N__UNROLL
         for (int v = 0; v < V; v++)
@@ -12611,26 +12637,25 @@ Q3N__INLINE void q3n__delta_read_avx2(int V, q3n__delta_cols_avx2 *p, const floa
     }
 }
 
-/* S <- decay S + k d', o = S' q and, while S is at hand, read = S' next.  next is NULL (a constant)
- * for the last token. */
-Q3N__INLINE void q3n__delta_step_avx2(int V, q3n__delta_cols_avx2 *p, float decay,
-                                        const float *q, const float *k, const float *next)
+/* S <- decay S + k d' and, while S is at hand, o = S' q and read = S' next.  Constants: whether the
+ * new S is kept; q and next are NULL if nobody needs what they read. */
+Q3N__INLINE void q3n__delta_step_avx2(int V, q3n__delta_cols_avx2 *p, int keeps,
+                                      const float *q, const float *k, const float *next)
 {
-    const __m256 keep = _mm256_set1_ps(decay);
+    const __m256 keep = _mm256_set1_ps(p->decay);
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->o[v] = p->read[v] = _mm256_setzero_ps();
     for (int i = 0; i < p->dk; i++) {
-        const float *from = p->from + (size_t)i * p->stride;
-        float *S = p->S + (size_t)i * p->stride;
-        const __m256 qi = _mm256_set1_ps(q[i]), ki = _mm256_set1_ps(k[i]);
-        const __m256 ni = next ? _mm256_set1_ps(next[i]) : ki;
+        const float *from = p->from + (size_t)i * p->from_stride;
+        const __m256 ki = _mm256_set1_ps(k[i]);
+        const __m256 qi = q ? _mm256_set1_ps(q[i]) : ki, ni = next ? _mm256_set1_ps(next[i]) : ki;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) {
             __m256 s = q3n__loadf_avx2(from + 8 * v, p->n);
             s = _mm256_fmadd_ps(keep, s, _mm256_mul_ps(ki, p->d[v]));
-            q3n__storef_avx2(S + 8 * v, s, p->n);
-            p->o[v] = _mm256_fmadd_ps(s, qi, p->o[v]);
-            if (next) p->read[v] = _mm256_fmadd_ps(s, ni, p->read[v]);
+            if (keeps) q3n__storef_avx2(p->to + (size_t)i * p->to_stride + 8 * v, s, p->n);
+            if (q)     p->o[v] = _mm256_fmadd_ps(s, qi, p->o[v]);
+            if (next)  p->read[v] = _mm256_fmadd_ps(s, ni, p->read[v]);
         }
     }
 }
@@ -12639,8 +12664,7 @@ Q3N__INLINE void q3n__delta_block_avx2(int V, const q3n__delta *h, int j, int n)
 {
     q3n__delta_cols_avx2 p;
     p.from = h->S + j;
-    p.S = h->S_out + j;
-    p.stride = (size_t)h->dv;
+    p.from_stride = (size_t)h->dv;
     p.dk = h->dk;
     p.n = n;
     q3n__delta_read_avx2(V, &p, h->k);
@@ -12648,24 +12672,31 @@ Q3N__INLINE void q3n__delta_block_avx2(int V, const q3n__delta *h, int j, int n)
         const float *q = h->q + (size_t)t * (size_t)h->qk_stride;
         const float *k = h->k + (size_t)t * (size_t)h->qk_stride;
         const float *values = h->v + (size_t)t * (size_t)h->v_stride + j;
-        const float decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
+        p.decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
         const __m256 beta = _mm256_set1_ps(h->beta[(size_t)t * (size_t)h->gb_stride]);
         Q3N__UNROLL
         for (int v = 0; v < V; v++) {
             const __m256 x = q3n__loadf_avx2(values + 8 * v, n);
-            p.d[v] = _mm256_mul_ps(beta, _mm256_fnmadd_ps(_mm256_set1_ps(decay), p.read[v], x));
+            p.d[v] = _mm256_mul_ps(beta, _mm256_fnmadd_ps(_mm256_set1_ps(p.decay), p.read[v], x));
         }
-        if (t + 1 < h->n) q3n__delta_step_avx2(V, &p, decay, q, k, k + h->qk_stride);
-        else              q3n__delta_step_avx2(V, &p, decay, q, k, NULL);
-        p.from = p.S;
-        if (!h->o) continue;
+        const int speaks = q3n__delta_speaks(h, t);
+        p.to = q3n__delta_behind(h, t, j);
+        p.to_stride = q3n__delta_stride(h, t);
+        if (t + 1 < h->n && speaks) q3n__delta_step_avx2(V, &p, 1, q, k, k + h->qk_stride);
+        else if (t + 1 < h->n)      q3n__delta_step_avx2(V, &p, 1, NULL, k, k + h->qk_stride);
+        else if (p.to)              q3n__delta_step_avx2(V, &p, 1, q, k, NULL);
+        else if (speaks)            q3n__delta_step_avx2(V, &p, 0, q, k, NULL);
+        p.from = p.to;
+        p.from_stride = p.to_stride;
+        if (!speaks) continue;
         float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) q3n__storef_avx2(o + 8 * v, p.o[v], n);
     }
 }
 
-/* One token reads the state from memory, in whole rows as far as they go; many read it from L1. */
+/* One token reads the state from memory, in whole rows as far as they go; more read it from the
+ * first-level cache, where narrow blocks are faster. */
 static void q3n__delta_avx2(const q3n__delta *h)
 {
     if (h->n < 1) return;
@@ -13345,8 +13376,9 @@ static void q3n__attend_q8_avx512(const q3n__attend *a)
 /* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
 typedef struct {
     const float *from;           /* the block's first column where the token reads the state ... */
-    float       *S;              /* ... and where it writes it; the same behind the first token  */
-    size_t       stride;
+    float       *to;             /* ... and where it writes it                                   */
+    size_t       from_stride, to_stride;
+    float        decay;
     int          dk, n;          /* n columns are real if V is 1                                 */
     __m512       d[8], o[8], read[8];
 } q3n__delta_cols_avx512;
@@ -13357,7 +13389,7 @@ Q3N__INLINE void q3n__delta_read_avx512(int V, q3n__delta_cols_avx512 *p, const 
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->read[v] = _mm512_setzero_ps();
     for (int i = 0; i < p->dk; i++) {
-        const float *S = p->from + (size_t)i * p->stride;
+        const float *S = p->from + (size_t)i * p->from_stride;
         const __m512 ki = _mm512_set1_ps(k[i]);
         Q3N__UNROLL
         for (int v = 0; v < V; v++)
@@ -13365,26 +13397,25 @@ Q3N__INLINE void q3n__delta_read_avx512(int V, q3n__delta_cols_avx512 *p, const 
     }
 }
 
-/* S <- decay S + k d', o = S' q and, while S is at hand, read = S' next.  next is NULL (a constant)
- * for the last token. */
-Q3N__INLINE void q3n__delta_step_avx512(int V, q3n__delta_cols_avx512 *p, float decay,
+/* S <- decay S + k d' and, while S is at hand, o = S' q and read = S' next.  Constants: whether the
+ * new S is kept; q and next are NULL if nobody needs what they read. */
+Q3N__INLINE void q3n__delta_step_avx512(int V, q3n__delta_cols_avx512 *p, int keeps,
                                         const float *q, const float *k, const float *next)
 {
-    const __m512 keep = _mm512_set1_ps(decay);
+    const __m512 keep = _mm512_set1_ps(p->decay);
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->o[v] = p->read[v] = _mm512_setzero_ps();
     for (int i = 0; i < p->dk; i++) {
-        const float *from = p->from + (size_t)i * p->stride;
-        float *S = p->S + (size_t)i * p->stride;
-        const __m512 qi = _mm512_set1_ps(q[i]), ki = _mm512_set1_ps(k[i]);
-        const __m512 ni = next ? _mm512_set1_ps(next[i]) : ki;
+        const float *from = p->from + (size_t)i * p->from_stride;
+        const __m512 ki = _mm512_set1_ps(k[i]);
+        const __m512 qi = q ? _mm512_set1_ps(q[i]) : ki, ni = next ? _mm512_set1_ps(next[i]) : ki;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) {
             __m512 s = q3n__loadf_avx512(from + 16 * v, p->n);
             s = _mm512_fmadd_ps(keep, s, _mm512_mul_ps(ki, p->d[v]));
-            q3n__storef_avx512(S + 16 * v, s, p->n);
-            p->o[v] = _mm512_fmadd_ps(s, qi, p->o[v]);
-            if (next) p->read[v] = _mm512_fmadd_ps(s, ni, p->read[v]);
+            if (keeps) q3n__storef_avx512(p->to + (size_t)i * p->to_stride + 16 * v, s, p->n);
+            if (q)     p->o[v] = _mm512_fmadd_ps(s, qi, p->o[v]);
+            if (next)  p->read[v] = _mm512_fmadd_ps(s, ni, p->read[v]);
         }
     }
 }
@@ -13393,8 +13424,7 @@ Q3N__INLINE void q3n__delta_block_avx512(int V, const q3n__delta *h, int j, int 
 {
     q3n__delta_cols_avx512 p;
     p.from = h->S + j;
-    p.S = h->S_out + j;
-    p.stride = (size_t)h->dv;
+    p.from_stride = (size_t)h->dv;
     p.dk = h->dk;
     p.n = n;
     q3n__delta_read_avx512(V, &p, h->k);
@@ -13402,29 +13432,36 @@ Q3N__INLINE void q3n__delta_block_avx512(int V, const q3n__delta *h, int j, int 
         const float *q = h->q + (size_t)t * (size_t)h->qk_stride;
         const float *k = h->k + (size_t)t * (size_t)h->qk_stride;
         const float *values = h->v + (size_t)t * (size_t)h->v_stride + j;
-        const float decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
+        p.decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
         const __m512 beta = _mm512_set1_ps(h->beta[(size_t)t * (size_t)h->gb_stride]);
         Q3N__UNROLL
         for (int v = 0; v < V; v++) {
             const __m512 x = q3n__loadf_avx512(values + 16 * v, n);
-            p.d[v] = _mm512_mul_ps(beta, _mm512_fnmadd_ps(_mm512_set1_ps(decay), p.read[v], x));
+            p.d[v] = _mm512_mul_ps(beta, _mm512_fnmadd_ps(_mm512_set1_ps(p.decay), p.read[v], x));
         }
-        if (t + 1 < h->n) q3n__delta_step_avx512(V, &p, decay, q, k, k + h->qk_stride);
-        else              q3n__delta_step_avx512(V, &p, decay, q, k, NULL);
-        p.from = p.S;
-        if (!h->o) continue;
+        const int speaks = q3n__delta_speaks(h, t);
+        p.to = q3n__delta_behind(h, t, j);
+        p.to_stride = q3n__delta_stride(h, t);
+        if (t + 1 < h->n && speaks) q3n__delta_step_avx512(V, &p, 1, q, k, k + h->qk_stride);
+        else if (t + 1 < h->n)      q3n__delta_step_avx512(V, &p, 1, NULL, k, k + h->qk_stride);
+        else if (p.to)              q3n__delta_step_avx512(V, &p, 1, q, k, NULL);
+        else if (speaks)            q3n__delta_step_avx512(V, &p, 0, q, k, NULL);
+        p.from = p.to;
+        p.from_stride = p.to_stride;
+        if (!speaks) continue;
         float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) q3n__storef_avx512(o + 16 * v, p.o[v], n);
     }
 }
 
-/* One token reads the state from memory, in whole rows as far as they go; many read it from L1. */
+/* One or two tokens read the state from memory, in whole rows as far as they go; more read it from
+ * the first-level cache. */
 static void q3n__delta_avx512(const q3n__delta *h)
 {
     if (h->n < 1) return;
     int j = h->col0;
-    if (h->n == 1)
+    if (h->n <= 2)
         for (; j + 128 <= h->col1; j += 128) q3n__delta_block_avx512(8, h, j, 16);
     for (; j + 64 <= h->col1; j += 64) q3n__delta_block_avx512(4, h, j, 16);
     for (; j + 32 <= h->col1; j += 32) q3n__delta_block_avx512(2, h, j, 16);
@@ -14119,8 +14156,9 @@ static void q3n__attend_q8_neon(const q3n__attend *a) { q3n__attend_neon(a, q3n_
 /* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
 typedef struct {
     const float *from;           /* the block's first column where the token reads the state ... */
-    float       *S;              /* ... and where it writes it; the same behind the first token  */
-    size_t       stride;
+    float       *to;             /* ... and where it writes it                                   */
+    size_t       from_stride, to_stride;
+    float        decay;
     int          dk, n;          /* n columns are real if V is 1                                 */
     float32x4_t  d[8], o[8], read[8];
 } q3n__delta_cols_neon;
@@ -14131,7 +14169,7 @@ Q3N__INLINE void q3n__delta_read_neon(int V, q3n__delta_cols_neon *p, const floa
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->read[v] = vdupq_n_f32(0.0f);
     for (int i = 0; i < p->dk; i++) {
-        const float *S = p->from + (size_t)i * p->stride;
+        const float *S = p->from + (size_t)i * p->from_stride;
         const float32x4_t ki = vdupq_n_f32(k[i]);
         Q3N__UNROLL
         for (int v = 0; v < V; v++)
@@ -14139,26 +14177,25 @@ Q3N__INLINE void q3n__delta_read_neon(int V, q3n__delta_cols_neon *p, const floa
     }
 }
 
-/* S <- decay S + k d', o = S' q and, while S is at hand, read = S' next.  next is NULL (a constant)
- * for the last token. */
-Q3N__INLINE void q3n__delta_step_neon(int V, q3n__delta_cols_neon *p, float decay,
+/* S <- decay S + k d' and, while S is at hand, o = S' q and read = S' next.  Constants: whether the
+ * new S is kept; q and next are NULL if nobody needs what they read. */
+Q3N__INLINE void q3n__delta_step_neon(int V, q3n__delta_cols_neon *p, int keeps,
                                       const float *q, const float *k, const float *next)
 {
-    const float32x4_t keep = vdupq_n_f32(decay);
+    const float32x4_t keep = vdupq_n_f32(p->decay);
     Q3N__UNROLL
     for (int v = 0; v < V; v++) p->o[v] = p->read[v] = vdupq_n_f32(0.0f);
     for (int i = 0; i < p->dk; i++) {
-        const float *from = p->from + (size_t)i * p->stride;
-        float *S = p->S + (size_t)i * p->stride;
-        const float32x4_t qi = vdupq_n_f32(q[i]), ki = vdupq_n_f32(k[i]);
-        const float32x4_t ni = next ? vdupq_n_f32(next[i]) : ki;
+        const float *from = p->from + (size_t)i * p->from_stride;
+        const float32x4_t ki = vdupq_n_f32(k[i]);
+        const float32x4_t qi = q ? vdupq_n_f32(q[i]) : ki, ni = next ? vdupq_n_f32(next[i]) : ki;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) {
             float32x4_t s = q3n__loadf_neon(from + 4 * v, p->n);
             s = vfmaq_f32(vmulq_f32(ki, p->d[v]), keep, s);
-            q3n__storef_neon(S + 4 * v, s, p->n);
-            p->o[v] = vfmaq_f32(p->o[v], s, qi);
-            if (next) p->read[v] = vfmaq_f32(p->read[v], s, ni);
+            if (keeps) q3n__storef_neon(p->to + (size_t)i * p->to_stride + 4 * v, s, p->n);
+            if (q)     p->o[v] = vfmaq_f32(p->o[v], s, qi);
+            if (next)  p->read[v] = vfmaq_f32(p->read[v], s, ni);
         }
     }
 }
@@ -14167,8 +14204,7 @@ Q3N__INLINE void q3n__delta_block_neon(int V, const q3n__delta *h, int j, int n)
 {
     q3n__delta_cols_neon p;
     p.from = h->S + j;
-    p.S = h->S_out + j;
-    p.stride = (size_t)h->dv;
+    p.from_stride = (size_t)h->dv;
     p.dk = h->dk;
     p.n = n;
     q3n__delta_read_neon(V, &p, h->k);
@@ -14176,29 +14212,36 @@ Q3N__INLINE void q3n__delta_block_neon(int V, const q3n__delta *h, int j, int n)
         const float *q = h->q + (size_t)t * (size_t)h->qk_stride;
         const float *k = h->k + (size_t)t * (size_t)h->qk_stride;
         const float *values = h->v + (size_t)t * (size_t)h->v_stride + j;
-        const float decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
+        p.decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
         const float32x4_t beta = vdupq_n_f32(h->beta[(size_t)t * (size_t)h->gb_stride]);
         Q3N__UNROLL
         for (int v = 0; v < V; v++) {
             const float32x4_t x = q3n__loadf_neon(values + 4 * v, n);
-            p.d[v] = vmulq_f32(beta, vfmsq_f32(x, vdupq_n_f32(decay), p.read[v]));
+            p.d[v] = vmulq_f32(beta, vfmsq_f32(x, vdupq_n_f32(p.decay), p.read[v]));
         }
-        if (t + 1 < h->n) q3n__delta_step_neon(V, &p, decay, q, k, k + h->qk_stride);
-        else              q3n__delta_step_neon(V, &p, decay, q, k, NULL);
-        p.from = p.S;
-        if (!h->o) continue;
+        const int speaks = q3n__delta_speaks(h, t);
+        p.to = q3n__delta_behind(h, t, j);
+        p.to_stride = q3n__delta_stride(h, t);
+        if (t + 1 < h->n && speaks) q3n__delta_step_neon(V, &p, 1, q, k, k + h->qk_stride);
+        else if (t + 1 < h->n)      q3n__delta_step_neon(V, &p, 1, NULL, k, k + h->qk_stride);
+        else if (p.to)              q3n__delta_step_neon(V, &p, 1, q, k, NULL);
+        else if (speaks)            q3n__delta_step_neon(V, &p, 0, q, k, NULL);
+        p.from = p.to;
+        p.from_stride = p.to_stride;
+        if (!speaks) continue;
         float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) q3n__storef_neon(o + 4 * v, p.o[v], n);
     }
 }
 
-/* One token reads the state from memory, in whole rows as far as they go; many read it from L1. */
+/* One or two tokens read the state from memory, in whole rows as far as they go; more read it from
+ * the first-level cache. */
 static void q3n__delta_neon(const q3n__delta *h)
 {
     if (h->n < 1) return;
     int j = h->col0;
-    if (h->n == 1)
+    if (h->n <= 2)
         for (; j + 32 <= h->col1; j += 32) q3n__delta_block_neon(8, h, j, 4);
     for (; j + 16 <= h->col1; j += 16) q3n__delta_block_neon(4, h, j, 4);
     for (; j < h->col1; j += 4) q3n__delta_block_neon(1, h, j, h->col1 - j);

@@ -660,7 +660,7 @@ static memory new_memory(int n, int dk, int dv)
     memory p;
     memset(&p, 0, sizeof p);
     q3n__delta *d = &p.d;
-    d->n = n;
+    d->n = d->n_store = n;
     d->dk = dk;
     d->dv = d->col1 = dv;
     d->qk_stride = 2 * dk + random_int(3);
@@ -737,7 +737,7 @@ static void delta_values(void)
             release();
         }
     memory none = new_memory(1, 8, 8);
-    none.d.n = 0;
+    none.d.n = none.d.n_store = 0;
     none.d.q = none.d.k = none.d.v = none.d.g = none.d.beta = NULL;
     kernels.delta(&none.d);
     check_same(none.d.S, none.before, 64 * 4, "delta: no token");
@@ -762,7 +762,7 @@ static void delta_cuts(void)
             for (int j = 0; j < dv; j += step)
                 for (int t = 0; t < p.d.n; t += part.n) {
                     q3n__delta one = part;
-                    one.n = part.n = cut == 0 || t + 2 > p.d.n ? 1 : 2;
+                    one.n = one.n_store = part.n = cut == 0 || t + 2 > p.d.n ? 1 : 2;
                     one.q += t * p.d.qk_stride;
                     one.k += t * p.d.qk_stride;
                     one.v += t * p.d.v_stride;
@@ -792,46 +792,84 @@ static void check_columns(const float *out, const float *want, int n_rows, int n
     }
 }
 
-/* A state that is written elsewhere is the one written in place, and the old one stays; so it is
- * when no output is wanted. */
-static void delta_elsewhere(void)
+/* The call's tokens one by one, each in place: S_out becomes the state behind n_store of them. */
+static void delta_alone(const q3n__delta *h, const float *before, float *S_out, float *o)
 {
-    for (int i = 0; i < 150; i++) {
-        const int n = i % 6, dk = 1 + random_int(70),
-                  dv = i < 50 ? 1 + i : 1 + random_int(i < 130 ? 70 : 300);
-        memory p = new_memory(n, dk, dv);
-        if (i % 2) {
-            p.d.col0 = random_int(dv);
-            p.d.col1 = p.d.col0 + random_int(dv - p.d.col0 + 1);
-        }
-        const int nothing[2] = { 0, 0 }, range[2] = { p.d.col0, p.d.col1 };
-        const size_t len = (size_t)(dk * dv), o_len = (size_t)(n * p.d.o_stride);
-        float *old = new_in(len);
-        memcpy(old, p.before, len * 4);
-        q3n__delta apart = p.d, silent, in_place;
-        apart.S = old;
-        apart.S_out = new_out(len);
-        apart.o = new_out(o_len);
-        silent = apart;
-        silent.S_out = new_out(len);
-        silent.o = NULL;
-        in_place = silent;
-        in_place.S = in_place.S_out = new_out(len);
-        memcpy(in_place.S_out, old, len * 4);
-        kernels.delta(&p.d);
-        kernels.delta(&apart);
-        kernels.delta(&silent);
-        kernels.delta(&in_place);
-        check_columns(apart.S_out, p.d.S, dk, dv, n ? range : nothing, "delta elsewhere: S");
-        check_same(apart.o, p.d.o, o_len * 4, "delta elsewhere: o");
-        check_same(silent.S_out, apart.S_out, len * 4, "delta elsewhere without o: S");
-        check_same(in_place.S, p.d.S, len * 4, "delta without o: S");
-        check_same(old, p.before, len * 4, "delta elsewhere: the old S");
-        release();
+    const size_t bytes = (size_t)(h->dk * h->dv) * 4;
+    q3n__delta one = *h;
+    float *S = new_out((size_t)(h->dk * h->dv));
+    memcpy(S, before, bytes);
+    one.S = one.S_out = S;
+    one.scratch = NULL;
+    one.n = one.n_store = 1;
+    one.n_quiet = 0;
+    for (int t = 0; t <= h->n; t++) {
+        if (t == h->n_store) memcpy(S_out, S, bytes);
+        if (t == h->n) return;
+        one.o = t < h->n_quiet ? NULL : o + t * h->o_stride;
+        kernels.delta(&one);
+        one.q += h->qk_stride;
+        one.k += h->qk_stride;
+        one.v += h->v_stride;
+        one.g += h->gb_stride;
+        one.beta += h->gb_stride;
     }
 }
 
-static void test_delta_elsewhere(void **state) { (void)state; for_each_isa(delta_elsewhere); }
+/* One call whose stored state lags behind, in place and apart, with and without outputs. */
+static void check_lag(const memory *p, int n_store, int n_quiet)
+{
+    const int keep = n_blocks, range[2] = { p->d.col0, n_store ? p->d.col1 : p->d.col0 };
+    const size_t len = (size_t)(p->d.dk * p->d.dv), o_len = (size_t)(p->d.n * p->d.o_stride);
+    q3n__delta d = p->d;
+    d.n_store = n_store;
+    d.n_quiet = n_quiet;
+    float *S = new_out(len), *o = new_out(o_len), *old = new_in(len), *S_place = new_out(len);
+    delta_alone(&d, p->before, S, o);
+    memcpy(old, p->before, len * 4);
+    memcpy(S_place, p->before, len * 4);
+
+    if (d.n > n_store + 1) d.scratch = new_out((size_t)(d.dk * (d.col1 - d.col0)));
+    d.S = d.S_out = S_place;
+    d.o = new_out(o_len);
+    kernels.delta(&d);
+    check_same(S_place, S, len * 4, "delta in place: S");
+    check_same(d.o, o, o_len * 4, "delta in place: o");
+
+    if (d.scratch) d.scratch = new_out((size_t)(d.dk * (d.col1 - d.col0)));
+    d.S = old;
+    d.S_out = new_out(len);
+    d.o = new_out(o_len);
+    kernels.delta(&d);
+    check_columns(d.S_out, S, d.dk, d.dv, range, "delta apart: S");
+    check_same(d.o, o, o_len * 4, "delta apart: o");
+
+    d.S_out = n_store ? new_out(len) : NULL;
+    d.o = NULL;
+    kernels.delta(&d);
+    if (n_store) check_columns(d.S_out, S, d.dk, d.dv, range, "delta without o: S");
+    check_same(old, p->before, len * 4, "delta apart: the old S");
+    release_to(keep);
+}
+
+static void delta_lag(void)
+{
+    static const int widths[] = { 1, 7, 8, 17, 32, 47, 64, 100, 128, 160, 257 };
+    for (int i = 0; i < 22; i++)
+        for (int n = 0; n <= 6; n++) {
+            const int dv = widths[i / 2];
+            memory p = new_memory(n, i % 8 == 7 ? 128 : 1 + random_int(70), dv);
+            if (i % 2) {
+                p.d.col0 = random_int(dv);
+                p.d.col1 = p.d.col0 + random_int(dv - p.d.col0 + 1);
+            }
+            for (int n_store = 0; n_store <= n; n_store++)
+                for (int n_quiet = 0; n_quiet <= n; n_quiet++) check_lag(&p, n_store, n_quiet);
+            release();
+        }
+}
+
+static void test_delta_lag(void **state) { (void)state; for_each_isa(delta_lag); }
 
 /* ---- conv ---- */
 static double silu(double x) { return x / (1.0 + exp(-x)); }
@@ -1283,7 +1321,7 @@ int main(void)
         cmocka_unit_test(test_attend),
         cmocka_unit_test(test_delta),
         cmocka_unit_test(test_delta_cuts),
-        cmocka_unit_test(test_delta_elsewhere),
+        cmocka_unit_test(test_delta_lag),
         cmocka_unit_test(test_conv),
         cmocka_unit_test(test_conv_cuts),
         cmocka_unit_test(test_conv_elsewhere),
