@@ -5530,6 +5530,7 @@ typedef struct {
     q3n__x8 *mixed_q;
     float *part_o;               /* split attention: [queries][blocks][D]                        */
     q3n__softmax_part *part;     /* split attention: [queries][blocks]                           */
+    int    part_blocks;          /* blocks that both have room for                               */
     float *router;               /* [E] probabilities                                            */
     int   *top;                  /* [k] experts, ascending                                       */
     float *top_weight;           /* [k]                                                          */
@@ -5892,7 +5893,8 @@ static void q3n__attention(q3n__run *r, const q3n__layer *w, int layer)
         arg.n_tiles += (s->n * g + tile - 1) / tile;
         if (blocks > arg.n_blocks) arg.n_blocks = blocks;
     }
-    const int split = r->n <= Q3N__SPLIT_TOKENS && arg.n_blocks > 1 && r->pool->n_threads > 1;
+    const int split = r->n <= Q3N__SPLIT_TOKENS && arg.n_blocks > 1 && r->pool->n_threads > 1
+                   && arg.n_blocks <= r->part_blocks;
     if (split) {
         q3n__parallel(r->pool, arg.n_tiles * K * arg.n_blocks, 1, q3n__attend_split_task, &arg);
         q3n__parallel(r->pool, r->n * K * g, 1, q3n__attend_merge_task, &arg);
@@ -7896,7 +7898,6 @@ typedef struct {
     float              *gathered;     /* [logit_rows, d] of a batch                               */
     float              *logits;       /* [logit_rows, vocab] of a batch                           */
     void               *split;        /* partial results of split attention, grows               */
-    int                 split_blocks;
     q3n__atomic         cancel;
     q3n__costs          costs;
 } q3n__engine;
@@ -8121,12 +8122,12 @@ static int q3n__split_room(const q3n__engine *e, int n_blocks)
 static int q3n__engine_reserve(q3n__engine *e, int n_blocks)
 {
     const int room = q3n__split_room(e, n_blocks);
-    if (room <= e->split_blocks) return 1;
+    if (room <= e->run.part_blocks) return 1;
     uint8_t *p = (uint8_t *)q3n__alloc(&e->model->allocator, q3n__split_bytes(e, room));
     if (!p) return 0;
     q3n__free(&e->model->allocator, e->split);
     e->split = p;
-    e->split_blocks = room;
+    e->run.part_blocks = room;
     e->run.part_o = (float *)(void *)p;
     e->run.part = (q3n__softmax_part *)(void *)(e->run.part_o
         + q3n__split_queries(e) * (size_t)room * (size_t)e->model->config.head_dim);

@@ -569,12 +569,10 @@ typedef struct {
 } memory_case;
 
 /* Going back and forth with drafts and failures stays within the plan. */
-static void wander(q3n_session *s, const int32_t *ids, int n)
+static void wander(q3n_session *s, q3n_sampler *sampler, const int32_t *ids, int n)
 {
-    q3n_sampler *sampler = NULL;
     int32_t tokens[8];
     int got = 0;
-    assert_int_equal(q3n_sampler_create(&sampler, s->model, NULL, NULL), Q3N_OK);
     must(s, q3n_session_rewind(s, n / 2), Q3N_OK);
     for (int i = 0; i < 5; i++)
         must(s, q3n_session_next(s, sampler, ids[i], tokens, 8, &got), Q3N_OK);
@@ -583,7 +581,6 @@ static void wander(q3n_session *s, const int32_t *ids, int n)
     must(s, q3n_session_rewind(s, n - 1), Q3N_OK);
     must(s, q3n_session_next(s, sampler, ids[n - 1], tokens, 1, &got), Q3N_OK);
     must(s, q3n_session_next(s, sampler, ids[0], tokens, 1, &got), Q3N_ERR_FULL);
-    q3n_sampler_destroy(sampler);
 }
 
 static void check_memory(const memory_case *k, q3n_type kv_type)
@@ -607,6 +604,8 @@ static void check_memory(const memory_case *k, q3n_type kv_type)
         must(longest, q3n_session_eval(longest, ids, k->capacity, NULL), Q3N_OK);
         q3n_session_destroy(longest);
     }
+    q3n_sampler *sampler = NULL;
+    assert_int_equal(q3n_sampler_create(&sampler, m, NULL, NULL), Q3N_OK);
     const size_t live = h.live_bytes;
     const int blocks = h.live;
     const size_t bytes = q3n_session_bytes(m, &o, &planned);
@@ -633,13 +632,14 @@ static void check_memory(const memory_case *k, q3n_type kv_type)
     assert_int_equal(h.live_bytes - live, planned.total + planned.snapshot);
     q3n_snapshot_free(snap);
     assert_int_equal(h.live_bytes - live, planned.total);
-    wander(s, ids, k->capacity);
+    wander(s, sampler, ids, k->capacity);
     if (h.most_bytes - live > planned.total + planned.snapshot)
         fail_msg("%s: %zu bytes at most, %zu planned", k->model, h.most_bytes - live,
                  planned.total);
     q3n_session_destroy(s);
     assert_int_equal(h.live_bytes, live);
     assert_int_equal(h.live, blocks);
+    q3n_sampler_destroy(sampler);
     q3n_batch_destroy(b);
     q3n_model_close(m);
     assert_int_equal(h.live, 0);
@@ -999,6 +999,79 @@ static void test_cache(void **state)
     q3n_model_close(m);
 }
 
+/* What is reused is all that the session knows then, whatever it held before. */
+static void test_reuse(void **state)
+{
+    q3n_model *m = open_model((const char *)*state, NULL);
+    const int vocab = q3n_model_config(m)->vocab_size;
+    int32_t ids[300], other[300];
+    uint64_t rng = 53;
+    random_tokens(&rng, ids, COUNT(ids), vocab);
+    q3n_session_options o = plain_options(COUNT(ids));
+    o.snapshot_bytes = (size_t)64 << 20;
+    q3n_session *s = create_session(m, &o), *plain = create_session(m, &o);
+    float *want = new_floats(2 * (size_t)vocab);
+    for (int at = 299; at > 0; at -= 1 + at / 3) {   /* the first token that differs */
+        int n_reused = -1;
+        memcpy(other, ids, sizeof ids);
+        other[at] = (ids[at] + 1) % vocab;
+        must(s, q3n_session_feed(s, ids, COUNT(ids), NULL, NULL), Q3N_OK);
+        must(s, q3n_session_reuse(s, other, COUNT(ids), &n_reused), Q3N_OK);
+        assert_in_range(n_reused, 0, at);
+        assert_int_equal(q3n_session_length(s), n_reused);
+        if (n_reused == 0) continue;
+        q3n_session_reset(plain);
+        must(plain, q3n_session_eval(plain, ids, n_reused, want), Q3N_OK);
+        must(s, q3n_session_logits(s, want + vocab), Q3N_OK);
+        check_same(want + vocab, want, (size_t)vocab, "reused");
+    }
+    q3n_session_destroy(plain);
+    q3n_session_destroy(s);
+    free(want);
+    q3n_model_close(m);
+}
+
+/* A session that got its text from elsewhere evaluates over several pages with several threads
+ * before it has ever stored a token itself. */
+static void test_reevaluate(void **state)
+{
+    q3n_model *m = open_model((const char *)*state, NULL);
+    const size_t V = (size_t)q3n_model_config(m)->vocab_size;
+    int32_t ids[300], drafts[2];
+    uint64_t rng = 59;
+    random_tokens(&rng, ids, COUNT(ids), (int)V);
+    q3n_session_options o = plain_options(COUNT(ids));
+    float *want = new_floats(2 * V);
+    o.snapshot_bytes = (size_t)64 << 20;
+    o.speculate = Q3N_SPECULATE_AUTO;
+    q3n_session *from = create_session(m, &o);
+    must(from, q3n_session_eval(from, ids, COUNT(ids) - 2, want), Q3N_OK);
+    q3n_snapshot *snap = NULL;
+    must(from, q3n_session_snapshot(from, &snap), Q3N_OK);
+    o.n_threads = 2;
+    for (int i = 0; i < 3; i++) {
+        q3n_session *s = create_session(m, &o);
+        must(s, q3n_session_restore(s, snap), Q3N_OK);
+        if (i == 1 && q3n_model_config(m)->num_mtp_layers > 0)
+            must(s, q3n_session_draft(s, 1, drafts, 2, NULL), Q3N_OK);
+        if (i == 2) {                /* evaluated in the batch's scratch, not the session's */
+            q3n_batch *b = NULL;
+            q3n_batch_item item = { .session = s, .tokens = ids + COUNT(ids) - 2, .n = 1 };
+            assert_int_equal(q3n_batch_create(&b, m, &o, NULL), Q3N_OK);
+            assert_int_equal(q3n_batch_eval(b, &item, 1, NULL), Q3N_OK);
+            q3n_batch_destroy(b);
+        }
+        must(s, q3n_session_rewind(s, COUNT(ids) - 3), Q3N_OK);
+        must(s, q3n_session_eval(s, ids + COUNT(ids) - 3, 1, want + V), Q3N_OK);
+        check_same(want + V, want, V, "restored, gone back and on");
+        q3n_session_destroy(s);
+    }
+    q3n_snapshot_free(snap);
+    q3n_session_destroy(from);
+    free(want);
+    q3n_model_close(m);
+}
+
 /* The cache keeps to its bound; what feeds have marked outlives what snapshot_every put there. */
 static void test_cache_bound(void **state)
 {
@@ -1089,6 +1162,12 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         CASE(test_cache, qwen3_next),
         CASE(test_cache, qwen3_moe),
+        CASE(test_reuse, qwen3_next),
+        CASE(test_reuse, qwen3_dense),
+        CASE(test_reuse, qwen3_next_mtp),
+        CASE(test_reevaluate, qwen3_next),
+        CASE(test_reevaluate, qwen3_dense),
+        CASE(test_reevaluate, qwen3_next_mtp),
         CASE(test_cache_bound, qwen3_next),
         CASE(test_cache_bound, qwen3_dense),
         cmocka_unit_test(test_snapshots_bf16),
