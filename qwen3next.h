@@ -8898,9 +8898,10 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
 
 /* Begin a call at the longest beginning of tokens [n] that costs nothing: the text itself, a
  * snapshot, or without DeltaNet any part of the text, of which the last token is evaluated again.
- * What the text's pages hold of tokens [0, kv_valid) is not stored again.  Returns how many tokens
- * are there.  Nothing is lost: the call can be rolled back. */
-static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n)
+ * What the text's pages hold of tokens [0, kv_valid) is not stored again.  only_reuse: nothing is
+ * evaluated behind that.  Returns how many tokens are there.  Nothing is lost: the call can be
+ * rolled back. */
+static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n, int only_reuse)
 {
     q3n__engine *e = s->engine;
     const int m = q3n__common_prefix(s->state.kv.page, s->length, tokens, n);
@@ -8908,7 +8909,8 @@ static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n)
     q3n__mtp_flush(s, e);
     q3n__session_begin(s, e);
     int cut = m < n - 1 ? m : n - 1;
-    if (s->shape.has_mtp && cut == m && cut > 0) cut--;   /* token m needs the row of token m - 1 */
+    if ((s->shape.has_mtp || only_reuse) && cut == m && cut > 0)
+        cut--;                            /* token m, or the caller, needs the row of token m - 1 */
     const int least = stay ? s->length : any ? cut : 0;
     q3n_snapshot *snap = s->cache ? q3n__cache_find(s->cache, &s->shape, s->options.snapshot_type,
                                                     tokens, n, least) : NULL;
@@ -8981,7 +8983,7 @@ static q3n_result q3n__session_rewind(q3n_session *s, int length)
     }
     int32_t *text = q3n__session_text(s, length);
     if (!text) return q3n__fail(&s->error, Q3N_ERR_MEMORY, -1, "no memory for %d ids", length);
-    const int from = q3n__session_seek(s, text, length);
+    const int from = q3n__session_seek(s, text, length, 0);
     int64_t *counts = s->state.expert_counts;             /* evaluating again is not counted */
     s->state.expert_counts = NULL;
     const q3n_result result = q3n__session_go_on(s, text, from, length, &none);
@@ -9000,7 +9002,7 @@ static q3n_result q3n__session_feed(q3n_session *s, const int32_t *tokens, int n
     if (r != Q3N_OK) return r;
     const q3n_outputs out = { logits, NULL, NULL, NULL };
     const int m = q3n__common_prefix(s->state.kv.page, s->length, tokens, n);
-    const int from = q3n__session_seek(s, tokens, n);
+    const int from = q3n__session_seek(s, tokens, n, only_reuse);
     int end = n, reused = from;
     if (only_reuse) end = reused = s->n_delta == 0 && m > from ? m : from;
     r = q3n__session_go_on(s, tokens, from, end, &out);
