@@ -51,7 +51,7 @@ CLI_OBJECTS   := $(patsubst examples/q3n/%.c,$(B)/obj/q3n/%.o,$(wildcard example
 C_TESTS       := $(patsubst tests/test_%.c,%,$(wildcard tests/test_*.c))
 PYTHON_TESTS  := $(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py))
 # Tests that start threads and are short: these run under the thread sanitizer too.
-THREAD_TESTS  := $(filter parallel public memory quantize session schedules,$(C_TESTS))
+THREAD_TESTS  := $(filter parallel public memory quantize storage session schedules,$(C_TESTS))
 HF_GOLDENS    := $(patsubst tests/golden/%/config.json,%,$(wildcard tests/golden/*/config.json))
 KERAS_GOLDENS := $(patsubst tests/golden/keras/%.keras,%,$(wildcard tests/golden/keras/*.keras))
 STORIES       := build/models/stories.q3n

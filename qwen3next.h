@@ -5419,7 +5419,7 @@ typedef struct {
     q3n__page **page;            /* [blocks], as far as the text goes                            */
     q3n_type    type;
     int         n_kv_heads, dim;
-    int         skip;            /* leading tokens that have no key: 1 in the MTP module         */
+    int         skip;            /* leading tokens that have no key, as in the MTP module        */
 } q3n__kv_cache;
 
 /* Bytes of one layer and head: the keys, and behind them as many of values. */
@@ -5755,7 +5755,8 @@ static void q3n__attend_block(const q3n__attention_arg *j, const q3n__tile *tile
     const int g = r->model->config.num_attention_heads / kv->n_kv_heads, D = kv->dim;
     float scores[Q3N__QUERY_TILE * Q3N__KV_BLOCK], m[Q3N__QUERY_TILE], l[Q3N__QUERY_TILE];
     int n_keys[Q3N__QUERY_TILE];
-    const int skip = block == 0 ? kv->skip : 0;
+    int skip = kv->skip - block * Q3N__KV_BLOCK;
+    skip = skip < 0 ? 0 : skip > Q3N__KV_BLOCK ? Q3N__KV_BLOCK : skip;
     for (int i = 0; i < tile->n; i++) {
         const int n = q3n__n_visible(r, tile, i) - block * Q3N__KV_BLOCK;
         n_keys[i] = n < skip ? 0 : (n > Q3N__KV_BLOCK ? Q3N__KV_BLOCK : n) - skip;
@@ -6677,6 +6678,7 @@ struct q3n_snapshot {
     q3n_type         delta_type; /* f32 or bf16                                                  */
     int              length;     /* tokens                                                       */
     int              n_pages;    /* q3n__blocks_of(length)                                       */
+    int              mtp_first;  /* the MTP module's keys begin at this token, 1 or more         */
     int              has_hidden; /* not at length 0                                              */
     int              has_logits;
     q3n__page      **page;       /* [n_pages]                                                    */
@@ -6725,6 +6727,7 @@ static q3n_snapshot *q3n__snapshot_alloc(const q3n_model *m, const q3n__shape *s
     s->bytes = bytes;
     s->delta_type = delta_type;
     s->length = length;
+    s->mtp_first = 1;
     s->n_pages = q3n__blocks_of(length);
     q3n__snapshot_layout(&a, s);
     if (s->n_pages) memset(s->page, 0, (size_t)s->n_pages * sizeof *s->page);
@@ -7931,7 +7934,9 @@ struct q3n_session {
     float              *hidden;       /* [n_hidden, d] trunk's rows of tokens mtp_length - 1 ..
                                          length - 1; without a module the last alone              */
     int                 n_hidden;
-    int                 mtp_length;   /* tokens whose keys the module's layer holds               */
+    int                 mtp_length;   /* tokens whose keys the module's layer holds, but for the
+                                         first mtp_first                                          */
+    int                 mtp_first;
     float              *logits;       /* [vocab] behind the last token                            */
     int                 has_logits;
     int64_t            *counts;       /* of experts: [layer][E]                                   */
@@ -7945,6 +7950,7 @@ struct q3n_session {
     int                 deferred;     /* 1 = the MTP module reads this call's rows later          */
     float              *work_hidden;  /* [d] of token state.length - 1                            */
     int                 work_mtp;     /* as mtp_length                                            */
+    int                 work_first;   /* as mtp_first                                             */
     int                 has_saved;    /* 1 = the pages of the text are in saved_page              */
     q3n__page         **saved_page;   /* [n_blocks]                                               */
     unsigned char      *saved_owned;
@@ -7959,6 +7965,7 @@ struct q3n_session {
     double              step_cost[Q3N_MAX_DRAFT + 1];   /* microseconds, by drafts; 0 = unknown   */
     double              draft_cost[2];   /* of the module: the first draft, each further one      */
     int                 probe_left, probe_wait, probe_gap;
+    int                 mtp_idle;        /* steps since drafts of the module paid                 */
 };
 
 static q3n__engine *q3n__batch_engine(q3n_batch *b);
@@ -8321,6 +8328,7 @@ static void q3n__session_clear(q3n_session *s)
 {
     const q3n_config *c = &s->model->config;
     s->length = s->n_hidden = s->mtp_length = s->has_logits = 0;
+    s->mtp_first = 1;
     s->state.trail.n = 0;
     if (s->n_delta) {
         memset(s->state.trail.applied, 0, (size_t)s->n_delta);
@@ -8358,6 +8366,7 @@ static void q3n__session_begin(q3n_session *s, q3n__engine *e)
     s->state.trailing = 0;
     s->begun = s->deferred = 0;
     s->work_mtp = s->mtp_length;
+    s->work_first = s->mtp_first;
     if (s->n_hidden > 0)
         memcpy(s->work_hidden, s->hidden + (size_t)(s->n_hidden - 1) * d, d * sizeof(float));
     if (s->counts)
@@ -8397,6 +8406,7 @@ static void q3n__session_commit(q3n_session *s, q3n__engine *e, int n)
     }
     s->has_saved = s->begun = st->trailing = s->has_logits = 0;
     s->length = st->length;
+    s->mtp_first = s->work_first;
     if (s->deferred) {
         s->n_hidden += n < 0 ? ran : n;
     } else {
@@ -8452,7 +8462,7 @@ static const float *q3n__mtp_run(q3n_session *s, q3n__engine *e, const int32_t *
 {
     const size_t d = (size_t)s->shape.hidden_size;
     q3n__state st = s->state;
-    st.kv.skip = 1;
+    st.kv.skip = s->work_first;
     st.kv_valid = 0;
     st.expert_counts = NULL;
     int some = 0;
@@ -8476,6 +8486,7 @@ static void q3n__mtp_flush(q3n_session *s, q3n__engine *e)
     int32_t tokens[Q3N__MAX_HIDDEN];
     const int n = s->n_hidden - 1;
     if (!s->shape.has_mtp || n < 1) return;
+    s->work_first = s->mtp_first;
     for (int i = 0; i < n; i++) {
         const int p = s->mtp_length + i;
         tokens[i] = s->state.kv.page[p / Q3N__KV_BLOCK]->tokens[p % Q3N__KV_BLOCK];
@@ -8653,6 +8664,7 @@ static q3n_snapshot *q3n__session_take(q3n_session *s, q3n__engine *e, int in_ca
     q3n__copy(&e->pool, copy);
     if (h->conv_len)
         memcpy(snap->conv, s->conv[s->conv_now ^ from], h->conv_len * sizeof(float));
+    snap->mtp_first = in_call ? s->work_first : s->mtp_first;
     snap->has_hidden = snap->length > 0;
     snap->has_logits = !in_call && s->has_logits;
     memcpy(snap->hidden, in_call ? s->work_hidden : s->hidden,
@@ -8671,6 +8683,7 @@ static void q3n__session_load_work(q3n_session *s, q3n__engine *e, const q3n_sna
     s->begun = 1;
     s->state.length = snap ? snap->length : 0;
     s->work_mtp = s->state.length;
+    s->work_first = snap ? snap->mtp_first : 1;
     if (!snap) {
         if (h->delta_len) memset(delta, 0, h->delta_len * sizeof(float));
         if (h->conv_len) memset(conv, 0, h->conv_len * sizeof(float));
@@ -8921,7 +8934,10 @@ static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n, int o
     if (own) q3n__session_adopt(s, s->state.kv.page, q3n__blocks_of(m));
     else     q3n__session_adopt(s, snap->page, snap->n_pages);
     s->state.kv_valid = own ? m : s->state.length;
-    if (own) s->work_mtp = m;
+    if (own) {                                           /* the module's keys, or what is left */
+        s->work_mtp = m;
+        s->work_first = s->mtp_first < m ? s->mtp_first : m > 0 ? m : 1;
+    }
     s->seek_logits = snap && snap->has_logits && snap->length == n;
     if (s->seek_logits)
         memcpy(s->logits, snap->logits, (size_t)s->shape.vocab_size * sizeof(float));
@@ -9733,9 +9749,9 @@ static double q3n__best_length(const q3n_session *s, q3n_speculate source, int m
 }
 
 /* Steps without drafts in a row before some are tried again; each failure doubles it. */
-#define Q3N__PROBE_GAP   32
+#define Q3N__PROBE_GAP   64
 #define Q3N__PROBE_MOST  1024
-#define Q3N__PROBE_STEPS 3
+#define Q3N__PROBE_STEPS 2
 
 /* Now and then a draft is made where none seems to pay: texts change. */
 static int q3n__probe(q3n_session *s)
@@ -9786,6 +9802,26 @@ static void q3n__drafts_plan(q3n_session *s, int32_t token, int most, q3n__draft
         p->n = 1;
         p->source = found > 0 ? Q3N_SPECULATE_LOOKUP : Q3N_SPECULATE_MTP;
     }
+    s->mtp_idle = by_mtp > 0 && p->source == Q3N_SPECULATE_MTP ? 0 : s->mtp_idle + 1;
+}
+
+/* A module whose drafts have not paid for a while does not follow the text: that would cost a share
+ * of a layer for each token.  It begins anew at the last rows, and sees no further back. */
+#define Q3N__MTP_IDLE    32
+#define Q3N__MTP_RESTART 8
+
+static void q3n__mtp_restart(q3n_session *s, const q3n__drafts *p)
+{
+    const size_t d = (size_t)s->shape.hidden_size;
+    const int reads = p->n > 0 && p->source == Q3N_SPECULATE_MTP;
+    const int drop = s->n_hidden - Q3N__MTP_RESTART;
+    if (!s->shape.has_mtp || s->options.draft || s->mtp_idle < Q3N__MTP_IDLE || drop <= 0) return;
+    if (!reads && s->n_hidden + p->n + 1 <= Q3N__MAX_HIDDEN) return;
+    memmove(s->hidden, s->hidden + (size_t)drop * d,
+            (size_t)Q3N__MTP_RESTART * d * sizeof(float));
+    s->n_hidden = Q3N__MTP_RESTART;
+    s->mtp_length += drop;
+    s->mtp_first = s->mtp_length;
 }
 
 /* What a step of n drafts, of which `right` were accepted, teaches. */
@@ -9898,6 +9934,7 @@ static q3n_result q3n__session_next(q3n_session *s, q3n_sampler *sampler, int32_
     int32_t rows[Q3N_MAX_DRAFT + 1] = { token };
     q3n__drafts plan;
     q3n__drafts_plan(s, token, q3n__most_drafts(s, max), &plan);
+    q3n__mtp_restart(s, &plan);
     q3n__session_begin(s, s->engine);
     r = q3n__session_reserve(s, s->engine, s->length, s->length + 1 + plan.n);
     if (r == Q3N_OK) {
