@@ -76,8 +76,8 @@ PY = $(eval PY := $(shell $(FIND_PYTHON)))$(PY)
 # Test programs are made by pattern rules only: they stay for the next run.
 .SECONDARY:
 .SUFFIXES:
-.PHONY: all help deps deps-aarch64 demo test test-aarch64 stress fuzz bench lint coverage models
-.PHONY: install clean suites always list-suites
+.PHONY: all help deps deps-aarch64 demo test test-aarch64 stress fuzz bench bench-sessions
+.PHONY: lint coverage models install clean suites always list-suites
 
 # ---- deps together with other targets: those start afresh when everything is installed ----
 LATER := $(filter-out deps deps-aarch64,$(MAKECMDGOALS))
@@ -291,6 +291,15 @@ bench: $(B)/q3n   ## Measure BENCH="g1 g2 g3" in TYPES="q4 q8 bf16", beside PEER
 	@$(PYTHON) tools/bench_table.py --q3n $(B)/q3n --geometries "$(BENCH)" --types "$(TYPES)" \
 	    --threads="$(THREADS)" --models build/models --out $(B)/bench --peer="$(PEER)" \
 	    --peer-models="$(PEER_MODELS)" --peer-args="$(PEER_ARGS)" $(BENCH_FLAGS)
+
+# SESSIONS: a model, or a preset as here, and other options of q3n bench.
+SESSIONS ?= --preset g2 --type q4
+
+bench-sessions: $(B)/q3n $(STORIES)   ## Measure many sessions, drafts, states
+	$(B)/q3n bench $(SESSIONS) --batch 1,2,4,8,16
+	$(B)/q3n bench $(STORIES) --mtp
+	$(B)/q3n bench $(SESSIONS) --mtp
+	$(B)/q3n bench $(SESSIONS) --session
 
 # ---- The rest ----
 

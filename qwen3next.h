@@ -55,23 +55,28 @@
  *     [9] UNICODE                         >>unicode
  *    [10] TOKENIZER                       >>tokenizer
  *    [11] OPS                             >>ops
- *    [12] MODEL                           >>model
- *    [13] STATE                           >>state
- *    [14] SESSION FILES                   >>session-files
- *    [15] CACHE                           >>cache
- *    [16] SESSION                         >>session
- *    [17] SAMPLER                         >>sampler
- *    [18] SPECULATION                     >>speculation
- *    [19] QUANTISE                        >>quantise
- *    [20] WRITER                          >>writer
- *    [21] RANDOM WEIGHTS                  >>random
- *    [22] PUBLIC                          >>public
- *    [23] KERNELS, SCALAR: the definition >>kernels-scalar
- *    [24] KERNELS, AVX2                   >>kernels-avx2
- *    [25] KERNELS, AVX-512                >>kernels-avx512
- *    [26] KERNELS, AVX-512 VNNI           >>kernels-avx512vnni
- *    [27] KERNELS, NEON                   >>kernels-neon
- *    [28] DISPATCH: one row per ISA       >>dispatch
+ *    [12] RUN                             >>run
+ *    [13] ATTENTION                       >>attention
+ *    [14] DELTANET                        >>deltanet
+ *    [15] MODEL                           >>model
+ *    [16] STATE                           >>state
+ *    [17] SESSION FILES                   >>session-files
+ *    [18] CACHE                           >>cache
+ *    [19] ENGINE                          >>engine
+ *    [20] SESSION                         >>session
+ *    [21] BATCH                           >>batch
+ *    [22] SAMPLER                         >>sampler
+ *    [23] SPECULATION                     >>speculation
+ *    [24] QUANTISE                        >>quantise
+ *    [25] WRITER                          >>writer
+ *    [26] RANDOM WEIGHTS                  >>random
+ *    [27] PUBLIC                          >>public
+ *    [28] KERNELS, SCALAR: the definition >>kernels-scalar
+ *    [29] KERNELS, AVX2                   >>kernels-avx2
+ *    [30] KERNELS, AVX-512                >>kernels-avx512
+ *    [31] KERNELS, AVX-512 VNNI           >>kernels-avx512vnni
+ *    [32] KERNELS, NEON                   >>kernels-neon
+ *    [33] DISPATCH: one row per ISA       >>dispatch
  *
  * THE MODEL ON ONE PAGE.  Shapes are row-major, slowest first; x W' is a linear layer with W
  * [out, in].
@@ -119,7 +124,8 @@
  *
  * MEMORY.  Weights are mapped: the system keeps what is used and may drop it again.
  * Do not cut a file that is open: reading past its new end is a fault that no library can catch.
- * A session is one allocation, of q3n_session_bytes.  Evaluation allocates nothing.
+ * A session is one allocation and a page for every 256 tokens, taken before they are evaluated;
+ * q3n_session_bytes tells what it comes to.  Snapshots and forks share pages.
  *
  * ERRORS.  Functions return q3n_result; the record says what was found and what was expected.  A
  * function that fails changes nothing.  Model and session files are taken for hostile: any bytes
@@ -132,8 +138,7 @@
  * number of threads and however the text is cut into calls.  Compile with -ffp-contract=off and
  * without -ffast-math, or this does not hold.
  *
- * LIMITS.  256 layers, heads of 1024, 2^24 tokens of vocabulary, little-endian machines.  MTP
- * modules are kept in files and not used yet.
+ * LIMITS.  256 layers, heads of 1024, 2^24 tokens of vocabulary, little-endian machines.
  *
  * REFERENCES
  *     [HF]   Hugging Face transformers 5.17, models/qwen3_next, qwen3_moe, qwen3_5: the numerics
@@ -450,8 +455,8 @@ Q3N_DEF q3n_isa     q3n_isa_best(void);
 /* ---- What the host may supply ---- */
 
 /* Memory.  Both functions or neither (then malloc and free).  Any alignment that malloc gives is
- * enough.  free gets the bytes that alloc got.  Called by open, create and their counterparts
- * only, never by evaluation. */
+ * enough.  free gets the bytes that alloc got.  Evaluation asks for a page at most every 256 tokens.
+ * Sessions on several threads may call both at once. */
 typedef struct q3n_allocator {
     void *(*alloc)(void *user, size_t bytes);            /* NULL = out of memory */
     void  (*free)(void *user, void *memory, size_t bytes);
@@ -735,9 +740,10 @@ typedef struct q3n_session_options {     /* all zero = defaults                 
                                             that holds at most so many bytes                     */
     int            snapshot_every;       /* tokens between snapshots put into the cache; 0 = at
                                             marked points only: ends of feeds, q3n_session_keep  */
-    q3n_type       snapshot_type;        /* DeltaNet matrices in snapshots: f32 (0), which is
-                                            exact, or bf16, half the bytes and nearly so         */
-    q3n_speculate  speculate;
+    q3n_type       snapshot_type;        /* DeltaNet matrices in snapshots and the cache: f32 (0),
+                                            which is exact, or bf16, half the bytes and nearly so;
+                                            forks and files are exact                            */
+    q3n_speculate  speculate;            /* MTP is an error without a module in the model        */
     int            draft;                /* drafts per step: 0 = chosen while running by what they
                                             cost and how many are accepted; else always so many,
                                             1 .. Q3N_MAX_DRAFT                                   */
@@ -807,7 +813,8 @@ Q3N_DEF q3n_result       q3n_session_tokens(const q3n_session *s, int first, int
 
 /* From any thread: the evaluation under way, or else the next one, stops within the time of one
  * layer and returns Q3N_ERR_CANCELLED, with the session as before the call; that uses the request
- * up.  on = 0 withdraws it. */
+ * up.  on = 0 withdraws it.  Of a session that shares a batch's threads, it is the batch's
+ * evaluation that stops. */
 Q3N_DEF void             q3n_session_cancel(q3n_session *s, int on);
 
 Q3N_DEF int              q3n_session_length(const q3n_session *s);    /* tokens evaluated so far */
@@ -882,8 +889,9 @@ Q3N_DEF q3n_result q3n_session_save(q3n_session *s, const char *path);
 Q3N_DEF q3n_result q3n_session_save_to(q3n_session *s, const q3n_sink *sink);
 
 /* Continue a saved session; nothing is evaluated.  The file is bound to the bytes of the model's
- * metadata, which hold the checksums of its tensors, and to the session's kv_type.  Files are taken
- * for hostile: on error (Q3N_ERR_IO, _FORMAT, _CHECKSUM, _UNSUPPORTED: another model or kv_type,
+ * metadata, which hold the checksums of its tensors, to the session's kv_type, and to whether it has
+ * an MTP cache (as q3n_session_restore).  Files are taken for hostile: on error (Q3N_ERR_IO,
+ * _FORMAT, _CHECKSUM, _UNSUPPORTED: another model, kv_type or MTP cache,
  * _FULL: more tokens than the session's capacity, _MEMORY) the session is untouched. */
 Q3N_DEF q3n_result q3n_session_load(q3n_session *s, const char *path);
 Q3N_DEF q3n_result q3n_session_load_from(q3n_session *s, const q3n_source *source);
@@ -5455,11 +5463,11 @@ static void q3n__attend_merge(q3n__softmax_part *run, float *O, q3n__softmax_par
 }
 
 /* =====================================================================================
- * [12] MODEL                                                                  >>model
+ * [12] RUN                                                                      >>run
  *
- * The forward pass, in the words and letters of the reference.  One path serves one token and five
- * hundred, of one session or of several: a run is a list of token rows, cut into segments that
- * belong to one session each.  Knows no type, no instruction set, no file.
+ * What one pass over some tokens works with: the sessions' states, activations,
+ * and the small steps that go over all rows.  One path serves one token and five hundred, of one
+ * session or of several: a run is a list of token rows, cut into segments of one session each.
  * ===================================================================================== */
 
 /* DeltaNet's matrices lag behind the text: reading and writing them is most of what they cost, so a
@@ -5644,7 +5652,8 @@ static void q3n__embed_task(void *arg, int begin, int end)
 {
     const q3n__embed_arg *j = (const q3n__embed_arg *)arg;
     const size_t d = (size_t)j->r->model->config.hidden_size;
-    for (int t = begin; t < end; t++) q3n__embed_row(j->r, j->tokens[t], t, j->r->x + (size_t)t * d);
+    float *x = j->r->x;
+    for (int t = begin; t < end; t++) q3n__embed_row(j->r, j->tokens[t], t, x + (size_t)t * d);
 }
 
 static void q3n__embed(const q3n__run *r, const int32_t *tokens)
@@ -5653,7 +5662,11 @@ static void q3n__embed(const q3n__run *r, const int32_t *tokens)
     q3n__parallel(r->pool, r->n, 8, q3n__embed_task, &arg);
 }
 
-/* ---- Attention ---- */
+/* =====================================================================================
+ * [13] ATTENTION                                                          >>attention
+ *
+ * Grouped-query attention over pages of keys and values (q3n__attention, at the end).
+ * ===================================================================================== */
 typedef struct {
     const q3n__run   *r;
     const q3n__layer *w;
@@ -5909,7 +5922,12 @@ static void q3n__attention(q3n__run *r, const q3n__layer *w, int layer)
     q3n__linear_all(r->pool, r->k, &out, 1, r->n);
 }
 
-/* ---- Gated DeltaNet ---- */
+/* =====================================================================================
+ * [14] DELTANET                                                            >>deltanet
+ *
+ * The gated delta rule with its convolution (q3n__deltanet, at the end), for runs that store their
+ * states and for runs that leave them in the trail.
+ * ===================================================================================== */
 typedef struct {
     const q3n__run   *r;
     const q3n__layer *w;
@@ -6101,8 +6119,8 @@ static void q3n__delta_task(void *arg, int begin, int end)
     }
 }
 
-/* Columns of a piece: a tile that stays in the cache for all tokens; whole rows for one token, which
- * read memory in longer stretches (AVX-512: 5.5 microseconds a head, in tiles 6.5). */
+/* Columns of a piece: a tile that stays in the cache for all tokens; whole rows for one token, for
+ * memory is read in longer stretches (AVX-512: 5.5 microseconds a head, in tiles 6.5). */
 static int q3n__delta_columns(const q3n__run *r, int pieces)
 {
     const q3n_config *c = &r->model->config;
@@ -6216,6 +6234,13 @@ static void q3n__deltanet(q3n__run *r, const q3n__layer *w, int layer)
                               w->out_proj.n_cols, d };
     q3n__linear_all(r->pool, r->k, &out, 1, r->n);
 }
+
+/* =====================================================================================
+ * [15] MODEL                                                                  >>model
+ *
+ * The forward pass, in the words and letters of the reference: feed-forward networks and experts,
+ * layers, the trunk, multi-token prediction.  Knows no type, no instruction set, no file.
+ * ===================================================================================== */
 
 /* ---- Feed-forward networks and experts ---- */
 typedef struct {
@@ -6588,7 +6613,7 @@ static void q3n__logits(const q3n__run *r, const float *hidden, int n, float *lo
 }
 
 /* =====================================================================================
- * [13] STATE                                                                  >>state
+ * [16] STATE                                                                  >>state
  *
  * What a session knows of its text, as things that can be kept and passed on: pages, which are
  * counted and shared, and snapshots, which do not change.  Knows nothing of evaluation.
@@ -6760,7 +6785,7 @@ static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t 
 }
 
 /* =====================================================================================
- * [14] SESSION FILES                                                  >>session-files
+ * [17] SESSION FILES                                                  >>session-files
  *
  * A snapshot to bytes and back (SESSION FILE FORMAT).  One walk over its parts serves both ways.
  * What is read is hostile: sizes come from the shape, pages are made as their bytes arrive, and
@@ -7198,7 +7223,7 @@ static q3n_result q3n__snapshot_open(q3n_snapshot **out, const q3n_model *m,
 }
 
 /* =====================================================================================
- * [15] CACHE                                                                  >>cache
+ * [18] CACHE                                                                  >>cache
  *
  * Snapshots by the text that led to them, for any number of threads.  An item is a text, in memory,
  * in a file, or both; items are sorted by length, so that one pass over a text finds the longest
@@ -7868,13 +7893,10 @@ Q3N_DEF void q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out)
 }
 
 /* =====================================================================================
- * [16] SESSION                                                              >>session
+ * [19] ENGINE                                                                >>engine
  *
- * Evaluation as transactions.  Between calls a session holds its text; a call works beside it -
- * in a second set of matrices, in slots of pages behind the text, in the trail - and ends with
- * q3n__session_commit, or with q3n__session_rollback, which takes no more than forgetting.
- *
- * The engine is what evaluates: threads, kernels and scratch, of one session or of a batch.
+ * What evaluates: threads, kernels and scratch, of one session or of a batch, in one allocation
+ * that is measured first and then handed out.  Options of sessions and batches.
  * ===================================================================================== */
 
 /* Measured microseconds of passes, by their rows: drafts and bounded steps are chosen by them. */
@@ -7904,71 +7926,6 @@ typedef struct {
     q3n__atomic         cancel;
     q3n__costs          costs;
 } q3n__engine;
-
-/* Rows of hidden states that a session with an MTP module collects before the module reads them. */
-#define Q3N__MAX_HIDDEN 64
-
-/* What is known of one source of drafts. */
-typedef struct {
-    double accept[Q3N_MAX_DRAFT];     /* the i-th is right if those before are                    */
-    double weight[Q3N_MAX_DRAFT];     /* of what was seen of it                                   */
-} q3n__acceptance;
-
-struct q3n_session {
-    const q3n_model    *model;
-    q3n_session_options options;      /* with the defaults filled in                              */
-    q3n__engine        *engine;       /* its own, or that of options.shared                       */
-    q3n_cache          *cache;        /* or NULL                                                  */
-    q3n_cache          *own_cache;    /* the same, if it is the session's to destroy              */
-    q3n__shape          shape;
-    q3n_error           error;
-    int                 n_delta;      /* layers                                                   */
-    int                 n_blocks;     /* pages at full capacity                                   */
-
-    /* the text between calls */
-    int                 length;
-    int                 delta_now, conv_now;   /* which of the two is meant                       */
-    float              *delta[2];     /* [shape.delta_len]                                        */
-    float              *conv[2];      /* [shape.conv_len]                                         */
-    unsigned char      *owned;        /* [n_blocks] 1 = no other session appends to the page      */
-    float              *hidden;       /* [n_hidden, d] trunk's rows of tokens mtp_length - 1 ..
-                                         length - 1; without a module the last alone              */
-    int                 n_hidden;
-    int                 mtp_length;   /* tokens whose keys the module's layer holds, but for the
-                                         first mtp_first                                          */
-    int                 mtp_first;
-    float              *logits;       /* [vocab] behind the last token                            */
-    int                 has_logits;
-    int64_t            *counts;       /* of experts: [layer][E]                                   */
-
-    /* the call under way */
-    q3n__state          state;        /* what the layers see                                      */
-    int                 begun;        /* 1 = the work is in the other delta and conv              */
-    int                 in_batch;     /* 1 = in a batch's call: item, and tokens taken of it      */
-    int                 item, taken;
-    int                 seek_logits;  /* 1 = logits are those of the snapshot sought              */
-    int                 deferred;     /* 1 = the MTP module reads this call's rows later          */
-    float              *work_hidden;  /* [d] of token state.length - 1                            */
-    int                 work_mtp;     /* as mtp_length                                            */
-    int                 work_first;   /* as mtp_first                                             */
-    int                 has_saved;    /* 1 = the pages of the text are in saved_page              */
-    q3n__page         **saved_page;   /* [n_blocks]                                               */
-    unsigned char      *saved_owned;
-
-    float              *pooled;       /* [d] classification                                       */
-
-    /* drafts */
-    float              *draft_logits; /* [Q3N_MAX_DRAFT + 1, vocab] */
-    float              *draft_hidden; /* [d] */
-    q3n_speculation     spec;
-    q3n__acceptance     acceptance[Q3N_SPECULATE_COUNT];
-    double              step_cost[Q3N_MAX_DRAFT + 1];   /* microseconds, by drafts; 0 = unknown   */
-    double              draft_cost[2];   /* of the module: the first draft, each further one      */
-    int                 probe_left, probe_wait, probe_gap;
-    int                 mtp_idle;        /* steps since drafts of the module paid                 */
-};
-
-static q3n__engine *q3n__batch_engine(q3n_batch *b);
 
 /* ---- Options and memory ---- */
 
@@ -8005,7 +7962,8 @@ static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session
                          "range", (int)o->speculate, o->draft, o->snapshot_every);
     if (o->speculate == Q3N_SPECULATE_MTP && c->num_mtp_layers == 0)
         return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1,
-                         "the model has no multi-token-prediction module: speculate AUTO or LOOKUP");
+                         "the model has no multi-token-prediction module: choose speculate AUTO "
+                         "or LOOKUP");
     if (c->rope_type == Q3N_ROPE_TABLE && o->capacity > m->weights.rope_positions)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "capacity %d: the model's rotary tables end at %d",
                          o->capacity, m->weights.rope_positions);
@@ -8160,6 +8118,120 @@ static void q3n__engine_close(q3n__engine *e)
     q3n__free(&e->model->allocator, e->split);
 }
 
+static void q3n__engine_set(q3n__engine *e, const q3n_model *m, const q3n_session_options *o,
+                            int has_mtp)
+{
+    memset(e, 0, sizeof *e);
+    e->model = m;
+    e->options = *o;
+    e->has_mtp = has_mtp;
+}
+
+/* The cancel request is used up. */
+static q3n_result q3n__cancelled(q3n__engine *e, q3n_error *err)
+{
+    q3n__atomic_store(&e->cancel, 0);
+    return q3n__fail(err, Q3N_ERR_CANCELLED, -1, "cancelled: the session is as before the call");
+}
+
+/* ---- Costs ---- */
+static double q3n__cost_of(const q3n__costs *c, int rows)   /* microseconds, 0 = not known */
+{
+    if (rows > Q3N__COST_ROWS) return c->row * rows;
+    for (int n = rows; n > 0; n--)
+        if (c->pass[n] > 0.0) return c->pass[n] * rows / n;
+    return c->row * rows;
+}
+
+/* A noisy measurement: outliers count for little, faster ones are believed sooner. */
+static void q3n__cost_learn(double *cost, double us)
+{
+    if (*cost == 0.0) *cost = us;
+    else if (us < *cost) *cost += (us - *cost) / 4.0;
+    else *cost += ((us < 2.0 * *cost ? us : 2.0 * *cost) - *cost) / 16.0;
+}
+
+static void q3n__engine_learn(q3n__engine *e, int rows, int64_t us)
+{
+    if (rows <= Q3N__COST_ROWS) q3n__cost_learn(&e->costs.pass[rows], (double)us);
+    else q3n__cost_learn(&e->costs.row, (double)us / rows);
+}
+
+/* =====================================================================================
+ * [20] SESSION                                                              >>session
+ *
+ * Evaluation as transactions.  Between calls a session holds its text; a call works beside it -
+ * in a second set of matrices, in slots of pages behind the text, in the trail - and ends with
+ * q3n__session_commit, or with q3n__session_rollback, which takes no more than forgetting.
+ * ===================================================================================== */
+
+/* Rows of hidden states that a session with an MTP module collects before the module reads them. */
+#define Q3N__MAX_HIDDEN 64
+
+/* What is known of one source of drafts. */
+typedef struct {
+    double accept[Q3N_MAX_DRAFT];     /* the i-th is right if those before are                    */
+    double weight[Q3N_MAX_DRAFT];     /* of what was seen of it                                   */
+} q3n__acceptance;
+
+struct q3n_session {
+    const q3n_model    *model;
+    q3n_session_options options;      /* with the defaults filled in                              */
+    q3n__engine        *engine;       /* its own, or that of options.shared                       */
+    q3n_cache          *cache;        /* or NULL                                                  */
+    q3n_cache          *own_cache;    /* the same, if it is the session's to destroy              */
+    q3n__shape          shape;
+    q3n_error           error;
+    int                 n_delta;      /* layers                                                   */
+    int                 n_blocks;     /* pages at full capacity                                   */
+
+    /* the text between calls */
+    int                 length;
+    int                 delta_now, conv_now;   /* which of the two is meant                       */
+    float              *delta[2];     /* [shape.delta_len]                                        */
+    float              *conv[2];      /* [shape.conv_len]                                         */
+    unsigned char      *owned;        /* [n_blocks] 1 = no other session appends to the page      */
+    float              *hidden;       /* [n_hidden, d] trunk's rows of tokens mtp_length - 1 ..
+                                         length - 1; without a module the last alone              */
+    int                 n_hidden;
+    int                 mtp_length;   /* tokens whose keys the module's layer holds, but for the
+                                         first mtp_first                                          */
+    int                 mtp_first;
+    float              *logits;       /* [vocab] behind the last token                            */
+    int                 has_logits;
+    int64_t            *counts;       /* of experts: [layer][E]                                   */
+
+    /* the call under way */
+    q3n__state          state;        /* what the layers see                                      */
+    int                 begun;        /* 1 = the work is in the other delta and conv              */
+    int                 in_batch;     /* 1 = in a batch's call: item, and tokens taken of it      */
+    int                 item, taken;
+    int                 seek_logits;  /* 1 = logits are those of the snapshot sought              */
+    int                 deferred;     /* 1 = the MTP module reads this call's rows later          */
+    float              *work_hidden;  /* [d] of token state.length - 1                            */
+    int                 work_mtp;     /* as mtp_length                                            */
+    int                 work_first;   /* as mtp_first                                             */
+    int                 has_saved;    /* 1 = the pages of the text are in saved_page              */
+    q3n__page         **saved_page;   /* [n_blocks]                                               */
+    unsigned char      *saved_owned;
+
+    float              *pooled;       /* [d] classification                                       */
+
+    /* drafts */
+    float              *draft_logits; /* [Q3N_MAX_DRAFT + 1, vocab] */
+    float              *draft_hidden; /* [d] */
+    q3n_speculation     spec;
+    q3n__acceptance     acceptance[Q3N_SPECULATE_COUNT];
+    double              step_cost[Q3N_MAX_DRAFT + 1];   /* microseconds, by drafts; 0 = unknown   */
+    double              draft_cost[2];   /* of the module: the first draft, each further one      */
+    int                 probe_left, probe_wait, probe_gap;
+    int                 mtp_idle;        /* steps since drafts of the module paid                 */
+};
+
+static q3n__engine *q3n__batch_engine(q3n_batch *b);
+
+/* ---- Memory ---- */
+
 /* The trail's rows: two calls' of one token each, or of a token and its drafts. */
 static void q3n__trail_layout(q3n__arena *a, q3n_session *s)
 {
@@ -8214,15 +8286,6 @@ static void q3n__session_layout(q3n__arena *a, q3n_session *s, q3n__engine *own,
         s->counts = (int64_t *)q3n__arena_take(a, n, sizeof *s->counts);
         s->state.expert_counts = (int64_t *)q3n__arena_take(a, n, sizeof *s->counts);
     }
-}
-
-static void q3n__engine_set(q3n__engine *e, const q3n_model *m, const q3n_session_options *o,
-                            int has_mtp)
-{
-    memset(e, 0, sizeof *e);
-    e->model = m;
-    e->options = *o;
-    e->has_mtp = has_mtp;
 }
 
 /* Everything that create needs to know; bytes of its one allocation without the allocator's own
@@ -8544,28 +8607,6 @@ static void q3n__session_advance(q3n_session *s, q3n__engine *e, const int32_t *
     s->begun = 1;
 }
 
-static double q3n__cost_of(const q3n__costs *c, int rows)   /* microseconds, 0 = not known */
-{
-    if (rows > Q3N__COST_ROWS) return c->row * rows;
-    for (int n = rows; n > 0; n--)
-        if (c->pass[n] > 0.0) return c->pass[n] * rows / n;
-    return c->row * rows;
-}
-
-/* A noisy measurement: outliers count for little, faster ones are believed sooner. */
-static void q3n__cost_learn(double *cost, double us)
-{
-    if (*cost == 0.0) *cost = us;
-    else if (us < *cost) *cost += (us - *cost) / 4.0;
-    else *cost += ((us < 2.0 * *cost ? us : 2.0 * *cost) - *cost) / 16.0;
-}
-
-static void q3n__engine_learn(q3n__engine *e, int rows, int64_t us)
-{
-    if (rows <= Q3N__COST_ROWS) q3n__cost_learn(&e->costs.pass[rows], (double)us);
-    else q3n__cost_learn(&e->costs.row, (double)us / rows);
-}
-
 /* One pass over all parts, at most `batch` tokens together; the sessions have begun and have pages.
  * Afterwards q3n__engine_rows has the rows of all parts, one after another.  Q3N_ERR_CANCELLED
  * leaves the work undone: roll back. */
@@ -8601,13 +8642,6 @@ static q3n_result q3n__engine_pass(q3n__engine *e, const q3n__part *part, int n_
     return Q3N_OK;
 }
 
-/* The cancel request is used up. */
-static q3n_result q3n__cancelled(q3n__engine *e, q3n_error *err)
-{
-    q3n__atomic_store(&e->cancel, 0);
-    return q3n__fail(err, Q3N_ERR_CANCELLED, -1, "cancelled: the session is as before the call");
-}
-
 /* ---- Snapshots ---- */
 typedef struct {
     const float *from;
@@ -8641,14 +8675,15 @@ static void q3n__copy(q3n__pool *p, q3n__copy_arg arg)
 
 /* The state as a snapshot: of the text, or in a call of what is evaluated so far.  NULL = no
  * memory. */
-static q3n_snapshot *q3n__session_take(q3n_session *s, q3n__engine *e, int in_call)
+static q3n_snapshot *q3n__session_take(q3n_session *s, q3n__engine *e, q3n_type delta_type,
+                                       int in_call)
 {
     const q3n__shape *h = &s->shape;
     if (!in_call) {
         q3n__session_settle(s, e);
         q3n__mtp_flush(s, e);
     }
-    q3n_snapshot *snap = q3n__snapshot_alloc(s->model, h, s->options.snapshot_type,
+    q3n_snapshot *snap = q3n__snapshot_alloc(s->model, h, delta_type,
                                              in_call ? s->state.length : s->length);
     if (!snap) return NULL;
     for (int b = 0; b < snap->n_pages; b++) {
@@ -8716,8 +8751,8 @@ static q3n_result q3n__session_restore(q3n_session *s, const q3n_snapshot *snap)
                          snap->shape.has_mtp ? "with" : "without",
                          q3n__types[s->shape.kv_type].name, s->shape.has_mtp ? "with" : "without");
     if (snap->length > s->options.capacity)
-        return q3n__fail(&s->error, Q3N_ERR_FULL, -1, "the snapshot has %d tokens, the session room "
-                         "for %d", snap->length, s->options.capacity);
+        return q3n__fail(&s->error, Q3N_ERR_FULL, -1, "the snapshot has %d tokens, the session "
+                         "room for %d", snap->length, s->options.capacity);
     q3n__session_begin(s, e);
     q3n__session_load_work(s, e, snap);
     q3n__session_adopt(s, snap->page, snap->n_pages);
@@ -8757,7 +8792,7 @@ static int q3n__session_put(q3n_session *s, q3n__engine *e, int in_call, int mar
                                        marked);
     q3n__free(&s->model->allocator, text);
     if (there) return 1;
-    q3n_snapshot *snap = q3n__session_take(s, e, in_call);
+    q3n_snapshot *snap = q3n__session_take(s, e, s->options.snapshot_type, in_call);
     if (!snap) return 0;
     q3n__cache_put(s->cache, snap, marked);
     q3n__snapshot_release(snap);
@@ -9026,7 +9061,11 @@ static q3n_result q3n__session_feed(q3n_session *s, const int32_t *tokens, int n
     return r;
 }
 
-/* ---- Many sessions at once ---- */
+/* =====================================================================================
+ * [21] BATCH                                                                  >>batch
+ *
+ * Many sessions at once: passes over tokens of several, as one transaction of all.
+ * ===================================================================================== */
 struct q3n_batch {
     q3n__engine engine;
     q3n_error   error;
@@ -9203,7 +9242,7 @@ static q3n_result q3n__batch_eval(q3n_batch *b, q3n_batch_item *items, int n_ite
 }
 
 /* =====================================================================================
- * [17] SAMPLER                                                              >>sampler
+ * [22] SAMPLER                                                              >>sampler
  *
  * Chooses the next token from logits.  Each filter keeps the tokens ranked before some place in
  * the order "larger first, lower id among equals", so finding that place takes a selection, not a
@@ -9635,7 +9674,7 @@ Q3N_DEF int32_t q3n_sampler_sample(q3n_sampler *s, const float *logits)
 }
 
 /* =====================================================================================
- * [18] SPECULATION                                                      >>speculation
+ * [23] SPECULATION                                                      >>speculation
  *
  * Several tokens a pass: drafts come from the model's MTP module or from the text itself, one pass
  * of the trunk checks them, and what is rejected is forgotten like a cancelled call.  How many
@@ -9981,7 +10020,7 @@ static q3n_result q3n__session_draft(q3n_session *s, int32_t token, int32_t *dra
 }
 
 /* =====================================================================================
- * [19] QUANTISE                                                            >>quantise
+ * [24] QUANTISE                                                            >>quantise
  *
  * Rows of floats to the bytes that a file holds, in any type.  The bytes depend on the weights
  * alone: float arithmetic in a fixed order, the same on every machine and for every split of the
@@ -10355,7 +10394,7 @@ Q3N_DEF q3n_result q3n_quantize_rows(q3n_type type, const q3n_rows *rows, void *
 }
 
 /* =====================================================================================
- * [20] WRITER                                                                >>writer
+ * [25] WRITER                                                                >>writer
  *
  * Makes model files as a stream, or in memory.  The tensor plan and a choice of types fix the whole
  * layout before the first byte, so every byte is written once and in order; only the checksums are
@@ -11053,7 +11092,7 @@ Q3N_DEF q3n_result q3n_quantize_file(const char *path, const q3n_model *in,
 }
 
 /* =====================================================================================
- * [21] RANDOM WEIGHTS                                                        >>random
+ * [26] RANDOM WEIGHTS                                                        >>random
  *
  * Models of any geometry without a checkpoint, for tests and measurements.  A weight depends on the
  * seed, its tensor's name and its place alone, so pieces can be made in any order.
@@ -11369,7 +11408,7 @@ Q3N_DEF q3n_result q3n_init_memory(void *data, size_t bytes, const q3n_config *c
 }
 
 /* =====================================================================================
- * [22] PUBLIC                                                                >>public
+ * [27] PUBLIC                                                                >>public
  *
  * Public functions of models and sessions: check, delegate.
  * ===================================================================================== */
@@ -11677,16 +11716,21 @@ Q3N_DEF const int64_t *q3n_session_expert_counts(const q3n_session *s, int l)
 }
 
 /* ---- Going back, copies ---- */
-Q3N_DEF q3n_result q3n_session_snapshot(q3n_session *s, q3n_snapshot **out)
+static q3n_result q3n__session_snapshot(q3n_session *s, q3n_type delta_type, q3n_snapshot **out)
 {
-    if (!out) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no place for the snapshot");
     *out = NULL;
     const q3n_result r = q3n__check_causal(s);
     if (r != Q3N_OK) return r;
-    *out = q3n__session_take(s, s->engine, 0);
+    *out = q3n__session_take(s, s->engine, delta_type, 0);
     if (*out) return Q3N_OK;
     return q3n__fail(&s->error, Q3N_ERR_MEMORY, -1, "no memory for a snapshot of %zu bytes",
-                     q3n__snapshot_measure(&s->shape, s->options.snapshot_type, s->length));
+                     q3n__snapshot_measure(&s->shape, delta_type, s->length));
+}
+
+Q3N_DEF q3n_result q3n_session_snapshot(q3n_session *s, q3n_snapshot **out)
+{
+    if (!out) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no place for the snapshot");
+    return q3n__session_snapshot(s, s->options.snapshot_type, out);
 }
 
 Q3N_DEF int    q3n_snapshot_length(const q3n_snapshot *snap) { return snap->length; }
@@ -11702,10 +11746,11 @@ Q3N_DEF q3n_result q3n_session_restore(q3n_session *s, const q3n_snapshot *snap)
 Q3N_DEF q3n_result q3n_session_fork(q3n_session **out, q3n_session *s,
                                     const q3n_session_options *o, q3n_error *err)
 {
-    if (!out || !s) return q3n__fail(err, Q3N_ERR_ARG, -1, "no session, or no place for the new one");
+    if (!out || !s)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "no session, or no place for the new one");
     *out = NULL;
     q3n_snapshot *snap = NULL;
-    q3n_result r = q3n_session_snapshot(s, &snap);
+    q3n_result r = q3n__session_snapshot(s, Q3N_TYPE_F32, &snap);
     if (r != Q3N_OK) return q3n__fail(err, r, -1, "%s", s->error.message);
     r = q3n_session_create(out, s->model, o ? o : &s->options, err);
     if (r == Q3N_OK) {
@@ -11762,7 +11807,7 @@ static q3n_result q3n__session_load_from(q3n_session *s, const q3n_source *sourc
 static q3n_result q3n__session_save_to(q3n_session *s, const q3n_sink *sink, const char *path)
 {
     q3n_snapshot *snap = NULL;
-    q3n_result r = q3n_session_snapshot(s, &snap);
+    q3n_result r = q3n__session_snapshot(s, Q3N_TYPE_F32, &snap);
     if (r != Q3N_OK) return r;
     r = path ? q3n__snapshot_save(snap, path, &s->error)
              : q3n__snapshot_write(snap, sink, &s->error);
@@ -11883,7 +11928,7 @@ Q3N_DEF void q3n_session_speculation(const q3n_session *s, q3n_speculation *out)
 }
 
 /* =====================================================================================
- * [23] KERNELS, SCALAR: the definition                               >>kernels-scalar
+ * [28] KERNELS, SCALAR: the definition                               >>kernels-scalar
  *
  * Written from the equations; every other ISA is tested against these.
  * ===================================================================================== */
@@ -12220,7 +12265,7 @@ static void q3n__bind_scalar(q3n__kernels *k)
 }
 
 /* =====================================================================================
- * [24] KERNELS, AVX2                                                   >>kernels-avx2
+ * [29] KERNELS, AVX2                                                   >>kernels-avx2
  *
  * How all three ISA sections work.  An element of a product has one accumulator vector that walks
  * the columns in steps of one vector; a shorter last step reads zeros behind the end; then one
@@ -13062,7 +13107,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [25] KERNELS, AVX-512                                              >>kernels-avx512
+ * [30] KERNELS, AVX-512                                              >>kernels-avx512
  *
  * As the AVX2 section, with vectors of 16 and masks.
  * ===================================================================================== */
@@ -13615,7 +13660,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [26] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
+ * [31] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
  *
  * Quantised matrices.  A vector of weights is 4 columns of 16 rows, so 16 lanes are 16 rows: four
  * activations are broadcast, multiplied and added to the lanes' 32-bit sums by one instruction
@@ -13858,7 +13903,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [27] KERNELS, NEON                                                   >>kernels-neon
+ * [32] KERNELS, NEON                                                   >>kernels-neon
  *
  * Baseline AArch64: no extension is asked for, so there is no target region.  32 registers of four
  * floats allow wider tiles than those of AVX2.
@@ -14560,7 +14605,7 @@ static void q3n__bind_neon(q3n__kernels *k)
 #endif
 
 /* =====================================================================================
- * [28] DISPATCH: one row per ISA                                           >>dispatch
+ * [33] DISPATCH: one row per ISA                                           >>dispatch
  * ===================================================================================== */
 static const struct {
     const char *name;

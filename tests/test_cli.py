@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import statistics
 import struct
 import subprocess
@@ -60,10 +61,11 @@ class CliTest(unittest.TestCase):
         return path
 
     def run_cli(self, *args, stdin=b"", status=0, quiet=True):
-        """stdout; checks the exit status and that errors are one line."""
+        """stdout; checks the exit status and that errors are one line.  self.notes is stderr."""
         done = subprocess.run(COMMAND + list(args), input=stdin, timeout=300, check=False,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         shown = done.stderr[-2000:].decode("utf-8", "replace")
+        self.notes = shown
         self.assertEqual(done.returncode, status, "%s: %s" % (args, shown))
         if status:
             lines = shown.splitlines()
@@ -121,6 +123,10 @@ class UsageTest(CliTest):
                 ["run", m, "--ids", "1", "--seed", "-1"], ["run", m, "--ids", "1", "-p", "x"],
                 ["run", m, "--ids", "1", "--isa", "mmx"], ["run", m, "--ids", "1", "--kv", "q1"],
                 ["run", m, "--ids", "1", "--greedy=yes"], ["run", m, "extra", "--ids", "1"],
+                ["run", m, "--ids", "1", "--speculate", "maybe"],
+                ["run", m, "--ids", "1", "--draft", "9"],
+                ["run", m, "--ids", "1", "--snapshot-type", "q8"],
+                ["run", m, "--ids", "1", "--append"], ["run", m, "--ids", "1", "--cache-size", "0"],
                 ["logits", m, "--ids", "1", "--pieces", "0"],
                 ["logits", m, "--ids", "1", "--pieces", ","],
                 ["perplexity", m, "--ids", "1,2", "--window", "1"],
@@ -131,6 +137,9 @@ class UsageTest(CliTest):
                 ["bench", m, "--preset", "tiny"], ["bench", "--preset", "bogus"],
                 ["bench", "--preset", "tiny", "--type", "q99"], ["bench", m, "--type", "f32"],
                 ["bench", "--preset", "tiny", "--bogus", "1"],
+                ["bench", m, "--batch", "0"], ["bench", m, "--batch", "1", "--mtp"],
+                ["bench", m, "--session", "-t", "1,2"], ["bench", m, "--mtp", "-n", "0"],
+                ["info", m, "--snapshots", "-1"],
                 ["tokenize", m, "a", "b"], ["detokenize", m, "1", "--ids", "2"]]:
             with self.subTest(args=args):
                 self.assertEqual(self.run_cli(*args, status=2), b"")
@@ -157,6 +166,10 @@ class UsageTest(CliTest):
                 (["experts", m, "--ids", "1,2"], "no experts"),
                 (["classify", m, "--ids", "1,2"], "classification"),
                 (["tokenize", m, "a"], "tokenizer"), (["detokenize", m, "1"], "tokenizer"),
+                (["run", m, "--ids", "1", "--session", binary], "binary"),
+                (["run", m, "--ids", "1", "--session", empty], "empty"),
+                (["run", m, "--ids", "1", "-n", "1", "--session", "/no/such/chat"],
+                 "/no/such/chat"),
                 (["init", "/no/such/folder/x.q3n", "--preset", "tiny"], "/no/such/folder")]:
             with self.subTest(args=args):
                 self.run_cli(*args, status=1)
@@ -448,6 +461,90 @@ class StoriesTest(CliTest):
             self.assertNotEqual(got["logits"], exact)
 
 
+class StateTest(CliTest):
+    """States that outlive the program, and drafts: the text is what it is without them."""
+
+    def setUp(self):
+        super().setUp()
+        golden = load(STORIES)
+        self.ids, case = golden["valid_ids"], golden["greedy"][0]
+        self.prompt, self.output = case["prompt_ids"], case["output_ids"]
+        self.path = os.path.join(self.folder, "chat.q3s")
+
+    def greedy(self, ids, n, *args):
+        return self.json_lines("run", model("stories"), "--ids", id_list(ids), "-n", str(n),
+                               "--greedy", "--json", *args)[0]["output_ids"]
+
+    def test_drafts(self):
+        for args in (["off"], ["auto"], ["mtp"], ["lookup"], ["mtp", "--draft", "3"]):
+            with self.subTest(args):
+                got = self.greedy(self.prompt, len(self.output), "--speculate", *args)
+                self.assertEqual(got, self.output)
+                if "--draft" in args:
+                    self.assertRegex(self.notes, r"\d+ of \d+ drafts accepted, \d\.\d\d tokens a")
+                if "off" in args:
+                    self.assertNotIn("drafts", self.notes)
+        for n in (0, 1, 2):
+            self.assertEqual(self.greedy(self.prompt, n), self.output[:n])
+
+    def test_session_file(self):
+        n = len(self.prompt)
+        self.assertEqual(self.greedy(self.prompt, 10, "--session", self.path), self.output[:10])
+        self.assertNotIn("reused", self.notes)
+        got = self.greedy(self.prompt + self.output[:10], 20, "--session", self.path)
+        self.assertEqual(got, self.output[10:30])
+        self.assertIn("session of %d tokens; prompt %d tokens, %d reused;" % ((n + 10,) * 3),
+                      self.notes)
+        got = self.greedy(self.output[30:31], 5, "--session", self.path, "--append")
+        self.assertEqual(got, self.output[31:36])
+        self.assertIn("prompt %d tokens, %d reused," % (n + 31, n + 30), self.notes)
+        other = self.ids[:50]
+        self.assertEqual(self.greedy(other, 5, "--session", self.path), self.greedy(other, 5))
+        self.assertEqual(os.listdir(self.folder), ["chat.q3s"])
+        self.run_cli("run", model("qwen3_dense"), "--ids", "1", "--session", self.path, status=1)
+        self.assertIn(self.path, self.error)
+
+    def test_a_text_that_ended_goes_on(self):
+        case = load(STORIES)["greedy"][1]
+        text = self.run_cli("run", model("stories"), "-p", "<|endoftext|>" + case["prompt"],
+                            "--greedy", "--session", self.path)
+        self.assertIn("end of text", self.notes)
+        self.run_cli("run", model("stories"), "-p", "<|endoftext|>The end", "-n", "1",
+                     "--session", self.path, "--append")
+        kept = len(case["prompt_ids"] + case["output_ids"]) - 1
+        self.assertIn("session of %d tokens" % kept, self.notes)
+        self.assertIn("%d reused" % kept, self.notes)
+        self.assertTrue(case["text"].endswith(text.decode().strip("\n") + "<|endoftext|>"))
+
+    def test_cache(self):
+        folder = os.path.join(self.folder, "cache")
+        os.mkdir(folder)
+        args = ["--cache-dir", folder, "--cache-size", "64", "--snapshot-every", "100"]
+        for n, reused in ((300, 0), (300, 300), (280, 200)):
+            got = self.greedy(self.ids[:n], 4, *args)
+            self.assertEqual(got, self.greedy(self.ids[:n], 4))
+            got = self.greedy(self.ids[:n], 4, *args)
+            self.assertGreaterEqual(int(self.notes.split(" reused")[0].split()[-1]), reused)
+        self.assertTrue(os.listdir(folder))
+
+    @unittest.skipIf(len(COMMAND) > 1 or os.name != "posix", "signals need the program itself")
+    def test_interrupt(self):
+        """What was written is saved."""
+        run = subprocess.Popen(COMMAND + ["run", model("stories"), "--ids", id_list(self.prompt),
+                                          "-n", "1900", "--greedy", "--session", self.path,
+                                          "--special"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        text = run.stdout.read(40)
+        run.send_signal(signal.SIGINT)
+        rest, notes = run.communicate(timeout=60)
+        self.assertEqual(run.returncode, 0, notes)
+        self.assertIn(b"interrupted", notes)
+        ids = self.json_lines("tokenize", model("stories"), "-p", text, "--json")[0]
+        self.assertEqual(ids[:5], self.output[:5])
+        self.greedy(self.output[:1], 1, "--session", self.path, "--append")
+        self.assertRegex(self.notes, r"session of \d+ tokens")
+
+
 def log_softmax(row):
     top = max(row)
     norm = top + math.log(math.fsum(math.exp(x - top) for x in row))
@@ -637,9 +734,18 @@ class FileTest(CliTest):
 
     def test_info(self):
         for name in FAMILIES + ["stories", "qwen3_next_cls"]:
-            info = self.json_lines("info", model(name), "--json", "--tensors", "--ctx", "100")[0]
-            self.assertEqual(info["session"]["capacity"], 100)
-            self.assertGreater(info["session"]["total"], 0)
+            info = self.json_lines("info", model(name), "--json", "--tensors", "--ctx", "100",
+                                   "--snapshots", "3")[0]
+            session, plan = info["session"], info["plan"]
+            self.assertEqual(session["capacity"], 100)
+            parts = ("kv_cache", "delta_state", "conv_state", "scratch", "other")
+            self.assertEqual(sum(session[part] for part in parts), session["total"])
+            self.assertTrue(0 < session["initial"] <= session["total"])
+            self.assertEqual(plan["snapshot_bytes"], 3 * session["snapshot"])
+            self.assertEqual((plan["weights"], plan["session"]),
+                             (info["file_bytes"], session["total"]))
+            self.assertEqual(plan["total"], sum(plan[part] for part in
+                                                ("weights", "session", "snapshot_bytes")))
             self.assertEqual(info["file_bytes"], os.path.getsize(model(name)))
             self.assertEqual(sum(t["tensors"] for t in info["types"].values()),
                              len(info["tensors"]))
@@ -647,6 +753,19 @@ class FileTest(CliTest):
             text = self.run_cli("info", model(name), "--tensors").decode("utf-8")
             self.assertIn("embed_tokens.weight", text)
             self.assertIn("hidden_size", text)
+
+    def test_plan(self):
+        def total(*args):
+            return self.json_lines("info", model("stories"), "--json", *args)[0]["plan"]["total"]
+        self.assertLess(total("--ctx", "300"), total())
+        self.assertLess(total("--kv", "q8"), total())
+        self.assertLess(total("--batch", "64"), total())
+        self.assertLess(total(), total("--speculate", "mtp"))
+        self.assertLess(total("--snapshots", "2", "--snapshot-type", "bf16"),
+                        total("--snapshots", "2"))
+        text = self.run_cli("info", model("stories"), "--ctx", "1000", "--snapshots", "2").decode()
+        for word in ("weights, mapped", "session of 1000 tokens", "2 snapshots", "total"):
+            self.assertIn(word, text)
 
     def check_bench(self, got, prefill, decode):
         self.assertGreater(got["read_gb_s"], 0)
@@ -713,6 +832,70 @@ class FileTest(CliTest):
         text = self.run_cli("bench", path, "-p", "8", "-n", "2", "-t", "1", "-r", "1").decode()
         for word in ("bits a weight", "resident", "reading", "prefill", "GMAC/s", "of the roof"):
             self.assertIn(word, text)
+
+
+    def check_samples(self, row, key, n):
+        samples = row[key + "_samples"]
+        self.assertEqual(len(samples), n)
+        self.assertTrue(0 < row[key + "_min"] <= row[key] <= row[key + "_max"])
+        self.assertAlmostEqual(statistics.median(samples), row[key], delta=1e-4 * row[key])
+
+    def test_bench_batch(self):
+        args = ["bench", self.make(), "--batch", "3,2", "-n", "2", "-d", "0,5", "-t", "1,2",
+                "--batch-size", "16"]
+        got = self.json_lines(*args, "-r", "2", "--json")[0]
+        self.assertEqual([(x["threads"], x["depth"], x["sessions"]) for x in got["batch"]],
+                         [(t, d, n) for t in (1, 2) for d in (0, 5) for n in (1, 3, 2)])
+        for row in got["batch"]:
+            self.check_samples(row, "tok_s", 2)
+            self.check_samples(row, "ratio", 2)
+        self.assertEqual(got["batch"][0]["ratio"], 1)
+        text = self.run_cli(*args, "-r", "1").decode()
+        self.assertRegex(text, r"3 sessions .* tokens/s .* each .* x one")
+
+    def test_bench_drafts(self):
+        args = ["bench", model("stories"), "--mtp", "-n", "12", "-t", "1", "--draft", "2"]
+        got = self.json_lines(*args, "-r", "2", "--json")[0]
+        self.assertEqual([x["speculate"] for x in got["drafts"]], ["off", "mtp", "lookup", "auto"])
+        self.assertEqual((got["equal"], got["texts"]), (True, 4))
+        for row in got["drafts"]:
+            self.check_samples(row, "tok_s", 2)
+            self.check_samples(row, "ratio", 2)
+            self.assertEqual(row["tokens"], 2 * 4 * 12)
+            self.assertTrue(0 <= row["accepted"] <= row["drafted"])
+            self.assertLessEqual(row["steps"], row["tokens"])
+        self.assertEqual((got["drafts"][0]["ratio"], got["drafts"][0]["drafted"]), (1, 0))
+        self.assertGreater(got["drafts"][1]["drafted"], 0)
+        text = self.run_cli("bench", "--preset", "g2", "--layers", "2", "--vocab", "300",
+                            "--hidden-size", "64", "--experts", "12", "--set",
+                            "moe_intermediate_size=32", "--mtp", "-p", "5", "-n", "4", "-t", "1",
+                            "-r", "1").decode()
+        self.assertRegex(text, r"drafts mtp .* x off .* accepted")
+        self.assertIn("the same 4 tokens behind each of 1 texts", text)
+
+    def test_bench_session(self):
+        for path in (self.make(), model("stories")):
+            args = ["bench", path, "--session", "-p", "40", "-n", "6", "-t", "1", "-r", "1"]
+            got = self.json_lines(*args, "--json")[0]
+            self.assertEqual(got["length"], 460)
+            self.assertEqual([(t["tokens"], t["reused"]) for t in got["turns"]],
+                             [(46 * i + 40, 46 * i) for i in range(10)])
+            for turn in got["turns"]:
+                for key in ("feed_s", "read_s", "ratio"):
+                    self.check_samples(turn, key, 1)
+                # An allocation has a head, which the plan leaves to the allocator.
+                self.assertAlmostEqual(turn["allocated"], turn["planned"],
+                                       delta=0.02 * turn["planned"])
+            states = {x["what"]: x for x in got["states"]}
+            self.assertEqual(list(states), ["snapshot", "restore", "fork", "rewind 1", "rewind",
+                                            "save", "load", "evaluate"])
+            for what in ("snapshot", "restore", "fork", "save", "load"):
+                self.assertGreater(states[what]["bytes"], 0)
+            self.assertAlmostEqual(got["memory"]["snapshot"], got["memory"]["snapshot_planned"],
+                                   delta=0.1 * got["memory"]["snapshot"])
+            text = self.run_cli(*args, quiet=False).decode()
+            for word in ("turn 10", "all again", "the same bits", "rewind 230", "GB/s", "planned"):
+                self.assertIn(word, text)
 
 
 # What a llama-bench program prints, here for any model; the speed is its first thread count.

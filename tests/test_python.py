@@ -104,12 +104,16 @@ class Golden(unittest.TestCase):
             self.assertEqual(self.model.config[name], want[name])
         kinds = [int(k == "linear_attention") for k in want["layer_types"]]
         self.assertEqual(self.model.config["layer_types"], kinds)
-        with self.model.session(capacity=64) as small, self.model.session(capacity=128) as large:
-            self.assertEqual((small.capacity, large.capacity), (64, 128))
+        with self.model.session(capacity=64) as small, self.model.session(capacity=600) as large:
+            self.assertEqual((small.capacity, large.capacity), (64, 600))
             self.assertEqual(small.memory["delta_state"], large.memory["delta_state"])
             self.assertLess(small.memory["total"], large.memory["total"])
-            self.assertEqual(sum(v for k, v in small.memory.items() if k != "total"),
-                             small.memory["total"])
+            parts = ("kv_cache", "delta_state", "conv_state", "scratch", "other")
+            self.assertEqual(sum(small.memory[part] for part in parts), small.memory["total"])
+            self.assertLess(large.memory["initial"], large.memory["total"])
+            self.assertGreater(large.memory["snapshot"], 0)
+        with self.model.session() as session:
+            self.assertEqual(session.capacity, self.model.config["max_position_embeddings"])
 
     def test_expert_counts(self):
         ids = self.golden["cases"][2]["input_ids"]
@@ -164,6 +168,181 @@ class Text(unittest.TestCase):
                                                 seed=seed))
         self.assertEqual(story(3), story(3))
         self.assertNotEqual(story(3), story(4))
+
+
+class Sessions(unittest.TestCase):
+    """stories: going back, copies, files, caches, batches and drafts give what evaluation gives."""
+
+    @classmethod
+    def setUpClass(cls):
+        text = golden("examples", "stories", "golden.json")
+        cls.ids, cls.greedy = text["valid_ids"][:330], text["greedy"]
+        cls.model = qwen3next.Model(MODELS / "stories.q3n")
+        cls.want = {n: cls.evaluate(n) for n in (1, 100, 280, 330)}
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.model.close()
+
+    @classmethod
+    def evaluate(cls, n):
+        with cls.model.session() as session:
+            return session.logits(cls.ids[:n])
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+
+    def check(self, session, n):
+        self.assertEqual((len(session), session.tokens()), (n, self.ids[:n]))
+        self.assertEqual(session.logits(), self.want[n])
+
+    def test_feed_and_rewind(self):
+        for options in ({}, {"snapshot_bytes": 1 << 24}):
+            with self.subTest(options), self.model.session(**options) as session:
+                self.assertEqual(session.feed(self.ids[:280]), 0)
+                self.check(session, 280)
+                self.assertEqual(session.feed(self.ids), 280)
+                self.check(session, 330)
+                session.rewind(280)
+                self.check(session, 280)
+                session.rewind(1)
+                self.check(session, 1)
+                session.rewind(0)
+                self.assertEqual((len(session), session.tokens()), (0, []))
+                with self.assertRaises(qwen3next.Error):
+                    session.logits()
+                with self.assertRaises(qwen3next.Error):
+                    session.rewind(1)
+
+    def test_snapshot_and_fork(self):
+        with self.model.session() as session, self.model.session() as other:
+            session.logits(self.ids[:280])
+            snapshot = session.snapshot()
+            self.assertEqual(len(snapshot), 280)
+            self.assertGreater(snapshot.bytes, 0)
+            session.logits(self.ids[280:])
+            fork = session.fork()
+            session.restore(snapshot)
+            self.check(session, 280)
+            self.check(fork, 330)
+            session.close()
+            other.restore(snapshot)
+            other.logits(self.ids[280:])
+            self.check(other, 330)
+            snapshot.close()
+            fork.close()
+
+    def test_save_and_load(self):
+        path = self.folder / "session"
+        with self.model.session(snapshot_type="bf16") as session:
+            session.logits(self.ids[:280])
+            session.save(path)
+        size = path.stat().st_size
+        with self.model.session() as session:
+            session.load(path)
+            rounded = session.logits(self.ids[280:])
+            self.assertLess(max(abs(a - b) for a, b in zip(rounded, self.want[330])), 0.1)
+            session.rewind(0)
+            session.logits(self.ids[:280])
+            session.save(path)
+        self.assertGreater(path.stat().st_size, size)
+        with self.model.session() as session:
+            session.load(path)
+            self.check(session, 280)
+            self.assertEqual(session.feed(self.ids), 280)
+            self.check(session, 330)
+            path.write_bytes(path.read_bytes()[:-1])
+            with self.assertRaises(qwen3next.Error):
+                session.load(path)
+            self.check(session, 330)
+        with qwen3next.Model(MODELS / "qwen3_next.q3n") as model, model.session() as session:
+            with self.assertRaises(qwen3next.Error) as caught:
+                session.load(self.folder / "none")
+            self.assertEqual(caught.exception.code, -3)
+
+    def test_cancel(self):
+        with self.model.session() as session:
+            session.logits(self.ids[:100])
+            session.cancel()
+            with self.assertRaises(qwen3next.Error) as caught:
+                session.logits(self.ids[100:])
+            self.assertEqual(caught.exception.code, -9)
+            session.cancel()
+            session.cancel(False)
+            self.check(session, 100)
+            session.logits(self.ids[100:])
+            self.check(session, 330)
+
+    def test_cache(self):
+        with self.model.cache(1 << 26, directory=self.folder) as cache:
+            with self.model.session(cache=cache) as session:
+                self.assertEqual(session.feed(self.ids[:280]), 0)
+            with self.model.session(cache=cache) as session:
+                self.assertEqual(session.reuse(self.ids), 280)
+                self.assertEqual(session.feed(self.ids), 280)
+                self.check(session, 330)
+                session.keep()
+            stats = cache.stats()
+            self.assertGreater(stats["n_hits"], 0)
+            self.assertTrue(0 < stats["bytes"] <= 1 << 26)
+            orphan = self.model.session(cache=cache)
+        with self.assertRaises(ValueError):
+            len(orphan)
+        self.assertTrue(list(self.folder.iterdir()))
+        with self.model.cache(1 << 26, directory=self.folder) as cache:
+            self.assertGreater(cache.stats()["n_files"], 0)
+            with self.model.session(cache=cache) as session:
+                self.assertEqual(session.feed(self.ids), 330)
+                self.check(session, 330)
+            cache.clear()
+            self.assertEqual(cache.stats()["bytes"], 0)
+
+    def test_batch(self):
+        with self.model.batch(n_threads=2) as batch:
+            sessions = [self.model.session(shared=batch) for _ in range(3)]
+            items = batch.eval(zip(sessions, (self.ids[:100], self.ids[:280], self.ids)))
+            for item, n in zip(items, (100, 280, 330)):
+                self.check(item.session, n)
+                self.assertEqual(item.logits, self.want[n])
+            for session in sessions:
+                session.reset()
+            items = [qwen3next.BatchItem(sessions[0], self.ids[:280]),
+                     qwen3next.BatchItem(sessions[1], self.ids[:1], logits=False)]
+            batch.eval(items, max_tokens=20)
+            self.assertEqual(sum(item.done for item in items), 20)
+            self.assertIsNone(items[0].logits)
+            batch.eval(items)
+            self.check(sessions[0], 280)
+            self.assertIsNone(items[1].logits)
+            with self.assertRaises(qwen3next.Error) as caught:
+                batch.eval([(sessions[0], [1]), (sessions[0], [2])])
+            self.assertEqual(caught.exception.code, -1)
+            batch.cancel()
+            with self.assertRaises(qwen3next.Error) as caught:
+                batch.eval([(sessions[0], self.ids[280:])])
+            self.assertEqual(caught.exception.code, -9)
+            self.check(sessions[0], 280)
+
+    def test_drafts(self):
+        prompt, want = self.greedy[0]["prompt_ids"], self.greedy[0]["output_ids"]
+        for how in qwen3next.SPECULATE:
+            with self.subTest(how), self.model.session(speculate=how) as session:
+                ids = list(session.generate_ids(prompt, len(want), stop_at_eos=False))
+                self.assertEqual(ids, want)
+                self.assertEqual(session.tokens(), prompt + want[:-1])
+                counts = session.speculation()
+                self.assertEqual(counts["n_tokens"], len(want) - 1)
+                self.assertTrue(0 <= counts["n_accepted"] <= counts["n_drafted"])
+                if how == "off":
+                    self.assertEqual(counts["n_drafted"], 0)
+        with self.model.session(speculate="mtp", draft=2) as session:
+            session.logits(prompt)
+            self.assertEqual(len(session.draft(want[0], 3)), 3)
+            self.assertEqual(session.tokens(), prompt)
+        with self.assertRaises(ValueError):
+            self.model.session(speculate="none such")
 
 
 class Errors(unittest.TestCase):

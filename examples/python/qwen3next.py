@@ -10,6 +10,15 @@ Run as a program it does just that:
 
     python3 examples/python/qwen3next.py build/models/stories.q3n "Once upon a time"
 
+A session goes back, is copied, saved and continued:
+
+    session.feed(ids)                  # evaluates what is not known yet, returns how many were
+    start = session.snapshot()
+    other = session.fork()
+    session.rewind(len(session) - 1)
+    session.restore(start)
+    session.save("chat.q3s")
+
 The library is looked for at $QWEN3NEXT_LIB, beside this file, in build/ of this checkout, and where
 the system keeps its libraries; load(path) names it.  Logits are array('f'), which numpy.asarray
 takes without a copy.
@@ -23,6 +32,8 @@ import sys
 import weakref
 
 NO_SPECIAL = 1                  # flag of tokenize: special tokens in the text are plain text
+MAX_DRAFT = 8                   # most tokens that are drafted in a step
+SPECULATE = ("off", "auto", "mtp", "lookup")    # q3n_speculate in order
 _OK, _ERR_FULL = 0, -7
 
 _P = ctypes.c_void_p
@@ -59,16 +70,45 @@ class _LayerHook(ctypes.Structure):
 class _SessionOptions(ctypes.Structure):
     _fields_ = [("capacity", _C_INT), ("batch", _C_INT), ("n_threads", _C_INT),
                 ("max_isa", _C_INT), ("scalar_only", _C_INT), ("kv_type", _C_INT),
-                ("executor", _Executor), ("count_experts", _C_INT), ("layer_hook", _LayerHook)]
+                ("executor", _Executor), ("count_experts", _C_INT), ("layer_hook", _LayerHook),
+                ("shared", _P), ("cache", _P), ("snapshot_bytes", _C_SIZE),
+                ("snapshot_every", _C_INT), ("snapshot_type", _C_INT), ("speculate", _C_INT),
+                ("draft", _C_INT)]
 
 
 class _SessionMemory(ctypes.Structure):
     _fields_ = [(name, _C_SIZE) for name in
-                ("kv_cache", "delta_state", "conv_state", "scratch", "other", "total")]
+                ("kv_cache", "delta_state", "conv_state", "scratch", "other", "total", "initial",
+                 "page", "snapshot")]
 
 
 class _Outputs(ctypes.Structure):
     _fields_ = [(name, _FLOATS) for name in ("logits", "all_logits", "hidden", "all_hidden")]
+
+
+class _CacheOptions(ctypes.Structure):
+    _fields_ = [("max_bytes", _C_SIZE), ("directory", ctypes.c_char_p),
+                ("max_directory_bytes", ctypes.c_int64), ("logger", _Logger)]
+
+
+class _CacheStats(ctypes.Structure):
+    _fields_ = [("bytes", _C_SIZE), ("n_entries", _C_INT), ("n_files", _C_INT),
+                ("file_bytes", ctypes.c_int64), ("n_hits", ctypes.c_int64),
+                ("n_misses", ctypes.c_int64), ("n_evicted", ctypes.c_int64)]
+
+
+class _BatchItem(ctypes.Structure):
+    _fields_ = [("session", _P), ("tokens", _IDS), ("n", _C_INT), ("done", _C_INT),
+                ("logits", _FLOATS)]
+
+
+class _Limit(ctypes.Structure):
+    _fields_ = [("max_tokens", _C_INT), ("max_microseconds", ctypes.c_int64)]
+
+
+class _Speculation(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in
+                ("n_steps", "n_tokens", "n_drafted", "n_accepted")] + [("draft", _C_INT)]
 
 
 class _Decoder(ctypes.Structure):
@@ -101,8 +141,10 @@ class _Config(ctypes.Structure):
 STRUCTS = {"q3n_error": _Record, "q3n_allocator": _Allocator, "q3n_logger": _Logger,
            "q3n_model_options": _ModelOptions, "q3n_executor": _Executor,
            "q3n_layer_hook": _LayerHook, "q3n_session_options": _SessionOptions,
-           "q3n_session_memory": _SessionMemory, "q3n_outputs": _Outputs, "q3n_decoder": _Decoder,
-           "q3n_sampler_options": _SamplerOptions, "q3n_config": _Config}
+           "q3n_session_memory": _SessionMemory, "q3n_outputs": _Outputs,
+           "q3n_cache_options": _CacheOptions, "q3n_cache_stats": _CacheStats,
+           "q3n_batch_item": _BatchItem, "q3n_limit": _Limit, "q3n_speculation": _Speculation,
+           "q3n_decoder": _Decoder, "q3n_sampler_options": _SamplerOptions, "q3n_config": _Config}
 
 _R = ctypes.POINTER
 _FUNCTIONS = {                  # name: (result, arguments...)
@@ -127,6 +169,33 @@ _FUNCTIONS = {                  # name: (result, arguments...)
     "q3n_session_reset": (None, _P),
     "q3n_session_error": (_R(_Record), _P),
     "q3n_session_expert_counts": (_R(ctypes.c_int64), _P, _C_INT),
+    "q3n_session_logits": (_C_INT, _P, _FLOATS),
+    "q3n_session_tokens": (_C_INT, _P, _C_INT, _C_INT, _IDS),
+    "q3n_session_cancel": (None, _P, _C_INT),
+    "q3n_session_snapshot": (_C_INT, _P, _R(_P)),
+    "q3n_snapshot_length": (_C_INT, _P),
+    "q3n_snapshot_bytes": (_C_SIZE, _P),
+    "q3n_snapshot_free": (None, _P),
+    "q3n_session_restore": (_C_INT, _P, _P),
+    "q3n_session_fork": (_C_INT, _R(_P), _P, _R(_SessionOptions), _R(_Record)),
+    "q3n_session_rewind": (_C_INT, _P, _C_INT),
+    "q3n_session_feed": (_C_INT, _P, _IDS, _C_INT, _FLOATS, _R(_C_INT)),
+    "q3n_session_reuse": (_C_INT, _P, _IDS, _C_INT, _R(_C_INT)),
+    "q3n_session_keep": (_C_INT, _P),
+    "q3n_session_save": (_C_INT, _P, ctypes.c_char_p),
+    "q3n_session_load": (_C_INT, _P, ctypes.c_char_p),
+    "q3n_session_next": (_C_INT, _P, _P, ctypes.c_int32, _IDS, _C_INT, _R(_C_INT)),
+    "q3n_session_draft": (_C_INT, _P, ctypes.c_int32, _IDS, _C_INT, _FLOATS),
+    "q3n_session_speculation": (None, _P, _R(_Speculation)),
+    "q3n_cache_create": (_C_INT, _R(_P), _P, _R(_CacheOptions), _R(_Record)),
+    "q3n_cache_destroy": (None, _P),
+    "q3n_cache_clear": (None, _P),
+    "q3n_cache_stats_get": (None, _P, _R(_CacheStats)),
+    "q3n_batch_create": (_C_INT, _R(_P), _P, _R(_SessionOptions), _R(_Record)),
+    "q3n_batch_destroy": (None, _P),
+    "q3n_batch_eval": (_C_INT, _P, _R(_BatchItem), _C_INT, _R(_Limit)),
+    "q3n_batch_cancel": (None, _P, _C_INT),
+    "q3n_batch_error": (_R(_Record), _P),
     "q3n_tokenize": (_C_INT, _P, ctypes.c_char_p, _C_SIZE, _C_INT, _IDS, _C_SIZE, _R(_C_SIZE)),
     "q3n_detokenize": (_C_INT, _P, _IDS, _C_SIZE, ctypes.c_char_p, _C_SIZE, _R(_C_SIZE)),
     "q3n_decoder_next": (_C_INT, _R(_Decoder), _P, ctypes.c_int32, ctypes.c_char_p, _C_SIZE,
@@ -193,11 +262,19 @@ def _named(function, name):
     return value.value
 
 
-class _Owner:
-    """Holds a C object; with-statement and close() give it back."""
+def _fields(struct):
+    return {name: getattr(struct, name) for name, _ in struct._fields_}
 
-    def __init__(self, handle, destroy):
+
+class _Owner:
+    """Holds a C object; with-statement and close() give it back, after those that depend on it."""
+
+    def __init__(self, handle, destroy, *depends_on):
         self._handle, self._destroy = handle, destroy
+        self._users = weakref.WeakSet()
+        for owner in depends_on:
+            if owner is not None:
+                owner._users.add(self)
 
     @property
     def handle(self):
@@ -206,6 +283,8 @@ class _Owner:
         return self._handle
 
     def close(self):
+        for user in list(getattr(self, "_users", ())):
+            user.close()
         handle, self._handle = self._handle, None
         if handle:
             self._destroy(handle)
@@ -222,7 +301,7 @@ class _Owner:
 
 
 class Model(_Owner):
-    """An open model file.  Closing it closes its sessions and samplers first."""
+    """An open model file.  Closing it closes everything made with it first."""
 
     def __init__(self, path, skip_checksum=False):
         lib = load()
@@ -232,7 +311,6 @@ class Model(_Owner):
         _check(lib.q3n_model_open(ctypes.byref(handle), os.fsencode(path), ctypes.byref(options),
                                   ctypes.byref(record)), record)
         super().__init__(handle.value, lib.q3n_model_close)
-        self._users = weakref.WeakSet()
         fields = lib.q3n_model_config(self.handle).contents
         self.config = {name: getattr(fields, name) for name, _ in _Config._fields_}
         for name in ("layer_types", "layer_experts"):
@@ -243,13 +321,14 @@ class Model(_Owner):
         ids = lib.q3n_model_eos_ids(self.handle, ctypes.byref(n))
         self.eos_ids = [ids[i] for i in range(n.value)]
 
-    def close(self):
-        for user in list(getattr(self, "_users", ())):
-            user.close()
-        super().close()
-
     def session(self, **options):
         return Session(self, **options)
+
+    def cache(self, max_bytes, **options):
+        return Cache(self, max_bytes, **options)
+
+    def batch(self, **options):
+        return Batch(self, **options)
 
     def sampler(self, **options):
         return Sampler(self, **options)
@@ -283,8 +362,7 @@ class Sampler(_Owner):
         _check(lib.q3n_sampler_create(ctypes.byref(handle), model.handle,
                                       ctypes.byref(_SamplerOptions(**options)),
                                       ctypes.byref(record)), record)
-        super().__init__(handle.value, lib.q3n_sampler_destroy)
-        model._users.add(self)
+        super().__init__(handle.value, lib.q3n_sampler_destroy, model)
 
     def sample(self, logits):
         if len(logits) != self._model.vocab_size:
@@ -296,25 +374,79 @@ class Sampler(_Owner):
         load().q3n_sampler_accept(self.handle, token)
 
 
+class Cache(_Owner):
+    """States by the tokens that led to them, for sessions of one model: session(cache=...)."""
+
+    def __init__(self, model, max_bytes, directory=None, max_directory_bytes=0):
+        lib = load()
+        self._handle = None
+        handle, record = _P(), _Record()
+        path = None if directory is None else os.fsencode(directory)
+        o = _CacheOptions(max_bytes=max_bytes, directory=path,
+                          max_directory_bytes=max_directory_bytes)
+        _check(lib.q3n_cache_create(ctypes.byref(handle), model.handle, ctypes.byref(o),
+                                    ctypes.byref(record)), record)
+        super().__init__(handle.value, lib.q3n_cache_destroy, model)
+
+    def clear(self):
+        """Forget what is in memory."""
+        load().q3n_cache_clear(self.handle)
+
+    def stats(self):
+        stats = _CacheStats()
+        load().q3n_cache_stats_get(self.handle, ctypes.byref(stats))
+        return _fields(stats)
+
+
+class Snapshot(_Owner):
+    """A state that a session was in: len() tokens, bytes beside the pages that it shares."""
+
+    def __init__(self, model, handle):
+        super().__init__(handle, load().q3n_snapshot_free, model)
+
+    def __len__(self):
+        return load().q3n_snapshot_length(self.handle)
+
+    @property
+    def bytes(self):
+        return load().q3n_snapshot_bytes(self.handle)
+
+
+def _session_options(isa, kv_type, **options):
+    lib = load()
+    o = _SessionOptions(**options)
+    o.kv_type = _named(lib.q3n_type_from_name, kv_type)
+    o.max_isa = _named(lib.q3n_isa_from_name, isa)
+    o.scalar_only = int(isa == "scalar")
+    return o
+
+
 class Session(_Owner):
     """The state of one text.  Options: capacity, batch, n_threads (0 = the library's default),
-    isa and kv_type by name, count_experts."""
+    isa, kv_type, snapshot_type and speculate ("auto": drafts where they pay, by which a seed no
+    longer gives one text) by name, draft, count_experts; cache=Cache or snapshot_bytes,
+    snapshot_every; shared=Batch."""
 
-    def __init__(self, model, isa=None, kv_type=None, count_experts=False, **options):
+    def __init__(self, model, isa=None, kv_type=None, snapshot_type=None, speculate="off",
+                 count_experts=False, cache=None, shared=None, **options):
         lib = load()
-        self._handle, self.model = None, model
-        handle, record = _P(), _Record()
-        o = _SessionOptions(count_experts=int(count_experts), **options)
-        o.kv_type = _named(lib.q3n_type_from_name, kv_type)
-        o.max_isa = _named(lib.q3n_isa_from_name, isa)
-        o.scalar_only = int(isa == "scalar")
-        memory = _SessionMemory()
+        self._handle = None
+        if speculate not in SPECULATE:
+            raise ValueError("unknown name %r" % speculate)
+        o = _session_options(isa, kv_type, count_experts=int(count_experts),
+                             speculate=SPECULATE.index(speculate),
+                             cache=cache and cache.handle, shared=shared and shared.handle,
+                             **options)
+        o.snapshot_type = _named(lib.q3n_type_from_name, snapshot_type)
+        handle, record, memory = _P(), _Record(), _SessionMemory()
         lib.q3n_session_bytes(model.handle, ctypes.byref(o), ctypes.byref(memory))
-        self.memory = {name: getattr(memory, name) for name, _ in _SessionMemory._fields_}
         _check(lib.q3n_session_create(ctypes.byref(handle), model.handle, ctypes.byref(o),
                                       ctypes.byref(record)), record)
-        super().__init__(handle.value, lib.q3n_session_destroy)
-        model._users.add(self)
+        self._adopt(model, handle.value, _fields(memory), cache, shared)
+
+    def _adopt(self, model, handle, memory, cache, shared):
+        self.model, self.memory, self.cache, self.shared = model, memory, cache, shared
+        super().__init__(handle, load().q3n_session_destroy, model, cache, shared)
 
     def __len__(self):
         return load().q3n_session_length(self.handle)
@@ -330,12 +462,91 @@ class Session(_Owner):
         if code != _OK:
             _check(code, load().q3n_session_error(self.handle).contents)
 
-    def logits(self, ids):
-        """Append tokens; the logits [vocab_size] that follow the last of them."""
-        c_ids, n = _id_array(ids)
+    def logits(self, ids=None):
+        """Append tokens; the logits [vocab_size] that follow the last of them.  Without ids those
+        of the last token once more."""
         logits, c_logits = _floats(self.model.vocab_size)
+        if ids is None:
+            self._check(load().q3n_session_logits(self.handle, c_logits))
+            return logits
+        c_ids, n = _id_array(ids)
         self._check(load().q3n_session_eval(self.handle, c_ids, n, c_logits))
         return logits
+
+    def tokens(self):
+        """The session's text."""
+        n = len(self)
+        ids = (ctypes.c_int32 * max(n, 1))()
+        if n:
+            self._check(load().q3n_session_tokens(self.handle, 0, n, ids))
+        return ids[:n]
+
+    def feed(self, ids):
+        """Make ids the session's text, from what costs least; how many were not evaluated."""
+        (c_ids, n), reused = _id_array(ids), _C_INT()
+        self._check(load().q3n_session_feed(self.handle, c_ids, n, None, ctypes.byref(reused)))
+        return reused.value
+
+    def reuse(self, ids):
+        """The first step of feed: go to the longest known beginning of ids; its length."""
+        (c_ids, n), reused = _id_array(ids), _C_INT()
+        self._check(load().q3n_session_reuse(self.handle, c_ids, n, ctypes.byref(reused)))
+        return reused.value
+
+    def keep(self):
+        """Put the state into the cache."""
+        self._check(load().q3n_session_keep(self.handle))
+
+    def rewind(self, length):
+        """Go back to the first length tokens."""
+        self._check(load().q3n_session_rewind(self.handle, length))
+
+    def snapshot(self):
+        handle = _P()
+        self._check(load().q3n_session_snapshot(self.handle, ctypes.byref(handle)))
+        return Snapshot(self.model, handle.value)
+
+    def restore(self, snapshot):
+        self._check(load().q3n_session_restore(self.handle, snapshot.handle))
+
+    def fork(self):
+        """A new session with the same text and options."""
+        handle, record = _P(), _Record()
+        _check(load().q3n_session_fork(ctypes.byref(handle), self.handle, None,
+                                       ctypes.byref(record)), record)
+        other = Session.__new__(Session)
+        other._adopt(self.model, handle.value, dict(self.memory), self.cache, self.shared)
+        return other
+
+    def save(self, path):
+        self._check(load().q3n_session_save(self.handle, os.fsencode(path)))
+
+    def load(self, path):
+        """Continue a saved session."""
+        self._check(load().q3n_session_load(self.handle, os.fsencode(path)))
+
+    def cancel(self, on=True):
+        """From any thread: stop the evaluation under way or the next one, which raises Error."""
+        load().q3n_session_cancel(self.handle, int(on))
+
+    def next(self, sampler, token, max_tokens=MAX_DRAFT + 1):
+        """Evaluate token and choose 1 .. max_tokens that follow; all but the last are evaluated."""
+        chosen, n = (ctypes.c_int32 * max_tokens)(), _C_INT()
+        self._check(load().q3n_session_next(self.handle, sampler.handle, token, chosen, max_tokens,
+                                            ctypes.byref(n)))
+        return chosen[:n.value]
+
+    def draft(self, token, n=1):
+        """What the MTP module would draft behind token."""
+        drafts = (ctypes.c_int32 * max(n, 1))()
+        self._check(load().q3n_session_draft(self.handle, token, drafts, n, None))
+        return drafts[:n]
+
+    def speculation(self):
+        """Steps of next, tokens that they gave, drafted and accepted ones."""
+        s = _Speculation()
+        load().q3n_session_speculation(self.handle, ctypes.byref(s))
+        return _fields(s)
 
     def all_logits(self, ids):
         """Append tokens; the logits that follow each of them, a list of array('f')."""
@@ -359,18 +570,26 @@ class Session(_Owner):
         return counts[:self.model.config["num_experts"]] if counts else None
 
     def generate_ids(self, prompt, max_tokens, stop_at_eos=True, **sampling):
-        """Yield up to max_tokens ids that continue prompt, ids behind what was evaluated before.
-        The last one yielded is not evaluated."""
+        """Yield up to max_tokens ids that continue prompt, ids behind what was evaluated before;
+        an empty prompt goes on from there.  With drafts the session may be MAX_DRAFT tokens ahead
+        of what was yielded; in the end all but the last are evaluated."""
+        if max_tokens < 1:
+            return
+        prompt = list(prompt)
         with self.model.sampler(**sampling) as sampler:
             for token in prompt:
                 sampler.accept(token)
-            pending = prompt
-            for _ in range(max_tokens):
-                token = sampler.sample(self.logits(pending))
-                if stop_at_eos and token in self.model.eos_ids:
+            chosen = [sampler.sample(self.logits(prompt or None))]
+            while True:
+                for token in chosen:
+                    if stop_at_eos and token in self.model.eos_ids:
+                        return
+                    yield token
+                max_tokens -= len(chosen)
+                if max_tokens < 1:
                     return
-                yield token
-                pending = [token]
+                room = self.capacity - len(self)
+                chosen = self.next(sampler, token, max(1, min(max_tokens, room, MAX_DRAFT + 1)))
 
     def generate(self, prompt, max_tokens, **sampling):
         """Yield pieces of text, whole characters each, that continue the text or ids prompt."""
@@ -385,6 +604,59 @@ class Session(_Owner):
         lib.q3n_decoder_finish(ctypes.byref(decoder), text, ctypes.byref(n))
         if n.value:
             yield text.raw[:n.value].decode("utf-8")
+
+
+class BatchItem:
+    """Ids to append to a session in Batch.eval: done of them are evaluated; logits [vocab_size]
+    are there when all are, None before or if they were not wanted."""
+
+    def __init__(self, session, ids, logits=True):
+        self.session, self._wanted = session, logits
+        self._ids, self.n = _id_array(ids)
+        self._logits, c_logits = _floats(session.model.vocab_size if logits else 0)
+        self._item = _BatchItem(tokens=self._ids, n=self.n,
+                                logits=c_logits and ctypes.cast(c_logits, _FLOATS))
+
+    @property
+    def done(self):
+        return self._item.done
+
+    @property
+    def logits(self):
+        return self._logits if self._wanted and self.done == self.n else None
+
+
+class Batch(_Owner):
+    """Evaluates several sessions, made with shared=batch, together.  Options: batch, n_threads,
+    isa."""
+
+    def __init__(self, model, isa=None, **options):
+        lib = load()
+        self._handle = None
+        handle, record = _P(), _Record()
+        o = _session_options(isa, None, **options)
+        _check(lib.q3n_batch_create(ctypes.byref(handle), model.handle, ctypes.byref(o),
+                                    ctypes.byref(record)), record)
+        super().__init__(handle.value, lib.q3n_batch_destroy, model)
+
+    def eval(self, items, max_tokens=0, max_microseconds=0):
+        """Evaluate BatchItems or (session, ids) until all are done, or the limit (0 = none) is
+        reached; returns the BatchItems, with which the next call goes on."""
+        items = [i if isinstance(i, BatchItem) else BatchItem(*i) for i in items]
+        for item in items:
+            item._item.session = item.session.handle
+        c_items = (_BatchItem * max(len(items), 1))(*(item._item for item in items))
+        limit = _Limit(max_tokens, max_microseconds)
+        code = load().q3n_batch_eval(self.handle, c_items, len(items), ctypes.byref(limit))
+        for item, c_item in zip(items, c_items):
+            item._item.done = c_item.done
+        if code != _OK:
+            _check(code, load().q3n_batch_error(self.handle).contents)
+        return items
+
+    def cancel(self, on=True):
+        """As Session.cancel."""
+        load().q3n_batch_cancel(self.handle, int(on))
 
 
 def _main(argv):

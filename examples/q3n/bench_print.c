@@ -20,21 +20,36 @@ bench_spread bench_spread_of(const bench_samples *samples)
     return (bench_spread){ (x[(n - 1) / 2] + x[n / 2]) / 2.0, x[0], x[n - 1] };
 }
 
+double bench_median(const bench_samples *samples)
+{
+    return bench_spread_of(samples).median;
+}
+
 /* ---- Sizes ---- */
+
+/* Bytes of DeltaNet's matrices and convolution columns, which every token reads. */
+static double state_bytes(const q3n_config *c)
+{
+    const int keys = c->linear_num_key_heads * c->linear_key_head_dim;
+    const int values = c->linear_num_value_heads * c->linear_value_head_dim;
+    int layers = 0;
+    for (int l = 0; l < c->num_hidden_layers; l++) layers += c->layer_types[l] != 0;
+    return 4.0 * layers * ((double)values * c->linear_key_head_dim
+                           + (double)(2 * keys + values) * (c->linear_conv_kernel_dim - 1));
+}
 
 /* Bytes that one decoded token reads, in the middle of the measured ones. */
 static double bytes_per_token(const bench *b, const bench_case *c)
 {
-    q3n_session_options o = cli_session_options(&b->setup);
+    const int page_tokens = 256;
+    const q3n_session_options o = bench_options(b, c->thread, 1);
     q3n_session_memory memory = { 0 };
-    o.n_threads = b->threads.value[c->thread];
-    o.capacity  = bench_decode_room(b, c->value);
     q3n_session_bytes(b->m, &o, &memory);
     const double half = 0.5 * b->n_decode;
     /* Behind a depth, one run to warm up comes before those that count. */
     const double length = c->value ? c->value + half * (b->done + 2) : half;
-    return (double)b->stats.decode_bytes + (double)memory.delta_state + (double)memory.conv_state
-         + (double)memory.kv_cache * length / (double)o.capacity;
+    return (double)b->stats.decode_bytes + state_bytes(q3n_model_config(b->m))
+         + (double)memory.page * length / page_tokens;
 }
 
 /* Share of the read bandwidth that decoding reaches: in each repetition of what was measured just
@@ -94,11 +109,6 @@ static const char *compiler_name(char text[64])
     return text;
 }
 
-static const char *isa_name(const bench *b)
-{
-    return q3n_isa_name(q3n_session_isa(b->shared[0]));
-}
-
 /* ---- For programs ---- */
 
 static void json_text(const char *key, const char *text)
@@ -108,14 +118,14 @@ static void json_text(const char *key, const char *text)
     printf(", ");
 }
 
-static bench_spread json_samples(const char *key, const bench_samples *samples)
+double bench_json_samples(const char *key, const bench_samples *samples)
 {
     const bench_spread s = bench_spread_of(samples);
     printf("\"%s\": %.6g, \"%s_min\": %.6g, \"%s_max\": %.6g, \"%s_samples\": [", key, s.median,
            key, s.least, key, s.most, key);
     for (int i = 0; i < samples->n; i++) printf("%s%.6g", i ? ", " : "", samples->x[i]);
     printf("]");
-    return s;
+    return s.median;
 }
 
 static void json_read(const bench *b)
@@ -124,7 +134,7 @@ static void json_read(const bench *b)
     printf("\"read\": [");
     for (int i = 0; i < b->threads.n; i++) {
         printf("%s{\"threads\": %d, ", i ? ", " : "", b->threads.value[i]);
-        const double gb_s = json_samples("gb_s", &b->read[i]).median;
+        const double gb_s = bench_json_samples("gb_s", &b->read[i]);
         printf("}");
         if (gb_s > best) best = gb_s;
     }
@@ -135,7 +145,7 @@ static void json_case(const bench *b, const bench_case *c)
 {
     printf("{\"%s\": %d, \"threads\": %d, ", c->decode ? "depth" : "n", c->value,
            b->threads.value[c->thread]);
-    const double tok_s = json_samples("tok_s", &c->tok_s).median;
+    const double tok_s = bench_json_samples("tok_s", &c->tok_s);
     if (!c->decode) {
         printf(", \"gmac_s\": %.6g}", 1e-9 * prompt_macs(b, c->value) / c->value * tok_s);
         return;
@@ -157,7 +167,7 @@ static void json_cases(const bench *b, int decode)
     printf("]");
 }
 
-static void print_json(const bench *b)
+void bench_json_head(const bench *b)
 {
     char text[CLI_NAME_ROOM];
     const char *type = NULL;
@@ -172,10 +182,15 @@ static void print_json(const bench *b)
     json_text("cpu", cli_cpu_name(text));
     printf("\"cpus\": %d, ", cli_n_cpus());
     json_text("compiler", compiler_name(text));
-    json_text("isa", isa_name(b));
+    json_text("isa", b->isa);
     json_text("kv", b->setup.kv ? b->setup.kv : "f32");
     printf("\"open_s\": %.6g, \"first_token_s\": %.6g, \"peak_rss_bytes\": %zu, \"repeats\": %d, "
            "\"tokens\": %d, ", b->open_s, b->first_token_s, b->peak_bytes, b->done, b->n_decode);
+}
+
+static void print_json(const bench *b)
+{
+    bench_json_head(b);
     json_read(b);
     json_cases(b, 0);
     json_cases(b, 1);
@@ -184,12 +199,12 @@ static void print_json(const bench *b)
 
 /* ---- For people ---- */
 
-static void print_header(const bench *b)
+void bench_print_head(const bench *b)
 {
     char cpu[CLI_NAME_ROOM], compiler[64], size[32], total[32], active[32], peak[32];
     const char *type = NULL;
     const double bits = bits_per_weight(b, &type);
-    printf("%s, %d CPUs, %s, %s\n", cli_cpu_name(cpu), cli_n_cpus(), isa_name(b),
+    printf("%s, %d CPUs, %s, %s\n", cli_cpu_name(cpu), cli_n_cpus(), b->isa,
            compiler_name(compiler));
     printf("%s  %s, %s, %.2f bits a weight, %s weights, %s used per token\n", b->setup.model, type,
            cli_format_bytes(size, (double)b->stats.file_bytes), bits,
@@ -222,7 +237,7 @@ void bench_print(const bench *b)
         print_json(b);
         return;
     }
-    print_header(b);
+    bench_print_head(b);
     for (int i = 0; i < b->threads.n; i++) {
         const bench_spread gb_s = bench_spread_of(&b->read[i]);
         printf("reading           %3d threads  %10.2f GB/s     (%.2f .. %.2f)\n",

@@ -59,6 +59,7 @@ int    cli_is_terminal(FILE *f);
 void   cli_binary_streams(void);            /* no newline translation on stdin and stdout */
 void   cli_catch_interrupt(void);           /* from now on an interrupt only sets a flag */
 int    cli_interrupted(void);
+void   cli_cancel_on_interrupt(q3n_session *s);   /* what it evaluates; NULL = of no session */
 int    cli_n_cpus(void);                    /* that this process may use */
 #define CLI_NAME_ROOM 128
 const char *cli_cpu_name(char text[CLI_NAME_ROOM]);     /* "unknown" if the system does not say */
@@ -68,6 +69,9 @@ size_t cli_physical_memory(void);           /* bytes of this machine; 0 = unknow
  * it is undefined; never NULL. */
 void  *cli_alloc_pages(size_t bytes);
 void   cli_free_pages(void *memory);
+#define CLI_PATH_ROOM 1024
+/* Makes an empty file of a new name where the system keeps such; remove it in the end. */
+void   cli_scratch_file(char path[CLI_PATH_ROOM]);
 /* Runs fn(arg, i) for i in [0, n), each on its own thread. */
 void   cli_run_threads(int n, void (*fn)(void *arg, int i), void *arg);
 
@@ -85,6 +89,8 @@ void cli_buffer_add(cli_buffer *b, const char *bytes, size_t n);
 void cli_buffer_free(cli_buffer *b);
 /* The path "-" is stdin. */
 FILE *cli_open_file(const char *path);
+int   cli_file_exists(const char *path);
+int64_t cli_file_bytes(const char *path);             /* fails if there is no such file */
 const char *cli_file_name(const char *path);          /* for messages */
 void  cli_close_file(FILE *f);
 void  cli_read_file(cli_buffer *out, const char *path);
@@ -207,7 +213,9 @@ typedef struct cli_setup {
     const char *model;
     int         verbose;
     int         threads, ctx, batch;   /* 0 = default */
-    const char *isa, *kv;
+    int         draft;
+    const char *isa, *kv, *speculate, *snapshot_type;
+    q3n_allocator allocator;           /* of the model and its sessions */
 } cli_setup;
 
 #define CLI_MODEL_OPTIONS(s)                                                                      \
@@ -218,27 +226,44 @@ typedef struct cli_setup {
     { "--window", "N", CLI_INT, &(window), least, 1 << 24,                                        \
       "tokens evaluated together (1024, or the model's context)" }
 
-#define CLI_CONTEXT_OPTIONS(s)                                                                    \
-    { "-c --ctx --ctx-size", "N", CLI_INT, &(s).ctx, 1, 1 << 30, "tokens that a session holds" }, \
-    { "--batch --batch-size", "N", CLI_INT, &(s).batch, 1, 1 << 20,                               \
+/* names_of_batch: q3n bench has another --batch. */
+#define CLI_CONTEXT_OPTIONS(s, names_of_batch, speculate_default)                                 \
+    { "-c --ctx --ctx-size", "N", CLI_INT, &(s).ctx, 1, 1 << 30,                                  \
+      "most tokens that a session holds (what the model was made for)" },                         \
+    { names_of_batch, "N", CLI_INT, &(s).batch, 1, 1 << 20,                                       \
       "most tokens evaluated at once (512)" },                                                    \
     { "--isa", "NAME", CLI_TEXT, &(s).isa, 0, 0,                                                  \
       "best instruction set to use: scalar, avx2, avx512, neon" },                                \
-    { "--kv --kv-type", "TYPE", CLI_TEXT, &(s).kv, 0, 0, "KV cache: f32, f16, bf16, q8" }
+    { "--kv --kv-type", "TYPE", CLI_TEXT, &(s).kv, 0, 0, "KV cache: f32, f16, bf16, q8" },        \
+    { "--snapshot-type", "TYPE", CLI_TEXT, &(s).snapshot_type, 0, 0,                              \
+      "DeltaNet states that are kept: f32, bf16 (half the bytes, not exact)" },                   \
+    { "--speculate", "HOW", CLI_TEXT, &(s).speculate, 0, 0,                                       \
+      "drafts: off, auto, mtp, lookup (" speculate_default ")" },                                 \
+    { "--draft --draft-max", "N", CLI_INT, &(s).draft, 0, Q3N_MAX_DRAFT,                          \
+      "drafted tokens a step; 0: as many as pay (0)" }
+
+#define CLI_THREADS_OPTION(s)                                                                     \
+    { "-t --threads", "N", CLI_INT, &(s).threads, 0, 1024, "threads (0: one a CPU)" }
 
 #define CLI_SESSION_OPTIONS(s)                                                                    \
-    { "-t --threads", "N", CLI_INT, &(s).threads, 0, 1024, "threads (0: one a CPU)" },            \
-    CLI_CONTEXT_OPTIONS(s)
+    CLI_THREADS_OPTION(s), CLI_CONTEXT_OPTIONS(s, "-b --batch --batch-size", "off")
 
+q3n_logger cli_logger(const cli_setup *setup);   /* setup must live as long */
 /* The model is setup->model or else the first word, which is taken away. */
 q3n_model *cli_open_model(cli_setup *setup, cli_words *words);
 q3n_model *cli_open_memory(cli_setup *setup, const void *data, size_t bytes);
+const char *cli_speculate_name(q3n_speculate s);
 q3n_session_options cli_session_options(const cli_setup *setup);
-/* A session for texts of up to n tokens; --ctx, if given, must hold them. */
+/* The same for texts of up to n tokens; --ctx, if given, must hold them. */
+q3n_session_options cli_fit_options(const cli_setup *setup, const q3n_model *m, size_t n);
+q3n_session *cli_create_session(const cli_setup *setup, const q3n_model *m,
+                                const q3n_session_options *o);
 q3n_session *cli_open_session(const cli_setup *setup, const q3n_model *m, size_t n,
                               int count_experts);
 /* Tokens that perplexity and experts evaluate together: given, or 1024 or what the model holds. */
 size_t cli_window(int given, const cli_setup *setup, const q3n_model *m);
+/* Ends the program with the session's error if r is one. */
+void cli_check(q3n_result r, const q3n_session *s);
 void cli_eval(q3n_session *s, const int32_t *ids, int n, float *logits);
 
 #define CLI_MAX_PIECES 64

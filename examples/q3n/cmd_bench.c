@@ -5,7 +5,8 @@
  * the same number of threads measured just before and behind, is the share of the roof.
  *
  * Every repetition measures everything in turn: bandwidth, prefill, bandwidth, decode, bandwidth.
- * What else a shared machine does then slows all of them alike, and medians are comparable.
+ * What else a shared machine does then slows all of them alike, and medians are comparable.  The
+ * other modes, in bench_*.c, do the same with what they compare.
  */
 #include "bench.h"
 
@@ -21,7 +22,7 @@ int bench_decode_room(const bench *b, int depth)
     return depth ? depth + (b->repeats + 1) * b->n_decode : b->n_decode;
 }
 
-static int largest(const bench_list *list)
+int bench_largest(const bench_list *list)
 {
     int most = 0;
     for (int i = 0; i < list->n; i++) {
@@ -30,11 +31,17 @@ static int largest(const bench_list *list)
     return most;
 }
 
-static q3n_session *open_session(const bench *b, int thread, int room)
+q3n_session_options bench_options(const bench *b, int thread, int n)
 {
-    cli_setup setup = b->setup;
-    setup.threads = b->threads.value[thread];
-    return cli_open_session(&setup, b->m, (size_t)room, 0);
+    q3n_session_options o = cli_fit_options(&b->setup, b->m, (size_t)n);
+    o.n_threads = b->threads.value[thread];
+    return o;
+}
+
+q3n_session *bench_open_session(const bench *b, int thread, int n)
+{
+    const q3n_session_options o = bench_options(b, thread, n);
+    return cli_create_session(&b->setup, b->m, &o);
 }
 
 static void add_cases(bench *b, int decode, const bench_list *values)
@@ -45,7 +52,7 @@ static void add_cases(bench *b, int decode, const bench_list *values)
             bench_case *c = &b->cases[b->n_cases++];
             *c = (bench_case){ .decode = decode, .value = value, .thread = t, .s = b->shared[t] };
             if (!decode || value == 0) continue;
-            c->s = open_session(b, t, bench_decode_room(b, value));
+            c->s = bench_open_session(b, t, bench_decode_room(b, value));
             cli_eval(c->s, b->ids, value, b->logits);
         }
     }
@@ -53,9 +60,10 @@ static void add_cases(bench *b, int decode, const bench_list *values)
 
 static void make_cases(bench *b)
 {
-    const int prompt = largest(&b->prompts), room = prompt > b->n_decode ? prompt : b->n_decode;
+    const int prompt = bench_largest(&b->prompts);
+    const int room = prompt > b->n_decode ? prompt : b->n_decode;
     for (int t = 0; t < b->threads.n; t++) {
-        b->shared[t] = open_session(b, t, room > 0 ? room : 1);
+        b->shared[t] = bench_open_session(b, t, room > 0 ? room : 1);
     }
     b->cases = cli_alloc(2 * BENCH_LIST * BENCH_LIST, sizeof *b->cases);
     add_cases(b, 0, &b->prompts);
@@ -63,13 +71,8 @@ static void make_cases(bench *b)
 }
 
 /* Ids without a pattern, so that tokens go to different experts (xorshift64, Marsaglia 2003). */
-static void make_ids(bench *b)
+void bench_make_ids(bench *b, int n)
 {
-    int n = largest(&b->prompts);
-    for (int i = 0; i < b->depths.n; i++) {
-        const int room = bench_decode_room(b, b->depths.value[i]);
-        if (room > n) n = room;
-    }
     b->ids = cli_alloc((size_t)n, sizeof *b->ids);
     const uint64_t vocab = (uint64_t)q3n_model_config(b->m)->vocab_size;
     uint64_t x = 88172645463325252u;
@@ -89,6 +92,10 @@ static void make_model(bench *b)
 {
     q3n_config c;
     cli_geometry_config(&b->geometry, &c);
+    /* What drafts cost can be measured with random weights too. */
+    q3n_config with_mtp = c;
+    with_mtp.num_mtp_layers = 1;
+    if (b->mode == BENCH_DRAFTS && q3n_config_check(&with_mtp, NULL) == Q3N_OK) c = with_mtp;
     cli_bar bar = cli_bar_begin("random weights", 1);
     const q3n_init_options o = {
         .type = cli_parse_type("--type", b->type), .seed = 1, .name = b->geometry.preset,
@@ -123,11 +130,12 @@ static void open_and_eval(bench *b, cli_words *words)
         cli_fail("%s attends both ways: it cannot decode, so there is nothing to measure",
                  b->setup.model);
     }
-    q3n_session *s = open_session(b, 0, 1);
+    q3n_session *s = bench_open_session(b, 0, 1);
     float *logits = cli_alloc((size_t)q3n_model_config(b->m)->vocab_size, sizeof *logits);
     const int32_t id = 0;
     cli_eval(s, &id, 1, logits);
     b->first_token_s = cli_clock() - start;
+    b->isa = q3n_isa_name(q3n_session_isa(s));
     free(logits);
     q3n_session_destroy(s);
 }
@@ -144,26 +152,39 @@ static double measure(const bench *b, const bench_case *c)
     return (double)n / (cli_clock() - start);
 }
 
-/* All prefills, or all decodes; what they give is kept if record is set. */
-static void measure_cases(bench *b, int decode, int record, cli_bar *bar)
+void bench_add(bench_samples *samples, double x)
 {
-    const int64_t total = (int64_t)(b->repeats + 1) * b->n_cases;
+    samples->x[samples->n++] = x;
+}
+
+/* All prefills, or all decodes; what they give is kept if record is set. */
+static void measure_cases(bench *b, int decode, int record)
+{
     for (int i = 0; i < b->n_cases; i++) {
         bench_case *c = &b->cases[i];
         if (c->decode != decode) continue;
         const double tok_s = measure(b, c);
-        if (record) c->tok_s.x[c->tok_s.n++] = tok_s;
-        cli_bar_update(bar, (int64_t)(record ? b->done + 1 : 0) * b->n_cases + i, total,
-                       decode ? "decode" : "prefill");
+        if (record) bench_add(&c->tok_s, tok_s);
     }
 }
 
-static void measure_reading(bench *b)
+static void measure_reading(bench *b, int record)
 {
+    if (!record) return;
+    if (!b->buffer) b->buffer = bench_buffer_create(bench_largest(&b->threads));
     for (int t = 0; t < b->threads.n; t++) {
-        bench_samples *samples = &b->read[t];
-        samples->x[samples->n++] = bench_read(b->buffer, b->threads.value[t]);
+        bench_add(&b->read[t], bench_read(b->buffer, b->threads.value[t]));
     }
+}
+
+static void measure_round(void *user, int record)
+{
+    bench *b = user;
+    measure_reading(b, record);
+    measure_cases(b, 0, record);
+    measure_reading(b, record);
+    measure_cases(b, 1, record);
+    measure_reading(b, record);
 }
 
 /* Brings what the warm-up did not use into the page tables too, if there is memory for it, so that
@@ -183,53 +204,127 @@ static void touch_weights(const bench *b)
     }
 }
 
-static void measure_all(bench *b)
+void bench_repeat(bench *b, void (*round)(void *user, int record), void *user)
 {
     cli_bar bar = cli_bar_begin("bench", 0);
-    measure_cases(b, 0, 0, &bar);
-    measure_cases(b, 1, 0, &bar);
-    b->peak_bytes = cli_peak_memory();       /* before the buffer counts */
+    cli_bar_update(&bar, 0, b->repeats + 1, "warming up");
+    round(user, 0);
+    b->peak_bytes = cli_peak_memory();       /* before the weights and buffers of this program */
     touch_weights(b);
-    b->buffer = bench_buffer_create(largest(&b->threads));
 
     const double start = cli_clock();
     double last = 0.0;
     while (b->done < b->repeats) {
         const double begin = cli_clock();
         if (b->done && begin - start + last > b->limit) break;
-        measure_reading(b);
-        measure_cases(b, 0, 1, &bar);
-        measure_reading(b);
-        measure_cases(b, 1, 1, &bar);
-        measure_reading(b);
+        cli_bar_update(&bar, b->done + 1, b->repeats + 1, "measuring");
+        round(user, 1);
         last = cli_clock() - begin;
         b->done++;
     }
     cli_bar_end(&bar);
+}
+
+static void bench_speed(bench *b)
+{
+    int n = bench_largest(&b->prompts);
+    for (int i = 0; i < b->depths.n; i++) {
+        const int room = bench_decode_room(b, b->depths.value[i]);
+        if (room > n) n = room;
+    }
+    bench_make_ids(b, n);
+    make_cases(b);
+    bench_repeat(b, measure_round, b);
     bench_buffer_destroy(b->buffer);
+    bench_print(b);
+    for (int i = 0; i < b->n_cases; i++) {
+        if (b->cases[i].decode && b->cases[i].value) q3n_session_destroy(b->cases[i].s);
+    }
+    for (int t = 0; t < b->threads.n; t++) q3n_session_destroy(b->shared[t]);
+    free(b->cases);
+}
+
+/* ---- Memory that counts itself ---- */
+
+static void *heap_alloc(void *user, size_t bytes)
+{
+    bench_heap *heap = user;
+    void *memory = malloc(bytes);
+    if (!memory) return NULL;
+    heap->bytes += bytes;
+    heap->n++;
+    return memory;
+}
+
+static void heap_free(void *user, void *memory, size_t bytes)
+{
+    bench_heap *heap = user;
+    heap->bytes -= bytes;
+    heap->n--;
+    free(memory);
 }
 
 /* ---- All of it ---- */
 
+/* What an option that was not given means in each mode: tokens of prompts, decoded tokens. */
+static const struct {
+    const char *prompts;
+    int         n_decode;
+} defaults[] = {
+    [BENCH_SPEED] = { "512", 64 }, [BENCH_BATCH] = { "512", 64 }, [BENCH_DRAFTS] = { "128", 128 },
+    [BENCH_CHAT]  = { "300", 100 },
+};
+
+typedef struct bench_words {
+    const char *prompts, *threads, *depths, *batches;
+    int         mtp, session;
+} bench_words;
+
+static void set_lists(bench *b, const bench_words *w)
+{
+    const char *prompts = w->prompts ? w->prompts : defaults[b->mode].prompts;
+    b->prompts.n = cli_parse_list("-p", prompts, 0, b->prompts.value, BENCH_LIST);
+    b->depths.n  = cli_parse_list("--depth", w->depths, 0, b->depths.value, BENCH_LIST);
+    b->threads   = (bench_list){ { cli_n_cpus() }, 1 };
+    if (w->threads) {
+        b->threads.n = cli_parse_list("-t", w->threads, 1, b->threads.value, BENCH_LIST);
+    }
+    if (w->batches) {
+        b->batches.n = cli_parse_list("--batch", w->batches, 1, b->batches.value, BENCH_LIST);
+    }
+    if (bench_largest(&b->threads) > 1024) cli_misuse("-t: at most 1024 threads");
+    if (bench_largest(&b->batches) > 1024) cli_misuse("--batch: at most 1024 sessions");
+    if (bench_largest(&b->depths) > (1 << 26) || bench_largest(&b->prompts) > (1 << 26)) {
+        cli_misuse("at most %d tokens", 1 << 26);
+    }
+    if (b->n_decode < 0) b->n_decode = defaults[b->mode].n_decode;
+}
+
 static void parse_options(bench *b, int argc, char **argv, cli_words *words)
 {
-    const char *prompts = "512", *threads = NULL, *depths = "0";
+    bench_words w = { .depths = "0" };
     const cli_option options[] = {
         CLI_MODEL_OPTIONS(b->setup),
         { "--preset", "NAME", CLI_TEXT, &b->geometry.preset, 0, 0,
           "random weights in memory instead of a file" },
         { "--type", "TYPE", CLI_TEXT, &b->type, 0, 0,
           "of the preset's matrices:" CLI_TYPE_NAMES " (bf16)" },
-        { "-p --prompt", "LIST", CLI_TEXT, &prompts, 0, 0, "tokens of the prompts (512); 0: none" },
+        { "-p --prompt", "LIST", CLI_TEXT, &w.prompts, 0, 0,
+          "tokens of the prompts (512); 0: none" },
         { "-n --tokens", "N", CLI_INT, &b->n_decode, 0, 1 << 16, "tokens to decode (64); 0: none" },
-        { "-t --threads", "LIST", CLI_TEXT, &threads, 0, 0, "numbers of threads (one a CPU)" },
-        { "-d --depth", "LIST", CLI_TEXT, &depths, 0, 0,
-          "tokens before the decoded ones (0)" },
+        { "-t --threads", "LIST", CLI_TEXT, &w.threads, 0, 0, "numbers of threads (one a CPU)" },
+        { "-d --depth", "LIST", CLI_TEXT, &w.depths, 0, 0, "tokens before the decoded ones (0)" },
+        { "--batch", "LIST", CLI_TEXT, &w.batches, 0, 0,
+          "instead: decode that many sessions at once" },
+        { "--mtp", NULL, CLI_FLAG, &w.mtp, 0, 0,
+          "instead: decode with and without drafts (128 tokens)" },
+        { "--session", NULL, CLI_FLAG, &w.session, 0, 0,
+          "instead: 10 turns of a chat (300 and 100 tokens), states" },
         { "-r --repeat", "N", CLI_INT, &b->repeats, 1, BENCH_REPEATS, "repetitions (5)" },
         { "--limit", "SECONDS", CLI_REAL, &b->limit, 0, 1e9,
           "begin no repetition that would end later (300)" },
         { "--json", NULL, CLI_FLAG, &b->json, 0, 0, "one object" },
-        CLI_CONTEXT_OPTIONS(b->setup),
+        CLI_CONTEXT_OPTIONS(b->setup, "-b --batch-size", "off"),
     };
     const cli_syntax syntax = {
         "bench MODEL.q3n | --preset NAME [--FIELD VALUE ...] [options]",
@@ -239,7 +334,14 @@ static void parse_options(bench *b, int argc, char **argv, cli_words *words)
         "the median of each repetition's.  Before that, one run warms up; the time to the first\n"
         "token is from opening the file, with the first number of threads; the resident memory is\n"
         "that of all sessions and the weights used.  --preset measures a geometry without a file;\n"
-        "--FIELD VALUE overrides its fields as in q3n init.",
+        "--FIELD VALUE overrides its fields as in q3n init.\n\n"
+        "--batch decodes -n tokens in each of several sessions together: tokens per second of\n"
+        "all, and over those of one.  --mtp writes the same text with each source of drafts, from\n"
+        "prompts of the model's kind, or of -p random ids if it has no tokenizer; with --preset\n"
+        "the model gets an MTP module if its family may have one.  --session holds a chat of 10\n"
+        "turns of -p and -n tokens: the time to the first logits of each, with what the session\n"
+        "knows and with the whole text read again; then snapshot, restore, fork, rewind, save,\n"
+        "load, and the memory that is allocated beside the memory that was planned.",
         options, CLI_COUNT(options), 1, cli_geometry_option, &b->geometry,
     };
     cli_parse(&syntax, argc, argv, words);
@@ -249,38 +351,31 @@ static void parse_options(bench *b, int argc, char **argv, cli_words *words)
     if (b->geometry.preset && (b->setup.model || words->n)) {
         cli_misuse("give a model or --preset, not both");
     }
-    b->prompts.n = cli_parse_list("-p", prompts, 0, b->prompts.value, BENCH_LIST);
-    b->depths.n  = cli_parse_list("--depth", depths, 0, b->depths.value, BENCH_LIST);
-    b->threads   = (bench_list){ { cli_n_cpus() }, 1 };
-    if (threads) b->threads.n = cli_parse_list("-t", threads, 1, b->threads.value, BENCH_LIST);
-    if (largest(&b->threads) > 1024) cli_misuse("-t: at most 1024 threads");
-    if (largest(&b->depths) > (1 << 26) || largest(&b->prompts) > (1 << 26)) {
-        cli_misuse("at most %d tokens", 1 << 26);
+    if ((w.batches != NULL) + w.mtp + w.session > 1) {
+        cli_misuse("give one of --batch, --mtp and --session");
     }
+    b->mode = w.batches ? BENCH_BATCH : w.mtp ? BENCH_DRAFTS : w.session ? BENCH_CHAT : BENCH_SPEED;
+    set_lists(b, &w);
 }
 
 int cmd_bench(int argc, char **argv)
 {
+    static void (*const modes[])(bench *b) = {
+        [BENCH_SPEED]  = bench_speed,  [BENCH_BATCH] = bench_batch,
+        [BENCH_DRAFTS] = bench_drafts, [BENCH_CHAT]  = bench_chat,
+    };
     bench *b = cli_alloc(1, sizeof *b);
-    b->n_decode = 64;
+    b->n_decode = -1;
     b->repeats  = 5;
     b->limit    = 300.0;
+    b->setup.allocator = (q3n_allocator){ heap_alloc, heap_free, &b->heap };
     cli_words words;
     parse_options(b, argc, argv, &words);
     open_and_eval(b, &words);
     q3n_model_stats_get(b->m, &b->stats);
-    make_ids(b);
-    make_cases(b);
-    measure_all(b);
-    bench_print(b);
-
-    for (int i = 0; i < b->n_cases; i++) {
-        if (b->cases[i].decode && b->cases[i].value) q3n_session_destroy(b->cases[i].s);
-    }
-    for (int t = 0; t < b->threads.n; t++) q3n_session_destroy(b->shared[t]);
+    modes[b->mode](b);
     q3n_model_close(b->m);
     cli_free_pages(b->memory);
-    free(b->cases);
     free(b->ids);
     free(b->logits);
     free(b);

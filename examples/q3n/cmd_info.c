@@ -36,10 +36,24 @@ static q3n_session_memory plan_memory(const q3n_model *m, const q3n_session_opti
     return memory;
 }
 
-static int default_capacity(const q3n_model *m, const q3n_session_options *o)
+/* What it takes to run the model: `capacity` tokens in one session, and snapshots of it. */
+typedef struct plan {
+    int64_t weights;             /* mapped */
+    int     capacity, snapshots;
+    q3n_session_memory session;
+    double  total;
+} plan;
+
+static plan make_plan(const q3n_model *m, const q3n_session_options *o, int snapshots)
 {
-    const int most = q3n_model_config(m)->max_position_embeddings;
-    return o->capacity ? o->capacity : most < 4096 ? most : 4096;
+    q3n_model_stats s;
+    q3n_model_stats_get(m, &s);
+    plan p = { .weights = s.file_bytes, .snapshots = snapshots };
+    p.capacity = o->capacity ? o->capacity : q3n_model_config(m)->max_position_embeddings;
+    p.session  = plan_memory(m, o);
+    p.total    = (double)p.weights + (double)p.session.total
+               + (double)p.session.snapshot * snapshots;
+    return p;
 }
 
 /* ---- For people ---- */
@@ -129,21 +143,49 @@ static void print_memory_row(const q3n_model *m, const q3n_session_options *o)
     printf("\n");
 }
 
-static void print_memory(const q3n_model *m, const q3n_session_options *o)
+static void print_part(const char *name, double bytes)
 {
-    q3n_model_stats s;
     char text[32];
-    q3n_model_stats_get(m, &s);
-    printf("memory: the file is mapped (%s); a session adds, by context\n  %9s %10s %10s %10s %10s"
-           " %10s\n", cli_format_bytes(text, (double)s.file_bytes), "tokens", "kv cache", "states",
+    printf("  %-32s %s\n", name, cli_format_bytes(text, bytes));
+}
+
+static void print_plan(const plan *p)
+{
+    const q3n_session_memory *s = &p->session;
+    char name[64], initial[32], page[32];
+    printf("memory\n");
+    print_part("weights, mapped", (double)p->weights);
+    if (s->total == 0) {
+        printf("  a session of %d tokens is impossible\n", p->capacity);
+        return;
+    }
+    snprintf(name, sizeof name, "session of %d tokens", p->capacity);
+    print_part(name, (double)s->total);
+    print_part("  keys, values, ids", (double)s->kv_cache);
+    print_part("  DeltaNet states", (double)s->delta_state);
+    print_part("  convolution columns", (double)s->conv_state);
+    print_part("  scratch", (double)s->scratch);
+    print_part("  other", (double)s->other);
+    printf("  %-32s %s, then %s for each 256 tokens\n", "  of it when it is made",
+           cli_format_bytes(initial, (double)s->initial),
+           cli_format_bytes(page, (double)s->page));
+    snprintf(name, sizeof name, "%d snapshot%s", p->snapshots, p->snapshots == 1 ? "" : "s");
+    print_part(p->snapshots ? name : "a snapshot would take",
+               (double)s->snapshot * (p->snapshots ? p->snapshots : 1));
+    print_part("total", p->total);
+}
+
+static void print_memory(const q3n_model *m, const q3n_session_options *o, const plan *p)
+{
+    print_plan(p);
+    printf("a session by tokens\n  %9s %10s %10s %10s %10s %10s\n", "tokens", "kv cache", "states",
            "scratch", "other", "total");
     q3n_session_options row = *o;
-    const int most = q3n_model_config(m)->max_position_embeddings;
-    for (int64_t n = 1024; !o->capacity && n < most; n *= 4) {
+    for (int64_t n = 1024; !o->capacity && n < p->capacity; n *= 4) {
         row.capacity = (int)n;
         print_memory_row(m, &row);
     }
-    row.capacity = o->capacity ? o->capacity : most;
+    row.capacity = p->capacity;
     print_memory_row(m, &row);
 }
 
@@ -221,7 +263,21 @@ static void json_tensors(const q3n_model *m)
     printf("], ");
 }
 
-static void json_rest(const q3n_model *m, const q3n_session_options *o)
+static void json_plan(const plan *p)
+{
+    const q3n_session_memory *s = &p->session;
+    printf("\"session\": {\"capacity\": %d, \"kv_cache\": %zu, \"delta_state\": %zu, "
+           "\"conv_state\": %zu, \"scratch\": %zu, \"other\": %zu, \"total\": %zu, "
+           "\"initial\": %zu, \"page\": %zu, \"snapshot\": %zu}, ", p->capacity, s->kv_cache,
+           s->delta_state, s->conv_state, s->scratch, s->other, s->total, s->initial, s->page,
+           s->snapshot);
+    printf("\"plan\": {\"weights\": %lld, \"session\": %zu, \"snapshots\": %d, "
+           "\"snapshot_bytes\": %.0f, \"total\": %.0f}",
+           (long long)p->weights, s->total,
+           p->snapshots, (double)s->snapshot * p->snapshots, p->total);
+}
+
+static void json_rest(const q3n_model *m, const plan *p)
 {
     int n_eos = 0;
     const int32_t *eos = q3n_model_eos_ids(m, &n_eos);
@@ -235,33 +291,34 @@ static void json_rest(const q3n_model *m, const q3n_session_options *o)
             printf("%s\"%s\"", i ? ", " : "", q3n_isa_name((q3n_isa)i));
         }
     }
-    q3n_session_options row = *o;
-    row.capacity = default_capacity(m, o);
-    const q3n_session_memory s = plan_memory(m, &row);
-    printf("], \"session\": {\"capacity\": %d, \"kv_cache\": %zu, \"delta_state\": %zu, "
-           "\"conv_state\": %zu, \"scratch\": %zu, \"other\": %zu, \"total\": %zu}", row.capacity,
-           s.kv_cache, s.delta_state, s.conv_state, s.scratch, s.other, s.total);
+    printf("], ");
+    json_plan(p);
 }
 
 int cmd_info(int argc, char **argv)
 {
     cli_setup setup = { 0 };
-    int json = 0, tensors = 0;
+    int json = 0, tensors = 0, snapshots = 0;
     const cli_option options[] = {
         CLI_MODEL_OPTIONS(setup),
         { "--tensors", NULL, CLI_FLAG, &tensors, 0, 0, "list every tensor" },
         { "--json", NULL, CLI_FLAG, &json, 0, 0, "one object" },
+        { "--snapshots", "N", CLI_INT, &snapshots, 0, 1 << 20,
+          "plan memory for so many snapshots" },
         CLI_SESSION_OPTIONS(setup),
     };
     const cli_syntax syntax = {
         "info MODEL.q3n [options]",
-        "Prints configuration, types, sizes, tokenizer and the memory that a session takes.",
+        "Prints configuration, types, sizes, tokenizer and the memory that running takes:\n"
+        "weights, a session of --ctx tokens by part, --snapshots of it.  Pages that only a\n"
+        "snapshot holds come on top: one for each 256 tokens that the session no longer shares.",
         options, CLI_COUNT(options), 1, NULL, NULL,
     };
     cli_words words;
     cli_parse(&syntax, argc, argv, &words);
     q3n_model *m = cli_open_model(&setup, &words);
     const q3n_session_options o = cli_session_options(&setup);
+    const plan p = make_plan(m, &o, snapshots);
     if (json) {
         printf("{");
         json_text("name", q3n_model_name(m));
@@ -269,7 +326,7 @@ int cmd_info(int argc, char **argv)
         json_config(q3n_model_config(m));
         json_sizes(m);
         if (tensors) json_tensors(m);
-        json_rest(m, &o);
+        json_rest(m, &p);
         printf("}\n");
     } else {
         printf("%s  %s\n", setup.model, q3n_model_name(m));
@@ -277,7 +334,7 @@ int cmd_info(int argc, char **argv)
         print_sizes(m);
         if (tensors) print_tensors(m);
         print_text(m);
-        print_memory(m, &o);
+        print_memory(m, &o, &p);
         print_isas();
     }
     q3n_model_close(m);

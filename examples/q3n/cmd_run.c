@@ -1,4 +1,4 @@
-/* q3n run: a prompt, then text as it comes. */
+/* q3n run: a prompt, then text as it comes; states that outlive the program. */
 #include "cli.h"
 
 #include <stdlib.h>
@@ -13,24 +13,31 @@ typedef struct run_options {
     int       top_k, last_n, greedy;
     uint64_t  seed;
     int       ignore_eos, stop_eos, special, echo, json, quiet;
+    const char *session_file, *cache_dir;
+    int       append;              /* the prompt goes behind the text of session_file */
+    int       cache_mb, snapshot_every;
 } run_options;
 
 /* One text being written. */
 typedef struct writer {
     const run_options *o;
     const q3n_model   *m;
+    q3n_cache   *cache;            /* NULL = none */
     q3n_session *session;
     q3n_sampler *sampler;
     q3n_decoder  decoder;
     float       *logits;           /* [vocab] */
+    size_t       n_loaded;         /* tokens that the session file had */
+    size_t       n_prompt, n_reused, n_output;
     cli_ids      output;
+    int          last_pending;     /* 1 = the last of output is text and not evaluated yet */
     int          n_printed;        /* ids of a model that has no texts */
     cli_buffer   text;
     int          stop_at_eos;
     double       prompt_s, decode_s;
 } writer;
 
-enum { NOT_GIVEN = -2, DEFAULT_N = 256 };
+enum { NOT_GIVEN = -2, DEFAULT_N = 256, DEFAULT_CACHE_MB = 1024, DEFAULT_EVERY = 1024 };
 
 static const q3n_sampler_options *sampler_options(const run_options *o, q3n_sampler_options *out)
 {
@@ -96,54 +103,147 @@ static void emit_end(writer *w)
     fflush(stdout);
 }
 
+/* ---- State from earlier runs ---- */
+
+static void open_cache(writer *w)
+{
+    const run_options *o = w->o;
+    if (!o->cache_dir && !o->cache_mb) return;
+    const size_t mb = (size_t)(o->cache_mb ? o->cache_mb : DEFAULT_CACHE_MB);
+    const q3n_cache_options options = {
+        .max_bytes = mb << 20, .directory = o->cache_dir, .logger = cli_logger(&o->setup),
+    };
+    q3n_error err = { .offset = -1 };
+    if (q3n_cache_create(&w->cache, w->m, &options, &err) != Q3N_OK) cli_fail_with("cache", &err);
+}
+
+static void open_session(writer *w, size_t longest)
+{
+    q3n_session_options o = cli_fit_options(&w->o->setup, w->m, longest);
+    o.cache = w->cache;
+    if (w->cache) o.snapshot_every = w->o->snapshot_every;
+    w->session = cli_create_session(&w->o->setup, w->m, &o);
+    const char *path = w->o->session_file;
+    if (!path || !cli_file_exists(path)) return;
+    if (q3n_session_load(w->session, path) != Q3N_OK) {
+        cli_fail_with(path, q3n_session_error(w->session));
+    }
+    w->n_loaded = (size_t)q3n_session_length(w->session);
+}
+
+/* Evaluates what was written last, so that the state is that of the whole text, and keeps it.  A
+ * token that ended the text is left out: what follows may begin with it or not. */
+static void keep_state(writer *w)
+{
+    if (!w->cache && !w->o->session_file) return;
+    cli_cancel_on_interrupt(NULL);
+    q3n_session_cancel(w->session, 0);
+    const int length = q3n_session_length(w->session);
+    if (w->last_pending && length < q3n_session_capacity(w->session)) {
+        cli_eval(w->session, &w->output.id[w->output.n - 1], 1, NULL);
+    }
+    if (q3n_session_length(w->session) == 0) return;
+    cli_check(q3n_session_keep(w->session), w->session);
+    const char *path = w->o->session_file;
+    if (path && q3n_session_save(w->session, path) != Q3N_OK) {
+        cli_fail_with(path, q3n_session_error(w->session));
+    }
+}
+
 /* ---- Writing ---- */
 
-static void read_prompt(writer *w, const cli_ids *prompt)
+/* The session's text and the prompt behind it, or the prompt alone. */
+static void whole_text(const writer *w, const cli_ids *prompt, cli_ids *out)
 {
-    const double start = cli_clock();
-    q3n_session_reset(w->session);
-    q3n_sampler_reset(w->sampler);
-    cli_eval(w->session, prompt->id, (int)prompt->n, w->logits);
-    for (size_t i = 0; i < prompt->n; i++) q3n_sampler_accept(w->sampler, prompt->id[i]);
-    w->prompt_s += cli_clock() - start;
+    const size_t before = w->o->append ? (size_t)q3n_session_length(w->session) : 0;
+    *out = (cli_ids){ .n = before + prompt->n };
+    out->id = cli_alloc(out->n, sizeof *out->id);
+    if (before) {
+        cli_check(q3n_session_tokens(w->session, 0, (int)before, out->id), w->session);
+    }
+    memcpy(out->id + before, prompt->id, prompt->n * sizeof *out->id);
 }
 
-/* Samples and evaluates up to n tokens; returns why it ended, NULL if all were written. */
+/* Evaluates what the session does not have yet; returns 0 if it was interrupted. */
+static int read_prompt(writer *w, const cli_ids *prompt)
+{
+    const double start = cli_clock();
+    cli_ids text;
+    int n_reused = 0;
+    whole_text(w, prompt, &text);
+    q3n_sampler_reset(w->sampler);
+    const q3n_result r = q3n_session_feed(w->session, text.id, (int)text.n, w->logits, &n_reused);
+    if (r != Q3N_ERR_CANCELLED) {
+        cli_check(r, w->session);
+        for (size_t i = 0; i < text.n; i++) q3n_sampler_accept(w->sampler, text.id[i]);
+        w->n_prompt += text.n;
+        w->n_reused += (size_t)n_reused;
+        w->prompt_s += cli_clock() - start;
+    }
+    free(text.id);
+    return r == Q3N_OK;
+}
+
+/* Takes one chosen token; returns why the text ends with it, NULL if it goes on. */
+static const char *write_token(writer *w, int32_t id)
+{
+    cli_ids_add(&w->output, id);
+    if (!w->stop_at_eos || !q3n_model_is_eos(w->m, id)) {
+        emit_token(w, id);
+        return NULL;
+    }
+    if (w->o->special) emit_token(w, id);
+    w->last_pending = 0;
+    return "end of text";
+}
+
+/* Chooses and evaluates up to n tokens; returns why it ended, NULL if all were written. */
 static const char *write_tokens(writer *w, int n)
 {
-    const double start = cli_clock();
-    const char *why = NULL;
-    for (int i = 0; n < 0 || i < n; i++) {
-        const int32_t id = q3n_sampler_sample(w->sampler, w->logits);
-        cli_ids_add(&w->output, id);
-        if (w->stop_at_eos && q3n_model_is_eos(w->m, id)) {
-            if (w->o->special) emit_token(w, id);
-            why = "end of text";
-            break;
+    int32_t chosen[Q3N_MAX_DRAFT + 1] = { q3n_sampler_sample(w->sampler, w->logits) };
+    int n_chosen = 1;
+    w->last_pending = 1;
+    for (;;) {
+        for (int i = 0; i < n_chosen; i++) {
+            const char *why = write_token(w, chosen[i]);
+            if (why) return why;
         }
-        emit_token(w, id);
-        if (i + 1 == n) break;
-        if (cli_interrupted()) {
-            why = "interrupted";
-            break;
-        }
-        if (q3n_session_length(w->session) == q3n_session_capacity(w->session)) {
-            why = "the context is full";
-            break;
-        }
-        cli_eval(w->session, &id, 1, w->logits);
+        const int room = q3n_session_capacity(w->session) - q3n_session_length(w->session);
+        const int left = n < 0 ? room : n - (int)w->output.n;
+        if (left == 0 && n >= 0) return NULL;
+        if (cli_interrupted())   return "interrupted";
+        if (room == 0)           return "the context is full";
+        const int most = left < room ? left : room;
+        const q3n_result r = q3n_session_next(w->session, w->sampler, chosen[n_chosen - 1], chosen,
+                                              most < CLI_COUNT(chosen) ? most : CLI_COUNT(chosen),
+                                              &n_chosen);
+        if (r == Q3N_ERR_CANCELLED) return "interrupted";
+        cli_check(r, w->session);
     }
-    w->decode_s += cli_clock() - start;
-    return why;
 }
 
-static void print_speed(const writer *w, double load_s, size_t prompt_n, size_t output_n,
-                        const char *why)
+static void print_drafts(const writer *w)
 {
-    fprintf(stderr, "q3n: loaded in %.3f s; prompt %zu tokens", load_s, prompt_n);
-    if (w->prompt_s > 0.0) fprintf(stderr, ", %.1f tokens/s", (double)prompt_n / w->prompt_s);
-    fprintf(stderr, "; wrote %zu", output_n);
-    if (w->decode_s > 0.0) fprintf(stderr, ", %.1f tokens/s", (double)output_n / w->decode_s);
+    q3n_speculation s;
+    q3n_session_speculation(w->session, &s);
+    if (s.n_drafted == 0) return;
+    fprintf(stderr, "; %lld of %lld drafts accepted, %.2f tokens a step", (long long)s.n_accepted,
+            (long long)s.n_drafted, (double)s.n_tokens / (double)s.n_steps);
+}
+
+static void print_speed(const writer *w, double load_s, const char *why)
+{
+    const size_t n_read = w->n_prompt - w->n_reused;
+    fprintf(stderr, "q3n: loaded in %.3f s; ", load_s);
+    if (w->n_loaded) fprintf(stderr, "session of %zu tokens; ", w->n_loaded);
+    fprintf(stderr, "prompt %zu tokens", w->n_prompt);
+    if (w->n_reused) fprintf(stderr, ", %zu reused", w->n_reused);
+    if (n_read && w->prompt_s > 0.0) {
+        fprintf(stderr, ", %.1f tokens/s", (double)n_read / w->prompt_s);
+    }
+    fprintf(stderr, "; wrote %zu", w->n_output);
+    if (w->decode_s > 0.0) fprintf(stderr, ", %.1f tokens/s", (double)w->n_output / w->decode_s);
+    print_drafts(w);
     fprintf(stderr, "; %s, %d threads", q3n_isa_name(q3n_session_isa(w->session)),
             q3n_session_n_threads(w->session));
     if (!w->o->greedy) fprintf(stderr, "; seed %llu", (unsigned long long)w->o->seed);
@@ -151,18 +251,26 @@ static void print_speed(const writer *w, double load_s, size_t prompt_n, size_t 
     fprintf(stderr, "\n");
 }
 
-/* Tokens that the session must hold: the longest prompt and what is written behind it. */
-static size_t tokens_needed(const run_options *o, const cli_cases *prompts, const q3n_model *m)
+/* Returns why the text ended. */
+static const char *write_case(writer *w, const cli_ids *prompt)
 {
-    const size_t longest = cli_cases_longest(prompts);
-    const size_t most    = (size_t)q3n_model_config(m)->max_position_embeddings;
-    if (o->setup.ctx) {
-        if (longest > (size_t)o->setup.ctx) return longest;     /* refused with a message */
-        return (size_t)o->setup.ctx;
+    const char *why = "interrupted";
+    w->decoder  = (q3n_decoder){ .skip_special = !w->o->special };
+    w->output.n = 0;
+    w->text.n   = 0;
+    w->n_printed    = 0;
+    w->last_pending = 0;
+    if (w->o->echo) {
+        for (size_t t = 0; t < prompt->n; t++) emit_token(w, prompt->id[t]);
     }
-    size_t want = o->n < 0 ? 4096 : longest + (size_t)o->n;
-    if (want > most) want = most;
-    return want > longest ? want : longest;
+    if (read_prompt(w, prompt)) {
+        const double start = cli_clock();
+        why = w->o->n == 0 ? NULL : write_tokens(w, w->o->n);
+        w->decode_s += cli_clock() - start;
+    }
+    emit_end(w);
+    w->n_output += w->output.n;
+    return why;
 }
 
 static void write_cases(run_options *o, const q3n_model *m, const cli_cases *prompts,
@@ -171,42 +279,35 @@ static void write_cases(run_options *o, const q3n_model *m, const cli_cases *pro
     q3n_sampler_options sampling;
     q3n_error err = { .offset = -1 };
     writer w = { .o = o, .m = m, .stop_at_eos = o->stop_eos || !o->ignore_eos };
-    w.session = cli_open_session(&o->setup, m, tokens_needed(o, prompts, m), 0);
-    w.logits  = cli_alloc((size_t)q3n_model_config(m)->vocab_size, sizeof *w.logits);
+    open_cache(&w);
+    open_session(&w, cli_cases_longest(prompts));
+    w.logits = cli_alloc((size_t)q3n_model_config(m)->vocab_size, sizeof *w.logits);
     if (q3n_sampler_create(&w.sampler, m, sampler_options(o, &sampling), &err) != Q3N_OK) {
         cli_fail_with("sampler", &err);
     }
     const double load_s = cli_clock() - load_start;
-    size_t n_prompt = 0, n_output = 0;
     const char *why = NULL;
+    cli_cancel_on_interrupt(w.session);
+    cli_catch_interrupt();
     for (size_t i = 0; i < prompts->n && !cli_interrupted(); i++) {
-        const cli_ids *prompt = &prompts->item[i];
-        w.decoder  = (q3n_decoder){ .skip_special = !o->special };
-        w.output.n = 0;
-        w.text.n   = 0;
-        w.n_printed = 0;
-        if (o->echo) {
-            for (size_t t = 0; t < prompt->n; t++) emit_token(&w, prompt->id[t]);
-        }
-        read_prompt(&w, prompt);
-        cli_catch_interrupt();
-        why = write_tokens(&w, o->n);
-        emit_end(&w);
-        n_prompt += prompt->n;
-        n_output += w.output.n;
+        why = write_case(&w, &prompts->item[i]);
     }
-    if (!o->quiet) print_speed(&w, load_s, n_prompt, n_output, why);
+    keep_state(&w);
+    if (!o->quiet) print_speed(&w, load_s, why);
+    cli_cancel_on_interrupt(NULL);
     free(w.logits);
     free(w.output.id);
     cli_buffer_free(&w.text);
     q3n_sampler_destroy(w.sampler);
     q3n_session_destroy(w.session);
+    q3n_cache_destroy(w.cache);
 }
 
 /* ---- Options ---- */
 
 static void parse_options(run_options *o, int argc, char **argv, cli_words *words)
 {
+    const uint64_t drawn = o->seed;
     const cli_option options[] = {
         CLI_MODEL_OPTIONS(o->setup),
         CLI_INPUT_OPTIONS(o->in),
@@ -231,13 +332,25 @@ static void parse_options(run_options *o, int argc, char **argv, cli_words *word
         { "--echo", NULL, CLI_FLAG, &o->echo, 0, 0, "print the prompt before the text" },
         { "--json", NULL, CLI_FLAG, &o->json, 0, 0, "{\"output_ids\": [...]} instead of text" },
         { "-q --quiet", NULL, CLI_FLAG, &o->quiet, 0, 0, "no speed on stderr" },
-        CLI_SESSION_OPTIONS(o->setup),
+        { "--session", "FILE", CLI_TEXT, &o->session_file, 0, 0,
+          "continue the state in FILE if it is there, save the new one in it" },
+        { "--append", NULL, CLI_FLAG, &o->append, 0, 0,
+          "the prompt goes behind the text of --session; else it is the whole text" },
+        { "--cache-dir", "DIR", CLI_TEXT, &o->cache_dir, 0, 0,
+          "keep states of prompts there, begin with what is known of a prompt" },
+        { "--cache-size", "MB", CLI_INT, &o->cache_mb, 1, 1 << 30,
+          "memory for such states (1024)" },
+        { "--snapshot-every", "N", CLI_INT, &o->snapshot_every, 0, 1 << 30,
+          "tokens between them; 0: at the ends of prompts only (1024)" },
+        CLI_THREADS_OPTION(o->setup),
+        CLI_CONTEXT_OPTIONS(o->setup, "-b --batch --batch-size", "auto; off with --seed"),
     };
     const cli_syntax syntax = {
         "run MODEL.q3n -p TEXT [options]",
         "Writes text behind a prompt, as it comes; speed goes to stderr.  The defaults of\n"
         "sampling are those published for the Qwen models.  --ids works on raw ids: with -n it\n"
-        "writes exactly N.",
+        "writes exactly N.  With --session or --cache-dir the prompt is evaluated from where it\n"
+        "differs from what is known; a token that ended a text is not part of what is saved.",
         options, CLI_COUNT(options), 1, NULL, NULL,
     };
     cli_parse(&syntax, argc, argv, words);
@@ -245,6 +358,10 @@ static void parse_options(run_options *o, int argc, char **argv, cli_words *word
     if ((o->in.ids || o->in.ids_file) && o->n >= 0) o->ignore_eos = 1;
     if (o->n == NOT_GIVEN) o->n = DEFAULT_N;
     if (o->temperature == 0.0) o->greedy = 1;
+    /* Drafts keep the distribution, not the text of a seed: how many there are depends on time. */
+    const int any_text = o->greedy || o->seed == drawn || o->setup.draft;
+    if (!o->setup.speculate) o->setup.speculate = any_text ? "auto" : "off";
+    if (o->append && !o->session_file) cli_misuse("--append is for a --session");
 }
 
 int cmd_run(int argc, char **argv)
@@ -252,6 +369,7 @@ int cmd_run(int argc, char **argv)
     run_options o = {
         .n = NOT_GIVEN, .temperature = 0.7, .top_k = 20, .top_p = 0.8, .penalty = 1.0,
         .seed = (uint64_t)time(NULL), .in = { .drop_newline = 1 },
+        .snapshot_every = DEFAULT_EVERY,
     };
     cli_words words;
     parse_options(&o, argc, argv, &words);

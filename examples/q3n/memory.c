@@ -45,6 +45,24 @@ FILE *cli_open_file(const char *path)
     return f;
 }
 
+int cli_file_exists(const char *path)
+{
+    FILE *f = fopen(path, "rb");
+    if (!f && errno != ENOENT) cli_fail("%s: cannot read the file: %s", path, strerror(errno));
+    if (f) fclose(f);
+    return f != NULL;
+}
+
+int64_t cli_file_bytes(const char *path)
+{
+    char part[16384];
+    int64_t bytes = 0;
+    FILE *f = cli_open_file(path);
+    for (size_t n; (n = fread(part, 1, sizeof part, f)) > 0;) bytes += (int64_t)n;
+    fclose(f);
+    return bytes;
+}
+
 const char *cli_file_name(const char *path)
 {
     return strcmp(path, "-") == 0 ? "stdin" : path;

@@ -12,6 +12,16 @@ static void print_note(void *user, q3n_log_level level, const char *message)
     else if (verbose)             fprintf(stderr, "q3n: %s\n", message);
 }
 
+q3n_logger cli_logger(const cli_setup *setup)
+{
+    return (q3n_logger){ print_note, (void *)&setup->verbose };
+}
+
+static q3n_model_options model_options(const cli_setup *setup)
+{
+    return (q3n_model_options){ .allocator = setup->allocator, .logger = cli_logger(setup) };
+}
+
 q3n_model *cli_open_model(cli_setup *setup, cli_words *words)
 {
     if (!setup->model) {
@@ -20,7 +30,7 @@ q3n_model *cli_open_model(cli_setup *setup, cli_words *words)
         words->n--;
         memmove(&words->word[0], &words->word[1], (size_t)words->n * sizeof words->word[0]);
     }
-    const q3n_model_options options = { .logger = { print_note, &setup->verbose } };
+    const q3n_model_options options = model_options(setup);
     q3n_error err = { .offset = -1 };
     q3n_model *m = NULL;
     if (q3n_model_open(&m, setup->model, &options, &err) != Q3N_OK) {
@@ -31,7 +41,7 @@ q3n_model *cli_open_model(cli_setup *setup, cli_words *words)
 
 q3n_model *cli_open_memory(cli_setup *setup, const void *data, size_t bytes)
 {
-    const q3n_model_options options = { .logger = { print_note, &setup->verbose } };
+    const q3n_model_options options = model_options(setup);
     q3n_error err = { .offset = -1 };
     q3n_model *m = NULL;
     if (q3n_model_open_memory(&m, data, bytes, &options, &err) != Q3N_OK) {
@@ -54,25 +64,55 @@ static void set_isa(q3n_session_options *o, const char *name)
     o->scalar_only = o->max_isa == Q3N_ISA_SCALAR;
 }
 
+static void set_kv_type(q3n_session_options *o, const char *name)
+{
+    const q3n_result r = q3n_type_from_name(name, &o->kv_type);
+    const int known = o->kv_type == Q3N_TYPE_F32 || o->kv_type == Q3N_TYPE_F16
+                   || o->kv_type == Q3N_TYPE_BF16 || o->kv_type == Q3N_TYPE_Q8;
+    if (r != Q3N_OK || !known) cli_misuse("--kv: '%s' is none of f32, f16, bf16, q8", name);
+}
+
+static void set_snapshot_type(q3n_session_options *o, const char *name)
+{
+    const q3n_result r = q3n_type_from_name(name, &o->snapshot_type);
+    const int known = o->snapshot_type == Q3N_TYPE_F32 || o->snapshot_type == Q3N_TYPE_BF16;
+    if (r != Q3N_OK || !known) cli_misuse("--snapshot-type: '%s' is none of f32, bf16", name);
+}
+
+static const char *const speculate_names[Q3N_SPECULATE_COUNT] = {
+    [Q3N_SPECULATE_OFF] = "off", [Q3N_SPECULATE_AUTO]   = "auto",
+    [Q3N_SPECULATE_MTP] = "mtp", [Q3N_SPECULATE_LOOKUP] = "lookup",
+};
+
+const char *cli_speculate_name(q3n_speculate s)
+{
+    return speculate_names[s];
+}
+
+static void set_speculate(q3n_session_options *o, const char *name)
+{
+    for (int i = 0; i < Q3N_SPECULATE_COUNT; i++) {
+        if (strcmp(name, speculate_names[i]) != 0) continue;
+        o->speculate = (q3n_speculate)i;
+        return;
+    }
+    cli_misuse("--speculate: '%s' is none of off, auto, mtp, lookup", name);
+}
+
 q3n_session_options cli_session_options(const cli_setup *setup)
 {
     q3n_session_options o = {
         .capacity = setup->ctx, .batch = setup->batch, .n_threads = setup->threads,
+        .draft = setup->draft,
     };
-    if (setup->isa) set_isa(&o, setup->isa);
-    if (setup->kv) {
-        const q3n_result r = q3n_type_from_name(setup->kv, &o.kv_type);
-        const int known = o.kv_type == Q3N_TYPE_F32 || o.kv_type == Q3N_TYPE_F16
-                       || o.kv_type == Q3N_TYPE_BF16 || o.kv_type == Q3N_TYPE_Q8;
-        if (r != Q3N_OK || !known) {
-            cli_misuse("--kv: '%s' is none of f32, f16, bf16, q8", setup->kv);
-        }
-    }
+    if (setup->isa)           set_isa(&o, setup->isa);
+    if (setup->kv)            set_kv_type(&o, setup->kv);
+    if (setup->snapshot_type) set_snapshot_type(&o, setup->snapshot_type);
+    if (setup->speculate)     set_speculate(&o, setup->speculate);
     return o;
 }
 
-q3n_session *cli_open_session(const cli_setup *setup, const q3n_model *m, size_t n,
-                              int count_experts)
+q3n_session_options cli_fit_options(const cli_setup *setup, const q3n_model *m, size_t n)
 {
     q3n_session_options o = cli_session_options(setup);
     const q3n_config *c = q3n_model_config(m);
@@ -82,16 +122,29 @@ q3n_session *cli_open_session(const cli_setup *setup, const q3n_model *m, size_t
     if (n > (size_t)c->max_position_embeddings) {
         cli_warn("%zu tokens are more than the %d that the model was made for", n,
                  c->max_position_embeddings);
+        if (!setup->ctx) o.capacity = (int)n;
     }
-    o.count_experts = count_experts;
-    if (!setup->ctx) o.capacity = (int)n;
     /* A model that attends both ways takes a text whole. */
+    if (!c->causal && !setup->ctx)   o.capacity = (int)n;
     if (!c->causal && !setup->batch) o.batch = o.capacity;
+    return o;
+}
 
+q3n_session *cli_create_session(const cli_setup *setup, const q3n_model *m,
+                                const q3n_session_options *o)
+{
     q3n_session *s = NULL;
     q3n_error err = { .offset = -1 };
-    if (q3n_session_create(&s, m, &o, &err) != Q3N_OK) cli_fail_with(setup->model, &err);
+    if (q3n_session_create(&s, m, o, &err) != Q3N_OK) cli_fail_with(setup->model, &err);
     return s;
+}
+
+q3n_session *cli_open_session(const cli_setup *setup, const q3n_model *m, size_t n,
+                              int count_experts)
+{
+    q3n_session_options o = cli_fit_options(setup, m, n);
+    o.count_experts = count_experts;
+    return cli_create_session(setup, m, &o);
 }
 
 size_t cli_window(int given, const cli_setup *setup, const q3n_model *m)
@@ -103,8 +156,9 @@ size_t cli_window(int given, const cli_setup *setup, const q3n_model *m)
 
 /* ---- Evaluation ---- */
 
-static _Noreturn void fail_session(const q3n_session *s)
+void cli_check(q3n_result r, const q3n_session *s)
 {
+    if (r == Q3N_OK) return;
     q3n_error err = *q3n_session_error(s);
     err.offset = -1;
     cli_fail_with("evaluation", &err);
@@ -112,7 +166,7 @@ static _Noreturn void fail_session(const q3n_session *s)
 
 void cli_eval(q3n_session *s, const int32_t *ids, int n, float *logits)
 {
-    if (q3n_session_eval(s, ids, n, logits) != Q3N_OK) fail_session(s);
+    cli_check(q3n_session_eval(s, ids, n, logits), s);
 }
 
 /* As many tokens at once as have their logits in 256 MiB, whole chunks of 64 if that splits a
@@ -127,7 +181,7 @@ static int default_piece(const q3n_config *c, int n)
 static void eval_piece(q3n_session *s, const int32_t *ids, int n, float *rows)
 {
     const q3n_outputs out = { .all_logits = rows };
-    if (q3n_session_eval_outputs(s, ids, n, &out) != Q3N_OK) fail_session(s);
+    cli_check(q3n_session_eval_outputs(s, ids, n, &out), s);
 }
 
 void cli_eval_rows(q3n_session *s, const q3n_model *m, const cli_ids *ids,

@@ -13,11 +13,14 @@
 #include <string.h>
 
 static volatile sig_atomic_t interrupted;
+static q3n_session *volatile session_to_cancel;
 
 static void on_interrupt(int number)
 {
     (void)number;
+    q3n_session *s = session_to_cancel;
     interrupted = 1;
+    if (s) q3n_session_cancel(s, 1);
     signal(SIGINT, SIG_DFL);      /* the second one ends the program */
 }
 
@@ -29,6 +32,11 @@ void cli_catch_interrupt(void)
 int cli_interrupted(void)
 {
     return interrupted != 0;
+}
+
+void cli_cancel_on_interrupt(q3n_session *s)
+{
+    session_to_cancel = s;
 }
 
 #if defined(_WIN32)
@@ -97,6 +105,15 @@ void cli_free_pages(void *memory)
     if (memory) VirtualFree(memory, 0, MEM_RELEASE);
 }
 
+void cli_scratch_file(char path[CLI_PATH_ROOM])
+{
+    char folder[MAX_PATH + 1], name[MAX_PATH + 1];
+    if (!GetTempPathA(sizeof folder, folder) || !GetTempFileNameA(folder, "q3n", 0, name)) {
+        cli_fail("cannot make a file for what is measured");
+    }
+    snprintf(path, CLI_PATH_ROOM, "%s", name);
+}
+
 typedef HANDLE thread_handle;
 
 #else
@@ -110,6 +127,9 @@ typedef HANDLE thread_handle;
 #  include <sched.h>
 #elif defined(__APPLE__)
 #  include <sys/sysctl.h>
+#endif
+#ifndef P_tmpdir
+#  define P_tmpdir "."
 #endif
 
 double cli_clock(void)
@@ -227,6 +247,15 @@ void *cli_alloc_pages(size_t bytes)
 void cli_free_pages(void *memory)
 {
     free(memory);
+}
+
+void cli_scratch_file(char path[CLI_PATH_ROOM])
+{
+    const char *folder = getenv("TMPDIR");
+    snprintf(path, CLI_PATH_ROOM, "%s/q3n-XXXXXX", folder && folder[0] ? folder : P_tmpdir);
+    const int file = mkstemp(path);
+    if (file < 0) cli_fail("%s: cannot make the file", path);
+    close(file);
 }
 
 typedef pthread_t thread_handle;
