@@ -8508,7 +8508,7 @@ static void q3n__session_point(q3n_session *s, int n, int last)
     const int from_delta = s->begun ? !s->delta_now : s->delta_now;
     const int from_conv = s->begun ? !s->conv_now : s->conv_now;
     st->n_trail = s->begun ? 0 : st->trail.n;
-    st->trailing = s->n_delta > 0 && last && !s->begun && st->trail.n + n <= st->trail.max
+    st->trailing = s->n_delta > 0 && last && !s->begun && 2 * n <= st->trail.max
                  && (n == 1 || st->trail.x);
     st->delta = s->delta[from_delta];
     st->delta_out = s->delta[!s->delta_now];
