@@ -455,7 +455,7 @@ Q3N_DEF q3n_isa     q3n_isa_best(void);
 /* ---- What the host may supply ---- */
 
 /* Memory.  Both functions or neither (then malloc and free).  Any alignment that malloc gives is
- * enough.  free gets the bytes that alloc got.  Evaluation asks for a page at most every 256 tokens.
+ * enough.  free gets the bytes that alloc got.  Evaluation asks for one page in 256 tokens.
  * Sessions on several threads may call both at once. */
 typedef struct q3n_allocator {
     void *(*alloc)(void *user, size_t bytes);            /* NULL = out of memory */
@@ -889,8 +889,8 @@ Q3N_DEF q3n_result q3n_session_save(q3n_session *s, const char *path);
 Q3N_DEF q3n_result q3n_session_save_to(q3n_session *s, const q3n_sink *sink);
 
 /* Continue a saved session; nothing is evaluated.  The file is bound to the bytes of the model's
- * metadata, which hold the checksums of its tensors, to the session's kv_type, and to whether it has
- * an MTP cache (as q3n_session_restore).  Files are taken for hostile: on error (Q3N_ERR_IO,
+ * metadata, which hold the checksums of its tensors, to the session's kv_type, and to whether it
+ * has an MTP cache (as q3n_session_restore).  Files are taken for hostile: on error (Q3N_ERR_IO,
  * _FORMAT, _CHECKSUM, _UNSUPPORTED: another model, kv_type or MTP cache,
  * _FULL: more tokens than the session's capacity, _MEMORY) the session is untouched. */
 Q3N_DEF q3n_result q3n_session_load(q3n_session *s, const char *path);
