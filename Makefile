@@ -52,7 +52,7 @@ C_TESTS       := $(patsubst tests/test_%.c,%,$(wildcard tests/test_*.c))
 FUZZ_TARGETS  := $(patsubst tests/fuzz_%.c,%,$(wildcard tests/fuzz_*.c))
 PYTHON_TESTS  := $(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py))
 # Tests that start threads and are short: these run under the thread sanitizer too.
-THREAD_TESTS  := $(filter parallel public memory quantize storage,$(C_TESTS))
+THREAD_TESTS  := $(filter parallel public memory quantize storage session schedules,$(C_TESTS))
 HF_GOLDENS    := $(patsubst tests/golden/%/config.json,%,$(wildcard tests/golden/*/config.json))
 KERAS_GOLDENS := $(patsubst tests/golden/keras/%.keras,%,$(wildcard tests/golden/keras/*.keras))
 STORIES       := build/models/stories.q3n
@@ -77,8 +77,8 @@ PY = $(eval PY := $(shell $(FIND_PYTHON)))$(PY)
 # Test programs are made by pattern rules only: they stay for the next run.
 .SECONDARY:
 .SUFFIXES:
-.PHONY: all help deps deps-aarch64 demo test test-aarch64 fuzz bench bench-sessions lint coverage
-.PHONY: models install clean suites always list-suites
+.PHONY: all help deps deps-aarch64 demo test test-aarch64 stress fuzz bench bench-sessions
+.PHONY: lint coverage models install clean suites always list-suites
 
 # ---- deps together with other targets: those start afresh when everything is installed ----
 LATER := $(filter-out deps deps-aarch64,$(MAKECMDGOALS))
@@ -252,6 +252,12 @@ coverage:   ## Run the C and command line tests with gcov, print what they reach
 	@rm -rf build/coverage
 	$(call RUN_SUITES,coverage)
 	@$(PY) tools/coverage.py build/coverage
+
+# The same schedules as in the tests, and many more; SEED=N SCHEDULES=1 repeats one that failed.
+SEED      ?= 1
+SCHEDULES ?= 2000
+stress: $(B)/tests/test_schedules $(MODELS)   ## Run SCHEDULES=2000 random schedules of sessions
+	Q3N_SEED=$(SEED) Q3N_SCHEDULES=$(SCHEDULES) $(RUN) $<
 
 FUZZ_SECONDS ?= 60
 fuzz: build/corpus.made   ## Fuzz what reads files with libFuzzer (clang) for FUZZ_SECONDS=60

@@ -5538,6 +5538,7 @@ typedef struct {
     q3n__x8 *mixed_q;
     float *part_o;               /* split attention: [queries][blocks][D]                        */
     q3n__softmax_part *part;     /* split attention: [queries][blocks]                           */
+    int    part_blocks;          /* blocks that both have room for                               */
     float *router;               /* [E] probabilities                                            */
     int   *top;                  /* [k] experts, ascending                                       */
     float *top_weight;           /* [k]                                                          */
@@ -5906,7 +5907,8 @@ static void q3n__attention(q3n__run *r, const q3n__layer *w, int layer)
         arg.n_tiles += (s->n * g + tile - 1) / tile;
         if (blocks > arg.n_blocks) arg.n_blocks = blocks;
     }
-    const int split = r->n <= Q3N__SPLIT_TOKENS && arg.n_blocks > 1 && r->pool->n_threads > 1;
+    const int split = r->n <= Q3N__SPLIT_TOKENS && arg.n_blocks > 1 && r->pool->n_threads > 1
+                   && arg.n_blocks <= r->part_blocks;
     if (split) {
         q3n__parallel(r->pool, arg.n_tiles * K * arg.n_blocks, 1, q3n__attend_split_task, &arg);
         q3n__parallel(r->pool, r->n * K * g, 1, q3n__attend_merge_task, &arg);
@@ -7921,7 +7923,6 @@ typedef struct {
     float              *gathered;     /* [logit_rows, d] of a batch                               */
     float              *logits;       /* [logit_rows, vocab] of a batch                           */
     void               *split;        /* partial results of split attention, grows               */
-    int                 split_blocks;
     q3n__atomic         cancel;
     q3n__costs          costs;
 } q3n__engine;
@@ -8086,12 +8087,12 @@ static int q3n__split_room(const q3n__engine *e, int n_blocks)
 static int q3n__engine_reserve(q3n__engine *e, int n_blocks)
 {
     const int room = q3n__split_room(e, n_blocks);
-    if (room <= e->split_blocks) return 1;
+    if (room <= e->run.part_blocks) return 1;
     uint8_t *p = (uint8_t *)q3n__alloc(&e->model->allocator, q3n__split_bytes(e, room));
     if (!p) return 0;
     q3n__free(&e->model->allocator, e->split);
     e->split = p;
-    e->split_blocks = room;
+    e->run.part_blocks = room;
     e->run.part_o = (float *)(void *)p;
     e->run.part = (q3n__softmax_part *)(void *)(e->run.part_o
         + q3n__split_queries(e) * (size_t)room * (size_t)e->model->config.head_dim);
@@ -8510,7 +8511,7 @@ static void q3n__session_point(q3n_session *s, int n, int last)
     const int from_delta = s->begun ? !s->delta_now : s->delta_now;
     const int from_conv = s->begun ? !s->conv_now : s->conv_now;
     st->n_trail = s->begun ? 0 : st->trail.n;
-    st->trailing = s->n_delta > 0 && last && !s->begun && st->trail.n + n <= st->trail.max
+    st->trailing = s->n_delta > 0 && last && !s->begun && 2 * n <= st->trail.max
                  && (n == 1 || st->trail.x);
     st->delta = s->delta[from_delta];
     st->delta_out = s->delta[!s->delta_now];
@@ -8948,9 +8949,10 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
 
 /* Begin a call at the longest beginning of tokens [n] that costs nothing: the text itself, a
  * snapshot, or without DeltaNet any part of the text, of which the last token is evaluated again.
- * What the text's pages hold of tokens [0, kv_valid) is not stored again.  Returns how many tokens
- * are there.  Nothing is lost: the call can be rolled back. */
-static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n)
+ * What the text's pages hold of tokens [0, kv_valid) is not stored again.  only_reuse: nothing is
+ * evaluated behind that.  Returns how many tokens are there.  Nothing is lost: the call can be
+ * rolled back. */
+static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n, int only_reuse)
 {
     q3n__engine *e = s->engine;
     const int m = q3n__common_prefix(s->state.kv.page, s->length, tokens, n);
@@ -8958,7 +8960,8 @@ static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n)
     q3n__mtp_flush(s, e);
     q3n__session_begin(s, e);
     int cut = m < n - 1 ? m : n - 1;
-    if (s->shape.has_mtp && cut == m && cut > 0) cut--;   /* token m needs the row of token m - 1 */
+    if ((s->shape.has_mtp || only_reuse) && cut == m && cut > 0)
+        cut--;                            /* token m, or the caller, needs the row of token m - 1 */
     const int least = stay ? s->length : any ? cut : 0;
     q3n_snapshot *snap = s->cache ? q3n__cache_find(s->cache, &s->shape, s->options.snapshot_type,
                                                     tokens, n, least) : NULL;
@@ -9034,7 +9037,7 @@ static q3n_result q3n__session_rewind(q3n_session *s, int length)
     }
     int32_t *text = q3n__session_text(s, length);
     if (!text) return q3n__fail(&s->error, Q3N_ERR_MEMORY, -1, "no memory for %d ids", length);
-    const int from = q3n__session_seek(s, text, length);
+    const int from = q3n__session_seek(s, text, length, 0);
     int64_t *counts = s->state.expert_counts;             /* evaluating again is not counted */
     s->state.expert_counts = NULL;
     const q3n_result result = q3n__session_go_on(s, text, from, length, &none);
@@ -9053,7 +9056,7 @@ static q3n_result q3n__session_feed(q3n_session *s, const int32_t *tokens, int n
     if (r != Q3N_OK) return r;
     const q3n_outputs out = { logits, NULL, NULL, NULL };
     const int m = q3n__common_prefix(s->state.kv.page, s->length, tokens, n);
-    const int from = q3n__session_seek(s, tokens, n);
+    const int from = q3n__session_seek(s, tokens, n, only_reuse);
     int end = n, reused = from;
     if (only_reuse) end = reused = s->n_delta == 0 && m > from ? m : from;
     r = q3n__session_go_on(s, tokens, from, end, &out);

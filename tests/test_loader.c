@@ -991,7 +991,7 @@ static void check_routes(void *user, int l, const float *x, int n, int d)
     (void)d;
     if (l < 0 || l >= c->num_hidden_layers || !c->layer_experts[l]) return;
     for (int t = 0; t < n; t++) {
-        const int *top = r->s->run.top + t * c->num_experts_per_tok;
+        const int *top = r->s->engine->run.top + t * c->num_experts_per_tok;
         for (int i = 0; i < c->num_experts_per_tok; i++) {
             assert_in_range(top[i], 0, c->num_experts - 1);
             if (i > 0) assert_true(top[i] > top[i - 1]);

@@ -9,29 +9,10 @@
 
 #define Q3N_IMPLEMENTATION
 #include "../qwen3next.h"
-#include "golden.h"
-
-#define COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
+#include "failing.h"
+#include "sessions.h"
 
 /* ---- Models and sessions ---- */
-static q3n_model *open_model(const char *name)
-{
-    char path[512];
-    q3n_error err;
-    q3n_model *m = NULL;
-    snprintf(path, sizeof path, "%s/%s.q3n", Q3N_TEST_MODELS, name);
-    if (q3n_model_open(&m, path, NULL, &err) != Q3N_OK) fail_msg("%s", err.message);
-    return m;
-}
-
-static q3n_session *create_session(const q3n_model *m, const q3n_session_options *o)
-{
-    q3n_session *s = NULL;
-    q3n_error err;
-    if (q3n_session_create(&s, m, o, &err) != Q3N_OK) fail_msg("session: %s", err.message);
-    return s;
-}
-
 static q3n_session_options options_of(q3n_isa isa)
 {
     q3n_session_options o;
@@ -41,14 +22,6 @@ static q3n_session_options options_of(q3n_isa isa)
     o.max_isa = isa;
     o.scalar_only = isa == Q3N_ISA_SCALAR;
     return o;
-}
-
-static float *new_floats(size_t n)
-{
-    float *x = (float *)malloc((n + 1) * sizeof *x);
-    assert_non_null(x);
-    for (size_t i = 0; i < n; i++) x[i] = NAN;
-    return x;
 }
 
 static float *new_logits(const q3n_model *m, int n)
@@ -77,21 +50,6 @@ static void check_near(const float *got, const double *want, int n, double bound
         if (!(fabs(got[i] - want[i]) <= bound))
             fail_msg("%s: element %d is %.7g, expected %.7g within %.2g", what, i, (double)got[i],
                      want[i], bound);
-}
-
-static void check_same(const float *got, const float *want, size_t n, const char *what)
-{
-    for (size_t i = 0; i < n; i++)
-        if (memcmp(&got[i], &want[i], sizeof *got) != 0)
-            fail_msg("%s: element %zu is %.9g, expected %.9g to the last bit", what, i,
-                     (double)got[i], (double)want[i]);
-}
-
-static int argmax(const float *x, int n)
-{
-    int best = 0;
-    for (int i = 1; i < n; i++) if (x[i] > x[best]) best = i;
-    return best;
 }
 
 static double log_probability(const float *logits, int n, int id)
@@ -232,7 +190,7 @@ static char *read_golden(const char *name, const char *file)
 static void test_golden(void **state)
 {
     const char *name = (const char *)*state;
-    q3n_model *m = open_model(name);
+    q3n_model *m = open_model(name, NULL);
     char *golden = read_golden(name, "golden.json");
     const char *cases = golden_member(golden, "cases"), *greedy = golden_member(golden, "greedy");
     assert_true(golden_length(cases) >= 2);
@@ -249,7 +207,7 @@ static void test_golden(void **state)
 static void test_golden_classifier(void **state)
 {
     const char *name = (const char *)*state;
-    q3n_model *m = open_model(name);
+    q3n_model *m = open_model(name, NULL);
     char *golden = read_golden(name, "golden.json");
     const int n_labels = q3n_model_config(m)->num_labels;
     for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
@@ -287,7 +245,7 @@ static void test_golden_keras(void **state)
     const char *name = (const char *)*state;
     char file[200];
     snprintf(file, sizeof file, "%s.json", name);
-    q3n_model *m = open_model(name);
+    q3n_model *m = open_model(name, NULL);
     char *golden = read_golden("keras", file);
     const int V = q3n_model_config(m)->vocab_size;
     const char *one = golden_member(golden, "nomask");
@@ -433,7 +391,7 @@ static void check_all_cuttings(const q3n_model *m, q3n_isa isa, const int32_t *i
 
 static void test_identity(void **state)
 {
-    q3n_model *m = open_model((const char *)*state);
+    q3n_model *m = open_model((const char *)*state, NULL);
     const int n = 70;
     int32_t *ids = random_ids(n, q3n_model_config(m)->vocab_size);
     for (int isa = 0; isa < Q3N_ISA_COUNT; isa++)
@@ -445,7 +403,7 @@ static void test_identity(void **state)
 /* A model that attends both ways takes a text whole; threads and executor must not matter. */
 static void test_identity_bidirectional(void **state)
 {
-    q3n_model *m = open_model((const char *)*state);
+    q3n_model *m = open_model((const char *)*state, NULL);
     int32_t *ids = random_ids(9, q3n_model_config(m)->vocab_size);
     for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
         if (!q3n_isa_supported((q3n_isa)isa)) continue;
@@ -479,7 +437,7 @@ static void test_identity_long(void **state)
     static const cutting one = { "token by token", { 1 } };
     static const cutting few = { "255, then few at a time", { 255, 2, 3, 4, 1, 2, 3, 5 } };
     static const cutting edges = { "over the edges of blocks", { 254, 4, 252, 4, 150 } };
-    q3n_model *m = open_model((const char *)*state);
+    q3n_model *m = open_model((const char *)*state, NULL);
     const int n = 700;
     int32_t *ids = random_ids(n, q3n_model_config(m)->vocab_size);
     for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
@@ -515,7 +473,7 @@ static void test_identity_long(void **state)
 /* ---- Attention over several blocks, against its definition ---- */
 typedef struct {
     q3n_session *s;
-    int          n_layers, checked;
+    int          n_layers, n_attention, checked;
 } attention_check;
 
 /* Behind the last layer, which is an attention layer, the run still has its queries (scaled) and
@@ -527,7 +485,7 @@ static void check_attention(void *user, int l, const float *x, int n, int d)
 {
     attention_check *c = (attention_check *)user;
     if (l != c->n_layers - 1) return;
-    const q3n__run *r = &c->s->run;
+    const q3n__run *r = &c->s->engine->run;
     const q3n__kv_cache *kv = &c->s->state.kv;
     const int g = r->model->config.num_attention_heads / kv->n_kv_heads, D = kv->dim;
     const size_t B = Q3N__KV_BLOCK;
@@ -540,7 +498,7 @@ static void check_attention(void *user, int l, const float *x, int n, int d)
         for (int pass = 0; pass < 2; pass++)
             for (int j = 0; j <= last; j++) {
                 const float *k = (const float *)(const void *)
-                    q3n__kv_block(kv, c->s->n_attention - 1, j / (int)B, head);
+                    q3n__kv_block(kv, c->n_attention - 1, j / (int)B, head);
                 const float *v = k + (size_t)D * B + (size_t)j % B * (size_t)D;
                 double score = 0.0;
                 for (int a = 0; a < D; a++)
@@ -566,13 +524,14 @@ static void check_attention(void *user, int l, const float *x, int n, int d)
 
 static void test_attention_long(void **state)
 {
-    q3n_model *m = open_model((const char *)*state);
+    q3n_model *m = open_model((const char *)*state, NULL);
     const int n = 700;
     int32_t *ids = random_ids(n, q3n_model_config(m)->vocab_size);
     for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
         if (!q3n_isa_supported((q3n_isa)isa)) continue;
         for (int n_threads = 1; n_threads <= 2; n_threads++) {   /* two split few tokens */
-            attention_check c = { NULL, q3n_model_config(m)->num_hidden_layers, 0 };
+            attention_check c = { NULL, q3n_model_config(m)->num_hidden_layers, 0, 0 };
+            for (int l = 0; l < c.n_layers; l++) c.n_attention += !m->layers[l].is_delta;
             q3n_session_options o = options_of((q3n_isa)isa);
             o.capacity = 1024;
             o.batch = 100;
@@ -580,7 +539,7 @@ static void test_attention_long(void **state)
             o.layer_hook.layer = check_attention;
             o.layer_hook.user = &c;
             c.s = create_session(m, &o);
-            assert_true(c.s->n_attention > 0 && !m->layers[c.n_layers - 1].is_delta);
+            assert_true(c.n_attention > 0 && !m->layers[c.n_layers - 1].is_delta);
             assert_int_equal(q3n_session_eval(c.s, ids, n - 4, NULL), Q3N_OK);
             assert_int_equal(q3n_session_eval(c.s, ids + n - 4, 3, NULL), Q3N_OK);
             assert_int_equal(q3n_session_eval(c.s, ids + n - 1, 1, NULL), Q3N_OK);
@@ -602,7 +561,7 @@ static void test_kv_types(void **state)
     static const struct { q3n_type type; double bound; } rows[] = {
         { Q3N_TYPE_F16, 0x1p-10 }, { Q3N_TYPE_BF16, 0x1p-7 }, { Q3N_TYPE_Q8, 0x1p-6 },
     };
-    q3n_model *m = open_model((const char *)*state);
+    q3n_model *m = open_model((const char *)*state, NULL);
     const int n = 70, V = q3n_model_config(m)->vocab_size;
     int32_t *ids = random_ids(n, V);
     for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
@@ -646,7 +605,7 @@ static void test_quantised(void **state)
         { "q8", 0.08 }, { "q4", 0.45 }, { "q3", 0.4 },
     };
     static const char path[] = "build/test_model_quantised.q3n";
-    q3n_model *m = open_model((const char *)*state);
+    q3n_model *m = open_model((const char *)*state, NULL);
     const int n = 70, V = q3n_model_config(m)->vocab_size;
     int32_t *ids = random_ids(n, V);
     float *want = new_logits(m, n), *got = new_logits(m, n);
@@ -685,40 +644,24 @@ static void test_quantised(void **state)
 }
 
 /* ---- Errors leave the session as it was ---- */
-typedef struct {
-    uint8_t *bytes;
-    size_t   kv, delta, conv;
-    int      length;
-} snapshot;
-
-static snapshot snapshot_take(const q3n_session *s)
+static memory_file state_of(q3n_session *s)
 {
-    const q3n__kv_cache *kv = &s->state.kv;
-    snapshot c;
-    c.kv = (size_t)s->n_attention * (size_t)kv->n_blocks * (size_t)kv->n_kv_heads
-         * q3n__kv_block_bytes(kv->type, kv->dim);
-    c.delta = s->delta_len * sizeof(float);
-    c.conv = s->conv_len * sizeof(float);
-    c.length = s->state.length;
-    c.bytes = (uint8_t *)malloc(c.kv + c.delta + c.conv + 1);
-    assert_non_null(c.bytes);
-    memcpy(c.bytes, kv->data, c.kv);
-    memcpy(c.bytes + c.kv, s->state.delta, c.delta);
-    memcpy(c.bytes + c.kv + c.delta, s->state.conv, c.conv);
-    return c;
+    memory_file f = { 0 };
+    must(s, save_to(&f, s, SIZE_MAX), Q3N_OK);
+    return f;
 }
 
-static void snapshot_check(const snapshot *c, const q3n_session *s)
+static void check_state(const memory_file *before, q3n_session *s)
 {
-    assert_int_equal(q3n_session_length(s), c->length);
-    assert_memory_equal(s->state.kv.data, c->bytes, c->kv);
-    if (c->delta) assert_memory_equal(s->state.delta, c->bytes + c->kv, c->delta);
-    if (c->conv)  assert_memory_equal(s->state.conv, c->bytes + c->kv + c->delta, c->conv);
+    memory_file now = state_of(s);
+    assert_int_equal(now.n, before->n);
+    assert_memory_equal(now.bytes, before->bytes, now.n);
+    free(now.bytes);
 }
 
 static void test_errors_change_nothing(void **state)
 {
-    q3n_model *m = open_model((const char *)*state);
+    q3n_model *m = open_model((const char *)*state, NULL);
     const int V = q3n_model_config(m)->vocab_size;
     int32_t *ids = random_ids(40, V);
     q3n_session_options o = options_of(q3n_isa_best());
@@ -729,21 +672,21 @@ static void test_errors_change_nothing(void **state)
     evaluate(s, ids, 20, want);
     q3n_session_reset(s);
     evaluate(s, ids, 15, got);
-    const snapshot before = snapshot_take(s);
+    const memory_file before = state_of(s);
 
     int32_t bad[5] = { 1, 2, 3, 4, V };              /* the first batch of four is valid */
     assert_int_equal(q3n_session_eval(s, bad, 5, got), Q3N_ERR_ARG);
-    snapshot_check(&before, s);
+    check_state(&before, s);
     bad[4] = -1;
     assert_int_equal(q3n_session_eval(s, bad, 5, got), Q3N_ERR_ARG);
-    snapshot_check(&before, s);
+    check_state(&before, s);
     bad[4] = INT32_MIN;
     assert_int_equal(q3n_session_eval(s, bad, 5, NULL), Q3N_ERR_ARG);
     assert_int_equal(q3n_session_error(s)->code, Q3N_ERR_ARG);
     assert_non_null(strstr(q3n_session_error(s)->message, "token 4"));
     assert_int_equal(q3n_session_eval(s, ids, 6, got), Q3N_ERR_FULL);
     assert_int_equal(q3n_session_error(s)->code, Q3N_ERR_FULL);
-    snapshot_check(&before, s);
+    check_state(&before, s);
     assert_int_equal(q3n_session_eval(s, ids, INT_MAX, got), Q3N_ERR_FULL);
     assert_int_equal(q3n_session_eval(s, ids, 0, got), Q3N_ERR_ARG);
     assert_int_equal(q3n_session_eval(s, ids, -1, got), Q3N_ERR_ARG);
@@ -753,7 +696,7 @@ static void test_errors_change_nothing(void **state)
         const q3n_result r = q3n_session_classify(s, ids, 2, scores);
         assert_int_equal(r, Q3N_ERR_UNSUPPORTED);
     }
-    snapshot_check(&before, s);
+    check_state(&before, s);
 
     evaluate(s, ids + 15, 5, got + (size_t)15 * (size_t)V);
     check_same(got + (size_t)15 * (size_t)V, want + (size_t)15 * (size_t)V, 5 * (size_t)V,
@@ -768,13 +711,6 @@ static void test_errors_change_nothing(void **state)
 }
 
 /* ---- All of them ---- */
-#define FAMILIES(X)                                                                     \
-    X(qwen3_5) X(qwen3_5_moe) X(qwen3_5_moe_vl) X(qwen3_dense) X(qwen3_dense_yarn)      \
-    X(qwen3_moe) X(qwen3_moe_nonorm) X(qwen3_next) X(qwen3_next_fp8)                    \
-    X(qwen3_next_mixed) X(qwen3_next_mtp)
-
-#define CASE(test, model) { #test "(" #model ")", test, NULL, NULL, (void *)(uintptr_t)#model }
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {

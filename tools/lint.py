@@ -39,7 +39,7 @@ KERNELS_SIMD = ("kernels-avx2", "kernels-avx512", "kernels-avx512vnni", "kernels
 CONDITIONAL = ("platform", None) + KERNELS_SIMD
 
 SOURCES = ("qwen3next.h", "Makefile", ".ci/run", "examples/**/*.c", "examples/**/*.cpp",
-           "examples/**/*.h", "examples/**/*.py", "tests/*.c", "tests/*.h", "tests/*.py",
+           "examples/**/*.h", "examples/**/*.py", "tests/*.[ch]", "tests/*.py",
            "tests/*.sh", "tools/*.py", "tools/*.sh")
 
 
@@ -169,7 +169,7 @@ def check_public_names(text, root, report):
     """Every function of the API must be used by a test or an example."""
     names = sorted(set(PUBLIC.findall(text)))
     users = ""
-    for pattern in ("tests/*.c", "tests/*.py", "examples/**/*.c", "examples/**/*.cpp",
+    for pattern in ("tests/*.[ch]", "tests/*.py", "examples/**/*.c", "examples/**/*.cpp",
                     "examples/**/*.py"):
         users += "".join(p.read_text(encoding="utf-8") for p in sorted(root.glob(pattern)))
     for name in names:

@@ -1,0 +1,148 @@
+/* sessions.h - what the tests of sessions share.  Include after cmocka.h, qwen3next.h with its
+ * implementation, and failing.h. */
+#ifndef Q3N_TESTS_SESSIONS_H
+#define Q3N_TESTS_SESSIONS_H
+
+#include "golden.h"
+
+#define COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
+
+/* Code under a sanitizer is up to fifteen times as slow: fewer schedules and runs. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#  define SLOW 1
+#else
+#  define SLOW 0
+#endif
+
+/* The models of the published families. */
+#define FAMILIES(X)                                                                     \
+    X(qwen3_5) X(qwen3_5_moe) X(qwen3_5_moe_vl) X(qwen3_dense) X(qwen3_dense_yarn)      \
+    X(qwen3_moe) X(qwen3_moe_nonorm) X(qwen3_next) X(qwen3_next_fp8)                    \
+    X(qwen3_next_mixed) X(qwen3_next_mtp)
+
+#define CASE(test, model) { #test "(" #model ")", test, NULL, NULL, (void *)(uintptr_t)#model }
+
+/* ---- Models, sessions, numbers ---- */
+static inline q3n_model *open_model(const char *name, heap *h)   /* h NULL = malloc */
+{
+    char path[512];
+    q3n_error err;
+    q3n_model *m = NULL;
+    q3n_model_options o;
+    memset(&o, 0, sizeof o);
+    if (h) o.allocator = (q3n_allocator){ heap_alloc, heap_free, h };
+    snprintf(path, sizeof path, "%s/%s.q3n", Q3N_TEST_MODELS, name);
+    if (q3n_model_open(&m, path, &o, &err) != Q3N_OK) fail_msg("%s", err.message);
+    return m;
+}
+
+static inline q3n_session *create_session(const q3n_model *m, const q3n_session_options *o)
+{
+    q3n_session *s = NULL;
+    q3n_error err;
+    if (q3n_session_create(&s, m, o, &err) != Q3N_OK) fail_msg("session: %s", err.message);
+    return s;
+}
+
+/* Fails with the session's own words. */
+static inline void must(q3n_session *s, q3n_result r, q3n_result want)
+{
+    if (r != want)
+        fail_msg("%s (%s), expected %s", q3n_result_string(r), q3n_session_error(s)->message,
+                 q3n_result_string(want));
+}
+
+static inline q3n_session_options plain_options(int capacity)
+{
+    q3n_session_options o;
+    memset(&o, 0, sizeof o);
+    o.capacity = capacity;
+    o.n_threads = 1;
+    return o;
+}
+
+static inline float *new_floats(size_t n)
+{
+    float *x = (float *)malloc((n + 1) * sizeof *x);
+    assert_non_null(x);
+    for (size_t i = 0; i < n; i++) x[i] = NAN;
+    return x;
+}
+
+static inline void check_same(const float *got, const float *want, size_t n, const char *what)
+{
+    for (size_t i = 0; i < n; i++)
+        if (memcmp(&got[i], &want[i], sizeof *got) != 0)
+            fail_msg("%s: element %zu is %.9g, expected %.9g to the last bit", what, i,
+                     (double)got[i], (double)want[i]);
+}
+
+static inline int argmax(const float *x, int n)
+{
+    int best = 0;
+    for (int i = 1; i < n; i++) if (x[i] > x[best]) best = i;
+    return best;
+}
+
+static inline uint64_t random_next(uint64_t *state)
+{
+    return q3n__mix64(*state += Q3N__GOLDEN);
+}
+
+static inline int random_below(uint64_t *state, int n)   /* 0 .. n - 1 */
+{
+    return (int)(random_next(state) % (uint64_t)n);
+}
+
+static inline void random_tokens(uint64_t *state, int32_t *ids, int n, int vocab)
+{
+    for (int i = 0; i < n; i++) ids[i] = random_below(state, vocab);
+}
+
+/* ---- A session file in memory ---- */
+typedef struct {
+    uint8_t *bytes;
+    size_t   n, room, at;        /* written, allocated, read so far                              */
+    size_t   fail_at;            /* bytes after which it fails; SIZE_MAX = never                 */
+} memory_file;
+
+static inline int memory_write(void *user, const void *data, size_t bytes)
+{
+    memory_file *b = (memory_file *)user;
+    if (b->n + bytes > b->fail_at) return 1;
+    if (b->n + bytes > b->room) {
+        b->room = 2 * (b->n + bytes);
+        b->bytes = (uint8_t *)realloc(b->bytes, b->room);
+        assert_non_null(b->bytes);
+    }
+    if (bytes) memcpy(b->bytes + b->n, data, bytes);
+    b->n += bytes;
+    return 0;
+}
+
+static inline int memory_read(void *user, void *data, size_t bytes)
+{
+    memory_file *b = (memory_file *)user;
+    if (bytes > b->n - b->at || b->at + bytes > b->fail_at) return 1;
+    if (bytes) memcpy(data, b->bytes + b->at, bytes);
+    b->at += bytes;
+    return 0;
+}
+
+static inline q3n_result save_to(memory_file *b, q3n_session *s, size_t fail_at)
+{
+    const q3n_sink sink = { memory_write, b };
+    b->n = 0;
+    b->fail_at = fail_at;
+    return q3n_session_save_to(s, &sink);
+}
+
+static inline q3n_result load_from(memory_file *b, q3n_session *s, size_t fail_at)
+{
+    const q3n_source source = { memory_read, b };
+    b->at = 0;
+    b->fail_at = fail_at;
+    return q3n_session_load_from(s, &source);
+}
+
+#endif

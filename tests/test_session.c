@@ -1,0 +1,1203 @@
+/* test_session.c - snapshots, forks, the cache and batches keep their promises: what is refused and
+ * what is reused, memory plans, cancelling within a layer, limits, several threads on shared pages,
+ * a file written by one process and read by another. */
+#ifndef _GNU_SOURCE
+#  define _GNU_SOURCE 1     /* nanosleep, fork */
+#endif
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#define Q3N_IMPLEMENTATION
+#include "../qwen3next.h"
+#include "failing.h"
+#include "sessions.h"
+
+#ifndef _WIN32
+#  include <pthread.h>
+#  include <sys/wait.h>
+#  include <time.h>
+#endif
+
+/* ---- Cancelling ---- */
+typedef struct {
+    q3n_session *s;
+    q3n_batch   *b;              /* cancel this, if it is not NULL                               */
+    int          at, calls;      /* in call number `at` of the hook, from 0                      */
+    int          after;          /* layers since, of n_layers                                    */
+    int          n_layers;
+    int          on_thread;
+} canceller;
+
+static void *cancel_now(void *memory)
+{
+    const canceller *c = (const canceller *)memory;
+    if (c->b) q3n_batch_cancel(c->b, 1);
+    else      q3n_session_cancel(c->s, 1);
+    return NULL;
+}
+
+static void cancel_in_hook(void *user, int l, const float *x, int n, int d)
+{
+    canceller *c = (canceller *)user;
+    (void)x;
+    (void)n;
+    (void)d;
+    if (c->calls > c->at && c->at >= 0) c->after += l >= 0 && l < c->n_layers;
+    if (c->calls++ != c->at) return;
+#ifndef _WIN32
+    pthread_t thread;
+    if (c->on_thread && pthread_create(&thread, NULL, cancel_now, c) == 0) {
+        pthread_join(thread, NULL);
+        return;
+    }
+#endif
+    cancel_now(c);
+}
+
+/* What is cancelled: an operation on a session that holds 40 tokens of ids. */
+typedef struct {
+    const char *name;
+    q3n_result (*run)(q3n_session *s, q3n_batch *b, const int32_t *ids);
+} cancellable;
+
+static q3n_result run_eval(q3n_session *s, q3n_batch *b, const int32_t *ids)
+{
+    (void)b;
+    return q3n_session_eval(s, ids + 40, 20, NULL);
+}
+
+static q3n_result run_feed(q3n_session *s, q3n_batch *b, const int32_t *ids)
+{
+    (void)b;
+    return q3n_session_feed(s, ids + 7, 30, NULL, NULL);
+}
+
+static q3n_result run_feed_more(q3n_session *s, q3n_batch *b, const int32_t *ids)
+{
+    (void)b;
+    return q3n_session_feed(s, ids, 60, NULL, NULL);
+}
+
+static q3n_result run_rewind(q3n_session *s, q3n_batch *b, const int32_t *ids)
+{
+    (void)b;
+    (void)ids;
+    return q3n_session_rewind(s, 25);
+}
+
+static q3n_result run_next(q3n_session *s, q3n_batch *b, const int32_t *ids)
+{
+    int32_t tokens[8];
+    int n;
+    q3n_sampler *sampler = NULL;
+    (void)b;
+    assert_int_equal(q3n_sampler_create(&sampler, s->model, NULL, NULL), Q3N_OK);
+    const q3n_result r = q3n_session_next(s, sampler, ids[40], tokens, 8, &n);
+    q3n_sampler_destroy(sampler);
+    return r;
+}
+
+static q3n_result run_batch(q3n_session *s, q3n_batch *b, const int32_t *ids)
+{
+    q3n_batch_item item = { .session = s, .tokens = ids + 40, .n = 20 };
+    const q3n_result r = q3n_batch_eval(b, &item, 1, NULL);
+    assert_int_equal(item.done, r == Q3N_OK ? 20 : 0);
+    return r;
+}
+
+static const cancellable cancellables[] = {
+    { "eval", run_eval }, { "feed of another text", run_feed }, { "feed of more", run_feed_more },
+    { "rewind", run_rewind }, { "next", run_next }, { "batch_eval", run_batch },
+};
+
+typedef struct {
+    const q3n_model *m;
+    const int32_t   *ids;
+    const float     *want;       /* [60, vocab]                                                  */
+    q3n_speculate    speculate;
+} cancel_case;
+
+/* Cancel in call number `at` of the hook.  Returns how often the hook was called; at -1 = never. */
+static int cancel_once(const cancel_case *k, const cancellable *what, int at)
+{
+    const q3n_config *cfg = q3n_model_config(k->m);
+    const size_t V = (size_t)cfg->vocab_size;
+    const int in_batch = what->run == run_batch;
+    canceller c = { .at = -1, .on_thread = at % 7 == 3, .n_layers = cfg->num_hidden_layers };
+    q3n_session_options o = plain_options(80);
+    float *logits = new_floats(V);
+    o.batch = 8;
+    o.speculate = k->speculate;
+    o.draft = 3;
+    o.n_threads = 1 + (at & 1);
+    o.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
+    assert_int_equal(q3n_batch_create(&c.b, k->m, &o, NULL), Q3N_OK);
+    q3n_batch *b = c.b;
+    o.shared = in_batch ? b : NULL;
+    c.s = create_session(k->m, &o);
+    must(c.s, q3n_session_eval(c.s, k->ids, 40, NULL), Q3N_OK);
+    if (!in_batch) c.b = NULL;
+    c.at = at;
+    c.calls = c.after = 0;
+    const q3n_result r = what->run(c.s, b, k->ids);
+    const int calls = c.calls;
+    c.at = -1;
+    if (at >= 0 && r != Q3N_ERR_CANCELLED && (r != Q3N_OK || at + 2 < calls))
+        fail_msg("%s, cancelled in call %d of %d: %s", what->name, at, calls, q3n_result_string(r));
+    if (at >= 0 && r == Q3N_ERR_CANCELLED && c.after > 1)
+        fail_msg("%s, cancelled in call %d: %d layers more", what->name, at, c.after);
+    if (at < 0) assert_int_equal(r, Q3N_OK);
+    q3n_session_cancel(c.s, 0);
+    q3n_batch_cancel(b, 0);
+    if (r == Q3N_ERR_CANCELLED) {
+        must(c.s, q3n_session_logits(c.s, logits), Q3N_OK);
+        check_same(logits, k->want + 39 * V, V, what->name);
+        must(c.s, q3n_session_eval(c.s, k->ids + 40, 20, logits), Q3N_OK);
+        check_same(logits, k->want + 59 * V, V, what->name);
+        must(c.s, q3n_session_rewind(c.s, 40), Q3N_OK);
+        assert_int_equal(what->run(c.s, b, k->ids), Q3N_OK);
+    }
+    q3n_session_destroy(c.s);
+    q3n_batch_destroy(b);
+    free(logits);
+    return calls;
+}
+
+static void test_cancel(void **state)
+{
+    q3n_model *m = open_model((const char *)*state, NULL);
+    const q3n_config *cfg = q3n_model_config(m);
+    int32_t ids[60];
+    uint64_t rng = 17;
+    random_tokens(&rng, ids, 60, cfg->vocab_size);
+    float *want = new_floats(60 * (size_t)cfg->vocab_size);
+    const q3n_session_options o = plain_options(80);
+    q3n_session *s = create_session(m, &o);
+    must(s, q3n_session_eval_outputs(s, ids, 60, &(q3n_outputs){ .all_logits = want }), Q3N_OK);
+    q3n_session_destroy(s);
+    for (int i = 0; i < COUNT(cancellables); i++) {
+        const cancel_case k = { m, ids, want, i == 4 ? Q3N_SPECULATE_AUTO : Q3N_SPECULATE_OFF };
+        const int calls = cancel_once(&k, &cancellables[i], -1);
+        assert_true(calls >= cfg->num_hidden_layers);
+        for (int at = 0; at < calls; at += SLOW ? 3 : 1) cancel_once(&k, &cancellables[i], at);
+    }
+    free(want);
+    q3n_model_close(m);
+}
+
+/* A request that is withdrawn has no effect; one that waits stops the next evaluation, once. */
+static void test_cancel_waits(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model("qwen3_next", NULL);
+    const int32_t ids[4] = { 1, 2, 3, 4 };
+    const q3n_session_options o = plain_options(30);
+    q3n_session *s = create_session(m, &o);
+    q3n_session_cancel(s, 1);
+    q3n_session_cancel(s, 0);
+    must(s, q3n_session_eval(s, ids, 4, NULL), Q3N_OK);
+    q3n_session_cancel(s, 1);
+    must(s, q3n_session_eval(s, ids, 4, NULL), Q3N_ERR_CANCELLED);
+    assert_int_equal(q3n_session_length(s), 4);
+    must(s, q3n_session_eval(s, ids, 4, NULL), Q3N_OK);
+    q3n_session_cancel(s, 1);
+    must(s, q3n_session_eval(s, ids, 0, NULL), Q3N_ERR_ARG);      /* evaluates nothing */
+    must(s, q3n_session_eval(s, ids, 4, NULL), Q3N_ERR_CANCELLED);
+    q3n_session_destroy(s);
+    q3n_model_close(m);
+}
+
+/* A request is one session's alone, also where several share a batch. */
+static void test_cancel_one(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model("qwen3_next", NULL);
+    const int32_t ids[4] = { 1, 2, 3, 4 };
+    q3n_session_options o = plain_options(30);
+    q3n_batch *b = NULL;
+    assert_int_equal(q3n_batch_create(&b, m, &o, NULL), Q3N_OK);
+    o.shared = b;
+    q3n_session *s[2] = { create_session(m, &o), create_session(m, &o) };
+    q3n_batch_item items[2] = {
+        { .session = s[0], .tokens = ids, .n = 4 }, { .session = s[1], .tokens = ids, .n = 4 } };
+    q3n_session_cancel(s[0], 1);
+    must(s[1], q3n_session_eval(s[1], ids, 4, NULL), Q3N_OK);
+    assert_int_equal(q3n_batch_eval(b, items + 1, 1, NULL), Q3N_OK);
+    assert_int_equal(items[1].done, 4);
+    must(s[0], q3n_session_eval(s[0], ids, 4, NULL), Q3N_ERR_CANCELLED);
+    must(s[0], q3n_session_eval(s[0], ids, 4, NULL), Q3N_OK);
+    q3n_session_cancel(s[0], 1);
+    items[1].done = 0;
+    assert_int_equal(q3n_batch_eval(b, items, 2, NULL), Q3N_ERR_CANCELLED);
+    assert_int_equal(q3n_session_length(s[0]), 4);
+    assert_int_equal(q3n_session_length(s[1]), 8);
+    assert_int_equal(q3n_batch_eval(b, items, 2, NULL), Q3N_OK);
+    q3n_session_destroy(s[0]);
+    q3n_session_destroy(s[1]);
+    q3n_batch_destroy(b);
+    q3n_model_close(m);
+}
+
+/* ---- Several threads on shared pages ---- */
+#ifndef _WIN32
+#define N_WORKERS 4
+#define N_LINES   3
+#define LINE      300            /* tokens of a line; all lines begin with the same SHARED       */
+#define SHARED    260
+
+/* What the workers have in common. */
+typedef struct {
+    int32_t      ids[N_LINES][LINE];
+    float       *want;           /* [N_LINES, LINE, vocab]                                       */
+    int          vocab, rounds;
+    pthread_mutex_t lock;
+    q3n_snapshot *snap[4];       /* one made by any, restored and freed by any                   */
+    int          snap_line[4];
+    q3n_session *session[N_WORKERS];
+    q3n__atomic  n_done, n_cancelled;
+} commons;
+
+typedef struct {
+    commons     *all;
+    q3n_session *s;
+    uint64_t     rng;
+    int          line, n;        /* the session holds the first n tokens of the line             */
+    float       *logits;
+    char         why[300];       /* "" = nothing wrong                                           */
+} worker;
+
+static void worker_check(worker *k, q3n_session *s, int n, const char *what)
+{
+    const size_t V = (size_t)k->all->vocab;
+    if (k->why[0] || n == 0) return;
+    const q3n_result r = q3n_session_logits(s, k->logits);
+    const float *want = k->all->want + ((size_t)k->line * LINE + (size_t)n - 1) * V;
+    if (q3n_session_length(s) != n || r != Q3N_OK || memcmp(k->logits, want, V * sizeof *want) != 0)
+        snprintf(k->why, sizeof k->why, "%s: line %d, %d tokens, expected %d: %s", what, k->line,
+                 q3n_session_length(s), n, r == Q3N_OK ? "other logits" : q3n_result_string(r));
+}
+
+/* 1 = again: somebody cancelled, and nothing has changed. */
+static int worker_cancelled(worker *k, q3n_result r, const char *what)
+{
+    if (r == Q3N_ERR_CANCELLED) {
+        q3n__atomic_add(&k->all->n_cancelled, 1);
+        worker_check(k, k->s, k->n, "cancelled");
+        return !k->why[0];
+    }
+    if (r != Q3N_OK && !k->why[0])
+        snprintf(k->why, sizeof k->why, "%s: %.250s", what, q3n_session_error(k->s)->message);
+    return 0;
+}
+
+static void worker_eval(worker *k)
+{
+    const int32_t *ids = k->all->ids[k->line];
+    int n = 1 + random_below(&k->rng, 9);
+    if (n > LINE - k->n) n = LINE - k->n;
+    if (n == 0) return;
+    while (worker_cancelled(k, q3n_session_eval(k->s, ids + k->n, n, NULL), "eval")) { }
+    k->n += n;
+    worker_check(k, k->s, k->n, "eval");
+}
+
+static void worker_rewind(worker *k)
+{
+    int n = k->n - random_below(&k->rng, 40);
+    if (n < 0) n = 0;
+    while (worker_cancelled(k, q3n_session_rewind(k->s, n), "rewind")) { }
+    k->n = n;
+    worker_check(k, k->s, k->n, "rewind");
+}
+
+static void worker_feed(worker *k)
+{
+    const int line = random_below(&k->rng, N_LINES), n = LINE - random_below(&k->rng, 60);
+    const int32_t *ids = k->all->ids[line];
+    while (worker_cancelled(k, q3n_session_feed(k->s, ids, n, NULL, NULL), "feed")) { }
+    k->line = line;
+    k->n = n;
+    worker_check(k, k->s, k->n, "feed");
+}
+
+static void worker_snapshot(worker *k)
+{
+    commons *all = k->all;
+    q3n_snapshot *snap = NULL, *old;
+    const int i = random_below(&k->rng, COUNT(all->snap));
+    if (worker_cancelled(k, q3n_session_snapshot(k->s, &snap), "snapshot")) return;
+    pthread_mutex_lock(&all->lock);
+    old = all->snap[i];
+    all->snap[i] = snap;
+    all->snap_line[i] = k->line;
+    pthread_mutex_unlock(&all->lock);
+    q3n_snapshot_free(old);
+}
+
+static void worker_restore(worker *k)
+{
+    commons *all = k->all;
+    const int i = random_below(&k->rng, COUNT(all->snap));
+    pthread_mutex_lock(&all->lock);
+    q3n_snapshot *snap = all->snap[i];
+    const int line = all->snap_line[i];
+    all->snap[i] = NULL;
+    pthread_mutex_unlock(&all->lock);
+    if (!snap) return;
+    while (worker_cancelled(k, q3n_session_restore(k->s, snap), "restore")) { }
+    k->line = line;
+    k->n = q3n_snapshot_length(snap);
+    q3n_snapshot_free(snap);
+    worker_check(k, k->s, k->n, "restore");
+}
+
+/* A fork goes on, and the session it was made of does, too: both append to the same page. */
+static void worker_fork(worker *k)
+{
+    q3n_session *fork = NULL;
+    q3n_error err;
+    if (k->n + 1 >= LINE) return;
+    q3n_result r;
+    while ((r = q3n_session_fork(&fork, k->s, NULL, &err)) == Q3N_ERR_CANCELLED) { }
+    if (r != Q3N_OK) {
+        snprintf(k->why, sizeof k->why, "fork: %.200s", err.message);
+        return;
+    }
+    const int32_t *ids = k->all->ids[k->line];
+    while (worker_cancelled(k, q3n_session_eval(k->s, ids + k->n, 1, NULL), "eval")) { }
+    k->n++;
+    r = q3n_session_eval(fork, ids + k->n - 1, 2, NULL);
+    if (r == Q3N_OK) worker_check(k, fork, k->n + 1, "fork");
+    else             worker_cancelled(k, Q3N_ERR_ARG, "eval in a fork");
+    worker_check(k, k->s, k->n, "beside a fork");
+    q3n_session_destroy(fork);
+}
+
+static void *worker_main(void *memory)
+{
+    worker *k = (worker *)memory;
+    for (int i = 0; i < k->all->rounds && !k->why[0]; i++)
+        switch (random_below(&k->rng, 8)) {
+        case 0:  worker_rewind(k);   break;
+        case 1:  worker_feed(k);     break;
+        case 2:  worker_snapshot(k); break;
+        case 3:  worker_restore(k);  break;
+        case 4:  worker_fork(k);     break;
+        default: worker_eval(k);     break;
+        }
+    q3n__atomic_add(&k->all->n_done, 1);
+    return NULL;
+}
+
+/* Cancels whatever is under way until all workers are done. */
+static void *cancel_main(void *memory)
+{
+    commons *all = (commons *)memory;
+    const struct timespec pause = { 0, 300000 };
+    for (uint64_t rng = 1; q3n__atomic_load(&all->n_done) < N_WORKERS; ) {
+        q3n_session_cancel(all->session[random_below(&rng, N_WORKERS)], random_below(&rng, 4) > 0);
+        nanosleep(&pause, NULL);
+    }
+    return NULL;
+}
+
+static void commons_open(commons *all, const q3n_model *m, const q3n_session_options *o)
+{
+    uint64_t rng = 23;
+    all->vocab = q3n_model_config(m)->vocab_size;
+    const size_t row = (size_t)LINE * (size_t)all->vocab;
+    all->want = new_floats(N_LINES * row);
+    q3n_session *s = create_session(m, o);
+    for (int i = 0; i < N_LINES; i++) {
+        random_tokens(&rng, all->ids[i], LINE, all->vocab);
+        memcpy(all->ids[i], all->ids[0], SHARED * sizeof(int32_t));
+        q3n_session_reset(s);
+        const q3n_outputs out = { .all_logits = all->want + (size_t)i * row };
+        must(s, q3n_session_eval_outputs(s, all->ids[i], LINE, &out), Q3N_OK);
+    }
+    q3n_session_destroy(s);
+    assert_int_equal(pthread_mutex_init(&all->lock, NULL), 0);
+}
+
+static void test_threads(void **state)
+{
+    q3n_model *m = open_model((const char *)*state, NULL);
+    commons *all = (commons *)calloc(1, sizeof *all);
+    worker *k = (worker *)calloc(N_WORKERS, sizeof *k);
+    assert_true(all && k);
+    q3n_session_options o = plain_options(LINE);
+    commons_open(all, m, &o);
+    all->rounds = SLOW ? 25 : 120;
+    const q3n_cache_options co = { .max_bytes = (size_t)2 << 20 };
+    q3n_cache *cache = NULL;
+    assert_int_equal(q3n_cache_create(&cache, m, &co, NULL), Q3N_OK);
+    o.cache = cache;
+    o.snapshot_every = 64;
+    o.speculate = Q3N_SPECULATE_AUTO;
+    pthread_t thread[N_WORKERS], cancelling;
+    q3n_session *parent = create_session(m, &o);
+    must(parent, q3n_session_eval(parent, all->ids[0], SHARED, NULL), Q3N_OK);
+    for (int i = 0; i < N_WORKERS; i++) {
+        o.n_threads = 1 + (i == 0);
+        assert_int_equal(q3n_session_fork(&k[i].s, parent, &o, NULL), Q3N_OK);
+        all->session[i] = k[i].s;
+        k[i].all = all;
+        k[i].rng = (uint64_t)i;
+        k[i].line = i % N_LINES;
+        k[i].n = SHARED;
+        k[i].logits = new_floats((size_t)all->vocab);
+    }
+    for (int i = 0; i < N_WORKERS; i++)
+        assert_int_equal(pthread_create(&thread[i], NULL, worker_main, &k[i]), 0);
+    assert_int_equal(pthread_create(&cancelling, NULL, cancel_main, all), 0);
+    for (int i = 0; i < N_WORKERS; i++) pthread_join(thread[i], NULL);
+    pthread_join(cancelling, NULL);
+    for (int i = 0; i < N_WORKERS; i++) {
+        if (k[i].why[0]) fail_msg("worker %d: %s", i, k[i].why);
+        q3n_session_destroy(k[i].s);
+        free(k[i].logits);
+    }
+    assert_true(q3n__atomic_load(&all->n_cancelled) > 0);
+    q3n_session_destroy(parent);
+    for (int i = 0; i < COUNT(all->snap); i++) q3n_snapshot_free(all->snap[i]);
+    q3n_cache_destroy(cache);
+    pthread_mutex_destroy(&all->lock);
+    free(all->want);
+    free(all);
+    free(k);
+    q3n_model_close(m);
+}
+
+/* ---- Saved by one process, loaded by another ---- */
+static const char *program;      /* this one, for another process                                */
+
+#define OTHER_PROCESS "--continue"
+
+/* argv: program, OTHER_PROCESS, model, KV type, session file, result file.  Loads the session,
+ * evaluates one token more, and writes the logits. */
+static int continue_session(char **argv)
+{
+    q3n_model *m = NULL;
+    q3n_session *s = NULL;
+    q3n_session_options o = plain_options(400);
+    const int32_t token = 7;
+    int ok = 0;
+    o.n_threads = 2;
+    o.speculate = Q3N_SPECULATE_AUTO;
+    if (q3n_type_from_name(argv[3], &o.kv_type) != Q3N_OK
+        || q3n_model_open(&m, argv[2], NULL, NULL) != Q3N_OK
+        || q3n_session_create(&s, m, &o, NULL) != Q3N_OK) return 2;
+    const size_t V = (size_t)q3n_model_config(m)->vocab_size;
+    float *logits = (float *)malloc(2 * V * sizeof *logits);
+    if (logits && q3n_session_load(s, argv[4]) == Q3N_OK
+        && q3n_session_logits(s, logits) == Q3N_OK
+        && q3n_session_eval(s, &token, 1, logits + V) == Q3N_OK) {
+        FILE *f = fopen(argv[5], "wb");
+        ok = f && fwrite(logits, sizeof *logits, 2 * V, f) == 2 * V;
+        if (f) ok = fclose(f) == 0 && ok;
+    }
+    if (!ok) fprintf(stderr, "%s\n", q3n_session_error(s)->message);
+    free(logits);
+    q3n_session_destroy(s);
+    q3n_model_close(m);
+    return ok ? 0 : 3;
+}
+
+/* The exit status of this program run with the arguments; 126 if it cannot be run. */
+static int run_program(char **argv)
+{
+    const pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        execv(argv[0], argv);
+        _exit(126);
+    }
+    int status = 0;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 127;
+}
+
+static void test_other_process(void **state)
+{
+    const char *name = (const char *)*state;
+    char model[512], file[64], result[64];
+    snprintf(model, sizeof model, "%s/%s.q3n", Q3N_TEST_MODELS, name);
+    snprintf(file, sizeof file, "build/test_session_%d.q3s", (int)getpid());
+    snprintf(result, sizeof result, "build/test_session_%d.out", (int)getpid());
+    q3n_model *m = open_model(name, NULL);
+    const size_t V = (size_t)q3n_model_config(m)->vocab_size;
+    float *want = new_floats(2 * V);
+    int32_t ids[300];
+    const int32_t token = 7;
+    uint64_t rng = 29;
+    random_tokens(&rng, ids, COUNT(ids), (int)V);
+    for (int type = 0; type <= Q3N_TYPE_Q8; type++) {
+        q3n_session_options o = plain_options(COUNT(ids) + 1);
+        o.kv_type = (q3n_type)type;
+        o.speculate = Q3N_SPECULATE_AUTO;
+        q3n_session *s = create_session(m, &o);
+        must(s, q3n_session_eval(s, ids, COUNT(ids), want), Q3N_OK);
+        must(s, q3n_session_save(s, file), Q3N_OK);
+        must(s, q3n_session_eval(s, &token, 1, want + V), Q3N_OK);
+        q3n_session_destroy(s);
+        char mode[] = OTHER_PROCESS, type_name[8], self[512];
+        snprintf(self, sizeof self, "%s", program);
+        snprintf(type_name, sizeof type_name, "%s", q3n_type_name(o.kv_type));
+        char *argv[] = { self, mode, model, type_name, file, result, NULL };
+        const int status = run_program(argv);
+        if (status == 126) break;                /* under an emulator: not to be run like this */
+        assert_int_equal(status, 0);
+        char *got = golden_read(result);
+        check_same((const float *)(const void *)got, want, 2 * V, type_name);
+        free(got);
+        remove(result);
+    }
+    remove(file);
+    free(want);
+    q3n_model_close(m);
+}
+#endif
+
+/* ---- Memory: what is planned is what is taken ---- */
+typedef struct {
+    const char  *model;
+    q3n_speculate speculate;
+    int          shared, capacity;
+} memory_case;
+
+/* Going back and forth with drafts and failures stays within the plan. */
+static void wander(q3n_session *s, q3n_sampler *sampler, const int32_t *ids, int n)
+{
+    int32_t tokens[8];
+    int got = 0;
+    must(s, q3n_session_rewind(s, n / 2), Q3N_OK);
+    for (int i = 0; i < 5; i++)
+        must(s, q3n_session_next(s, sampler, ids[i], tokens, 8, &got), Q3N_OK);
+    must(s, q3n_session_feed(s, ids, n / 3, NULL, NULL), Q3N_OK);
+    must(s, q3n_session_feed(s, ids, n, NULL, NULL), Q3N_OK);
+    must(s, q3n_session_rewind(s, n - 1), Q3N_OK);
+    must(s, q3n_session_next(s, sampler, ids[n - 1], tokens, 1, &got), Q3N_OK);
+    must(s, q3n_session_next(s, sampler, ids[0], tokens, 1, &got), Q3N_ERR_FULL);
+}
+
+static void check_memory(const memory_case *k, q3n_type kv_type)
+{
+    heap h = { 0 };
+    q3n_model *m = open_model(k->model, &h);
+    int32_t ids[600];
+    uint64_t rng = 31;
+    random_tokens(&rng, ids, COUNT(ids), q3n_model_config(m)->vocab_size);
+    q3n_session_options o = plain_options(k->capacity);
+    q3n_batch *b = NULL;
+    q3n_session_memory planned;
+    o.kv_type = kv_type;
+    o.n_threads = 2;
+    o.batch = 50;
+    o.speculate = k->speculate;
+    if (k->shared) {                 /* its scratch grows with the longest text */
+        assert_int_equal(q3n_batch_create(&b, m, &o, NULL), Q3N_OK);
+        o.shared = b;
+        q3n_session *longest = create_session(m, &o);
+        must(longest, q3n_session_eval(longest, ids, k->capacity, NULL), Q3N_OK);
+        q3n_session_destroy(longest);
+    }
+    q3n_sampler *sampler = NULL;
+    assert_int_equal(q3n_sampler_create(&sampler, m, NULL, NULL), Q3N_OK);
+    const size_t live = h.live_bytes;
+    const int blocks = h.live;
+    const size_t bytes = q3n_session_bytes(m, &o, &planned);
+    assert_int_equal(planned.total, bytes);
+    assert_int_equal(planned.kv_cache + planned.delta_state + planned.conv_state + planned.scratch
+                     + planned.other, planned.total);
+    assert_int_equal(h.live_bytes, live);
+    q3n_session *s = create_session(m, &o);
+    assert_int_equal(h.live_bytes - live, planned.initial);
+    h.most_bytes = h.live_bytes;
+    for (int n = 0; n < k->capacity; ) {
+        const int some = 100 < k->capacity - n ? 100 : k->capacity - n;
+        must(s, q3n_session_eval(s, ids + n, some, NULL), Q3N_OK);
+        n += some;
+        const size_t held = h.live_bytes - live;     /* and what splits attention over pages */
+        assert_in_range(held, planned.initial + (size_t)((n + 255) / 256) * planned.page,
+                        planned.total);
+    }
+    assert_int_equal(h.live_bytes - live, planned.total);
+
+    q3n_snapshot *snap = NULL;
+    must(s, q3n_session_snapshot(s, &snap), Q3N_OK);
+    assert_int_equal(q3n_snapshot_bytes(snap), planned.snapshot);
+    assert_int_equal(h.live_bytes - live, planned.total + planned.snapshot);
+    q3n_snapshot_free(snap);
+    assert_int_equal(h.live_bytes - live, planned.total);
+    wander(s, sampler, ids, k->capacity);
+    if (h.most_bytes - live > planned.total + planned.snapshot)
+        fail_msg("%s: %zu bytes at most, %zu planned", k->model, h.most_bytes - live,
+                 planned.total);
+    q3n_session_destroy(s);
+    assert_int_equal(h.live_bytes, live);
+    assert_int_equal(h.live, blocks);
+    q3n_sampler_destroy(sampler);
+    q3n_batch_destroy(b);
+    q3n_model_close(m);
+    assert_int_equal(h.live, 0);
+}
+
+static void test_memory(void **state)
+{
+    (void)state;
+    static const memory_case cases[] = {
+        { "qwen3_next", Q3N_SPECULATE_OFF, 0, 600 }, { "qwen3_next", Q3N_SPECULATE_LOOKUP, 1, 300 },
+        { "qwen3_moe", Q3N_SPECULATE_AUTO, 0, 256 }, { "qwen3_moe", Q3N_SPECULATE_OFF, 1, 257 },
+        { "qwen3_next_mtp", Q3N_SPECULATE_MTP, 0, 400 },
+        { "qwen3_next_mtp", Q3N_SPECULATE_AUTO, 1, 300 },
+        { "qwen3_next_mtp", Q3N_SPECULATE_OFF, 0, 30 },
+    };
+    for (int i = 0; i < COUNT(cases); i++)
+        for (int type = 0; type <= Q3N_TYPE_Q8; type++) check_memory(&cases[i], (q3n_type)type);
+}
+
+/* ---- Batches ---- */
+#define N_ITEMS 16
+
+typedef struct {
+    q3n_model     *m;
+    q3n_batch     *b;
+    int            vocab;
+    q3n_session   *session[N_ITEMS];
+    q3n_batch_item item[N_ITEMS];
+    int32_t        ids[N_ITEMS][300];
+    float         *logits, *want;    /* [N_ITEMS, vocab]                                         */
+} crowd;
+
+/* Sessions that hold `have` tokens each and are to get items[0].n = first and of the others 1. */
+static void crowd_open(crowd *c, const char *name, int have, int first)
+{
+    uint64_t rng = 37;
+    q3n_session_options o = plain_options(400);
+    memset(c, 0, sizeof *c);
+    c->m = open_model(name, NULL);
+    c->vocab = q3n_model_config(c->m)->vocab_size;
+    const size_t V = (size_t)c->vocab;
+    c->logits = new_floats(N_ITEMS * V);
+    c->want = new_floats(N_ITEMS * V);
+    q3n_session *alone = create_session(c->m, &o);
+    o.n_threads = 2;
+    o.batch = 128;
+    assert_int_equal(q3n_batch_create(&c->b, c->m, &o, NULL), Q3N_OK);
+    o.shared = c->b;
+    for (int i = 0; i < N_ITEMS; i++) {
+        const int n = i ? 1 : first;
+        random_tokens(&rng, c->ids[i], 300, c->vocab);
+        c->session[i] = create_session(c->m, &o);
+        must(c->session[i], q3n_session_eval(c->session[i], c->ids[i], have, NULL), Q3N_OK);
+        c->item[i] = (q3n_batch_item){ .session = c->session[i], .tokens = c->ids[i] + have, .n = n,
+                                       .logits = c->logits + (size_t)i * V };
+        q3n_session_reset(alone);
+        must(alone, q3n_session_eval(alone, c->ids[i], have + n, c->want + (size_t)i * V), Q3N_OK);
+    }
+    q3n_session_destroy(alone);
+}
+
+static void crowd_close(crowd *c)
+{
+    for (int i = 0; i < N_ITEMS; i++) q3n_session_destroy(c->session[i]);
+    q3n_batch_destroy(c->b);
+    q3n_model_close(c->m);
+    free(c->logits);
+    free(c->want);
+}
+
+static int crowd_done(const crowd *c)
+{
+    int n = 0;
+    for (int i = 0; i < N_ITEMS; i++) n += c->item[i].done;
+    return n;
+}
+
+static void crowd_check(const crowd *c)   /* all items are done */
+{
+    for (int i = 0; i < N_ITEMS; i++) {
+        assert_int_equal(c->item[i].done, c->item[i].n);
+        check_same(c->logits + (size_t)i * (size_t)c->vocab, c->want + (size_t)i * (size_t)c->vocab,
+                   (size_t)c->vocab, "item");
+    }
+}
+
+/* A prompt beside fifteen sessions that decode: these get their token at once, and the limit is
+ * used up by the prompt. */
+static void test_batch_tokens(void **state)
+{
+    crowd c;
+    crowd_open(&c, (const char *)*state, 9, 200);
+    const q3n_limit limit = { .max_tokens = 64 };
+    for (int before = 0, left = 215; left > 0; ) {
+        assert_int_equal(q3n_batch_eval(c.b, c.item, N_ITEMS, &limit), Q3N_OK);
+        const int done = crowd_done(&c) - before;
+        assert_int_equal(done, left < 64 ? left : 64);
+        for (int i = 1; i < N_ITEMS; i++) assert_int_equal(c.item[i].done, 1);
+        assert_int_equal(q3n_session_length(c.session[0]), 9 + c.item[0].done);
+        before += done;
+        left -= done;
+    }
+    crowd_check(&c);
+    /* nothing is left to do: items that are done may name anything */
+    for (int i = 0; i < N_ITEMS; i++) c.item[i].tokens = NULL;
+    assert_int_equal(q3n_batch_eval(c.b, c.item, N_ITEMS, NULL), Q3N_OK);
+    assert_int_equal(q3n_session_length(c.session[0]), 209);
+    assert_int_equal(q3n_batch_eval(c.b, c.item, 0, NULL), Q3N_OK);
+    crowd_close(&c);
+}
+
+/* Less room than items: all come to their turn. */
+static void test_batch_few(void **state)
+{
+    for (int max = 1; max < 20; max += 3) {
+        crowd c;
+        crowd_open(&c, (const char *)*state, 3, 20);
+        const q3n_limit limit = { .max_tokens = max };
+        int before = 0;
+        while (before < 35) {
+            assert_int_equal(q3n_batch_eval(c.b, c.item, N_ITEMS, &limit), Q3N_OK);
+            const int done = crowd_done(&c) - before;
+            assert_int_equal(done, 35 - before < max ? 35 - before : max);
+            before += done;
+        }
+        crowd_check(&c);
+        crowd_close(&c);
+    }
+}
+
+/* A limit of time is kept by stopping inside the prompt; each call goes on, however short. */
+static void test_batch_time(void **state)
+{
+    crowd c;
+    crowd_open(&c, (const char *)*state, 9, 250);
+    const q3n_limit limit = { .max_microseconds = 1 };
+    int calls = 0;
+    for (int before = 0; before < 265; calls++) {
+        assert_int_equal(q3n_batch_eval(c.b, c.item, N_ITEMS, &limit), Q3N_OK);
+        const int done = crowd_done(&c);
+        assert_true(done > before);
+        before = done;
+    }
+    assert_true(calls > 4);
+    crowd_check(&c);
+    crowd_close(&c);
+}
+
+/* A batch that cannot be leaves every session and item alone, whichever item it is. */
+static void test_batch_errors(void **state)
+{
+    (void)state;
+    crowd c;
+    crowd_open(&c, "qwen3_next", 9, 200);
+    q3n_model *other = open_model("qwen3_moe", NULL);
+    q3n_session_options o = plain_options(20);
+    q3n_session *foreign = create_session(other, &o), *small = create_session(c.m, &o), *scalar;
+    o.scalar_only = 1;
+    scalar = create_session(c.m, &o);
+    const q3n_batch_item good = c.item[7];
+    const int32_t bad_ids[2] = { 1, c.vocab };
+    const struct { q3n_batch_item item; q3n_result want; } bad[] = {
+        { { .session = c.session[3], .tokens = good.tokens, .n = 1 }, Q3N_ERR_ARG },
+        { { .session = foreign, .tokens = good.tokens, .n = 1 }, Q3N_ERR_ARG },
+        { { .session = NULL, .tokens = good.tokens, .n = 1 }, Q3N_ERR_ARG },
+        { { .session = c.session[7], .tokens = bad_ids, .n = 2 }, Q3N_ERR_ARG },
+        { { .session = c.session[7], .tokens = NULL, .n = 2 }, Q3N_ERR_ARG },
+        { { .session = c.session[7], .tokens = good.tokens, .n = -1 }, Q3N_ERR_ARG },
+        { { .session = c.session[7], .tokens = good.tokens, .n = 1, .done = 2 }, Q3N_ERR_ARG },
+        { { .session = c.session[7], .tokens = good.tokens, .n = 1, .done = -1 }, Q3N_ERR_ARG },
+        { { .session = small, .tokens = good.tokens, .n = 21 }, Q3N_ERR_FULL },
+        { { .session = scalar, .tokens = good.tokens, .n = 1 }, Q3N_ERR_ARG },
+    };
+    for (int i = 0; i < COUNT(bad) - (q3n_isa_best() == Q3N_ISA_SCALAR); i++) {
+        c.item[7] = bad[i].item;
+        const q3n_result r = q3n_batch_eval(c.b, c.item, N_ITEMS, NULL);
+        if (r != bad[i].want) fail_msg("item %d: %s", i, q3n_result_string(r));
+        assert_int_equal(q3n_batch_error(c.b)->code, r);
+        assert_true(strlen(q3n_batch_error(c.b)->message) > 5);
+        for (int j = 0; j < N_ITEMS; j++) {
+            assert_int_equal(q3n_session_length(c.session[j]), 9);
+            if (j != 7) assert_int_equal(c.item[j].done, 0);
+        }
+    }
+    c.item[7] = good;
+    assert_int_equal(q3n_batch_eval(c.b, c.item, N_ITEMS, NULL), Q3N_OK);
+    crowd_check(&c);
+    q3n_session_destroy(scalar);
+    q3n_session_destroy(small);
+    q3n_session_destroy(foreign);
+    q3n_model_close(other);
+    crowd_close(&c);
+}
+
+/* ---- What does not fit together ---- */
+static void test_strangers(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model("qwen3_next", NULL), *other = open_model("qwen3_5", NULL);
+    const int32_t ids[5] = { 1, 2, 3, 4, 5 };
+    q3n_session_options o = plain_options(40);
+    q3n_error err = { .code = Q3N_OK };
+    q3n_session *s = create_session(m, &o), *stranger = create_session(other, &o), *fork = NULL;
+    q3n_snapshot *snap = NULL;
+    memory_file b = { 0 };
+    o.kv_type = Q3N_TYPE_F16;
+    q3n_session *half = create_session(m, &o);
+    must(s, q3n_session_eval(s, ids, 5, NULL), Q3N_OK);
+    must(s, q3n_session_snapshot(s, &snap), Q3N_OK);
+    must(s, save_to(&b, s, SIZE_MAX), Q3N_OK);
+    must(half, q3n_session_eval(half, ids, 2, NULL), Q3N_OK);
+    must(half, q3n_session_restore(half, snap), Q3N_ERR_UNSUPPORTED);
+    must(half, load_from(&b, half, SIZE_MAX), Q3N_ERR_UNSUPPORTED);
+    assert_int_equal(q3n_session_length(half), 2);
+    must(stranger, q3n_session_restore(stranger, snap), Q3N_ERR_ARG);
+    must(stranger, load_from(&b, stranger, SIZE_MAX), Q3N_ERR_UNSUPPORTED);
+    assert_int_equal(q3n_session_length(stranger), 0);
+    assert_int_equal(q3n_session_fork(&fork, s, &o, &err), Q3N_ERR_UNSUPPORTED);
+    assert_null(fork);
+    o.kv_type = Q3N_TYPE_F32;
+    o.capacity = 4;
+    assert_int_equal(q3n_session_fork(&fork, s, &o, &err), Q3N_ERR_FULL);
+    assert_null(fork);
+    int32_t got[6];
+    must(s, q3n_session_tokens(s, 0, 5, got), Q3N_OK);
+    assert_memory_equal(got, ids, sizeof ids);
+    must(s, q3n_session_tokens(s, 5, 0, got), Q3N_OK);
+    assert_int_equal(q3n_session_tokens(s, 0, 6, got), Q3N_ERR_ARG);
+    assert_int_equal(q3n_session_tokens(s, 5, 1, got), Q3N_ERR_ARG);
+    assert_int_equal(q3n_session_tokens(s, -1, 2, got), Q3N_ERR_ARG);
+    assert_int_equal(q3n_session_tokens(s, 1, -1, got), Q3N_ERR_ARG);
+    assert_int_equal(q3n_session_tokens(s, 1, INT_MAX, got), Q3N_ERR_ARG);
+    free(b.bytes);
+    q3n_snapshot_free(snap);
+    q3n_session_destroy(half);
+    q3n_session_destroy(stranger);
+    q3n_session_destroy(s);
+    q3n_model_close(other);
+    q3n_model_close(m);
+}
+
+static void test_options(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model("qwen3_next", NULL), *other = open_model("qwen3_moe", NULL);
+    q3n_error err;
+    q3n_cache *cache = NULL;
+    q3n_batch *batch = NULL;
+    q3n_session *s;
+    const q3n_cache_options co = { .max_bytes = 1 << 20 };
+    const q3n_session_options plain = plain_options(20);
+    assert_int_equal(q3n_cache_create(&cache, other, &co, &err), Q3N_OK);
+    assert_int_equal(q3n_batch_create(&batch, other, &plain, &err), Q3N_OK);
+    const q3n_session_options bad[] = {
+        { .snapshot_type = Q3N_TYPE_F16 }, { .snapshot_type = Q3N_TYPE_Q8 },
+        { .snapshot_type = Q3N_TYPE_COUNT }, { .snapshot_every = -1 }, { .draft = -1 },
+        { .draft = Q3N_MAX_DRAFT + 1 }, { .speculate = Q3N_SPECULATE_COUNT },
+        { .cache = cache }, { .shared = batch },
+    };
+    for (int i = 0; i < COUNT(bad); i++) {
+        err.code = Q3N_OK;
+        s = (q3n_session *)(uintptr_t)8;
+        const q3n_result r = q3n_session_create(&s, m, &bad[i], &err);
+        if (r != Q3N_ERR_ARG || err.code != r || s)
+            fail_msg("options %d: %s", i, q3n_result_string(r));
+        assert_int_equal(q3n_session_bytes(m, &bad[i], NULL), 0);
+    }
+    q3n_cache_destroy(cache);
+    q3n_batch_destroy(batch);
+    q3n_cache_destroy(NULL);
+    q3n_batch_destroy(NULL);
+    q3n_snapshot_free(NULL);
+    q3n_model_close(other);
+    q3n_model_close(m);
+}
+
+/* A model that attends both ways has no text to go back in. */
+static void test_both_ways(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model("seed_patched_real_rope", NULL);
+    const q3n_session_options o = plain_options(9);
+    const int32_t ids[9] = { 1, 2, 3, 4, 5, 6, 7, 8, 9 };
+    q3n_session *s = create_session(m, &o);
+    q3n_snapshot *snap = (q3n_snapshot *)(uintptr_t)8;
+    const size_t V = (size_t)q3n_model_config(m)->vocab_size;
+    float *want = new_floats(V), *got = new_floats(V);
+    must(s, q3n_session_eval(s, ids, 7, want), Q3N_OK);
+    must(s, q3n_session_snapshot(s, &snap), Q3N_ERR_UNSUPPORTED);
+    assert_null(snap);
+    must(s, q3n_session_rewind(s, 3), Q3N_ERR_UNSUPPORTED);
+    must(s, q3n_session_logits(s, got), Q3N_OK);
+    check_same(got, want, V, "both ways");
+    int n_reused = 0;
+    must(s, q3n_session_feed(s, ids + 1, 8, NULL, &n_reused), Q3N_OK);
+    assert_int_equal(n_reused, 0);
+    must(s, q3n_session_feed(s, ids, 7, got, NULL), Q3N_OK);
+    check_same(got, want, V, "both ways, fed");
+    free(got);
+    free(want);
+    q3n_session_destroy(s);
+    q3n_model_close(m);
+}
+
+/* ---- The cache ---- */
+static q3n_cache_stats stats_of(q3n_cache *c)
+{
+    q3n_cache_stats stats;
+    q3n_cache_stats_get(c, &stats);
+    return stats;
+}
+
+/* Texts with a common beginning, in several sessions: whoever comes later finds what is marked. */
+static void test_cache(void **state)
+{
+    q3n_model *m = open_model((const char *)*state, NULL);
+    const int vocab = q3n_model_config(m)->vocab_size;
+    int32_t ids[300];
+    uint64_t rng = 41;
+    random_tokens(&rng, ids, COUNT(ids), vocab);
+    q3n_cache *cache = NULL;
+    const q3n_cache_options co = { .max_bytes = (size_t)64 << 20 };
+    assert_int_equal(q3n_cache_create(&cache, m, &co, NULL), Q3N_OK);
+    q3n_session_options o = plain_options(COUNT(ids));
+    o.cache = cache;
+    q3n_session *a = create_session(m, &o), *b = create_session(m, &o);
+    float *want = new_floats(2 * (size_t)vocab);
+    int n_reused = -1;
+    must(a, q3n_session_feed(a, ids, 270, want, &n_reused), Q3N_OK);
+    assert_int_equal(n_reused, 0);
+    assert_int_equal(stats_of(cache).n_entries, 1);
+    assert_int_equal(stats_of(cache).n_hits, 0);
+    assert_int_equal(stats_of(cache).n_misses, 1);
+    must(b, q3n_session_feed(b, ids, 270, want + vocab, &n_reused), Q3N_OK);
+    assert_int_equal(n_reused, 270);
+    check_same(want, want + vocab, (size_t)vocab, "all from the cache");
+    assert_int_equal(stats_of(cache).n_hits, 1);
+    q3n_session_reset(a);
+    must(a, q3n_session_feed(a, ids, 300, want, &n_reused), Q3N_OK);
+    assert_int_equal(n_reused, 270);
+    q3n_session_reset(b);
+    must(b, q3n_session_eval(b, ids, 300, want + vocab), Q3N_OK);
+    check_same(want, want + vocab, (size_t)vocab, "from the cache, and more");
+    must(b, q3n_session_rewind(b, 280), Q3N_OK);
+    must(b, q3n_session_reuse(b, ids, 290, &n_reused), Q3N_OK);
+    assert_int_equal(n_reused, 280);
+    q3n_cache_clear(cache);
+    assert_int_equal(stats_of(cache).n_entries, 0);
+    assert_int_equal(stats_of(cache).bytes, 0);
+    q3n_session_reset(a);
+    must(a, q3n_session_reuse(a, ids, 290, &n_reused), Q3N_OK);
+    assert_int_equal(n_reused, 0);
+    q3n_session_destroy(a);
+    q3n_session_destroy(b);
+    q3n_cache_destroy(cache);
+    free(want);
+    q3n_model_close(m);
+}
+
+/* What is reused is all that the session knows then, whatever it held before. */
+static void test_reuse(void **state)
+{
+    q3n_model *m = open_model((const char *)*state, NULL);
+    const int vocab = q3n_model_config(m)->vocab_size;
+    int32_t ids[300], other[300];
+    uint64_t rng = 53;
+    random_tokens(&rng, ids, COUNT(ids), vocab);
+    q3n_session_options o = plain_options(COUNT(ids));
+    o.snapshot_bytes = (size_t)64 << 20;
+    q3n_session *s = create_session(m, &o), *plain = create_session(m, &o);
+    float *want = new_floats(2 * (size_t)vocab);
+    for (int at = 299; at > 0; at -= 1 + at / 3) {   /* the first token that differs */
+        int n_reused = -1;
+        memcpy(other, ids, sizeof ids);
+        other[at] = (ids[at] + 1) % vocab;
+        must(s, q3n_session_feed(s, ids, COUNT(ids), NULL, NULL), Q3N_OK);
+        must(s, q3n_session_reuse(s, other, COUNT(ids), &n_reused), Q3N_OK);
+        assert_in_range(n_reused, 0, at);
+        assert_int_equal(q3n_session_length(s), n_reused);
+        if (n_reused == 0) continue;
+        q3n_session_reset(plain);
+        must(plain, q3n_session_eval(plain, ids, n_reused, want), Q3N_OK);
+        must(s, q3n_session_logits(s, want + vocab), Q3N_OK);
+        check_same(want + vocab, want, (size_t)vocab, "reused");
+    }
+    q3n_session_destroy(plain);
+    q3n_session_destroy(s);
+    free(want);
+    q3n_model_close(m);
+}
+
+/* A session that got its text from elsewhere evaluates over several pages with several threads
+ * before it has ever stored a token itself. */
+static void test_reevaluate(void **state)
+{
+    q3n_model *m = open_model((const char *)*state, NULL);
+    const size_t V = (size_t)q3n_model_config(m)->vocab_size;
+    int32_t ids[300], drafts[2];
+    uint64_t rng = 59;
+    random_tokens(&rng, ids, COUNT(ids), (int)V);
+    q3n_session_options o = plain_options(COUNT(ids));
+    float *want = new_floats(2 * V);
+    o.snapshot_bytes = (size_t)64 << 20;
+    o.speculate = Q3N_SPECULATE_AUTO;
+    q3n_session *from = create_session(m, &o);
+    must(from, q3n_session_eval(from, ids, COUNT(ids) - 2, want), Q3N_OK);
+    q3n_snapshot *snap = NULL;
+    must(from, q3n_session_snapshot(from, &snap), Q3N_OK);
+    o.n_threads = 2;
+    for (int i = 0; i < 3; i++) {
+        q3n_session *s = create_session(m, &o);
+        must(s, q3n_session_restore(s, snap), Q3N_OK);
+        if (i == 1 && q3n_model_config(m)->num_mtp_layers > 0)
+            must(s, q3n_session_draft(s, 1, drafts, 2, NULL), Q3N_OK);
+        if (i == 2) {                /* evaluated in the batch's scratch, not the session's */
+            q3n_batch *b = NULL;
+            q3n_batch_item item = { .session = s, .tokens = ids + COUNT(ids) - 2, .n = 1 };
+            assert_int_equal(q3n_batch_create(&b, m, &o, NULL), Q3N_OK);
+            assert_int_equal(q3n_batch_eval(b, &item, 1, NULL), Q3N_OK);
+            q3n_batch_destroy(b);
+        }
+        must(s, q3n_session_rewind(s, COUNT(ids) - 3), Q3N_OK);
+        must(s, q3n_session_eval(s, ids + COUNT(ids) - 3, 1, want + V), Q3N_OK);
+        check_same(want + V, want, V, "restored, gone back and on");
+        q3n_session_destroy(s);
+    }
+    q3n_snapshot_free(snap);
+    q3n_session_destroy(from);
+    free(want);
+    q3n_model_close(m);
+}
+
+/* The cache keeps to its bound; what feeds have marked outlives what snapshot_every put there. */
+static void test_cache_bound(void **state)
+{
+    heap h = { 0 };
+    q3n_model *m = open_model((const char *)*state, &h);
+    const int vocab = q3n_model_config(m)->vocab_size;
+    const size_t max_bytes = (size_t)3 << 19;
+    uint64_t rng = 43;
+    q3n_cache *cache = NULL;
+    const q3n_cache_options co = { .max_bytes = max_bytes };
+    const size_t none = h.live_bytes;
+    assert_int_equal(q3n_cache_create(&cache, m, &co, NULL), Q3N_OK);
+    q3n_session_options o = plain_options(300);
+    o.cache = cache;
+    o.snapshot_every = 16;
+    q3n_session *s = create_session(m, &o);
+    const size_t live = h.live_bytes;
+    int32_t marked[40], ids[300];
+    random_tokens(&rng, marked, COUNT(marked), vocab);
+    must(s, q3n_session_feed(s, marked, COUNT(marked), NULL, NULL), Q3N_OK);
+    for (int i = 0; i < 6; i++) {
+        random_tokens(&rng, ids, COUNT(ids), vocab);
+        q3n_session_reset(s);
+        must(s, q3n_session_eval(s, ids, COUNT(ids), NULL), Q3N_OK);
+        assert_true(stats_of(cache).bytes <= max_bytes);
+        assert_true(stats_of(cache).n_entries > 1);
+    }
+    assert_true(stats_of(cache).n_evicted > 0);
+    q3n_session_memory planned;
+    q3n_session_bytes(m, &o, &planned);
+    /* beside the cache the session has its own pages, and lists have some room */
+    assert_in_range(h.live_bytes, 0, live + max_bytes + 2 * planned.page + 16384);
+    int n_reused = -1;
+    must(s, q3n_session_reuse(s, marked, COUNT(marked), &n_reused), Q3N_OK);
+    assert_int_equal(n_reused, COUNT(marked));
+    q3n_session_destroy(s);
+    q3n_cache_destroy(cache);
+    assert_int_equal(h.live_bytes, none);
+    q3n_model_close(m);
+    assert_int_equal(h.live, 0);
+}
+
+/* Matrices in bf16: half the bytes, and logits that are nearly those of a plain run. */
+static void test_snapshots_bf16(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model("qwen3_next", NULL);
+    const int vocab = q3n_model_config(m)->vocab_size;
+    const int32_t token = 3;
+    int32_t ids[100];
+    uint64_t rng = 47;
+    random_tokens(&rng, ids, COUNT(ids), vocab);
+    q3n_session_options o = plain_options(COUNT(ids) + 1);
+    q3n_session_memory exact, half;
+    q3n_session_bytes(m, &o, &exact);
+    o.snapshot_type = Q3N_TYPE_BF16;
+    q3n_session_bytes(m, &o, &half);
+    assert_true(half.snapshot < exact.snapshot);
+    float *want = new_floats((size_t)vocab), *got = new_floats((size_t)vocab);
+    q3n_session *s = create_session(m, &o);
+    q3n_snapshot *snap = NULL;
+    must(s, q3n_session_eval(s, ids, COUNT(ids), NULL), Q3N_OK);
+    must(s, q3n_session_snapshot(s, &snap), Q3N_OK);
+    assert_int_equal(q3n_snapshot_bytes(snap), half.snapshot);
+    q3n_session *fork = NULL;
+    assert_int_equal(q3n_session_fork(&fork, s, NULL, NULL), Q3N_OK);
+    must(s, q3n_session_eval(s, &token, 1, want), Q3N_OK);
+    must(fork, q3n_session_eval(fork, &token, 1, got), Q3N_OK);
+    check_same(got, want, (size_t)vocab, "a fork is no snapshot");
+    q3n_session_destroy(fork);
+    must(s, q3n_session_restore(s, snap), Q3N_OK);
+    must(s, q3n_session_eval(s, &token, 1, got), Q3N_OK);
+    double scale = 0.0;
+    for (int i = 0; i < vocab; i++) scale = fmax(scale, fabs((double)want[i]));
+    for (int i = 0; i < vocab; i++)          /* an element of a matrix is off by 2^-9 of itself */
+        if (!(fabs((double)got[i] - (double)want[i]) <= 0x1p-7 * scale))
+            fail_msg("logit %d is %g, with f32 %g", i, (double)got[i], (double)want[i]);
+    q3n_snapshot_free(snap);
+    q3n_session_destroy(s);
+    free(got);
+    free(want);
+    q3n_model_close(m);
+}
+
+/* ---- All of them ---- */
+int main(int argc, char **argv)
+{
+    const struct CMUnitTest tests[] = {
+        CASE(test_cache, qwen3_next),
+        CASE(test_cache, qwen3_moe),
+        CASE(test_reuse, qwen3_next),
+        CASE(test_reuse, qwen3_dense),
+        CASE(test_reuse, qwen3_next_mtp),
+        CASE(test_reevaluate, qwen3_next),
+        CASE(test_reevaluate, qwen3_dense),
+        CASE(test_reevaluate, qwen3_next_mtp),
+        CASE(test_cache_bound, qwen3_next),
+        CASE(test_cache_bound, qwen3_dense),
+        cmocka_unit_test(test_snapshots_bf16),
+        cmocka_unit_test(test_strangers),
+        cmocka_unit_test(test_options),
+        cmocka_unit_test(test_both_ways),
+        cmocka_unit_test(test_memory),
+        CASE(test_batch_tokens, qwen3_next),
+        CASE(test_batch_tokens, qwen3_moe),
+        CASE(test_batch_few, qwen3_next),
+        CASE(test_batch_time, qwen3_next),
+        cmocka_unit_test(test_batch_errors),
+        CASE(test_cancel, qwen3_next_mtp),
+        CASE(test_cancel, qwen3_moe),
+        cmocka_unit_test(test_cancel_waits),
+        cmocka_unit_test(test_cancel_one),
+#ifndef _WIN32
+        CASE(test_other_process, qwen3_next_mtp),
+        CASE(test_other_process, qwen3_dense),
+        CASE(test_threads, qwen3_next),
+        CASE(test_threads, qwen3_next_mtp),
+        CASE(test_threads, qwen3_moe),
+#endif
+    };
+#ifndef _WIN32
+    program = argv[0];
+    if (argc == 6 && strcmp(argv[1], OTHER_PROCESS) == 0) return continue_session(argv);
+#else
+    (void)argc;
+    (void)argv;
+#endif
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,560 @@
+/* test_speculate.c - drafts against the reference implementation; generating with drafts gives the
+ * tokens, or the distribution, that generating without them gives. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#define Q3N_IMPLEMENTATION
+#include "../qwen3next.h"
+#include "failing.h"
+#include "sessions.h"
+
+/* ---- Drafts against the reference implementation ---- */
+
+/* What the module drafts behind each token but the last, by a session that evaluates one token at a
+ * time: [n - 1] ids, and logits [n - 1, vocab] that other ways must give to the bit. */
+static void drafts_one_by_one(q3n_session *s, const int32_t *ids, int n, int32_t *drafts,
+                              float *logits)
+{
+    const size_t V = (size_t)q3n_model_config(s->model)->vocab_size;
+    for (int i = 0; i + 1 < n; i++) {
+        must(s, q3n_session_eval(s, ids + i, 1, NULL), Q3N_OK);
+        must(s, q3n_session_draft(s, ids[i + 1], drafts + i, 1, logits + (size_t)i * V), Q3N_OK);
+        assert_int_equal(q3n_session_length(s), i + 1);
+    }
+}
+
+static void check_draft(q3n_session *s, const int32_t *ids, const float *logits, const char *what)
+{
+    const int n = q3n_session_length(s), V = q3n_model_config(s->model)->vocab_size;
+    int32_t draft[2];
+    float *got = new_floats((size_t)V);
+    must(s, q3n_session_draft(s, ids[n], draft, 2, got), Q3N_OK);
+    check_same(got, logits + (size_t)(n - 1) * (size_t)V, (size_t)V, what);
+    assert_int_equal(draft[0], argmax(got, V));
+    free(got);
+}
+
+/* The same drafts in a session that evaluated in one call, went back, was restored, loaded. */
+static void check_draft_paths(const q3n_model *m, const q3n_session_options *o, const int32_t *ids,
+                              int n, const float *logits)
+{
+    q3n_session *s = create_session(m, o), *other = create_session(m, o), *fork = NULL;
+    q3n_snapshot *snap = NULL;
+    memory_file b = { 0 };
+    must(s, q3n_session_eval(s, ids, n - 1, NULL), Q3N_OK);
+    check_draft(s, ids, logits, "one call");
+    must(s, q3n_session_snapshot(s, &snap), Q3N_OK);
+    must(s, save_to(&b, s, SIZE_MAX), Q3N_OK);
+    for (int at = n - 2; at > 0; at -= 1 + at / 5) {
+        must(s, q3n_session_rewind(s, at), Q3N_OK);
+        check_draft(s, ids, logits, "rewound");
+        must(s, q3n_session_eval(s, ids + at, 1, NULL), Q3N_OK);
+        check_draft(s, ids, logits, "rewound, and one token on");
+    }
+    must(s, q3n_session_restore(s, snap), Q3N_OK);
+    check_draft(s, ids, logits, "restored");
+    must(other, q3n_session_restore(other, snap), Q3N_OK);
+    q3n_snapshot_free(snap);
+    check_draft(other, ids, logits, "restored elsewhere");
+    assert_int_equal(q3n_session_fork(&fork, other, NULL, NULL), Q3N_OK);
+    check_draft(fork, ids, logits, "forked");
+    must(other, q3n_session_feed(other, ids, n / 2, NULL, NULL), Q3N_OK);
+    check_draft(other, ids, logits, "fed");
+    q3n_session_reset(other);
+    must(other, load_from(&b, other, SIZE_MAX), Q3N_OK);
+    check_draft(other, ids, logits, "loaded");
+    must(other, q3n_session_rewind(other, n / 3), Q3N_OK);
+    check_draft(other, ids, logits, "loaded and rewound");
+    q3n_session_destroy(fork);
+    q3n_session_destroy(other);
+    q3n_session_destroy(s);
+    free(b.bytes);
+}
+
+static void check_draft_golden(const q3n_model *m, const int32_t *ids, int n, const int32_t *want,
+                               const double *last)
+{
+    const int V = q3n_model_config(m)->vocab_size;
+    int32_t *drafts = (int32_t *)malloc((size_t)n * sizeof *drafts);
+    assert_non_null(drafts);
+    float *logits = new_floats((size_t)n * (size_t)V);
+    for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
+        if (!q3n_isa_supported((q3n_isa)isa)) continue;
+        q3n_session_options o = plain_options(n + 8);
+        o.max_isa = (q3n_isa)isa;
+        o.scalar_only = isa == Q3N_ISA_SCALAR;
+        o.speculate = isa % 2 ? Q3N_SPECULATE_MTP : Q3N_SPECULATE_AUTO;
+        q3n_session *s = create_session(m, &o);
+        drafts_one_by_one(s, ids, n, drafts, logits);
+        q3n_session_destroy(s);
+        for (int i = 0; i + 1 < n; i++) assert_int_equal(drafts[i], want[i]);
+        double scale = 0.0;
+        for (int i = 0; last && i < V; i++) scale = fmax(scale, fabs(last[i]));
+        for (int i = 0; last && i < V; i++) {       /* the bound of test_model.c's logits */
+            const double got = (double)logits[(size_t)(n - 2) * (size_t)V + (size_t)i];
+            if (!(fabs(got - last[i]) <= 5e-5 * scale))
+                fail_msg("draft's logit %d is %g, expected %g", i, got, last[i]);
+        }
+        o.n_threads = 2;
+        o.batch = isa == Q3N_ISA_SCALAR ? 7 : 0;
+        check_draft_paths(m, &o, ids, n, logits);
+    }
+    free(logits);
+    free(drafts);
+}
+
+static void test_draft_golden(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model("qwen3_next_mtp", NULL);
+    char *golden = golden_read(Q3N_TEST_GOLDEN "/qwen3_next_mtp/golden.json");
+    const char *mtp = golden_member(golden, "mtp");
+    int n, n_want, n_last;
+    int32_t *ids = golden_ids(golden_member(mtp, "input_ids"), &n);
+    int32_t *want = golden_ids(golden_member(mtp, "draft_argmax"), &n_want);
+    double *last = golden_numbers(golden_member(mtp, "last_draft_logits"), &n_last);
+    assert_int_equal(n_want, n - 1);
+    assert_int_equal(n_last, q3n_model_config(m)->vocab_size);
+    check_draft_golden(m, ids, n, want, last);
+    free(last);
+    free(want);
+    free(ids);
+    free(golden);
+    q3n_model_close(m);
+}
+
+#define STORIES_GOLDEN "examples/stories/golden.json"
+
+static void test_draft_stories(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model("stories", NULL);
+    char *golden = golden_read(STORIES_GOLDEN);
+    int n_ids, n_want;
+    int32_t *ids = golden_ids(golden_member(golden, "valid_ids"), &n_ids);
+    const char *mtp = golden_member(golden, "mtp");
+    int32_t *want = golden_ids(golden_member(mtp, "draft_argmax"), &n_want);
+    check_draft_golden(m, ids, SLOW ? 30 : 120, want, NULL);
+    free(want);
+    free(ids);
+    free(golden);
+    q3n_model_close(m);
+}
+
+/* Who may draft, how much, and how far. */
+static void test_draft_limits(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model("qwen3_next_mtp", NULL), *none = open_model("qwen3_next", NULL);
+    q3n_session_options o = plain_options(20);
+    int32_t ids[20] = { 0 }, drafts[Q3N_MAX_DRAFT + 1];
+    q3n_error err = { .code = Q3N_OK };
+    o.speculate = Q3N_SPECULATE_MTP;
+    q3n_session *s = create_session(m, &o);
+    assert_int_equal(q3n_session_draft(s, 0, drafts, 1, NULL), Q3N_ERR_ARG);     /* no text */
+    must(s, q3n_session_eval(s, ids, 15, NULL), Q3N_OK);
+    assert_int_equal(q3n_session_draft(s, 0, drafts, 0, NULL), Q3N_ERR_ARG);
+    assert_int_equal(q3n_session_draft(s, 0, drafts, Q3N_MAX_DRAFT + 1, NULL), Q3N_ERR_ARG);
+    assert_int_equal(q3n_session_draft(s, -1, drafts, 1, NULL), Q3N_ERR_ARG);
+    assert_int_equal(q3n_session_draft(s, 320, drafts, 1, NULL), Q3N_ERR_ARG);
+    must(s, q3n_session_draft(s, 0, drafts, 4, NULL), Q3N_OK);
+    assert_int_equal(q3n_session_draft(s, 0, drafts, 8, NULL), Q3N_ERR_FULL);
+    must(s, q3n_session_eval(s, ids, 5, NULL), Q3N_OK);
+    assert_int_equal(q3n_session_draft(s, 0, drafts, 1, NULL), Q3N_ERR_FULL);
+    q3n_session_destroy(s);
+    for (int i = 0; i < 2; i++) {
+        o.speculate = i ? Q3N_SPECULATE_LOOKUP : Q3N_SPECULATE_OFF;
+        s = create_session(m, &o);
+        must(s, q3n_session_eval(s, ids, 5, NULL), Q3N_OK);
+        must(s, q3n_session_draft(s, 0, drafts, 1, NULL), Q3N_ERR_UNSUPPORTED);
+        q3n_session_destroy(s);
+    }
+    o.speculate = Q3N_SPECULATE_AUTO;                /* without a module: lookup alone */
+    s = create_session(none, &o);
+    must(s, q3n_session_eval(s, ids, 5, NULL), Q3N_OK);
+    must(s, q3n_session_draft(s, 0, drafts, 1, NULL), Q3N_ERR_UNSUPPORTED);
+    q3n_session_destroy(s);
+    o.speculate = Q3N_SPECULATE_MTP;
+    assert_int_equal(q3n_session_create(&s, none, &o, &err), Q3N_ERR_UNSUPPORTED);
+    q3n_model_close(none);
+    q3n_model_close(m);
+}
+
+/* ---- Speculation that is greedy changes no token ---- */
+typedef struct {
+    const q3n_model *m;
+    const int32_t   *prompt;
+    int              n_prompt;
+    int32_t          want[128];  /* what is chosen without drafts                                */
+    int              n;
+    float            penalty;
+} generation;
+
+static q3n_sampler *greedy_sampler(const generation *g)
+{
+    q3n_sampler *sampler = NULL;
+    const q3n_sampler_options o = { .repetition_penalty = g->penalty };
+    assert_int_equal(q3n_sampler_create(&sampler, g->m, &o, NULL), Q3N_OK);
+    for (int i = 0; i < g->n_prompt; i++) q3n_sampler_accept(sampler, g->prompt[i]);
+    return sampler;
+}
+
+static void generate_plain(generation *g, int n)
+{
+    const q3n_session_options o = plain_options(g->n_prompt + n);
+    q3n_session *s = create_session(g->m, &o);
+    q3n_sampler *sampler = greedy_sampler(g);
+    float *logits = new_floats((size_t)q3n_model_config(g->m)->vocab_size);
+    must(s, q3n_session_eval(s, g->prompt, g->n_prompt, logits), Q3N_OK);
+    for (int i = 0; i < n; i++) {
+        g->want[i] = q3n_sampler_sample(sampler, logits);
+        must(s, q3n_session_eval(s, &g->want[i], 1, logits), Q3N_OK);
+    }
+    g->n = n;
+    free(logits);
+    q3n_sampler_destroy(sampler);
+    q3n_session_destroy(s);
+}
+
+/* Generate with q3n_session_next, in calls of at most `most` tokens (0 = of changing sizes), up to
+ * the session's capacity, the end of the text or of what is known. */
+static void check_generation(const generation *g, const q3n_session_options *o, int most,
+                             q3n_speculation *stats)
+{
+    q3n_session *s = create_session(g->m, o);
+    q3n_sampler *sampler = greedy_sampler(g);
+    float *logits = new_floats((size_t)q3n_model_config(g->m)->vocab_size);
+    must(s, q3n_session_eval(s, g->prompt, g->n_prompt, logits), Q3N_OK);
+    int32_t token = q3n_sampler_sample(sampler, logits), tokens[16];
+    int at = 0, n_steps = 0;                     /* token is want[at] */
+    assert_int_equal(token, g->want[0]);
+    while (at + 1 < g->n && !q3n_model_is_eos(g->m, token)) {
+        const int room = q3n_session_capacity(s) - q3n_session_length(s);
+        int max = most ? most : 1 + (5 * n_steps + 2) % 16, n = -1;
+        if (room == 0) break;
+        if (max > room) max = room;
+        if (max > g->n - 1 - at) max = g->n - 1 - at;
+        must(s, q3n_session_next(s, sampler, token, tokens, max, &n), Q3N_OK);
+        assert_in_range(n, 1, max);
+        n_steps++;
+        for (int i = 0; i < n; i++) {
+            if (tokens[i] != g->want[++at])
+                fail_msg("speculate %d, %d drafts, at most %d: token %d is %d, plain greedy gives "
+                         "%d", (int)o->speculate, o->draft, max, at, tokens[i], g->want[at]);
+            if (q3n_model_is_eos(g->m, tokens[i])) assert_int_equal(i, n - 1);
+        }
+        token = tokens[n - 1];
+        assert_int_equal(q3n_session_length(s), g->n_prompt + at);
+    }
+    if (q3n_session_length(s) == q3n_session_capacity(s)) {
+        int n = 0;
+        must(s, q3n_session_next(s, sampler, token, tokens, 1, &n), Q3N_ERR_FULL);
+        assert_int_equal(at, q3n_session_capacity(s) - g->n_prompt);
+    } else if (!q3n_model_is_eos(g->m, token)) {
+        assert_int_equal(at, g->n - 1);
+    }
+    q3n_session_speculation(s, stats);
+    assert_int_equal(stats->n_steps, n_steps);
+    assert_int_equal(stats->n_tokens, at);
+    assert_in_range(stats->n_accepted, stats->n_tokens - stats->n_steps, stats->n_drafted);
+    if (most == 1 || o->speculate == Q3N_SPECULATE_OFF) assert_int_equal(stats->n_drafted, 0);
+    free(logits);
+    q3n_sampler_destroy(sampler);
+    q3n_session_destroy(s);
+}
+
+/* All sources, numbers of drafts, and limits; returns how many drafts were accepted. */
+static int64_t check_speculation(const generation *g, int capacity)
+{
+    static const int drafts[] = { 0, 1, 2, 3, 4, 5, 6, 7, 8 }, few[] = { 0, 1, 3, 8 };
+    const int small = SLOW || q3n_model_config(g->m)->vocab_size > 1000;
+    int64_t accepted = 0;
+    for (int source = 0; source < Q3N_SPECULATE_COUNT; source++) {
+        if (source == Q3N_SPECULATE_MTP && !q3n_model_config(g->m)->num_mtp_layers) continue;
+        for (int i = 0; i < (small ? COUNT(few) : COUNT(drafts)); i++) {
+            q3n_session_options o = plain_options(capacity);
+            q3n_speculation stats;
+            o.speculate = (q3n_speculate)source;
+            o.draft = small ? few[i] : drafts[i];
+            o.n_threads = 1 + i % 2;
+            check_generation(g, &o, i == 3 ? 1 : i % 2 ? 16 : 0, &stats);
+            accepted += stats.n_accepted;
+            if (source == Q3N_SPECULATE_MTP && o.draft && i != 3 && stats.n_steps > 3)
+                assert_true(stats.n_drafted > 0);
+        }
+    }
+    return accepted;
+}
+
+/* Make the model end at the token that first appears latest among want [20, n - 20). */
+static void end_in_the_middle(q3n_model *m, generation *g)
+{
+    int end = 0;
+    for (int i = 1; i < g->n - 20; i++) {
+        int first = 0;
+        while (g->want[first] != g->want[i]) first++;
+        if (first == i) end = i;
+    }
+    m->eos[0] = g->want[end];
+    m->n_eos = 1;
+    g->n = end + 1;
+}
+
+static void test_greedy_speculation(void **state)
+{
+    const char *name = (const char *)*state;
+    q3n_model *m = open_model(name, NULL);
+    const q3n_config *c = q3n_model_config(m);
+    uint64_t rng = 5;
+    int32_t prompt[12];
+    const int n = c->max_position_embeddings < 200 ? c->max_position_embeddings - COUNT(prompt)
+                : SLOW ? 60 : 110;
+    random_tokens(&rng, prompt, COUNT(prompt), c->vocab_size);
+    generation g = { .m = m, .prompt = prompt, .n_prompt = COUNT(prompt) };
+    for (int i = 0; i < 2; i++) {
+        g.penalty = i ? 1.1f : 1.0f;
+        generate_plain(&g, n);
+        m->n_eos = 0;
+        check_speculation(&g, COUNT(prompt) + n);
+        check_speculation(&g, COUNT(prompt) + n / 2);
+        end_in_the_middle(m, &g);
+        check_speculation(&g, COUNT(prompt) + n);
+    }
+    q3n_model_close(m);
+}
+
+static void test_greedy_stories(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model("stories", NULL);
+    char *golden = golden_read(STORIES_GOLDEN);
+    const char *all = golden_member(golden, "greedy"), *one;
+    int64_t accepted = 0;
+    for (int i = 0; (one = golden_next(&all)) != NULL; i++) {
+        int n;
+        generation g = { .m = m };
+        int32_t *prompt = golden_ids(golden_member(one, "prompt_ids"), &g.n_prompt);
+        int32_t *want = golden_ids(golden_member(one, "output_ids"), &n);
+        assert_true(n >= 100 && n <= COUNT(g.want));
+        g.prompt = prompt;
+        g.n = SLOW && i != 1 ? 30 : n;
+        memcpy(g.want, want, (size_t)n * sizeof *want);
+        if (i == 1) assert_true(q3n_model_is_eos(m, want[n - 1]));
+        if (!SLOW || i < 2) accepted += check_speculation(&g, g.n_prompt + g.n);
+        free(want);
+        free(prompt);
+    }
+    assert_true(accepted > 200);
+    free(golden);
+    q3n_model_close(m);
+}
+
+/* ---- Speculation that samples has the same distribution ---- */
+#define CHOICES 3                /* top_k, and tokens of a run                                   */
+#define TRIPLES (CHOICES * CHOICES * CHOICES)
+
+typedef struct {
+    q3n_model *m;
+    int        vocab, n;
+    int32_t    ids[40], token;   /* token follows ids [n]                                        */
+    int32_t    choice[TRIPLES][CHOICES];
+    double     p[TRIPLES];
+} draw;
+
+/* The CHOICES largest logits with their probabilities. */
+static void choices_of(const float *logits, int vocab, int32_t *ids, double *p)
+{
+    double sum = 0.0;
+    for (int k = 0; k < CHOICES; k++) {
+        ids[k] = -1;
+        for (int i = 0; i < vocab; i++) {
+            int taken = 0;
+            for (int j = 0; j < k; j++) taken |= ids[j] == i;
+            if (!taken && (ids[k] < 0 || logits[i] > logits[ids[k]])) ids[k] = i;
+        }
+        p[k] = exp((double)logits[ids[k]] - (double)logits[ids[0]]);
+        sum += p[k];
+    }
+    for (int k = 0; k < CHOICES; k++) p[k] /= sum;
+}
+
+/* Probabilities of all triples behind the token, from plain runs. */
+static void draw_expect(draw *d)
+{
+    const q3n_session_options o = plain_options(d->n + 4);
+    q3n_session *s = create_session(d->m, &o);
+    float *logits = new_floats((size_t)d->vocab);
+    for (int i = 0; i < TRIPLES; i++) d->p[i] = 1.0;
+    for (int depth = 0, size = TRIPLES; depth < CHOICES; depth++, size /= CHOICES)
+        for (int i = 0; i < TRIPLES; i += size) {
+            int32_t ids[CHOICES];
+            double p[CHOICES];
+            q3n_session_reset(s);
+            must(s, q3n_session_eval(s, d->ids, d->n, NULL), Q3N_OK);
+            must(s, q3n_session_eval(s, &d->token, 1, logits), Q3N_OK);
+            if (depth) must(s, q3n_session_eval(s, d->choice[i], depth, logits), Q3N_OK);
+            choices_of(logits, d->vocab, ids, p);
+            for (int j = 0; j < size; j++) {
+                d->choice[i + j][depth] = ids[j / (size / CHOICES)];
+                d->p[i + j] *= p[j / (size / CHOICES)];
+            }
+        }
+    free(logits);
+    q3n_session_destroy(s);
+}
+
+/* A chi-square value that few random ones exceed: 1 in 100 000, by Wilson and Hilferty. */
+static double chi_square_bound(int degrees)
+{
+    const double v = 2.0 / (9.0 * degrees), x = 1.0 - v + 4.265 * sqrt(v);
+    return degrees * x * x * x;
+}
+
+static void check_counts(const draw *d, const int *counts, int n, const char *what)
+{
+    double sum = 0.0, rare_p = 0.0;
+    int degrees = -1, rare = 0;
+    for (int i = 0; i < TRIPLES; i++) {
+        const double e = d->p[i] * n;
+        if (e < 8.0) {
+            rare_p += d->p[i];
+            rare += counts[i];
+            continue;
+        }
+        sum += (counts[i] - e) * (counts[i] - e) / e;
+        degrees++;
+    }
+    if (rare_p > 0.0) {
+        sum += (rare - rare_p * n) * (rare - rare_p * n) / (rare_p * n);
+        degrees++;
+    }
+    assert_true(degrees > 5);
+    if (!(sum <= chi_square_bound(degrees)))
+        fail_msg("%s: chi-square %.1f for %d degrees of freedom, bound %.1f", what, sum, degrees,
+                 chi_square_bound(degrees));
+}
+
+/* Draw n triples through q3n_session_next. */
+static void check_draws(const draw *d, q3n_speculate speculate, int draft, int n)
+{
+    char what[100];
+    int counts[TRIPLES] = { 0 };
+    q3n_session_options o = plain_options(d->n + 8);
+    o.speculate = speculate;
+    o.draft = draft;
+    q3n_session *s = create_session(d->m, &o);
+    q3n_snapshot *snap = NULL;
+    q3n_sampler *sampler = NULL;
+    const q3n_sampler_options so = { .temperature = 1.0f, .top_k = CHOICES, .seed = 11 };
+    assert_int_equal(q3n_sampler_create(&sampler, d->m, &so, NULL), Q3N_OK);
+    must(s, q3n_session_eval(s, d->ids, d->n, NULL), Q3N_OK);
+    must(s, q3n_session_snapshot(s, &snap), Q3N_OK);
+    for (int i = 0; i < n; i++) {
+        int32_t out[CHOICES];
+        int have = 0, some = 0, k = 0;
+        must(s, q3n_session_restore(s, snap), Q3N_OK);
+        for (; have < CHOICES; have += some)
+            must(s, q3n_session_next(s, sampler, have ? out[have - 1] : d->token, out + have,
+                                     CHOICES - have, &some), Q3N_OK);
+        while (k < TRIPLES && memcmp(out, d->choice[k], sizeof out) != 0) k++;
+        if (k == TRIPLES) fail_msg("%d %d %d is not to be chosen", out[0], out[1], out[2]);
+        counts[k]++;
+    }
+    q3n_speculation stats;
+    q3n_session_speculation(s, &stats);
+    snprintf(what, sizeof what, "speculate %d, %d drafts, %d of %d accepted", (int)speculate, draft,
+             (int)stats.n_accepted, (int)stats.n_drafted);
+    check_counts(d, counts, n, what);
+    if (speculate != Q3N_SPECULATE_OFF && draft > 0 && stats.n_accepted < n / 10)
+        fail_msg("%s: too few to say anything", what);
+    q3n_snapshot_free(snap);
+    q3n_sampler_destroy(sampler);
+    q3n_session_destroy(s);
+}
+
+/* A random text behind which the module's draft is among the choices. */
+static void draw_for_module(draw *d, uint64_t *rng)
+{
+    q3n_session_options o = plain_options(40);
+    o.speculate = Q3N_SPECULATE_MTP;
+    q3n_session *s = create_session(d->m, &o);
+    float *logits = new_floats((size_t)d->vocab);
+    int32_t draft, ids[CHOICES];
+    double p[CHOICES];
+    d->n = 10;
+    for (int found = 0; !found; ) {
+        random_tokens(rng, d->ids, d->n, d->vocab);
+        d->token = random_below(rng, d->vocab);
+        q3n_session_reset(s);
+        must(s, q3n_session_eval(s, d->ids, d->n, NULL), Q3N_OK);
+        must(s, q3n_session_draft(s, d->token, &draft, 1, NULL), Q3N_OK);
+        must(s, q3n_session_eval(s, &d->token, 1, logits), Q3N_OK);
+        choices_of(logits, d->vocab, ids, p);
+        for (int i = 0; i < CHOICES; i++) found |= ids[i] == draft;
+    }
+    free(logits);
+    q3n_session_destroy(s);
+}
+
+/* A text with a piece that comes twice, and what followed it is among the choices. */
+static void draw_for_lookup(draw *d, uint64_t *rng)
+{
+    const q3n_session_options o = plain_options(40);
+    q3n_session *s = create_session(d->m, &o);
+    float *logits = new_floats((size_t)d->vocab);
+    int32_t ids[CHOICES];
+    double p[CHOICES];
+    for (int found = 0; !found; ) {
+        d->n = 26;                               /* 6 tokens, 5 behind them, and 6 again */
+        random_tokens(rng, d->ids, d->n, d->vocab);
+        memcpy(d->ids + 20, d->ids + 3, 6 * sizeof *d->ids);
+        d->token = d->ids[9];
+        q3n_session_reset(s);
+        must(s, q3n_session_eval(s, d->ids, d->n, NULL), Q3N_OK);
+        must(s, q3n_session_eval(s, &d->token, 1, logits), Q3N_OK);
+        choices_of(logits, d->vocab, ids, p);
+        for (int i = 0; i < CHOICES; i++) found |= ids[i] == d->ids[10];
+    }
+    free(logits);
+    q3n_session_destroy(s);
+}
+
+static void test_sampled_speculation(void **state)
+{
+    (void)state;
+    const int n = SLOW ? 500 : 4000;
+    uint64_t rng = 3;
+    draw d = { .m = open_model("qwen3_next_mtp", NULL) };
+    d.vocab = q3n_model_config(d.m)->vocab_size;
+    d.m->n_eos = 0;
+    draw_for_module(&d, &rng);
+    draw_expect(&d);
+    check_draws(&d, Q3N_SPECULATE_OFF, 0, n);
+    check_draws(&d, Q3N_SPECULATE_MTP, 1, n);
+    check_draws(&d, Q3N_SPECULATE_MTP, 2, n);
+    check_draws(&d, Q3N_SPECULATE_AUTO, 0, n);
+    draw_for_lookup(&d, &rng);
+    draw_expect(&d);
+    check_draws(&d, Q3N_SPECULATE_LOOKUP, 1, n);
+    check_draws(&d, Q3N_SPECULATE_LOOKUP, 3, n);
+    check_draws(&d, Q3N_SPECULATE_AUTO, 2, n);
+    q3n_model_close(d.m);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_draft_golden),
+        cmocka_unit_test(test_draft_stories),
+        cmocka_unit_test(test_draft_limits),
+#define GREEDY(model) CASE(test_greedy_speculation, model),
+        FAMILIES(GREEDY)
+        GREEDY(qwen3_head_all_moe)
+        cmocka_unit_test(test_greedy_stories),
+        cmocka_unit_test(test_sampled_speculation),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
