@@ -311,12 +311,13 @@
  *     52  u32    kv_type         id of Q3N_TYPE_LIST: f32, f16, bf16 or q8
  *     56  u32    delta_type      f32 or bf16
  *     60  u32    has_mtp         1 = pages hold the MTP module's layer too
- *     64  u32    has_hidden, has_logits      0 or 1; 0 at length 0
+ *     64  u32    has_hidden, has_logits      0 or 1; has_hidden is length > 0
  *     72  u32    page_tokens     256
  *     76  u32    n_kv_layers, n_kv_heads, head_dim, hidden_size, vocab_size
  *     96  u64    delta_len, conv_len         elements
  *    112  u64    page_bytes      of one page in the file
- *    120  u64    zero
+ *    120  u32    mtp_first       the MTP module's keys begin at this token: 1 .. length, 1 at 0
+ *    124  u32    zero
  *
  *   PARTS, one behind another, each padded with zeros to a multiple of 64 bytes
  *      delta_type[delta_len]     DeltaNet matrices: [DeltaNet layer][Hv][dk, dv]
@@ -813,8 +814,7 @@ Q3N_DEF q3n_result       q3n_session_tokens(const q3n_session *s, int first, int
 
 /* From any thread: the evaluation under way, or else the next one, stops within the time of one
  * layer and returns Q3N_ERR_CANCELLED, with the session as before the call; that uses the request
- * up.  on = 0 withdraws it.  Of a session that shares a batch's threads, it is the batch's
- * evaluation that stops. */
+ * up.  on = 0 withdraws it.  In a batch the whole call stops. */
 Q3N_DEF void             q3n_session_cancel(q3n_session *s, int on);
 
 Q3N_DEF int              q3n_session_length(const q3n_session *s);    /* tokens evaluated so far */
@@ -854,7 +854,8 @@ Q3N_DEF q3n_result q3n_session_fork(q3n_session **out, q3n_session *s,
 Q3N_DEF q3n_result q3n_session_rewind(q3n_session *s, int length);
 
 /* Make the session's text tokens [n], from wherever that costs least: what it has already, a
- * snapshot of the cache, or nothing; evaluate the rest, and mark the end (q3n_session_keep).
+ * snapshot of the cache, or nothing; evaluate the rest, and mark the end (q3n_session_keep).  A
+ * model that attends both ways reuses nothing.
  *
  *   logits    [vocab]  out, NULL = not wanted
  *   n_reused  out: tokens that were not evaluated, NULL = not wanted
@@ -5494,6 +5495,7 @@ typedef struct {
     q3n__trail    trail;
     int           trailing;      /* 1 = this run leaves its tokens in the trail                  */
     int           n_trail;       /* rows of the trail that come before this run: trail.n or 0    */
+    q3n__atomic  *cancel;        /* nonzero: stop behind the layer under way                     */
     int           length;        /* tokens before this run                                       */
     int           kv_valid;      /* tokens whose keys and values the pages hold already          */
     int64_t      *expert_counts; /* [layer][E] or NULL                                           */
@@ -5551,7 +5553,7 @@ typedef struct {
     q3n__x8 *ffn_q;              /* ffn_up, quantised                                            */
     float *mtp_in;               /* [2 d] input of the MTP module; NULL if there is none         */
     q3n__x8 *mtp_in_q;
-    q3n__atomic *cancel;         /* nonzero: stop behind this layer                              */
+    q3n__atomic *cancel;         /* nonzero: stop behind the layer under way                     */
     int    max;
 } q3n__run;
 
@@ -6537,6 +6539,14 @@ static void q3n__hook(const q3n__run *r, const q3n_layer_hook *hook, int l, cons
     if (hook->layer) hook->layer(hook->user, l, x, r->n, r->model->config.hidden_size);
 }
 
+static int q3n__is_cancelled(const q3n__run *r)   /* the engine, or one of the sessions */
+{
+    if (q3n__atomic_load(r->cancel)) return 1;
+    for (int i = 0; i < r->n_segments; i++)
+        if (q3n__atomic_load(r->segments[i].state->cancel)) return 1;
+    return 0;
+}
+
 /* Tokens through the trunk: afterwards r->a holds the final norm of every row.  The segments'
  * states are advanced; their lengths are not.  0 = cancelled on the way. */
 static int q3n__forward(q3n__run *r, const int32_t *tokens, const q3n_layer_hook *hook)
@@ -6547,7 +6557,7 @@ static int q3n__forward(q3n__run *r, const int32_t *tokens, const q3n_layer_hook
     q3n__hook(r, hook, -1, r->x);
     for (int l = 0; l < m->config.num_hidden_layers; l++) {
         const q3n__layer *w = &m->layers[l];
-        if (q3n__atomic_load(r->cancel)) return 0;
+        if (q3n__is_cancelled(r)) return 0;
         q3n__layer_forward(r, w, l, n_kind[w->is_delta]++);
         q3n__hook(r, hook, l, r->x);
     }
@@ -6661,7 +6671,7 @@ static q3n__page *q3n__page_alloc(const q3n_model *m, const q3n__shape *shape)
 {
     q3n__page *p = (q3n__page *)q3n__alloc(&m->allocator, shape->page_bytes);
     if (!p) return NULL;
-    memset(p, 0, Q3N__PAGE_HEAD);
+    memset(p, 0, shape->page_bytes);       /* what is never written goes into files as zeros */
     p->n_refs = 1;
     return p;
 }
@@ -6799,7 +6809,8 @@ typedef struct {
     uint64_t header_hash, file_bytes, model_hash, model_bytes;
     uint32_t length, kv_type, delta_type, has_mtp, has_hidden, has_logits;
     uint32_t page_tokens, n_kv_layers, n_kv_heads, head_dim, hidden_size, vocab_size;
-    uint64_t delta_len, conv_len, page_bytes, zero;
+    uint64_t delta_len, conv_len, page_bytes;
+    uint32_t mtp_first, zero;
 } q3n__session_header;
 
 typedef char q3n__session_header_is_128[sizeof(q3n__session_header) == 128 ? 1 : -1];
@@ -6864,6 +6875,7 @@ static void q3n__session_header_make(q3n__session_header *h, const q3n_model *m,
     h->delta_len = shape->delta_len;
     h->conv_len = shape->conv_len;
     h->page_bytes = q3n__page_file_bytes(shape);
+    h->mtp_first = (uint32_t)s->mtp_first;
     h->header_hash = q3n__session_header_hash(*h);
 }
 
@@ -6923,7 +6935,7 @@ static q3n_result q3n__session_header_numbers(const q3n__session_header *h,
         { "header_bytes", 12, 4 }, { "page_tokens", 72, 4 }, { "n_kv_layers", 76, 4 },
         { "n_kv_heads", 80, 4 },   { "head_dim", 84, 4 },    { "hidden_size", 88, 4 },
         { "vocab_size", 92, 4 },   { "delta_len", 96, 8 },   { "conv_len", 104, 8 },
-        { "page_bytes", 112, 8 },  { "zero", 120, 8 },       { "file_bytes", 24, 8 },
+        { "page_bytes", 112, 8 },  { "zero", 124, 4 },       { "file_bytes", 24, 8 },
     };
     for (size_t i = 0; i < sizeof field / sizeof *field; i++) {
         uint64_t x = 0, y = 0;
@@ -6950,14 +6962,18 @@ static q3n_result q3n__session_header_check(const q3n__session_header *h, const 
     if (h->delta_type != Q3N_TYPE_F32 && h->delta_type != Q3N_TYPE_BF16)
         return q3n__fail(err, Q3N_ERR_FORMAT, 56, "delta_type is %u, expected %d (f32) or %d"
                          " (bf16)", h->delta_type, Q3N_TYPE_F32, Q3N_TYPE_BF16);
-    if (h->has_hidden > (h->length > 0) || h->has_logits > (h->length > 0))
+    if (h->has_hidden != (h->length > 0) || h->has_logits > h->has_hidden)
         return q3n__fail(err, Q3N_ERR_FORMAT, 64, "has_hidden %u and has_logits %u of %u tokens:"
-                         " expected 0 or 1, at length 0 none", h->has_hidden, h->has_logits,
-                         h->length);
+                         " expected a hidden state, and perhaps logits, of any tokens",
+                         h->has_hidden, h->has_logits, h->length);
     if (h->length > (uint32_t)capacity)
         return q3n__fail(err, Q3N_ERR_FULL, 48, "%u tokens do not fit a session of %d: make it with"
                          " a larger capacity", h->length, capacity);
+    if (h->mtp_first < 1 || h->mtp_first > (h->length ? h->length : 1))
+        return q3n__fail(err, Q3N_ERR_FORMAT, 120, "mtp_first is %u of %u tokens", h->mtp_first,
+                         h->length);
     like->delta_type = (q3n_type)h->delta_type;
+    like->mtp_first = (int)h->mtp_first;
     like->has_hidden = (int)h->has_hidden;
     like->has_logits = (int)h->has_logits;
     like->length = (int)h->length;
@@ -7128,6 +7144,7 @@ static q3n_result q3n__stream_read(q3n__stream *in, q3n_snapshot **out, const q3
         return q3n__fail(in->err, Q3N_ERR_MEMORY, -1, "no memory for the state of %d tokens, %zu"
                          " bytes without pages", like.length,
                          q3n__snapshot_measure(shape, like.delta_type, like.length));
+    s->mtp_first = like.mtp_first;
     s->has_hidden = like.has_hidden;
     s->has_logits = like.has_logits;
     r = q3n__stream_arrays(in, s);
@@ -8127,10 +8144,10 @@ static void q3n__engine_set(q3n__engine *e, const q3n_model *m, const q3n_sessio
     e->has_mtp = has_mtp;
 }
 
-/* The cancel request is used up. */
-static q3n_result q3n__cancelled(q3n__engine *e, q3n_error *err)
+/* The request that stopped a call is used up. */
+static q3n_result q3n__cancelled(q3n__atomic *cancel, q3n_error *err)
 {
-    q3n__atomic_store(&e->cancel, 0);
+    q3n__atomic_store(cancel, 0);
     return q3n__fail(err, Q3N_ERR_CANCELLED, -1, "cancelled: the session is as before the call");
 }
 
@@ -8182,6 +8199,7 @@ struct q3n_session {
     q3n_cache          *own_cache;    /* the same, if it is the session's to destroy              */
     q3n__shape          shape;
     q3n_error           error;
+    q3n__atomic         cancel;       /* set by other threads                                     */
     int                 n_delta;      /* layers                                                   */
     int                 n_blocks;     /* pages at full capacity                                   */
 
@@ -8303,6 +8321,10 @@ static size_t q3n__session_measure(const q3n_model *m, const q3n_session_options
     if (q3n__session_options_set(m, o, &s->options, err) != Q3N_OK) return 0;
     if (s->options.shared && q3n__batch_engine(s->options.shared)->model != m) {
         q3n__fail(err, Q3N_ERR_ARG, -1, "the batch to share is of another model");
+        return 0;
+    }
+    if (s->options.cache && s->options.cache->model != m) {
+        q3n__fail(err, Q3N_ERR_ARG, -1, "the cache is of another model");
         return 0;
     }
     q3n__shape_make(m, s->options.kv_type, q3n__wants_mtp(m, &s->options), &s->shape);
@@ -8788,7 +8810,7 @@ static int32_t *q3n__session_text(const q3n_session *s, int n)
 static int q3n__session_put(q3n_session *s, q3n__engine *e, int in_call, int marked)
 {
     const int n = in_call ? s->state.length : s->length;
-    if (!s->cache || n == 0) return 1;
+    if (!s->cache || n == 0 || !s->model->config.causal) return 1;
     int32_t *text = q3n__session_text(s, n);
     if (!text) return 0;
     const int there = q3n__cache_touch(s->cache, &s->shape, s->options.snapshot_type, text, n,
@@ -8850,7 +8872,7 @@ static q3n_result q3n__session_passes(q3n_session *s, const int32_t *tokens, int
     for (int i = 0, some; i < n; i += some) {
         some = q3n__session_stride(s, n - i, e->options.batch);
         const q3n__part part = { s, tokens + i, some, i + some == n };
-        if (q3n__engine_pass(e, &part, 1) != Q3N_OK) return q3n__cancelled(e, &s->error);
+        if (q3n__engine_pass(e, &part, 1) != Q3N_OK) return q3n__cancelled(&s->cancel, &s->error);
         const float *rows = q3n__engine_rows(e);
         if (out->all_hidden)
             memcpy(out->all_hidden + (size_t)i * d, rows, (size_t)some * d * sizeof *rows);
@@ -8921,7 +8943,7 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
         const q3n__part part = { s, tokens + i, some, i + some == n };
         if (q3n__engine_pass(e, &part, 1) != Q3N_OK) {
             q3n__session_rollback(s);
-            return q3n__cancelled(e, &s->error);
+            return q3n__cancelled(&s->cancel, &s->error);
         }
         for (int t = 0; t < some; t++) {
             const int wanted = c->pooling == Q3N_POOLING_MEAN
@@ -8955,7 +8977,8 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
 static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n, int only_reuse)
 {
     q3n__engine *e = s->engine;
-    const int m = q3n__common_prefix(s->state.kv.page, s->length, tokens, n);
+    const int m = s->model->config.causal
+                ? q3n__common_prefix(s->state.kv.page, s->length, tokens, n) : 0;
     const int stay = m == s->length, any = s->n_delta == 0;
     q3n__mtp_flush(s, e);
     q3n__session_begin(s, e);
@@ -9050,8 +9073,7 @@ static q3n_result q3n__session_rewind(q3n_session *s, int length)
 static q3n_result q3n__session_feed(q3n_session *s, const int32_t *tokens, int n, float *logits,
                                     int only_reuse, int *n_reused)
 {
-    q3n_result r = q3n__check_causal(s);
-    if (r == Q3N_OK) r = q3n__session_check(s, tokens, n, 0);
+    q3n_result r = q3n__session_check(s, tokens, n, 0);
     if (r == Q3N_OK) r = q3n__check_head(s, logits != NULL);
     if (r != Q3N_OK) return r;
     const q3n_outputs out = { logits, NULL, NULL, NULL };
@@ -9175,7 +9197,10 @@ static void q3n__batch_logits(q3n_batch *b, const q3n_batch_item *items, int n_p
 static q3n_result q3n__batch_pass(q3n_batch *b, q3n_batch_item *items, int n_parts)
 {
     q3n__engine *e = &b->engine;
-    if (q3n__engine_pass(e, b->parts, n_parts) != Q3N_OK) return q3n__cancelled(e, &b->error);
+    if (q3n__engine_pass(e, b->parts, n_parts) != Q3N_OK) {
+        for (int i = 0; i < n_parts; i++) q3n__atomic_store(&b->parts[i].s->cancel, 0);
+        return q3n__cancelled(&e->cancel, &b->error);
+    }
     q3n__batch_logits(b, items, n_parts);
     for (int i = 0; i < n_parts; i++) {
         q3n_session *s = b->parts[i].s;
@@ -9698,9 +9723,9 @@ static int32_t q3n__largest_logit(const float *logits, int n)   /* the first of 
     return best;
 }
 
-/* Logits for a draft of one row: of the first tokens of the vocabulary alone, which byte-pair merges
- * have numbered by how common they are; the head is most of what a draft costs.  A draft that is
- * never made is merely never accepted. */
+/* Logits for a draft of one row: of the first tokens of the vocabulary alone, which byte-pair
+ * merges have numbered by how common they are; the head is most of what a draft costs, and a token
+ * that is never drafted is merely chosen without. */
 #define Q3N__DRAFT_VOCAB 4   /* one token in so many */
 #define Q3N__DRAFT_LEAST 2048
 
@@ -9986,7 +10011,7 @@ static q3n_result q3n__step(q3n_session *s, q3n_sampler *sampler, const int32_t 
         s->work_mtp = s->mtp_length;
     }
     const q3n__part part = { s, rows, p->n + 1, 1 };
-    if (q3n__engine_pass(e, &part, 1) != Q3N_OK) return q3n__cancelled(e, &s->error);
+    if (q3n__engine_pass(e, &part, 1) != Q3N_OK) return q3n__cancelled(&s->cancel, &s->error);
     float *logits = p->n > 0 ? s->draft_logits : s->logits;
     q3n__logits(&e->run, q3n__engine_rows(e), p->n + 1, logits);
     *n = q3n__drafts_choose(s, sampler, p, logits, tokens);
@@ -11686,6 +11711,7 @@ Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
     }
     memset(s->state.kv.page, 0, (size_t)s->n_blocks * sizeof *s->state.kv.page);
     memset(s->owned, 0, (size_t)s->n_blocks);
+    s->state.cancel = &s->cancel;
     q3n__session_clear(s);
     q3n__speculation_reset(s);
     q3n_result r = own ? q3n__engine_open(own, err) : Q3N_OK;
@@ -11749,7 +11775,7 @@ Q3N_DEF q3n_result q3n_session_tokens(const q3n_session *s, int first, int n, in
 
 Q3N_DEF void q3n_session_cancel(q3n_session *s, int on)
 {
-    q3n__atomic_store(&s->engine->cancel, on != 0);
+    q3n__atomic_store(&s->cancel, on != 0);
 }
 
 Q3N_DEF int     q3n_session_length(const q3n_session *s)    { return s->length; }
