@@ -139,7 +139,7 @@ static void test_draft_stories(void **state)
     int32_t *ids = golden_ids(golden_member(golden, "valid_ids"), &n_ids);
     const char *mtp = golden_member(golden, "mtp");
     int32_t *want = golden_ids(golden_member(mtp, "draft_argmax"), &n_want);
-    check_draft_golden(m, ids, SLOW ? 30 : 120, want, NULL);
+    check_draft_golden(m, ids, SLOW ? 20 : 120, want, NULL);
     free(want);
     free(ids);
     free(golden);
@@ -271,12 +271,12 @@ static void check_generation(const generation *g, const q3n_session_options *o, 
 /* All sources, with all numbers of drafts or a few; returns how many drafts were accepted. */
 static int64_t check_speculation(const generation *g, int capacity, int all)
 {
-    static const int drafts[] = { 0, 1, 2, 3, 4, 5, 6, 7, 8 }, few[] = { 0, 1, 3, 8 };
-    const int small = SLOW || !all;
+    static const int drafts[] = { 0, 1, 2, 3, 4, 5, 6, 7, 8 }, few[] = { 0, 3, 8, 1 };
+    const int small = SLOW || !all, n_few = SLOW ? 2 : COUNT(few);
     int64_t accepted = 0;
     for (int source = 0; source < Q3N_SPECULATE_COUNT; source++) {
         if (source == Q3N_SPECULATE_MTP && !q3n_model_config(g->m)->num_mtp_layers) continue;
-        for (int i = 0; i < (small ? COUNT(few) : COUNT(drafts)); i++) {
+        for (int i = 0; i < (small ? n_few : COUNT(drafts)); i++) {
             q3n_session_options o = plain_options(capacity);
             q3n_speculation stats;
             o.speculate = (q3n_speculate)source;
@@ -345,11 +345,11 @@ static void test_greedy_stories(void **state)
         g.n = SLOW && i != 1 ? 30 : n;
         memcpy(g.want, want, (size_t)n * sizeof *want);
         if (i == 1) assert_true(q3n_model_is_eos(m, want[n - 1]));
-        if (!SLOW || i < 2) accepted += check_speculation(&g, g.n_prompt + g.n, 0);
+        if (!SLOW || i == 1) accepted += check_speculation(&g, g.n_prompt + g.n, 0);
         free(want);
         free(prompt);
     }
-    assert_true(accepted > 200);
+    assert_true(accepted > (SLOW ? 50 : 200));
     free(golden);
     q3n_model_close(m);
 }
@@ -527,7 +527,7 @@ static void draw_for_lookup(draw *d, uint64_t *rng)
 static void test_sampled_speculation(void **state)
 {
     (void)state;
-    const int n = SLOW ? 500 : 2000;
+    const int n = SLOW ? 300 : 2000;
     uint64_t rng = 3;
     draw d = { .m = open_model("qwen3_next_mtp", NULL) };
     d.vocab = q3n_model_config(d.m)->vocab_size;
