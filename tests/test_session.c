@@ -235,6 +235,12 @@ static void test_cancel_one(void **state)
     assert_int_equal(q3n_session_length(s[0]), 4);
     assert_int_equal(q3n_session_length(s[1]), 8);
     assert_int_equal(q3n_batch_eval(b, items, 2, NULL), Q3N_OK);
+    /* the batch's request stops one evaluation, whoever begins it */
+    q3n_batch_cancel(b, 1);
+    must(s[0], q3n_session_eval(s[0], ids, 4, NULL), Q3N_ERR_CANCELLED);
+    must(s[0], q3n_session_eval(s[0], ids, 4, NULL), Q3N_OK);
+    items[1].done = 0;
+    assert_int_equal(q3n_batch_eval(b, items + 1, 1, NULL), Q3N_OK);
     q3n_session_destroy(s[0]);
     q3n_session_destroy(s[1]);
     q3n_batch_destroy(b);
