@@ -1593,11 +1593,16 @@ static int q3n__directory_list(const char *path, const char *prefix, q3n__file_f
 #else
 #  define Q3N__HAS_FILES 1
 typedef struct { int fd; } q3n__file;
+#  ifdef O_CLOEXEC                     /* hidden from strict C11 without _GNU_SOURCE */
+#    define Q3N__CLOEXEC O_CLOEXEC
+#  else
+#    define Q3N__CLOEXEC 0
+#  endif
 
 /* A file that must not exist yet, to be written; 0 = failed. */
 static int q3n__file_create(q3n__file *f, const char *path)
 {
-    f->fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    f->fd = open(path, O_WRONLY | O_CREAT | O_EXCL | Q3N__CLOEXEC, 0666);
     return f->fd >= 0;
 }
 
@@ -1606,7 +1611,7 @@ static int q3n__file_create(q3n__file *f, const char *path)
 static int q3n__file_open(q3n__file *f, const char *path, int64_t *bytes)
 {
     struct stat st;
-    f->fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    f->fd = open(path, O_RDONLY | O_NONBLOCK | Q3N__CLOEXEC);
     if (f->fd < 0) return errno == ENOENT ? -1 : 0;
     if (fstat(f->fd, &st) == 0 && S_ISREG(st.st_mode)) {
         *bytes = (int64_t)st.st_size;
@@ -1651,9 +1656,10 @@ static int q3n__directory_list(const char *path, const char *prefix, q3n__file_f
     if (!dir) return 0;
     for (const struct dirent *e; (e = readdir(dir)) != NULL; ) {
         struct stat st;
-        if (strncmp(e->d_name, prefix, strlen(prefix)) == 0
-            && fstatat(dirfd(dir), e->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0
-            && S_ISREG(st.st_mode))
+        char file[4096];
+        if (strncmp(e->d_name, prefix, strlen(prefix)) != 0) continue;
+        const int n = snprintf(file, sizeof file, "%s/%s", path, e->d_name);
+        if (n > 0 && n < (int)sizeof file && stat(file, &st) == 0 && S_ISREG(st.st_mode))
             found(user, e->d_name, (int64_t)st.st_size, (int64_t)st.st_mtime);
     }
     closedir(dir);
