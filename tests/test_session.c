@@ -257,12 +257,14 @@ typedef struct {
     q3n_snapshot *snap[4];       /* one made by any, restored and freed by any                   */
     int          snap_line[4];
     q3n_session *session[N_WORKERS];
+    q3n__atomic  n_ops[N_WORKERS];   /* begun by each worker                                     */
     q3n__atomic  n_done, n_cancelled;
 } commons;
 
 typedef struct {
     commons     *all;
     q3n_session *s;
+    int          number;
     uint64_t     rng;
     int          line, n;        /* the session holds the first n tokens of the line             */
     float       *logits;
@@ -379,7 +381,8 @@ static void worker_fork(worker *k)
 static void *worker_main(void *memory)
 {
     worker *k = (worker *)memory;
-    for (int i = 0; i < k->all->rounds && !k->why[0]; i++)
+    for (int i = 0; i < k->all->rounds && !k->why[0]; i++) {
+        q3n__atomic_add(&k->all->n_ops[k->number], 1);
         switch (random_below(&k->rng, 8)) {
         case 0:  worker_rewind(k);   break;
         case 1:  worker_feed(k);     break;
@@ -388,17 +391,23 @@ static void *worker_main(void *memory)
         case 4:  worker_fork(k);     break;
         default: worker_eval(k);     break;
         }
+    }
     q3n__atomic_add(&k->all->n_done, 1);
     return NULL;
 }
 
-/* Cancels whatever is under way until all workers are done. */
+/* Cancels what is under way until all workers are done; the same operation only once, or a slow one
+ * would never end. */
 static void *cancel_main(void *memory)
 {
     commons *all = (commons *)memory;
     const struct timespec pause = { 0, 300000 };
+    int64_t last[N_WORKERS] = { 0 };
     for (uint64_t rng = 1; q3n__atomic_load(&all->n_done) < N_WORKERS; ) {
-        q3n_session_cancel(all->session[random_below(&rng, N_WORKERS)], random_below(&rng, 4) > 0);
+        const int i = random_below(&rng, N_WORKERS);
+        const int64_t n = q3n__atomic_load(&all->n_ops[i]);
+        if (n != last[i]) q3n_session_cancel(all->session[i], random_below(&rng, 4) > 0);
+        last[i] = n;
         nanosleep(&pause, NULL);
     }
     return NULL;
@@ -445,6 +454,7 @@ static void test_threads(void **state)
         assert_int_equal(q3n_session_fork(&k[i].s, parent, &o, NULL), Q3N_OK);
         all->session[i] = k[i].s;
         k[i].all = all;
+        k[i].number = i;
         k[i].rng = (uint64_t)i;
         k[i].line = i % N_LINES;
         k[i].n = SHARED;
