@@ -944,7 +944,11 @@ typedef struct q3n_limit {               /* all zero = until everything is done 
                                             one token is always evaluated                        */
 } q3n_limit;
 
-/* Uses batch, n_threads, max_isa, scalar_only, executor and layer_hook of o. */
+/* Uses batch, n_threads, max_isa, scalar_only, executor and layer_hook of o.  Takes
+ * q3n_batch_bytes of memory, and with several threads room for partial results of attention, up to
+ * 4 (head_dim + 2) num_attention_heads floats for every 256 tokens of the longest session's text,
+ * rounded up to a power of two. */
+Q3N_DEF size_t     q3n_batch_bytes(const q3n_model *m, const q3n_session_options *o);
 Q3N_DEF q3n_result q3n_batch_create(q3n_batch **out, const q3n_model *m,
                                     const q3n_session_options *o, q3n_error *err);
 Q3N_DEF void       q3n_batch_destroy(q3n_batch *b);    /* NULL is allowed; after its sessions */
@@ -1036,7 +1040,8 @@ Q3N_DEF void       q3n_sampler_reset(q3n_sampler *s);    /* forget tokens, seed 
  *   max      1 or more; room in the session is needed for so many
  *
  * Nothing is drafted beyond a token that ends the text (q3n_model_is_eos).  Greedy output is what
- * it is without drafts; sampled output has the same distribution ([SPEC]).
+ * it is without drafts; sampled output has the same distribution ([SPEC]), and with looked-up
+ * drafts the same tokens for a seed; the module's drafts use up random numbers of their own.
  * Errors: as q3n_session_eval. */
 Q3N_DEF q3n_result q3n_session_next(q3n_session *s, q3n_sampler *sampler, int32_t token,
                                     int32_t *tokens, int max, int *n);
@@ -11927,35 +11932,55 @@ Q3N_DEF q3n_result q3n_session_load_from(q3n_session *s, const q3n_source *sourc
 /* Rows of logits that a batch computes at once. */
 #define Q3N__LOGIT_ROWS 16
 
+static void q3n__batch_layout(q3n__arena *a, q3n_batch *b)
+{
+    size_t threads;
+    q3n__arena_take(a, 1, sizeof *b);
+    b->parts = (q3n__part *)q3n__arena_take(a, (size_t)b->engine.options.batch, sizeof *b->parts);
+    q3n__engine_layout(a, &b->engine, &threads);
+}
+
+/* Bytes of its one allocation, without the allocator's own head; 0 with err if it cannot be. */
+static size_t q3n__batch_measure(const q3n_model *m, const q3n_session_options *o, q3n_batch *b,
+                                 q3n_error *err)
+{
+    q3n_session_options options;
+    if (q3n__session_options_set(m, o, &options, err) != Q3N_OK) return 0;
+    memset(b, 0, sizeof *b);
+    q3n__engine_set(&b->engine, m, &options, m->config.num_mtp_layers > 0);
+    b->engine.logit_rows = options.batch < Q3N__LOGIT_ROWS ? options.batch : Q3N__LOGIT_ROWS;
+    q3n__arena a = { NULL, 0, 0 };
+    q3n__batch_layout(&a, b);
+    if (!a.overflow) return a.used;
+    q3n__fail(err, Q3N_ERR_MEMORY, -1, "a batch of %d tokens does not fit the address space",
+              options.batch);
+    return 0;
+}
+
+Q3N_DEF size_t q3n_batch_bytes(const q3n_model *m, const q3n_session_options *o)
+{
+    q3n_batch b;
+    const size_t bytes = q3n__batch_measure(m, o, &b, NULL);
+    return bytes ? q3n__with_head(bytes) : 0;
+}
+
 Q3N_DEF q3n_result q3n_batch_create(q3n_batch **out, const q3n_model *m,
                                     const q3n_session_options *o, q3n_error *err)
 {
     if (!out || !m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model, or no place for the batch");
     *out = NULL;
-    q3n_session_options options;
-    q3n_result r = q3n__session_options_set(m, o, &options, err);
-    if (r != Q3N_OK) return r;
     q3n_batch measured;
-    memset(&measured, 0, sizeof measured);
-    q3n__engine_set(&measured.engine, m, &options, m->config.num_mtp_layers > 0);
-    measured.engine.logit_rows = options.batch < Q3N__LOGIT_ROWS ? options.batch : Q3N__LOGIT_ROWS;
-    q3n__arena a = { NULL, 0, 0 };
-    q3n_batch *b = &measured;
-    for (int pass = 0; pass < 2; pass++) {
-        size_t threads;
-        q3n__arena_take(&a, 1, sizeof *b);
-        b->parts = (q3n__part *)q3n__arena_take(&a, (size_t)options.batch, sizeof *b->parts);
-        q3n__engine_layout(&a, &b->engine, &threads);
-        if (pass == 1) break;
-        uint8_t *memory = a.overflow ? NULL : (uint8_t *)q3n__alloc(&m->allocator, a.used);
-        if (!memory)
-            return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a batch of %d tokens, %zu "
-                             "bytes", options.batch, a.used);
-        a = (q3n__arena){ memory, 0, 0 };
-        b = (q3n_batch *)(void *)memory;
-        *b = measured;
-    }
-    r = q3n__engine_open(&b->engine, err);
+    q3n_error why = { Q3N_ERR_ARG, -1, "" };
+    const size_t bytes = q3n__batch_measure(m, o, &measured, &why);
+    if (bytes == 0) return q3n__fail(err, why.code, -1, "%s", why.message);
+    q3n__arena a = { (uint8_t *)q3n__alloc(&m->allocator, bytes), 0, 0 };
+    if (!a.base)
+        return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a batch of %d tokens, %zu bytes: "
+                         "make batch smaller", measured.engine.options.batch, bytes);
+    q3n_batch *b = (q3n_batch *)(void *)a.base;
+    *b = measured;
+    q3n__batch_layout(&a, b);
+    q3n_result r = q3n__engine_open(&b->engine, err);
     if (r != Q3N_OK) {
         q3n__free(&m->allocator, b);
         return r;
