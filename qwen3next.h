@@ -9844,12 +9844,17 @@ static void q3n__step_learn(q3n_session *s, int n, double us)
     else s->step_us += ((unit < 2.0 * s->step_us ? unit : 2.0 * s->step_us) - s->step_us) / 8.0;
 }
 
-/* A step with n drafts.  One that was never tried is guessed low, and so tried. */
+/* Tries before a measured cost is believed: until then it is taken for low, and so tried again. */
+#define Q3N__SURE_TRIES 12
+
+/* A step with n drafts. */
 static double q3n__step_cost(const q3n_session *s, int n)
 {
     int known = n;
     while (known > 0 && s->step_cost[known] == 0.0) known--;
-    return (known ? s->step_cost[known] : 1.0) + 0.1 * (n - known);
+    const double seen = (known ? s->step_cost[known] : 1.0) + 0.1 * (n - known);
+    const double low = 1.0 + 0.2 * n;
+    return n > 0 && s->step_tries[n] < Q3N__SURE_TRIES && low < seen ? low : seen;
 }
 
 /* Tokens per unit of time with the best number of drafts, at most `most`, of a source; *n is it.
