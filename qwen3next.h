@@ -8255,7 +8255,8 @@ struct q3n_session {
     double              step_cost[Q3N_MAX_DRAFT + 1];   /* by drafts, in step_us; 0 = unknown     */
     int                 step_tries[Q3N_MAX_DRAFT + 1];
     double              draft_cost[2];   /* of the module, in step_us: the first, each further    */
-    int                 probe_left, probe_wait, probe_gap;
+    double              try_credit;      /* steps to spend on drafts that do not seem to pay          */
+    int                 try_left;
     int                 since_plain;     /* steps since one without drafts                        */
     int                 mtp_idle;        /* steps since drafts of the module paid                 */
 };
@@ -9857,11 +9858,11 @@ static double q3n__step_cost(const q3n_session *s, int n)
     return n > 0 && s->step_tries[n] < Q3N__SURE_TRIES && low < seen ? low : seen;
 }
 
-/* Tokens per unit of time with the best number of drafts, at most `most`, of a source; *n is it.
- * Drafts must promise a little more than nothing to be worth the trouble. */
+/* Tokens per unit of time with the best number of drafts, 1 .. most, of a source; *n is it.  A step
+ * without has 1. */
 static double q3n__best_length(const q3n_session *s, q3n_speculate source, int most, int *n)
 {
-    double tokens = 1.0, p = 1.0, draft = 0.0, best = 1.02;
+    double tokens = 1.0, p = 1.0, draft = 0.0, best = 0.0;
     *n = 0;
     for (int k = 1; k <= most; k++) {
         p *= s->acceptance[source].accept[k - 1];
@@ -9875,27 +9876,36 @@ static double q3n__best_length(const q3n_session *s, q3n_speculate source, int m
     return best;
 }
 
-/* Steps without drafts in a row before some are tried again; each failure doubles it. */
-#define Q3N__PROBE_GAP   64
-#define Q3N__PROBE_MOST  1024
-#define Q3N__PROBE_STEPS 2
+/* What drafts must promise to be made; what share of the time goes into others, for texts and
+ * estimates change; the steps of such a try if the module has to catch up first, and what that
+ * takes. */
+#define Q3N__WORTH       1.02
+#define Q3N__TRY_SHARE   0.005
+#define Q3N__TRY_STEPS   4
+#define Q3N__TRY_BEGIN   1.0
+
+/* Steps since drafts of the module paid after which it does not follow the text any more. */
+#define Q3N__MTP_IDLE    32
+
+/* Whether to make drafts of the given rate though they do not seem to pay. */
+static int q3n__try_drafts(q3n_session *s, double rate, int mtp)
+{
+    if (s->try_left > 0) {
+        s->try_left--;
+        return 1;
+    }
+    const int behind = mtp && s->mtp_idle >= Q3N__MTP_IDLE;
+    const double loss = rate < 1.0 ? 1.0 - rate : 0.0;
+    const double price = behind ? Q3N__TRY_BEGIN + Q3N__TRY_STEPS * loss : loss;
+    if (s->try_credit < 8.0) s->try_credit += Q3N__TRY_SHARE;
+    if (s->try_credit < price) return 0;
+    s->try_credit -= price;
+    s->try_left = behind ? Q3N__TRY_STEPS - 1 : 0;
+    return 1;
+}
 
 /* Steps with drafts in a row before one without: it keeps the unit of costs right. */
 #define Q3N__PLAIN_GAP   64
-
-/* Now and then a draft is made where none seems to pay: texts change. */
-static int q3n__probe(q3n_session *s)
-{
-    if (s->probe_left > 0) {
-        s->probe_left--;
-        return 1;
-    }
-    if (++s->probe_wait < s->probe_gap) return 0;
-    s->probe_wait = 0;
-    s->probe_left = Q3N__PROBE_STEPS - 1;
-    if (s->probe_gap < Q3N__PROBE_MOST) s->probe_gap *= 2;
-    return 1;
-}
 
 /* Choose source and number of drafts: at most `most`, fixed by the options or by what pays. */
 static void q3n__drafts_plan(q3n_session *s, int32_t token, int most, q3n__drafts *plan)
@@ -9917,27 +9927,21 @@ static void q3n__drafts_plan(q3n_session *s, int32_t token, int most, q3n__draft
     if (s->spec.n_steps < 3 || ++s->since_plain > Q3N__PLAIN_GAP) p->n = most = 0;
     if (most < 1) return;                               /* what a plain step costs comes first */
     int by_lookup = 0, by_mtp = 0;
-    const int found = p->n;
-    const double lookup = q3n__best_length(s, Q3N_SPECULATE_LOOKUP, found, &by_lookup);
-    const double module = mtp ? q3n__best_length(s, Q3N_SPECULATE_MTP, most, &by_mtp) : 0.0;
+    const double lookup = q3n__best_length(s, Q3N_SPECULATE_LOOKUP, p->n, &by_lookup);
+    const double module = q3n__best_length(s, Q3N_SPECULATE_MTP, mtp ? most : 0, &by_mtp);
+    const double rate = module > lookup ? module : lookup;
     p->n = by_lookup;
-    if (by_mtp > 0 && module > lookup) {
+    if (module > lookup) {
         p->n = by_mtp;
         p->source = Q3N_SPECULATE_MTP;
     }
-    if (p->n > 0) {
-        s->probe_wait = s->probe_left = 0;
-        s->probe_gap = Q3N__PROBE_GAP;
-    } else if ((found > 0 || mtp) && q3n__probe(s)) {
-        p->n = 1;
-        p->source = found > 0 ? Q3N_SPECULATE_LOOKUP : Q3N_SPECULATE_MTP;
-    }
-    s->mtp_idle = by_mtp > 0 && p->source == Q3N_SPECULATE_MTP ? 0 : s->mtp_idle + 1;
+    const int pays = p->n > 0 && rate > Q3N__WORTH;
+    if (!pays && p->n > 0 && !q3n__try_drafts(s, rate, module > lookup)) p->n = 0;
+    s->mtp_idle = pays && module > lookup ? 0 : s->mtp_idle + 1;
 }
 
 /* A module whose drafts have not paid for a while does not follow the text: that would cost a share
  * of a layer for each token.  It begins anew at the last rows, and sees no further back. */
-#define Q3N__MTP_IDLE    32
 #define Q3N__MTP_RESTART 8
 
 static void q3n__mtp_restart(q3n_session *s, const q3n__drafts *p)
@@ -9969,7 +9973,6 @@ static void q3n__drafts_learn(q3n_session *s, const q3n__drafts *p, int right)
 static void q3n__speculation_reset(q3n_session *s)
 {
     memset(&s->spec, 0, sizeof s->spec);
-    s->probe_gap = Q3N__PROBE_GAP;
     for (int i = 0; i < Q3N_SPECULATE_COUNT; i++)
         for (int k = 0; k < Q3N_MAX_DRAFT; k++) {
             s->acceptance[i].accept[k] = 0.6;
