@@ -83,14 +83,16 @@ static void check_draft_golden(const q3n_model *m, const int32_t *ids, int n, co
     float *logits = new_floats((size_t)n * (size_t)V);
     for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
         if (!q3n_isa_supported((q3n_isa)isa)) continue;
+        int n_isa = n;
         q3n_session_options o = plain_options(n + 8);
         o.max_isa = (q3n_isa)isa;
         o.scalar_only = isa == Q3N_ISA_SCALAR;
+        if (o.scalar_only && !last) n_isa = n < 40 ? n : 40;     /* slow */
         o.speculate = isa % 2 ? Q3N_SPECULATE_MTP : Q3N_SPECULATE_AUTO;
         q3n_session *s = create_session(m, &o);
-        drafts_one_by_one(s, ids, n, drafts, logits);
+        drafts_one_by_one(s, ids, n_isa, drafts, logits);
         q3n_session_destroy(s);
-        for (int i = 0; i + 1 < n; i++) assert_int_equal(drafts[i], want[i]);
+        for (int i = 0; i + 1 < n_isa; i++) assert_int_equal(drafts[i], want[i]);
         double scale = 0.0;
         for (int i = 0; last && i < V; i++) scale = fmax(scale, fabs(last[i]));
         for (int i = 0; last && i < V; i++) {       /* the bound of test_model.c's logits */
@@ -100,7 +102,7 @@ static void check_draft_golden(const q3n_model *m, const int32_t *ids, int n, co
         }
         o.n_threads = 2;
         o.batch = isa == Q3N_ISA_SCALAR ? 7 : 0;
-        check_draft_paths(m, &o, ids, n, logits);
+        check_draft_paths(m, &o, ids, n_isa, logits);
     }
     free(logits);
     free(drafts);
@@ -137,7 +139,7 @@ static void test_draft_stories(void **state)
     int32_t *ids = golden_ids(golden_member(golden, "valid_ids"), &n_ids);
     const char *mtp = golden_member(golden, "mtp");
     int32_t *want = golden_ids(golden_member(mtp, "draft_argmax"), &n_want);
-    check_draft_golden(m, ids, SLOW ? 30 : 120, want, NULL);
+    check_draft_golden(m, ids, SLOW ? 20 : 120, want, NULL);
     free(want);
     free(ids);
     free(golden);
@@ -266,15 +268,15 @@ static void check_generation(const generation *g, const q3n_session_options *o, 
     q3n_session_destroy(s);
 }
 
-/* All sources, numbers of drafts, and limits; returns how many drafts were accepted. */
-static int64_t check_speculation(const generation *g, int capacity)
+/* All sources, with all numbers of drafts or a few; returns how many drafts were accepted. */
+static int64_t check_speculation(const generation *g, int capacity, int all)
 {
-    static const int drafts[] = { 0, 1, 2, 3, 4, 5, 6, 7, 8 }, few[] = { 0, 1, 3, 8 };
-    const int small = SLOW || q3n_model_config(g->m)->vocab_size > 1000;
+    static const int drafts[] = { 0, 1, 2, 3, 4, 5, 6, 7, 8 }, few[] = { 0, 3, 8, 1 };
+    const int small = SLOW || !all, n_few = SLOW ? 2 : COUNT(few);
     int64_t accepted = 0;
     for (int source = 0; source < Q3N_SPECULATE_COUNT; source++) {
         if (source == Q3N_SPECULATE_MTP && !q3n_model_config(g->m)->num_mtp_layers) continue;
-        for (int i = 0; i < (small ? COUNT(few) : COUNT(drafts)); i++) {
+        for (int i = 0; i < (small ? n_few : COUNT(drafts)); i++) {
             q3n_session_options o = plain_options(capacity);
             q3n_speculation stats;
             o.speculate = (q3n_speculate)source;
@@ -318,10 +320,10 @@ static void test_greedy_speculation(void **state)
         g.penalty = i ? 1.1f : 1.0f;
         generate_plain(&g, n);
         m->n_eos = 0;
-        check_speculation(&g, COUNT(prompt) + n);
-        check_speculation(&g, COUNT(prompt) + n / 2);
+        check_speculation(&g, COUNT(prompt) + n, i == 0);
+        check_speculation(&g, COUNT(prompt) + n / 2, 0);
         end_in_the_middle(m, &g);
-        check_speculation(&g, COUNT(prompt) + n);
+        check_speculation(&g, COUNT(prompt) + n, 0);
     }
     q3n_model_close(m);
 }
@@ -343,11 +345,11 @@ static void test_greedy_stories(void **state)
         g.n = SLOW && i != 1 ? 30 : n;
         memcpy(g.want, want, (size_t)n * sizeof *want);
         if (i == 1) assert_true(q3n_model_is_eos(m, want[n - 1]));
-        if (!SLOW || i < 2) accepted += check_speculation(&g, g.n_prompt + g.n);
+        if (!SLOW || i == 1) accepted += check_speculation(&g, g.n_prompt + g.n, 0);
         free(want);
         free(prompt);
     }
-    assert_true(accepted > 200);
+    assert_true(accepted > (SLOW ? 50 : 200));
     free(golden);
     q3n_model_close(m);
 }
@@ -525,7 +527,7 @@ static void draw_for_lookup(draw *d, uint64_t *rng)
 static void test_sampled_speculation(void **state)
 {
     (void)state;
-    const int n = SLOW ? 500 : 4000;
+    const int n = SLOW ? 300 : 2000;
     uint64_t rng = 3;
     draw d = { .m = open_model("qwen3_next_mtp", NULL) };
     d.vocab = q3n_model_config(d.m)->vocab_size;
