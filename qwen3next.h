@@ -8255,7 +8255,7 @@ struct q3n_session {
     double              step_cost[Q3N_MAX_DRAFT + 1];   /* by drafts, in step_us; 0 = unknown     */
     int                 step_tries[Q3N_MAX_DRAFT + 1];
     double              draft_cost[2];   /* of the module, in step_us: the first, each further    */
-    double              try_credit;      /* steps to spend on drafts that do not seem to pay          */
+    double              try_credit;      /* steps to spend on drafts that do not seem to pay     */
     int                 try_left;
     int                 since_plain;     /* steps since one without drafts                        */
     int                 mtp_idle;        /* steps since drafts of the module paid                 */
