@@ -944,7 +944,11 @@ typedef struct q3n_limit {               /* all zero = until everything is done 
                                             one token is always evaluated                        */
 } q3n_limit;
 
-/* Uses batch, n_threads, max_isa, scalar_only, executor and layer_hook of o. */
+/* Uses batch, n_threads, max_isa, scalar_only, executor and layer_hook of o.  Takes
+ * q3n_batch_bytes of memory, and with several threads room for partial results of attention, up to
+ * 4 (head_dim + 2) num_attention_heads floats for every 256 tokens of the longest session's text,
+ * rounded up to a power of two. */
+Q3N_DEF size_t     q3n_batch_bytes(const q3n_model *m, const q3n_session_options *o);
 Q3N_DEF q3n_result q3n_batch_create(q3n_batch **out, const q3n_model *m,
                                     const q3n_session_options *o, q3n_error *err);
 Q3N_DEF void       q3n_batch_destroy(q3n_batch *b);    /* NULL is allowed; after its sessions */
@@ -1036,7 +1040,8 @@ Q3N_DEF void       q3n_sampler_reset(q3n_sampler *s);    /* forget tokens, seed 
  *   max      1 or more; room in the session is needed for so many
  *
  * Nothing is drafted beyond a token that ends the text (q3n_model_is_eos).  Greedy output is what
- * it is without drafts; sampled output has the same distribution ([SPEC]).
+ * it is without drafts; sampled output has the same distribution ([SPEC]), and with looked-up
+ * drafts the same tokens for a seed; the module's drafts use up random numbers of their own.
  * Errors: as q3n_session_eval. */
 Q3N_DEF q3n_result q3n_session_next(q3n_session *s, q3n_sampler *sampler, int32_t token,
                                     int32_t *tokens, int max, int *n);
@@ -1593,11 +1598,16 @@ static int q3n__directory_list(const char *path, const char *prefix, q3n__file_f
 #else
 #  define Q3N__HAS_FILES 1
 typedef struct { int fd; } q3n__file;
+#  ifdef O_CLOEXEC                     /* hidden from strict C11 without _GNU_SOURCE */
+#    define Q3N__CLOEXEC O_CLOEXEC
+#  else
+#    define Q3N__CLOEXEC 0
+#  endif
 
 /* A file that must not exist yet, to be written; 0 = failed. */
 static int q3n__file_create(q3n__file *f, const char *path)
 {
-    f->fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    f->fd = open(path, O_WRONLY | O_CREAT | O_EXCL | Q3N__CLOEXEC, 0666);
     return f->fd >= 0;
 }
 
@@ -1606,7 +1616,7 @@ static int q3n__file_create(q3n__file *f, const char *path)
 static int q3n__file_open(q3n__file *f, const char *path, int64_t *bytes)
 {
     struct stat st;
-    f->fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    f->fd = open(path, O_RDONLY | O_NONBLOCK | Q3N__CLOEXEC);
     if (f->fd < 0) return errno == ENOENT ? -1 : 0;
     if (fstat(f->fd, &st) == 0 && S_ISREG(st.st_mode)) {
         *bytes = (int64_t)st.st_size;
@@ -1651,9 +1661,10 @@ static int q3n__directory_list(const char *path, const char *prefix, q3n__file_f
     if (!dir) return 0;
     for (const struct dirent *e; (e = readdir(dir)) != NULL; ) {
         struct stat st;
-        if (strncmp(e->d_name, prefix, strlen(prefix)) == 0
-            && fstatat(dirfd(dir), e->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0
-            && S_ISREG(st.st_mode))
+        char file[4096];
+        if (strncmp(e->d_name, prefix, strlen(prefix)) != 0) continue;
+        const int n = snprintf(file, sizeof file, "%s/%s", path, e->d_name);
+        if (n > 0 && n < (int)sizeof file && stat(file, &st) == 0 && S_ISREG(st.st_mode))
             found(user, e->d_name, (int64_t)st.st_size, (int64_t)st.st_mtime);
     }
     closedir(dir);
@@ -8244,7 +8255,8 @@ struct q3n_session {
     double              step_cost[Q3N_MAX_DRAFT + 1];   /* by drafts, in step_us; 0 = unknown     */
     int                 step_tries[Q3N_MAX_DRAFT + 1];
     double              draft_cost[2];   /* of the module, in step_us: the first, each further    */
-    int                 probe_left, probe_wait, probe_gap;
+    double              try_credit;      /* steps to spend on drafts that do not seem to pay     */
+    int                 try_left;
     int                 since_plain;     /* steps since one without drafts                        */
     int                 mtp_idle;        /* steps since drafts of the module paid                 */
 };
@@ -9833,19 +9845,24 @@ static void q3n__step_learn(q3n_session *s, int n, double us)
     else s->step_us += ((unit < 2.0 * s->step_us ? unit : 2.0 * s->step_us) - s->step_us) / 8.0;
 }
 
-/* A step with n drafts.  One that was never tried is guessed low, and so tried. */
+/* Tries before a measured cost is believed: until then it is taken for low, and so tried again. */
+#define Q3N__SURE_TRIES 12
+
+/* A step with n drafts. */
 static double q3n__step_cost(const q3n_session *s, int n)
 {
     int known = n;
     while (known > 0 && s->step_cost[known] == 0.0) known--;
-    return (known ? s->step_cost[known] : 1.0) + 0.1 * (n - known);
+    const double seen = (known ? s->step_cost[known] : 1.0) + 0.1 * (n - known);
+    const double low = 1.0 + 0.2 * n;
+    return n > 0 && s->step_tries[n] < Q3N__SURE_TRIES && low < seen ? low : seen;
 }
 
-/* Tokens per unit of time with the best number of drafts, at most `most`, of a source; *n is it.
- * Drafts must promise a little more than nothing to be worth the trouble. */
+/* Tokens per unit of time with the best number of drafts, 1 .. most, of a source; *n is it.  A step
+ * without has 1. */
 static double q3n__best_length(const q3n_session *s, q3n_speculate source, int most, int *n)
 {
-    double tokens = 1.0, p = 1.0, draft = 0.0, best = 1.02;
+    double tokens = 1.0, p = 1.0, draft = 0.0, best = 0.0;
     *n = 0;
     for (int k = 1; k <= most; k++) {
         p *= s->acceptance[source].accept[k - 1];
@@ -9859,27 +9876,36 @@ static double q3n__best_length(const q3n_session *s, q3n_speculate source, int m
     return best;
 }
 
-/* Steps without drafts in a row before some are tried again; each failure doubles it. */
-#define Q3N__PROBE_GAP   64
-#define Q3N__PROBE_MOST  1024
-#define Q3N__PROBE_STEPS 2
+/* What drafts must promise to be made; what share of the time goes into others, for texts and
+ * estimates change; the steps of such a try if the module has to catch up first, and what that
+ * takes. */
+#define Q3N__WORTH       1.02
+#define Q3N__TRY_SHARE   0.005
+#define Q3N__TRY_STEPS   4
+#define Q3N__TRY_BEGIN   1.0
+
+/* Steps since drafts of the module paid after which it does not follow the text any more. */
+#define Q3N__MTP_IDLE    32
+
+/* Whether to make drafts of the given rate though they do not seem to pay. */
+static int q3n__try_drafts(q3n_session *s, double rate, int mtp)
+{
+    if (s->try_left > 0) {
+        s->try_left--;
+        return 1;
+    }
+    const int behind = mtp && s->mtp_idle >= Q3N__MTP_IDLE;
+    const double loss = rate < 1.0 ? 1.0 - rate : 0.0;
+    const double price = behind ? Q3N__TRY_BEGIN + Q3N__TRY_STEPS * loss : loss;
+    if (s->try_credit < 8.0) s->try_credit += Q3N__TRY_SHARE;
+    if (s->try_credit < price) return 0;
+    s->try_credit -= price;
+    s->try_left = behind ? Q3N__TRY_STEPS - 1 : 0;
+    return 1;
+}
 
 /* Steps with drafts in a row before one without: it keeps the unit of costs right. */
 #define Q3N__PLAIN_GAP   64
-
-/* Now and then a draft is made where none seems to pay: texts change. */
-static int q3n__probe(q3n_session *s)
-{
-    if (s->probe_left > 0) {
-        s->probe_left--;
-        return 1;
-    }
-    if (++s->probe_wait < s->probe_gap) return 0;
-    s->probe_wait = 0;
-    s->probe_left = Q3N__PROBE_STEPS - 1;
-    if (s->probe_gap < Q3N__PROBE_MOST) s->probe_gap *= 2;
-    return 1;
-}
 
 /* Choose source and number of drafts: at most `most`, fixed by the options or by what pays. */
 static void q3n__drafts_plan(q3n_session *s, int32_t token, int most, q3n__drafts *plan)
@@ -9901,27 +9927,21 @@ static void q3n__drafts_plan(q3n_session *s, int32_t token, int most, q3n__draft
     if (s->spec.n_steps < 3 || ++s->since_plain > Q3N__PLAIN_GAP) p->n = most = 0;
     if (most < 1) return;                               /* what a plain step costs comes first */
     int by_lookup = 0, by_mtp = 0;
-    const int found = p->n;
-    const double lookup = q3n__best_length(s, Q3N_SPECULATE_LOOKUP, found, &by_lookup);
-    const double module = mtp ? q3n__best_length(s, Q3N_SPECULATE_MTP, most, &by_mtp) : 0.0;
+    const double lookup = q3n__best_length(s, Q3N_SPECULATE_LOOKUP, p->n, &by_lookup);
+    const double module = q3n__best_length(s, Q3N_SPECULATE_MTP, mtp ? most : 0, &by_mtp);
+    const double rate = module > lookup ? module : lookup;
     p->n = by_lookup;
-    if (by_mtp > 0 && module > lookup) {
+    if (module > lookup) {
         p->n = by_mtp;
         p->source = Q3N_SPECULATE_MTP;
     }
-    if (p->n > 0) {
-        s->probe_wait = s->probe_left = 0;
-        s->probe_gap = Q3N__PROBE_GAP;
-    } else if ((found > 0 || mtp) && q3n__probe(s)) {
-        p->n = 1;
-        p->source = found > 0 ? Q3N_SPECULATE_LOOKUP : Q3N_SPECULATE_MTP;
-    }
-    s->mtp_idle = by_mtp > 0 && p->source == Q3N_SPECULATE_MTP ? 0 : s->mtp_idle + 1;
+    const int pays = p->n > 0 && rate > Q3N__WORTH;
+    if (!pays && p->n > 0 && !q3n__try_drafts(s, rate, module > lookup)) p->n = 0;
+    s->mtp_idle = pays && module > lookup ? 0 : s->mtp_idle + 1;
 }
 
 /* A module whose drafts have not paid for a while does not follow the text: that would cost a share
  * of a layer for each token.  It begins anew at the last rows, and sees no further back. */
-#define Q3N__MTP_IDLE    32
 #define Q3N__MTP_RESTART 8
 
 static void q3n__mtp_restart(q3n_session *s, const q3n__drafts *p)
@@ -9953,7 +9973,6 @@ static void q3n__drafts_learn(q3n_session *s, const q3n__drafts *p, int right)
 static void q3n__speculation_reset(q3n_session *s)
 {
     memset(&s->spec, 0, sizeof s->spec);
-    s->probe_gap = Q3N__PROBE_GAP;
     for (int i = 0; i < Q3N_SPECULATE_COUNT; i++)
         for (int k = 0; k < Q3N_MAX_DRAFT; k++) {
             s->acceptance[i].accept[k] = 0.6;
@@ -11921,35 +11940,55 @@ Q3N_DEF q3n_result q3n_session_load_from(q3n_session *s, const q3n_source *sourc
 /* Rows of logits that a batch computes at once. */
 #define Q3N__LOGIT_ROWS 16
 
+static void q3n__batch_layout(q3n__arena *a, q3n_batch *b)
+{
+    size_t threads;
+    q3n__arena_take(a, 1, sizeof *b);
+    b->parts = (q3n__part *)q3n__arena_take(a, (size_t)b->engine.options.batch, sizeof *b->parts);
+    q3n__engine_layout(a, &b->engine, &threads);
+}
+
+/* Bytes of its one allocation, without the allocator's own head; 0 with err if it cannot be. */
+static size_t q3n__batch_measure(const q3n_model *m, const q3n_session_options *o, q3n_batch *b,
+                                 q3n_error *err)
+{
+    q3n_session_options options;
+    if (q3n__session_options_set(m, o, &options, err) != Q3N_OK) return 0;
+    memset(b, 0, sizeof *b);
+    q3n__engine_set(&b->engine, m, &options, m->config.num_mtp_layers > 0);
+    b->engine.logit_rows = options.batch < Q3N__LOGIT_ROWS ? options.batch : Q3N__LOGIT_ROWS;
+    q3n__arena a = { NULL, 0, 0 };
+    q3n__batch_layout(&a, b);
+    if (!a.overflow) return a.used;
+    q3n__fail(err, Q3N_ERR_MEMORY, -1, "a batch of %d tokens does not fit the address space",
+              options.batch);
+    return 0;
+}
+
+Q3N_DEF size_t q3n_batch_bytes(const q3n_model *m, const q3n_session_options *o)
+{
+    q3n_batch b;
+    const size_t bytes = q3n__batch_measure(m, o, &b, NULL);
+    return bytes ? q3n__with_head(bytes) : 0;
+}
+
 Q3N_DEF q3n_result q3n_batch_create(q3n_batch **out, const q3n_model *m,
                                     const q3n_session_options *o, q3n_error *err)
 {
     if (!out || !m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model, or no place for the batch");
     *out = NULL;
-    q3n_session_options options;
-    q3n_result r = q3n__session_options_set(m, o, &options, err);
-    if (r != Q3N_OK) return r;
     q3n_batch measured;
-    memset(&measured, 0, sizeof measured);
-    q3n__engine_set(&measured.engine, m, &options, m->config.num_mtp_layers > 0);
-    measured.engine.logit_rows = options.batch < Q3N__LOGIT_ROWS ? options.batch : Q3N__LOGIT_ROWS;
-    q3n__arena a = { NULL, 0, 0 };
-    q3n_batch *b = &measured;
-    for (int pass = 0; pass < 2; pass++) {
-        size_t threads;
-        q3n__arena_take(&a, 1, sizeof *b);
-        b->parts = (q3n__part *)q3n__arena_take(&a, (size_t)options.batch, sizeof *b->parts);
-        q3n__engine_layout(&a, &b->engine, &threads);
-        if (pass == 1) break;
-        uint8_t *memory = a.overflow ? NULL : (uint8_t *)q3n__alloc(&m->allocator, a.used);
-        if (!memory)
-            return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a batch of %d tokens, %zu "
-                             "bytes", options.batch, a.used);
-        a = (q3n__arena){ memory, 0, 0 };
-        b = (q3n_batch *)(void *)memory;
-        *b = measured;
-    }
-    r = q3n__engine_open(&b->engine, err);
+    q3n_error why = { Q3N_ERR_ARG, -1, "" };
+    const size_t bytes = q3n__batch_measure(m, o, &measured, &why);
+    if (bytes == 0) return q3n__fail(err, why.code, -1, "%s", why.message);
+    q3n__arena a = { (uint8_t *)q3n__alloc(&m->allocator, bytes), 0, 0 };
+    if (!a.base)
+        return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a batch of %d tokens, %zu bytes: "
+                         "make batch smaller", measured.engine.options.batch, bytes);
+    q3n_batch *b = (q3n_batch *)(void *)a.base;
+    *b = measured;
+    q3n__batch_layout(&a, b);
+    q3n_result r = q3n__engine_open(&b->engine, err);
     if (r != Q3N_OK) {
         q3n__free(&m->allocator, b);
         return r;

@@ -148,7 +148,7 @@ static void test_eval_fails(void **state)
         assert_int_equal(r, Q3N_ERR_MEMORY);
         assert_int_equal(q3n_session_error(s)->code, r);
         assert_int_equal(q3n_session_length(s), length);
-        assert_int_equal(h.live, live);
+        assert_in_range(h.live, live, live + n_failed);   /* what was got waits for the next try */
         n_failed++;
     }
     assert_memory_equal(want, want + V, V * sizeof *want);
@@ -255,16 +255,16 @@ static void test_init_fails(void **state)
     remove(path);
 }
 
-/* ---- Evaluation allocates pages and nothing else ---- */
+/* ---- Evaluation allocates pages, and from the second on room to split attention ---- */
 static void evaluate_pages(q3n_session *s, const heap *h, int n_ids, const int32_t *ids,
                            float *logits)
 {
     for (int i = 0; i < n_ids; i++) {
         assert_int_equal(q3n_session_eval(s, ids + i, 1, logits), Q3N_OK);
-        assert_in_range(h->calls, 0, i / 256 + 1);
+        assert_in_range(h->calls, 0, i / 256 + 1 + (i >= 256));
     }
     assert_int_equal(q3n_session_eval(s, ids, 1000, logits), Q3N_ERR_FULL);
-    assert_in_range(h->calls, 0, (n_ids + 255) / 256);
+    assert_in_range(h->calls, 0, (n_ids + 255) / 256 + (n_ids > 256));
 }
 
 static void test_eval_allocates_pages(void **state)

@@ -614,7 +614,9 @@ static void check_memory(const memory_case *k, q3n_type kv_type)
     o.batch = 50;
     o.speculate = k->speculate;
     if (k->shared) {                 /* its scratch grows with the longest text */
+        const size_t before = h.live_bytes;
         assert_int_equal(q3n_batch_create(&b, m, &o, NULL), Q3N_OK);
+        assert_int_equal(q3n_batch_bytes(m, &o), h.live_bytes - before);
         o.shared = b;
         q3n_session *longest = create_session(m, &o);
         must(longest, q3n_session_eval(longest, ids, k->capacity, NULL), Q3N_OK);

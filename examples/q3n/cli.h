@@ -284,6 +284,7 @@ void cli_eval_rows(q3n_session *s, const q3n_model *m, const cli_ids *ids,
 typedef struct cli_side {
     const q3n_model *m;
     q3n_session     *s;
+    int              restore;    /* > 0: every so many tokens the state goes through a snapshot */
 } cli_side;
 
 typedef void (*cli_pair_fn)(void *user, int position, const float *first, const float *second);

@@ -212,7 +212,7 @@ int cmd_perplexity(int argc, char **argv)
 {
     cli_setup setup = { 0 };
     cli_input in = { 0 };
-    int given_window = 0, json = 0;
+    int given_window = 0, json = 0, restore = 0;
     const char *base = NULL;
     const cli_option options[] = {
         CLI_MODEL_OPTIONS(setup),
@@ -220,6 +220,8 @@ int cmd_perplexity(int argc, char **argv)
         CLI_WINDOW_OPTION(given_window, 2),
         { "--kl", "BASE.q3n", CLI_TEXT, &base, 0, 0,
           "compare with another file of the same vocabulary" },
+        { "--restore", "N", CLI_INT, &restore, 1, 1 << 30,
+          "with --kl: every N tokens the state goes through a snapshot" },
         { "--json", NULL, CLI_FLAG, &json, 0, 0,
           "one object: windows, scored, nll, perplexity, standard_error" },
         CLI_SESSION_OPTIONS(setup),
@@ -228,7 +230,8 @@ int cmd_perplexity(int argc, char **argv)
         "perplexity MODEL.q3n --file TEXT [options]",
         "Perplexity of a text in windows without overlap, each from a fresh state; the first\n"
         "token of a window is not scored.  The lines of --ids-file are one text.\n\n"
-        "With --kl the base is evaluated beside the model: its perplexity, KL(base || model) per\n"
+        "With --kl the base is evaluated beside the model, always with a KV cache of f32: its\n"
+        "perplexity, KL(base || model) per\n"
         "token in nats, how often both have the same first choice, and the mean difference of\n"
         "their log-likelihoods.  --json then has also base_nll, base_perplexity,\n"
         "base_standard_error, kl_mean, kl_standard_error, kl_median, kl_p999 (99.9 % of the\n"
@@ -239,7 +242,7 @@ int cmd_perplexity(int argc, char **argv)
     cli_words words;
     cli_parse(&syntax, argc, argv, &words);
     cli_setup setups[2] = { setup, setup };
-    cli_side sides[2] = { { NULL, NULL } };
+    cli_side sides[2] = { { NULL, NULL, 0 } };
     q3n_model *models[2] = { cli_open_model(&setups[0], &words), NULL };
     cli_ids text = { 0 };
     cli_input_stream(&text, &in, models[0]);
@@ -249,6 +252,7 @@ int cmd_perplexity(int argc, char **argv)
     measure s = { .vocab = q3n_model_config(models[0])->vocab_size };
     if (base) {
         setups[1].model = base;
+        setups[1].kv = NULL;
         models[1] = cli_open_model(&setups[1], &words);
         check_vocabularies(models[0], models[1], base);
         const size_t most = cli_window(given_window, &setups[1], models[1]);
@@ -259,7 +263,8 @@ int cmd_perplexity(int argc, char **argv)
 
     const size_t longest = text.n < window ? text.n : window;
     for (int k = 0; k < 2 && models[k]; k++) {
-        sides[k] = (cli_side){ models[k], cli_open_session(&setups[k], models[k], longest, 0) };
+        sides[k] = (cli_side){ models[k], cli_open_session(&setups[k], models[k], longest, 0),
+                               k == 0 ? restore : 0 };
     }
     const size_t windows = measure_windows(&s, sides, &text, window);
     if (json) print_json(&s, windows);

@@ -210,6 +210,15 @@ void cli_eval_rows(q3n_session *s, const q3n_model *m, const cli_ids *ids,
     free(rows);
 }
 
+/* A snapshot and back: what its type rounds is rounded. */
+static void pass_through_snapshot(q3n_session *s)
+{
+    q3n_snapshot *snap = NULL;
+    cli_check(q3n_session_snapshot(s, &snap), s);
+    cli_check(q3n_session_restore(s, snap), s);
+    q3n_snapshot_free(snap);
+}
+
 void cli_eval_pairs(const cli_side sides[2], const cli_ids *ids, cli_pair_fn fn, void *user)
 {
     const int n = (int)ids->n;
@@ -221,10 +230,16 @@ void cli_eval_pairs(const cli_side sides[2], const cli_ids *ids, cli_pair_fn fn,
         if (piece > most) most = piece;       /* one that attends both ways takes all */
         q3n_session_reset(sides[k].s);
     }
+    for (int k = 0; k < 2; k++) {
+        if (sides[k].restore > 0 && sides[k].restore < most) most = sides[k].restore;
+    }
     for (int k = 0; k < 2; k++) rows[k] = cli_alloc((size_t)most * vocab, sizeof *rows[k]);
     for (int done = 0, piece = most; done < n; done += piece) {
         if (piece > n - done) piece = n - done;
-        for (int k = 0; k < 2; k++) eval_piece(sides[k].s, ids->id + done, piece, rows[k]);
+        for (int k = 0; k < 2; k++) {
+            eval_piece(sides[k].s, ids->id + done, piece, rows[k]);
+            if (sides[k].restore > 0) pass_through_snapshot(sides[k].s);
+        }
         for (int t = 0; t < piece; t++) {
             const size_t at = (size_t)t * vocab;
             fn(user, done + t, rows[0] + at, rows[1] + at);
