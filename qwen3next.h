@@ -8496,7 +8496,7 @@ static void q3n__session_commit(q3n_session *s, q3n__engine *e, int n)
     }
     if (s->n_delta) memset(st->trail.applied, 0, (size_t)s->n_delta);
     if (s->has_saved) q3n__session_drop(s, s->saved_page);
-    if (s->counts) {
+    if (s->counts && st->expert_counts) {               /* not in q3n__session_rewind */
         const size_t n_counts = (size_t)s->model->config.num_hidden_layers
                               * (size_t)s->model->config.num_experts;
         for (size_t i = 0; i < n_counts; i++) s->counts[i] += st->expert_counts[i];
@@ -9197,6 +9197,7 @@ static void q3n__batch_logits(q3n_batch *b, const q3n_batch_item *items, int n_p
                 q3n_session *s = b->parts[first].s;
                 if (!b->parts[first].last || !items[s->item].logits) continue;
                 memcpy(s->logits, e->logits + (size_t)k++ * V, V * sizeof(float));
+                s->has_logits = 0;                  /* not the text's, until the call ends well */
             }
             n = 0;
         }

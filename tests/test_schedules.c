@@ -157,6 +157,7 @@ typedef struct {
     q3n_model   *m;
     q3n_session_options base;    /* kv type, instruction set and hook of all                     */
     int          vocab, capacity, has_delta, has_mtp;
+    int          idle;           /* 1 = modules fall behind their texts, as if they did not pay  */
     reference    ref;
     q3n_batch   *batch[2];
     q3n_cache   *cache;
@@ -950,6 +951,7 @@ static void op_next(world *w)
             break;
         }
         if (max > room) max = room;
+        if (w->idle && chance(w, 30)) s->s->mtp_idle = Q3N__MTP_IDLE;
         arm(w, s);
         const q3n_result r = q3n_session_next(s->s, sampler, token, tokens, max, &n);
         if (!successful(w, s, r, 1)) continue;
@@ -977,7 +979,10 @@ static void op_draft(world *w)
     if (!s->drafts || (s->t.n + n > s->capacity && r != Q3N_OK)) {
         disarm(w, s);
         refused(w, s, r, s->drafts ? Q3N_ERR_FULL : Q3N_ERR_UNSUPPORTED);
-    } else if (successful(w, s, r, 0)) {
+    } else if (!successful(w, s, r, 0)) {
+        free(logits);
+        return;
+    } else if (!w->idle) {               /* else it has not seen the whole text */
         reference_draft(&w->ref, &s->t, token, want, n, logits + w->vocab);
         for (int i = 0; i < w->vocab; i++)
             if (memcmp(&logits[i], &logits[w->vocab + i], sizeof *logits) != 0)
@@ -1071,6 +1076,7 @@ static void world_open(world *w, unsigned long seed)
     const q3n_config *c = q3n_model_config(w->m);
     w->vocab = c->vocab_size;
     w->has_mtp = c->num_mtp_layers > 0;
+    w->idle = chance(w, 30);
     for (int l = 0; l < c->num_hidden_layers; l++) w->has_delta |= c->layer_types[l];
     w->capacity = chance(w, 30) ? 30 + below(w, 100) : MOST - below(w, 60);
     if (w->vocab > 1000 && w->capacity > 300) w->capacity = 300;
