@@ -15,11 +15,9 @@
 #include "failing.h"
 #include "sessions.h"
 
-#ifndef _WIN32
-#  include <pthread.h>
-#  include <sys/wait.h>
-#  include <time.h>
-#endif
+#include <pthread.h>
+#include <sys/wait.h>
+#include <time.h>
 
 /* ---- Cancelling ---- */
 typedef struct {
@@ -47,14 +45,11 @@ static void cancel_in_hook(void *user, int l, const float *x, int n, int d)
     (void)d;
     if (c->calls > c->at && c->at >= 0) c->after += l >= 0 && l < c->n_layers;
     if (c->calls++ != c->at) return;
-#ifndef _WIN32
     pthread_t thread;
-    if (c->on_thread && pthread_create(&thread, NULL, cancel_now, c) == 0) {
+    if (c->on_thread && pthread_create(&thread, NULL, cancel_now, c) == 0)
         pthread_join(thread, NULL);
-        return;
-    }
-#endif
-    cancel_now(c);
+    else
+        cancel_now(c);
 }
 
 /* What is cancelled: an operation on a session that holds 40 tokens of ids. */
@@ -282,7 +277,6 @@ static void test_cancel_ready(void **state)
 }
 
 /* ---- Several threads on shared pages ---- */
-#ifndef _WIN32
 #define N_WORKERS 4
 #define N_LINES   3
 #define LINE      300            /* tokens of a line; all lines begin with the same SHARED       */
@@ -304,6 +298,7 @@ typedef struct {
 typedef struct {
     commons     *all;
     q3n_session *s;
+    q3n_sampler *greedy;
     int          number;
     uint64_t     rng;
     int          line, n;        /* the session holds the first n tokens of the line             */
@@ -418,17 +413,37 @@ static void worker_fork(worker *k)
     q3n_session_destroy(fork);
 }
 
+/* Tokens that leave the line, with drafts, and back to the line. */
+static void worker_next(worker *k)
+{
+    int32_t tokens[4], drafts[3];
+    int n = 0;
+    if (k->n == 0 || k->n + 4 > LINE) return;
+    const int32_t token = k->all->ids[k->line][k->n];
+    if (k->s->shape.has_mtp)
+        worker_cancelled(k, q3n_session_draft(k->s, token, drafts, 3, NULL), "draft");
+    while (worker_cancelled(k, q3n_session_next(k->s, k->greedy, token, tokens, 4, &n), "next")) { }
+    k->n++;
+    while (!k->why[0]) {
+        const q3n_result r = q3n_session_rewind(k->s, k->n);
+        if (r == Q3N_OK) break;
+        if (r != Q3N_ERR_CANCELLED) worker_cancelled(k, r, "rewind from drafts");
+    }
+    worker_check(k, k->s, k->n, "back from drafts");
+}
+
 static void *worker_main(void *memory)
 {
     worker *k = (worker *)memory;
     for (int i = 0; i < k->all->rounds && !k->why[0]; i++) {
         q3n__atomic_add(&k->all->n_ops[k->number], 1);
-        switch (random_below(&k->rng, 8)) {
+        switch (random_below(&k->rng, 9)) {
         case 0:  worker_rewind(k);   break;
         case 1:  worker_feed(k);     break;
         case 2:  worker_snapshot(k); break;
         case 3:  worker_restore(k);  break;
         case 4:  worker_fork(k);     break;
+        case 5:  worker_next(k);     break;
         default: worker_eval(k);     break;
         }
     }
@@ -492,6 +507,7 @@ static void test_threads(void **state)
     for (int i = 0; i < N_WORKERS; i++) {
         o.n_threads = 1 + (i == 0);
         assert_int_equal(q3n_session_fork(&k[i].s, parent, &o, NULL), Q3N_OK);
+        assert_int_equal(q3n_sampler_create(&k[i].greedy, m, NULL, NULL), Q3N_OK);
         all->session[i] = k[i].s;
         k[i].all = all;
         k[i].number = i;
@@ -508,6 +524,7 @@ static void test_threads(void **state)
     for (int i = 0; i < N_WORKERS; i++) {
         if (k[i].why[0]) fail_msg("worker %d: %s", i, k[i].why);
         q3n_session_destroy(k[i].s);
+        q3n_sampler_destroy(k[i].greedy);
         free(k[i].logits);
     }
     assert_true(q3n__atomic_load(&all->n_cancelled) > 0);
@@ -609,7 +626,6 @@ static void test_other_process(void **state)
     free(want);
     q3n_model_close(m);
 }
-#endif
 
 /* ---- Memory: what is planned is what is taken ---- */
 typedef struct {
@@ -637,7 +653,7 @@ static void check_memory(const memory_case *k, q3n_type kv_type)
 {
     heap h = { 0 };
     q3n_model *m = open_model(k->model, &h);
-    int32_t ids[600];
+    int32_t ids[1100];
     uint64_t rng = 31;
     random_tokens(&rng, ids, COUNT(ids), q3n_model_config(m)->vocab_size);
     q3n_session_options o = plain_options(k->capacity);
@@ -705,7 +721,7 @@ static void test_memory(void **state)
         { "qwen3_moe", Q3N_SPECULATE_AUTO, 0, 256 }, { "qwen3_moe", Q3N_SPECULATE_OFF, 1, 257 },
         { "qwen3_next_mtp", Q3N_SPECULATE_MTP, 0, 400 },
         { "qwen3_next_mtp", Q3N_SPECULATE_AUTO, 1, 300 },
-        { "qwen3_next_mtp", Q3N_SPECULATE_OFF, 0, 30 },
+        { "qwen3_next_mtp", Q3N_SPECULATE_OFF, 0, 30 }, { "qwen3_moe", Q3N_SPECULATE_OFF, 0, 1100 },
     };
     for (int i = 0; i < COUNT(cases); i++)
         for (int type = 0; type <= Q3N_TYPE_Q8; type += SLOW ? 3 : 1)
@@ -1240,6 +1256,34 @@ static void test_snapshot_every(void **state)
     q3n_model_close(m);
 }
 
+/* More pages than the scratch of split attention was first made for. */
+static void test_many_pages(void **state)
+{
+    q3n_model *m = open_model((const char *)*state, NULL);
+    const size_t V = (size_t)q3n_model_config(m)->vocab_size;
+    int32_t ids[1040];
+    uint64_t rng = 83;
+    random_tokens(&rng, ids, COUNT(ids), (int)V);
+    q3n_session_options o = plain_options(COUNT(ids));
+    float *want = new_floats(2 * V);
+    q3n_session *plain = create_session(m, &o);
+    o.n_threads = 3;
+    q3n_session *s = create_session(m, &o);
+    must(plain, q3n_session_eval(plain, ids, 1010, NULL), Q3N_OK);
+    must(s, q3n_session_eval(s, ids, 500, NULL), Q3N_OK);
+    must(s, q3n_session_eval(s, ids + 500, 1, NULL), Q3N_OK);
+    must(s, q3n_session_eval(s, ids + 501, 509, NULL), Q3N_OK);
+    for (int i = 1010; i < COUNT(ids); i++) {
+        must(plain, q3n_session_eval(plain, ids + i, 1, want), Q3N_OK);
+        must(s, q3n_session_eval(s, ids + i, 1, want + V), Q3N_OK);
+        check_same(want + V, want, V, "many pages");
+    }
+    q3n_session_destroy(s);
+    q3n_session_destroy(plain);
+    free(want);
+    q3n_model_close(m);
+}
+
 /* The cache keeps to its bound; what feeds have marked outlives what snapshot_every put there. */
 static void test_cache_bound(void **state)
 {
@@ -1339,6 +1383,7 @@ int main(int argc, char **argv)
         CASE(test_reevaluate, qwen3_next),
         CASE(test_reevaluate, qwen3_dense),
         CASE(test_reevaluate, qwen3_next_mtp),
+        CASE(test_many_pages, qwen3_moe),
         CASE(test_cache_bound, qwen3_next),
         CASE(test_cache_bound, qwen3_dense),
         cmocka_unit_test(test_snapshots_bf16),
@@ -1358,20 +1403,13 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_cancel_waits),
         cmocka_unit_test(test_cancel_one),
         cmocka_unit_test(test_cancel_ready),
-#ifndef _WIN32
         CASE(test_other_process, qwen3_next_mtp),
         CASE(test_other_process, qwen3_dense),
         CASE(test_threads, qwen3_next),
         CASE(test_threads, qwen3_next_mtp),
         CASE(test_threads, qwen3_moe),
-#endif
     };
-#ifndef _WIN32
     program = argv[0];
     if (argc == 6 && strcmp(argv[1], OTHER_PROCESS) == 0) return continue_session(argv);
-#else
-    (void)argc;
-    (void)argv;
-#endif
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -546,6 +546,42 @@ static void test_sampled_speculation(void **state)
     q3n_model_close(d.m);
 }
 
+/* Looked-up drafts change no token of a seed's text either. */
+static void test_sampled_lookup(void **state)
+{
+    q3n_model *m = open_model((const char *)*state, NULL);
+    const int vocab = q3n_model_config(m)->vocab_size;
+    int32_t prompt[40], text[2][100];
+    uint64_t rng = 79;
+    random_tokens(&rng, prompt, 10, vocab);
+    for (int i = 10; i < COUNT(prompt); i++) prompt[i] = prompt[i - 10];
+    m->n_eos = 0;
+    for (int i = 0; i < 2; i++) {
+        q3n_session_options o = plain_options(COUNT(prompt) + COUNT(text[0]));
+        const q3n_sampler_options so = {
+            .temperature = 0.5f, .top_k = 4, .repetition_penalty = 0.5f, .seed = 13 };
+        q3n_sampler *sampler = NULL;
+        o.speculate = i ? Q3N_SPECULATE_LOOKUP : Q3N_SPECULATE_OFF;
+        o.draft = 5;
+        q3n_session *s = create_session(m, &o);
+        assert_int_equal(q3n_sampler_create(&sampler, m, &so, NULL), Q3N_OK);
+        must(s, q3n_session_eval(s, prompt, COUNT(prompt) - 1, NULL), Q3N_OK);
+        int32_t token = prompt[COUNT(prompt) - 1];
+        for (int at = 0, n = 0; at < COUNT(text[0]); at += n) {
+            must(s, q3n_session_next(s, sampler, token, text[i] + at, COUNT(text[0]) - at, &n),
+                 Q3N_OK);
+            token = text[i][at + n - 1];
+        }
+        q3n_speculation stats;
+        q3n_session_speculation(s, &stats);
+        if (i) assert_true(stats.n_accepted > 5 && stats.n_accepted < stats.n_drafted);
+        q3n_sampler_destroy(sampler);
+        q3n_session_destroy(s);
+    }
+    assert_memory_equal(text[0], text[1], sizeof text[0]);
+    q3n_model_close(m);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -557,6 +593,8 @@ int main(void)
         GREEDY(qwen3_head_all_moe)
         cmocka_unit_test(test_greedy_stories),
         cmocka_unit_test(test_sampled_speculation),
+        CASE(test_sampled_lookup, qwen3_next),
+        CASE(test_sampled_lookup, qwen3_moe),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
