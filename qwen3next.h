@@ -9982,6 +9982,15 @@ static void q3n__speculation_reset(q3n_session *s)
 
 /* ---- A step ---- */
 
+/* n drafts of the module took so many plain steps. */
+static void q3n__draft_learn(q3n_session *s, int n, double cost)
+{
+    double *first = &s->draft_cost[0], *more = &s->draft_cost[1];
+    if (*first == 0.0) *first = cost / n;
+    else if (n == 1) q3n__cost_learn(first, cost);
+    if (n > 1) q3n__cost_learn(more, cost > *first ? (cost - *first) / (n - 1) : 0.01);
+}
+
 /* Make the drafts that the plan wants and put token and drafts into tokens; returns the rows. */
 static int q3n__drafts_make(q3n_session *s, q3n_sampler *sampler, q3n__drafts *p, int32_t *tokens)
 {
@@ -9989,12 +9998,8 @@ static int q3n__drafts_make(q3n_session *s, q3n_sampler *sampler, q3n__drafts *p
     const int rows = s->n_hidden;
     if (p->n > 0 && p->source == Q3N_SPECULATE_MTP) {
         q3n__draft_mtp(s, sampler, tokens[0], p->draft, p->n);
-        const double cost = s->step_us > 0.0 ? (double)(q3n__now() - start) / s->step_us : 0.0;
-        const double more = cost - s->draft_cost[0];
-        if (p->n == 1 && rows <= 4)
-            q3n__cost_learn(&s->draft_cost[0], cost);
-        else if (p->n > 1 && s->draft_cost[0] > 0.0 && more > 0.0)
-            q3n__cost_learn(&s->draft_cost[1], more / (p->n - 1));
+        if (s->step_us > 0.0 && rows <= Q3N_MAX_DRAFT + 1)
+            q3n__draft_learn(s, p->n, (double)(q3n__now() - start) / s->step_us);
     }
     for (int i = 0; i < p->n; i++) {
         if (q3n_model_is_eos(s->model, p->draft[i].id)) p->n = i;
