@@ -8155,10 +8155,12 @@ static void q3n__engine_set(q3n__engine *e, const q3n_model *m, const q3n_sessio
     e->has_mtp = has_mtp;
 }
 
-/* The request that stopped a call is used up. */
-static q3n_result q3n__cancelled(q3n__atomic *cancel, q3n_error *err)
+/* The request that stopped a call is used up: the session's (or NULL), and the engine's, which is
+ * a batch's. */
+static q3n_result q3n__cancelled(q3n__engine *e, q3n__atomic *session, q3n_error *err)
 {
-    q3n__atomic_store(cancel, 0);
+    q3n__atomic_store(&e->cancel, 0);
+    if (session) q3n__atomic_store(session, 0);
     return q3n__fail(err, Q3N_ERR_CANCELLED, -1, "cancelled: the session is as before the call");
 }
 
@@ -8494,7 +8496,7 @@ static void q3n__session_commit(q3n_session *s, q3n__engine *e, int n)
     }
     if (s->n_delta) memset(st->trail.applied, 0, (size_t)s->n_delta);
     if (s->has_saved) q3n__session_drop(s, s->saved_page);
-    if (s->counts) {
+    if (s->counts && st->expert_counts) {               /* not in q3n__session_rewind */
         const size_t n_counts = (size_t)s->model->config.num_hidden_layers
                               * (size_t)s->model->config.num_experts;
         for (size_t i = 0; i < n_counts; i++) s->counts[i] += st->expert_counts[i];
@@ -8884,7 +8886,8 @@ static q3n_result q3n__session_passes(q3n_session *s, const int32_t *tokens, int
     for (int i = 0, some; i < n; i += some) {
         some = q3n__session_stride(s, n - i, e->options.batch);
         const q3n__part part = { s, tokens + i, some, i + some == n };
-        if (q3n__engine_pass(e, &part, 1) != Q3N_OK) return q3n__cancelled(&s->cancel, &s->error);
+        if (q3n__engine_pass(e, &part, 1) != Q3N_OK)
+            return q3n__cancelled(e, &s->cancel, &s->error);
         const float *rows = q3n__engine_rows(e);
         if (out->all_hidden)
             memcpy(out->all_hidden + (size_t)i * d, rows, (size_t)some * d * sizeof *rows);
@@ -8955,7 +8958,7 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
         const q3n__part part = { s, tokens + i, some, i + some == n };
         if (q3n__engine_pass(e, &part, 1) != Q3N_OK) {
             q3n__session_rollback(s);
-            return q3n__cancelled(&s->cancel, &s->error);
+            return q3n__cancelled(e, &s->cancel, &s->error);
         }
         for (int t = 0; t < some; t++) {
             const int wanted = c->pooling == Q3N_POOLING_MEAN
@@ -9194,6 +9197,7 @@ static void q3n__batch_logits(q3n_batch *b, const q3n_batch_item *items, int n_p
                 q3n_session *s = b->parts[first].s;
                 if (!b->parts[first].last || !items[s->item].logits) continue;
                 memcpy(s->logits, e->logits + (size_t)k++ * V, V * sizeof(float));
+                s->has_logits = 0;                  /* not the text's, until the call ends well */
             }
             n = 0;
         }
@@ -9211,7 +9215,7 @@ static q3n_result q3n__batch_pass(q3n_batch *b, q3n_batch_item *items, int n_par
     q3n__engine *e = &b->engine;
     if (q3n__engine_pass(e, b->parts, n_parts) != Q3N_OK) {
         for (int i = 0; i < n_parts; i++) q3n__atomic_store(&b->parts[i].s->cancel, 0);
-        return q3n__cancelled(&e->cancel, &b->error);
+        return q3n__cancelled(e, NULL, &b->error);
     }
     q3n__batch_logits(b, items, n_parts);
     for (int i = 0; i < n_parts; i++) {
@@ -10035,7 +10039,7 @@ static q3n_result q3n__step(q3n_session *s, q3n_sampler *sampler, const int32_t 
         s->work_mtp = s->mtp_length;
     }
     const q3n__part part = { s, rows, p->n + 1, 1 };
-    if (q3n__engine_pass(e, &part, 1) != Q3N_OK) return q3n__cancelled(&s->cancel, &s->error);
+    if (q3n__engine_pass(e, &part, 1) != Q3N_OK) return q3n__cancelled(e, &s->cancel, &s->error);
     float *logits = p->n > 0 ? s->draft_logits : s->logits;
     q3n__logits(&e->run, q3n__engine_rows(e), p->n + 1, logits);
     *n = q3n__drafts_choose(s, sampler, p, logits, tokens);

@@ -235,9 +235,49 @@ static void test_cancel_one(void **state)
     assert_int_equal(q3n_session_length(s[0]), 4);
     assert_int_equal(q3n_session_length(s[1]), 8);
     assert_int_equal(q3n_batch_eval(b, items, 2, NULL), Q3N_OK);
+    /* the batch's request stops one evaluation, whoever begins it */
+    q3n_batch_cancel(b, 1);
+    must(s[0], q3n_session_eval(s[0], ids, 4, NULL), Q3N_ERR_CANCELLED);
+    must(s[0], q3n_session_eval(s[0], ids, 4, NULL), Q3N_OK);
+    items[1].done = 0;
+    assert_int_equal(q3n_batch_eval(b, items + 1, 1, NULL), Q3N_OK);
     q3n_session_destroy(s[0]);
     q3n_session_destroy(s[1]);
     q3n_batch_destroy(b);
+    q3n_model_close(m);
+}
+
+/* A batch that is stopped when one item was ready: its session still knows the logits of before. */
+static void test_cancel_ready(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model("qwen3_next", NULL);
+    const size_t V = (size_t)q3n_model_config(m)->vocab_size;
+    int32_t ids[30];
+    uint64_t rng = 71;
+    random_tokens(&rng, ids, COUNT(ids), (int)V);
+    canceller c = { .at = -1, .n_layers = q3n_model_config(m)->num_hidden_layers };
+    q3n_session_options o = plain_options(40);
+    o.batch = 4;
+    o.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
+    assert_int_equal(q3n_batch_create(&c.b, m, &o, NULL), Q3N_OK);
+    o.shared = c.b;
+    float *want = new_floats(3 * V);
+    q3n_session *s[2] = { create_session(m, &o), create_session(m, &o) };
+    for (int i = 0; i < 2; i++) must(s[i], q3n_session_eval(s[i], ids, 5, want), Q3N_OK);
+    q3n_batch_item items[2] = {
+        { .session = s[0], .tokens = ids + 5, .n = 1, .logits = want + V },
+        { .session = s[1], .tokens = ids + 5, .n = 20, .logits = want + 2 * V } };
+    c.calls = 0;
+    c.at = c.n_layers + 4;                       /* in the second pass */
+    assert_int_equal(q3n_batch_eval(c.b, items, 2, NULL), Q3N_ERR_CANCELLED);
+    assert_int_equal(q3n_session_length(s[0]), 5);
+    must(s[0], q3n_session_logits(s[0], want + V), Q3N_OK);
+    check_same(want + V, want, V, "logits of before");
+    q3n_session_destroy(s[0]);
+    q3n_session_destroy(s[1]);
+    q3n_batch_destroy(c.b);
+    free(want);
     q3n_model_close(m);
 }
 
@@ -957,6 +997,77 @@ static void test_both_ways(void **state)
     q3n_model_close(m);
 }
 
+/* States of a model that classifies are kept like others, and do not disturb its scores. */
+static void test_classifier(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model("qwen3_next_cls", NULL);
+    const size_t d = (size_t)q3n_model_config(m)->hidden_size;
+    int32_t ids[300];
+    uint64_t rng = 61;
+    random_tokens(&rng, ids, COUNT(ids), q3n_model_config(m)->vocab_size);
+    q3n_session_options o = plain_options(COUNT(ids));
+    o.snapshot_bytes = (size_t)8 << 20;
+    o.batch = 50;
+    float *want = new_floats(d), *got = new_floats(d), scores[2][16];
+    memory_file f = { 0 };
+    q3n_session *s = create_session(m, &o);
+    must(s, q3n_session_classify(s, ids, COUNT(ids), scores[0]), Q3N_OK);
+    q3n_session_reset(s);
+    const q3n_outputs last = { .hidden = want }, again = { .hidden = got };
+    must(s, q3n_session_eval_outputs(s, ids, COUNT(ids), &last), Q3N_OK);
+    must(s, save_to(&f, s, SIZE_MAX), Q3N_OK);
+    must(s, q3n_session_rewind(s, 290), Q3N_OK);
+    must(s, q3n_session_feed(s, ids, 200, NULL, NULL), Q3N_OK);
+    must(s, q3n_session_eval_outputs(s, ids + 200, 100, &again), Q3N_OK);
+    check_same(got, want, d, "fed and on");
+    must(s, load_from(&f, s, SIZE_MAX), Q3N_OK);
+    must(s, q3n_session_rewind(s, 299), Q3N_OK);
+    must(s, q3n_session_eval_outputs(s, ids + 299, 1, &again), Q3N_OK);
+    check_same(got, want, d, "loaded, gone back and on");
+    must(s, q3n_session_classify(s, ids, COUNT(ids), scores[1]), Q3N_OK);
+    assert_memory_equal(scores[0], scores[1], 3 * sizeof(float));
+    q3n_session_destroy(s);
+    free(f.bytes);
+    free(got);
+    free(want);
+    q3n_model_close(m);
+}
+
+/* Experts are counted for tokens that the text gained: not for failed calls, not for what is
+ * evaluated again. */
+static void test_expert_counts(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model("qwen3_moe", NULL);
+    const q3n_config *c = q3n_model_config(m);
+    q3n_session_options o = plain_options(60);
+    int32_t ids[60], tokens[8];
+    uint64_t rng = 67;
+    random_tokens(&rng, ids, COUNT(ids), c->vocab_size);
+    o.count_experts = 1;
+    o.speculate = Q3N_SPECULATE_LOOKUP;
+    o.draft = 4;
+    q3n_session *s = create_session(m, &o);
+    q3n_sampler *sampler = NULL;
+    assert_int_equal(q3n_sampler_create(&sampler, m, NULL, NULL), Q3N_OK);
+    int n = 0;
+    must(s, q3n_session_eval(s, ids, 30, NULL), Q3N_OK);
+    q3n_session_cancel(s, 1);
+    must(s, q3n_session_eval(s, ids + 30, 10, NULL), Q3N_ERR_CANCELLED);
+    must(s, q3n_session_rewind(s, 20), Q3N_OK);
+    must(s, q3n_session_next(s, sampler, ids[20], tokens, 8, &n), Q3N_OK);
+    assert_int_equal(n, 1);                      /* nothing is drafted where experts are counted */
+    int64_t sum = 0;
+    int l = 0;
+    while (!c->layer_experts[l]) l++;
+    for (int e = 0; e < c->num_experts; e++) sum += q3n_session_expert_counts(s, l)[e];
+    assert_int_equal(sum, 31 * c->num_experts_per_tok);
+    q3n_sampler_destroy(sampler);
+    q3n_session_destroy(s);
+    q3n_model_close(m);
+}
+
 /* ---- The cache ---- */
 static q3n_cache_stats stats_of(q3n_cache *c)
 {
@@ -1085,6 +1196,50 @@ static void test_reevaluate(void **state)
     q3n_model_close(m);
 }
 
+/* Snapshots taken inside a call, with snapshot_every, hold what the text had there. */
+static void test_snapshot_every(void **state)
+{
+    q3n_model *m = open_model((const char *)*state, NULL);
+    const q3n_config *c = q3n_model_config(m);
+    const size_t V = (size_t)c->vocab_size;
+    int32_t ids[300], draft, want_draft;
+    uint64_t rng = 73;
+    random_tokens(&rng, ids, COUNT(ids), (int)V);
+    q3n_session_options o = plain_options(COUNT(ids));
+    o.speculate = Q3N_SPECULATE_AUTO;
+    q3n_session *plain = create_session(m, &o);
+    o.snapshot_bytes = (size_t)64 << 20;
+    o.snapshot_every = 48;
+    float *want = new_floats(2 * V);
+    q3n_batch *b = NULL;
+    assert_int_equal(q3n_batch_create(&b, m, &o, NULL), Q3N_OK);
+    for (int in_batch = 0; in_batch < 2; in_batch++)
+        for (int at = 48; at < COUNT(ids); at += 48) {
+            q3n_session *s = create_session(m, &o);
+            q3n_batch_item item = { .session = s, .tokens = ids, .n = COUNT(ids) };
+            if (in_batch) assert_int_equal(q3n_batch_eval(b, &item, 1, NULL), Q3N_OK);
+            else          must(s, q3n_session_eval(s, ids, COUNT(ids), NULL), Q3N_OK);
+            must(s, q3n_session_rewind(s, at), Q3N_OK);
+            q3n_session_reset(plain);
+            must(plain, q3n_session_eval(plain, ids, at, want), Q3N_OK);
+            must(s, q3n_session_logits(s, want + V), Q3N_OK);
+            check_same(want + V, want, V, "back at a snapshot");
+            if (c->num_mtp_layers > 0) {
+                must(plain, q3n_session_draft(plain, 1, &want_draft, 1, want), Q3N_OK);
+                must(s, q3n_session_draft(s, 1, &draft, 1, want + V), Q3N_OK);
+                check_same(want + V, want, V, "draft behind a snapshot");
+            }
+            must(plain, q3n_session_eval(plain, ids + at, 1, want), Q3N_OK);
+            must(s, q3n_session_eval(s, ids + at, 1, want + V), Q3N_OK);
+            check_same(want + V, want, V, "on from a snapshot");
+            q3n_session_destroy(s);
+        }
+    q3n_batch_destroy(b);
+    q3n_session_destroy(plain);
+    free(want);
+    q3n_model_close(m);
+}
+
 /* The cache keeps to its bound; what feeds have marked outlives what snapshot_every put there. */
 static void test_cache_bound(void **state)
 {
@@ -1175,6 +1330,9 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         CASE(test_cache, qwen3_next),
         CASE(test_cache, qwen3_moe),
+        CASE(test_snapshot_every, qwen3_next),
+        CASE(test_snapshot_every, qwen3_next_mtp),
+        CASE(test_snapshot_every, qwen3_moe),
         CASE(test_reuse, qwen3_next),
         CASE(test_reuse, qwen3_dense),
         CASE(test_reuse, qwen3_next_mtp),
@@ -1187,6 +1345,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_strangers),
         cmocka_unit_test(test_options),
         cmocka_unit_test(test_both_ways),
+        cmocka_unit_test(test_classifier),
+        cmocka_unit_test(test_expert_counts),
         cmocka_unit_test(test_memory),
         CASE(test_batch_tokens, qwen3_next),
         CASE(test_batch_tokens, qwen3_moe),
@@ -1197,6 +1357,7 @@ int main(int argc, char **argv)
         CASE(test_cancel, qwen3_moe),
         cmocka_unit_test(test_cancel_waits),
         cmocka_unit_test(test_cancel_one),
+        cmocka_unit_test(test_cancel_ready),
 #ifndef _WIN32
         CASE(test_other_process, qwen3_next_mtp),
         CASE(test_other_process, qwen3_dense),
