@@ -9986,6 +9986,15 @@ static void q3n__speculation_reset(q3n_session *s)
 
 /* ---- A step ---- */
 
+/* n drafts of the module took so many plain steps. */
+static void q3n__draft_learn(q3n_session *s, int n, double cost)
+{
+    double *first = &s->draft_cost[0], *more = &s->draft_cost[1];
+    if (*first == 0.0) *first = cost / n;
+    else if (n == 1) q3n__cost_learn(first, cost);
+    if (n > 1) q3n__cost_learn(more, cost > *first ? (cost - *first) / (n - 1) : 0.01);
+}
+
 /* Make the drafts that the plan wants and put token and drafts into tokens; returns the rows. */
 static int q3n__drafts_make(q3n_session *s, q3n_sampler *sampler, q3n__drafts *p, int32_t *tokens)
 {
@@ -9993,12 +10002,8 @@ static int q3n__drafts_make(q3n_session *s, q3n_sampler *sampler, q3n__drafts *p
     const int rows = s->n_hidden;
     if (p->n > 0 && p->source == Q3N_SPECULATE_MTP) {
         q3n__draft_mtp(s, sampler, tokens[0], p->draft, p->n);
-        const double cost = s->step_us > 0.0 ? (double)(q3n__now() - start) / s->step_us : 0.0;
-        const double more = cost - s->draft_cost[0];
-        if (p->n == 1 && rows <= 4)
-            q3n__cost_learn(&s->draft_cost[0], cost);
-        else if (p->n > 1 && s->draft_cost[0] > 0.0 && more > 0.0)
-            q3n__cost_learn(&s->draft_cost[1], more / (p->n - 1));
+        if (s->step_us > 0.0 && rows <= Q3N_MAX_DRAFT + 1)
+            q3n__draft_learn(s, p->n, (double)(q3n__now() - start) / s->step_us);
     }
     for (int i = 0; i < p->n; i++) {
         if (q3n_model_is_eos(s->model, p->draft[i].id)) p->n = i;
@@ -13817,7 +13822,7 @@ Q3N__INLINE __m512i q3n__table_avx512vnni(const uint8_t *bytes)
 /* Bits [shift, shift + bits) of every byte, for 0 <= shift; mask has them at the bottom. */
 Q3N__INLINE __m512i q3n__field_avx512vnni(__m512i v, int shift, __m512i mask)
 {
-    return _mm512_and_si512(shift ? _mm512_srli_epi16(v, shift) : v, mask);
+    return _mm512_and_si512(shift ? _mm512_srli_epi16(v, (unsigned)shift) : v, mask);
 }
 
 /* The 8 vectors of a group: level + zero of columns 4 s .. 4 s + 3. */
@@ -13861,8 +13866,8 @@ Q3N__INLINE void q3n__unpack_avx512vnni(q3n_type type, const uint8_t *p, __m512i
         Q3N__UNROLL
         for (int s = 0; s < 8; s++) {
             const __m512i v = q3n__line_avx512vnni(p + 64 * (s / 4));
-            const __m512i t = s < 2 ? _mm512_slli_epi16(top, 2 - s)
-                                    : _mm512_srli_epi16(top, s - 2);
+            const __m512i t = s < 2 ? _mm512_slli_epi16(top, (unsigned)(2 - s))
+                                    : _mm512_srli_epi16(top, (unsigned)(s - 2));
             u[s] = _mm512_or_si512(q3n__field_avx512vnni(v, 2 * (s % 4), low2),
                                    _mm512_and_si512(t, four));
             u[s] = _mm512_shuffle_epi8(levels, u[s]);
