@@ -13822,7 +13822,7 @@ Q3N__INLINE __m512i q3n__table_avx512vnni(const uint8_t *bytes)
 /* Bits [shift, shift + bits) of every byte, for 0 <= shift; mask has them at the bottom. */
 Q3N__INLINE __m512i q3n__field_avx512vnni(__m512i v, int shift, __m512i mask)
 {
-    return _mm512_and_si512(shift ? _mm512_srli_epi16(v, (unsigned)shift) : v, mask);
+    return _mm512_and_si512(shift ? _mm512_srli_epi16(v, (uint8_t)shift) : v, mask);
 }
 
 /* The 8 vectors of a group: level + zero of columns 4 s .. 4 s + 3. */
@@ -13866,8 +13866,8 @@ Q3N__INLINE void q3n__unpack_avx512vnni(q3n_type type, const uint8_t *p, __m512i
         Q3N__UNROLL
         for (int s = 0; s < 8; s++) {
             const __m512i v = q3n__line_avx512vnni(p + 64 * (s / 4));
-            const __m512i t = s < 2 ? _mm512_slli_epi16(top, (unsigned)(2 - s))
-                                    : _mm512_srli_epi16(top, (unsigned)(s - 2));
+            const __m512i t = s < 2 ? _mm512_slli_epi16(top, (uint8_t)(2 - s))
+                                    : _mm512_srli_epi16(top, (uint8_t)(s - 2));
             u[s] = _mm512_or_si512(q3n__field_avx512vnni(v, 2 * (s % 4), low2),
                                    _mm512_and_si512(t, four));
             u[s] = _mm512_shuffle_epi8(levels, u[s]);
