@@ -759,16 +759,17 @@ typedef struct q3n_session_memory {
     size_t conv_state;                   /* last columns before each convolution, the same       */
     size_t scratch;                      /* activations of one batch, logits                     */
     size_t other;                        /* bookkeeping                                          */
-    size_t total;                        /* all of these: the most that the session will hold    */
+    size_t total;                        /* all of these: the most that it holds between calls   */
     size_t initial;                      /* what q3n_session_create takes of it                  */
     size_t page;                         /* one page of 256 tokens                               */
     size_t snapshot;                     /* one snapshot, without the pages that it shares       */
 } q3n_session_memory;
 
 /* Bytes that a session of these options asks of the allocator when `capacity` tokens are in it;
- * 0 if the options are impossible.  memory (NULL = not wanted) explains it.  Snapshots come on top:
- * each takes memory->snapshot, and pages that no session holds any more.  The threads' stacks are
- * the system's. */
+ * 0 if the options are impossible.  memory (NULL = not wanted) explains it.  A call that gives the
+ * session another text holds the pages of both until it ends.  Snapshots come on top: each takes
+ * memory->snapshot, and pages that no session holds any more.  The threads' stacks are not
+ * counted. */
 Q3N_DEF size_t     q3n_session_bytes(const q3n_model *m, const q3n_session_options *o,
                                      q3n_session_memory *memory);
 Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
@@ -8111,20 +8112,17 @@ static int q3n__split_room(const q3n__engine *e, int n_blocks)
     return room;
 }
 
-/* Room for split attention over n_blocks; 0 = no memory. */
-static int q3n__engine_reserve(q3n__engine *e, int n_blocks)
+/* Room for split attention over n_blocks; without memory nothing is split. */
+static void q3n__engine_reserve(q3n__engine *e, int n_blocks)
 {
     const int room = q3n__split_room(e, n_blocks);
-    if (room <= e->run.part_blocks) return 1;
-    uint8_t *p = (uint8_t *)q3n__alloc(&e->model->allocator, q3n__split_bytes(e, room));
-    if (!p) return 0;
+    if (room <= e->run.part_blocks) return;
     q3n__free(&e->model->allocator, e->split);
-    e->split = p;
-    e->run.part_blocks = room;
-    e->run.part_o = (float *)(void *)p;
-    e->run.part = (q3n__softmax_part *)(void *)(e->run.part_o
-        + q3n__split_queries(e) * (size_t)room * (size_t)e->model->config.head_dim);
-    return 1;
+    e->split = q3n__alloc(&e->model->allocator, q3n__split_bytes(e, room));
+    e->run.part_blocks = e->split ? room : 0;
+    e->run.part_o = (float *)e->split;
+    e->run.part = e->split ? (q3n__softmax_part *)(void *)(e->run.part_o + q3n__split_queries(e)
+                             * (size_t)room * (size_t)e->model->config.head_dim) : NULL;
 }
 
 static q3n_result q3n__engine_open(q3n__engine *e, q3n_error *err)
@@ -8392,7 +8390,8 @@ static int q3n__page_for_writing(q3n_session *s, int b, int used)
 /* Pages for tokens [first, end), before any of them is evaluated. */
 static q3n_result q3n__session_reserve(q3n_session *s, q3n__engine *e, int first, int end)
 {
-    int ok = q3n__engine_reserve(e, q3n__blocks_of(end));
+    int ok = 1;
+    q3n__engine_reserve(e, q3n__blocks_of(end));
     for (int b = first / Q3N__KV_BLOCK; ok && b < q3n__blocks_of(end); b++)
         ok = q3n__page_for_writing(s, b, q3n__slots_of(first, b));
     return ok ? Q3N_OK
