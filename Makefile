@@ -51,6 +51,7 @@ CLI_OBJECTS   := $(patsubst examples/q3n/%.c,$(B)/obj/q3n/%.o,$(wildcard example
 C_TESTS       := $(patsubst tests/test_%.c,%,$(wildcard tests/test_*.c))
 FUZZ_TARGETS  := $(patsubst tests/fuzz_%.c,%,$(wildcard tests/fuzz_*.c))
 PYTHON_TESTS  := $(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py))
+LINKED_TESTS  := public memory session
 # Tests that start threads and are short: these run under the thread sanitizer too.
 THREAD_TESTS  := $(filter parallel public memory quantize storage session schedules,$(C_TESTS))
 HF_GOLDENS    := $(patsubst tests/golden/%/config.json,%,$(wildcard tests/golden/*/config.json))
@@ -124,7 +125,9 @@ $(B)/embed_cpp: examples/embed.cpp $(B)/obj/qwen3next.o $(B)/flags
 	@mkdir -p $(@D) $(B)/obj
 	$(COMPILE_CXX) -MF $(B)/obj/embed_cpp.d $< $(B)/obj/qwen3next.o $(LDFLAGS) $(LIBRARIES) -o $@
 
-$(B)/tests/test_public: tests/test_public.c $(B)/obj/qwen3next.o $(B)/flags
+# Tests that see the public API alone link the implementation instead of compiling it again.
+$(LINKED_TESTS:%=$(B)/tests/test_%): $(B)/tests/test_%: tests/test_%.c $(B)/obj/qwen3next.o \
+                                     $(B)/flags
 	@mkdir -p $(@D)
 	$(COMPILE_C) -MF $@.d $< $(B)/obj/qwen3next.o $(LDFLAGS) $(CMOCKA) $(LIBRARIES) -o $@
 

@@ -818,6 +818,7 @@ Q3N_DEF q3n_result       q3n_session_tokens(const q3n_session *s, int first, int
  * up.  on = 0 withdraws it.  In a batch the whole call stops. */
 Q3N_DEF void             q3n_session_cancel(q3n_session *s, int on);
 
+Q3N_DEF const q3n_model *q3n_session_model(const q3n_session *s);
 Q3N_DEF int              q3n_session_length(const q3n_session *s);    /* tokens evaluated so far */
 Q3N_DEF int              q3n_session_capacity(const q3n_session *s);
 Q3N_DEF int              q3n_session_n_threads(const q3n_session *s);
@@ -11805,6 +11806,7 @@ Q3N_DEF void q3n_session_cancel(q3n_session *s, int on)
     q3n__atomic_store(&s->cancel, on != 0);
 }
 
+Q3N_DEF const q3n_model *q3n_session_model(const q3n_session *s) { return s->model; }
 Q3N_DEF int     q3n_session_length(const q3n_session *s)    { return s->length; }
 Q3N_DEF int     q3n_session_capacity(const q3n_session *s)  { return s->options.capacity; }
 Q3N_DEF int     q3n_session_n_threads(const q3n_session *s) { return s->options.n_threads; }

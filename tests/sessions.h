@@ -1,7 +1,14 @@
-/* sessions.h - what the tests of sessions share.  Include after cmocka.h, qwen3next.h with its
- * implementation, and failing.h. */
+/* sessions.h - what the tests of sessions share.  Include after cmocka.h, qwen3next.h and
+ * failing.h. */
 #ifndef Q3N_TESTS_SESSIONS_H
 #define Q3N_TESTS_SESSIONS_H
+
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
 #include "golden.h"
 
@@ -84,9 +91,17 @@ static inline int argmax(const float *x, int n)
     return best;
 }
 
+/* SplitMix64: Steele, Lea, Flood 2014 */
+static inline uint64_t mix64(uint64_t x)
+{
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    return x ^ (x >> 31);
+}
+
 static inline uint64_t random_next(uint64_t *state)
 {
-    return q3n__mix64(*state += Q3N__GOLDEN);
+    return mix64(*state += 0x9E3779B97F4A7C15ull);
 }
 
 static inline int random_below(uint64_t *state, int n)   /* 0 .. n - 1 */

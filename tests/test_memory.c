@@ -10,8 +10,15 @@
 #include <stdint.h>
 #include <cmocka.h>
 
-#define Q3N_IMPLEMENTATION
 #include "../qwen3next.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
 #include "failing.h"
 #include "golden.h"
 

@@ -10,7 +10,6 @@
 #include <stdint.h>
 #include <cmocka.h>
 
-#define Q3N_IMPLEMENTATION
 #include "../qwen3next.h"
 #include "failing.h"
 #include "sessions.h"
@@ -89,7 +88,7 @@ static q3n_result run_next(q3n_session *s, q3n_batch *b, const int32_t *ids)
     int n;
     q3n_sampler *sampler = NULL;
     (void)b;
-    assert_int_equal(q3n_sampler_create(&sampler, s->model, NULL, NULL), Q3N_OK);
+    assert_int_equal(q3n_sampler_create(&sampler, q3n_session_model(s), NULL, NULL), Q3N_OK);
     const q3n_result r = q3n_session_next(s, sampler, ids[40], tokens, 8, &n);
     q3n_sampler_destroy(sampler);
     return r;
@@ -291,8 +290,8 @@ typedef struct {
     q3n_snapshot *snap[4];       /* one made by any, restored and freed by any                   */
     int          snap_line[4];
     q3n_session *session[N_WORKERS];
-    q3n__atomic  n_ops[N_WORKERS];   /* begun by each worker                                     */
-    q3n__atomic  n_done, n_cancelled;
+    int64_t      n_ops[N_WORKERS];   /* begun by each worker                                     */
+    int64_t      n_done, n_cancelled;
 } commons;
 
 typedef struct {
@@ -321,7 +320,7 @@ static void worker_check(worker *k, q3n_session *s, int n, const char *what)
 static int worker_cancelled(worker *k, q3n_result r, const char *what)
 {
     if (r == Q3N_ERR_CANCELLED) {
-        q3n__atomic_add(&k->all->n_cancelled, 1);
+        __atomic_fetch_add(&k->all->n_cancelled, 1, __ATOMIC_SEQ_CST);
         worker_check(k, k->s, k->n, "cancelled");
         return !k->why[0];
     }
@@ -420,7 +419,7 @@ static void worker_next(worker *k)
     int n = 0;
     if (k->n == 0 || k->n + 4 > LINE) return;
     const int32_t token = k->all->ids[k->line][k->n];
-    if (k->s->shape.has_mtp)
+    if (q3n_model_config(q3n_session_model(k->s))->num_mtp_layers > 0)
         worker_cancelled(k, q3n_session_draft(k->s, token, drafts, 3, NULL), "draft");
     while (worker_cancelled(k, q3n_session_next(k->s, k->greedy, token, tokens, 4, &n), "next")) { }
     k->n++;
@@ -436,7 +435,7 @@ static void *worker_main(void *memory)
 {
     worker *k = (worker *)memory;
     for (int i = 0; i < k->all->rounds && !k->why[0]; i++) {
-        q3n__atomic_add(&k->all->n_ops[k->number], 1);
+        __atomic_fetch_add(&k->all->n_ops[k->number], 1, __ATOMIC_SEQ_CST);
         switch (random_below(&k->rng, 9)) {
         case 0:  worker_rewind(k);   break;
         case 1:  worker_feed(k);     break;
@@ -447,7 +446,7 @@ static void *worker_main(void *memory)
         default: worker_eval(k);     break;
         }
     }
-    q3n__atomic_add(&k->all->n_done, 1);
+    __atomic_fetch_add(&k->all->n_done, 1, __ATOMIC_SEQ_CST);
     return NULL;
 }
 
@@ -458,9 +457,9 @@ static void *cancel_main(void *memory)
     commons *all = (commons *)memory;
     const struct timespec pause = { 0, 300000 };
     int64_t last[N_WORKERS] = { 0 };
-    for (uint64_t rng = 1; q3n__atomic_load(&all->n_done) < N_WORKERS; ) {
+    for (uint64_t rng = 1; __atomic_load_n(&all->n_done, __ATOMIC_SEQ_CST) < N_WORKERS; ) {
         const int i = random_below(&rng, N_WORKERS);
-        const int64_t n = q3n__atomic_load(&all->n_ops[i]);
+        const int64_t n = __atomic_load_n(&all->n_ops[i], __ATOMIC_SEQ_CST);
         if (n != last[i]) q3n_session_cancel(all->session[i], random_below(&rng, 4) > 0);
         last[i] = n;
         nanosleep(&pause, NULL);
@@ -527,7 +526,7 @@ static void test_threads(void **state)
         q3n_sampler_destroy(k[i].greedy);
         free(k[i].logits);
     }
-    assert_true(q3n__atomic_load(&all->n_cancelled) > 0);
+    assert_true(__atomic_load_n(&all->n_cancelled, __ATOMIC_SEQ_CST) > 0);
     q3n_session_destroy(parent);
     for (int i = 0; i < COUNT(all->snap); i++) q3n_snapshot_free(all->snap[i]);
     q3n_cache_destroy(cache);
