@@ -12,6 +12,10 @@
 
 #include "golden.h"
 
+#include <dirent.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #define COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
 
 /* Code under a sanitizer is up to fifteen times as slow: fewer schedules and runs. */
@@ -114,7 +118,20 @@ static inline void random_tokens(uint64_t *state, int32_t *ids, int n, int vocab
     for (int i = 0; i < n; i++) ids[i] = random_below(state, vocab);
 }
 
-/* ---- A session file in memory ---- */
+/* ---- A directory, and a session file in memory ---- */
+static inline void remove_directory(const char *path)
+{
+    char file[400];
+    DIR *dir = opendir(path);
+    assert_non_null(dir);
+    for (const struct dirent *e; (e = readdir(dir)) != NULL; ) {
+        snprintf(file, sizeof file, "%s/%s", path, e->d_name);
+        if (e->d_name[0] != '.') assert_int_equal(remove(file), 0);
+    }
+    closedir(dir);
+    assert_int_equal(remove(path), 0);
+}
+
 typedef struct {
     uint8_t *bytes;
     size_t   n, room, at;        /* written, allocated, read so far                              */

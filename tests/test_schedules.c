@@ -10,10 +10,6 @@
 #include <stdint.h>
 #include <cmocka.h>
 
-#include <dirent.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #define Q3N_IMPLEMENTATION
 #include "../qwen3next.h"
 #include "failing.h"
@@ -1039,19 +1035,6 @@ static void world_cache(world *w)
     }
     note(w, ", cache of %zu%s", o.max_bytes, w->directory[0] ? " and a directory" : "");
     if (q3n_cache_create(&w->cache, w->m, &o, &err) != Q3N_OK) world_fail(w, "%s", err.message);
-}
-
-static void remove_directory(const char *path)
-{
-    char file[400];
-    DIR *dir = opendir(path);
-    assert_non_null(dir);
-    for (const struct dirent *e; (e = readdir(dir)) != NULL; ) {
-        snprintf(file, sizeof file, "%s/%s", path, e->d_name);
-        if (e->d_name[0] != '.') assert_int_equal(remove(file), 0);
-    }
-    closedir(dir);
-    assert_int_equal(remove(path), 0);
 }
 
 static void world_sources(world *w)

@@ -18,6 +18,13 @@
 #include <sys/wait.h>
 #include <time.h>
 
+static q3n_cache_stats stats_of(q3n_cache *c)
+{
+    q3n_cache_stats stats;
+    q3n_cache_stats_get(c, &stats);
+    return stats;
+}
+
 /* ---- Cancelling ---- */
 typedef struct {
     q3n_session *s;
@@ -494,7 +501,10 @@ static void test_threads(void **state)
     q3n_session_options o = plain_options(LINE);
     commons_open(all, m, &o);
     all->rounds = SLOW ? 25 : 120;
-    const q3n_cache_options co = { .max_bytes = (size_t)2 << 20 };
+    char directory[64];                          /* where the cache keeps what it has no room for */
+    snprintf(directory, sizeof directory, "build/test_session_%d", (int)getpid());
+    assert_int_equal(mkdir(directory, 0777), 0);
+    const q3n_cache_options co = { .max_bytes = (size_t)1 << 19, .directory = directory };
     q3n_cache *cache = NULL;
     assert_int_equal(q3n_cache_create(&cache, m, &co, NULL), Q3N_OK);
     o.cache = cache;
@@ -529,7 +539,9 @@ static void test_threads(void **state)
     assert_true(__atomic_load_n(&all->n_cancelled, __ATOMIC_SEQ_CST) > 0);
     q3n_session_destroy(parent);
     for (int i = 0; i < COUNT(all->snap); i++) q3n_snapshot_free(all->snap[i]);
+    assert_true(stats_of(cache).n_evicted > 0);
     q3n_cache_destroy(cache);
+    remove_directory(directory);
     pthread_mutex_destroy(&all->lock);
     free(all->want);
     free(all);
@@ -1101,13 +1113,6 @@ static void test_expert_counts(void **state)
 }
 
 /* ---- The cache ---- */
-static q3n_cache_stats stats_of(q3n_cache *c)
-{
-    q3n_cache_stats stats;
-    q3n_cache_stats_get(c, &stats);
-    return stats;
-}
-
 /* Texts with a common beginning, in several sessions: whoever comes later finds what is marked. */
 static void test_cache(void **state)
 {
