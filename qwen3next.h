@@ -10074,6 +10074,7 @@ static q3n_result q3n__session_next(q3n_session *s, q3n_sampler *sampler, int32_
     if (r == Q3N_OK) r = q3n__check_head(s, 1);
     if (r != Q3N_OK) return r;
     const int before = s->length, every = s->options.snapshot_every;
+    const uint64_t rng = sampler->rng;
     int32_t rows[Q3N_MAX_DRAFT + 1] = { token };
     q3n__drafts plan;
     q3n__drafts_plan(s, token, q3n__most_drafts(s, max), &plan);
@@ -10086,6 +10087,7 @@ static q3n_result q3n__session_next(q3n_session *s, q3n_sampler *sampler, int32_
     }
     if (r != Q3N_OK) {
         q3n__session_rollback(s);
+        sampler->rng = rng;                             /* drafts were drawn */
         return r;
     }
     q3n__drafts_learn(s, &plan, *n - 1);

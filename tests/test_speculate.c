@@ -546,6 +546,41 @@ static void test_sampled_speculation(void **state)
     q3n_model_close(d.m);
 }
 
+/* A call that fails draws no random number: the seed's text goes on as it would have. */
+static void test_sampled_cancelled(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model("qwen3_next_mtp", NULL);
+    int32_t prompt[10], text[2][40];
+    uint64_t rng = 89;
+    random_tokens(&rng, prompt, COUNT(prompt), q3n_model_config(m)->vocab_size);
+    m->n_eos = 0;
+    for (int i = 0; i < 2; i++) {
+        q3n_session_options o = plain_options(COUNT(prompt) + COUNT(text[0]));
+        const q3n_sampler_options so = { .temperature = 1.0f, .top_k = 4, .seed = 17 };
+        q3n_sampler *sampler = NULL;
+        o.speculate = Q3N_SPECULATE_MTP;
+        o.draft = 3;
+        q3n_session *s = create_session(m, &o);
+        assert_int_equal(q3n_sampler_create(&sampler, m, &so, NULL), Q3N_OK);
+        must(s, q3n_session_eval(s, prompt, COUNT(prompt) - 1, NULL), Q3N_OK);
+        int32_t token = prompt[COUNT(prompt) - 1];
+        for (int at = 0, n = 0; at < COUNT(text[0]); at += n) {
+            q3n_session_cancel(s, i);
+            if (i)
+                must(s, q3n_session_next(s, sampler, token, text[i] + at, COUNT(text[0]) - at, &n),
+                     Q3N_ERR_CANCELLED);
+            must(s, q3n_session_next(s, sampler, token, text[i] + at, COUNT(text[0]) - at, &n),
+                 Q3N_OK);
+            token = text[i][at + n - 1];
+        }
+        q3n_sampler_destroy(sampler);
+        q3n_session_destroy(s);
+    }
+    assert_memory_equal(text[0], text[1], sizeof text[0]);
+    q3n_model_close(m);
+}
+
 /* Looked-up drafts change no token of a seed's text either. */
 static void test_sampled_lookup(void **state)
 {
@@ -593,6 +628,7 @@ int main(void)
         GREEDY(qwen3_head_all_moe)
         cmocka_unit_test(test_greedy_stories),
         cmocka_unit_test(test_sampled_speculation),
+        cmocka_unit_test(test_sampled_cancelled),
         CASE(test_sampled_lookup, qwen3_next),
         CASE(test_sampled_lookup, qwen3_moe),
     };
