@@ -9857,23 +9857,21 @@ static int q3n__draft_lookup(const q3n_session *s, int32_t token, q3n__draft *dr
 
 /* ---- How many drafts ---- */
 
-/* Times are kept in units of a step without drafts, and that unit follows the machine, which may
- * have other things to do: what was measured a while ago stays comparable.  The first try of a
- * number meets cold memory and does not count. */
+/* Costs are kept in steps without drafts, of which there is one now and then: the machine may have
+ * other things to do, and what was measured a while ago stays comparable.  Outliers count for
+ * twice what was expected. */
+static void q3n__ratio_learn(double *ratio, double seen, double share)
+{
+    if (*ratio == 0.0) *ratio = seen;
+    else *ratio += ((seen < 2.0 * *ratio ? seen : 2.0 * *ratio) - *ratio) * share;
+}
+
+/* The first try of a number of drafts meets cold memory and does not count. */
 static void q3n__step_learn(q3n_session *s, int n, double us)
 {
-    double *cost = &s->step_cost[n];
     if (s->step_tries[n]++ == 0) return;
-    if (n == 0) *cost = 1.0;
-    if (n > 0 && s->step_us > 0.0) {
-        const double seen = us / s->step_us;
-        if (*cost == 0.0) *cost = seen;
-        else *cost += ((seen < 2.0 * *cost ? seen : 2.0 * *cost) - *cost) / 8.0;
-    }
-    if (*cost == 0.0) return;
-    const double unit = us / *cost;
-    if (s->step_us == 0.0 || s->spec.n_steps < 3) s->step_us = unit;
-    else s->step_us += ((unit < 2.0 * s->step_us ? unit : 2.0 * s->step_us) - s->step_us) / 8.0;
+    if (n == 0) q3n__ratio_learn(&s->step_us, us, 0.25);
+    else if (s->step_us > 0.0) q3n__ratio_learn(&s->step_cost[n], us / s->step_us, 0.125);
 }
 
 /* Tries before a measured cost is believed: until then it is taken for low, and so tried again. */
@@ -9936,7 +9934,7 @@ static int q3n__try_drafts(q3n_session *s, double rate, int mtp)
 }
 
 /* Steps with drafts in a row before one without: it keeps the unit of costs right. */
-#define Q3N__PLAIN_GAP   64
+#define Q3N__PLAIN_GAP   16
 
 /* Choose source and number of drafts: at most `most`, fixed by the options or by what pays. */
 static void q3n__drafts_plan(q3n_session *s, int32_t token, int most, q3n__drafts *plan)
@@ -10018,8 +10016,8 @@ static void q3n__draft_learn(q3n_session *s, int n, double cost)
 {
     double *first = &s->draft_cost[0], *more = &s->draft_cost[1];
     if (*first == 0.0) *first = cost / n;
-    else if (n == 1) q3n__cost_learn(first, cost);
-    if (n > 1) q3n__cost_learn(more, cost > *first ? (cost - *first) / (n - 1) : 0.01);
+    else if (n == 1) q3n__ratio_learn(first, cost, 0.125);
+    if (n > 1) q3n__ratio_learn(more, cost > *first ? (cost - *first) / (n - 1) : 0.01, 0.125);
 }
 
 /* Make the drafts that the plan wants and put token and drafts into tokens; returns the rows. */
