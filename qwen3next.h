@@ -138,7 +138,7 @@
  * number of threads and however the text is cut into calls.  Compile with -ffp-contract=off and
  * without -ffast-math, or this does not hold.
  *
- * LIMITS.  256 layers, heads of 1024, 2^24 tokens of vocabulary, little-endian machines.
+ * LIMITS.  256 layers, heads of 1024, 2^24 tokens of vocabulary, little-endian 64-bit machines.
  *
  * REFERENCES
  *     [HF]   Hugging Face transformers 5.17, models/qwen3_next, qwen3_moe, qwen3_5: the numerics
@@ -800,7 +800,8 @@ typedef struct q3n_outputs {
 Q3N_DEF q3n_result q3n_session_eval_outputs(q3n_session *s, const int32_t *tokens, int n,
                                             const q3n_outputs *out);
 
-/* Scores of a classification model for a text: the session is reset first.
+/* Scores of a classification model for a text: the session is reset first, and empty if there is
+ * no memory or the call is cancelled.
  *   scores  [num_labels]  out: unnormalised */
 Q3N_DEF q3n_result q3n_session_classify(q3n_session *s, const int32_t *tokens, int n,
                                         float *scores);
@@ -815,7 +816,8 @@ Q3N_DEF q3n_result       q3n_session_tokens(const q3n_session *s, int first, int
 
 /* From any thread: the evaluation under way, or else the next one, stops within the time of one
  * layer and returns Q3N_ERR_CANCELLED, with the session as before the call; that uses the request
- * up.  on = 0 withdraws it.  In a batch the whole call stops. */
+ * up.  on = 0 withdraws it.  In a batch the whole call stops; behind the pass under way if that
+ * has no tokens of the session. */
 Q3N_DEF void             q3n_session_cancel(q3n_session *s, int on);
 
 Q3N_DEF const q3n_model *q3n_session_model(const q3n_session *s);
@@ -1223,6 +1225,9 @@ Q3N_DEF q3n_result q3n_init_memory(void *data, size_t bytes, const q3n_config *c
 #    error "model files are little-endian and used in place: big-endian machines are not supported"
 #  endif
 #endif
+
+/* Sizes of a session are products that 64 bits hold and 32 may not. */
+typedef char q3n__needs_a_64_bit_size_t[sizeof(size_t) >= 8 ? 1 : -1];
 
 #if defined(__GNUC__) || defined(__clang__)
 #  define Q3N__UNUSED __attribute__((unused))
@@ -5428,7 +5433,8 @@ static void q3n__rope_rotate(float *x, const float *cosines, const float *sines,
 
 /* Tokens of a text with what all attention layers keep of them: [layer][kv head], of each keys and
  * then values.  The MTP module's layer is the last, if the session drafts with it.  Sessions and
- * snapshots share pages; nobody writes slots that another of them reads (q3n__session_reserve). */
+ * snapshots share pages; nobody writes slots that another of them uses (q3n__session_reserve).
+ * Kernels load whole vectors of keys, beyond the last one that counts, and drop what lies there. */
 typedef struct q3n__page {
     q3n__atomic n_refs;
     int         n_used;          /* slots written so far: for the one session that may append    */
@@ -8164,11 +8170,13 @@ static q3n_result q3n__cancelled(q3n__engine *e, q3n__atomic *session, q3n_error
 }
 
 /* ---- Costs ---- */
-static double q3n__cost_of(const q3n__costs *c, int rows)   /* microseconds, 0 = not known */
+/* Microseconds of a pass, 0 = nothing is known: numbers of rows that were never tried are guessed
+ * from the largest that was, at half its price for each further row. */
+static double q3n__cost_of(const q3n__costs *c, int rows)
 {
-    if (rows > Q3N__COST_ROWS) return c->row * rows;
-    for (int n = rows; n > 0; n--)
-        if (c->pass[n] > 0.0) return c->pass[n] * rows / n;
+    if (rows > Q3N__COST_ROWS && c->row > 0.0) return c->row * rows;
+    for (int n = rows < Q3N__COST_ROWS ? rows : Q3N__COST_ROWS; n > 0; n--)
+        if (c->pass[n] > 0.0) return c->pass[n] * (1.0 + 0.5 * ((double)rows / n - 1.0));
     return c->row * rows;
 }
 
@@ -8448,6 +8456,12 @@ static void q3n__session_clear(q3n_session *s)
     }
 }
 
+/* Where the MTP module's keys begin in a text of so many tokens. */
+static int q3n__first_within(int first, int length)
+{
+    return first < length ? first : length > 0 ? length : 1;
+}
+
 static void q3n__session_settle(q3n_session *s, q3n__engine *e)
 {
     s->state.delta = s->delta[s->delta_now];
@@ -8508,7 +8522,7 @@ static void q3n__session_commit(q3n_session *s, q3n__engine *e, int n)
     }
     s->has_saved = s->begun = st->trailing = s->has_logits = 0;
     s->length = st->length;
-    s->mtp_first = s->work_first;
+    s->mtp_first = q3n__first_within(s->work_first, s->length);
     if (s->deferred) {
         s->n_hidden += n < 0 ? ran : n;
     } else {
@@ -8738,7 +8752,7 @@ static q3n_snapshot *q3n__session_take(q3n_session *s, q3n__engine *e, q3n_type 
     q3n__copy(&e->pool, copy);
     if (h->conv_len)
         memcpy(snap->conv, s->conv[s->conv_now ^ from], h->conv_len * sizeof(float));
-    snap->mtp_first = in_call ? s->work_first : s->mtp_first;
+    snap->mtp_first = q3n__first_within(in_call ? s->work_first : s->mtp_first, snap->length);
     snap->has_hidden = snap->length > 0;
     snap->has_logits = !in_call && s->has_logits;
     memcpy(snap->hidden, in_call ? s->work_hidden : s->hidden,
@@ -8825,6 +8839,9 @@ static int q3n__session_put(q3n_session *s, q3n__engine *e, int in_call, int mar
 {
     const int n = in_call ? s->state.length : s->length;
     if (!s->cache || n == 0 || !s->model->config.causal) return 1;
+    const size_t pages = (size_t)q3n__blocks_of(n) * s->shape.page_bytes;
+    if (pages + q3n__snapshot_measure(&s->shape, s->options.snapshot_type, n)
+        > s->cache->max_bytes) return 1;             /* it would not be kept */
     int32_t *text = q3n__session_text(s, n);
     if (!text) return 0;
     const int there = q3n__cache_touch(s->cache, &s->shape, s->options.snapshot_type, text, n,
@@ -8871,7 +8888,7 @@ static q3n_result q3n__check_head(q3n_session *s, int wanted)
  * point of snapshot_every. */
 static int q3n__session_stride(const q3n_session *s, int n, int most)
 {
-    const int every = s->cache ? s->options.snapshot_every : 0;
+    const int every = s->cache && s->model->config.causal ? s->options.snapshot_every : 0;
     if (n > most) n = most;
     if (every > 0 && n > every - s->state.length % every) n = every - s->state.length % every;
     return n;
@@ -8945,12 +8962,11 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
     if (c->num_labels == 0)
         return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1,
                          "the model has no classification head");
-    q3n__session_clear(s);
     q3n_result result = q3n__session_check(s, tokens, n, 0);
-    if (result == Q3N_OK) {
-        q3n__session_begin(s, e);
-        result = q3n__session_reserve(s, e, 0, n);
-    }
+    if (result != Q3N_OK) return result;
+    q3n__session_clear(s);
+    q3n__session_begin(s, e);
+    result = q3n__session_reserve(s, e, 0, n);
     if (result != Q3N_OK) return result;
     memset(s->pooled, 0, d * sizeof *s->pooled);
     for (int i = 0, some; i < n; i += some) {
@@ -9092,7 +9108,8 @@ static q3n_result q3n__session_feed(q3n_session *s, const int32_t *tokens, int n
     if (r == Q3N_OK) r = q3n__check_head(s, logits != NULL);
     if (r != Q3N_OK) return r;
     const q3n_outputs out = { logits, NULL, NULL, NULL };
-    const int m = q3n__common_prefix(s->state.kv.page, s->length, tokens, n);
+    const int m = s->model->config.causal
+                ? q3n__common_prefix(s->state.kv.page, s->length, tokens, n) : 0;
     const int from = q3n__session_seek(s, tokens, n, only_reuse);
     int end = n, reused = from;
     if (only_reuse) end = reused = s->n_delta == 0 && m > from ? m : from;
@@ -9110,6 +9127,7 @@ struct q3n_batch {
     q3n__engine engine;
     q3n_error   error;
     q3n__part  *parts;            /* [batch] of a pass                                            */
+    int         turn;             /* item whose turn is first if a pass has no room for all       */
 };
 
 static q3n__engine *q3n__batch_engine(q3n_batch *b) { return &b->engine; }
@@ -9121,11 +9139,11 @@ static q3n_result q3n__batch_fail(q3n_batch *b, const q3n_error *e, int item)
 
 static int q3n__item_left(const q3n_batch_item *it) { return it->n - it->done; }
 
-/* Whether item i can go on, and its session begun; pages for as much as one call may take. */
-static q3n_result q3n__batch_begin(q3n_batch *b, q3n_batch_item *it, int i, int max_tokens)
+/* Whether item i can go on, and its session begun. */
+static q3n_result q3n__batch_begin(q3n_batch *b, q3n_batch_item *it, int i)
 {
     q3n_session *s = it->session;
-    int n = q3n__item_left(it);
+    const int n = q3n__item_left(it);
     if (s->model != b->engine.model || s->engine->isa != b->engine.isa
         || (s->shape.has_mtp && !b->engine.has_mtp))
         return q3n__fail(&b->error, Q3N_ERR_ARG, -1, "item %d: its session is of another model or "
@@ -9140,17 +9158,16 @@ static q3n_result q3n__batch_begin(q3n_batch *b, q3n_batch_item *it, int i, int 
     q3n__session_begin(s, &b->engine);
     s->in_batch = 1;
     s->taken = 0;
-    if (max_tokens > 0 && n > max_tokens) n = max_tokens;
-    if (q3n__session_reserve(s, &b->engine, s->length, s->length + n) == Q3N_OK) return Q3N_OK;
-    return q3n__batch_fail(b, &s->error, i);
+    return Q3N_OK;
 }
 
 /* Fill b->parts with at most `rows` tokens: one of every item that is not done, then more of each
  * in their order.  Returns the number of parts. */
 static int q3n__batch_plan(q3n_batch *b, q3n_batch_item *items, int n_items, int rows)
 {
-    int n = 0;
-    for (int i = 0; i < n_items && n < rows; i++) {
+    int n = 0, k = 0;
+    for (; k < n_items && n < rows; k++) {
+        const int i = (b->turn + k) % n_items;
         q3n_session *s = items[i].session;
         if (q3n__item_left(&items[i]) == 0) continue;
         const int done = items[i].done + s->taken;
@@ -9158,8 +9175,9 @@ static int q3n__batch_plan(q3n_batch *b, q3n_batch_item *items, int n_items, int
         b->parts[n++] = (q3n__part){ s, items[i].tokens + done, 1, items[i].n - done == 1 };
         s->item = i;
     }
+    b->turn = k < n_items ? (b->turn + k) % n_items : 0;    /* the others' turn comes next */
     rows -= n;
-    for (int k = 0; k < n && rows > 0; k++) {
+    for (k = 0; k < n && rows > 0; k++) {
         q3n__part *p = &b->parts[k];
         const q3n_batch_item *it = &items[p->s->item];
         const int left = it->n - it->done - p->s->taken;
@@ -9213,10 +9231,14 @@ static void q3n__batch_logits(q3n_batch *b, const q3n_batch_item *items, int n_p
 static q3n_result q3n__batch_pass(q3n_batch *b, q3n_batch_item *items, int n_parts)
 {
     q3n__engine *e = &b->engine;
-    if (q3n__engine_pass(e, b->parts, n_parts) != Q3N_OK) {
-        for (int i = 0; i < n_parts; i++) q3n__atomic_store(&b->parts[i].s->cancel, 0);
-        return q3n__cancelled(e, NULL, &b->error);
+    for (int i = 0; i < n_parts; i++) {
+        q3n_session *s = b->parts[i].s;
+        const int from = s->state.length;
+        if (q3n__session_reserve(s, e, from, from + b->parts[i].n) != Q3N_OK)
+            return q3n__batch_fail(b, &s->error, s->item);
     }
+    if (q3n__engine_pass(e, b->parts, n_parts) != Q3N_OK)
+        return q3n__cancelled(e, NULL, &b->error);
     q3n__batch_logits(b, items, n_parts);
     for (int i = 0; i < n_parts; i++) {
         q3n_session *s = b->parts[i].s;
@@ -9238,6 +9260,9 @@ static q3n_result q3n__batch_passes(q3n_batch *b, q3n_batch_item *items, int n_i
         const int n_parts = q3n__batch_plan(b, items, n_items, rows);
         if (n_parts == 0) return Q3N_OK;
         for (int i = 0; i < n_parts; i++) taken += b->parts[i].n;
+        for (int i = 0; i < n_items; i++)               /* also those that this pass leaves out */
+            if (q3n__item_left(&items[i]) > 0 && q3n__atomic_load(&items[i].session->cancel))
+                return q3n__cancelled(&b->engine, NULL, &b->error);
         const q3n_result r = q3n__batch_pass(b, items, n_parts);
         if (r != Q3N_OK) return r;
     }
@@ -9279,8 +9304,10 @@ static q3n_result q3n__batch_eval(q3n_batch *b, q3n_batch_item *items, int n_ite
                              "tokens", i, items[i].done, items[i].n);
     for (; begun < n_items && r == Q3N_OK; begun++)
         if (q3n__item_left(&items[begun]) > 0)
-            r = q3n__batch_begin(b, &items[begun], begun, limit->max_tokens);
+            r = q3n__batch_begin(b, &items[begun], begun);
     if (r == Q3N_OK) r = q3n__batch_passes(b, items, n_items, limit);
+    if (r == Q3N_ERR_CANCELLED)
+        for (int i = 0; i < begun; i++) q3n__atomic_store(&items[i].session->cancel, 0);
     q3n__batch_end(b, items, begun, r == Q3N_OK);
     return r;
 }
@@ -10109,6 +10136,7 @@ static q3n_result q3n__session_draft(q3n_session *s, int32_t token, int32_t *dra
                          "model with an MTP module and a session that speculates with it", n,
                          s->length, Q3N_MAX_DRAFT);
     q3n_result r = q3n__session_check(s, &token, 1, s->length);
+    if (r == Q3N_OK) r = q3n__check_head(s, 1);
     if (r == Q3N_OK && n > s->options.capacity - s->length)
         r = q3n__fail(&s->error, Q3N_ERR_FULL, -1, "%d drafts after %d tokens do not fit a session "
                       "of %d", n, s->length, s->options.capacity);
@@ -12040,6 +12068,9 @@ Q3N_DEF q3n_result q3n_session_next(q3n_session *s, q3n_sampler *sampler, int32_
     if (!sampler || !tokens || !n || max < 1)
         return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no sampler, or no place for a token");
     *n = 0;
+    if (sampler->vocab != s->shape.vocab_size)
+        return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "the sampler's model has %d tokens, the "
+                         "session's %d", sampler->vocab, s->shape.vocab_size);
     return q3n__session_next(s, sampler, token, tokens, max, n);
 }
 

@@ -1035,6 +1035,18 @@ static void test_both_ways(void **state)
     assert_int_equal(n_reused, 0);
     must(s, q3n_session_feed(s, ids, 7, got, NULL), Q3N_OK);
     check_same(got, want, V, "both ways, fed");
+    n_reused = -1;
+    must(s, q3n_session_reuse(s, ids, 5, &n_reused), Q3N_OK);
+    assert_int_equal(n_reused, 0);
+    assert_int_equal(q3n_session_length(s), 0);
+
+    q3n_session_options keeps = o;              /* snapshots would cut the text */
+    keeps.snapshot_bytes = 1 << 20;
+    keeps.snapshot_every = 3;
+    q3n_session *kept = create_session(m, &keeps);
+    must(kept, q3n_session_eval(kept, ids, 7, got), Q3N_OK);
+    check_same(got, want, V, "both ways, with a cache");
+    q3n_session_destroy(kept);
     free(got);
     free(want);
     q3n_session_destroy(s);
