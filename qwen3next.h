@@ -1041,7 +1041,7 @@ Q3N_DEF void       q3n_sampler_reset(q3n_sampler *s);    /* forget tokens, seed 
  *   token    the last token chosen, not evaluated yet: from q3n_sampler_sample, or the last of
  *            `tokens` of the call before
  *   tokens   [max]  out: the tokens chosen, *n >= 1 of them; all but the last are evaluated
- *   max      1 or more; room in the session is needed for so many
+ *   max      1 or more; the session needs room for one token, and drafts no more than fit
  *
  * Nothing is drafted beyond a token that ends the text (q3n_model_is_eos).  Greedy output is what
  * it is without drafts; sampled output has the same distribution ([SPEC]), and with looked-up
@@ -1052,7 +1052,9 @@ Q3N_DEF q3n_result q3n_session_next(q3n_session *s, q3n_sampler *sampler, int32_
 
 /* What the MTP module would draft behind `token`: drafts [n], n in 1 .. Q3N_MAX_DRAFT, each the
  * most probable one; logits [vocab] of the first (NULL = not wanted).  The session stays as it is.
- * Errors: Q3N_ERR_UNSUPPORTED (no module, or speculate is not AUTO or MTP), Q3N_ERR_FULL. */
+ * Errors: Q3N_ERR_UNSUPPORTED (no module, or speculate is not AUTO or MTP), Q3N_ERR_FULL.
+ * After steps of q3n_session_next the module may know the end of the text alone: one whose drafts
+ * did not pay was left behind. */
 Q3N_DEF q3n_result q3n_session_draft(q3n_session *s, int32_t token, int32_t *drafts, int n,
                                      float *logits);
 
