@@ -6611,8 +6611,8 @@ static void q3n__mtp_input_task(void *arg, int begin, int end)
     }
 }
 
-/* The module over the rows of a run, which has one segment ([HF] has none: MODEL of the published
- * checkpoints, as vLLM's qwen3_next_mtp runs it):
+/* The module over the rows of a run, which has one segment (transformers leaves mtp.* out; its
+ * tensors are those of the published checkpoints):
  *
  *     x = fc [norm(embed(token[p])); norm(h[p - 1])]     one decoder layer;  norm
  *
@@ -8857,6 +8857,15 @@ static int q3n__session_put(q3n_session *s, q3n__engine *e, int in_call, int mar
     return 1;
 }
 
+/* Where snapshot_every wants one: in a call at its multiples, behind a call that passed any. */
+static void q3n__session_put_due(q3n_session *s, q3n__engine *e, int in_call, int before)
+{
+    const int every = s->options.snapshot_every;
+    if (!s->cache || every <= 0) return;
+    if (in_call ? s->state.length % every == 0 : s->length / every != before / every)
+        q3n__session_put(s, e, in_call, 0);
+}
+
 /* ---- Evaluation ---- */
 static q3n_result q3n__session_check(q3n_session *s, const int32_t *tokens, int n, int length)
 {
@@ -8911,9 +8920,7 @@ static q3n_result q3n__session_passes(q3n_session *s, const int32_t *tokens, int
         if (out->all_hidden)
             memcpy(out->all_hidden + (size_t)i * d, rows, (size_t)some * d * sizeof *rows);
         if (out->all_logits) q3n__logits(&e->run, rows, some, out->all_logits + (size_t)i * V);
-        if (i + some < n && s->cache && s->options.snapshot_every > 0
-            && s->state.length % s->options.snapshot_every == 0)
-            q3n__session_put(s, e, 1, 0);
+        if (i + some < n) q3n__session_put_due(s, e, 1, 0);
     }
     return Q3N_OK;
 }
@@ -8932,13 +8939,12 @@ static const float *q3n__session_last_logits(q3n_session *s)
 static void q3n__session_finish(q3n_session *s, const q3n_outputs *out)
 {
     const size_t d = (size_t)s->shape.hidden_size, V = (size_t)s->shape.vocab_size;
-    const int before = s->length, every = s->options.snapshot_every;
+    const int before = s->length;
     q3n__session_commit(s, s->engine, -1);
     if (out->hidden)
         memcpy(out->hidden, s->hidden + (size_t)(s->n_hidden - 1) * d, d * sizeof(float));
     if (out->logits) memcpy(out->logits, q3n__session_last_logits(s), V * sizeof(float));
-    if (s->cache && every > 0 && s->length / every != before / every)
-        q3n__session_put(s, s->engine, 0, 0);
+    q3n__session_put_due(s, s->engine, 0, before);
 }
 
 static q3n_result q3n__session_eval(q3n_session *s, const int32_t *tokens, int n,
@@ -9228,8 +9234,8 @@ static void q3n__batch_logits(q3n_batch *b, const q3n_batch_item *items, int n_p
     }
 }
 
-/* Rows that wait for a pass's logits must not be overwritten: the module's run comes later only
- * with e->hidden, which keeps them. */
+/* Pages, the pass, and the logits of items that it ends: q3n__engine_rows still has their rows, for
+ * an engine whose MTP module has run since keeps them in e->hidden. */
 static q3n_result q3n__batch_pass(q3n_batch *b, q3n_batch_item *items, int n_parts)
 {
     q3n__engine *e = &b->engine;
@@ -9245,9 +9251,7 @@ static q3n_result q3n__batch_pass(q3n_batch *b, q3n_batch_item *items, int n_par
     for (int i = 0; i < n_parts; i++) {
         q3n_session *s = b->parts[i].s;
         s->taken += b->parts[i].n;
-        if (!b->parts[i].last && s->cache && s->options.snapshot_every > 0
-            && s->state.length % s->options.snapshot_every == 0)
-            q3n__session_put(s, e, 1, 0);
+        if (!b->parts[i].last) q3n__session_put_due(s, e, 1, 0);
     }
     return Q3N_OK;
 }
@@ -9277,7 +9281,7 @@ static void q3n__batch_end(q3n_batch *b, q3n_batch_item *items, int n, int commi
     for (int i = 0; i < n; i++) {
         q3n_session *s = items[i].session;
         if (q3n__item_left(&items[i]) == 0 || !s->in_batch) continue;
-        const int before = s->length, every = s->options.snapshot_every;
+        const int before = s->length;
         s->in_batch = 0;
         if (!commit) {
             q3n__session_rollback(s);
@@ -9290,8 +9294,7 @@ static void q3n__batch_end(q3n_batch *b, q3n_batch_item *items, int n, int commi
             s->has_logits = 1;
             memcpy(items[i].logits, s->logits, V * sizeof(float));
         }
-        if (s->cache && every > 0 && s->length / every != before / every)
-            q3n__session_put(s, &b->engine, 0, 0);
+        q3n__session_put_due(s, &b->engine, 0, before);
     }
 }
 
@@ -10100,7 +10103,7 @@ static q3n_result q3n__session_next(q3n_session *s, q3n_sampler *sampler, int32_
     if (r == Q3N_OK) r = q3n__session_check(s, &token, 1, s->length);
     if (r == Q3N_OK) r = q3n__check_head(s, 1);
     if (r != Q3N_OK) return r;
-    const int before = s->length, every = s->options.snapshot_every;
+    const int before = s->length;
     const uint64_t rng = sampler->rng;
     int32_t rows[Q3N_MAX_DRAFT + 1] = { token };
     q3n__drafts plan;
@@ -10121,8 +10124,7 @@ static q3n_result q3n__session_next(q3n_session *s, q3n_sampler *sampler, int32_
     s->spec.draft = plan.n;
     s->spec.n_steps++;
     s->spec.n_tokens += *n;
-    if (s->cache && every > 0 && s->length / every != before / every)
-        q3n__session_put(s, s->engine, 0, 0);
+    q3n__session_put_due(s, s->engine, 0, before);
     return Q3N_OK;
 }
 
