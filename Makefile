@@ -51,7 +51,6 @@ CLI_OBJECTS   := $(patsubst examples/q3n/%.c,$(B)/obj/q3n/%.o,$(wildcard example
 C_TESTS       := $(patsubst tests/test_%.c,%,$(wildcard tests/test_*.c))
 FUZZ_TARGETS  := $(patsubst tests/fuzz_%.c,%,$(wildcard tests/fuzz_*.c))
 PYTHON_TESTS  := $(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py))
-LINKED_TESTS  := public memory session
 # Tests that start threads and are short: these run under the thread sanitizer too.
 THREAD_TESTS  := $(filter parallel public memory quantize storage session schedules,$(C_TESTS))
 HF_GOLDENS    := $(patsubst tests/golden/%/config.json,%,$(wildcard tests/golden/*/config.json))
@@ -125,24 +124,40 @@ $(B)/embed_cpp: examples/embed.cpp $(B)/obj/qwen3next.o $(B)/flags
 	@mkdir -p $(@D) $(B)/obj
 	$(COMPILE_CXX) -MF $(B)/obj/embed_cpp.d $< $(B)/obj/qwen3next.o $(LDFLAGS) $(LIBRARIES) -o $@
 
-# Tests that see the public API alone link the implementation instead of compiling it again.
-$(LINKED_TESTS:%=$(B)/tests/test_%): $(B)/tests/test_%: tests/test_%.c $(B)/obj/qwen3next.o \
-                                     $(B)/flags
-	@mkdir -p $(@D)
-	$(COMPILE_C) -MF $@.d $< $(B)/obj/qwen3next.o $(LDFLAGS) $(CMOCKA) $(LIBRARIES) -o $@
+# ---- Test programs ----
+#
+# The implementation is compiled once a configuration.  tests/expose.awk makes two headers of
+# qwen3next.h: one whose private functions are not static, which becomes exposed.o, and one without
+# function bodies, which the tests include.  A test file reads
+#
+#     #define Q3N_IMPLEMENTATION          (not where the public API is enough)
+#     #include "qwen3next.h"              (not "../qwen3next.h": that has the bodies too)
+#
+# and links the object; a new tests/test_NAME.c is found by its name.
+PARTS := $(B)/obj/bodies/qwen3next.h $(B)/obj/names/qwen3next.h
 
-$(B)/tests/test_%: tests/test_%.c $(B)/flags
+$(PARTS): $(B)/obj/%/qwen3next.h: qwen3next.h tests/expose.awk
 	@mkdir -p $(@D)
-	$(COMPILE_C) -MF $@.d $< $(LDFLAGS) $(CMOCKA) $(LIBRARIES) -o $@
+	awk -v part=$* -f tests/expose.awk $< > $@
+
+$(B)/obj/exposed.o: $(B)/obj/bodies/qwen3next.h $(B)/flags
+	$(COMPILE_C) -Wno-missing-prototypes -DQ3N_IMPLEMENTATION -x c -c $< -o $@
+
+COMPILE_TEST = $(COMPILE_C) -I$(B)/obj/names
+TEST_NEEDS  := $(B)/obj/names/qwen3next.h $(B)/obj/exposed.o $(B)/flags
+
+$(B)/tests/test_%: tests/test_%.c $(TEST_NEEDS)
+	@mkdir -p $(@D)
+	$(COMPILE_TEST) -MF $@.d $< $(B)/obj/exposed.o $(LDFLAGS) $(CMOCKA) $(LIBRARIES) -o $@
 
 # The fuzz target with a main function that replays files.
-$(B)/tests/replay_%: tests/fuzz_%.c $(B)/flags
+$(B)/tests/replay_%: tests/fuzz_%.c $(TEST_NEEDS)
 	@mkdir -p $(@D)
-	$(COMPILE_C) -MF $@.d -DQ3N_FUZZ_REPLAY $< $(LDFLAGS) $(LIBRARIES) -o $@
+	$(COMPILE_TEST) -MF $@.d -DQ3N_FUZZ_REPLAY $< $(B)/obj/exposed.o $(LDFLAGS) $(LIBRARIES) -o $@
 
-$(B)/fuzz_%: tests/fuzz_%.c $(B)/flags
+$(B)/fuzz_%: tests/fuzz_%.c $(TEST_NEEDS)
 	@mkdir -p $(@D)
-	$(COMPILE_C) -MF $@.d $< $(LDFLAGS) $(LIBRARIES) -o $@
+	$(COMPILE_TEST) -MF $@.d $< $(B)/obj/exposed.o $(LDFLAGS) $(LIBRARIES) -o $@
 
 -include $(wildcard $(B)/obj/*.d $(B)/obj/q3n/*.d $(B)/tests/*.d $(B)/*.d)
 

@@ -6,7 +6,7 @@
  * The memory given to the library ends with the data, so that a sanitizer sees every byte too far.
  */
 #define Q3N_IMPLEMENTATION
-#include "../qwen3next.h"
+#include "qwen3next.h"
 
 #include <stdint.h>
 #include <stdio.h>

@@ -7,7 +7,7 @@
  * begin with, bytes to change in it, where to cut it, and whether the hashes are made right again.
  */
 #define Q3N_IMPLEMENTATION
-#include "../qwen3next.h"
+#include "qwen3next.h"
 
 #include <stdint.h>
 #include <stdio.h>

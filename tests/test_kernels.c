@@ -10,7 +10,7 @@
 #include <cmocka.h>
 
 #define Q3N_IMPLEMENTATION
-#include "../qwen3next.h"
+#include "qwen3next.h"
 
 /* ---- Memory: a page that nobody may read behind each input, guard bytes around outputs ---- */
 #define GUARD      64

@@ -1,7 +1,7 @@
 /* The public API as a host program sees it: this file includes no implementation and links an
  * object of it.  Every function's errors, what the host supplies, and that an evaluation allocates
  * nothing but its pages. */
-#include "../qwen3next.h"
+#include "qwen3next.h"
 
 #include <pthread.h>
 #include <setjmp.h>

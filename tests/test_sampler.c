@@ -9,7 +9,7 @@
 #include <time.h>
 
 #define Q3N_IMPLEMENTATION
-#include "../qwen3next.h"
+#include "qwen3next.h"
 
 #define COUNT(a) (sizeof(a) / sizeof(a)[0])
 #define BIG_VOCAB 151936

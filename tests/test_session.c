@@ -10,7 +10,7 @@
 #include <stdint.h>
 #include <cmocka.h>
 
-#include "../qwen3next.h"
+#include "qwen3next.h"
 #include "failing.h"
 #include "sessions.h"
 

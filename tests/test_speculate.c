@@ -7,7 +7,7 @@
 #include <cmocka.h>
 
 #define Q3N_IMPLEMENTATION
-#include "../qwen3next.h"
+#include "qwen3next.h"
 #include "failing.h"
 #include "sessions.h"
 

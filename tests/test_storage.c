@@ -11,7 +11,7 @@
 #include <cmocka.h>
 
 #define Q3N_IMPLEMENTATION
-#include "../qwen3next.h"
+#include "qwen3next.h"
 #include "golden.h"
 
 #include <signal.h>

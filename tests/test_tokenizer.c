@@ -9,7 +9,7 @@
 #include <time.h>
 
 #define Q3N_IMPLEMENTATION
-#include "../qwen3next.h"
+#include "qwen3next.h"
 
 #ifndef Q3N_TEST_MODELS
 #  define Q3N_TEST_MODELS "build/models"

@@ -10,7 +10,7 @@
 #include <sys/resource.h>
 
 #define Q3N_IMPLEMENTATION
-#include "../qwen3next.h"
+#include "qwen3next.h"
 #include "failing.h"
 
 #define COUNT(a) (sizeof(a) / sizeof(a)[0])

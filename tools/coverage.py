@@ -3,7 +3,7 @@
 
 usage: coverage.py BUILD_DIR [--missed]
 
-Every test compiles the header itself, so a line counts as reached if any program reached it.
+Tests share one object, programs have their own: a line counts as reached if any reached it.
 --missed lists the lines that none did."""
 import argparse
 import json
