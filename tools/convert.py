@@ -14,6 +14,7 @@ import sys
 import time
 import zlib
 
+import files
 import hf_checkpoint
 import matrix
 import q3n_file
@@ -262,36 +263,32 @@ def write_slice(f, tensor, m, at, progress, encoder):
         progress.add(len(data))
 
 
-def write_file(path, plan, groups, meta, file_bytes, progress):
+def write_file(f, plan, groups, meta, file_bytes, progress):
     """Everything: room for the metadata, data in the order of their offsets, then meta()."""
     quantised = any(t.type.block_len > 1 for group in groups for t in group)
     encoder = quantize.Encoder() if quantised else None
-    with open(path, "wb") as f:
-        f.write(bytes(len(meta())))
-        for outs, tensors in zip(plan.groups, groups):
-            for e in range(tensors[0].n_slices):
-                for out, t in zip(outs, tensors):
-                    write_slice(f, t, out.slices[e], t.slice_offset(e), progress, encoder)
-        f.write(bytes(file_bytes - f.tell()))
-        f.seek(0)
-        f.write(meta())
-        f.flush()
-        os.fsync(f.fileno())
+    f.write(bytes(len(meta())))
+    for outs, tensors in zip(plan.groups, groups):
+        for e in range(tensors[0].n_slices):
+            for out, t in zip(outs, tensors):
+                write_slice(f, t, out.slices[e], t.slice_offset(e), progress, encoder)
+    f.write(bytes(file_bytes - f.tell()))
+    f.seek(0)
+    f.write(meta())
 
 
-def check_room(out, file_bytes):
-    folder = os.path.dirname(os.path.abspath(out))
+def check_room(path, file_bytes):
+    folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
-        raise ConvertError("%s: found no folder %s, expected it to exist" % (out, folder))
-    if os.path.isdir(out):
-        raise ConvertError("%s: found a folder, expected a file name" % out)
+        raise ConvertError("%s: found no folder %s, expected it to exist" % (path, folder))
     free = shutil.disk_usage(folder).free
     if free < file_bytes:
         raise ConvertError("%s: found %s free on the disk, expected at least %s"
-                           % (out, size_text(free), size_text(file_bytes)))
+                           % (path, size_text(free), size_text(file_bytes)))
 
 
 def convert(args, definitions):
+    files.inputs.clear()
     plan = make_plan(args)
     try:
         write_plan(plan, args, definitions)
@@ -317,15 +314,10 @@ def write_plan(plan, args, definitions):
     if args.dry_run:
         return
     check_room(args.out, file_bytes)
-    part = args.out + ".part"
     progress = Progress(sum(t.bytes for t in tensors), args.quiet)
     try:
-        write_file(part, plan, groups, lambda: meta(file_bytes), file_bytes, progress)
-        os.replace(part, args.out)
-    except BaseException:
-        if os.path.exists(part):
-            os.remove(part)
-        raise
+        with files.Output(args.out) as f:
+            write_file(f, plan, groups, lambda: meta(file_bytes), file_bytes, progress)
     finally:
         progress.end()
     if not args.quiet:
@@ -341,7 +333,10 @@ def main(argv):
     try:
         definitions = q3n_file.Definitions()
         args = parse_arguments(argv, list(definitions.recipes))
-        signal.signal(signal.SIGTERM, terminate)
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)         # Windows has no SIGHUP; nohup ignores it
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, terminate)
         convert(args, definitions)
     except ConvertError as e:
         for line in str(e).split("\n"):

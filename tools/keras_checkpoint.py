@@ -9,6 +9,7 @@ import re
 import struct
 import zipfile
 
+import files
 from matrix import Matrix
 from model_plan import Plan
 from q3n_file import ConvertError
@@ -99,10 +100,20 @@ def open_file(path):
     """(h5py file, raw configuration or None)."""
     if h5py is None:
         raise ConvertError(HELP)
-    if not path.endswith(".keras"):
-        return _open_h5(path, path), None
+    source = files.open_input(path)
     try:
-        archive = zipfile.ZipFile(path)
+        if path.endswith(".keras"):
+            return _open_archive(path, source)
+    except BaseException:
+        source.close()
+        raise
+    source.close()                       # HDF5 opens it again: its own reading is faster
+    return _open_h5(path, path), None
+
+
+def _open_archive(path, source):
+    try:
+        archive = zipfile.ZipFile(source)
         members = {i.filename: i for i in archive.infolist()}
         for name in ("config.json", WEIGHTS):
             if name not in members:
@@ -115,18 +126,18 @@ def open_file(path):
         raise ConvertError("%s: cannot read the archive: %s" % (path, e))
     except (ValueError, RecursionError) as e:
         raise ConvertError("%s: config.json: not valid JSON: %s" % (path, e))
-    return _open_h5(Member(path, archive, members[WEIGHTS]), "%s: %s" % (path, WEIGHTS)), config
+    return _open_h5(Member(path, source, members[WEIGHTS]), "%s: %s" % (path, WEIGHTS)), config
 
 
 class Member(io.RawIOBase):
     """A stored member of a zip archive, read in place: Python's own zip reader seeks by reading."""
 
-    def __init__(self, path, archive, info):
+    def __init__(self, path, file, info):
         io.RawIOBase.__init__(self)
         if info.compress_type != zipfile.ZIP_STORED:
             raise ConvertError("%s: %s: found it compressed, expected it stored: unzip it and give "
                                "the .weights.h5 file with --config" % (path, info.filename))
-        self.file, self.size, self.at = open(path, "rb"), info.file_size, 0
+        self.file, self.size, self.at = file, info.file_size, 0
         self.file.seek(info.header_offset)
         local = self.file.read(30)       # local header: lengths of name and extra at its end
         if len(local) < 30 or local[:4] != b"PK\3\4":

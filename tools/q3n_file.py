@@ -14,6 +14,9 @@ import struct
 import sys
 import zlib
 
+import files
+from files import ConvertError
+
 HEADER = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "qwen3next.h")
 
 MAGIC = b"\x89Q3N\r\n\x1a\n"
@@ -24,6 +27,7 @@ RECORD_BYTES = 80
 DATA_ALIGN = 64
 EXPERT_ALIGN = 4096
 READ_BYTES = 1 << 22         # at once, when checksums are computed
+MAX_HEADER = 1 << 24         # bytes of qwen3next.h
 
 # Keys of CONFIG beside the fields of Q3N_CONFIG_LIST, with their kind.
 EXTRA_KEYS = {
@@ -31,11 +35,6 @@ EXTRA_KEYS = {
     "bos_id": "int", "pad_id": "int", "chat": "string", "tokenizer_pattern": "string",
     "tokenizer_nfc": "int", "converter": "string",
 }
-
-
-class ConvertError(Exception):
-    """What is wrong with a file, in one line for a person."""
-
 
 Type = collections.namedtuple("Type", "name number block_len block_bytes")
 Recipe = collections.namedtuple("Recipe", "name experts other sensitive ends")
@@ -47,11 +46,9 @@ class Definitions:
 
     def __init__(self, path=HEADER):
         try:
-            with open(path, encoding="utf-8") as f:
-                text = f.read()
-        except OSError as e:
-            raise ConvertError("%s: cannot read: %s (the tools need the header beside them)"
-                               % (path, e.strerror))
+            text = files.read_text(path, MAX_HEADER)
+        except ConvertError as e:
+            raise ConvertError("%s (the tools need the header beside them)" % e)
         self.types, self.fields = {}, collections.OrderedDict()
         for macro in ("Q3N_FLOAT_TYPE_LIST", "Q3N_QUANT_TYPE_LIST"):
             for _, name, number, length, size in self._rows(text, macro, 5, path):
@@ -252,7 +249,7 @@ class File:
 
     def __init__(self, path, definitions=None):
         self.path, self.definitions = path, definitions or Definitions()
-        self.file = open(path, "rb")
+        self.file = files.open_input(path)
         try:
             self._parse()
         except struct.error:

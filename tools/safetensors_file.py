@@ -7,9 +7,11 @@ import json
 import os
 import struct
 
-from q3n_file import ConvertError
+import files
+from files import ConvertError
 
 MAX_HEADER = 100000000           # bytes; the format's own limit
+MAX_TEXT = 1 << 28               # bytes of JSON and other texts: published tokenizers have 11 MB
 OPEN_FILES = 16                  # at once
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2,
@@ -22,11 +24,9 @@ Entry = collections.namedtuple("Entry", "dtype shape offset bytes store")
 
 def load_json(path, what="an object"):
     """A JSON file whose top is an object."""
+    data = files.read_input(path, MAX_TEXT)
     try:
-        with open(path, encoding="utf-8") as f:
-            value = json.load(f)
-    except OSError as e:
-        raise ConvertError("%s: cannot read: %s" % (path, e.strerror))
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as e:
         raise ConvertError("%s: not valid JSON: %s" % (path, e))
     if not isinstance(value, dict):
@@ -47,10 +47,7 @@ class Store:
         if f is None:
             while len(Store.opened) >= OPEN_FILES:
                 Store.opened.popitem(last=False)[1].close()
-            try:
-                f = open(self.path, "rb")
-            except OSError as e:
-                raise ConvertError("%s: cannot read: %s" % (self.path, e.strerror))
+            f = files.open_input(self.path)
         Store.opened[self.path] = f
         try:
             f.seek(offset)
@@ -80,10 +77,8 @@ def _unique(pairs):
 def read_header(path):
     """Entries by name of one file."""
     store = Store(path)
-    try:
-        size = os.path.getsize(path)
-    except OSError as e:
-        raise ConvertError("%s: cannot read: %s" % (path, e.strerror))
+    with files.open_input(path) as f:
+        size = os.fstat(f.fileno()).st_size
     if size < 8:
         raise ConvertError("%s: found %d bytes, expected at least 8: truncated" % (path, size))
     (n,) = struct.unpack("<Q", store.read(0, 8))
@@ -179,7 +174,7 @@ def read_indexed(index_path):
 
 def open_checkpoint(path):
     """(entries, skipped) of a folder, an index or a file."""
-    if os.path.isfile(path):
+    if not os.path.isdir(path):
         return read_indexed(path) if path.endswith(".index.json") else (read_files([path]), [])
     index = os.path.join(path, INDEX)
     if os.path.exists(index):

@@ -4,9 +4,10 @@ Byte-level BPE only: tokenizer.json, or vocab.json + merges.txt + tokenizer_conf
 """
 import os
 
+import files
 from hf_config import Json, text_part
 from q3n_file import ConvertError, pack_tokenizer
-from safetensors_file import load_json
+from safetensors_file import MAX_TEXT, load_json
 
 _HEAD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?"
 _TAIL = r"+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -159,11 +160,7 @@ def _split_regex(top):
 def _from_vocab(vocab_path, merges_path):
     t = Tokenizer(vocab_path)
     t.vocab = load_json(vocab_path)
-    try:
-        with open(merges_path, encoding="utf-8") as f:
-            lines = f.read().split("\n")
-    except (OSError, ValueError) as e:
-        raise ConvertError("%s: cannot read: %s" % (merges_path, e))
+    lines = files.read_text(merges_path, MAX_TEXT).split("\n")
     if lines and lines[0].startswith("#version"):
         lines = lines[1:]
     t.raw_merges = _pairs([line for line in (s.rstrip("\r") for s in lines) if line], t)
@@ -249,11 +246,7 @@ def chat_template(folder):
     """The template's text, "" if there is none."""
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.exists(path):
-        try:
-            with open(path, encoding="utf-8") as f:
-                return f.read()
-        except (OSError, ValueError) as e:
-            raise ConvertError("%s: cannot read: %s" % (path, e))
+        return files.read_text(path, MAX_TEXT)
     path = os.path.join(folder, "chat_template.json")
     source = Json(load_json(path), path) if os.path.exists(path) else _settings(folder)
     value = source.values.get("chat_template")
