@@ -862,7 +862,8 @@ Q3N_DEF q3n_result q3n_session_rewind(q3n_session *s, int length);
  * model that attends both ways reuses nothing.
  *
  *   logits    [vocab]  out, NULL = not wanted
- *   n_reused  out: tokens that were not evaluated, NULL = not wanted
+ *   n_reused  out: tokens that are not evaluated, NULL = not wanted; set before the first layer, so
+ *             that a layer_hook can tell how much is done
  *
  * Errors: as q3n_session_eval. */
 Q3N_DEF q3n_result q3n_session_feed(q3n_session *s, const int32_t *tokens, int n, float *logits,
@@ -9121,9 +9122,8 @@ static q3n_result q3n__session_feed(q3n_session *s, const int32_t *tokens, int n
     const int from = q3n__session_seek(s, tokens, n, only_reuse);
     int end = n, reused = from;
     if (only_reuse) end = reused = s->n_delta == 0 && m > from ? m : from;
-    r = q3n__session_go_on(s, tokens, from, end, &out);
-    if (r == Q3N_OK && n_reused) *n_reused = reused;
-    return r;
+    if (n_reused) *n_reused = reused;
+    return q3n__session_go_on(s, tokens, from, end, &out);
 }
 
 /* =====================================================================================
