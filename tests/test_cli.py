@@ -4,9 +4,11 @@
 Environment: Q3N is the command (build/q3n; it may have words before it, such as an emulator),
 Q3N_MODELS the folder with the converted golden checkpoints (build/models).
 """
+import array
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import statistics
@@ -14,9 +16,17 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import xml.etree.ElementTree
 import zlib
+
+try:
+    import fcntl
+    import pty
+    import termios
+except ImportError:             # no POSIX system: what needs them is skipped
+    pass
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
@@ -193,6 +203,116 @@ class UsageTest(CliTest):
                                   stderr=subprocess.PIPE, check=False)
         self.assertEqual(done.returncode, 1)
         self.assertIn(b"could not be written", done.stderr)
+
+
+class ChoiceTest(CliTest):
+    """Options whose value is a name: the table that parses it is the one that --help lists."""
+
+    COMMANDS = ["run", "info", "logits", "tokenize", "detokenize", "classify", "perplexity",
+                "experts", "init", "quantize", "bench", "verify"]
+
+    def choices(self, command):
+        """[option, names] of every option that refuses "no such name" by naming a table."""
+        text = self.run_cli(command, "--help").decode()
+        for line in text.split("Options:\n")[1].splitlines():
+            found = re.match(r"  (-\S+)(?:, (--\S+))* [A-Z]", line)
+            if not found:
+                continue
+            name = found.group(2) or found.group(1)
+            done = subprocess.run(COMMAND + [command, name, "no such name"], check=False,
+                                  stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            refused = re.search(r"'no such name' is none of (.*); see", done.stderr.decode())
+            if refused:
+                self.assertEqual(done.returncode, 2)
+                self.assertIn(" %s\n" % refused.group(1), text.split(line)[1])
+                yield name, refused.group(1).split(", ")
+
+    def test_help_lists_what_is_parsed(self):
+        found = {}
+        for command in self.COMMANDS:
+            for option, names in self.choices(command):
+                found[option] = names
+                for name in names:
+                    done = subprocess.run(COMMAND + [command, option, name], check=False,
+                                          stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                    self.assertNotIn(b"is none of", done.stderr)
+        with open(os.path.join(ROOT, "qwen3next.h"), encoding="utf-8") as f:
+            header = f.read()
+        isas = header.split("#define Q3N_ISA_LIST(X)")[1].split("\n\n")[0]
+        self.assertEqual(found["--isa"], re.findall(r"X\(\w+, +(\w+)\)", isas))
+        self.assertEqual(found["--speculate"], ["off", "auto", "mtp", "lookup"])
+        self.assertEqual(found["--kv-type"], ["f32", "f16", "bf16", "q8"])
+        self.assertEqual(found["--snapshot-type"], ["f32", "bf16"])
+        self.assertGreater(len(found["--type"]), 6)
+
+    def test_names_that_are_near(self):
+        m = model("qwen3_dense")
+        for args, meant in [
+                (["run", m, "--gredy"], "--greedy"), (["run", m, "--tempreature", "1"],
+                                                      "--temperature"),
+                (["run", m, "--tokens_", "1"], "--tokens"), (["run", m, "--jsno"], "--json"),
+                (["bench", "--preset", "tiny", "--set"], None), (["run", m, "--xyzzy"], None),
+                (["run", m, "-x"], None), (["rnu", m], "run"), (["tokenise", m], "tokenize"),
+                (["frobnicate", m], None)]:
+            with self.subTest(args=args):
+                self.run_cli(*args, status=2)
+                if meant:
+                    self.assertIn("(is it %s?)" % meant, self.error)
+                else:
+                    self.assertNotIn("is it", self.error)
+
+    def test_exit_status_is_documented(self):
+        for args in [["--help"]] + [[command, "--help"] for command in self.COMMANDS]:
+            text = self.run_cli(*args).decode()
+            for word in ("0 success", "1 failure", "2 wrong usage", "130 interrupted"):
+                self.assertIn(word, text)
+
+
+class SourceTest(CliTest):
+    """The text is one of: an option's, the word after the model, stdin."""
+
+    TEXT = b"Once upon a time there"
+
+    def test_all_give_the_same(self):
+        m = model("stories")
+        path = self.file("text", self.TEXT)
+        ids = self.run_cli("tokenize", m, "-p", self.TEXT).decode().strip()
+        commands = {"run": ["-n", "6", "--greedy", "--ignore-eos"], "logits": ["--json"],
+                    "perplexity": ["--json"], "experts": ["--json"], "tokenize": []}
+        for command, args in commands.items():
+            with self.subTest(command):
+                want = self.run_cli(command, m, "-p", self.TEXT, *args)
+                forms = [[m, self.TEXT], ["-m", m, self.TEXT], [m, "-f", path], [m, "-f", "-"],
+                         [m], ["-m", m]]
+                if command != "tokenize":
+                    forms.append([m, "--ids", ids])
+                for form in forms:
+                    got = self.run_cli(command, *form, *args,
+                                       stdin=b"" if self.TEXT in form else self.TEXT)
+                    self.assertEqual(got, want, form)
+
+    def test_several_are_an_error_that_names_them(self):
+        m = model("stories")
+        given = {"the word after the model": ["a"], "--prompt": ["-p", "a"],
+                 "--file": ["-f", "a"], "--ids": ["--ids", "1"], "--ids-file": ["--ids-file", "a"]}
+        names = list(given)
+        for i, first in enumerate(names):
+            for second in names[i + 1:]:
+                self.run_cli("run", m, *given[first], *given[second], status=2)
+                self.assertIn("%s and by %s" % (first, second), self.error)
+        self.run_cli("run", m, "two", "words", status=2)
+        self.assertIn("'words'", self.error)
+        self.assertIn("quotes", self.error)
+
+    def test_none(self):
+        for command in ("run", "logits", "perplexity", "experts"):
+            self.run_cli(command, model("stories"), status=2)
+            self.assertIn("stdin is empty", self.error)
+        self.run_cli("run", model("qwen3_dense"), stdin=b"a text", status=1)
+        for word in ("qwen3_dense", "tokenizer", "--ids"):
+            self.assertIn(word, self.error)
+        self.run_cli("run", model("stories"), "", status=1)
+        self.assertIn("the word after the model is empty", self.error)
 
 
 class HostileInputTest(CliTest):
@@ -527,22 +647,182 @@ class StateTest(CliTest):
             self.assertGreaterEqual(int(self.notes.split(" reused")[0].split()[-1]), reused)
         self.assertTrue(os.listdir(folder))
 
-    @unittest.skipIf(len(COMMAND) > 1 or os.name != "posix", "signals need the program itself")
-    def test_interrupt(self):
-        """What was written is saved."""
-        run = subprocess.Popen(COMMAND + ["run", model("stories"), "--ids", id_list(self.prompt),
-                                          "-n", "1900", "--greedy", "--session", self.path,
-                                          "--special"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+def catches_interrupt(pid):
+    """The process has a handler for SIGINT."""
+    with open("/proc/%d/status" % pid, encoding="ascii") as f:
+        caught = next(line for line in f if line.startswith("SigCgt:"))
+    return int(caught.split()[1], 16) >> (signal.SIGINT - 1) & 1
+
+
+def wait_until(condition):
+    """A machine may be slow, so this only ends what would never end."""
+    end = time.monotonic() + 300
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError("it never happened")
+        time.sleep(0.01)
+
+
+@unittest.skipIf(len(COMMAND) > 1 or not os.path.exists("/proc/self/status"),
+                 "signals need the program itself, and /proc to see that they have come")
+class InterruptTest(CliTest):
+    def setUp(self):
+        super().setUp()
+        golden = load(STORIES)
+        self.ids, case = golden["valid_ids"], golden["greedy"][0]
+        self.prompt, self.output = case["prompt_ids"], case["output_ids"]
+        self.path = os.path.join(self.folder, "chat.q3s")
+
+    def start(self, *args, **streams):
+        run = subprocess.Popen(COMMAND + list(args), stdin=subprocess.DEVNULL,
+                               **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams})
+        self.addCleanup(run.stdout.close)
+        self.addCleanup(run.wait)
+        self.addCleanup(run.kill)
+        return run
+
+    def saved(self):
+        """Tokens in the session file."""
+        self.run_cli("run", model("stories"), "--ids", id_list(self.output[:1]), "-n", "1",
+                     "--session", self.path, "--append")
+        return int(re.search(r"session of (\d+) tokens", self.notes).group(1))
+
+    def test_what_was_written_is_saved(self):
+        run = self.start("run", model("stories"), "--ids", id_list(self.prompt), "-n", "1900",
+                         "--greedy", "--session", self.path, "--special")
         text = run.stdout.read(40)
         run.send_signal(signal.SIGINT)
-        rest, notes = run.communicate(timeout=60)
-        self.assertEqual(run.returncode, 0, notes)
+        rest, notes = run.communicate(timeout=300)
+        self.assertEqual(run.returncode, 130, notes)
         self.assertIn(b"interrupted", notes)
+        self.assertEqual(os.listdir(self.folder), ["chat.q3s"])
         ids = self.json_lines("tokenize", model("stories"), "-p", text, "--json")[0]
         self.assertEqual(ids[:5], self.output[:5])
-        self.greedy(self.output[:1], 1, "--session", self.path, "--append")
-        self.assertRegex(self.notes, r"session of \d+ tokens")
+        written = self.json_lines("tokenize", model("stories"), "-p", (text + rest)[:-1],
+                                  "--json")[0]
+        self.assertEqual(self.saved(), len(self.prompt) + len(written))
+
+    def read_until(self, fd, text):
+        got = b""
+        while text not in got:
+            got += os.read(fd, 4096)
+        return got
+
+    def test_a_prompt_is_given_up(self):
+        """The session stays as it was."""
+        self.run_cli("run", model("stories"), "--ids", id_list(self.prompt), "-n", "3",
+                     "--session", self.path)
+        master, slave = pty.openpty()
+        run = self.start("run", model("stories"), "--ids", id_list(self.ids[:1900]), "-t", "1",
+                         "--session", self.path, stderr=slave)
+        os.close(slave)
+        self.read_until(master, b"prompt [")
+        run.send_signal(signal.SIGINT)
+        notes = self.read_until(master, b"interrupted")
+        os.close(master)
+        self.assertEqual(run.wait(), 130, notes)
+        self.assertEqual(run.stdout.read(), b"\n")
+        self.assertEqual(self.saved(), len(self.prompt) + 3)
+
+    def test_the_second_ends_at_once(self):
+        read, write = os.pipe()
+        room = fcntl.fcntl(write, 1031, 4096)            # F_SETPIPE_SZ
+        run = self.start("run", model("stories"), "--ids", id_list(self.prompt), "-n", "1900",
+                         "--greedy", "--json", "--session", self.path, stdout=subprocess.PIPE,
+                         stderr=write)
+        os.close(write)
+        os.close(read)
+        fcntl.fcntl(run.stdout.fileno(), 1031, room)
+        full = array.array("i", [0])
+
+        def is_full():
+            fcntl.ioctl(run.stdout.fileno(), termios.FIONREAD, full)
+            return full[0] == room
+        wait_until(is_full)              # the program waits for someone to read the rest
+        run.send_signal(signal.SIGINT)
+        wait_until(lambda: not catches_interrupt(run.pid))
+        self.assertIsNone(run.poll())
+        run.send_signal(signal.SIGINT)
+        self.assertEqual(run.wait(), -signal.SIGINT)
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_files_under_way_are_removed(self):
+        path = os.path.join(self.folder, "big.q3n")
+        run = self.start("init", path, "--preset", "g2", "--type", "f32")
+        wait_until(lambda: catches_interrupt(run.pid) and os.listdir(self.folder))
+        run.send_signal(signal.SIGINT)
+        out, notes = run.communicate()
+        self.assertEqual((run.returncode, out, notes), (130, b"", b"q3n: interrupted\n"))
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_scratch_files_are_removed(self):
+        run = self.start("bench", model("stories"), "--session", "-p", "60", "-n", "10", "-t", "1",
+                         "-r", "100", env=dict(os.environ, TMPDIR=self.folder))
+        wait_until(lambda: os.listdir(self.folder))
+        run.send_signal(signal.SIGINT)
+        run.communicate()
+        self.assertEqual((run.returncode, os.listdir(self.folder)), (130, []))
+
+
+@unittest.skipIf(os.name != "posix", "needs pseudo-terminals")
+class TerminalTest(CliTest):
+    """What is shown only on a terminal."""
+
+    def on_terminal(self, *args):
+        """stdout, and what came to stderr, which is a terminal."""
+        master, slave = pty.openpty()
+        run = subprocess.Popen(COMMAND + list(args), stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=slave)
+        os.close(slave)
+        shown = b""
+        try:
+            while True:
+                part = os.read(master, 4096)
+                if not part:
+                    break
+                shown += part
+        except OSError:                  # Linux: the other side is closed
+            pass
+        os.close(master)
+        out = run.stdout.read()
+        run.stdout.close()
+        self.assertEqual(run.wait(), 0, shown)
+        return out, shown.decode()
+
+    def test_progress_of_a_long_prompt(self):
+        ids = load(STORIES)["valid_ids"]
+        args = ["run", model("stories"), "-n", "2", "--greedy", "--json", "--ids"]
+        want = self.run_cli(*args, id_list(ids[:600]))
+        self.assertNotIn("[", self.notes)
+        self.assertNotIn("\033", self.notes)
+        out, shown = self.on_terminal(*args, id_list(ids[:600]))
+        self.assertEqual(out, want)
+        self.assertRegex(shown, r"prompt \[[#.]+\] +\d+ %  \d+(\.\d)? of 600 tokens  "
+                                r"\d+(\.\d)? tokens/s")
+        self.assertIn("600 of 600 tokens", shown)
+        self.assertIn("\r\033[Kq3n: loaded", shown)      # the bar is gone before the summary
+        out, shown = self.on_terminal(*args, id_list(ids[:600]), "-q")
+        self.assertEqual((out, shown), (want, ""))
+        out, shown = self.on_terminal(*args, id_list(ids[:100]))
+        self.assertNotIn("prompt [", shown)
+
+    def test_what_is_known_is_not_counted(self):
+        ids, path = load(STORIES)["valid_ids"], os.path.join(self.folder, "chat.q3s")
+        args = ["run", model("stories"), "-n", "1", "--greedy", "--session", path, "--ids"]
+        chosen = self.json_lines(*args, id_list(ids[:300]), "--json")[0]["output_ids"]
+        shown = self.on_terminal(*args, id_list(ids[:300] + chosen + ids[400:700]))[1]
+        self.assertIn(" of 300 tokens", shown)
+        self.assertIn("prompt 601 tokens, 301 reused", shown)
+
+    def test_no_text_from_a_terminal(self):
+        master, slave = pty.openpty()
+        done = subprocess.run(COMMAND + ["run", model("stories")], stdin=slave, check=False,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        os.close(slave)
+        os.close(master)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn(b"no text: give it", done.stderr)
 
 
 def log_softmax(row):
@@ -689,7 +969,7 @@ class FileTest(CliTest):
             sizes.append(info["file_bytes"])
         self.assertEqual(sizes, sorted(set(sizes), reverse=True))
         self.run_cli("init", path, "--preset", "tiny", "--type", "q5", status=2)
-        self.assertIn("is none of f32 f16 bf16 q8 q6 q4 q3", self.error)
+        self.assertIn("is none of f32, f16, bf16, q8, q6, q4, q3", self.error)
 
     def test_quantize(self):
         out = os.path.join(self.folder, "q.q3n")

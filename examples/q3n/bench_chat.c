@@ -29,7 +29,7 @@ typedef struct chat_run {
     q3n_session  *fed;           /* with a cache of its own */
     q3n_session  *fresh;
     float        *other;         /* [vocab] */
-    char          path[CLI_PATH_ROOM];
+    const char   *path;          /* of the file that states are saved in */
     chat_turn     turn[TURNS];
     bench_samples seconds[N_OPS];
     size_t        made, snapshot, fork;  /* bytes allocated */
@@ -58,7 +58,7 @@ static void write_text(chat_run *r)
     q3n_error err = { .offset = -1 };
     q3n_sampler *sampler = NULL;
     q3n_session *s = cli_create_session(&b->setup, b->m, &r->options);
-    cli_bar bar = cli_bar_begin("writing the chat", 0);
+    cli_bar bar = cli_bar_begin("writing the chat", "turns");
     if (q3n_sampler_create(&sampler, b->m, &sampling, &err) != Q3N_OK) {
         cli_fail_with("sampler", &err);
     }
@@ -192,14 +192,15 @@ static void measure_round(void *user, int record)
     chat_run *r = user;
     q3n_snapshot *snapshot = NULL;
     new_session(r);
-    for (int i = 0; i < TURNS; i++) measure_turn(r, i, record);
+    for (int i = 0; i < TURNS && !cli_interrupted(); i++) measure_turn(r, i, record);
+    if (cli_interrupted()) cli_stop();
     for (int op = 0; op < N_OPS; op++) {
         const double seconds = measure_op(r, (chat_op)op, &snapshot);
+        if (cli_interrupted()) cli_stop();
         if (record) bench_add(&r->seconds[op], seconds);
     }
     q3n_snapshot_free(snapshot);
     if (r->file_bytes == 0) r->file_bytes = (size_t)cli_file_bytes(r->path);
-    remove(r->path);
 }
 
 /* ---- Output ---- */
@@ -318,9 +319,10 @@ void bench_chat(bench *b)
     r.ids     = cli_alloc((size_t)r.length, sizeof *r.ids);
     memcpy(r.ids, b->ids, (size_t)r.length * sizeof *r.ids);
     for (int i = 0; i < TURNS; i++) r.turn[i].n = i * (r.n_prompt + r.n_answer) + r.n_prompt;
-    cli_scratch_file(r.path);
     if (q3n_model_n_tokens(b->m)) write_text(&r);
     measure_memory(&r);
+    cli_catch_interrupt();
+    r.path = cli_scratch_file();
     bench_repeat(b, measure_round, &r);
     if (b->json) print_json(&r);
     else         print_text(&r);

@@ -36,6 +36,7 @@ void bench_text(const bench *b, int i, int n, cli_ids *out)
     const int chat = strcmp(q3n_model_chat_kind(b->m), "none") != 0;
     snprintf(text, sizeof text, chat ? "<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n"
                                      : "%s", chat ? questions[i] : openings[i]);
-    cli_tokenize(out, b->m, text, strlen(text), 0);
+    const cli_input in = { .model = b->setup.model, .source = "the prompt of the benchmark" };
+    cli_tokenize(out, &in, b->m, text, strlen(text));
     if (out->n == 0) add_random(b, i, n, out);
 }

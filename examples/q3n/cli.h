@@ -2,7 +2,8 @@
  *
  * A command is a function in cmd_*.c that parses its options and works; whatever goes wrong ends
  * the program through cli_fail (status 1) or cli_misuse (status 2), one line on stderr.  The
- * system then takes memory back, so only the paths that succeed release it.
+ * system then takes memory back, so only the paths that succeed release it.  What outlives the
+ * program is finished or removed after an interrupt too; then the status is CLI_INTERRUPTED.
  */
 #ifndef Q3N_CLI_H
 #define Q3N_CLI_H
@@ -21,14 +22,19 @@
 
 #define CLI_COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
 
+enum { CLI_FAILURE = 1, CLI_MISUSE = 2, CLI_INTERRUPTED = 130 };
+#define CLI_EXIT_STATUS "Exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted."
+
 /* ---- report.c: what people read ---- */
 
 void cli_name_command(const char *name);    /* for "see q3n NAME --help" */
 _Noreturn void cli_fail(const char *format, ...) CLI_PRINTF(1, 2);
 _Noreturn void cli_misuse(const char *format, ...) CLI_PRINTF(1, 2);
 void cli_warn(const char *format, ...) CLI_PRINTF(1, 2);
-/* Ends the program with subject and message of err, which must come from the failed call. */
+/* Ends the program with subject and message of err, which must come from the failed call; after an
+ * interrupt, which made the call fail, with that status. */
 _Noreturn void cli_fail_with(const char *subject, const q3n_error *err);
+_Noreturn void cli_stop(void);              /* after an interrupt, when all is tidy */
 /* Flushes stdout and fails if anything could not be written.  Returns 0: the exit status. */
 int cli_finish(void);
 
@@ -41,12 +47,12 @@ void cli_print_piece(FILE *f, const q3n_model *m, int32_t id);
 /* A bar on stderr, drawn only if that is a terminal. */
 typedef struct cli_bar {
     const char *label;
-    int         bytes;           /* 1 = the units are bytes */
+    const char *unit;            /* "B", "tokens", ... */
     int         drawn;
     double      start, shown;    /* seconds */
 } cli_bar;
 
-cli_bar cli_bar_begin(const char *label, int bytes);
+cli_bar cli_bar_begin(const char *label, const char *unit);
 void    cli_bar_update(cli_bar *bar, int64_t done, int64_t total, const char *note);
 void    cli_bar_end(cli_bar *bar);
 /* For q3n_progress: user is a cli_bar.  Stops the work after an interrupt. */
@@ -57,9 +63,8 @@ int     cli_bar_report(void *user, int64_t done, int64_t total);
 double cli_clock(void);                     /* seconds, monotonic */
 int    cli_is_terminal(FILE *f);
 void   cli_binary_streams(void);            /* no newline translation on stdin and stdout */
-void   cli_catch_interrupt(void);           /* from now on an interrupt only sets a flag */
+void   cli_catch_interrupt(void);           /* from now on the first one only sets a flag */
 int    cli_interrupted(void);
-void   cli_cancel_on_interrupt(q3n_session *s);   /* what it evaluates; NULL = of no session */
 int    cli_n_cpus(void);                    /* that this process may use */
 #define CLI_NAME_ROOM 128
 const char *cli_cpu_name(char text[CLI_NAME_ROOM]);     /* "unknown" if the system does not say */
@@ -69,9 +74,9 @@ size_t cli_physical_memory(void);           /* bytes of this machine; 0 = unknow
  * it is undefined; never NULL. */
 void  *cli_alloc_pages(size_t bytes);
 void   cli_free_pages(void *memory);
-#define CLI_PATH_ROOM 1024
-/* Makes an empty file of a new name where the system keeps such; remove it in the end. */
-void   cli_scratch_file(char path[CLI_PATH_ROOM]);
+/* Makes an empty file of a new name where the system keeps such; it goes when the program exits.
+ * Once in a program. */
+const char *cli_scratch_file(void);
 /* Runs fn(arg, i) for i in [0, n), each on its own thread. */
 void   cli_run_threads(int n, void (*fn)(void *arg, int i), void *arg);
 
@@ -99,13 +104,17 @@ int   cli_read_line(cli_buffer *out, FILE *f, const char *path);
 
 /* ---- options.c ---- */
 
-typedef enum cli_kind { CLI_FLAG, CLI_INT, CLI_U64, CLI_REAL, CLI_TEXT } cli_kind;
+/* From CLI_ISA on: one name of a table, which parses the value and is listed after the help. */
+typedef enum cli_kind {
+    CLI_FLAG, CLI_INT, CLI_U64, CLI_REAL, CLI_TEXT,
+    CLI_ISA, CLI_TYPE, CLI_KV_TYPE, CLI_STATE_TYPE, CLI_SPECULATE, CLI_RECIPE
+} cli_kind;
 
 typedef struct cli_option {
     const char *names;           /* "-n --tokens" */
     const char *value;           /* what --help calls the value; NULL for a flag */
     cli_kind    kind;
-    void       *target;          /* int, int, uint64_t, double or const char * */
+    void       *target;          /* int, int, uint64_t, double or else const char * */
     double      least, most;     /* of CLI_INT and CLI_REAL */
     const char *help;
 } cli_option;
@@ -131,16 +140,16 @@ typedef struct cli_words {
 /* Fills the options' targets; prints help and exits if asked to. */
 void cli_parse(const cli_syntax *syntax, int argc, char **argv, cli_words *words);
 
+/* The name that is meant by the len bytes of typed, if one of names ("--a --b") is near; *best is
+ * the distance that must be beaten, and then what it is. */
+const char *cli_nearest(const char *names, const char *typed, size_t len, int *best);
+
 int64_t  cli_parse_int(const char *name, const char *text, int64_t least, int64_t most);
 double   cli_parse_real(const char *name, const char *text, double least, double most);
 /* "1,2,4" or "1 2 4" to values [max]; returns how many, at least 1. */
 int      cli_parse_list(const char *name, const char *text, int least, int *values, int max);
 
 /* ---- geometry.c ---- */
-
-/* All types in words, each behind a blank. */
-#define CLI_TYPE_NAME(ID, id, number, block_len, block_bytes) " " #id
-#define CLI_TYPE_NAMES Q3N_TYPE_LIST(CLI_TYPE_NAME)
 
 enum { CLI_MAX_OVERRIDES = 128 };
 
@@ -155,7 +164,7 @@ typedef struct cli_geometry {
 /* For cli_syntax.other: --FIELD VALUE and --set FIELD=VALUE; user is a cli_geometry. */
 void     cli_geometry_option(void *user, const char *name, const char *value);
 void     cli_geometry_config(const cli_geometry *g, q3n_config *c);   /* fails if it does not fit */
-q3n_type cli_parse_type(const char *name, const char *text);          /* NULL is bf16 */
+q3n_type cli_type(const char *name);           /* of a CLI_TYPE; NULL is bf16 */
 
 /* ---- json.c ---- */
 
@@ -168,6 +177,17 @@ void cli_json_reals(FILE *f, const float *x, size_t n);
 void cli_json_ids(FILE *f, const int32_t *ids, size_t n);
 /* Reads a text that is one JSON string.  Returns NULL or what is wrong, *at is the byte. */
 const char *cli_json_read_string(cli_buffer *out, const char *text, size_t n, size_t *at);
+
+/* ---- What opens a model and makes sessions ---- */
+
+typedef struct cli_setup {
+    const char *model;
+    int         verbose;
+    int         threads, ctx, batch;   /* 0 = default */
+    int         draft;
+    const char *isa, *kv, *speculate, *snapshot_type;
+    q3n_allocator allocator;           /* of the model and its sessions */
+} cli_setup;
 
 /* ---- input.c: token ids from options, files and texts ---- */
 
@@ -185,10 +205,13 @@ typedef struct cli_input {
     const char *prompt, *file, *ids, *ids_file;
     int         no_special;      /* special tokens in a text are plain text */
     int         drop_newline;    /* the last newline of a text file does not count */
+    int         piped;           /* 1 = nothing was given, so the text is stdin */
+    const char *model, *source;  /* for errors: the file, and which of these it is */
 } cli_input;
 
 #define CLI_INPUT_OPTIONS(in)                                                                     \
-    { "-p --prompt", "TEXT", CLI_TEXT, &(in).prompt, 0, 0, "the text" },                          \
+    { "-p --prompt", "TEXT", CLI_TEXT, &(in).prompt, 0, 0,                                        \
+      "the text, if not the word after the model or stdin" },                                    \
     { "-f --file", "FILE", CLI_TEXT, &(in).file, 0, 0, "the text from a file; - is stdin" },      \
     { "--ids", "LIST", CLI_TEXT, &(in).ids, 0, 0, "token ids, separated by commas or spaces" },   \
     { "--ids-file", "FILE", CLI_TEXT, &(in).ids_file, 0, 0, "token ids, one case a line" },       \
@@ -198,9 +221,12 @@ typedef struct cli_input {
 void cli_ids_add(cli_ids *ids, int32_t id);
 /* Numbers between commas and blanks, also as a JSON array; where names the place in errors. */
 void cli_ids_parse(cli_ids *out, const char *text, size_t n, const char *where);
-void cli_ids_check(const cli_ids *ids, const q3n_model *m);   /* fails if one is no id of m */
-void cli_tokenize(cli_ids *out, const q3n_model *m, const char *text, size_t n, int no_special);
-/* Ids of the one source that was given; of ids_file one case a line, empty lines passed over. */
+void cli_tokenize(cli_ids *out, const cli_input *in, const q3n_model *m, const char *text,
+                  size_t n);
+/* Which source it is: an option, the word after the model, or without either of them stdin, if
+ * that is no terminal.  Fails if there are several. */
+void cli_input_choose(cli_input *in, const cli_setup *setup, const cli_words *words);
+/* Ids of the chosen source; of ids_file one case a line, empty lines passed over. */
 void cli_input_cases(cli_cases *out, const cli_input *in, const q3n_model *m);
 /* The same as one text: the lines of ids_file are joined. */
 void cli_input_stream(cli_ids *out, const cli_input *in, const q3n_model *m);
@@ -208,15 +234,6 @@ size_t cli_cases_longest(const cli_cases *cases);
 void cli_cases_free(cli_cases *cases);
 
 /* ---- model.c ---- */
-
-typedef struct cli_setup {
-    const char *model;
-    int         verbose;
-    int         threads, ctx, batch;   /* 0 = default */
-    int         draft;
-    const char *isa, *kv, *speculate, *snapshot_type;
-    q3n_allocator allocator;           /* of the model and its sessions */
-} cli_setup;
 
 #define CLI_MODEL_OPTIONS(s)                                                                      \
     { "-m --model", "FILE", CLI_TEXT, &(s).model, 0, 0, "the model, if not the first word" },     \
@@ -232,13 +249,13 @@ typedef struct cli_setup {
       "most tokens that a session holds (what the model was made for)" },                         \
     { names_of_batch, "N", CLI_INT, &(s).batch, 1, 1 << 20,                                       \
       "most tokens evaluated at once (512)" },                                                    \
-    { "--isa", "NAME", CLI_TEXT, &(s).isa, 0, 0,                                                  \
-      "best instruction set to use: scalar, avx2, avx512, neon" },                                \
-    { "--kv --kv-type", "TYPE", CLI_TEXT, &(s).kv, 0, 0, "KV cache: f32, f16, bf16, q8" },        \
-    { "--snapshot-type", "TYPE", CLI_TEXT, &(s).snapshot_type, 0, 0,                              \
-      "DeltaNet states that are kept: f32, bf16 (half the bytes, not exact)" },                   \
-    { "--speculate", "HOW", CLI_TEXT, &(s).speculate, 0, 0,                                       \
-      "drafts: off, auto, mtp, lookup (" speculate_default ")" },                                 \
+    { "--isa", "NAME", CLI_ISA, &(s).isa, 0, 0,                                                   \
+      "best instruction set to use (the best there is)" },                                        \
+    { "--kv --kv-type", "TYPE", CLI_KV_TYPE, &(s).kv, 0, 0, "of the KV cache (f32)" },            \
+    { "--snapshot-type", "TYPE", CLI_STATE_TYPE, &(s).snapshot_type, 0, 0,                        \
+      "of DeltaNet's states in snapshots; only f32 is exact (f32)" },                             \
+    { "--speculate", "HOW", CLI_SPECULATE, &(s).speculate, 0, 0,                                  \
+      "where drafts come from (" speculate_default ")" },                                         \
     { "--draft --draft-max", "N", CLI_INT, &(s).draft, 0, Q3N_MAX_DRAFT,                          \
       "drafted tokens a step; 0: as many as pay (0)" }
 
@@ -252,7 +269,7 @@ q3n_logger cli_logger(const cli_setup *setup);   /* setup must live as long */
 /* The model is setup->model or else the first word, which is taken away. */
 q3n_model *cli_open_model(cli_setup *setup, cli_words *words);
 q3n_model *cli_open_memory(cli_setup *setup, const void *data, size_t bytes);
-const char *cli_speculate_name(q3n_speculate s);
+const char *cli_speculate_name(int s);           /* of a q3n_speculate; NULL if s is none */
 q3n_session_options cli_session_options(const cli_setup *setup);
 /* The same for texts of up to n tokens; --ctx, if given, must hold them. */
 q3n_session_options cli_fit_options(const cli_setup *setup, const q3n_model *m, size_t n);

@@ -96,9 +96,9 @@ static void make_model(bench *b)
     q3n_config with_mtp = c;
     with_mtp.num_mtp_layers = 1;
     if (b->mode == BENCH_DRAFTS && q3n_config_check(&with_mtp, NULL) == Q3N_OK) c = with_mtp;
-    cli_bar bar = cli_bar_begin("random weights", 1);
+    cli_bar bar = cli_bar_begin("random weights", "B");
     const q3n_init_options o = {
-        .type = cli_parse_type("--type", b->type), .seed = 1, .name = b->geometry.preset,
+        .type = cli_type(b->type), .seed = 1, .name = b->geometry.preset,
         .progress = { cli_bar_report, &bar },
     };
     q3n_error err = { .offset = -1 };
@@ -206,7 +206,7 @@ static void touch_weights(const bench *b)
 
 void bench_repeat(bench *b, void (*round)(void *user, int record), void *user)
 {
-    cli_bar bar = cli_bar_begin("bench", 0);
+    cli_bar bar = cli_bar_begin("bench", "rounds");
     cli_bar_update(&bar, 0, b->repeats + 1, "warming up");
     round(user, 0);
     b->peak_bytes = cli_peak_memory();       /* before the weights and buffers of this program */
@@ -307,8 +307,7 @@ static void parse_options(bench *b, int argc, char **argv, cli_words *words)
         CLI_MODEL_OPTIONS(b->setup),
         { "--preset", "NAME", CLI_TEXT, &b->geometry.preset, 0, 0,
           "random weights in memory instead of a file" },
-        { "--type", "TYPE", CLI_TEXT, &b->type, 0, 0,
-          "of the preset's matrices:" CLI_TYPE_NAMES " (bf16)" },
+        { "--type", "TYPE", CLI_TYPE, &b->type, 0, 0, "of the preset's matrices (bf16)" },
         { "-p --prompt", "LIST", CLI_TEXT, &w.prompts, 0, 0,
           "tokens of the prompts (512); 0: none" },
         { "-n --tokens", "N", CLI_INT, &b->n_decode, 0, 1 << 16, "tokens to decode (64); 0: none" },

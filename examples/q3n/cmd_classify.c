@@ -32,17 +32,21 @@ int cmd_classify(int argc, char **argv)
         CLI_SESSION_OPTIONS(setup),
     };
     const cli_syntax syntax = {
-        "classify MODEL.q3n -p TEXT [options]",
+        "classify MODEL.q3n [TEXT] [options]",
         "Prints label, score and probability of every class for a text.",
-        options, CLI_COUNT(options), 1, NULL, NULL,
+        options, CLI_COUNT(options), 3, NULL, NULL,
     };
     cli_words words;
     cli_parse(&syntax, argc, argv, &words);
     q3n_model *m = cli_open_model(&setup, &words);
     const int n_labels = q3n_model_config(m)->num_labels;
-    if (n_labels == 0) cli_fail("%s has no classification head", setup.model);
+    if (n_labels == 0) {
+        cli_fail("%s has no classification head (num_labels is 0): q3n logits evaluates it",
+                 setup.model);
+    }
 
     cli_cases cases = { 0 };
+    cli_input_choose(&in, &setup, &words);
     cli_input_cases(&cases, &in, m);
     q3n_session *s = cli_open_session(&setup, m, cli_cases_longest(&cases), 0);
     float *scores = cli_alloc((size_t)n_labels, sizeof *scores);

@@ -24,7 +24,7 @@ static void add_window(usage *u, const q3n_session *s)
 
 static void count_windows(usage *u, q3n_session *s, const cli_ids *text, size_t window)
 {
-    cli_bar bar = cli_bar_begin("experts", 0);
+    cli_bar bar = cli_bar_begin("experts", "tokens");
     for (size_t at = 0; at < text->n; at += window) {
         const size_t left = text->n - at;
         const size_t n = left < window ? left : window;
@@ -141,17 +141,18 @@ int cmd_experts(int argc, char **argv)
         CLI_SESSION_OPTIONS(setup),
     };
     const cli_syntax syntax = {
-        "experts MODEL.q3n -p TEXT [options]",
+        "experts MODEL.q3n [TEXT] [options]",
         "Counts how often each layer's router chooses each expert on a text, in windows without\n"
         "overlap, each from a fresh state.  The lines of --ids-file are one text.",
-        options, CLI_COUNT(options), 1, NULL, NULL,
+        options, CLI_COUNT(options), 3, NULL, NULL,
     };
     cli_words words;
     cli_parse(&syntax, argc, argv, &words);
     q3n_model *m = cli_open_model(&setup, &words);
     const q3n_config *c = q3n_model_config(m);
-    if (c->num_experts == 0) cli_fail("%s has no experts", setup.model);
+    if (c->num_experts == 0) cli_fail("%s has no experts: there is nothing to count", setup.model);
     cli_ids text = { 0 };
+    cli_input_choose(&in, &setup, &words);
     cli_input_stream(&text, &in, m);
     const size_t window = cli_window(given_window, &setup, m);
 

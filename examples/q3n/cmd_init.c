@@ -17,7 +17,7 @@ static void print_presets(void)
 static void write_model(const char *path, const q3n_config *c, q3n_init_options *o)
 {
     cli_catch_interrupt();
-    cli_bar bar = cli_bar_begin("init", 1);
+    cli_bar bar = cli_bar_begin("init", "B");
     o->progress = (q3n_progress){ cli_bar_report, &bar };
     q3n_error err = { .offset = -1 };
     const q3n_result r = q3n_init_file(path, c, o, &err);
@@ -50,8 +50,7 @@ int cmd_init(int argc, char **argv)
         { "--preset", "NAME", CLI_TEXT, &geometry.preset, 0, 0,
           "the geometry to start from" },
         { "--list", NULL, CLI_FLAG, &list, 0, 0, "print the presets" },
-        { "--type", "TYPE", CLI_TEXT, &type, 0, 0,
-          "of the matrices:" CLI_TYPE_NAMES " (bf16)" },
+        { "--type", "TYPE", CLI_TYPE, &type, 0, 0, "of the matrices (bf16)" },
         { "-s --seed", "N", CLI_U64, &o.seed, 0, 0, "of the random numbers (0)" },
         { "--threads", "N", CLI_INT, &o.n_threads, 0, 1024, "0 = one per CPU (0)" },
         { "--stddev", "X", CLI_REAL, &o.stddev, 1e-6, 10.0, "of the weights (0.02)" },
@@ -71,7 +70,7 @@ int cmd_init(int argc, char **argv)
         return cli_finish();
     }
     if (words.n == 0) cli_misuse("no file: give the name of the model to write");
-    o.type = cli_parse_type("--type", type);
+    o.type = cli_type(type);
     q3n_config c;
     cli_geometry_config(&geometry, &c);
     if (!o.name) o.name = geometry.preset;

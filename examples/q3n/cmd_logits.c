@@ -112,11 +112,11 @@ int cmd_logits(int argc, char **argv)
         CLI_SESSION_OPTIONS(setup),
     };
     const cli_syntax syntax = {
-        "logits MODEL.q3n --ids LIST [options]",
+        "logits MODEL.q3n [TEXT] [options]",
         "Evaluates token ids or a text and prints the logits behind the last token.  --json adds\n"
         "the argmax of every position and the log-probability of each next given token; with\n"
         "--all also \"all_logits\".  Several cases (--ids-file) give one object a line.",
-        options, CLI_COUNT(options), 1, NULL, NULL,
+        options, CLI_COUNT(options), 3, NULL, NULL,
     };
     cli_words words;
     cli_parse(&syntax, argc, argv, &words);
@@ -127,6 +127,7 @@ int cmd_logits(int argc, char **argv)
 
     q3n_model *m = cli_open_model(&setup, &words);
     cli_cases cases = { 0 };
+    cli_input_choose(&in, &setup, &words);
     cli_input_cases(&cases, &in, m);
     q3n_session *session = cli_open_session(&setup, m, cli_cases_longest(&cases), 0);
     for (size_t i = 0; i < cases.n; i++) {

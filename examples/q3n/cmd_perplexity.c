@@ -171,7 +171,7 @@ static size_t measure_windows(measure *s, const cli_side sides[2], const cli_ids
                               size_t window)
 {
     const cli_pieces whole = { .n = 0 };
-    cli_bar bar = cli_bar_begin("perplexity", 0);
+    cli_bar bar = cli_bar_begin("perplexity", "tokens");
     size_t windows = 0;
     for (size_t at = 0; at + 1 < text->n; at += window) {
         const size_t left = text->n - at;
@@ -227,7 +227,7 @@ int cmd_perplexity(int argc, char **argv)
         CLI_SESSION_OPTIONS(setup),
     };
     const cli_syntax syntax = {
-        "perplexity MODEL.q3n --file TEXT [options]",
+        "perplexity MODEL.q3n [TEXT] [options]",
         "Perplexity of a text in windows without overlap, each from a fresh state; the first\n"
         "token of a window is not scored.  The lines of --ids-file are one text.\n\n"
         "With --kl the base is evaluated beside the model, always with a KV cache of f32: its\n"
@@ -237,7 +237,7 @@ int cmd_perplexity(int argc, char **argv)
         "base_standard_error, kl_mean, kl_standard_error, kl_median, kl_p999 (99.9 % of the\n"
         "tokens are below), kl_max, top1_agreement (in %), log_likelihood_difference (model minus\n"
         "base, per token) and log_likelihood_difference_error (standard error).",
-        options, CLI_COUNT(options), 1, NULL, NULL,
+        options, CLI_COUNT(options), 3, NULL, NULL,
     };
     cli_words words;
     cli_parse(&syntax, argc, argv, &words);
@@ -245,8 +245,9 @@ int cmd_perplexity(int argc, char **argv)
     cli_side sides[2] = { { NULL, NULL, 0 } };
     q3n_model *models[2] = { cli_open_model(&setups[0], &words), NULL };
     cli_ids text = { 0 };
+    cli_input_choose(&in, &setups[0], &words);
     cli_input_stream(&text, &in, models[0]);
-    if (text.n < 2) cli_fail("the text has one token: at least two are needed");
+    if (text.n < 2) cli_fail("%s has one token: at least two are needed", in.source);
 
     size_t window = cli_window(given_window, &setups[0], models[0]);
     measure s = { .vocab = q3n_model_config(models[0])->vocab_size };

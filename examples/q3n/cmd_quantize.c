@@ -1,28 +1,6 @@
 /* q3n quantize: a copy of a model in smaller types. */
 #include "cli.h"
 
-#include <string.h>
-
-/* "q8, q6, ..." */
-static const char *recipe_names(char text[128])
-{
-    int at = 0;
-    text[0] = 0;
-    for (int i = 0; q3n_recipe_name(i); i++) {
-        at += snprintf(text + at, 128 - (size_t)at, "%s%s", i > 0 ? ", " : "", q3n_recipe_name(i));
-    }
-    return text;
-}
-
-static void check_recipe(const char *name)
-{
-    char names[128];
-    for (int i = 0; q3n_recipe_name(i); i++) {
-        if (strcmp(q3n_recipe_name(i), name) == 0) return;
-    }
-    cli_misuse("--type: '%s' is none of %s", name, recipe_names(names));
-}
-
 static q3n_model *open_model(const char *path)
 {
     q3n_model *m = NULL;
@@ -34,7 +12,7 @@ static q3n_model *open_model(const char *path)
 static void write_copy(const char *path, const q3n_model *m, q3n_quantize_options *o)
 {
     cli_catch_interrupt();
-    cli_bar bar = cli_bar_begin("quantize", 1);
+    cli_bar bar = cli_bar_begin("quantize", "B");
     o->progress = (q3n_progress){ cli_bar_report, &bar };
     q3n_error err = { .offset = -1 };
     const q3n_result r = q3n_quantize_file(path, m, o, &err);
@@ -86,8 +64,7 @@ int cmd_quantize(int argc, char **argv)
 {
     q3n_quantize_options o = { .recipe = "q4" };
     const cli_option options[] = {
-        { "-t --type", "RECIPE", CLI_TEXT, &o.recipe, 0, 0,
-          "q8, q6, q4, q4m, q4l, q3, bf16, f16, f32 (q4)" },
+        { "-t --type", "RECIPE", CLI_RECIPE, &o.recipe, 0, 0, "types of the copy (q4)" },
         { "--threads", "N", CLI_INT, &o.n_threads, 0, 1024, "0 = one per CPU (0)" },
         { "--allow-requantize", NULL, CLI_FLAG, &o.allow_requantize, 0, 0,
           "also change tensors that are quantised already" },
@@ -102,7 +79,6 @@ int cmd_quantize(int argc, char **argv)
     cli_words words;
     cli_parse(&syntax, argc, argv, &words);
     if (words.n < 2) cli_misuse("give the model and the name of the file to write");
-    check_recipe(o.recipe);
     q3n_model *m = open_model(words.word[0]);
     const double start = cli_clock();
     write_copy(words.word[1], m, &o);

@@ -18,6 +18,13 @@ typedef struct run_options {
     int       cache_mb, snapshot_every;
 } run_options;
 
+/* How much of a prompt is evaluated; the session reports it layer by layer. */
+typedef struct prompt_progress {
+    cli_bar bar;
+    int     shown;                 /* 1 = there is a prompt under way that is worth a bar */
+    int     n_text, n_reused, n_done;
+} prompt_progress;
+
 /* One text being written. */
 typedef struct writer {
     const run_options *o;
@@ -35,9 +42,14 @@ typedef struct writer {
     cli_buffer   text;
     int          stop_at_eos;
     double       prompt_s, decode_s;
+    int          saving;           /* 1 = what is evaluated now is not interrupted */
+    prompt_progress progress;
 } writer;
 
-enum { NOT_GIVEN = -2, DEFAULT_N = 256, DEFAULT_CACHE_MB = 1024, DEFAULT_EVERY = 1024 };
+enum {
+    NOT_GIVEN = -2, DEFAULT_N = 256, DEFAULT_CACHE_MB = 1024, DEFAULT_EVERY = 1024,
+    LONG_PROMPT = 256              /* tokens: shorter ones have no bar */
+};
 
 static const q3n_sampler_options *sampler_options(const run_options *o, q3n_sampler_options *out)
 {
@@ -117,10 +129,28 @@ static void open_cache(writer *w)
     if (q3n_cache_create(&w->cache, w->m, &options, &err) != Q3N_OK) cli_fail_with("cache", &err);
 }
 
+/* A q3n_layer_hook.  A call is cancelled in its midst only, so that no later one can be hit: what
+ * comes after the last layer ends by itself. */
+static void after_layer(void *user, int l, const float *x, int n, int d)
+{
+    writer *w = user;
+    prompt_progress *p = &w->progress;
+    const int n_layers = q3n_model_config(w->m)->num_hidden_layers;
+    (void)x;
+    (void)d;
+    if (cli_interrupted() && !w->saving && l < n_layers - 1) q3n_session_cancel(w->session, 1);
+    const int total = p->n_text - p->n_reused;
+    if (!p->shown || total < LONG_PROMPT) return;
+    const int64_t here = l < n_layers ? (int64_t)n * (l + 1) / n_layers : n;
+    cli_bar_update(&p->bar, p->n_done + here, total, NULL);
+    if (l == n_layers) p->n_done += n;
+}
+
 static void open_session(writer *w, size_t longest)
 {
     q3n_session_options o = cli_fit_options(&w->o->setup, w->m, longest);
     o.cache = w->cache;
+    o.layer_hook = (q3n_layer_hook){ after_layer, w };
     if (w->cache) o.snapshot_every = w->o->snapshot_every;
     w->session = cli_create_session(&w->o->setup, w->m, &o);
     const char *path = w->o->session_file;
@@ -136,8 +166,7 @@ static void open_session(writer *w, size_t longest)
 static void keep_state(writer *w)
 {
     if (!w->cache && !w->o->session_file) return;
-    cli_cancel_on_interrupt(NULL);
-    q3n_session_cancel(w->session, 0);
+    w->saving = 1;
     const int length = q3n_session_length(w->session);
     if (w->last_pending && length < q3n_session_capacity(w->session)) {
         cli_eval(w->session, &w->output.id[w->output.n - 1], 1, NULL);
@@ -169,15 +198,21 @@ static int read_prompt(writer *w, const cli_ids *prompt)
 {
     const double start = cli_clock();
     cli_ids text;
-    int n_reused = 0;
     whole_text(w, prompt, &text);
     q3n_sampler_reset(w->sampler);
-    const q3n_result r = q3n_session_feed(w->session, text.id, (int)text.n, w->logits, &n_reused);
+    /* An echo on the same terminal would be drawn over. */
+    const int drawn = !w->o->quiet && !(w->o->echo && cli_is_terminal(stdout));
+    w->progress = (prompt_progress){ .bar = cli_bar_begin("prompt", "tokens"), .shown = drawn,
+                                     .n_text = (int)text.n };
+    const q3n_result r = q3n_session_feed(w->session, text.id, (int)text.n, w->logits,
+                                          &w->progress.n_reused);
+    w->progress.shown = 0;
+    cli_bar_end(&w->progress.bar);
     if (r != Q3N_ERR_CANCELLED) {
         cli_check(r, w->session);
         for (size_t i = 0; i < text.n; i++) q3n_sampler_accept(w->sampler, text.id[i]);
         w->n_prompt += text.n;
-        w->n_reused += (size_t)n_reused;
+        w->n_reused += (size_t)w->progress.n_reused;
         w->prompt_s += cli_clock() - start;
     }
     free(text.id);
@@ -287,14 +322,12 @@ static void write_cases(run_options *o, const q3n_model *m, const cli_cases *pro
     }
     const double load_s = cli_clock() - load_start;
     const char *why = NULL;
-    cli_cancel_on_interrupt(w.session);
     cli_catch_interrupt();
     for (size_t i = 0; i < prompts->n && !cli_interrupted(); i++) {
         why = write_case(&w, &prompts->item[i]);
     }
     keep_state(&w);
     if (!o->quiet) print_speed(&w, load_s, why);
-    cli_cancel_on_interrupt(NULL);
     free(w.logits);
     free(w.output.id);
     cli_buffer_free(&w.text);
@@ -331,7 +364,7 @@ static void parse_options(run_options *o, int argc, char **argv, cli_words *word
         { "--special", NULL, CLI_FLAG, &o->special, 0, 0, "print special tokens too" },
         { "--echo", NULL, CLI_FLAG, &o->echo, 0, 0, "print the prompt before the text" },
         { "--json", NULL, CLI_FLAG, &o->json, 0, 0, "{\"output_ids\": [...]} instead of text" },
-        { "-q --quiet", NULL, CLI_FLAG, &o->quiet, 0, 0, "no speed on stderr" },
+        { "-q --quiet", NULL, CLI_FLAG, &o->quiet, 0, 0, "no speed and no progress on stderr" },
         { "--session", "FILE", CLI_TEXT, &o->session_file, 0, 0,
           "continue the state in FILE if it is there, save the new one in it" },
         { "--append", NULL, CLI_FLAG, &o->append, 0, 0,
@@ -346,12 +379,14 @@ static void parse_options(run_options *o, int argc, char **argv, cli_words *word
         CLI_CONTEXT_OPTIONS(o->setup, "-b --batch --batch-size", "auto; off with --seed"),
     };
     const cli_syntax syntax = {
-        "run MODEL.q3n -p TEXT [options]",
-        "Writes text behind a prompt, as it comes; speed goes to stderr.  The defaults of\n"
-        "sampling are those published for the Qwen models.  --ids works on raw ids: with -n it\n"
-        "writes exactly N.  With --session or --cache-dir the prompt is evaluated from where it\n"
-        "differs from what is known; a token that ended a text is not part of what is saved.",
-        options, CLI_COUNT(options), 1, NULL, NULL,
+        "run MODEL.q3n [TEXT] [options]",
+        "Continues a prompt, token by token; speed goes to stderr.  The prompt is TEXT, or\n"
+        "what an option gives, or else stdin.  The defaults of sampling are those published for\n"
+        "the Qwen models.  --ids works on raw ids: with -n it writes exactly N.  With --session\n"
+        "or --cache-dir the prompt is evaluated from where it differs from what is known; a token\n"
+        "that ended a text is not part of what is saved.  Ctrl-C ends the text, and what is there\n"
+        "is saved; the second one ends the program at once.",
+        options, CLI_COUNT(options), 3, NULL, NULL,
     };
     cli_parse(&syntax, argc, argv, words);
     if (o->ignore_eos && o->stop_eos) cli_misuse("give one of --ignore-eos and --stop-eos");
@@ -381,9 +416,11 @@ int cmd_run(int argc, char **argv)
                  o.setup.model);
     }
     cli_cases prompts = { 0 };
+    cli_input_choose(&o.in, &o.setup, &words);
     cli_input_cases(&prompts, &o.in, m);
     write_cases(&o, m, &prompts, start);
     cli_cases_free(&prompts);
     q3n_model_close(m);
-    return cli_finish();
+    const int status = cli_finish();
+    return cli_interrupted() ? CLI_INTERRUPTED : status;
 }

@@ -5,9 +5,9 @@
 #include <string.h>
 
 typedef struct token_options {
-    cli_setup   setup;
-    const char *file, *ids;
-    int         jsonl, json, show, no_special;
+    cli_setup setup;
+    cli_input in;
+    int       jsonl, json, show;
 } token_options;
 
 /* ---- tokenize ---- */
@@ -30,7 +30,7 @@ static void print_ids(const token_options *o, const q3n_model *m, const cli_ids 
 
 static void tokenize_lines(const token_options *o, const q3n_model *m)
 {
-    const char *path = o->file ? o->file : "-";
+    const char *path = o->in.file ? o->in.file : "-";
     FILE *f = cli_open_file(path);
     cli_buffer line = { 0 }, text = { 0 };
     cli_ids ids = { 0 };
@@ -38,7 +38,7 @@ static void tokenize_lines(const token_options *o, const q3n_model *m)
         size_t at = 0;
         const char *why = cli_json_read_string(&text, line.data, line.n, &at);
         if (why) cli_fail("%s line %ld, byte %zu: %s", cli_file_name(path), number, at + 1, why);
-        cli_tokenize(&ids, m, text.data, text.n, o->no_special);
+        cli_tokenize(&ids, &o->in, m, text.data, text.n);
         print_ids(o, m, &ids);
         fflush(stdout);
     }
@@ -51,12 +51,12 @@ static void tokenize_lines(const token_options *o, const q3n_model *m)
 int cmd_tokenize(int argc, char **argv)
 {
     token_options o = { 0 };
-    const char *prompt = NULL;
     const cli_option options[] = {
         CLI_MODEL_OPTIONS(o.setup),
-        { "-p --prompt", "TEXT", CLI_TEXT, &prompt, 0, 0, "the text" },
-        { "-f --file", "FILE", CLI_TEXT, &o.file, 0, 0, "the text from a file; - is stdin" },
-        { "--no-special", NULL, CLI_FLAG, &o.no_special, 0, 0,
+        { "-p --prompt", "TEXT", CLI_TEXT, &o.in.prompt, 0, 0,
+          "the text, if not the word after the model or stdin" },
+        { "-f --file", "FILE", CLI_TEXT, &o.in.file, 0, 0, "the text from a file; - is stdin" },
+        { "--no-special", NULL, CLI_FLAG, &o.in.no_special, 0, 0,
           "special tokens in the text are plain text" },
         { "--json", NULL, CLI_FLAG, &o.json, 0, 0, "print an array" },
         { "--show", NULL, CLI_FLAG, &o.show, 0, 0, "print one token a line, with its text" },
@@ -66,24 +66,22 @@ int cmd_tokenize(int argc, char **argv)
     const cli_syntax syntax = {
         "tokenize MODEL.q3n [TEXT] [options]",
         "Prints the token ids of a text: the argument, a file or stdin.",
-        options, CLI_COUNT(options), 2, NULL, NULL,
+        options, CLI_COUNT(options), 3, NULL, NULL,
     };
     cli_words words;
     cli_parse(&syntax, argc, argv, &words);
     q3n_model *m = cli_open_model(&o.setup, &words);
-    if (words.n > 1) cli_misuse("unexpected argument '%s'", words.word[1]);
-    if (words.n && prompt) cli_misuse("give the text once");
-    if (words.n) prompt = words.word[0];
-    if (prompt && (o.file || o.jsonl)) cli_misuse("give a text or a file, not both");
-
+    if (o.jsonl && (o.in.prompt || words.n)) cli_misuse("--jsonl reads a file or stdin");
+    o.in.model = o.setup.model;
+    if (!o.jsonl) cli_input_choose(&o.in, &o.setup, &words);
     if (o.jsonl) {
         tokenize_lines(&o, m);
     } else {
         cli_buffer text = { 0 };
         cli_ids ids = { 0 };
-        if (prompt) cli_buffer_add(&text, prompt, strlen(prompt));
-        else        cli_read_file(&text, o.file ? o.file : "-");
-        cli_tokenize(&ids, m, text.data, text.n, o.no_special);
+        if (o.in.prompt) cli_buffer_add(&text, o.in.prompt, strlen(o.in.prompt));
+        else             cli_read_file(&text, o.in.file);
+        cli_tokenize(&ids, &o.in, m, text.data, text.n);
         print_ids(&o, m, &ids);
         free(ids.id);
         cli_buffer_free(&text);
@@ -101,9 +99,12 @@ static void print_text(const token_options *o, const q3n_model *m, const cli_ids
     char *text = cli_alloc(n + 1, 1);
     if (r == Q3N_ERR_FULL) r = q3n_detokenize(m, ids->id, ids->n, text, n, &n);
     if (r == Q3N_ERR_UNSUPPORTED || q3n_model_n_tokens(m) == 0) {
-        cli_fail("the model has no tokenizer: its file was made without one");
+        cli_fail("%s: the model has no tokenizer: the file was made without one", o->setup.model);
     }
-    if (r == Q3N_ERR_ARG) cli_fail("one of the ids is no token of this model");
+    if (r == Q3N_ERR_ARG) {
+        cli_fail("one of the ids is no token of %s: ids are 0 to %d", o->setup.model,
+                 q3n_model_config(m)->vocab_size - 1);
+    }
     if (r != Q3N_OK) cli_fail("cannot turn the ids into text: %s", q3n_result_string(r));
     if (o->json || o->jsonl) {
         cli_json_string(stdout, text, n);
@@ -117,7 +118,7 @@ static void print_text(const token_options *o, const q3n_model *m, const cli_ids
 
 static void detokenize_lines(const token_options *o, const q3n_model *m)
 {
-    const char *path = o->file ? o->file : "-";
+    const char *path = o->in.file ? o->in.file : "-";
     FILE *f = cli_open_file(path);
     cli_buffer line = { 0 };
     cli_ids ids = { 0 };
@@ -138,17 +139,18 @@ static void detokenize_lines(const token_options *o, const q3n_model *m)
 static void read_ids(cli_ids *out, const token_options *o, const cli_words *words)
 {
     cli_buffer text = { 0 };
-    if (o->ids) {
-        cli_buffer_add(&text, o->ids, strlen(o->ids));
+    if (o->in.ids) {
+        cli_buffer_add(&text, o->in.ids, strlen(o->in.ids));
     } else if (words->n) {
         for (int i = 0; i < words->n; i++) {
             cli_buffer_add(&text, words->word[i], strlen(words->word[i]));
             cli_buffer_add(&text, " ", 1);
         }
     } else {
-        cli_read_file(&text, o->file ? o->file : "-");
+        cli_read_file(&text, o->in.file ? o->in.file : "-");
     }
-    cli_ids_parse(out, text.data, text.n, o->ids ? "--ids" : o->file ? o->file : "token ids");
+    cli_ids_parse(out, text.data, text.n,
+                  o->in.ids ? "--ids" : o->in.file ? o->in.file : "token ids");
     cli_buffer_free(&text);
 }
 
@@ -157,8 +159,8 @@ int cmd_detokenize(int argc, char **argv)
     token_options o = { 0 };
     const cli_option options[] = {
         CLI_MODEL_OPTIONS(o.setup),
-        { "--ids", "LIST", CLI_TEXT, &o.ids, 0, 0, "token ids, separated by commas or spaces" },
-        { "-f --file", "FILE", CLI_TEXT, &o.file, 0, 0, "the ids from a file; - is stdin" },
+        { "--ids", "LIST", CLI_TEXT, &o.in.ids, 0, 0, "token ids, separated by commas or spaces" },
+        { "-f --file", "FILE", CLI_TEXT, &o.in.file, 0, 0, "the ids from a file; - is stdin" },
         { "--json", NULL, CLI_FLAG, &o.json, 0, 0, "print a JSON string" },
         { "--jsonl", NULL, CLI_FLAG, &o.jsonl, 0, 0,
           "one array a line in, one JSON string a line out" },
@@ -172,8 +174,8 @@ int cmd_detokenize(int argc, char **argv)
     cli_words words;
     cli_parse(&syntax, argc, argv, &words);
     q3n_model *m = cli_open_model(&o.setup, &words);
-    if (!!o.ids + !!o.file + (words.n > 0) > 1) cli_misuse("give the ids once");
-    if (o.jsonl && (o.ids || words.n)) cli_misuse("--jsonl reads a file or stdin");
+    if (!!o.in.ids + !!o.in.file + (words.n > 0) > 1) cli_misuse("give the ids once");
+    if (o.jsonl && (o.in.ids || words.n)) cli_misuse("--jsonl reads a file or stdin");
     if (o.jsonl) {
         detokenize_lines(&o, m);
     } else {

@@ -14,7 +14,7 @@ int cmd_verify(int argc, char **argv)
     cli_parse(&syntax, argc, argv, &words);
     q3n_model *m = cli_open_model(&setup, &words);
     cli_catch_interrupt();
-    cli_bar bar = cli_bar_begin("verify", 1);
+    cli_bar bar = cli_bar_begin("verify", "B");
     const q3n_progress progress = { cli_bar_report, &bar };
     q3n_error err = { .offset = -1 };
     const q3n_result r = q3n_model_verify(m, &progress, &err);

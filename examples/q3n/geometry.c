@@ -40,11 +40,9 @@ void cli_geometry_config(const cli_geometry *g, q3n_config *c)
     }
 }
 
-q3n_type cli_parse_type(const char *name, const char *text)
+q3n_type cli_type(const char *name)
 {
     q3n_type type = Q3N_TYPE_BF16;
-    if (text && q3n_type_from_name(text, &type) != Q3N_OK) {
-        cli_misuse("%s: '%s' is none of" CLI_TYPE_NAMES, name, text);
-    }
+    if (name) (void)q3n_type_from_name(name, &type);     /* options.c has checked it */
     return type;
 }

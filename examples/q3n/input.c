@@ -62,21 +62,22 @@ void cli_ids_parse(cli_ids *out, const char *text, size_t n, const char *where)
     if (i < n) cli_fail("%s: nothing may follow the array of token ids", where);
 }
 
-void cli_ids_check(const cli_ids *ids, const q3n_model *m)
+/* Fails if one is no id of m. */
+static void check_ids(const cli_ids *ids, const cli_input *in, const q3n_model *m)
 {
     const int vocab = q3n_model_config(m)->vocab_size;
     for (size_t i = 0; i < ids->n; i++) {
         if (ids->id[i] < 0 || ids->id[i] >= vocab) {
-            cli_fail("token id %ld (number %zu) is not in the vocabulary: ids are 0 to %d",
-                     (long)ids->id[i], i + 1, vocab - 1);
+            cli_fail("%s: token id %ld (number %zu) is not in %s, which has 0 to %d",
+                     in->source, (long)ids->id[i], i + 1, in->model, vocab - 1);
         }
     }
-    if (ids->n > INT_MAX / 2) cli_fail("the text has %zu tokens: too many", ids->n);
+    if (ids->n > INT_MAX / 2) cli_fail("%s: %zu tokens are too many", in->source, ids->n);
 }
 
-void cli_tokenize(cli_ids *out, const q3n_model *m, const char *text, size_t n, int no_special)
+void cli_tokenize(cli_ids *out, const cli_input *in, const q3n_model *m, const char *text, size_t n)
 {
-    const int flags = no_special ? Q3N_TOKENIZE_NO_SPECIAL : 0;
+    const int flags = in->no_special ? Q3N_TOKENIZE_NO_SPECIAL : 0;
     size_t room = n / 3 + 16;
     size_t n_ids = 0;
     q3n_result r = Q3N_ERR_FULL;
@@ -87,9 +88,10 @@ void cli_tokenize(cli_ids *out, const q3n_model *m, const char *text, size_t n, 
         room = n_ids;
     }
     if (r == Q3N_ERR_UNSUPPORTED) {
-        cli_fail("the model has no tokenizer: give token ids (--ids LIST or --ids-file FILE)");
+        cli_fail("%s: the model has no tokenizer: give token ids (--ids LIST or --ids-file FILE)",
+                 in->model);
     }
-    if (r != Q3N_OK) cli_fail("cannot tokenize the text: %s", q3n_result_string(r));
+    if (r != Q3N_OK) cli_fail("%s: cannot tokenize it: %s", in->source, q3n_result_string(r));
     out->n = n_ids;
 }
 
@@ -120,32 +122,60 @@ static void read_ids_file(cli_cases *out, const char *path)
     if (out->n == 0) cli_fail("%s: no token ids in this file", cli_file_name(path));
 }
 
+#define TEXT_SOURCES                                                                              \
+    ": give it as a word after the model, by -p TEXT, -f FILE or --ids LIST, or through a pipe"
+
 static void read_text_file(cli_ids *out, const cli_input *in, const q3n_model *m)
 {
     cli_buffer text = { 0 };
     cli_read_file(&text, in->file);
     size_t n = text.n;
+    if (in->piped && n == 0) cli_misuse("no text: stdin is empty" TEXT_SOURCES);
     if (in->drop_newline && n && text.data[n - 1] == '\n') n--;
-    cli_tokenize(out, m, text.data, n, in->no_special);
+    cli_tokenize(out, in, m, text.data, n);
     cli_buffer_free(&text);
+}
+
+void cli_input_choose(cli_input *in, const cli_setup *setup, const cli_words *words)
+{
+    const struct {
+        const char *name, *value;
+    } sources[] = {
+        { "the word after the model", words->n ? words->word[0] : NULL },
+        { "--prompt", in->prompt }, { "--file", in->file }, { "--ids", in->ids },
+        { "--ids-file", in->ids_file },
+    };
+    in->model = setup->model;
+    if (words->n > 1) {
+        cli_misuse("unexpected argument '%s': a text of several words is one in quotes",
+                   words->word[1]);
+    }
+    for (int i = 0; i < CLI_COUNT(sources); i++) {
+        if (!sources[i].value) continue;
+        if (in->source) {
+            cli_misuse("two texts, by %s and by %s: give one", in->source, sources[i].name);
+        }
+        in->source = sources[i].name;
+    }
+    if (words->n) in->prompt = words->word[0];
+    if (in->file || in->ids_file) in->source = cli_file_name(in->file ? in->file : in->ids_file);
+    if (in->source) return;
+    if (cli_is_terminal(stdin)) cli_misuse("no text" TEXT_SOURCES);
+    in->file   = "-";
+    in->source = "stdin";
+    in->piped  = 1;
 }
 
 void cli_input_cases(cli_cases *out, const cli_input *in, const q3n_model *m)
 {
-    const int n = !!in->prompt + !!in->file + !!in->ids + !!in->ids_file;
-    if (n == 0) {
-        cli_misuse("no text: give -p TEXT, -f FILE (- is stdin), --ids LIST or --ids-file FILE");
-    }
-    if (n > 1) cli_misuse("give one of --prompt, --file, --ids and --ids-file");
-
     if (in->ids_file)     read_ids_file(out, in->ids_file);
     else if (in->ids)     cli_ids_parse(add_case(out), in->ids, strlen(in->ids), "--ids");
     else if (in->file)    read_text_file(add_case(out), in, m);
-    else cli_tokenize(add_case(out), m, in->prompt, strlen(in->prompt), in->no_special);
+    else                  cli_tokenize(add_case(out), in, m, in->prompt, strlen(in->prompt));
 
     for (size_t i = 0; i < out->n; i++) {
-        if (out->item[i].n == 0) cli_fail("the text is empty: at least one token is needed");
-        cli_ids_check(&out->item[i], m);
+        if (out->item[i].n == 0) cli_fail("%s is empty: at least one token is needed", in->source);
+        check_ids(&out->item[i], in, m);
     }
 }
 

@@ -33,7 +33,8 @@ static void print_usage(FILE *f)
     for (int i = 0; i < CLI_COUNT(commands); i++) {
         fprintf(f, "  %-11s %s\n", commands[i].name, commands[i].about);
     }
-    fprintf(f, "\nq3n COMMAND --help shows the options of a command, q3n --version the version.\n");
+    fprintf(f, "\nq3n COMMAND --help shows the options of a command, q3n --version the version.\n"
+               CLI_EXIT_STATUS "\n");
 }
 
 static int run_command(int argc, char **argv)
@@ -44,6 +45,13 @@ static int run_command(int argc, char **argv)
             return commands[i].run(argc, argv);
         }
     }
+    const char *meant = NULL;
+    int best = 3;
+    for (int i = 0; i < CLI_COUNT(commands); i++) {
+        const char *name = cli_nearest(commands[i].name, argv[0], strlen(argv[0]), &best);
+        if (name) meant = name;
+    }
+    if (meant) cli_misuse("unknown command '%s' (is it %s?)", argv[0], meant);
     cli_misuse("unknown command '%s'", argv[0]);
 }
 
@@ -51,7 +59,7 @@ int main(int argc, char **argv)
 {
     if (argc < 2) {
         print_usage(stderr);
-        return 2;
+        return CLI_MISUSE;
     }
     cli_binary_streams();
     const int help = strcmp(argv[1], "help") == 0;

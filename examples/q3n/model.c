@@ -52,11 +52,10 @@ q3n_model *cli_open_memory(cli_setup *setup, const void *data, size_t bytes)
 
 /* ---- Sessions ---- */
 
+/* The names were checked by options.c. */
 static void set_isa(q3n_session_options *o, const char *name)
 {
-    if (q3n_isa_from_name(name, &o->max_isa) != Q3N_OK) {
-        cli_misuse("--isa: '%s' is none of scalar, avx2, avx512, neon", name);
-    }
+    (void)q3n_isa_from_name(name, &o->max_isa);
     if (!q3n_isa_supported(o->max_isa)) {
         cli_fail("this machine cannot run %s: its best instruction set is %s", name,
                  q3n_isa_name(q3n_isa_best()));
@@ -64,39 +63,21 @@ static void set_isa(q3n_session_options *o, const char *name)
     o->scalar_only = o->max_isa == Q3N_ISA_SCALAR;
 }
 
-static void set_kv_type(q3n_session_options *o, const char *name)
-{
-    const q3n_result r = q3n_type_from_name(name, &o->kv_type);
-    const int known = o->kv_type == Q3N_TYPE_F32 || o->kv_type == Q3N_TYPE_F16
-                   || o->kv_type == Q3N_TYPE_BF16 || o->kv_type == Q3N_TYPE_Q8;
-    if (r != Q3N_OK || !known) cli_misuse("--kv: '%s' is none of f32, f16, bf16, q8", name);
-}
-
-static void set_snapshot_type(q3n_session_options *o, const char *name)
-{
-    const q3n_result r = q3n_type_from_name(name, &o->snapshot_type);
-    const int known = o->snapshot_type == Q3N_TYPE_F32 || o->snapshot_type == Q3N_TYPE_BF16;
-    if (r != Q3N_OK || !known) cli_misuse("--snapshot-type: '%s' is none of f32, bf16", name);
-}
-
 static const char *const speculate_names[Q3N_SPECULATE_COUNT] = {
     [Q3N_SPECULATE_OFF] = "off", [Q3N_SPECULATE_AUTO]   = "auto",
     [Q3N_SPECULATE_MTP] = "mtp", [Q3N_SPECULATE_LOOKUP] = "lookup",
 };
 
-const char *cli_speculate_name(q3n_speculate s)
+const char *cli_speculate_name(int s)
 {
-    return speculate_names[s];
+    return s >= 0 && s < Q3N_SPECULATE_COUNT ? speculate_names[s] : NULL;
 }
 
 static void set_speculate(q3n_session_options *o, const char *name)
 {
     for (int i = 0; i < Q3N_SPECULATE_COUNT; i++) {
-        if (strcmp(name, speculate_names[i]) != 0) continue;
-        o->speculate = (q3n_speculate)i;
-        return;
+        if (strcmp(name, speculate_names[i]) == 0) o->speculate = (q3n_speculate)i;
     }
-    cli_misuse("--speculate: '%s' is none of off, auto, mtp, lookup", name);
 }
 
 q3n_session_options cli_session_options(const cli_setup *setup)
@@ -106,8 +87,8 @@ q3n_session_options cli_session_options(const cli_setup *setup)
         .draft = setup->draft,
     };
     if (setup->isa)           set_isa(&o, setup->isa);
-    if (setup->kv)            set_kv_type(&o, setup->kv);
-    if (setup->snapshot_type) set_snapshot_type(&o, setup->snapshot_type);
+    if (setup->kv)            (void)q3n_type_from_name(setup->kv, &o.kv_type);
+    if (setup->snapshot_type) (void)q3n_type_from_name(setup->snapshot_type, &o.snapshot_type);
     if (setup->speculate)     set_speculate(&o, setup->speculate);
     return o;
 }

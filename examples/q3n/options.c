@@ -63,11 +63,73 @@ int cli_parse_list(const char *name, const char *text, int least, int *values, i
     return n;
 }
 
+/* ---- Tables of names ---- */
+
+static const char *isa_at(int i)
+{
+    return q3n_isa_name((q3n_isa)i);
+}
+
+static const char *type_at(int i)
+{
+    return q3n_type_name((q3n_type)i);
+}
+
+static const char *kv_type_at(int i)
+{
+    static const q3n_type types[] = { Q3N_TYPE_F32, Q3N_TYPE_F16, Q3N_TYPE_BF16, Q3N_TYPE_Q8 };
+    return i < CLI_COUNT(types) ? q3n_type_name(types[i]) : NULL;
+}
+
+static const char *state_type_at(int i)
+{
+    static const q3n_type types[] = { Q3N_TYPE_F32, Q3N_TYPE_BF16 };
+    return i < CLI_COUNT(types) ? q3n_type_name(types[i]) : NULL;
+}
+
+/* Name i of the table of a kind, NULL after the last and for kinds without a table. */
+static const char *choice_at(cli_kind kind, int i)
+{
+    switch (kind) {
+    case CLI_ISA:        return isa_at(i);
+    case CLI_TYPE:       return type_at(i);
+    case CLI_KV_TYPE:    return kv_type_at(i);
+    case CLI_STATE_TYPE: return state_type_at(i);
+    case CLI_SPECULATE:  return cli_speculate_name(i);
+    case CLI_RECIPE:     return q3n_recipe_name(i);
+    default:             return NULL;
+    }
+}
+
+enum { CHOICES_ROOM = 160 };
+
+/* "f32, f16, ..." */
+static const char *choice_names(cli_kind kind, char text[CHOICES_ROOM])
+{
+    size_t n = 0;
+    const char *name;
+    text[0] = 0;
+    for (int i = 0; (name = choice_at(kind, i)) != NULL && n < CHOICES_ROOM; i++) {
+        n += (size_t)snprintf(text + n, CHOICES_ROOM - n, "%s%s", i ? ", " : "", name);
+    }
+    return text;
+}
+
+static const char *parse_choice(cli_kind kind, const char *option, const char *value)
+{
+    char names[CHOICES_ROOM];
+    const char *name;
+    for (int i = 0; (name = choice_at(kind, i)) != NULL; i++) {
+        if (strcmp(name, value) == 0) return name;
+    }
+    cli_misuse("%s: '%s' is none of %s", option, value, choice_names(kind, names));
+}
+
 /* ---- Help ---- */
 
 static void print_option(const cli_option *o)
 {
-    char left[80];
+    char left[80], names[CHOICES_ROOM];
     size_t n = 0;
     for (const char *p = o->names; *p && n + 2 < sizeof left; p++) {
         if (*p == ' ') left[n++] = ',';
@@ -77,13 +139,14 @@ static void print_option(const cli_option *o)
     if (o->value) snprintf(left + n, sizeof left - n, " %s", o->value);
     if (strlen(left) > 28) printf("  %s\n  %-28s %s\n", left, "", o->help);
     else                   printf("  %-28s %s\n", left, o->help);
+    if (choice_at(o->kind, 0)) printf("  %-28s %s\n", "", choice_names(o->kind, names));
 }
 
 static _Noreturn void print_help(const cli_syntax *syntax)
 {
     printf("Usage: q3n %s\n\n%s\n\nOptions:\n", syntax->synopsis, syntax->about);
     for (int i = 0; i < syntax->n_options; i++) print_option(&syntax->options[i]);
-    printf("  %-28s %s\n", "-h, --help", "print this");
+    printf("  %-28s %s\n\n" CLI_EXIT_STATUS "\n", "-h, --help", "print this");
     exit(cli_finish());
 }
 
@@ -110,6 +173,69 @@ static const cli_option *find_option(const cli_syntax *syntax, const char *arg, 
     return NULL;
 }
 
+/* ---- What was meant ---- */
+
+static int min3(int a, int b, int c)
+{
+    const int ab = a < b ? a : b;
+    return ab < c ? ab : c;
+}
+
+/* How many characters must be inserted, removed, replaced or swapped with the next to make b of a
+ * (restricted Damerau-Levenshtein distance). */
+static int distance(const char *a, size_t n_a, const char *b, size_t n_b)
+{
+    enum { ROOM = 48 };
+    int d[3][ROOM] = { { 0 } };          /* rows i - 2, i - 1 and i of the table, in turn */
+    if (n_a >= ROOM || n_b >= ROOM) return ROOM;
+    for (size_t j = 0; j <= n_b; j++) d[0][j] = (int)j;
+    for (size_t i = 1; i <= n_a; i++) {
+        const int *before = d[(i + 1) % 3], *above = d[(i + 2) % 3];
+        int *row = d[i % 3];
+        row[0] = (int)i;
+        for (size_t j = 1; j <= n_b; j++) {
+            const int same = a[i - 1] == b[j - 1];
+            row[j] = min3(above[j] + 1, row[j - 1] + 1, above[j - 1] + !same);
+            const int swapped = i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1];
+            if (swapped && before[j - 2] + 1 < row[j]) row[j] = before[j - 2] + 1;
+        }
+    }
+    return d[n_a % 3][n_b];
+}
+
+const char *cli_nearest(const char *names, const char *typed, size_t len, int *best)
+{
+    static char found[64];
+    const char *nearest = NULL;
+    for (const char *p = names; *p; p += *p == ' ') {
+        const size_t n = strcspn(p, " ");
+        const int far = n < sizeof found ? distance(p, n, typed, len) : *best;
+        if (far < *best) {
+            *best = far;
+            nearest = found;
+            memcpy(found, p, n);
+            found[n] = 0;
+        }
+        p += n;
+    }
+    return nearest;
+}
+
+/* Ends the program; names an option that is near. */
+static _Noreturn void unknown_option(const cli_syntax *syntax, const char *arg, size_t len)
+{
+    const char *meant = NULL;
+    int best = len < 6 ? 2 : 3;          /* a short name is near to everything */
+    for (int i = 0; i < syntax->n_options && strncmp(arg, "--", 2) == 0; i++) {
+        const char *name = cli_nearest(syntax->options[i].names, arg, len, &best);
+        if (name) meant = name;
+    }
+    if (meant) cli_misuse("unknown option '%.*s' (is it %s?)", (int)len, arg, meant);
+    cli_misuse("unknown option '%.*s'", (int)len, arg);
+}
+
+/* ---- Parsing an argument ---- */
+
 static void set_option(const cli_option *o, const char *name, const char *value)
 {
     switch (o->kind) {
@@ -128,6 +254,9 @@ static void set_option(const cli_option *o, const char *name, const char *value)
     case CLI_TEXT:
         *(const char **)o->target = value;
         break;
+    default:
+        *(const char **)o->target = parse_choice(o->kind, name, value);
+        break;
     }
 }
 
@@ -140,12 +269,10 @@ static int take_option(const cli_syntax *syntax, int argc, char **argv, int i)
     const cli_option *o = find_option(syntax, arg, len);
 
     char name[64];
-    if (len >= sizeof name) cli_misuse("unknown option '%s'", arg);
+    const int other = syntax->other && strncmp(arg, "--", 2) == 0;
+    if (len >= sizeof name || (!o && !other)) unknown_option(syntax, arg, len);
     memcpy(name, arg, len);
     name[len] = 0;
-    if (!o && (!syntax->other || strncmp(name, "--", 2) != 0)) {
-        cli_misuse("unknown option '%s'", name);
-    }
     if (o && o->kind == CLI_FLAG) {
         if (equal) cli_misuse("%s takes no value", name);
         set_option(o, name, NULL);

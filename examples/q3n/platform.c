@@ -8,19 +8,19 @@
 #endif
 #include "cli.h"
 
+#include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 
+enum { PATH_ROOM = 1024 };
+
 static volatile sig_atomic_t interrupted;
-static q3n_session *volatile session_to_cancel;
 
 static void on_interrupt(int number)
 {
     (void)number;
-    q3n_session *s = session_to_cancel;
     interrupted = 1;
-    if (s) q3n_session_cancel(s, 1);
     signal(SIGINT, SIG_DFL);      /* the second one ends the program */
 }
 
@@ -32,11 +32,6 @@ void cli_catch_interrupt(void)
 int cli_interrupted(void)
 {
     return interrupted != 0;
-}
-
-void cli_cancel_on_interrupt(q3n_session *s)
-{
-    session_to_cancel = s;
 }
 
 #if defined(_WIN32)
@@ -105,13 +100,13 @@ void cli_free_pages(void *memory)
     if (memory) VirtualFree(memory, 0, MEM_RELEASE);
 }
 
-void cli_scratch_file(char path[CLI_PATH_ROOM])
+static void make_scratch(char path[PATH_ROOM])
 {
     char folder[MAX_PATH + 1], name[MAX_PATH + 1];
     if (!GetTempPathA(sizeof folder, folder) || !GetTempFileNameA(folder, "q3n", 0, name)) {
-        cli_fail("cannot make a file for what is measured");
+        cli_fail("cannot make a file for what is measured: error %lu", GetLastError());
     }
-    snprintf(path, CLI_PATH_ROOM, "%s", name);
+    snprintf(path, PATH_ROOM, "%s", name);
 }
 
 typedef HANDLE thread_handle;
@@ -249,18 +244,34 @@ void cli_free_pages(void *memory)
     free(memory);
 }
 
-void cli_scratch_file(char path[CLI_PATH_ROOM])
+static void make_scratch(char path[PATH_ROOM])
 {
     const char *folder = getenv("TMPDIR");
-    snprintf(path, CLI_PATH_ROOM, "%s/q3n-XXXXXX", folder && folder[0] ? folder : P_tmpdir);
+    snprintf(path, PATH_ROOM, "%s/q3n-XXXXXX", folder && folder[0] ? folder : P_tmpdir);
     const int file = mkstemp(path);
-    if (file < 0) cli_fail("%s: cannot make the file", path);
+    if (file < 0) cli_fail("%s: cannot make the file: %s", path, strerror(errno));
     close(file);
 }
 
 typedef pthread_t thread_handle;
 
 #endif
+
+/* ---- A file that goes with the program ---- */
+
+static char scratch[PATH_ROOM];
+
+static void remove_scratch(void)
+{
+    remove(scratch);
+}
+
+const char *cli_scratch_file(void)
+{
+    make_scratch(scratch);
+    atexit(remove_scratch);
+    return scratch;
+}
 
 /* ---- Threads ---- */
 

@@ -1,6 +1,7 @@
 /* Messages, progress and readable numbers. */
 #include "cli.h"
 
+#include <errno.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -34,7 +35,7 @@ void cli_fail(const char *format, ...)
     va_start(args, format);
     print_line("error", format, args, "");
     va_end(args);
-    exit(1);
+    exit(CLI_FAILURE);
 }
 
 void cli_misuse(const char *format, ...)
@@ -45,7 +46,7 @@ void cli_misuse(const char *format, ...)
     va_start(args, format);
     print_line("error", format, args, tail);
     va_end(args);
-    exit(2);
+    exit(CLI_MISUSE);
 }
 
 void cli_warn(const char *format, ...)
@@ -56,9 +57,16 @@ void cli_warn(const char *format, ...)
     va_end(args);
 }
 
+void cli_stop(void)
+{
+    fflush(stdout);
+    fprintf(stderr, "q3n: interrupted\n");
+    exit(CLI_INTERRUPTED);
+}
+
 void cli_fail_with(const char *subject, const q3n_error *err)
 {
-    if (err->code == Q3N_ERR_CANCELLED) cli_fail("%s: interrupted", subject);
+    if (err->code == Q3N_ERR_CANCELLED) cli_stop();
     const char *message = err->message[0] ? err->message : q3n_result_string(err->code);
     /* Errors of the file system name the file themselves. */
     const int named = strncmp(message, subject, strlen(subject)) == 0;
@@ -72,8 +80,9 @@ void cli_fail_with(const char *subject, const q3n_error *err)
 
 int cli_finish(void)
 {
+    errno = 0;
     if (fflush(stdout) != 0 || ferror(stdout)) {
-        cli_fail("the output could not be written: is the disk full?");
+        cli_fail("the output could not be written: %s", errno ? strerror(errno) : "no more room");
     }
     return 0;
 }
@@ -126,15 +135,21 @@ void cli_print_piece(FILE *f, const q3n_model *m, int32_t id)
 
 /* ---- Progress ---- */
 
-cli_bar cli_bar_begin(const char *label, int bytes)
+cli_bar cli_bar_begin(const char *label, const char *unit)
 {
-    return (cli_bar){ .label = label, .bytes = bytes, .start = cli_clock(), .shown = -1.0 };
+    return (cli_bar){ .label = label, .unit = unit, .start = cli_clock(), .shown = -1.0 };
+}
+
+static void format_amount(char text[32], double x, int bytes)
+{
+    if (bytes) cli_format_bytes(text, x);
+    else       snprintf(text, 32, "%.*f", x < 9.95 && x != floor(x), x);
 }
 
 void cli_bar_update(cli_bar *bar, int64_t done, int64_t total, const char *note)
 {
     const double now = cli_clock();
-    if (!cli_is_terminal(stderr) || (now - bar->shown < 0.1 && done < total)) return;
+    if ((now - bar->shown < 0.1 && done < total) || !cli_is_terminal(stderr)) return;
     bar->shown = now;
     bar->drawn = 1;
 
@@ -144,13 +159,17 @@ void cli_bar_update(cli_bar *bar, int64_t done, int64_t total, const char *note)
     const double rate   = spent > 0.0 ? (double)done / spent : 0.0;
     const double left   = rate > 0.0 ? (double)(total - done) / rate : 0.0;
     const int    filled = (int)(share * WIDTH);
-    char cells[WIDTH + 1], speed[32];
+    char cells[WIDTH + 1], amount[3][32];
+    const int bytes = strcmp(bar->unit, "B") == 0;
     for (int i = 0; i < WIDTH; i++) cells[i] = i < filled ? '#' : '.';
     cells[WIDTH] = 0;
-    if (bar->bytes) cli_format_bytes(speed, rate);
-    else            cli_format_count(speed, rate);
-    fprintf(stderr, "\r%s [%s] %3.0f %%  %s/s  %.0f s left  %s\033[K", bar->label, cells,
-            100.0 * share, speed, ceil(left), note ? note : "");
+    format_amount(amount[0], (double)done, bytes);
+    format_amount(amount[1], (double)total, bytes);
+    format_amount(amount[2], rate, bytes);
+    const char *unit = bytes ? "" : " ", *name = bytes ? "" : bar->unit;
+    fprintf(stderr, "\r%s [%s] %3.0f %%  %s of %s%s%s  %s%s%s/s  %.0f s left  %s\033[K", bar->label,
+            cells, 100.0 * share, amount[0], amount[1], unit, name, amount[2], unit, name,
+            ceil(left), note ? note : "");
     fflush(stderr);
 }
 
