@@ -140,8 +140,9 @@ $(PARTS): $(B)/obj/%/qwen3next.h: qwen3next.h tests/expose.awk
 	@mkdir -p $(@D)
 	awk -v part=$* -f tests/expose.awk $< > $@
 
-$(B)/obj/exposed.o: $(B)/obj/bodies/qwen3next.h $(B)/flags
-	$(COMPILE_C) -Wno-missing-prototypes -DQ3N_IMPLEMENTATION -x c -c $< -o $@
+$(B)/obj/exposed.o: $(B)/obj/bodies/qwen3next.h tests/steps.h $(B)/flags
+	$(COMPILE_C) -Wno-missing-prototypes -DSTEPS_COUNTED -include tests/steps.h \
+	    -DQ3N_IMPLEMENTATION -x c -c $< -o $@
 
 COMPILE_TEST = $(COMPILE_C) -I$(B)/obj/names
 TEST_NEEDS  := $(B)/obj/names/qwen3next.h $(B)/obj/exposed.o $(B)/flags

@@ -1733,7 +1733,7 @@ static int q3n__cpu_has(q3n_isa isa) { return Q3N__ARM64 && isa == Q3N_ISA_NEON;
  * [3] MEMORY                                                                 >>memory
  *
  * Sizes that cannot wrap, unaligned little-endian reads, the host's allocator, an arena that lays
- * out one allocation, CRC-32, a hash of 64 bits.
+ * out one allocation, sorting, CRC-32, a hash of 64 bits.
  * ===================================================================================== */
 static int q3n__mul_size(size_t a, size_t b, size_t *out)   /* 0 = overflow */
 {
@@ -1805,6 +1805,48 @@ static void *q3n__arena_take(q3n__arena *a, size_t count, size_t elem)
     void *p = a->base ? a->base + a->used : NULL;
     a->used = (end + Q3N__ALIGN - 1) / Q3N__ALIGN * Q3N__ALIGN;
     return p;
+}
+
+/* ---- Sorting and searching what comes from files ---- */
+
+/* Steps of searches that hostile input could make long; tests define it to count them. */
+#ifndef Q3N__STEP
+#  define Q3N__STEP() ((void)0)
+#endif
+
+typedef int (*q3n__compare)(const void *a, const void *b);   /* < 0, 0, > 0, as qsort has it */
+
+static void q3n__swap(uint8_t *a, uint8_t *b, size_t bytes)
+{
+    uint8_t t[64];
+    for (size_t n; bytes > 0; bytes -= n, a += n, b += n) {
+        n = bytes < sizeof t ? bytes : sizeof t;
+        memcpy(t, a, n);
+        memcpy(a, b, n);
+        memcpy(b, t, n);
+    }
+}
+
+static void q3n__sift_down(uint8_t *x, size_t i, size_t n, size_t size, q3n__compare compare)
+{
+    for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && compare(x + child * size, x + (child + 1) * size) < 0) child++;
+        if (compare(x + i * size, x + child * size) >= 0) return;
+        q3n__swap(x + i * size, x + child * size, size);
+    }
+}
+
+/* Heap sort of n elements: in place, at most 2 n log2 n comparisons whatever their order.  qsort is
+ * quadratic in some C libraries, for orders that a file may have, and allocates in others. */
+static void q3n__sort(void *base, size_t n, size_t size, q3n__compare compare)
+{
+    uint8_t *x = (uint8_t *)base;
+    for (size_t i = n / 2; i-- > 0;) q3n__sift_down(x, i, n, size, compare);
+    for (size_t end = n; end > 1;) {
+        end--;
+        q3n__swap(x, x + end * size, size);
+        q3n__sift_down(x, 0, end, size, compare);
+    }
 }
 
 /* ---- CRC-32 (IEEE 802.3, reflected 0xEDB88320; zlib's), eight bytes a step ---- */
@@ -3247,6 +3289,7 @@ typedef struct q3n__tokenizer_params {
 
 typedef struct q3n__unicode q3n__unicode;      /* character classes and normalisation */
 typedef struct q3n__pair_slot q3n__pair_slot;  /* hash table: pair of ids -> merge */
+typedef struct q3n__merge_key q3n__merge_key;  /* a merge that found no place in it */
 typedef struct q3n__added q3n__added;          /* an added token */
 
 /* Added tokens sorted by text; those that start with byte b are [first[b], first[b + 1]). */
@@ -3267,6 +3310,8 @@ typedef struct q3n__tokenizer {
     q3n__unicode     *unicode;
     q3n__pair_slot   *pairs;
     uint32_t          pairs_shift;     /* slot = hash >> shift; 2^(64 - shift) slots */
+    uint32_t          n_crowded;
+    q3n__merge_key   *crowded;         /* [n_crowded] sorted: merges that found no slot near home */
     q3n__added       *added;           /* [n_added] behind both indexes */
     uint8_t          *added_text;      /* texts of `normalized` tokens, where NFC changes them */
     uint8_t          *flags;           /* [n_tokens] Q3N__TOKEN_*, 0 unless added */
@@ -3314,8 +3359,7 @@ struct q3n_model {
     int            n_tensors;
     q3n_tensor    *tensors;              /* [n_tensors], in the order of the file                */
     char          *names;                /* their names, each with a 0 behind                    */
-    int32_t       *by_name;              /* hash table of tensor numbers, -1 = empty             */
-    uint32_t       by_name_mask;
+    const q3n_tensor **by_name;          /* [n_tensors], sorted by name                          */
     q3n__weights   weights;
     q3n__layer    *layers;               /* [num_hidden_layers + num_mtp_layers], trunk first    */
     double        *inv_freq;             /* [rotary_dim / 2]                                     */
@@ -3329,12 +3373,20 @@ typedef struct {
     size_t         offset, bytes;
 } q3n__section;
 
+/* Configuration keys that are no fields of q3n_config. */
+enum { Q3N__KEY_LAYER_TYPES, Q3N__KEY_LAYER_EXPERTS, Q3N__KEY_EOS_IDS, Q3N__KEY_NAME, Q3N__KEY_CHAT,
+       Q3N__KEY_NFC, Q3N__KEY_PATTERN, Q3N__N_OTHER_KEYS };
+static const char *const q3n__other_keys[Q3N__N_OTHER_KEYS] = {
+    "layer_types", "layer_experts", "eos_ids", "name", "chat", "tokenizer_nfc", "tokenizer_pattern"
+};
+
 /* What the parser carries along. */
 typedef struct {
     q3n_model   *m;
     q3n__section section[Q3N__SECTION_COUNT];
     size_t       meta_bytes;
     int          n_types, n_experts;     /* lengths of layer_types and layer_experts             */
+    uint8_t      seen[Q3N__N_OTHER_KEYS + Q3N__N_CONFIG_ROWS];   /* 1 = the key stood there      */
     q3n_error   *err;
 } q3n__load;
 
@@ -3544,52 +3596,63 @@ static q3n_result q3n__load_field(q3n__load *ld, const q3n__entry *e, const q3n_
     return Q3N_OK;
 }
 
-static q3n_result q3n__load_entry(q3n__load *ld, const q3n__entry *e)
+static q3n_result q3n__load_pattern(q3n__load *ld, const q3n__entry *e)
 {
-    q3n_model *m = ld->m;
-    const q3n__config_row *row = q3n__config_find(e->key);
     char word[64];
-    if (row) return q3n__load_field(ld, e, row);
-    if (strcmp(e->key, "layer_types") == 0)
-        return q3n__load_layer_kinds(ld, e, m->config.layer_types, &ld->n_types);
-    if (strcmp(e->key, "layer_experts") == 0)
-        return q3n__load_layer_kinds(ld, e, m->config.layer_experts, &ld->n_experts);
-    if (strcmp(e->key, "eos_ids") == 0) return q3n__load_eos(ld, e);
-    if (strcmp(e->key, "name") == 0)
-        return q3n__entry_string(e, m->name, sizeof m->name) ? Q3N_OK
-             : q3n__entry_error(ld, e, "a string of at most 255 bytes");
-    if (strcmp(e->key, "chat") == 0)
-        return q3n__entry_string(e, m->chat, sizeof m->chat) ? Q3N_OK
-             : q3n__entry_error(ld, e, "a string of at most 31 bytes");
-    if (strcmp(e->key, "tokenizer_nfc") == 0) {
-        if (e->type != Q3N__VALUE_INT || e->n_values != 1)
-            return q3n__entry_error(ld, e, "one int");
-        m->nfc = q3n__load_i64(e->value) != 0;
-    }
-    if (strcmp(e->key, "tokenizer_pattern") == 0) {
-        if (!q3n__entry_string(e, word, sizeof word)) return q3n__entry_error(ld, e, "a word");
-        if (strcmp(word, "qwen3_5") == 0)    m->pattern = Q3N__PATTERN_QWEN3_5;
-        else if (strcmp(word, "qwen2") == 0) m->pattern = Q3N__PATTERN_QWEN2;
-        else
-            return q3n__fail(ld->err, Q3N_ERR_UNSUPPORTED, e->offset,
-                             "tokenizer pattern '%s' is not "
-                             "known to this version of the library",
-                             word);
-    }
+    if (!q3n__entry_string(e, word, sizeof word)) return q3n__entry_error(ld, e, "a word");
+    if (strcmp(word, "qwen3_5") == 0)    ld->m->pattern = Q3N__PATTERN_QWEN3_5;
+    else if (strcmp(word, "qwen2") == 0) ld->m->pattern = Q3N__PATTERN_QWEN2;
+    else
+        return q3n__fail(ld->err, Q3N_ERR_UNSUPPORTED, e->offset, "tokenizer pattern '%s' is not"
+                         " known to this version of the library", word);
     return Q3N_OK;
 }
 
-/* Keys may stand once.  Compares each with those before it: a file has about fifty. */
+static q3n_result q3n__load_other(q3n__load *ld, const q3n__entry *e, size_t key)
+{
+    q3n_model *m = ld->m;
+    switch (key) {
+    case Q3N__KEY_LAYER_TYPES:
+        return q3n__load_layer_kinds(ld, e, m->config.layer_types, &ld->n_types);
+    case Q3N__KEY_LAYER_EXPERTS:
+        return q3n__load_layer_kinds(ld, e, m->config.layer_experts, &ld->n_experts);
+    case Q3N__KEY_EOS_IDS:
+        return q3n__load_eos(ld, e);
+    case Q3N__KEY_NAME:
+        return q3n__entry_string(e, m->name, sizeof m->name) ? Q3N_OK
+             : q3n__entry_error(ld, e, "a string of at most 255 bytes");
+    case Q3N__KEY_CHAT:
+        return q3n__entry_string(e, m->chat, sizeof m->chat) ? Q3N_OK
+             : q3n__entry_error(ld, e, "a string of at most 31 bytes");
+    case Q3N__KEY_NFC:
+        if (e->type != Q3N__VALUE_INT || e->n_values != 1)
+            return q3n__entry_error(ld, e, "one int");
+        m->nfc = q3n__load_i64(e->value) != 0;
+        return Q3N_OK;
+    default:
+        return q3n__load_pattern(ld, e);
+    }
+}
+
+/* Unknown keys are passed over, however often they stand there; the others may stand once. */
+static q3n_result q3n__load_entry(q3n__load *ld, const q3n__entry *e)
+{
+    const q3n__config_row *row = q3n__config_find(e->key);
+    size_t key = 0;
+    while (!row && key < Q3N__N_OTHER_KEYS && strcmp(q3n__other_keys[key], e->key) != 0) key++;
+    if (key == Q3N__N_OTHER_KEYS) return Q3N_OK;
+    const size_t number = row ? Q3N__N_OTHER_KEYS + (size_t)(row - q3n__config_rows) : key;
+    if (ld->seen[number]) return q3n__entry_error(ld, e, "each key once");
+    ld->seen[number] = 1;
+    return row ? q3n__load_field(ld, e, row) : q3n__load_other(ld, e, key);
+}
+
 static q3n_result q3n__load_config(q3n__load *ld)
 {
-    q3n__entry e, before;
+    q3n__entry e;
     size_t at = 0;
-    int got, n = 0;
+    int got;
     while ((got = q3n__entry_next(ld, &at, &e)) > 0) {
-        size_t other = 0;
-        if (++n > 1000) return q3n__entry_error(ld, &e, "at most 1000 entries");
-        while (q3n__entry_next(ld, &other, &before) > 0 && before.offset < e.offset)
-            if (strcmp(before.key, e.key) == 0) return q3n__entry_error(ld, &e, "each key once");
         const q3n_result r = q3n__load_entry(ld, &e);
         if (r != Q3N_OK) return r;
     }
@@ -3609,20 +3672,30 @@ static q3n_result q3n__load_config(q3n__load *ld)
 }
 
 /* ---- Tensor table ---- */
-static uint32_t q3n__hash_name(const char *name, size_t bytes)   /* FNV-1a */
+
+/* By name, then as in the file.  Sorted, so that no choice of names makes a search long: at most
+ * 17 comparisons of 255 bytes for Q3N__MAX_TENSORS. */
+static int q3n__compare_names(const void *left, const void *right)
 {
-    uint32_t h = 2166136261u;
-    for (size_t i = 0; i < bytes; i++) h = (h ^ (uint8_t)name[i]) * 16777619u;
-    return h;
+    const q3n_tensor *a = *(const q3n_tensor *const *)left;
+    const q3n_tensor *b = *(const q3n_tensor *const *)right;
+    Q3N__STEP();
+    const int order = strcmp(a->name, b->name);
+    return order != 0 ? order : a < b ? -1 : a > b;
 }
 
-/* The slot of name: that of the tensor, or the empty one where it would go. */
-static uint32_t q3n__name_slot(const q3n_model *m, const char *name)
+static const q3n_tensor *q3n__find_tensor(const q3n_model *m, const char *name)   /* NULL = none */
 {
-    uint32_t i = q3n__hash_name(name, strlen(name)) & m->by_name_mask;
-    while (m->by_name[i] >= 0 && strcmp(m->tensors[m->by_name[i]].name, name) != 0)
-        i = (i + 1) & m->by_name_mask;
-    return i;
+    int low = 0, high = m->n_tensors;
+    while (low < high) {
+        const int middle = low + (high - low) / 2;
+        Q3N__STEP();
+        const int order = strcmp(name, m->by_name[middle]->name);
+        if (order == 0) return m->by_name[middle];
+        if (order < 0) high = middle;
+        else           low = middle + 1;
+    }
+    return NULL;
 }
 
 /* Name, type and dimensions of the record at p, which begins at byte `at` of the file. */
@@ -3707,15 +3780,27 @@ static q3n_result q3n__load_tensor_place(q3n__load *ld, const uint8_t *p, int64_
 static q3n_result q3n__load_table_alloc(q3n__load *ld, uint32_t n)
 {
     q3n_model *m = ld->m;
-    uint32_t slots = 16;
-    while (slots < 2 * n) slots *= 2;
-    m->tensors = (q3n_tensor *)q3n__alloc(&m->allocator, ((size_t)n + 1) * sizeof *m->tensors);
-    m->by_name = (int32_t *)q3n__alloc(&m->allocator, (size_t)slots * sizeof *m->by_name);
-    m->names   = (char *)q3n__alloc(&m->allocator, ((size_t)n + 1) * 256);
+    const size_t room = (size_t)n + 1;
+    m->tensors = (q3n_tensor *)q3n__alloc(&m->allocator, room * sizeof *m->tensors);
+    m->by_name = (const q3n_tensor **)q3n__alloc(&m->allocator, room * sizeof *m->by_name);
+    m->names   = (char *)q3n__alloc(&m->allocator, room * 256);
     if (!m->tensors || !m->by_name || !m->names)
         return q3n__fail(ld->err, Q3N_ERR_MEMORY, -1, "no memory for a table of %u tensors", n);
-    for (uint32_t i = 0; i < slots; i++) m->by_name[i] = -1;
-    m->by_name_mask = slots - 1;
+    return Q3N_OK;
+}
+
+/* Sort the names; none may stand twice.  Records have record bytes and begin at byte `at`. */
+static q3n_result q3n__load_names(q3n__load *ld, int64_t at, uint32_t record)
+{
+    q3n_model *m = ld->m;
+    for (int i = 0; i < m->n_tensors; i++) m->by_name[i] = &m->tensors[i];
+    q3n__sort(m->by_name, (size_t)m->n_tensors, sizeof *m->by_name, q3n__compare_names);
+    for (int i = 1; i < m->n_tensors; i++) {
+        const q3n_tensor *t = m->by_name[i];
+        if (strcmp(t->name, m->by_name[i - 1]->name) == 0)
+            return q3n__fail(ld->err, Q3N_ERR_FORMAT, at + (t - m->tensors) * (int64_t)record,
+                             "%s: the name stands twice", t->name);
+    }
     return Q3N_OK;
 }
 
@@ -3739,14 +3824,9 @@ static q3n_result q3n__load_tensors(q3n__load *ld)
         q3n_tensor *t = &m->tensors[i];
         r = q3n__load_tensor_shape(ld, s->data + in_section, at, t, m->names + (size_t)i * 256);
         if (r == Q3N_OK) r = q3n__load_tensor_place(ld, s->data + in_section, at, t);
-        if (r != Q3N_OK) break;
-        const uint32_t slot = q3n__name_slot(m, t->name);
-        if (m->by_name[slot] >= 0)
-            return q3n__fail(ld->err, Q3N_ERR_FORMAT, at, "%s: the name stands twice", t->name);
-        m->by_name[slot] = (int32_t)i;
-        m->n_tensors++;
+        m->n_tensors += r == Q3N_OK;
     }
-    return r;
+    return r == Q3N_OK ? q3n__load_names(ld, (int64_t)s->offset + 8, record) : r;
 }
 
 /* ---- Binding ---- */
@@ -3779,15 +3859,14 @@ static q3n_result q3n__bind(void *user, const q3n__plan_item *item)
 {
     q3n__load *ld = (q3n__load *)user;
     q3n_model *m = ld->m;
-    const int32_t i = m->by_name[q3n__name_slot(m, item->name)];
-    if (i < 0) {
+    const q3n_tensor *t = q3n__find_tensor(m, item->name);
+    if (!t) {
         char expected[80];
         if (item->optional) return Q3N_OK;
         return q3n__fail(ld->err, Q3N_ERR_FORMAT, (int64_t)ld->section[Q3N__SECTION_TENSORS].offset,
                          "%s: tensor is missing, expected %s", item->name,
                          q3n__dims_string(item->dim, item->n_dims, expected));
     }
-    const q3n_tensor *t = &m->tensors[i];
     const q3n_result r = q3n__bind_check(ld, item, t);
     if (r != Q3N_OK) return r;
     uint8_t *owner = item->layer == Q3N__LAYER_NONE ? (uint8_t *)&m->weights
@@ -3824,14 +3903,13 @@ static q3n_result q3n__load_weights(q3n__load *ld)
     if (r != Q3N_OK) return r;
     if (c->tie_word_embeddings) m->weights.lm_head = m->weights.embed_tokens;
     if (c->rope_type == Q3N_ROPE_TABLE) {
-        const q3n_tensor cosines = m->tensors[m->by_name[q3n__name_slot(m, "rope.cos")]];
-        const q3n_tensor sines = m->tensors[m->by_name[q3n__name_slot(m, "rope.sin")]];
-        if (cosines.dim[0] != sines.dim[0])
-            return q3n__fail(ld->err, Q3N_ERR_FORMAT, sines.offset,
-                             "rope.sin: %lld positions, rope.cos "
-                             "has %lld",
-                             (long long)sines.dim[0], (long long)cosines.dim[0]);
-        m->weights.rope_positions = (int)cosines.dim[0];
+        const q3n_tensor *cosines = q3n__find_tensor(m, "rope.cos");
+        const q3n_tensor *sines = q3n__find_tensor(m, "rope.sin");
+        if (cosines->dim[0] != sines->dim[0])
+            return q3n__fail(ld->err, Q3N_ERR_FORMAT, sines->offset,
+                             "rope.sin: %lld positions, rope.cos has %lld",
+                             (long long)sines->dim[0], (long long)cosines->dim[0]);
+        m->weights.rope_positions = (int)cosines->dim[0];
     }
     return Q3N_OK;
 }
@@ -4665,7 +4743,13 @@ static q3n__match q3n__next_added(const q3n__encoder *e, const q3n__added_index 
 
 #define Q3N__NO_RANK    UINT32_MAX
 #define Q3N__SHORT_WORD 64
-#define Q3N__MAX_PROBES 4096     /* a sound file needs about 60: more is made on purpose */
+
+/* A pair lies at most so many slots from its home, one that finds none is in a sorted list: so that
+ * no choice of merges makes a lookup long, of pairs that are there or not.  Of the 151,387 merges
+ * of Qwen3 three are in the list. */
+#define Q3N__MAX_PROBES 32
+
+struct q3n__merge_key { uint32_t left, right, rank; };
 
 struct q3n__pair_slot {
     uint32_t check;              /* low half of the pair's hash */
@@ -4679,17 +4763,53 @@ static uint64_t q3n__pair_hash(uint32_t left, uint32_t right)
     return h * 0xD6E8FEB86659FD93u;
 }
 
+static int q3n__compare_merges(const void *left, const void *right)
+{
+    const q3n__merge_key *a = (const q3n__merge_key *)left, *b = (const q3n__merge_key *)right;
+    Q3N__STEP();
+    if (a->left != b->left) return a->left < b->left ? -1 : 1;
+    if (a->right != b->right) return a->right < b->right ? -1 : 1;
+    return a->rank < b->rank ? -1 : a->rank > b->rank;
+}
+
+/* The lowest rank of a pair in the sorted list. */
+static uint32_t q3n__crowded_rank(const q3n__tokenizer *t, uint32_t left, uint32_t right)
+{
+    const q3n__merge_key key = { left, right, 0 };
+    uint32_t low = 0, high = t->n_crowded;
+    while (low < high) {
+        const uint32_t middle = low + (high - low) / 2;
+        if (q3n__compare_merges(&t->crowded[middle], &key) < 0) low = middle + 1;
+        else                                                    high = middle;
+    }
+    const q3n__merge_key *found = &t->crowded[low];
+    if (low == t->n_crowded || found->left != left || found->right != right) return Q3N__NO_RANK;
+    return found->rank;
+}
+
+/* The slot of a pair: that which holds it, else the empty one where it would go; NULL if there is
+ * neither within the probes. */
+static inline q3n__pair_slot *q3n__pair_slot_of(const q3n__tokenizer *t, uint32_t left,
+                                                uint32_t right)
+{
+    const uint64_t h = q3n__pair_hash(left, right), mask = UINT64_MAX >> t->pairs_shift;
+    const uint64_t home = h >> t->pairs_shift;
+    for (uint64_t i = home; i < home + Q3N__MAX_PROBES; i++) {
+        q3n__pair_slot *slot = &t->pairs[i & mask];
+        Q3N__STEP();
+        if (!slot->rank_1) return slot;
+        if (slot->check != (uint32_t)h) continue;
+        const uint8_t *merge = t->merges + 12 * (size_t)(slot->rank_1 - 1);
+        if (q3n__load_u32(merge) == left && q3n__load_u32(merge + 4) == right) return slot;
+    }
+    return NULL;
+}
+
 /* Rank of the merge of two neighbours, Q3N__NO_RANK if they do not merge. */
 static uint32_t q3n__pair_rank(const q3n__tokenizer *t, uint32_t left, uint32_t right)
 {
-    const uint64_t h = q3n__pair_hash(left, right), mask = UINT64_MAX >> t->pairs_shift;
-    for (uint64_t i = h >> t->pairs_shift; t->pairs[i].rank_1; i = (i + 1) & mask) {
-        if (t->pairs[i].check != (uint32_t)h) continue;
-        const uint32_t rank = t->pairs[i].rank_1 - 1;
-        const uint8_t *merge = t->merges + 12 * (size_t)rank;
-        if (q3n__load_u32(merge) == left && q3n__load_u32(merge + 4) == right) return rank;
-    }
-    return Q3N__NO_RANK;
+    const q3n__pair_slot *slot = q3n__pair_slot_of(t, left, right);
+    return slot ? slot->rank_1 - 1 : q3n__crowded_rank(t, left, right);   /* 0 - 1: no rank */
 }
 
 static uint32_t q3n__merge_result(const q3n__tokenizer *t, uint32_t rank)
@@ -4729,7 +4849,7 @@ typedef struct {
     uint32_t prev, next;        /* next = n after the last */
 } q3n__node;
 
-static void q3n__sift_down(uint64_t *heap, size_t n, size_t i)
+static void q3n__heap_down(uint64_t *heap, size_t n, size_t i)
 {
     const uint64_t x = heap[i];
     for (size_t child; (child = 2 * i + 1) < n; i = child) {
@@ -4740,7 +4860,7 @@ static void q3n__sift_down(uint64_t *heap, size_t n, size_t i)
     heap[i] = x;
 }
 
-static void q3n__sift_up(uint64_t *heap, size_t i)
+static void q3n__heap_up(uint64_t *heap, size_t i)
 {
     const uint64_t x = heap[i];
     for (; i > 0 && heap[(i - 1) / 2] > x; i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
@@ -4754,7 +4874,7 @@ static void q3n__pair_changed(const q3n__tokenizer *t, q3n__node *nodes, uint32_
     nodes[i].rank = q3n__pair_rank(t, nodes[i].id, nodes[nodes[i].next].id);
     if (nodes[i].rank == Q3N__NO_RANK) return;
     heap[*n] = (uint64_t)nodes[i].rank << 32 | i;
-    q3n__sift_up(heap, (*n)++);
+    q3n__heap_up(heap, (*n)++);
 }
 
 static q3n_result q3n__encode_long(q3n__encoder *e, const uint8_t *p, size_t bytes)
@@ -4778,12 +4898,12 @@ static q3n_result q3n__encode_long(q3n__encoder *e, const uint8_t *p, size_t byt
         if (nodes[i - 1].rank != Q3N__NO_RANK)
             heap[n_heap++] = (uint64_t)nodes[i - 1].rank << 32 | (i - 1);
     }
-    for (size_t i = n_heap / 2; i-- > 0;) q3n__sift_down(heap, n_heap, i);
+    for (size_t i = n_heap / 2; i-- > 0;) q3n__heap_down(heap, n_heap, i);
 
     while (n_heap > 0) {
         const uint32_t i = (uint32_t)heap[0], rank = (uint32_t)(heap[0] >> 32);
         heap[0] = heap[--n_heap];
-        q3n__sift_down(heap, n_heap, 0);
+        q3n__heap_down(heap, n_heap, 0);
         if (nodes[i].rank != rank) continue;
         const uint32_t gone = nodes[i].next, next = nodes[gone].next;
         nodes[i].id = q3n__merge_result(t, rank);
@@ -5041,8 +5161,10 @@ static uint32_t q3n__token_length(const q3n__tokenizer *t, uint32_t id)   /* id 
     return (uint32_t)q3n__token_bytes(t, id, &text);
 }
 
-/* Put merge `rank` into the table unless its pair is there already: the lower rank wins. */
-static q3n_result q3n__add_merge(q3n__tokenizer *t, const q3n__tokenizer_layout *l, uint32_t rank)
+/* Put merge `rank` into the table, unless its pair is there already: the lower rank wins.  One that
+ * finds no slot is appended to crowded. */
+static q3n_result q3n__add_merge(q3n__tokenizer *t, const q3n__tokenizer_layout *l, uint32_t rank,
+                                 q3n__buffer *crowded, const q3n_allocator *a)
 {
     const uint8_t *merge = t->merges + 12 * (size_t)rank;
     const uint32_t left = q3n__load_u32(merge), right = q3n__load_u32(merge + 4);
@@ -5057,17 +5179,17 @@ static q3n_result q3n__add_merge(q3n__tokenizer *t, const q3n__tokenizer_layout 
         return q3n__tokenizer_bad(l, merge + 8, "length of the result of merge", rank,
                                   q3n__token_length(t, result));
 
-    const uint64_t h = q3n__pair_hash(left, right), mask = UINT64_MAX >> t->pairs_shift;
-    uint64_t i = h >> t->pairs_shift;
-    for (int probes = 0; t->pairs[i].rank_1; i = (i + 1) & mask) {
-        const uint8_t *other = t->merges + 12 * (size_t)(t->pairs[i].rank_1 - 1);
-        if (t->pairs[i].check == (uint32_t)h && q3n__load_u32(other) == left
-            && q3n__load_u32(other + 4) == right)
-            return Q3N_OK;
-        if (++probes == Q3N__MAX_PROBES)
-            return q3n__tokenizer_bad(l, merge, "too many merges collide at merge", rank, left);
+    q3n__pair_slot *slot = q3n__pair_slot_of(t, left, right);
+    if (slot) {
+        const q3n__pair_slot first = { (uint32_t)q3n__pair_hash(left, right), rank + 1 };
+        if (!slot->rank_1) *slot = first;
+        return Q3N_OK;
     }
-    t->pairs[i] = (q3n__pair_slot){ (uint32_t)h, rank + 1 };
+    const q3n__merge_key key = { left, right, rank };
+    if (!q3n__reserve(crowded, sizeof key, a))
+        return q3n__fail(l->err, Q3N_ERR_MEMORY, -1, "tokenizer: out of memory for merges");
+    memcpy(crowded->data + crowded->bytes, &key, sizeof key);
+    crowded->bytes += sizeof key;
     return Q3N_OK;
 }
 
@@ -5083,41 +5205,28 @@ static q3n_result q3n__tokenizer_add_merges(q3n__tokenizer *t, const q3n__tokeni
                          (unsigned)l->n_merges);
     memset(t->pairs, 0, bytes);
     t->pairs_shift = 64 - bits;
-    for (uint32_t rank = 0; rank < l->n_merges; rank++) {
-        const q3n_result r = q3n__add_merge(t, l, rank);
-        if (r != Q3N_OK) return r;
-    }
-    return Q3N_OK;
+    q3n__buffer crowded = { NULL, 0, 0 };
+    q3n_result r = Q3N_OK;
+    for (uint32_t rank = 0; rank < l->n_merges && r == Q3N_OK; rank++)
+        r = q3n__add_merge(t, l, rank, &crowded, a);
+    t->crowded = (q3n__merge_key *)(void *)crowded.data;
+    t->n_crowded = (uint32_t)(crowded.bytes / sizeof *t->crowded);
+    if (t->n_crowded)
+        q3n__sort(t->crowded, t->n_crowded, sizeof *t->crowded, q3n__compare_merges);
+    return r;
 }
 
 /* Order of q3n__tokenizer.added: raw ones first, then by text, then by id. */
-static int q3n__added_before(const q3n__added *x, const q3n__added *y)
+static int q3n__compare_added(const void *left, const void *right)
 {
+    const q3n__added *x = (const q3n__added *)left, *y = (const q3n__added *)right;
     const uint32_t nx = x->flags & Q3N__TOKEN_NORMALIZED, ny = y->flags & Q3N__TOKEN_NORMALIZED;
-    if (nx != ny) return nx < ny;
+    Q3N__STEP();
+    if (nx != ny) return nx < ny ? -1 : 1;
     const int order = memcmp(x->text, y->text, x->bytes < y->bytes ? x->bytes : y->bytes);
-    if (order != 0) return order < 0;
-    return x->bytes != y->bytes ? x->bytes < y->bytes : x->id < y->id;
-}
-
-static void q3n__sort_added(q3n__added *x, size_t n)   /* heap sort: in place, never quadratic */
-{
-    for (size_t i = n / 2, end = n; end > 1;) {
-        q3n__added moved;
-        if (i > 0) {
-            moved = x[--i];
-        } else {
-            moved = x[--end];
-            x[end] = x[0];
-        }
-        size_t at = i;
-        for (size_t child; (child = 2 * at + 1) < end; at = child) {
-            if (child + 1 < end && q3n__added_before(&x[child], &x[child + 1])) child++;
-            if (!q3n__added_before(&moved, &x[child])) break;
-            x[at] = x[child];
-        }
-        x[at] = moved;
-    }
+    if (order != 0) return order;
+    if (x->bytes != y->bytes) return x->bytes < y->bytes ? -1 : 1;
+    return x->id < y->id ? -1 : x->id > y->id;
 }
 
 static void q3n__index_added(q3n__added_index *x, const q3n__added *tokens, uint32_t n)
@@ -5177,7 +5286,7 @@ static q3n_result q3n__tokenizer_add_added(q3n__tokenizer *t, const q3n__tokeniz
     }
     if (t->nfc && n_raw < l->n_added && q3n__normalize_added(t, l->n_added, a) != Q3N_OK)
         return q3n__fail(l->err, Q3N_ERR_MEMORY, -1, "tokenizer: out of memory for added tokens");
-    q3n__sort_added(t->added, l->n_added);
+    q3n__sort(t->added, l->n_added, sizeof *t->added, q3n__compare_added);
     q3n__index_added(&t->raw, t->added, n_raw);
     q3n__index_added(&t->normalized, t->added + n_raw, l->n_added - n_raw);
     return Q3N_OK;
@@ -5187,6 +5296,7 @@ static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a)
 {
     q3n__free(a, t->unicode);
     q3n__free(a, t->pairs);
+    q3n__free(a, t->crowded);
     q3n__free(a, t->added);
     q3n__free(a, t->added_text);
     q3n__free(a, t->flags);
@@ -7696,14 +7806,14 @@ static void q3n__cache_scan(q3n_cache *c)
         q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %.300s: more than %d files, the others are"
                  " not used", c->directory, Q3N__CACHE_MOST_FILES);
     int gone = 0;
-    qsort(c->items, (size_t)c->n_items, sizeof *c->items, q3n__cache_compare_age);
+    q3n__sort(c->items, (size_t)c->n_items, sizeof *c->items, q3n__cache_compare_age);
     for (; c->max_directory_bytes > 0 && c->file_bytes > c->max_directory_bytes; gone++) {
         q3n__cache_file_remove(c, &c->items[gone]);
         c->file_bytes -= c->items[gone].file_bytes;
     }
     c->n_files = c->n_items -= gone;
     memmove(c->items, c->items + gone, (size_t)c->n_items * sizeof *c->items);
-    qsort(c->items, (size_t)c->n_items, sizeof *c->items, q3n__cache_compare);
+    q3n__sort(c->items, (size_t)c->n_items, sizeof *c->items, q3n__cache_compare);
 }
 
 /* ---- What leaves the memory ---- */
@@ -7829,6 +7939,9 @@ static int q3n__cache_longest(const q3n_cache *c, uint64_t key, const int32_t *t
     return longest;
 }
 
+/* Files that a search looks into: those of a hostile directory may all hold something else. */
+#define Q3N__CACHE_TRIES 8
+
 /* The longest snapshot of this shape, of more than least and at most n tokens, whose text is a
  * prefix of tokens [n], with a reference for the caller; NULL = none.  Files are looked into where
  * they are longer than what is in memory.  Counts a hit or a miss. */
@@ -7837,7 +7950,7 @@ static q3n_snapshot *q3n__cache_find(q3n_cache *c, const q3n__shape *shape, q3n_
 {
     const uint64_t key = q3n__cache_key(c, shape, delta_type);
     q3n_snapshot *snap = NULL;
-    for (int most = n; !snap; ) {
+    for (int most = n, tries = 0; !snap && tries < Q3N__CACHE_TRIES; tries++) {
         q3n__cache_item e;
         q3n__mutex_lock(&c->mutex);
         const int i = q3n__cache_longest(c, key, tokens, most, least);
@@ -11125,15 +11238,15 @@ static int q3n__quantize_make(void *user, q3n__piece *p)
 {
     const q3n__quantize_run *run = (const q3n__quantize_run *)user;
     const q3n__plan_item *item = &p->tensor->item;
-    const int i = run->in->by_name[q3n__name_slot(run->in, item->name)];
-    const q3n_tensor *t = &run->in->tensors[i];
+    const q3n_tensor *t = q3n__find_tensor(run->in, item->name);
     const uint8_t *data = (const uint8_t *)t->data + (size_t)p->slice * t->stride;
     if (t->type == p->tensor->type) {
         memcpy(p->data, data + p->row0 * q3n__writer_row_bytes(p->tensor), p->bytes);
         return 1;
     }
     const q3n__source s = { t->type, data, q3n__writer_rows(p->tensor),
-                            (int)item->dim[item->n_dims - 1], run->importance[i] };
+                            (int)item->dim[item->n_dims - 1],
+                            run->importance[t - run->in->tensors] };
     return q3n__encode_rows(&run->quantiser[p->tensor->type], &s, p->row0, p->row1, p->data,
                             &p->fault);
 }
@@ -11628,7 +11741,10 @@ Q3N_DEF q3n_result q3n_model_tensor(const q3n_model *m, int i, q3n_tensor *out)
 Q3N_DEF q3n_result q3n_model_find_tensor(const q3n_model *m, const char *name, q3n_tensor *out)
 {
     if (!name || !out) return Q3N_ERR_ARG;
-    return q3n_model_tensor(m, m->by_name[q3n__name_slot(m, name)], out);
+    const q3n_tensor *t = q3n__find_tensor(m, name);
+    if (!t) return Q3N_ERR_ARG;
+    *out = *t;
+    return Q3N_OK;
 }
 
 /* Progress is told every so many bytes. */

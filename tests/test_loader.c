@@ -12,6 +12,7 @@
 
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
+#include "steps.h"
 #include "golden.h"
 
 #define COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
@@ -456,17 +457,20 @@ static void test_entries(void **state)
     f = with_entry(&good, "vocab_size", 1, "\x28\0\0\0\0\0\0", 8);
     expect(f, Q3N_ERR_FORMAT, BEHIND(f), "'vocab_size'|once");
     const image twice = with_entry(&good, "unknown", 3, "a", 1);
-    f = with_entry(&twice, "unknown", 3, "b", 1);
-    const uint64_t before = u64(&twice, section_record(&twice, 1) + 16);
-    expect(f, Q3N_ERR_FORMAT, (int64_t)(section(&f, 1) + before), "'unknown'|once");
+    expect_good(with_entry(&twice, "unknown", 3, "b", 1));
     free(twice.data);
+    f = with_entry(&good, "tokenizer_nfc", 1, "\1\0\0\0\0\0\0", 8);
+    const image nfc = with_entry(&f, "tokenizer_nfc", 1, "\1\0\0\0\0\0\0", 8);
+    const uint64_t before = u64(&f, section_record(&f, 1) + 16);
+    free(f.data);
+    expect(nfc, Q3N_ERR_FORMAT, (int64_t)(section(&nfc, 1) + before), "'tokenizer_nfc'|once");
 
     /* the last entry need not be padded */
     static const uint8_t unpadded[10] = { 2, 3, 0, 0, 0, 0, 0, 0, 'z', 'z' };
     expect_good(with_entries(&good, unpadded, sizeof unpadded));
 
-    uint8_t many[1001 * 16];
-    for (int i = 0; i < 1001; i++) {
+    static uint8_t many[5000 * 16];
+    for (int i = 0; i < 5000; i++) {
         char key[16];
         memset(many + 16 * i, 0, 16);
         many[16 * i] = 5;
@@ -474,13 +478,7 @@ static void test_entries(void **state)
         snprintf(key, sizeof key, "k%04d", i);
         memcpy(many + 16 * i + 8, key, 5);
     }
-    f = with_entries(&good, many, sizeof many);
-    seal(&f);
-    q3n_error err;
-    q3n_model *m;
-    assert_int_equal(open_image(&m, &f, 0, &err), Q3N_ERR_FORMAT);
-    assert_non_null(strstr(err.message, "1000 entries"));
-    free(f.data);
+    expect_good(with_entries(&good, many, sizeof many));
 }
 
 /* Every field of the configuration with a value of another type, below and above its range. */
@@ -680,6 +678,81 @@ static void test_names(void **state)
     const size_t k_proj = tensor(&f, "layers.1.self_attn.k_proj.weight");
     memcpy(f.data + k_proj, f.data + at, 8);
     expect(f, Q3N_ERR_FORMAT, (int64_t)(k_proj > at ? k_proj : at), Q_PROJ "|twice");
+}
+
+/* ---- As many tensors as there may be, with names made to be slow ---- */
+typedef enum { NAMES_ASCENDING, NAMES_DESCENDING, NAMES_MIXED, NAMES_LONG, NAMES_KINDS } name_kind;
+
+#define NAME_BYTES 250
+
+static void flood_name(char *name, name_kind kind, uint32_t i, uint32_t n)
+{
+    const uint32_t number = kind == NAMES_DESCENDING ? n - i : kind == NAMES_ASCENDING ? i
+                          : i * 40503u % 65536u;
+    memset(name, 'x', NAME_BYTES);
+    snprintf(name + (kind == NAMES_LONG ? NAME_BYTES - 8 : 0), 9, "%08x", number);
+    if (kind != NAMES_LONG) name[8] = '.';
+}
+
+/* The good file with n more tensors, all where the first one lies. */
+static image with_flood(name_kind kind, uint32_t n)
+{
+    const uint32_t own = u32(&good, section(&good, 2));
+    const size_t own_names = (size_t)u64(&good, section_record(&good, 3) + 16);
+    const size_t records = 8 + 80 * (size_t)(own + n), names = own_names + (size_t)n * NAME_BYTES;
+    uint8_t *tensors = (uint8_t *)calloc(1, records), *text = (uint8_t *)calloc(1, names + 1);
+    assert_true(tensors && text);
+    memcpy(text, good.data + section(&good, 3), own_names);
+    for (uint32_t i = 0; i < n; i++)
+        flood_name((char *)text + own_names + (size_t)i * NAME_BYTES, kind, i, n);
+    const image f = with_section(&good, 3, 1, text, names);
+    memcpy(tensors, f.data + section(&f, 2), 8 + 80 * (size_t)own);
+    const size_t shift = (records + 32 + 8 + 4095) / 4096 * 4096;   /* with_section moves data so */
+    for (uint32_t i = 0; i < own + n; i++) {
+        uint8_t *record = tensors + 8 + 80 * (size_t)i;
+        if (i >= own) memcpy(record, tensors + 8, 80);
+        const uint64_t offset = q3n__load_u64(record + 40) + (i < own ? shift : 0);
+        const uint32_t name[2] = { (uint32_t)(own_names + (size_t)(i - own) * NAME_BYTES),
+                                   NAME_BYTES };
+        memcpy(record + 40, &offset, 8);
+        if (i >= own) memcpy(record, name, sizeof name);
+    }
+    const uint32_t count = own + n;
+    memcpy(tensors, &count, 4);
+    const image g = with_section(&f, 2, 1, tensors, records);
+    free(f.data);
+    free(tensors);
+    free(text);
+    return g;
+}
+
+/* Opening takes order n log n comparisons of names, finding one log n, whatever the names are. */
+static void test_many_names(void **state)
+{
+    (void)state;
+    const uint32_t n = Q3N__MAX_TENSORS - u32(&good, section(&good, 2));
+    for (name_kind kind = 0; kind < NAMES_KINDS; kind++) {
+        const image f = with_flood(kind, n);
+        char name[NAME_BYTES + 1] = "";
+        q3n_error err;
+        q3n_model *m;
+        q3n_tensor t;
+        seal(&f);
+        steps = 0;
+        if (open_image(&m, &f, 0, &err) != Q3N_OK) fail_msg("%s", err.message);
+        assert_in_range(steps, 65536, 2 * 16 * 65536 + 1000 * 17);
+        for (uint32_t i = 0; i < n; i += 997) {
+            flood_name(name, kind, i, n);
+            steps = 0;
+            assert_int_equal(q3n_model_find_tensor(m, name, &t), Q3N_OK);
+            assert_string_equal(t.name, name);
+            name[NAME_BYTES - 1] ^= 1;                     /* absent, or another one's */
+            if (q3n_model_find_tensor(m, name, &t) == Q3N_OK) assert_string_equal(t.name, name);
+            assert_in_range(steps, 2, 2 * 17);
+        }
+        q3n_model_close(m);
+        free(f.data);
+    }
 }
 
 static void test_records(void **state)
@@ -1142,6 +1215,7 @@ int main(void)
         cmocka_unit_test(test_geometry),
         cmocka_unit_test(test_table),
         cmocka_unit_test(test_names),
+        cmocka_unit_test(test_many_names),
         cmocka_unit_test(test_records),
         cmocka_unit_test(test_plan),
         cmocka_unit_test(test_rope_tables),

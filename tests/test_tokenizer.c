@@ -10,6 +10,7 @@
 
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
+#include "steps.h"
 
 #ifndef Q3N_TEST_MODELS
 #  define Q3N_TEST_MODELS "build/models"
@@ -596,6 +597,146 @@ static void test_merges_naive(void **state)
 }
 
 /* Of two merges of one pair the first counts. */
+/* ---- Merges made to be slow ---- */
+#define CROWD_TOKENS 4096        /* of one byte each, the last of two */
+
+typedef struct {
+    uint32_t (*pair)[2];         /* [n] */
+    uint32_t  n, room;
+} pairs;
+
+static void add_pair(pairs *p, uint32_t left, uint32_t right)
+{
+    if (p->n == p->room) return;
+    p->pair[p->n][0] = left;
+    p->pair[p->n++][1] = right;
+}
+
+/* Pairs whose home is one of the first `homes` slots of a table of 2^bits, each home at most
+ * `each` times; none of two single bytes, so that every lookup of a text is of an absent pair. */
+static void pairs_at(pairs *p, uint32_t bits, uint32_t homes, uint32_t each)
+{
+    uint8_t *taken = (uint8_t *)calloc(homes, 1);
+    assert_non_null(taken);
+    for (uint32_t a = 0; a < CROWD_TOKENS - 1; a++)
+        for (uint32_t b = 0; b < CROWD_TOKENS - 1 && p->n < p->room; b++) {
+            const uint64_t home = q3n__pair_hash(a, b) >> (64 - bits);
+            if ((a < 256 && b < 256) || home >= homes || taken[home] == each) continue;
+            taken[home]++;
+            add_pair(p, a, b);
+        }
+    free(taken);
+}
+
+static uint8_t *crowd_section(const pairs *p, size_t *bytes)
+{
+    const uint32_t head[4] = { CROWD_TOKENS, p->n, 0, 0 };
+    *bytes = 16 + 4 * (CROWD_TOKENS + 1) + 12 * (size_t)p->n + CROWD_TOKENS + 1;
+    uint8_t *all = (uint8_t *)malloc(*bytes), *at = all;
+    assert_non_null(all);
+    put_u32(&at, head, 4);
+    for (uint32_t i = 0; i <= CROWD_TOKENS; i++)
+        put_u32(&at, (const uint32_t[]){ i + (i == CROWD_TOKENS) }, 1);
+    for (uint32_t i = 0; i < p->n; i++) {
+        const uint32_t row[3] = { p->pair[i][0], p->pair[i][1], CROWD_TOKENS - 1 };
+        put_u32(&at, row, 3);
+    }
+    for (uint32_t i = 0; i <= CROWD_TOKENS; i++) *at++ = (uint8_t)i;
+    return all;
+}
+
+static int log2_up(size_t n)
+{
+    int k = 0;
+    while ((size_t)1 << k < n) k++;
+    return k;
+}
+
+/* Opens merges of these pairs and finds each at its lowest rank; no lookup, of pairs that are there
+ * or not, takes more steps than the table promises, and a text no more than three lookups a byte. */
+static void check_crowd(const pairs *p, const char *what)
+{
+    fixture f;
+    q3n_error err = { Q3N_OK, -1, "" };
+    fixture_init(&f);
+    f.bytes = crowd_section(p, &f.n_bytes);
+    const q3n__tokenizer_params params = { f.bytes, f.n_bytes, FILE_OFFSET, CROWD_TOKENS,
+                                           Q3N__PATTERN_QWEN2, 1 };
+    const uint64_t lookup = Q3N__MAX_PROBES + (uint64_t)log2_up(p->n + 1) + 1;
+    steps = 0;
+    if (q3n__tokenizer_open(&f.model.tokenizer, &params, &f.model.allocator, &err) != Q3N_OK)
+        fail_msg("%s: %s", what, err.message);
+    assert_in_range(steps, p->n, p->n * (Q3N__MAX_PROBES + 2 * lookup));
+    const q3n__tokenizer *t = &f.model.tokenizer;
+    for (uint32_t i = 0; i < p->n; i++) {
+        steps = 0;
+        const uint32_t rank = q3n__pair_rank(t, p->pair[i][0], p->pair[i][1]);
+        assert_in_range(steps, 1, lookup);
+        assert_true(rank <= i && p->pair[rank][0] == p->pair[i][0]
+                    && p->pair[rank][1] == p->pair[i][1]);
+    }
+    for (uint32_t a = 0; a < 256; a++)
+        for (uint32_t b = 0; b < 256; b++) {
+            steps = 0;
+            assert_true(q3n__pair_rank(t, a, b) == Q3N__NO_RANK);
+            assert_in_range(steps, 1, lookup);
+        }
+    char text[20000];
+    size_t n;
+    for (size_t i = 0; i < sizeof text; i++) text[i] = (char)('a' + random_below(26));
+    steps = 0;
+    assert_int_equal(q3n_tokenize(&f.model, text, sizeof text, 0, NULL, 0, &n), Q3N_ERR_FULL);
+    assert_int_equal((int)n, (int)sizeof text);
+    assert_in_range(steps, sizeof text - 1, 3 * lookup * sizeof text);
+    close_section(&f);
+}
+
+static void test_merges_made_slow(void **state)
+{
+    (void)state;
+    enum { BITS = 14, MOST = (1 << BITS) * 2 / 3 };
+    static const struct { const char *what; uint32_t n, homes, each; } list[] = {
+        { "a run, all at home", MOST, MOST, 1 }, { "one home", 1000, 1, 255 },
+        { "few homes", MOST, 64, 250 }, { "a full table", MOST, 1 << BITS, 255 },
+        { "three in a home", MOST, MOST / 3, 3 }
+    };
+    pairs p = { (uint32_t (*)[2])malloc((MOST + 1000) * sizeof(uint32_t[2])), 0, 0 };
+    assert_non_null(p.pair);
+    for (size_t k = 0; k < COUNT(list); k++) {
+        p.n = 0;
+        p.room = list[k].n;
+        pairs_at(&p, BITS, list[k].homes, list[k].each);
+        assert_in_range(p.n, 200, MOST);
+        check_crowd(&p, list[k].what);
+    }
+    p.n = 0;                                            /* each twice: the second is not found */
+    p.room = MOST / 2;
+    pairs_at(&p, BITS, 64, 250);
+    p.room = MOST;
+    for (uint32_t i = 0, n = p.n; i < n; i++) add_pair(&p, p.pair[n - 1 - i][0],
+                                                       p.pair[n - 1 - i][1]);
+    check_crowd(&p, "each twice");
+    free(p.pair);
+}
+
+/* A lookup in the tables of characters is short, whatever the characters are. */
+static void test_character_tables(void **state)
+{
+    (void)state;
+    const uint16_t *tables[2] = { unicode.by_composed, unicode.by_parts };
+    for (int k = 0; k < 2; k++)
+        for (uint32_t i = 0, run = 0; i < 2 * Q3N__HASH_SIZE; i++) {
+            run = tables[k][i % Q3N__HASH_SIZE] ? run + 1 : 0;
+            assert_in_range(run, 0, 64);
+        }
+    for (uint32_t page = 1; page < 0x1100; page++) {
+        uint32_t n = 0;
+        for (uint32_t i = unicode.page[page]; unicode.run[i + 1] >> 10 <= (page << 8 | 255); i++)
+            n++;
+        assert_in_range(n, 0, 128);
+    }
+}
+
 static void test_merges_repeated(void **state)
 {
     (void)state;
@@ -1127,6 +1268,8 @@ int main(void)
         cmocka_unit_test(test_pieces),
         cmocka_unit_test(test_merges),
         cmocka_unit_test(test_merges_naive),
+        cmocka_unit_test(test_merges_made_slow),
+        cmocka_unit_test(test_character_tables),
         cmocka_unit_test(test_merges_repeated),
         cmocka_unit_test(test_any_bytes),
         cmocka_unit_test(test_added),
