@@ -399,7 +399,9 @@ typedef enum q3n_result {
 typedef struct q3n_error {
     q3n_result code;
     int64_t    offset;         /* byte of the file where it was noticed, -1 if none              */
-    char       message[500];   /* "layers.3.self_attn.q_proj.weight: shape [..], expected [..]"  */
+    char       message[500];   /* "layers.3.self_attn.q_proj.weight: shape [..], expected [..]":
+                                  UTF-8 in one line; bytes of names and paths that are none or
+                                  control characters stand there as \xNN                         */
 } q3n_error;
 
 Q3N_DEF const char *q3n_result_string(q3n_result r);  /* never NULL; static storage */
@@ -1965,7 +1967,110 @@ static uint64_t q3n__hash_of(uint64_t seed, const void *data, size_t bytes)
 
 /* =====================================================================================
  * [4] ERRORS                                                                 >>errors
+ *
+ * Error records and notes.  Names, words and paths in them may be hostile, so every message is made
+ * here, and is valid UTF-8 without control characters whatever went into it.
  * ===================================================================================== */
+
+/* Decode the character at p < end.  Returns its bytes, or 0 if there is no valid UTF-8: overlong
+ * forms, surrogates, numbers beyond U+10FFFF and unfinished characters are not. */
+static int q3n__utf8_decode(const uint8_t *p, const uint8_t *end, uint32_t *cp)
+{
+    *cp = p[0];
+    if (p[0] < 0x80) return 1;
+    if (p[0] < 0xC2 || p[0] > 0xF4) return 0;
+    const int n = p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3 : 4;
+    if (end - p < n) return 0;
+    uint32_t c = p[0] & (0x7Fu >> n);
+    for (int i = 1; i < n; i++) {
+        if ((p[i] & 0xC0) != 0x80) return 0;
+        c = c << 6 | (p[i] & 0x3Fu);
+    }
+    if (n == 3 && (c < 0x800 || c >> 11 == 0x1B)) return 0;
+    if (n == 4 && (c < 0x10000 || c > 0x10FFFF)) return 0;
+    *cp = c;
+    return n;
+}
+
+/* Neither a control character, nor one that breaks lines or turns the direction of text round. */
+static int q3n__is_printable(uint32_t cp)
+{
+    return cp >= 0x20 && !(cp >= 0x7F && cp < 0xA0) && !(cp >= 0x2028 && cp <= 0x202E)
+        && !(cp >= 0x2066 && cp <= 0x2069);
+}
+
+/* What a message shows of the character at *p < end, which *p leaves behind: itself, or \xNN for
+ * each of its bytes if it is not printable or no UTF-8.  A backslash stays: what was shown before
+ * is shown the same again.  Returns the bytes of shown, without terminator. */
+static int q3n__show_char(const uint8_t **p, const uint8_t *end, char shown[16])
+{
+    static const char digits[] = "0123456789ABCDEF";
+    uint32_t cp;
+    const int bytes = q3n__utf8_decode(*p, end, &cp), n = bytes ? bytes : 1;
+    const int as_is = bytes && q3n__is_printable(cp);
+    for (int i = 0; i < n; i++) {
+        const uint8_t b = *(*p)++;
+        const char escaped[4] = { '\\', 'x', digits[b >> 4], digits[b & 15] };
+        if (as_is) shown[i] = (char)b;
+        else       memcpy(shown + 4 * i, escaped, 4);
+    }
+    return as_is ? n : 4 * n;
+}
+
+/* Append characters of [p, end) as they are shown to out, which has n bytes, while it stays within
+ * room.  Returns where it stopped. */
+static const uint8_t *q3n__show_some(char *out, size_t *n, size_t room, const uint8_t *p,
+                                     const uint8_t *end)
+{
+    while (p < end) {
+        char shown[16];
+        const uint8_t *next = p;
+        const size_t bytes = (size_t)q3n__show_char(&next, end, shown);
+        if (*n + bytes > room) break;
+        memcpy(out + *n, shown, bytes);
+        *n += bytes;
+        p = next;
+    }
+    return p;
+}
+
+/* Write text [bytes] as it is shown to out [size], ended by 0.  If it does not fit, what lies
+ * between its first fifth and its end is left out: a message begins with where and ends with what
+ * was expected. */
+static void q3n__show(char *out, size_t size, const char *text, size_t bytes)
+{
+    static const char gap[] = " [...] ";
+    const size_t room = size - 1, head = room / 5, tail = room - head - (sizeof gap - 1);
+    const uint8_t *p = (const uint8_t *)text, *end = p + bytes;
+    char shown[16];
+    size_t total = 0, n = 0;
+    while (p < end) total += (size_t)q3n__show_char(&p, end, shown);
+    p = (const uint8_t *)text;
+    if (total > room) {
+        p = q3n__show_some(out, &n, head, p, end);
+        for (total -= n; total > tail;) total -= (size_t)q3n__show_char(&p, end, shown);
+        memcpy(out + n, gap, sizeof gap - 1);
+        n += sizeof gap - 1;
+    }
+    q3n__show_some(out, &n, room, p, end);
+    out[n] = 0;
+}
+
+#define Q3N__MESSAGE_BYTES 5000   /* before they are shown: a path and what is the matter with it */
+
+/* Make a message of at most size - 1 bytes. */
+static void q3n__message(char *out, size_t size, const char *format, va_list args)
+{
+    char text[Q3N__MESSAGE_BYTES];
+    const int n = vsnprintf(text, sizeof text, format, args);
+    size_t bytes = n < 0 ? 0 : (size_t)n;
+    if (bytes >= sizeof text) {                           /* cut: perhaps within a character */
+        bytes = sizeof text - 1;
+        while ((text[bytes - 1] & 0xC0) == 0x80 && bytes > sizeof text - 4) bytes--;
+        bytes--;
+    }
+    q3n__show(out, size, text, bytes);
+}
 
 /* Fill err (NULL = not wanted) and return code. */
 static Q3N__PRINTF(4, 5)
@@ -1976,7 +2081,7 @@ q3n_result q3n__fail(q3n_error *err, q3n_result code, int64_t offset, const char
         va_start(args, format);
         err->code = code;
         err->offset = offset;
-        vsnprintf(err->message, sizeof err->message, format, args);
+        q3n__message(err->message, sizeof err->message, format, args);
         va_end(args);
     }
     return code;
@@ -1989,7 +2094,7 @@ void q3n__log(const q3n_logger *l, q3n_log_level level, const char *format, ...)
     char text[500];
     va_list args;
     va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
+    q3n__message(text, sizeof text, format, args);
     va_end(args);
     l->log(l->user, level, text);
 }
@@ -3051,7 +3156,7 @@ Q3N_DEF q3n_result q3n_config_preset(const char *name, q3n_config *out, q3n_erro
     size_t at = 0;
     for (size_t i = 0; i < Q3N__N_PRESETS && at < sizeof list; i++)
         at += (size_t)snprintf(list + at, sizeof list - at, " %s", q3n__presets[i].name);
-    return q3n__fail(err, Q3N_ERR_ARG, -1, "no preset '%.32s'; there are%s", name, list);
+    return q3n__fail(err, Q3N_ERR_ARG, -1, "no preset '%s'; there are%s", name, list);
 }
 
 /* ---- Overrides ---- */
@@ -3123,7 +3228,7 @@ static q3n_result q3n__config_set_kinds(const q3n_config *c, unsigned char *kind
     for (;; p += 2) {
         const int ends = *p ? p[1] == 0 : 1;
         if ((*p != '0' && *p != '1') || (!ends && p[1] != ',') || n == Q3N_MAX_LAYERS)
-            return q3n__fail(err, Q3N_ERR_ARG, -1, "%s: '%.64s', expected at most %d of 0 and 1"
+            return q3n__fail(err, Q3N_ERR_ARG, -1, "%s: '%s', expected at most %d of 0 and 1"
                              " with commas between", field, value, Q3N_MAX_LAYERS);
         list[n++] = (unsigned char)(*p - '0');
         if (ends) break;
@@ -3154,7 +3259,7 @@ Q3N_DEF q3n_result q3n_config_set(q3n_config *c, const char *field, const char *
         return q3n__config_set_kinds(c, c->layer_experts, field, value, err);
     const q3n__config_row *row = q3n__config_find(q3n__config_long_name(field));
     if (!row)
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "the configuration has no field '%.64s'", field);
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "the configuration has no field '%s'", field);
 
     double v;
     const int word = row->kind == 'E' ? q3n__config_enum_value(row->name, value) : -1;
@@ -3162,10 +3267,10 @@ Q3N_DEF q3n_result q3n_config_set(q3n_config *c, const char *field, const char *
     else if (row->kind == 'B' && (strcmp(value, "true") == 0 || strcmp(value, "false") == 0))
         v = value[0] == 't';
     else if (!q3n__parse_number(value, &v))
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "%s: '%.64s' is not %s", row->name, value,
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "%s: '%s' is not %s", row->name, value,
                          row->kind == 'E' ? "one of its words" : "a number");
     if (!(v >= row->least && v <= row->most) || (row->kind != 'F' && v != (double)(int)v))
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "%s: '%.64s' is not a %snumber in [%.15g, %.15g]",
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "%s: '%s' is not a %snumber in [%.15g, %.15g]",
                          row->name, value, row->kind == 'F' ? "" : "whole ", row->least, row->most);
     if (row->offset == offsetof(q3n_config, num_hidden_layers)) q3n__config_set_layers(c, (int)v);
     else                                                        q3n__config_store(c, row, v);
@@ -4291,26 +4396,6 @@ static uint32_t q3n__char_props(const q3n__unicode *u, uint32_t cp)
     uint32_t i = u->page[cp >> 8];
     while (u->run[i + 1] >> 10 <= cp) i++;
     return u->run[i] & 1023;
-}
-
-/* Decode the character at p < end.  Returns its bytes, or 0 if there is no valid UTF-8: overlong
- * forms, surrogates, numbers beyond U+10FFFF and unfinished characters are not. */
-static int q3n__utf8_decode(const uint8_t *p, const uint8_t *end, uint32_t *cp)
-{
-    *cp = p[0];
-    if (p[0] < 0x80) return 1;
-    if (p[0] < 0xC2 || p[0] > 0xF4) return 0;
-    const int n = p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3 : 4;
-    if (end - p < n) return 0;
-    uint32_t c = p[0] & (0x7Fu >> n);
-    for (int i = 1; i < n; i++) {
-        if ((p[i] & 0xC0) != 0x80) return 0;
-        c = c << 6 | (p[i] & 0x3Fu);
-    }
-    if (n == 3 && (c < 0x800 || c >> 11 == 0x1B)) return 0;
-    if (n == 4 && (c < 0x10000 || c > 0x10FFFF)) return 0;
-    *cp = c;
-    return n;
 }
 
 /* Returns the bytes written, 1 .. 4. */
@@ -7310,7 +7395,7 @@ static int q3n__source_file(void *user, void *data, size_t bytes)
 
 static q3n_result q3n__no_files(const char *path, q3n_error *err)
 {
-    return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "%.400s: built without files (Q3N_NO_STDIO)",
+    return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "%s: built without files (Q3N_NO_STDIO)",
                      path);
 }
 
@@ -7324,7 +7409,7 @@ static q3n_result q3n__snapshot_save(const q3n_snapshot *s, const char *path, q3
     if (!Q3N__HAS_FILES) return q3n__no_files(path, err);
     const size_t room = strlen(path) + sizeof ".00.part";
     char *part = (char *)q3n__alloc(&s->model->allocator, room);
-    if (!part) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "%.400s: no memory to save", path);
+    if (!part) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "%s: no memory to save", path);
     q3n__file f;
     int created = 0;
     for (int i = 0; i < Q3N__MOST_PARTS && !created; i++) {
@@ -7338,14 +7423,14 @@ static q3n_result q3n__snapshot_save(const q3n_snapshot *s, const char *path, q3
         if (!q3n__file_close(&f) && r == Q3N_OK)
             r = q3n__fail(&why, Q3N_ERR_IO, -1, "cannot write (is the disk full?)");
         if (r == Q3N_OK && !q3n__file_replace(part, path))
-            r = q3n__fail(&why, Q3N_ERR_IO, -1, "cannot rename %.280s to it", part);
+            r = q3n__fail(&why, Q3N_ERR_IO, -1, "cannot rename %s to it", part);
         if (r != Q3N_OK) q3n__file_remove(part);
     } else {
-        q3n__fail(&why, Q3N_ERR_IO, -1, "cannot create %.280s", part);
+        q3n__fail(&why, Q3N_ERR_IO, -1, "cannot create %s", part);
     }
     q3n__free(&s->model->allocator, part);
     if (why.code == Q3N_OK) return Q3N_OK;
-    return q3n__fail(err, why.code, why.offset, "%.200s: %.290s", path, why.message);
+    return q3n__fail(err, why.code, why.offset, "%s: %s", path, why.message);
 }
 
 /* As q3n__snapshot_read; a file that goes on behind its end is refused. */
@@ -7359,7 +7444,7 @@ static q3n_result q3n__snapshot_open(q3n_snapshot **out, const q3n_model *m,
     int64_t size = 0;
     const int found = q3n__file_open(&f, path, &size);
     if (found <= 0)
-        return q3n__fail(err, Q3N_ERR_IO, -1, "%.400s: %s", path,
+        return q3n__fail(err, Q3N_ERR_IO, -1, "%s: %s", path,
                          found < 0 ? "there is no such file"
                                    : "cannot open, or not a regular file");
     q3n_error why = { Q3N_OK, -1, "" };
@@ -7368,7 +7453,7 @@ static q3n_result q3n__snapshot_open(q3n_snapshot **out, const q3n_model *m,
     const q3n_result r = q3n__stream_read(&in, out, m, shape, capacity);
     q3n__file_close(&f);
     if (r == Q3N_OK) return r;
-    return q3n__fail(err, r, why.offset, "%.200s: %.290s", path, why.message);
+    return q3n__fail(err, r, why.offset, "%s: %s", path, why.message);
 }
 
 /* =====================================================================================
@@ -7747,7 +7832,7 @@ static q3n_snapshot *q3n__cache_load(q3n_cache *c, const q3n__cache_item *e,
                         || !q3n__snapshot_is_prefix(s, tokens, e->length))) {
         q3n__snapshot_release(s);
         s = NULL;
-        r = q3n__fail(&err, Q3N_ERR_UNSUPPORTED, -1, "%.300s: holds another text than its name"
+        r = q3n__fail(&err, Q3N_ERR_UNSUPPORTED, -1, "%s: holds another text than its name"
                       " says", path);
     }
     if (r == Q3N_OK || r == Q3N_ERR_MEMORY) return s;
@@ -7795,7 +7880,7 @@ static void q3n__cache_scan(q3n_cache *c)
 {
     if (!Q3N__HAS_FILES || strlen(c->directory) > Q3N__CACHE_PATH - 512
         || !q3n__directory_list(c->directory, "q3n-", q3n__cache_found, c)) {
-        q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %.300s: %s", c->directory,
+        q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %s: %s", c->directory,
                  Q3N__HAS_FILES ? "cannot read the directory, going on without it"
                                 : "built without files (Q3N_NO_STDIO)");
         c->directory = NULL;
@@ -7803,7 +7888,7 @@ static void q3n__cache_scan(q3n_cache *c)
     }
     if (c->n_items == 0) return;
     if (c->n_items >= Q3N__CACHE_MOST_FILES)
-        q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %.300s: more than %d files, the others are"
+        q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %s: more than %d files, the others are"
                  " not used", c->directory, Q3N__CACHE_MOST_FILES);
     int gone = 0;
     q3n__sort(c->items, (size_t)c->n_items, sizeof *c->items, q3n__cache_compare_age);
@@ -9255,7 +9340,7 @@ static q3n__engine *q3n__batch_engine(q3n_batch *b) { return &b->engine; }
 
 static q3n_result q3n__batch_fail(q3n_batch *b, const q3n_error *e, int item)
 {
-    return q3n__fail(&b->error, e->code, e->offset, "item %d: %.460s", item, e->message);
+    return q3n__fail(&b->error, e->code, e->offset, "item %d: %s", item, e->message);
 }
 
 static int q3n__item_left(const q3n_batch_item *it) { return it->n - it->done; }
@@ -11317,7 +11402,7 @@ Q3N_DEF q3n_result q3n_quantize_file(const char *path, const q3n_model *in,
     int k = 0;
     while (k < Q3N__N_RECIPES && strcmp(name, q3n__recipes[k].name) != 0) k++;
     if (k == Q3N__N_RECIPES)
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "there is no recipe '%.60s'", name);
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "there is no recipe '%s'", name);
     q3n__quantize_run *run = (q3n__quantize_run *)q3n__alloc(&o->allocator, sizeof *run);
     const float **importance = (const float **)
         q3n__alloc(&o->allocator, (size_t)in->n_tensors * sizeof *importance);
@@ -11688,7 +11773,7 @@ Q3N_DEF q3n_result q3n_model_open(q3n_model **out, const char *path, const q3n_m
     size_t bytes = 0;
     const char *why;
     const uint8_t *data = q3n__file_map(path, &bytes, &why);
-    if (!data) return q3n__fail(err, Q3N_ERR_IO, -1, "%.400s: %s", path, why);
+    if (!data) return q3n__fail(err, Q3N_ERR_IO, -1, "%s: %s", path, why);
     q3n_model *m;
     q3n_result r = q3n__model_create(&m, o, err);
     if (r != Q3N_OK) {
@@ -11705,7 +11790,7 @@ Q3N_DEF q3n_result q3n_model_open(q3n_model **out, const char *path, const q3n_m
         return r;
     }
     q3n__model_free(m);
-    return q3n__fail(err, r, why_not.offset, "%.200s: %.290s", path, why_not.message);
+    return q3n__fail(err, r, why_not.offset, "%s: %s", path, why_not.message);
 }
 
 Q3N_DEF void q3n_model_close(q3n_model *m)

@@ -7,6 +7,7 @@
  */
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
+#include "messages.h"
 
 #include <stdint.h>
 #include <stdio.h>
@@ -108,7 +109,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
         q3n_model_close(m);
     } else {
         require(err.code == r, "the record has another code");
-        require(err.message[0] != 0 && memchr(err.message, 0, sizeof err.message), "no message");
+        require(message_is_clean(err.message, sizeof err.message), "a message with other bytes");
         require(err.offset >= -1 && err.offset <= (int64_t)bytes, "an offset outside the file");
     }
     free(copy);

@@ -8,6 +8,7 @@
  */
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
+#include "messages.h"
 
 #include <stdint.h>
 #include <stdio.h>
@@ -135,7 +136,9 @@ static void load(const memory *m, int number)
                     "a strange draft");
     } else {
         require(n == 1, "a failed load changed the session");
-        require(q3n_session_error(s)->code == r && q3n_session_error(s)->message[0], "no message");
+        const q3n_error *e = q3n_session_error(s);
+        require(e->code == r, "the record has another code");
+        require(message_is_clean(e->message, sizeof e->message), "a message with other bytes");
     }
     for (int i = 0; i < 3 && n + i < CAPACITY; i++)
         require(q3n_session_eval(s, &token, 1, logits) == Q3N_OK, "a session that is no more");

@@ -12,6 +12,7 @@
 
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
+#include "messages.h"
 #include "steps.h"
 #include "golden.h"
 
@@ -134,7 +135,7 @@ static q3n_result open_image(q3n_model **m, const image *f, int skip_checksum, q
     assert_true((r == Q3N_OK) == (*m != NULL));
     if (r != Q3N_OK) {
         assert_int_equal(err->code, r);
-        assert_true(err->message[0] != 0 && strlen(err->message) < sizeof err->message);
+        assert_true(message_is_clean(err->message, sizeof err->message));
         assert_true(err->offset >= -1 && err->offset <= (int64_t)f->bytes);
     }
     return r;
@@ -680,6 +681,72 @@ static void test_names(void **state)
     expect(f, Q3N_ERR_FORMAT, (int64_t)(k_proj > at ? k_proj : at), Q_PROJ "|twice");
 }
 
+/* ---- Messages ---- */
+
+static uint32_t next_random(uint32_t *state)    /* xorshift32 */
+{
+    *state ^= *state << 13;
+    *state ^= *state >> 17;
+    *state ^= *state << 5;
+    return *state;
+}
+
+/* Any bytes, of any length, in any place: the message is clean, says the same when it is put into
+ * another one, begins with where and ends with what was expected. */
+static void test_messages(void **state)
+{
+    (void)state;
+    uint32_t random = 1;
+    for (int round = 0; round < 20000; round++) {
+        static char text[6000];
+        const uint32_t kind = next_random(&random) % 5, most = next_random(&random) % 8;
+        const size_t n = next_random(&random) % (most == 0 ? 5990 : most < 4 ? 600 : 100);
+        for (size_t i = 0; i < n; i++) {
+            const uint32_t r = next_random(&random) >> 8;
+            text[i] = (char)(kind == 0 ? 1 + r % 255 : kind == 1 ? 1 + r % 31 : kind == 2 ? 128 + r % 128
+                           : kind == 3 ? (uint8_t)"\xE4\xBD\xA0"[i % 3] : 'a' + r % 26);
+        }
+        text[n] = 0;
+        q3n_error e = { Q3N_OK, 0, "" }, again;
+        assert_int_equal(q3n__fail(&e, Q3N_ERR_FORMAT, 7, "m.q3n: %s: type q3, expected f32", text),
+                         Q3N_ERR_FORMAT);
+        assert_true(message_is_clean(e.message, sizeof e.message));
+        assert_memory_equal(e.message, "m.q3n: ", 7);
+        const size_t length = strlen(e.message);
+        if (n < 4900)
+            assert_string_equal(e.message + length - 23, ": type q3, expected f32");
+        if (kind == 4) assert_int_equal(strstr(e.message, " [...] ") != NULL, 7 + n + 23 > 499);
+        q3n__fail(&again, e.code, e.offset, "%s", e.message);
+        assert_string_equal(again.message, e.message);
+    }
+}
+
+/* A name of 255 bytes of each kind, in a record that is wrong: name, found and expected are read. */
+static void test_messages_about_names(void **state)
+{
+    (void)state;
+    static const struct { const char *byte, *shown; } kinds[] = {
+        { "\x01", "\\x01" }, { "\x1b", "\\x1B" }, { "\xff", "\\xFF" }, { "\n", "\\x0A" },
+        { "\x7f", "\\x7F" }, { "\xc2\x9b", "\\xC2\\x9B" },
+        { "\xe2\x80\xae", "\\xE2\\x80\\xAE" },
+        { "\xed\xa0\x80", "\\xED\\xA0\\x80" }, { "\xc3\xa9", "\xc3\xa9" },
+        { "\xf0\x9f\x98\x80", "\xf0\x9f\x98\x80" }, { "\xf0\x9f\x98", "\\xF0\\x9F\\x98" },
+    };
+    for (int k = 0; k < COUNT(kinds); k++) {
+        char names[256];
+        const size_t n = strlen(kinds[k].byte);
+        for (size_t i = 0; i < 255; i++) names[i] = kinds[k].byte[i % n];
+        image f = with_section(&good, 3, 1, names, 255);
+        const size_t at = section(&f, 2) + 8;
+        put_u32(&f, at, 0);
+        put_u32(&f, at + 4, 255);
+        put_u64(&f, at + 16, 0);
+        char words[80];
+        snprintf(words, sizeof words, "%s|dimension 0 is 0", kinds[k].shown);
+        expect(f, Q3N_ERR_FORMAT, (int64_t)at + 16, words);
+    }
+}
+
 /* ---- As many tensors as there may be, with names made to be slow ---- */
 typedef enum { NAMES_ASCENDING, NAMES_DESCENDING, NAMES_MIXED, NAMES_LONG, NAMES_KINDS } name_kind;
 
@@ -1216,6 +1283,8 @@ int main(void)
         cmocka_unit_test(test_table),
         cmocka_unit_test(test_names),
         cmocka_unit_test(test_many_names),
+        cmocka_unit_test(test_messages),
+        cmocka_unit_test(test_messages_about_names),
         cmocka_unit_test(test_records),
         cmocka_unit_test(test_plan),
         cmocka_unit_test(test_rope_tables),
