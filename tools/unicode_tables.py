@@ -7,8 +7,8 @@ usage: unicode_tables.py [--check HEADER]
 1 if not.
 
 Two Unicode versions meet in the published tokenizers, and the tables follow both:
-  * classes (\\p{L}, \\p{M}, \\p{N}) are those of Unicode 16.0, which the regular expression engine
-    of Hugging Face tokenizers 0.23 carries;
+  * classes (\\p{L}, \\p{M}, \\p{N}, \\w) are those of Unicode 16.0, which the regular expression
+    engine of Hugging Face tokenizers 0.23 carries;
   * NFC is that of Unicode 9.0, at which the normaliser of that library has stood still.  Later
     characters neither compose nor move; LATER_THAN_9 names those for which it matters.
 Unicode 16.0 data come from Python's unicodedata (Python 3.14), or from the package unicodedata2
@@ -36,8 +36,13 @@ WHITE_SPACE = [0x09, 0x0A, 0x0B, 0x0C, 0x0D, 0x20, 0x85, 0xA0, 0x1680, *range(0x
                0x2028, 0x2029, 0x202F, 0x205F, 0x3000]       # PropList.txt, stable by policy
 HANGUL_V, HANGUL_T = range(0x1161, 0x1176), range(0x11A8, 0x11C3)
 HANGUL_SYLLABLES = range(0xAC00, 0xD7A4)                     # composed by arithmetic, not tables
+# \w is Alphabetic, \p{M}, \p{Nd}, \p{Pc} and Join_Control (Unicode Technical Standard 18, annex
+# C): of the numbers not \p{No}, of the rest connectors, joiners and some symbols.
 CLASS = {"L": 1, "M": 2, "N": 3}
-SPACE = 4
+SPACE, WORD, NUMBER_ALONE = 4, 5, 6
+ALPHABETIC_SYMBOLS = [*range(0x24B6, 0x24EA), *range(0x1F130, 0x1F14A), *range(0x1F150, 0x1F16A),
+                      *range(0x1F170, 0x1F18A)]              # Other_Alphabetic of PropList.txt
+JOIN_CONTROL = [0x200C, 0x200D]
 UNSTABLE = 8
 COLUMNS = 93                                                 # characters of data a line
 
@@ -66,6 +71,15 @@ def decompositions():
     return out
 
 
+def char_class(cp):
+    category = unicodedata.category(chr(cp))
+    if cp in WHITE_SPACE:
+        return SPACE
+    if category == "Pc" or cp in ALPHABETIC_SYMBOLS or cp in JOIN_CONTROL:
+        return WORD
+    return NUMBER_ALONE if category == "No" else CLASS.get(category[0], 0)
+
+
 def runs(decomposed):
     """[(length, value)] over all code points: value = class, UNSTABLE, rank of combining class.
 
@@ -78,9 +92,7 @@ def runs(decomposed):
     seconds = {second for first, second, composes in decomposed.values() if composes}
     out = []
     for cp in range(0x110000):
-        value = CLASS.get(unicodedata.category(chr(cp))[0], 0)
-        if cp in WHITE_SPACE:
-            value = SPACE
+        value = char_class(cp)
         excluded = cp in decomposed and not decomposed[cp][2]
         if combining[cp] or excluded or cp in seconds or cp in HANGUL_V or cp in HANGUL_T:
             value |= UNSTABLE
