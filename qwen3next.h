@@ -1088,8 +1088,8 @@ typedef struct q3n_rows {
  *
  *   out  [out_bytes]  out: q3n_type_bytes(type, n_rows, n_cols) bytes, no alignment needed
  *
- * Errors: Q3N_ERR_ARG, also for weights that are not finite (quantised types) or that the type
- * cannot hold (f16, and scales, which are f16). */
+ * Errors: Q3N_ERR_ARG, also for weights that are not finite or that the type cannot hold (f16, and
+ * scales, which are f16). */
 Q3N_DEF q3n_result q3n_quantize_rows(q3n_type type, const q3n_rows *rows, void *out,
                                      size_t out_bytes, q3n_error *err);
 
@@ -1128,8 +1128,9 @@ typedef struct q3n_quantize_options {  /* all zero = defaults                   
  * Uses a few rows of memory for each thread; the file is the same for any number of them.  A
  * failed or stopped run leaves nothing under path.
  *
- * Errors: Q3N_ERR_ARG (no such recipe, values that a type cannot hold: the message names tensor,
- * row and column), _UNSUPPORTED (quantised input), _IO, _MEMORY, _CANCELLED. */
+ * Errors: Q3N_ERR_ARG (no such recipe, values that are not finite or that a type cannot hold: the
+ * message names tensor, row and column), _UNSUPPORTED (quantised input), _IO, _MEMORY, _CANCELLED.
+ */
 Q3N_DEF q3n_result q3n_quantize_file(const char *path, const q3n_model *in,
                                      const q3n_quantize_options *o, q3n_error *err);
 
@@ -10559,15 +10560,20 @@ static int q3n__first_bad(const float *x, int n, float most)     /* n = none */
     return i;
 }
 
-/* n floats to a float type.  Returns how many came before one that f16 cannot hold: n = all. */
+/* n floats to a float type.  Returns how many came before one that is not finite, or would not be
+ * in that type: n = all. */
 static int q3n__encode_floats(q3n_type type, void *y, const float *x, int n)
 {
     uint16_t *half = (uint16_t *)y;
+    n = q3n__first_bad(x, n, FLT_MAX);
     if (type == Q3N_TYPE_F32) memcpy(y, x, (size_t)n * sizeof *x);
-    for (int i = 0; i < n && type == Q3N_TYPE_BF16; i++) half[i] = q3n__f32_to_bf16(x[i]);
+    for (int i = 0; i < n && type == Q3N_TYPE_BF16; i++) {
+        half[i] = q3n__f32_to_bf16(x[i]);
+        if ((half[i] & 0x7fff) == 0x7f80) return i;
+    }
     for (int i = 0; i < n && type == Q3N_TYPE_F16; i++) {
         half[i] = q3n__f32_to_f16(x[i]);
-        if ((half[i] & 0x7fff) == 0x7c00 && fabsf(x[i]) <= FLT_MAX) return i;
+        if ((half[i] & 0x7fff) == 0x7c00) return i;
     }
     return n;
 }
@@ -11327,7 +11333,7 @@ static int q3n__quantize_make(void *user, q3n__piece *p)
     const q3n__plan_item *item = &p->tensor->item;
     const q3n_tensor *t = q3n__find_tensor(run->in, item->name);
     const uint8_t *data = (const uint8_t *)t->data + (size_t)p->slice * t->stride;
-    if (t->type == p->tensor->type) {
+    if (t->type == p->tensor->type && q3n__is_quantised(t->type)) {
         memcpy(p->data, data + p->row0 * q3n__writer_row_bytes(p->tensor), p->bytes);
         return 1;
     }

@@ -256,7 +256,7 @@ static void test_errors(void **state)
         assert_int_equal(q3n_quantize_rows(type, &r, y, bytes - 1, &err), Q3N_ERR_ARG);
         assert_non_null(strstr(err.message, "expected"));
         static const float values[] = { INFINITY, -INFINITY, NAN };
-        for (size_t i = 0; i < COUNT(values) && q3n__is_quantised(type); i++) {
+        for (size_t i = 0; i < COUNT(values); i++) {
             x[35] = values[i];
             assert_int_equal(q3n_quantize_rows(type, &r, y, bytes, &err), Q3N_ERR_ARG);
             assert_non_null(strstr(err.message, "row 0, column 35"));
@@ -266,6 +266,9 @@ static void test_errors(void **state)
         const int holds = type == Q3N_TYPE_F32 || type == Q3N_TYPE_BF16;
         assert_int_equal(q3n_quantize_rows(type, &r, y, bytes, &err), holds ? Q3N_OK : Q3N_ERR_ARG);
         if (!holds) assert_non_null(strstr(err.message, "column 35: -3e+38 is too large for "));
+        x[35] = FLT_MAX;                                 /* bf16 would round it to infinity */
+        assert_int_equal(q3n_quantize_rows(type, &r, y, bytes, &err),
+                         type == Q3N_TYPE_F32 ? Q3N_OK : Q3N_ERR_ARG);
         x[35] = 0.0f;
         static const float bad[] = { -1.0f, NAN, INFINITY };
         for (size_t i = 0; i < COUNT(bad); i++) {
@@ -561,6 +564,20 @@ static void test_stopped_and_failing(void **state)
         assert_non_null(strstr(err.message,
                                "layers.0.mlp.experts.down_proj.weight: row 39, column 32"));
         assert_false(exists(path) || exists(part));
+    }
+    const float zero = 0.0f, inf = INFINITY;
+    memcpy(memory + t.offset + 2 * (int64_t)t.stride + 4 * (39 * 33 + 32), &zero, sizeof zero);
+    static const char *const copied[] = { "layers.0.input_layernorm.weight",
+                                          "layers.0.mlp.gate.weight", "embed_tokens.weight" };
+    for (size_t i = 0; i < COUNT(copied); i++) {         /* what no recipe changes is looked at */
+        q3n_tensor other;
+        assert_int_equal(q3n_model_find_tensor(in, copied[i], &other), Q3N_OK);
+        memcpy(memory + other.offset + 12, &inf, sizeof inf);
+        o = (q3n_quantize_options){ .recipe = "f32" };
+        assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_ERR_ARG);
+        assert_non_null(strstr(err.message, copied[i]));
+        assert_non_null(strstr(err.message, "row 0, column 3: inf cannot be quantised: it is not"));
+        memcpy(memory + other.offset + 12, &zero, sizeof zero);
     }
     close_small(in, memory);
 }
