@@ -184,11 +184,14 @@
  *      4  u32    value_bytes     ints and floats: 8 x the number of values (arrays are > 8)
  *      8  u8[]   key, then (unaligned) value
  *     Unknown keys are passed over; a known key with another type or twice is an error.  Keys:
- *     the fields of q3n_config by name (Q3N_CONFIG_LIST; family, rope_type, pooling and
- *     classifier_input as strings), layer_types (ints, one a layer: 0 attention, 1 DeltaNet),
- *     layer_experts (ints: 0 dense FFN, 1 experts), name (string), eos_ids (ints), bos_id, pad_id,
- *     chat (string: "none", "chatml", "qwen3", ...), tokenizer_pattern (string: "qwen2" or
- *     "qwen3_5"), tokenizer_nfc (int 0 or 1), converter (string, for people).
+ *     the fields of q3n_config by name (Q3N_CONFIG_LIST; family, rope_type, pooling,
+ *     classifier_input and problem_type as strings), layer_types (ints, one a layer: 0 attention,
+ *     1 DeltaNet), layer_experts (ints: 0 dense FFN, 1 experts), name (string, up to 255 bytes),
+ *     eos_ids (ints, up to 16), bos_id, pad_id (of a classifier: passed over at the end of a text),
+ *     labels (string: num_labels names, a byte 0 after each), chat (string: "none", "chatml",
+ *     "qwen3", ...), tokenizer_pattern (string: "qwen2" or "qwen3_5"), tokenizer_nfc (int 0 or 1),
+ *     tokenizer_prefix, tokenizer_suffix (ints, up to 16: ids put before and after a text),
+ *     converter (string, for people).
  *
  *   TENSORS
  *      0  u32    n_tensors
@@ -520,6 +523,16 @@ typedef enum q3n_classifier_input {
     Q3N_CLASSIFIER_INPUT_COUNT
 } q3n_classifier_input; /* "hidden" "logits" */
 
+/* What the scores of a classification head are, with [HF]'s words in the file. */
+typedef enum q3n_problem_type {
+    Q3N_PROBLEM_NONE,                        /* not said: of one label as multi_label_.., of more
+                                                as single_label_..                               */
+    Q3N_PROBLEM_REGRESSION,                  /* values as they are                               */
+    Q3N_PROBLEM_SINGLE_LABEL_CLASSIFICATION, /* logits of labels that exclude one another        */
+    Q3N_PROBLEM_MULTI_LABEL_CLASSIFICATION,  /* logits of labels that may hold together          */
+    Q3N_PROBLEM_TYPE_COUNT
+} q3n_problem_type;
+
 /* Fields that a file, a preset or q3n_config_set may give: kind, name, least, most.
  * Kinds: I int, B 0 or 1, F double, E enum. */
 #define Q3N_CONFIG_LIST(X)                                                              \
@@ -554,6 +567,7 @@ typedef enum q3n_classifier_input {
     X(B, tie_word_embeddings,             0, 1)                                         \
     X(E, pooling,                         0, Q3N_POOLING_COUNT - 1)                     \
     X(E, classifier_input,                0, Q3N_CLASSIFIER_INPUT_COUNT - 1)            \
+    X(E, problem_type,                    0, Q3N_PROBLEM_TYPE_COUNT - 1)                \
     X(E, rope_type,                       0, Q3N_ROPE_TYPE_COUNT - 1)                   \
     X(I, rope_original_max_position,      0, 1 << 30)                                   \
     X(F, rms_norm_eps,                    0.0, 1.0)                                     \
@@ -596,6 +610,7 @@ typedef struct q3n_config {
     int tie_word_embeddings;
     int pooling;                         /* q3n_pooling: which token is classified              */
     int classifier_input;                /* q3n_classifier_input                                */
+    int problem_type;                    /* q3n_problem_type: what the scores are               */
     int rope_type;                       /* q3n_rope_type                                       */
     int rope_original_max_position;      /* yarn: tokens before scaling                         */
     double rms_norm_eps;
@@ -664,6 +679,17 @@ Q3N_DEF const char       *q3n_model_chat_kind(const q3n_model *m);   /* "none" i
 /* Ids that end a text; *n of them.  The array lives as long as the model. */
 Q3N_DEF const int32_t    *q3n_model_eos_ids(const q3n_model *m, int *n);
 Q3N_DEF int               q3n_model_is_eos(const q3n_model *m, int32_t id);
+
+/* The name of label i of a classifier, NULL if the file has none or i is none.  It lives as long as
+ * the model. */
+Q3N_DEF const char       *q3n_model_label(const q3n_model *m, int i);
+
+/* What scores [num_labels] of q3n_session_classify mean: their softmax, the sigmoid of each, or
+ * themselves, as q3n_config.problem_type says ([HF]'s text-classification pipeline).
+ *   out  [num_labels]  may be scores
+ * Errors: Q3N_ERR_ARG (NULL), Q3N_ERR_UNSUPPORTED (no classification head). */
+Q3N_DEF q3n_result        q3n_model_probabilities(const q3n_model *m, const float *scores,
+                                                  float *out);
 
 typedef struct q3n_tensor {
     const char *name;                    /* ends with 0; lives as long as the model              */
@@ -802,9 +828,10 @@ typedef struct q3n_outputs {
 Q3N_DEF q3n_result q3n_session_eval_outputs(q3n_session *s, const int32_t *tokens, int n,
                                             const q3n_outputs *out);
 
-/* Scores of a classification model for a text: the session is reset first, and empty if there is
- * no memory or the call is cancelled.
- *   scores  [num_labels]  out: unnormalised */
+/* Scores of a classification model for a text, tokenized with Q3N_TOKENIZE_WHOLE: the session is
+ * reset first, and empty if there is no memory or the call is cancelled.  With pooling "last" the
+ * last token that is not the file's pad_id is read, the first if all are, as [HF] does.
+ *   scores  [num_labels]  out: unnormalised; q3n_model_probabilities tells what they mean */
 Q3N_DEF q3n_result q3n_session_classify(q3n_session *s, const int32_t *tokens, int n,
                                         float *scores);
 
@@ -977,7 +1004,11 @@ Q3N_DEF int q3n_model_n_tokens(const q3n_model *m);   /* ids with a text; 0 = no
 /* Text to ids.
  *
  *   text     [bytes]   UTF-8; invalid bytes are encoded as the bytes they are
- *   flags              0, or Q3N_TOKENIZE_NO_SPECIAL: special tokens in the text are plain text
+ *   flags              0: the ids of the text alone, wherever in a prompt it stands; or a sum of
+ *                      NO_SPECIAL (special tokens in the text are plain text), PREFIX and SUFFIX
+ *                      (ids that the tokenizer's post-processor puts before and after a text).
+ *                      A prompt that the model goes on with gets PREFIX, a text that is classified
+ *                      or embedded WHOLE, which gives what [HF]'s tokenizer(text) does
  *   ids      [max]     out; NULL with max 0 to count
  *   n        out: number of ids of the whole text, also when it is > max
  *
@@ -985,6 +1016,9 @@ Q3N_DEF int q3n_model_n_tokens(const q3n_model *m);   /* ids with a text; 0 = no
  * tokenizer), Q3N_ERR_MEMORY.  Uses the model's allocator for O(longest word) bytes.  Thread-safe.
  */
 #define Q3N_TOKENIZE_NO_SPECIAL 1
+#define Q3N_TOKENIZE_PREFIX     2
+#define Q3N_TOKENIZE_SUFFIX     4
+#define Q3N_TOKENIZE_WHOLE      (Q3N_TOKENIZE_PREFIX | Q3N_TOKENIZE_SUFFIX)
 Q3N_DEF q3n_result q3n_tokenize(const q3n_model *m, const char *text, size_t bytes, int flags,
                                 int32_t *ids, size_t max, size_t *n);
 
@@ -2954,6 +2988,9 @@ static const char *const q3n__family_words[] = {
 static const char *const q3n__rope_type_words[] = { "default", "linear", "yarn", "table" };
 static const char *const q3n__pooling_words[] = { "last", "first", "mean" };
 static const char *const q3n__classifier_input_words[] = { "hidden", "logits" };
+static const char *const q3n__problem_type_words[] = {
+    "none", "regression", "single_label_classification", "multi_label_classification"
+};
 
 static const struct {
     const char        *field;
@@ -2962,7 +2999,8 @@ static const struct {
 } q3n__config_enums[] = {
 #define Q3N__WORDS(field) { #field, q3n__##field##_words,                               \
                             (int)(sizeof q3n__##field##_words / sizeof q3n__##field##_words[0]) }
-    Q3N__WORDS(family), Q3N__WORDS(rope_type), Q3N__WORDS(pooling), Q3N__WORDS(classifier_input)
+    Q3N__WORDS(family), Q3N__WORDS(rope_type), Q3N__WORDS(pooling), Q3N__WORDS(classifier_input),
+    Q3N__WORDS(problem_type)
 #undef Q3N__WORDS
 };
 
@@ -3440,7 +3478,10 @@ static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a);
  * ===================================================================================== */
 #define Q3N__MAX_SECTIONS 64
 #define Q3N__MAX_TENSORS  (1 << 16)
-#define Q3N__MAX_EOS      16
+#define Q3N__MAX_IDS      16             /* in eos_ids, tokenizer_prefix and tokenizer_suffix     */
+#define Q3N__MAX_LABELS   (1 << 20)
+#define Q3N__MAX_NAME     255            /* bytes of the name, and of chat                       */
+#define Q3N__MAX_CHAT     31
 #define Q3N__SECTION_BYTES 32
 #define Q3N__HEADER_BYTES  64
 
@@ -3450,6 +3491,12 @@ enum { Q3N__VALUE_INT = 1, Q3N__VALUE_FLOAT, Q3N__VALUE_STRING };
 
 static const uint8_t q3n__magic[8] = { 0x89, 'Q', '3', 'N', 0x0D, 0x0A, 0x1A, 0x0A };
 
+/* Token ids of the configuration. */
+typedef struct {
+    int32_t id[Q3N__MAX_IDS];
+    int     n;
+} q3n__ids;
+
 struct q3n_model {
     q3n_allocator  allocator;
     q3n_logger     logger;
@@ -3457,9 +3504,10 @@ struct q3n_model {
     size_t         bytes;
     int            mapped;               /* 1 = data is ours to unmap                            */
     q3n_config     config;
-    char           name[256], chat[32];
-    int32_t        eos[Q3N__MAX_EOS];
-    int            n_eos;
+    char           name[Q3N__MAX_NAME + 1], chat[Q3N__MAX_CHAT + 1];
+    q3n__ids       eos, prefix, suffix;  /* of a text; what q3n_tokenize puts around it          */
+    int32_t        pad_id;               /* -1 = none                                            */
+    const char   **labels;               /* [num_labels] in the file, NULL = none                */
     q3n__pattern   pattern;
     int            nfc;
     int            n_tensors;
@@ -3481,9 +3529,11 @@ typedef struct {
 
 /* Configuration keys that are no fields of q3n_config. */
 enum { Q3N__KEY_LAYER_TYPES, Q3N__KEY_LAYER_EXPERTS, Q3N__KEY_EOS_IDS, Q3N__KEY_NAME, Q3N__KEY_CHAT,
-       Q3N__KEY_NFC, Q3N__KEY_PATTERN, Q3N__N_OTHER_KEYS };
+       Q3N__KEY_NFC, Q3N__KEY_PREFIX, Q3N__KEY_SUFFIX, Q3N__KEY_PAD_ID, Q3N__KEY_LABELS,
+       Q3N__KEY_PATTERN, Q3N__N_OTHER_KEYS };
 static const char *const q3n__other_keys[Q3N__N_OTHER_KEYS] = {
-    "layer_types", "layer_experts", "eos_ids", "name", "chat", "tokenizer_nfc", "tokenizer_pattern"
+    "layer_types", "layer_experts", "eos_ids", "name", "chat", "tokenizer_nfc",
+    "tokenizer_prefix", "tokenizer_suffix", "pad_id", "labels", "tokenizer_pattern"
 };
 
 /* What the parser carries along. */
@@ -3492,6 +3542,7 @@ typedef struct {
     q3n__section section[Q3N__SECTION_COUNT];
     size_t       meta_bytes;
     int          n_types, n_experts;     /* lengths of layer_types and layer_experts             */
+    size_t       n_labels;               /* names in labels                                      */
     uint8_t      seen[Q3N__N_OTHER_KEYS + Q3N__N_CONFIG_ROWS];   /* 1 = the key stood there      */
     q3n_error   *err;
 } q3n__load;
@@ -3650,17 +3701,42 @@ static q3n_result q3n__load_layer_kinds(q3n__load *ld, const q3n__entry *e, unsi
     return Q3N_OK;
 }
 
-static q3n_result q3n__load_eos(q3n__load *ld, const q3n__entry *e)
+static q3n_result q3n__load_ids(q3n__load *ld, const q3n__entry *e, q3n__ids *out)
 {
-    q3n_model *m = ld->m;
-    if (e->type != Q3N__VALUE_INT || e->n_values > Q3N__MAX_EOS)
+    if (e->type != Q3N__VALUE_INT || e->n_values > Q3N__MAX_IDS)
         return q3n__entry_error(ld, e, "at most 16 ints");
     for (int i = 0; i < e->n_values; i++) {
         const int64_t v = q3n__load_i64(e->value + 8 * (size_t)i);
         if (v < 0 || v >= INT32_MAX) return q3n__entry_error(ld, e, "token ids");
-        m->eos[i] = (int32_t)v;
+        out->id[i] = (int32_t)v;
     }
-    m->n_eos = e->n_values;
+    out->n = e->n_values;
+    return Q3N_OK;
+}
+
+static q3n_result q3n__load_pad_id(q3n__load *ld, const q3n__entry *e)
+{
+    if (e->type != Q3N__VALUE_INT || e->n_values != 1) return q3n__entry_error(ld, e, "one int");
+    const int64_t v = q3n__load_i64(e->value);
+    if (v < 0 || v >= INT32_MAX) return q3n__entry_error(ld, e, "a token id");
+    ld->m->pad_id = (int32_t)v;
+    return Q3N_OK;
+}
+
+/* The names stay where they are in the file. */
+static q3n_result q3n__load_labels(q3n__load *ld, const q3n__entry *e)
+{
+    q3n_model *m = ld->m;
+    const char *p = (const char *)e->value, *end = p + e->value_bytes;
+    if (e->type != Q3N__VALUE_STRING || e->value_bytes == 0 || end[-1] != 0)
+        return q3n__entry_error(ld, e, "a string with a byte 0 after each name");
+    for (const char *q = p; q < end; q++) ld->n_labels += *q == 0;
+    if (ld->n_labels > Q3N__MAX_LABELS) return q3n__entry_error(ld, e, "at most 2^20 names");
+    m->labels = (const char **)q3n__alloc(&m->allocator, ld->n_labels * sizeof *m->labels);
+    if (!m->labels)
+        return q3n__fail(ld->err, Q3N_ERR_MEMORY, -1, "no memory for the names of %zu labels",
+                         ld->n_labels);
+    for (size_t i = 0; i < ld->n_labels; i++, p += strlen(p) + 1) m->labels[i] = p;
     return Q3N_OK;
 }
 
@@ -3723,7 +3799,15 @@ static q3n_result q3n__load_other(q3n__load *ld, const q3n__entry *e, size_t key
     case Q3N__KEY_LAYER_EXPERTS:
         return q3n__load_layer_kinds(ld, e, m->config.layer_experts, &ld->n_experts);
     case Q3N__KEY_EOS_IDS:
-        return q3n__load_eos(ld, e);
+        return q3n__load_ids(ld, e, &m->eos);
+    case Q3N__KEY_PREFIX:
+        return q3n__load_ids(ld, e, &m->prefix);
+    case Q3N__KEY_SUFFIX:
+        return q3n__load_ids(ld, e, &m->suffix);
+    case Q3N__KEY_PAD_ID:
+        return q3n__load_pad_id(ld, e);
+    case Q3N__KEY_LABELS:
+        return q3n__load_labels(ld, e);
     case Q3N__KEY_NAME:
         return q3n__entry_string(e, m->name, sizeof m->name) ? Q3N_OK
              : q3n__entry_error(ld, e, "a string of at most 255 bytes");
@@ -3770,6 +3854,20 @@ static q3n_result q3n__load_config(q3n__load *ld)
                          "configuration: %s has %d layers, expected %d",
                          ld->n_types != layers ? "layer_types" : "layer_experts",
                          ld->n_types != layers ? ld->n_types : ld->n_experts, layers);
+    if (ld->m->labels && ld->n_labels != (size_t)ld->m->config.num_labels)
+        return q3n__fail(ld->err, Q3N_ERR_FORMAT,
+                         (int64_t)ld->section[Q3N__SECTION_CONFIG].offset,
+                         "configuration: labels has %zu names, expected num_labels, %d",
+                         ld->n_labels, ld->m->config.num_labels);
+    const q3n__ids *around[] = { &ld->m->prefix, &ld->m->suffix };
+    for (int k = 0; k < 2; k++)
+        for (int i = 0; i < around[k]->n; i++)
+            if (around[k]->id[i] >= ld->m->config.vocab_size)
+                return q3n__fail(ld->err, Q3N_ERR_FORMAT,
+                                 (int64_t)ld->section[Q3N__SECTION_CONFIG].offset,
+                                 "configuration: %s: id %d, expected less than vocab_size, %d",
+                                 k ? "tokenizer_suffix" : "tokenizer_prefix",
+                                 (int)around[k]->id[i], ld->m->config.vocab_size);
     q3n_error why;
     if (q3n_config_check(&ld->m->config, &why) != Q3N_OK)
         return q3n__fail(ld->err, Q3N_ERR_FORMAT, (int64_t)ld->section[Q3N__SECTION_CONFIG].offset,
@@ -4112,6 +4210,7 @@ static void q3n__model_free(q3n_model *m)
 {
     const q3n_allocator a = m->allocator;
     q3n__tokenizer_close(&m->tokenizer, &a);
+    q3n__free(&a, (void *)m->labels);
     q3n__free(&a, m->inv_freq);
     q3n__free(&a, m->layers);
     q3n__free(&a, m->names);
@@ -4135,6 +4234,7 @@ static q3n_result q3n__model_create(q3n_model **out, const q3n_model_options *o,
     if (o) m->logger = o->logger;
     q3n__config_defaults(&m->config);
     memcpy(m->chat, "none", 5);
+    m->pad_id = -1;
     *out = m;
     return Q3N_OK;
 }
@@ -4314,7 +4414,7 @@ static const char q3n__packed_decompositions[][94] = {
 
 /* ---- Unicode: characters ---- */
 
-/* Classes as sets, so that a pattern's brackets become a mask.  A character has one bit: the classes
+/* Classes as sets, so that a pattern's brackets become a mask; a character has one bit; the classes
  * that \w divides have two. */
 #define Q3N__CLASS_OTHER  (1u | 32u)    /* 32: connectors, joiners, alphabetic symbols: in \w */
 #define Q3N__CLASS_LETTER 2u            /* \p{L} */
@@ -4670,6 +4770,11 @@ static void q3n__emit(q3n__encoder *e, uint32_t id)
 {
     if (e->n < e->max) e->ids[e->n] = (int32_t)id;
     e->n++;
+}
+
+static void q3n__emit_ids(q3n__encoder *e, const q3n__ids *ids)
+{
+    for (int i = 0; i < ids->n; i++) q3n__emit(e, (uint32_t)ids->id[i]);
 }
 
 /* ---- Words: the pre-tokenizer's pattern ----
@@ -5425,14 +5530,16 @@ Q3N_DEF q3n_result q3n_tokenize(const q3n_model *m, const char *text, size_t byt
                                 int32_t *ids, size_t max, size_t *n)
 {
     *n = 0;
-    if ((!text && bytes) || (!ids && max) || (flags & ~Q3N_TOKENIZE_NO_SPECIAL)) return Q3N_ERR_ARG;
+    if ((!text && bytes) || (!ids && max)
+        || (flags & ~(Q3N_TOKENIZE_NO_SPECIAL | Q3N_TOKENIZE_WHOLE))) return Q3N_ERR_ARG;
     if (m->tokenizer.n_tokens == 0) return Q3N_ERR_UNSUPPORTED;
-    if (bytes == 0) return Q3N_OK;
     q3n__encoder e = { &m->tokenizer, (flags & Q3N_TOKENIZE_NO_SPECIAL) != 0,
                        q3n__normalizer_begin(m->tokenizer.unicode, &m->allocator),
                        { NULL, 0, 0 }, ids, max, 0 };
     const uint8_t *p = (const uint8_t *)text;
-    const q3n_result r = q3n__encode_text(&e, p, p + bytes);
+    if (flags & Q3N_TOKENIZE_PREFIX) q3n__emit_ids(&e, &m->prefix);
+    const q3n_result r = bytes ? q3n__encode_text(&e, p, p + bytes) : Q3N_OK;
+    if (flags & Q3N_TOKENIZE_SUFFIX) q3n__emit_ids(&e, &m->suffix);
     q3n__normalizer_end(&e.nfc);
     q3n__free(&m->allocator, e.work.data);
     if (r != Q3N_OK) return r;
@@ -9163,6 +9270,14 @@ static q3n_result q3n__session_eval(q3n_session *s, const int32_t *tokens, int n
     return r;
 }
 
+/* The token that pooling "last" reads: the last that is no padding, the first if all are. */
+static int q3n__last_token(const q3n_model *m, const int32_t *tokens, int n)
+{
+    int t = n - 1;
+    if (m->pad_id >= 0) while (t > 0 && tokens[t] == m->pad_id) t--;
+    return t;
+}
+
 /* Scores from the pooled hidden state; a head over logits is linear in it, so it may pool first. */
 static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, int n, float *scores)
 {
@@ -9179,6 +9294,7 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
     result = q3n__session_reserve(s, e, 0, n);
     if (result != Q3N_OK) return result;
     memset(s->pooled, 0, d * sizeof *s->pooled);
+    const int last = q3n__last_token(s->model, tokens, n);
     for (int i = 0, some; i < n; i += some) {
         some = n - i < e->options.batch ? n - i : e->options.batch;
         const q3n__part part = { s, tokens + i, some, i + some == n };
@@ -9189,7 +9305,7 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
         for (int t = 0; t < some; t++) {
             const int wanted = c->pooling == Q3N_POOLING_MEAN
                             || (c->pooling == Q3N_POOLING_FIRST && i + t == 0)
-                            || (c->pooling == Q3N_POOLING_LAST && i + t == n - 1);
+                            || (c->pooling == Q3N_POOLING_LAST && i + t == last);
             if (wanted)
                 e->run.k->axpy(s->pooled, c->pooling == Q3N_POOLING_MEAN ? 1.0f / (float)n : 1.0f,
                                q3n__engine_rows(e) + (size_t)t * d, (int)d);
@@ -11812,14 +11928,39 @@ Q3N_DEF const char       *q3n_model_chat_kind(const q3n_model *m) { return m->ch
 
 Q3N_DEF const int32_t *q3n_model_eos_ids(const q3n_model *m, int *n)
 {
-    if (n) *n = m->n_eos;
-    return m->eos;
+    if (n) *n = m->eos.n;
+    return m->eos.id;
 }
 
 Q3N_DEF int q3n_model_is_eos(const q3n_model *m, int32_t id)
 {
-    for (int i = 0; i < m->n_eos; i++) if (m->eos[i] == id) return 1;
+    for (int i = 0; i < m->eos.n; i++) if (m->eos.id[i] == id) return 1;
     return 0;
+}
+
+Q3N_DEF const char *q3n_model_label(const q3n_model *m, int i)
+{
+    return m->labels && i >= 0 && i < m->config.num_labels ? m->labels[i] : NULL;
+}
+
+Q3N_DEF q3n_result q3n_model_probabilities(const q3n_model *m, const float *scores, float *out)
+{
+    if (!m || !scores || !out) return Q3N_ERR_ARG;
+    const int n = m->config.num_labels, kind = m->config.problem_type;
+    if (n == 0) return Q3N_ERR_UNSUPPORTED;
+    if (kind == Q3N_PROBLEM_REGRESSION) {
+        memmove(out, scores, (size_t)n * sizeof *out);
+        return Q3N_OK;
+    }
+    const int sigmoid = n == 1 || kind == Q3N_PROBLEM_MULTI_LABEL_CLASSIFICATION;
+    float max = scores[0];
+    double sum = 0.0;
+    for (int i = 1; i < n; i++) if (scores[i] > max) max = scores[i];
+    for (int i = 0; i < n && !sigmoid; i++) sum += exp((double)scores[i] - (double)max);
+    for (int i = 0; i < n; i++)
+        out[i] = (float)(sigmoid ? 1.0 / (1.0 + exp(-(double)scores[i]))
+                                 : exp((double)scores[i] - (double)max) / sum);
+    return Q3N_OK;
 }
 
 Q3N_DEF int q3n_model_n_tensors(const q3n_model *m) { return m->n_tensors; }

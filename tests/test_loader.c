@@ -554,6 +554,14 @@ static void test_other_keys(void **state)
         { "tokenizer_pattern", 3, "gpt2", 4, Q3N_ERR_UNSUPPORTED },
         { "tokenizer_pattern", 1, ints, 8, Q3N_ERR_FORMAT },
         { "tokenizer_pattern", 3, text, 64, Q3N_ERR_FORMAT },
+        { "tokenizer_prefix", 1, ints, 8 * 16, Q3N_OK },
+        { "tokenizer_prefix", 1, ints, 8 * 17, Q3N_ERR_FORMAT },
+        { "tokenizer_suffix", 1, minus, 8, Q3N_ERR_FORMAT },
+        { "tokenizer_suffix", 3, "x", 1, Q3N_ERR_FORMAT },
+        { "pad_id", 1, ints, 8, Q3N_OK },                { "pad_id", 1, ints, 16, Q3N_ERR_FORMAT },
+        { "pad_id", 1, minus, 8, Q3N_ERR_FORMAT },       { "pad_id", 1, large, 8, Q3N_ERR_FORMAT },
+        { "labels", 3, "a", 1, Q3N_ERR_FORMAT },         { "labels", 3, "", 0, Q3N_ERR_FORMAT },
+        { "labels", 1, ints, 8, Q3N_ERR_FORMAT },
     };
     for (int i = 0; i < COUNT(rows); i++) {
         const image f = with_entry(&good, rows[i].key, rows[i].type, rows[i].value, rows[i].bytes);
@@ -580,6 +588,83 @@ static void test_other_keys(void **state)
     f.data[entry(&f, "name") + 8] = 'n';
     f.data[entry(&f, "name") + 8 + 4] = 0;
     expect(f, Q3N_ERR_FORMAT, (int64_t)entry(&good, "name"), "'name'|255");
+}
+
+/* Keys that must agree with others, wherever they stand. */
+static void test_keys_together(void **state)
+{
+    (void)state;
+    q3n_config c;
+    q3n_error err;
+    q3n_model *m;
+    small_config(&c);
+    uint8_t beyond[8] = { (uint8_t)c.vocab_size, (uint8_t)(c.vocab_size >> 8) };
+    image f = with_entry(&good, "tokenizer_suffix", 1, beyond, 8);
+    expect(f, Q3N_ERR_FORMAT, (int64_t)section(&f, 1), "tokenizer_suffix|vocab_size");
+    f = with_entry(&good, "labels", 3, "a\0b", 4);                 /* C ends it with a 0 */
+    expect(f, Q3N_ERR_FORMAT, (int64_t)section(&f, 1), "2 names|num_labels, 0");
+    c.num_labels = 2;
+    const image head = make_file(&c, Q3N_TYPE_F32);
+    f = with_entry(&head, "labels", 3, "\0b c", 4);                /* no byte 0 at the end */
+    expect(f, Q3N_ERR_FORMAT, BEHIND(f), "labels");
+    const image more = with_entry(&head, "labels", 3, "a\0b", 4);
+    seal(&more);
+    assert_int_equal(open_image(&m, &more, 0, &err), Q3N_OK);
+    assert_string_equal(q3n_model_label(m, 0), "a");
+    assert_string_equal(q3n_model_label(m, 1), "b");
+    assert_null(q3n_model_label(m, 2));
+    assert_null(q3n_model_label(m, -1));
+    q3n_model_close(m);
+    free(more.data);
+    free(head.data);
+}
+
+/* Scores as [HF]'s text-classification pipeline shows them. */
+static void test_probabilities(void **state)
+{
+    (void)state;
+    static const float e = 2.71828183f;
+    const float soft = 1.0f / (1.0f + e), hard = e * soft;         /* softmax of 0 and 1 */
+    const struct { int n_labels, problem; float want[2]; } rows[] = {
+        { 1, Q3N_PROBLEM_NONE, { 0.5f } },
+        { 1, Q3N_PROBLEM_SINGLE_LABEL_CLASSIFICATION, { 0.5f } },
+        { 1, Q3N_PROBLEM_REGRESSION, { 0.0f } },
+        { 2, Q3N_PROBLEM_NONE, { soft, hard } },
+        { 2, Q3N_PROBLEM_SINGLE_LABEL_CLASSIFICATION, { soft, hard } },
+        { 2, Q3N_PROBLEM_MULTI_LABEL_CLASSIFICATION, { 0.5f, hard } },
+        { 2, Q3N_PROBLEM_REGRESSION, { 0.0f, 1.0f } },
+    };
+    for (int i = 0; i < COUNT(rows); i++) {
+        q3n_config c;
+        q3n_error err;
+        q3n_model *m;
+        small_config(&c);
+        c.num_labels = rows[i].n_labels;
+        c.problem_type = rows[i].problem;
+        const image f = make_file(&c, Q3N_TYPE_F32);
+        assert_int_equal(open_image(&m, &f, 0, &err), Q3N_OK);
+        assert_int_equal(q3n_model_config(m)->problem_type, rows[i].problem);
+        assert_null(q3n_model_label(m, 0));
+        float scores[2] = { 0.0f, 1.0f };
+        assert_int_equal(q3n_model_probabilities(m, scores, NULL), Q3N_ERR_ARG);
+        assert_int_equal(q3n_model_probabilities(m, scores, scores), Q3N_OK);
+        for (int k = 0; k < rows[i].n_labels; k++)
+            assert_true(fabsf(scores[k] - rows[i].want[k]) < 1e-6f);
+        if (rows[i].n_labels == 2) {                     /* as large as scores come */
+            const float large[2] = { -3e38f, 3e38f };
+            assert_int_equal(q3n_model_probabilities(m, large, scores), Q3N_OK);
+            if (rows[i].problem != Q3N_PROBLEM_REGRESSION)
+                assert_true(scores[0] == 0.0f && scores[1] == 1.0f);
+        }
+        q3n_model_close(m);
+        free(f.data);
+    }
+    q3n_error err;
+    q3n_model *m;
+    float one = 1.0f;
+    assert_int_equal(open_image(&m, &good, 0, &err), Q3N_OK);
+    assert_int_equal(q3n_model_probabilities(m, &one, &one), Q3N_ERR_UNSUPPORTED);
+    q3n_model_close(m);
 }
 
 /* Fields that are each in range and contradict one another: the message of q3n_config_check comes
@@ -1279,6 +1364,8 @@ int main(void)
         cmocka_unit_test(test_entries),
         cmocka_unit_test(test_fields),
         cmocka_unit_test(test_other_keys),
+        cmocka_unit_test(test_keys_together),
+        cmocka_unit_test(test_probabilities),
         cmocka_unit_test(test_geometry),
         cmocka_unit_test(test_table),
         cmocka_unit_test(test_names),

@@ -725,6 +725,20 @@ static void test_classify(void **state)
     assert_int_equal(q3n_session_classify(s, golden_prompt, 9, first), Q3N_OK);
     assert_int_equal(q3n_session_classify(s, golden_prompt, 9, again), Q3N_OK);
     assert_memory_equal(first, again, n * sizeof *first);
+    int32_t padded[12] = { 0 };                          /* the file's pad_id is 0 */
+    memcpy(padded, golden_prompt, 9 * sizeof *padded);
+    assert_int_equal(q3n_session_classify(s, padded, 12, again), Q3N_OK);
+    assert_memory_equal(first, again, n * sizeof *first);
+    memset(padded, 0, sizeof padded);                    /* nothing but padding: its first token */
+    assert_int_equal(q3n_session_classify(s, padded, 12, first), Q3N_OK);
+    assert_int_equal(q3n_session_classify(s, padded, 1, again), Q3N_OK);
+    assert_memory_equal(first, again, n * sizeof *first);
+    assert_string_equal(q3n_model_label(m, 1), "LABEL_1");
+    assert_null(q3n_model_label(m, (int)n));
+    float sum = 0.0f;
+    assert_int_equal(q3n_model_probabilities(m, first, again), Q3N_OK);
+    for (size_t i = 0; i < n; i++) sum += again[i];
+    assert_true(sum > 0.9999f && sum < 1.0001f);
     assert_int_equal(q3n_session_classify(s, golden_prompt, 0, again), Q3N_ERR_ARG);
     assert_error(Q3N_ERR_ARG, Q3N_ERR_ARG, q3n_session_error(s));
     q3n_session_destroy(s);

@@ -300,8 +300,8 @@ static void end_in_the_middle(q3n_model *m, generation *g)
         while (g->want[first] != g->want[i]) first++;
         if (first == i) end = i;
     }
-    m->eos[0] = g->want[end];
-    m->n_eos = 1;
+    m->eos.id[0] = g->want[end];
+    m->eos.n = 1;
     g->n = end + 1;
 }
 
@@ -319,7 +319,7 @@ static void test_greedy_speculation(void **state)
     for (int i = 0; i < 2; i++) {
         g.penalty = i ? 1.1f : 1.0f;
         generate_plain(&g, n);
-        m->n_eos = 0;
+        m->eos.n = 0;
         check_speculation(&g, COUNT(prompt) + n, i == 0);
         check_speculation(&g, COUNT(prompt) + n / 2, 0);
         end_in_the_middle(m, &g);
@@ -531,7 +531,7 @@ static void test_sampled_speculation(void **state)
     uint64_t rng = 3;
     draw d = { .m = open_model("qwen3_next_mtp", NULL) };
     d.vocab = q3n_model_config(d.m)->vocab_size;
-    d.m->n_eos = 0;
+    d.m->eos.n = 0;
     draw_for_module(&d, &rng);
     draw_expect(&d);
     check_draws(&d, Q3N_SPECULATE_OFF, 0, n);
@@ -554,7 +554,7 @@ static void test_sampled_cancelled(void **state)
     int32_t prompt[10], text[2][40];
     uint64_t rng = 89;
     random_tokens(&rng, prompt, COUNT(prompt), q3n_model_config(m)->vocab_size);
-    m->n_eos = 0;
+    m->eos.n = 0;
     for (int i = 0; i < 2; i++) {
         q3n_session_options o = plain_options(COUNT(prompt) + COUNT(text[0]));
         const q3n_sampler_options so = { .temperature = 1.0f, .top_k = 4, .seed = 17 };
@@ -590,7 +590,7 @@ static void test_sampled_lookup(void **state)
     uint64_t rng = 79;
     random_tokens(&rng, prompt, 10, vocab);
     for (int i = 10; i < COUNT(prompt); i++) prompt[i] = prompt[i - 10];
-    m->n_eos = 0;
+    m->eos.n = 0;
     for (int i = 0; i < 2; i++) {
         q3n_session_options o = plain_options(COUNT(prompt) + COUNT(text[0]));
         const q3n_sampler_options so = {

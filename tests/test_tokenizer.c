@@ -222,7 +222,8 @@ static void test_classes(void **state)
     const struct { uint32_t cp, number; } one[] = {
         { 'a', 1 }, { '_', 5 }, { '7', 3 }, { ' ', 4 }, { '\t', 4 }, { 0x1C, 0 }, { 0x85, 4 },
         { 0xA0, 4 }, { 0xAA, 1 }, { 0xB2, 6 }, { 0xD7, 0 }, { 0x17F, 1 }, { 0x301, 2 },
-        { 0x93E, 2 }, { 0x16EE, 3 }, { 0x200B, 0 }, { 0x200D, 5 }, { 0x2028, 4 }, { 0x3000, 4 }, { 0x3007, 3 },
+        { 0x93E, 2 }, { 0x16EE, 3 }, { 0x200B, 0 }, { 0x200D, 5 }, { 0x2028, 4 },
+        { 0x3000, 4 }, { 0x3007, 3 },
         { 0x4E00, 1 }, { 0x9FFF, 1 }, { 0xAC00, 1 }, { 0xD7A3, 1 }, { 0xD7A4, 0 }, { 0xD800, 0 },
         { 0xFE0F, 2 }, { 0xFEFF, 0 }, { 0xFF11, 3 }, { 0x1C89, 1 }, { 0x10D40, 3 },
         { 0x1F600, 0 }, { 0x2A6DF, 1 }, { 0x2A6E0, 0 }, { 0xE0100, 2 }, { 0x10FFFF, 0 } };
@@ -844,8 +845,8 @@ static void test_added(void **state)
     close_section(&f);
 }
 
-/* Characters inside and outside \w, of every category and at the ends of its ranges, as Hugging Face
- * tokenizers 0.23 takes them beside a single_word token. */
+/* Characters inside and outside \w, of every category and at the ends of its ranges, as Hugging
+ * Face tokenizers 0.23 takes them beside a single_word token. */
 static const uint32_t word_chars[] = {
     0x49, 0x5F, 0x1CB, 0x1F2, 0x32F, 0x410, 0x45A, 0x489, 0x662, 0x6D5, 0x860, 0x9AA, 0x9B6,
     0x9C7, 0x9CB, 0x9DD, 0xA13, 0xA28, 0xA51, 0xA85, 0xAC9, 0xACB, 0xAFF, 0xB9A, 0xC3C, 0xCDD,
@@ -916,6 +917,36 @@ static void test_single_word(void **state)
     close_section(&f);
 }
 
+/* Ids before and after a text, also an empty one; a full array gets the first of them. */
+static void test_around(void **state)
+{
+    (void)state;
+    section s;
+    fixture f;
+    begin_section(&s);
+    open_section(&f, &s, Q3N__PATTERN_QWEN2);
+    f.model.prefix = (q3n__ids){ { 1, 2 }, 2 };
+    f.model.suffix = (q3n__ids){ { 3 }, 1 };
+    static const struct { int flags; int32_t text[8], none[4]; } rows[] = {
+        { 0, { 'a', 'b', -1 }, { -1 } },
+        { Q3N_TOKENIZE_PREFIX, { 1, 2, 'a', 'b', -1 }, { 1, 2, -1 } },
+        { Q3N_TOKENIZE_SUFFIX, { 'a', 'b', 3, -1 }, { 3, -1 } },
+        { Q3N_TOKENIZE_WHOLE, { 1, 2, 'a', 'b', 3, -1 }, { 1, 2, 3, -1 } },
+        { Q3N_TOKENIZE_WHOLE | Q3N_TOKENIZE_NO_SPECIAL, { 1, 2, 'a', 'b', 3, -1 },
+          { 1, 2, 3, -1 } },
+    };
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        check_ids(&f.model, "ab", 2, rows[i].flags, rows[i].text);
+        check_ids(&f.model, NULL, 0, rows[i].flags, rows[i].none);
+    }
+    int32_t ids[3] = { 0 };
+    size_t n;
+    assert_int_equal(q3n_tokenize(&f.model, "ab", 2, Q3N_TOKENIZE_WHOLE, ids, 3, &n),
+                     Q3N_ERR_FULL);
+    assert_true(n == 5 && ids[0] == 1 && ids[1] == 2 && ids[2] == 'a');
+    close_section(&f);
+}
+
 static void test_arguments(void **state)
 {
     (void)state;
@@ -932,7 +963,7 @@ static void test_arguments(void **state)
     assert_int_equal((int)n, 5);
     assert_int_equal(q3n_tokenize(&f.model, "x", 1, 0, NULL, 1, &n), Q3N_ERR_ARG);
     assert_int_equal(q3n_tokenize(&f.model, NULL, 1, 0, ids, 1, &n), Q3N_ERR_ARG);
-    assert_int_equal(q3n_tokenize(&f.model, "x", 1, 2, ids, 1, &n), Q3N_ERR_ARG);
+    assert_int_equal(q3n_tokenize(&f.model, "x", 1, 8, ids, 1, &n), Q3N_ERR_ARG);
     char out[8];
     const int32_t good[2] = { 'a', 256 }, bad[2] = { 'a', 512 };
     assert_int_equal(q3n_detokenize(&f.model, good, 2, out, 2, &n), Q3N_ERR_FULL);
@@ -1348,6 +1379,7 @@ int main(void)
         cmocka_unit_test(test_any_bytes),
         cmocka_unit_test(test_added),
         cmocka_unit_test(test_single_word),
+        cmocka_unit_test(test_around),
         cmocka_unit_test(test_arguments),
         cmocka_unit_test(test_decode),
         cmocka_unit_test(test_hostile_values),

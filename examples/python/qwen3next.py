@@ -130,7 +130,7 @@ class _Config(ctypes.Structure):
         "linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim "
         "linear_conv_kernel_dim num_mtp_layers num_labels norm_topk_prob attention_bias "
         "attn_output_gate qk_norm mlp_bias router_bias causal tie_word_embeddings pooling "
-        "classifier_input rope_type rope_original_max_position").split()] + [
+        "classifier_input problem_type rope_type rope_original_max_position").split()] + [
         (name, ctypes.c_double) for name in (
             "rms_norm_eps rope_theta rope_factor rope_beta_fast rope_beta_slow "
             "rope_attention_factor").split()] + [
