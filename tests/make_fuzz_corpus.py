@@ -91,17 +91,19 @@ def tokenizer():
               [characters[32], "a"]]
     for left, right in merges:
         vocab[left + right] = len(vocab)
-    added = [{"id": 265 + n, "content": content, "special": special, "single_word": False,
+    added = [{"id": len(vocab) + n, "content": content, "special": special, "single_word": False,
               "lstrip": False, "rstrip": False, "normalized": False}
              for n, (content, special) in enumerate([("<think>", False), ("<|end|>", True)])]
     pattern = ("(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}"
                "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+")
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
              "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+                  "use_regex": False}
     return {"version": "1.0", "added_tokens": added, "normalizer": {"type": "NFC"},
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]},
-            "decoder": {"type": "ByteLevel"},
+                split, byte_level]},
+            "post_processor": byte_level, "decoder": byte_level,
             "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
 
 

@@ -1264,7 +1264,7 @@ class Tokenizers(Case):
         value = {
             "added_tokens": [
                 {"id": self.special, "content": "<|end|>", "special": True, "lstrip": True},
-                {"id": self.special + 3, "content": "caf\u00e9", "rstrip": True,
+                {"id": self.special + 1, "content": "caf\u00e9", "rstrip": True,
                  "normalized": True, "single_word": True}],
             "normalizer": {"type": "NFC"},
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
@@ -1291,7 +1291,7 @@ class Tokenizers(Case):
         self.assertEqual(kind, 4)
         s = data[offset:offset + size]
         n, n_merges, n_added, zero = struct.unpack_from("<IIII", s)
-        self.assertEqual((n, n_merges, n_added, zero), (self.special + 4, 4, 2, 0))
+        self.assertEqual((n, n_merges, n_added, zero), (self.special + 2, 4, 2, 0))
         offsets = struct.unpack_from("<%dI" % (n + 1), s, 16)
         at = 16 + 4 * (n + 1)
         merges = struct.unpack_from("<12I", s, at)
@@ -1299,10 +1299,10 @@ class Tokenizers(Case):
         text = s[at + 64:]
         tokens = [text[a:b] for a, b in zip(offsets, offsets[1:])]
         self.assertEqual(tokens, [bytes([b]) for b in range(256)]
-                         + [b"he", b"ll", b"hell", b" hell", b"<|end|>", b"", b"",
+                         + [b"he", b"ll", b"hell", b" hell", b"<|end|>",
                             "caf\u00e9".encode()])
         self.assertEqual(merges, (104, 101, 256, 108, 108, 257, 256, 257, 258, 32, 258, 259))
-        self.assertEqual(added, (self.special, 1 | 2, self.special + 3, 4 | 8 | 16))
+        self.assertEqual(added, (self.special, 1 | 2, self.special + 1, 4 | 8 | 16))
         self.assertEqual((f.config["tokenizer_pattern"], f.config["tokenizer_nfc"]), ("qwen2", 1))
 
     def test_forms(self):
@@ -1317,12 +1317,13 @@ class Tokenizers(Case):
         self.write("vocab.json", self.vocab)
         with open(os.path.join(self.folder, "merges.txt"), "w", encoding="utf-8") as f:
             f.write("#version: 0.2\n" + "".join("%s %s\n" % m for m in self.merges))
-        self.write("tokenizer_config.json", {"added_tokens_decoder": {
-            str(t["id"]): t for t in self.json()["added_tokens"]}})
+        self.write("tokenizer_config.json", {
+            "eos_token": None, "unk_token": None, "pad_token": None, "added_tokens_decoder": {
+                str(t["id"]): t for t in self.json()["added_tokens"]}})
         f = self.convert(self.folder)
         self.assertEqual(f.tokenizer, want)
         self.assertEqual((f.config["tokenizer_pattern"], f.config["tokenizer_nfc"]), ("qwen2", 1))
-        other = tokenizer_file.load(self.folder, "qwen3_5_moe")
+        other = tokenizer_file.load(self.folder, "qwen3_5_moe", 512)
         self.assertEqual(other.pattern, "qwen3_5")
         os.remove(os.path.join(self.folder, "merges.txt"))
         self.fails("merges.txt: cannot read", self.folder, self.path("out2.q3n"))
@@ -1347,17 +1348,18 @@ class Tokenizers(Case):
 
     def test_refused(self):
         def model(**changes):
-            return {"model": dict(self.json()["model"], **changes)}
+            return {"model": dict(self.json()["model"], **changes), "added_tokens": []}
 
         steps = self.json()["pre_tokenizer"]["pretokenizers"]
         digits = dict(steps[0], pattern={"Regex": "\\\\p{N}{1,3}"})
         cases = (
             (model(type="Unigram"), ("type", "'Unigram'", "--no-tokenizer")),
             (model(byte_fallback=True), ("byte_fallback", "--no-tokenizer")),
-            (model(vocab={}), ("merge 0", "no token 'h'")),
-            (model(vocab={}, merges=[]), None),
+            (model(vocab={k: v for k, v in self.vocab.items() if k != "h"}),
+             ("merge 0", "no token 'h'")),
+            (model(vocab={}, merges=[]), ("vocab", "no tokens")),
             (model(vocab=dict(self.vocab, x=1)), "id 1: found"),
-            (model(vocab=dict(self.vocab, xy=-1)), "token id: found -1"),
+            (model(vocab=dict(self.vocab, xy=-1)), "token id of 'xy': found -1"),
             (model(vocab=dict(self.vocab, xy=512)),
              "found 512, expected less than vocab_size, 512"),
             (model(vocab=dict(self.vocab, **{"\u4e2d": 300})), "token 300"),
@@ -1369,13 +1371,13 @@ class Tokenizers(Case):
             ({"pre_tokenizer": {"type": "Whitespace"}}, ("pre_tokenizer", "ByteLevel")),
             ({"normalizer": {"type": "NFKC"}}, ("normalizer", "NFC or none")),
             ({"added_tokens": [{"id": 4}]}, "added token"),
-            ({"added_tokens": [{"id": 400, "content": "\ud800"}]}, "expected valid Unicode"),
+            ({"added_tokens": [{"id": self.special, "content": "\ud800"}]},
+             "expected valid Unicode"),
         )
         for changes, expected in cases:
             with self.subTest(expected):
                 self.write("tokenizer.json", self.json(**changes))
-                if expected:
-                    self.fails(expected, self.folder, self.path("out.q3n"))
+                self.fails(expected, self.folder, self.path("out.q3n"))
         f = self.convert(self.folder, "--no-tokenizer")
         self.assertIsNone(f.tokenizer)
         self.assertNotIn("tokenizer_pattern", f.config)

@@ -21,6 +21,7 @@ import q3n_file
 import quantize
 import safetensors_file
 import tokenizer_file
+from hf_config import Json, text_part
 from q3n_file import ConvertError
 
 BLOCK_BYTES = 8 << 20            # of a matrix as f32, in memory at once
@@ -85,7 +86,7 @@ def find_checkpoint(path):
     return path
 
 
-def make_plan(args):
+def make_plan(args, definitions):
     """The plan, with name, tokenizer and special ids in its config."""
     path = find_checkpoint(args.checkpoint)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
@@ -102,7 +103,8 @@ def make_plan(args):
     try:
         plan.config["name"] = name if args.name is None else args.name
         plan.config["converter"] = VERSION
-        add_tokenizer(plan, args, folder)
+        add_labels(plan)
+        add_tokenizer(plan, args, folder, definitions)
     except BaseException:
         plan.close()
         raise
@@ -120,22 +122,50 @@ def plan_safetensors(args, path, folder):
     return hf_checkpoint.plan(entries, skipped, raw, path, adapter)
 
 
-def add_tokenizer(plan, args, folder):
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def add_labels(plan):
+    """What the scores of a classifier are, and the names of its labels."""
+    plan.config["problem_type"] = "none"
+    n = plan.config["num_labels"]
+    if not n:
+        return
+    raw = Json(plan.raw, plan.where)
+    c = raw if raw.has("problem_type") or raw.has("id2label") else text_part(plan.raw, plan.where)
+    problem = c.word("problem_type")
+    if problem and problem not in PROBLEMS:
+        c.bad("problem_type", "one of %s" % ", ".join(PROBLEMS))
+    plan.config["problem_type"] = problem or "none"
+    names = c.object("id2label").values
+    labels = [names.get(str(i)) for i in range(n)]
+    if names and (len(names) != n or not all(isinstance(name, str) for name in labels)):
+        plan.warnings.append("%s: id2label: found %d names, expected one for each of 0 .. %d: the "
+                             "labels have numbers" % (plan.where, len(names), n - 1))
+    elif names:
+        plan.config["labels"] = labels
+
+
+def add_tokenizer(plan, args, folder, definitions):
     source, vocab_size = args.tokenizer or folder or ".", plan.config["vocab_size"]
     tokenizer = None
     if not args.no_tokenizer:
-        tokenizer = tokenizer_file.load(source, plan.config["family"])
+        tokenizer = tokenizer_file.load(source, plan.config["family"], vocab_size)
         if tokenizer is None and args.tokenizer:
             raise ConvertError("%s: found no tokenizer.json, expected it or vocab.json" % source)
-    plan.config.update(tokenizer_file.special_ids(source, plan.raw, tokenizer, vocab_size))
+    plan.config.update(tokenizer_file.special_ids(source, plan.raw, tokenizer, plan.config))
     plan.config["chat"] = "none"
     if tokenizer is None:
         plan.notes.append("no tokenizer: the file works on token ids")
         return
-    plan.tokenizer = tokenizer.pack(vocab_size)
+    plan.warnings += tokenizer.warnings
+    plan.tokenizer = tokenizer.pack(vocab_size, definitions)
     plan.config["chat"] = tokenizer_file.chat_kind(tokenizer_file.chat_template(source))
     plan.config["tokenizer_pattern"] = tokenizer.pattern
     plan.config["tokenizer_nfc"] = tokenizer.nfc
+    for key, ids in (("prefix", tokenizer.prefix), ("suffix", tokenizer.suffix)):
+        if ids:
+            plan.config["tokenizer_" + key] = ids
 
 
 def choose_types(plan, wanted, definitions):
@@ -289,7 +319,7 @@ def check_room(path, file_bytes):
 
 def convert(args, definitions):
     files.inputs.clear()
-    plan = make_plan(args)
+    plan = make_plan(args, definitions)
     try:
         write_plan(plan, args, definitions)
     finally:

@@ -32,9 +32,11 @@ MAX_HEADER = 1 << 24         # bytes of qwen3next.h
 # Keys of CONFIG beside the fields of Q3N_CONFIG_LIST, with their kind.
 EXTRA_KEYS = {
     "layer_types": "ints", "layer_experts": "ints", "name": "string", "eos_ids": "ints",
-    "bos_id": "int", "pad_id": "int", "chat": "string", "tokenizer_pattern": "string",
-    "tokenizer_nfc": "int", "converter": "string",
+    "bos_id": "int", "pad_id": "int", "labels": "strings", "chat": "string",
+    "tokenizer_pattern": "string", "tokenizer_nfc": "int", "tokenizer_prefix": "ints",
+    "tokenizer_suffix": "ints", "converter": "string",
 }
+PATTERNS = ("qwen2", "qwen3_5")
 
 Type = collections.namedtuple("Type", "name number block_len block_bytes")
 Recipe = collections.namedtuple("Recipe", "name experts other sensitive ends")
@@ -56,12 +58,16 @@ class Definitions:
         self.recipes = collections.OrderedDict(
             (row[0], Recipe(row[0], *(name.lower() for name in row[1:])))
             for row in self._rows(text, "Q3N_RECIPE_LIST", 5, path))
-        constants = {n: int(v) for n, v in re.findall(r"#define (Q3N_MAX_\w+) +(\d+)", text)}
+        # Bounds of the loader, by their names in the header: MAX_ADDED, MAX_IDS, ...
+        self.limits = {
+            n: int(v) << int(by or 0) for n, v, by in
+            re.findall(r"#define Q3N__?(MAX_\w+) +\(?(?:\(int64_t\))?(\d+)(?: << (\d+)\))?", text)}
+        constants = {"Q3N_" + n: v for n, v in self.limits.items()}
         for kind, name, least, most in self._rows(text, "Q3N_CONFIG_LIST", 4, path):
             self.fields[name] = Field(name, kind, *(_number(t, constants) for t in (least, most)))
         self.words = {}
         for name, prefix in (("family", "FAMILY"), ("pooling", "POOLING"), ("rope_type", "ROPE"),
-                             ("classifier_input", "CLASSIFIER")):
+                             ("classifier_input", "CLASSIFIER"), ("problem_type", "PROBLEM")):
             body = re.search(r"typedef enum q3n_%s \{(.*?)\}" % name, text, re.S)
             found = re.findall(r"\bQ3N_%s_(\w+)\b" % prefix, body.group(1) if body else "")
             self.words[name] = [w.lower() for w in found if not w.endswith("COUNT")]
@@ -76,7 +82,8 @@ class Definitions:
         return rows
 
     def check_config(self, config, where="configuration"):
-        """Refuse a configuration that a reader would refuse: unknown keys, wrong ranges."""
+        """Refuse a configuration that the library would refuse: unknown keys, wrong ranges, what
+        does not go together."""
         for key, value in config.items():
             field = self.fields.get(key)
             if field is None and key not in EXTRA_KEYS:
@@ -93,12 +100,91 @@ class Definitions:
         missing = [name for name in self.fields if name not in config]
         if missing:
             raise ConvertError("%s: no value for %s" % (where, ", ".join(missing)))
+        _check_together(config, where)
+        self._check_extra(config, where)
+
+    def _check_extra(self, c, where):
+        """The keys beside the fields."""
+        def bad(key, found, expected):
+            raise ConvertError("%s: %s: found %s, expected %s" % (where, key, found, expected))
+
+        for key, limit in (("name", "MAX_NAME"), ("chat", "MAX_CHAT")):
+            n = len(utf8(c.get(key, ""), where))
+            if n > self.limits[limit] or "\0" in c.get(key, ""):
+                bad(key, "%d bytes" % n, "at most %d, none of them 0" % self.limits[limit])
+        for key in ("eos_ids", "tokenizer_prefix", "tokenizer_suffix"):
+            ids = c.get(key, [])
+            if len(ids) > self.limits["MAX_IDS"]:
+                bad(key, "%d token ids" % len(ids), "at most %d" % self.limits["MAX_IDS"])
+            if not all(0 <= i < c["vocab_size"] for i in ids):
+                bad(key, ids, "token ids less than vocab_size, %d" % c["vocab_size"])
+        if not 0 <= c.get("pad_id", 0) < (1 << 31) - 1:
+            bad("pad_id", c["pad_id"], "a token id")
+        labels = c.get("labels")
+        if labels is not None and (len(labels) != c["num_labels"] or not labels):
+            bad("labels", "%d names" % len(labels), "num_labels, %d" % c["num_labels"])
+        if any("\0" in label for label in labels or []):
+            bad("labels", "a byte 0 in a name", "none")
+        if c.get("tokenizer_pattern", PATTERNS[0]) not in PATTERNS:
+            bad("tokenizer_pattern", repr(c["tokenizer_pattern"]), "one of " + ", ".join(PATTERNS))
+        for key in ("layer_types", "layer_experts"):
+            if len(c.get(key, ())) != c["num_hidden_layers"] or not set(c[key]) <= {0, 1}:
+                bad(key, str(c.get(key))[:80], "0 or 1 for each of %d layers"
+                    % c["num_hidden_layers"])
 
     def kind(self, key):
         """'int', 'float', 'string' or 'ints'."""
         if key in EXTRA_KEYS:
             return EXTRA_KEYS[key]
         return {"I": "int", "B": "int", "F": "float", "E": "string"}[self.fields[key].kind]
+
+
+def utf8(text, where):
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConvertError("%s: found the text %a, expected valid Unicode" % (where, text[:60]))
+
+
+def _check_together(c, where):
+    """q3n_config_check: what fields demand of one another."""
+    def need(ok, text):
+        if not ok:
+            raise ConvertError("%s: %s" % (where, text % c))
+
+    need(c["num_attention_heads"] % c["num_key_value_heads"] == 0,
+         "num_attention_heads: found %(num_attention_heads)d, expected a multiple of "
+         "num_key_value_heads, %(num_key_value_heads)d")
+    need(c["causal"] or not c["num_mtp_layers"],
+         "num_mtp_layers: found 1, expected causal 1 with it")
+    need(c["rotary_dim"] % 2 == 0 and c["rotary_dim"] <= c["head_dim"],
+         "rotary_dim: found %(rotary_dim)d, expected an even number up to head_dim, %(head_dim)d")
+    need(c["rope_type"] != "table" or c["rotary_dim"] == c["head_dim"],
+         "rotary_dim: found %(rotary_dim)d, expected head_dim, %(head_dim)d, for rope_type table")
+    need(c["rope_type"] != "yarn" or (
+        c["rope_original_max_position"] > 0 and c["rope_theta"] > 1
+        and c["rope_beta_fast"] >= c["rope_beta_slow"] > 0),
+         "rope_type yarn: found rope_original_max_position %(rope_original_max_position)d, "
+         "rope_theta %(rope_theta)g, beta_fast %(rope_beta_fast)g and beta_slow "
+         "%(rope_beta_slow)g, expected a position above 0, theta above 1 and beta_fast >= "
+         "beta_slow > 0")
+    experts = c["layer_experts"] + [int(c["num_experts"] > 0)] * c["num_mtp_layers"]
+    need(0 not in experts or c["intermediate_size"],
+         "intermediate_size: found 0, expected the width of the dense layers")
+    need(1 not in experts or (0 < c["num_experts_per_tok"] <= c["num_experts"]
+                              and c["moe_intermediate_size"]),
+         "num_experts %(num_experts)d, num_experts_per_tok %(num_experts_per_tok)d, "
+         "moe_intermediate_size %(moe_intermediate_size)d: expected more than 0, and no more "
+         "experts per token than there are")
+    if 1 not in c["layer_types"]:
+        return
+    for key in ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+                "linear_value_head_dim", "linear_conv_kernel_dim"):
+        need(c[key], key + ": found 0, expected more for the DeltaNet layers")
+    need(c["linear_num_value_heads"] % c["linear_num_key_heads"] == 0,
+         "linear_num_value_heads: found %(linear_num_value_heads)d, expected a multiple of "
+         "linear_num_key_heads, %(linear_num_key_heads)d")
+    need(c["causal"], "causal: found 0, expected 1 with DeltaNet layers")
 
 
 def _number(text, constants):
@@ -181,7 +267,9 @@ def pack_config(config, definitions):
     for key, value in config.items():
         kind = definitions.kind(key)
         if kind == "string":
-            type_, data = 3, value.encode("utf-8")
+            type_, data = 3, utf8(value, key)
+        elif kind == "strings":
+            type_, data = 3, b"".join(utf8(text, key) + b"\0" for text in value)
         elif kind == "float":
             type_, data = 2, struct.pack("<d", value)
         else:
@@ -226,8 +314,9 @@ def pack_meta(config, tensors, tokenizer, file_bytes, definitions):
     return header(zlib.crc32(rest, zlib.crc32(header(0)))) + rest
 
 
-def pack_tokenizer(tokens, merges, added):
+def pack_tokenizer(t):
     """tokens: bytes by id; merges: (left, right, result) by rank; added: (id, flags)."""
+    tokens, merges, added = t
     out = [struct.pack("<IIII", len(tokens), len(merges), len(added), 0)]
     offsets, at = [0], 0
     for text in tokens:
@@ -239,9 +328,35 @@ def pack_tokenizer(tokens, merges, added):
     return b"".join(out + list(tokens))
 
 
-# ---- Reading ----
-
 Tokenizer = collections.namedtuple("Tokenizer", "tokens merges added")
+
+
+def check_tokenizer(t, vocab_size, definitions, where):
+    """Refuse a TOKENIZER section that the library would refuse."""
+    def need(ok, what, found, expected):
+        if not ok:
+            raise ConvertError("%s: %s: found %s, expected %s" % (where, what, found, expected))
+
+    n, limit = len(t.tokens), definitions.limits["MAX_ADDED"]
+    need(1 <= n <= vocab_size, "tokens", n, "1 to vocab_size, %d" % vocab_size)
+    gone = {bytes([b]) for b in range(256)}.difference(t.tokens)
+    need(not gone, "vocab", "no token for the byte 0x%02X" % min(gone or [b"\0"])[0],
+         "one for each byte")
+    for rank, merge in enumerate(t.merges):
+        need(max(merge) < n, "merge %d" % rank, "ids %s" % (merge,), "ids less than %d" % n)
+        left, right, both = (len(t.tokens[i]) for i in merge)
+        need(left and right and left + right == both, "merge %d" % rank, "tokens of %d and %d "
+             "bytes that make one of %d" % (left, right, both), "the bytes of both")
+    added = set()
+    for i, _ in t.added:
+        need(0 <= i < n and i not in added, "added token", "id %d" % i, "ids less than %d, each "
+             "once" % n)
+        need(0 < len(t.tokens[i]) <= limit, "added token %d" % i, "%d bytes" % len(t.tokens[i]),
+             "1 to %d" % limit)
+        added.add(i)
+
+
+# ---- Reading ----
 
 
 class File:
@@ -305,7 +420,9 @@ class File:
             key, raw = data[at + 8:start].decode("ascii"), data[start:end]
             self._require(key not in config, key, "two", "one")
             if type_ == 3:
-                config[key] = raw.decode("utf-8")
+                text = raw.decode("utf-8")
+                is_list = EXTRA_KEYS.get(key) == "strings"
+                config[key] = text.split("\0")[:-1] if is_list else text
             else:
                 values = list(struct.unpack("<%d%s" % (value_bytes // 8, " qd"[type_]), raw))
                 is_list = EXTRA_KEYS.get(key) == "ints"
@@ -342,8 +459,10 @@ class File:
         a = struct.unpack_from("<%dI" % (2 * n_added), data, at)
         text = data[at + 8 * n_added:]
         self._require(offsets[-1] == len(text), "TOKENIZER text", len(text), offsets[-1])
-        return Tokenizer([text[offsets[i]:offsets[i + 1]] for i in range(n_tokens)],
-                         list(zip(m[0::3], m[1::3], m[2::3])), list(zip(a[0::2], a[1::2])))
+        t = Tokenizer([text[offsets[i]:offsets[i + 1]] for i in range(n_tokens)],
+                      list(zip(m[0::3], m[1::3], m[2::3])), list(zip(a[0::2], a[1::2])))
+        check_tokenizer(t, self.config["vocab_size"], self.definitions, self.path)
+        return t
 
     def slices(self, name):
         """The bytes of one slice after the other."""

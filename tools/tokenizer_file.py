@@ -3,10 +3,12 @@
 Byte-level BPE only: tokenizer.json, or vocab.json + merges.txt + tokenizer_config.json.
 """
 import os
+import re
 
 import files
+import q3n_file
 from hf_config import Json, text_part
-from q3n_file import ConvertError, pack_tokenizer
+from q3n_file import ConvertError, utf8
 from safetensors_file import MAX_TEXT, load_json
 
 _HEAD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?"
@@ -15,7 +17,9 @@ PATTERNS = {
     "qwen2": _HEAD + r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]" + _TAIL,
     "qwen3_5": _HEAD + r"[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]" + _TAIL,
 }
-FLAGS = (("special", 1), ("lstrip", 2), ("rstrip", 4), ("normalized", 8), ("single_word", 16))
+SPECIAL = 1
+FLAGS = (("special", SPECIAL), ("lstrip", 2), ("rstrip", 4), ("normalized", 8), ("single_word", 16))
+WITHOUT = " (--no-tokenizer writes the file without a tokenizer)"
 
 
 def byte_map():
@@ -29,53 +33,76 @@ def byte_map():
 
 
 class Tokenizer:
-    """tokens: bytes by id (b"" where an id has no token); merges: (left, right, result) ids by
-    rank; added: (id, flags); pattern; nfc."""
+    """What a folder says.  added: {text: [id, flags]} in the order in which they are added; named:
+    {"eos_token": text, ...}; prefix, suffix: ids put before and after a text; pattern; nfc."""
 
-    def __init__(self, where):
-        self.where = where
-        self.vocab, self.raw_merges = {}, []
-        self.added = []                  # (id, text, flags)
+    def __init__(self, where, vocab):
+        self.where, self.vocab, self.raw_merges = where, vocab, []
+        self.added, self.named = {}, {}
+        self.prefix, self.suffix = [], []
         self.pattern, self.nfc = None, 1
+        self.warnings = []
+        for text, i in vocab.items():
+            if type(i) is not int or i < 0:
+                self.bad("token id of %r" % text[:40], repr(i)[:40], "0 or more")
+        self.next_id = len(vocab)        # of an added token whose text is not in the vocabulary
 
     def bad(self, what, found, expected):
         raise ConvertError("%s: %s: found %s, expected %s" % (self.where, what, found, expected))
 
-    def pack(self, vocab_size):
+    def add(self, text, flags, i=None):
+        """An added token.  Hugging Face tokenizers gives it the id that its text has, else the next
+        free one, whatever number i the file has beside it: a file with another number means two
+        things."""
+        known = self.added.get(text)
+        expected = known[0] if known else self.vocab.get(text, self.next_id)
+        if i is not None and i != expected:
+            self.bad("added token %r" % text[:60], "id %r" % (i,), "%d, the id that Hugging Face "
+                     "tokenizers gives it" % expected)
+        if expected >= len(self.vocab):
+            self.next_id = max(self.next_id, expected + 1)
+        self.added[text] = [expected, flags]
+
+    def pack(self, vocab_size, definitions):
         """The TOKENIZER section."""
         chars = byte_map()
-        ids = list(self.vocab.values()) + [i for i, _, _ in self.added]
-        if any(type(i) is not int or i < 0 for i in ids):
-            self.bad("token id", next(i for i in ids if type(i) is not int or i < 0), "0 or more")
-        n = max(ids) + 1 if ids else 0
-        if n == 0:
+        if not self.vocab:
             self.bad("vocab", "no tokens", "byte-level BPE")
+        n = 1 + max(max(self.vocab.values()), max((i for i, _ in self.added.values()), default=0))
         if n > vocab_size:
             self.bad("largest token id", n - 1, "less than vocab_size, %d" % vocab_size)
         tokens, taken = [b""] * n, {}
-        added = {i: text for i, text, _ in self.added}
         for text, i in self.vocab.items():
             if i in taken:
-                self.bad("id %d" % i, "%r and %r" % (taken[i], text), "one token")
+                self.bad("id %d" % i, "%r and %r" % (taken[i][:40], text[:40]), "one token")
             taken[i] = text
             try:
                 tokens[i] = bytes(chars[c] for c in text)
             except KeyError as e:
-                if added.get(i) != text:
-                    self.bad("token %d %r" % (i, text), "the character %r" % e.args[0],
+                if text not in self.added:
+                    self.bad("token %d %r" % (i, text[:40]), "the character %r" % e.args[0],
                              "the characters of byte-level BPE")
-        for i, text in added.items():
-            tokens[i] = text.encode("utf-8")
-        return pack_tokenizer(tokens, self._merges(), [(i, flags) for i, _, flags in self.added])
+        for text, (i, _) in self.added.items():
+            if i in taken and text != taken[i]:
+                self.bad("id %d" % i, "%r and %r" % (taken[i][:40], text[:40]), "one token")
+            tokens[i] = utf8(text, self.where)
+        t = q3n_file.Tokenizer(tokens, self._merges(), sorted(map(tuple, self.added.values())))
+        q3n_file.check_tokenizer(t, vocab_size, definitions, self.where)
+        return q3n_file.pack_tokenizer(t)
 
     def _merges(self):
+        """(left, right, result) ids.  Of a pair that stands twice Hugging Face tokenizers knows the
+        last."""
         out = []
+        last = {pair: rank for rank, pair in enumerate(self.raw_merges)}
         for rank, (left, right) in enumerate(self.raw_merges):
             try:
-                out.append((self.vocab[left], self.vocab[right], self.vocab[left + right]))
+                merge = self.vocab[left], self.vocab[right], self.vocab[left + right]
             except KeyError as e:
-                self.bad("merge %d (%r %r)" % (rank, left, right), "no token %r" % e.args[0],
-                         "it in the vocabulary")
+                self.bad("merge %d (%r %r)" % (rank, left[:40], right[:40]),
+                         "no token %r" % e.args[0][:80], "it in the vocabulary")
+            if last[left, right] == rank:
+                out.append(merge)
         return out
 
 
@@ -91,83 +118,170 @@ def _pairs(merges, tokenizer):
     return out
 
 
-def _added_token(tokenizer, i, value):
+def _add_object(tokenizer, value, i=None, special=False):
+    """An added token as an object.  What it does not say is false, but `normalized` is true unless
+    the token is special."""
     if not isinstance(value, dict) or not isinstance(value.get("content"), str) \
-            or type(i) is not int:
+            or type(i) not in (int, type(None)):
         tokenizer.bad("added token", repr(value)[:60], "id and content")
-    flags = sum(bit for name, bit in FLAGS if value.get(name))
-    if all(i != old for old, _, _ in tokenizer.added):
-        tokenizer.added.append((i, value["content"], flags))
+    for name, _ in FLAGS:
+        if not isinstance(value.get(name, False), (bool, type(None))):
+            tokenizer.bad("added token %r: %s" % (value["content"][:60], name),
+                          repr(value[name])[:60], "true or false")
+    special = special or bool(value.get("special"))
+    known = dict({"normalized": not special}, **{k: v for k, v in value.items() if v is not None})
+    known["special"] = special
+    tokenizer.add(value["content"], sum(bit for name, bit in FLAGS if known.get(name)), i)
 
 
 def _pattern_name(tokenizer, regex):
     for name, known in PATTERNS.items():
         if regex == known:
             return name
-    tokenizer.bad("pre-tokenizer pattern", repr(regex)[:120],
-                  "Qwen's (--no-tokenizer writes the file without a tokenizer)")
+    tokenizer.bad("pre-tokenizer pattern", repr(regex)[:120], "Qwen's" + WITHOUT)
+
+
+# ---- tokenizer.json: every component is followed or refused ----
+
+# What has no effect where every byte has a token: what to do with unknown characters.
+IDLE = ("unk_token", "fuse_unk")
+MODEL_KEYS = ("type", "vocab", "merges", "byte_fallback", "continuing_subword_prefix",
+              "end_of_word_suffix", "dropout", "ignore_merges") + IDLE
+TOP_KEYS = ("version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer",
+            "post_processor", "decoder", "model")
+
+
+def _only(source, keys):
+    """Refuse what is set and not known."""
+    for key, value in source.values.items():
+        if key not in keys and value not in (None, False):
+            source.bad(key, "none" + WITHOUT)
 
 
 def _from_json(path):
-    t = Tokenizer(path)
     top = Json(load_json(path), path)
+    _only(top, TOP_KEYS)
     model = top.object("model")
-    kind = model.word("type", "BPE")
-    if kind != "BPE" or model.flag("byte_fallback"):
-        model.bad("type" if kind != "BPE" else "byte_fallback",
-                  "byte-level BPE (--no-tokenizer writes the file without a tokenizer)")
+    _only(model, MODEL_KEYS)
+    if model.word("type", "BPE") != "BPE":
+        model.bad("type", "byte-level BPE" + WITHOUT)
+    for key in ("byte_fallback", "ignore_merges"):
+        if model.flag(key):
+            model.bad(key, "false" + WITHOUT)
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.word(key):
-            model.bad(key, "none")
-    if model.values.get("dropout") or model.flag("ignore_merges"):
-        model.bad("ignore_merges", "false, and no dropout")
-    t.vocab = model.object("vocab").values
+            model.bad(key, "none" + WITHOUT)
+    if model.real("dropout", 0.0):
+        model.bad("dropout", "none" + WITHOUT)
+    t = Tokenizer(path, model.object("vocab").values)
     merges = model.values.get("merges")
     t.raw_merges = _pairs(merges if isinstance(merges, list) else model.bad("merges", "a list"), t)
     for value in top.items("added_tokens", dict):
-        _added_token(t, value.get("id"), value)
+        _add_object(t, value, value.get("id", ""))
     t.nfc = _nfc(top)
     t.pattern = _pattern_name(t, _split_regex(top))
+    _decoder(top)
+    _post_processor(t, top)
+    for key in ("truncation", "padding"):
+        if top.object(key).values:
+            t.warnings.append("%s: %s is not applied: a text is taken whole, as transformers does "
+                              "unless it is asked to" % (path, key))
     return t
 
 
+def _steps(top, key, inner):
+    """The steps of a component: those of a Sequence, itself, or none."""
+    whole = top.object(key)
+    if not whole.values:
+        return []
+    if whole.word("type") != "Sequence":
+        return [whole]
+    return [Json(step, whole.where) for step in whole.items(inner, dict)]
+
+
 def _nfc(top):
-    normalizer = top.object("normalizer")
-    if not normalizer.values:
-        return 0
-    kinds = [normalizer.word("type")]
-    if kinds == ["Sequence"]:
-        kinds = [Json(n, top.where).word("type") for n in normalizer.items("normalizers", dict)]
+    kinds = [step.word("type") for step in _steps(top, "normalizer", "normalizers")]
     if kinds not in (["NFC"], []):
-        top.bad("normalizer", "NFC or none")
+        top.bad("normalizer", "NFC or none" + WITHOUT)
     return len(kinds)
 
 
 def _split_regex(top):
     """The pattern of the Split step that comes before ByteLevel."""
-    pre = top.object("pre_tokenizer")
-    steps = pre.items("pretokenizers", dict) if pre.word("type") == "Sequence" else [pre.values]
-    kinds = [step.get("type") for step in steps]
-    if kinds != ["Split", "ByteLevel"] or steps[1].get("use_regex") is not False \
-            or steps[1].get("add_prefix_space"):
-        top.bad("pre_tokenizer", "a Split by pattern, then ByteLevel "
-                "(--no-tokenizer writes the file without a tokenizer)")
-    if steps[0].get("behavior") != "Isolated" or steps[0].get("invert"):
-        top.bad("pre_tokenizer", 'a Split with behavior "Isolated"')
-    return Json(steps[0], top.where).object("pattern").word("Regex")
+    steps = _steps(top, "pre_tokenizer", "pretokenizers")
+    if [step.word("type") for step in steps] != ["Split", "ByteLevel"] \
+            or steps[1].flag("use_regex", True) or steps[1].flag("add_prefix_space", True):
+        top.bad("pre_tokenizer", "a Split by pattern, then ByteLevel" + WITHOUT)
+    if steps[0].word("behavior") != "Isolated" or steps[0].flag("invert"):
+        top.bad("pre_tokenizer", 'a Split with behavior "Isolated"' + WITHOUT)
+    return steps[0].object("pattern").word("Regex")
+
+
+def _decoder(top):
+    kinds = [step.word("type") for step in _steps(top, "decoder", "decoders")]
+    if kinds not in (["ByteLevel"], []):
+        top.bad("decoder", "ByteLevel" + WITHOUT)
+
+
+def _post_processor(t, top):
+    """Ids before and after a text: those of a template for one text, or of BERT's and RoBERTa's
+    steps.  ByteLevel only moves offsets."""
+    steps = [step for step in _steps(top, "post_processor", "processors")
+             if step.word("type") != "ByteLevel"]
+    if len(steps) > 1:
+        top.bad("post_processor", "one step beside ByteLevel" + WITHOUT)
+    for step in steps:
+        kind = step.word("type")
+        if kind == "TemplateProcessing":
+            t.prefix, t.suffix = _template(step)
+        elif kind in ("BertProcessing", "RobertaProcessing"):
+            t.prefix, t.suffix = ([_pair_id(step, key)] for key in ("cls", "sep"))
+        else:
+            top.bad("post_processor", "ByteLevel, TemplateProcessing, BertProcessing or "
+                    "RobertaProcessing" + WITHOUT)
+
+
+def _pair_id(step, key):
+    pair = step.values.get(key)
+    if not isinstance(pair, list) or len(pair) != 2 or type(pair[1]) is not int:
+        step.bad(key, "[token, id]")
+    return pair[1]
+
+
+def _template(step):
+    """Ids before and after "A" of a TemplateProcessing for one text."""
+    special, parts, here = step.object("special_tokens"), ([], []), 0
+    for piece in step.items("single", dict):
+        piece = Json(piece, step.where + ": single")
+        if "Sequence" in piece.values:
+            if piece.object("Sequence").word("id") != "A" or here:
+                step.bad("single", "the text A once" + WITHOUT)
+            here = 1
+            continue
+        name = piece.object("SpecialToken").word("id")
+        if name not in special.values:
+            special.bad(name, "the ids of the template's token %r" % name[:40])
+        parts[here].extend(special.object(name).items("ids", int))
+    if not here:
+        step.bad("single", "the text A" + WITHOUT)
+    return parts
+
+
+# ---- vocab.json, merges.txt, and what stands beside either form ----
+
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# What transformers' tokenizer of this family takes for granted where no file says otherwise.
+DEFAULTS = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
 
 
 def _from_vocab(vocab_path, merges_path):
-    t = Tokenizer(vocab_path)
-    t.vocab = load_json(vocab_path)
+    t = Tokenizer(vocab_path, load_json(vocab_path))
     lines = files.read_text(merges_path, MAX_TEXT).split("\n")
-    if lines and lines[0].startswith("#version"):
-        lines = lines[1:]
-    t.raw_merges = _pairs([line for line in (s.rstrip("\r") for s in lines) if line], t)
+    t.raw_merges = _pairs([line for line in lines if line and not line.startswith("#version")], t)
     return t
 
 
-def load(folder, family):
+def load(folder, family, vocab_size):
     """The Tokenizer of a folder, None if it has none.  family: of the model, for a folder that
     names no pattern."""
     path, vocab = os.path.join(folder, "tokenizer.json"), os.path.join(folder, "vocab.json")
@@ -176,13 +290,18 @@ def load(folder, family):
         t = _from_json(path)
     elif os.path.exists(vocab):
         t = _from_vocab(vocab, os.path.join(folder, "merges.txt"))
+        settings.values = dict(DEFAULTS, **settings.values)
     else:
         return None
-    for key, value in settings.object("added_tokens_decoder").values.items():
-        if not key.isdigit():
-            settings.bad("added_tokens_decoder", "ids as keys")
-        _added_token(t, int(key), value)
-    t.added.sort()
+    for key in ("add_prefix_space", "split_special_tokens"):
+        if settings.flag(key):
+            settings.bad(key, "false" + WITHOUT)
+    _add_listed(t, folder, settings)
+    _add_named(t, settings, vocab_size)
+    if not os.path.exists(path):         # transformers: only where there is no tokenizer.json
+        for key, part in (("bos_token", t.prefix), ("eos_token", t.suffix)):
+            if settings.flag("add_" + key) and key in t.named:
+                part.append(t.added[t.named[key]][0])
     # transformers follows the config before tokenizer.json, whose pattern Qwen3.5 left at Qwen2's
     regex = settings.word("pretokenize_regex")
     if regex:
@@ -194,29 +313,103 @@ def load(folder, family):
     return t
 
 
-def _settings(folder):
-    path = os.path.join(folder, "tokenizer_config.json")
+def _optional(folder, name):
+    path = os.path.join(folder, name)
     return Json(load_json(path) if os.path.exists(path) else {}, path)
+
+
+def _settings(folder):
+    """tokenizer_config.json; special_tokens_map.json goes before it unless it lists the added
+    tokens itself, as in transformers."""
+    settings = _optional(folder, "tokenizer_config.json")
+    if not settings.has("added_tokens_decoder"):
+        named = _optional(folder, "special_tokens_map.json")
+        settings.values = dict(settings.values, **named.values)
+    return settings
+
+
+def _extra(settings):
+    """Tokens that are special without a name of their own."""
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        value = settings.values.get(key)
+        if isinstance(value, dict) and "content" not in value:
+            value = list(value.values())
+        if value is not None and not isinstance(value, list):
+            settings.bad(key, "a list of tokens")
+        for token in value or []:
+            yield key, token
+    for key, token in settings.values.items():
+        if key.endswith("_token") and key not in NAMED and isinstance(token, (str, dict)):
+            yield key, token
+
+
+def _content(settings, key, value):
+    """The text of a token that stands as text or as an object."""
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        settings.bad(key, "the text of a token")
+    return text
+
+
+def _add_listed(t, folder, settings):
+    """Tokens of added_tokens_decoder, else of added_tokens.json."""
+    if settings.has("added_tokens_decoder"):
+        listed = settings.object("added_tokens_decoder")
+        if not all(re.match("[0-9]{1,10}$", key) for key in listed.values):
+            settings.bad("added_tokens_decoder", "ids as keys")
+        for key in sorted(listed.values, key=int):
+            _add_object(t, listed.values[key], int(key))
+        return
+    listed = _optional(folder, "added_tokens.json")
+    if not all(type(i) is int for i in listed.values.values()):
+        raise ConvertError("%s: found %s, expected {token: id}"
+                           % (listed.where, ascii(listed.values)[:80]))
+    special = {_content(settings, key, value) for key, value in list(_extra(settings))
+               + [(key, settings.values[key]) for key in NAMED if settings.has(key)]}
+    for text, i in sorted(listed.values.items(), key=lambda item: item[1]):
+        if text not in t.added:
+            _add_object(t, {"content": text, "special": text in special}, i)
+
+
+def _add_named(t, settings, vocab_size):
+    """The tokens that have a role are special; those that are new come last.  One for which the
+    model has no row is left out."""
+    tokens = [(key, settings.values[key]) for key in NAMED if settings.has(key)]
+    for key, value in tokens + list(_extra(settings)):
+        text = _content(settings, key, value)
+        if text not in t.added and t.vocab.get(text, t.next_id) >= vocab_size:
+            if DEFAULTS.get(key) != text:
+                t.warnings.append("%s: %s %r is not in the vocabulary and has no room in it"
+                                  % (settings.where, key, text[:60]))
+            continue
+        if text in t.added:
+            t.added[text][1] |= SPECIAL
+        else:
+            _add_object(t, value if isinstance(value, dict) else {"content": text}, special=True)
+        if key in NAMED:
+            t.named[key] = text
 
 
 # ---- Special ids ----
 
-def special_ids(folder, raw, tokenizer, vocab_size):
-    """Config keys eos_ids, bos_id, pad_id."""
-    path = os.path.join(folder, "generation_config.json")
-    generation = Json(load_json(path) if os.path.exists(path) else {}, path)
+def special_ids(folder, raw, tokenizer, plan_config):
+    """Config keys eos_ids, bos_id, pad_id.  A classifier reads the last token that is not pad_id:
+    transformers asks config.json alone for that one."""
+    vocab_size = plan_config["vocab_size"]
+    generation = _optional(folder, "generation_config.json")
     config = text_part(raw, os.path.join(folder, "config.json"))
-    settings = _settings(folder)
     eos = _ids(generation, "eos_token_id")
     if not eos:
-        eos = _ids(config, "eos_token_id") + _named(settings, "eos_token", tokenizer)
+        eos = _ids(config, "eos_token_id") + _named(tokenizer, "eos_token")
     out = {}
-    eos = [i for n, i in enumerate(eos) if i < vocab_size and i not in eos[:n]]
+    eos = [i for i in dict.fromkeys(eos) if i < vocab_size]
     if eos:
         out["eos_ids"] = eos
     for key in ("bos", "pad"):
-        ids = (_ids(config, key + "_token_id") or _named(settings, key + "_token", tokenizer)
-               or _ids(generation, key + "_token_id"))
+        ids = _ids(config, key + "_token_id")
+        if key == "bos" or not plan_config["num_labels"]:
+            ids = (ids or _named(tokenizer, key + "_token")
+                   or _ids(generation, key + "_token_id"))
         if ids and ids[0] < vocab_size:
             out[key + "_id"] = ids[0]
     return out
@@ -224,20 +417,16 @@ def special_ids(folder, raw, tokenizer, vocab_size):
 
 def _ids(source, key):
     value = source.values.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
+    ids = value if isinstance(value, list) else [] if value in (None, -1) else [value]
     if any(type(i) is not int or i < 0 for i in ids):
         source.bad(key, "token ids")
     return ids
 
 
-def _named(settings, key, tokenizer):
-    """The id of a token that tokenizer_config.json gives as text, or as an object with content."""
-    value = settings.values.get(key)
-    text = value.get("content") if isinstance(value, dict) else value
-    if tokenizer is None or not isinstance(text, str):
-        return []
-    ids = [i for i, added, _ in tokenizer.added if added == text]
-    return ids or [i for i in [tokenizer.vocab.get(text)] if i is not None]
+def _named(tokenizer, key):
+    """The id of the tokenizer's token of that name."""
+    text = tokenizer.named.get(key) if tokenizer else None
+    return [] if text is None else [tokenizer.added[text][0]]
 
 
 # ---- Chat template ----
@@ -248,7 +437,8 @@ def chat_template(folder):
     if os.path.exists(path):
         return files.read_text(path, MAX_TEXT)
     path = os.path.join(folder, "chat_template.json")
-    source = Json(load_json(path), path) if os.path.exists(path) else _settings(folder)
+    source = Json(load_json(path), path) if os.path.exists(path) \
+        else _optional(folder, "tokenizer_config.json")
     value = source.values.get("chat_template")
     if isinstance(value, list):          # several, by name
         named = {v.get("name"): v.get("template") for v in value if isinstance(v, dict)}
