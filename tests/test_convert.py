@@ -595,12 +595,13 @@ class Checkpoints(Case):
         self.assertEqual(self.data(self.convert(self.path("one", "other.safetensors"))), want)
 
     def test_not_in_the_index(self):
+        """A tensor of a shard counts, as in transformers, though the index does not name it."""
         shutil.copytree(golden("qwen3_next"), self.path("m"))
         index = load_json(self.path("m"), "model.safetensors.index.json")
         del index["weight_map"]["model.norm.weight"]
         synthetic.write_json(self.path("m"), "model.safetensors.index.json", index)
-        self.fails(("model.norm.weight", "found nothing, expected [64]"), self.path("m"),
-                   self.path("out.q3n"))
+        self.assertEqual(self.data(self.convert(self.path("m"))),
+                         self.data(self.convert(golden("qwen3_next"))))
 
     def test_old_rope_fields(self):
         new = self.convert(golden("qwen3_dense_yarn")).config
@@ -636,12 +637,6 @@ class Checkpoints(Case):
         c = self.rope(rope_scaling=dict(yarn, mscale=1.0, mscale_all_dim=0.5))
         self.assertAlmostEqual(c["rope_attention_factor"],
                                (0.1 * np.log(4) + 1) / (0.05 * np.log(4) + 1))
-        c = self.rope(rope_parameters={"full_attention": {"rope_type": "default",
-                                                          "rope_theta": 5.0}})
-        self.assertEqual(c["rope_theta"], 5.0)
-        warnings = []
-        self.assertEqual(self.rope(warnings, rope_theta=None)["rope_theta"], 10000.0)
-        self.assertEqual(len(warnings), 1)
 
     def test_layer_patterns(self):
         base = load_json(golden("qwen3_next"), "config.json")
@@ -661,7 +656,7 @@ class Checkpoints(Case):
             c = load_json(golden(family), "config.json")
             c.pop("norm_topk_prob", None)
             self.assertEqual(hf_config.read(c, "c", [])["norm_topk_prob"], 1)
-        dense = synthetic.qwen3_config(head_dim=None, num_key_value_heads=None)
+        dense = synthetic.qwen3_config(num_key_value_heads=None)
         c = hf_config.read(dense, "config.json", [])
         self.assertEqual((c["head_dim"], c["num_key_value_heads"], c["rotary_dim"]), (16, 2, 16))
 
@@ -699,8 +694,11 @@ class Checkpoints(Case):
         bare = {n[len("model."):]: t for n, t in tensors.items()}
         self.assertEqual(self.data(self.convert(self.checkpoint("model", config, bare))), want)
         tensors["model.language_model.norm.weight"] = tensors["model.norm.weight"]
-        self.fails("found also as model.norm.weight", self.checkpoint("model", config, tensors),
-                   self.path("o.q3n"))
+        self.convert(self.checkpoint("model", config, tensors))
+        self.assertIn("passed over: model.language_model.norm.weight", self.messages)
+        tensors["language_model.lm_head.weight"] = tensors["lm_head.weight"] = \
+            tensors["model.embed_tokens.weight"]
+        self.fails("found also as", self.checkpoint("model", config, tensors), self.path("o.q3n"))
 
     def test_classification(self):
         f = self.convert(golden("qwen3_next_cls"))
@@ -785,7 +783,8 @@ class Refused(Case):
             (dict(vocab_size=0), ("vocab_size", "at least 1")),
             (dict(num_key_value_heads=3), ("num_attention_heads", "multiple of")),
             (dict(head_dim=15), ("partial_rotary_factor", "15")),
-            (dict(num_hidden_layers=300), "nothing, expected"),
+            (dict(num_hidden_layers=200), "nothing, expected"),
+            (dict(num_hidden_layers=257), "num_hidden_layers: found 257, expected at most 256"),
             (dict(intermediate_size=0), "intermediate_size"),
             (dict(rms_norm_eps=2.0), ("rms_norm_eps", "0.0 .. 1.0")),
             (dict(tie_word_embeddings=[]), ("tie_word_embeddings", "true or false")),
@@ -793,13 +792,14 @@ class Refused(Case):
         )
         for changes, expected in cases:
             with self.subTest(changes):
-                if "num_hidden_layers" in changes:
+                if changes.get("num_hidden_layers") == 200:
                     status, _, err = self.run_main(
                         self.checkpoint("model", synthetic.qwen3_config(**changes),
                                         synthetic.qwen3_tensors(synthetic.qwen3_config())),
                         self.path("out.q3n"))
                     self.assertEqual(status, 1)
-                    self.assertEqual(err.count("error: "), 299 * 11)
+                    self.assertLessEqual(err.count("error: "), 20)
+                    self.assertIn("found 2189 of the model's tensors missing", err)
                     continue
                 self.refuse(expected, synthetic.qwen3_config(**changes),
                             synthetic.qwen3_tensors(synthetic.qwen3_config()))

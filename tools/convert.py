@@ -16,6 +16,7 @@ import zlib
 
 import files
 import hf_checkpoint
+import hf_config
 import matrix
 import q3n_file
 import quantize
@@ -47,6 +48,8 @@ def parse_arguments(argv, recipes):
                    help="override a key of the checkpoint's configuration (VALUE is JSON or text)")
     p.add_argument("--pooling", choices=("last", "first", "mean"),
                    help="token that a classifier looks at")
+    p.add_argument("--no-mtp", action="store_true",
+                   help="leave the multi-token-prediction module out")
     p.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes")
     args = p.parse_args(argv)
@@ -96,30 +99,34 @@ def make_plan(args, definitions):
             raise ConvertError("%s: found a Keras file, expected safetensors for --lora" % path)
         raw = dict(safetensors_file.load_json(args.config) if args.config else {}, **args.set)
         plan = keras_checkpoint.plan(path, raw)
+        plan.raw.overrides = args.set
         name = os.path.basename(path).split(".")[0]
     else:
-        plan = plan_safetensors(args, path, folder)
+        plan = plan_safetensors(args, path, folder, definitions)
         name = os.path.basename(os.path.abspath(folder))
     try:
         plan.config["name"] = name if args.name is None else args.name
         plan.config["converter"] = VERSION
         add_labels(plan)
         add_tokenizer(plan, args, folder, definitions)
+        hf_config.check_overrides(plan.raw, plan.config["family"])
     except BaseException:
         plan.close()
         raise
     return plan
 
 
-def plan_safetensors(args, path, folder):
+def plan_safetensors(args, path, folder, definitions):
     adapter = None
     if args.lora:
         import lora
         adapter = lora.Adapter(args.lora)
     raw = safetensors_file.load_json(args.config or os.path.join(folder, "config.json"))
-    raw.update(args.set)
-    entries, skipped = safetensors_file.open_checkpoint(path)
-    return hf_checkpoint.plan(entries, skipped, raw, path, adapter)
+    raw = hf_config.override(raw, args.set)
+    entries, notes = safetensors_file.open_checkpoint(path)
+    plan = hf_checkpoint.plan(entries, raw, path, definitions.check_config, adapter, args.no_mtp)
+    plan.notes += notes
+    return plan
 
 
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
@@ -153,7 +160,7 @@ def add_tokenizer(plan, args, folder, definitions):
         tokenizer = tokenizer_file.load(source, plan.config["family"], vocab_size)
         if tokenizer is None and args.tokenizer:
             raise ConvertError("%s: found no tokenizer.json, expected it or vocab.json" % source)
-    plan.config.update(tokenizer_file.special_ids(source, plan.raw, tokenizer, plan.config))
+    plan.config.update(tokenizer_file.special_ids(source, plan, tokenizer))
     plan.config["chat"] = "none"
     if tokenizer is None:
         plan.notes.append("no tokenizer: the file works on token ids")
@@ -214,16 +221,16 @@ def print_plan(plan, groups, file_bytes):
 def report(plan):
     """Warnings, notes and what was skipped, on stderr."""
     for text in plan.warnings:
-        sys.stderr.write("convert.py: warning: %s\n" % text)
+        sys.stderr.write("convert.py: warning: %s\n" % files.line(text))
     for text in plan.notes:
-        sys.stderr.write("convert.py: note: %s\n" % text)
+        sys.stderr.write("convert.py: note: %s\n" % files.line(text))
     reasons = {}
     for name, why in plan.skipped:
         reasons.setdefault(why, []).append(name)
     for why, names in reasons.items():
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         sys.stderr.write("convert.py: skipped %d tensor%s (%s): %s\n" % (
-            len(names), "" if len(names) == 1 else "s", why, shown))
+            len(names), "" if len(names) == 1 else "s", why, files.line(shown)))
 
 
 class Progress:
@@ -369,8 +376,8 @@ def main(argv):
                 signal.signal(number, terminate)
         convert(args, definitions)
     except ConvertError as e:
-        for line in str(e).split("\n"):
-            sys.stderr.write("convert.py: error: %s\n" % line)
+        for text in str(e).split("\n"):
+            sys.stderr.write("convert.py: error: %s\n" % files.line(text))
         return 1
     except OSError as e:
         sys.stderr.write("convert.py: error: %s: %s\n" % (e.filename or "file", e.strerror or e))

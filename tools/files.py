@@ -21,6 +21,21 @@ KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, 
 inputs = {}                      # (device, inode) of the files opened to be read: their paths
 
 
+def shown(value, n=80):
+    """A value of a file, for a message: its first n characters."""
+    try:
+        return repr(value)[:n]
+    except (RecursionError, ValueError):                 # nested too deeply, too many digits
+        return type(value).__name__
+
+
+def line(text, n=600):
+    """Text with names of a file in it as one line that a terminal takes."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode()
+                   for c in text[:n + 1])
+    return text if len(text) <= n else text[:n] + "..."
+
+
 def _check_regular(path, info):
     if not stat.S_ISREG(info.st_mode):
         kind = next((name for is_one, name in KINDS if is_one(info.st_mode)), "something else")

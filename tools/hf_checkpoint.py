@@ -1,24 +1,14 @@
 """The plan for a safetensors checkpoint of the qwen3 families, with or without a LoRA adapter."""
 import hf_config
 import matrix
+from files import ConvertError
+from hf_names import MTP, Names
 from model_plan import Plan, below, f32_vector, one_plus, ranges
-from q3n_file import ConvertError
 
 FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
-VISION = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "audio_tower.")
 SCALE = "_scale_inv"             # appended to an FP8 tensor's name: its scales by block
 COMPARE_BYTES = 1 << 20
-
-
-def plain_name(name):
-    """The name that the text-only model gives a tensor; None for one of the vision tower."""
-    for prefix, plain in (("model.language_model.", "model."), ("language_model.model.", "model."),
-                          ("language_model.lm_head.", "lm_head."), ("model.", "model.")):
-        if name.startswith(prefix):
-            name = plain + name[len(prefix):]
-            break
-    bare = name[6:] if name.startswith("model.") else name
-    return None if bare.startswith(VISION) else name
+MAX_PROBLEMS = 1 << 17           # after which the layers that remain are not looked for
 
 
 class Tensors:
@@ -27,11 +17,14 @@ class Tensors:
     def __init__(self, entries, plan, block):
         self.entries, self.original, self.plan, self.block = {}, {}, plan, block
         self.used, self.adapter = set(), None
-        bare = not any("model." in n for n in entries) and "embed_tokens.weight" in entries
+        self.untied = False              # by an adapter
+        names = Names(entries, plan.where)
+        if names.note():
+            plan.notes.append(names.note())
         for name, entry in entries.items():
-            plain = plain_name("model." + name if bare else name)
-            if plain is None:
-                plan.skipped.append((name, "vision"))
+            plain = names.plain(name)
+            if plain is None or plan.no_mtp and plain.startswith("mtp."):
+                plan.skipped.append((name, "--no-mtp" if plain else "vision"))
                 continue
             if plain in self.entries:
                 raise ConvertError("%s: %s: found also as %s, expected it once"
@@ -45,7 +38,7 @@ class Tensors:
         """The entry, or None after noting the problem."""
         entry = self.entries.get(name)
         if entry is None:
-            self.plan.problem(name, "nothing", list(shape))
+            self.plan.missing(name, shape)
             return None
         self.used.add(name)
         if entry.shape != tuple(shape):
@@ -144,6 +137,8 @@ class Builder:
             if "score.bias" in self.t:
                 self.vec("score.bias", "score.bias", c["num_labels"])
         for l in range(c["num_hidden_layers"]):
+            if self.plan.n_problems > MAX_PROBLEMS:
+                return
             self.layer("model.layers.%d." % l, "layers.%d." % l, c["layer_types"][l],
                        c["layer_experts"][l])
         if c["num_mtp_layers"]:
@@ -264,6 +259,8 @@ def set_heads(tensors, config, plan, raw):
         config["num_labels"] = shape[0] if len(shape) == 2 else max(1, len(
             c.object("id2label").values))
     tied, head = c.flag("tie_word_embeddings"), tensors.entries.get("lm_head.weight")
+    if tensors.untied:
+        tied = 0
     if tied and head:
         # transformers: a head that differs from the embedding is kept although the config ties them
         embed = tensors.entries.get("model.embed_tokens.weight")
@@ -278,6 +275,11 @@ def set_heads(tensors, config, plan, raw):
         plan.notes.append("no lm_head.weight: the classifier does not need it, embed_tokens stands "
                           "in (tie_word_embeddings)")
         tied = 1
+    elif not tied and not head:
+        plan.hint("lm_head.weight", "or --set tie_word_embeddings=true, which takes embed_tokens "
+                  "as the head: right for a model of hidden states alone, as of embeddings")
+    if config["num_mtp_layers"]:
+        plan.hint("mtp.", "or --no-mtp, which leaves the MTP module out")
     config["tie_word_embeddings"] = tied
 
 
@@ -287,31 +289,32 @@ def reason(name):
         return "computed from the configuration"
     if name.endswith((".input_scale", ".activation_scale", ".k_scale", ".v_scale")):
         return "scale of activations"
-    if name.startswith("mtp."):
+    if MTP.fullmatch(name):
         return "beyond the first MTP layer"
     return None
 
 
-def plan(entries, skipped, raw, where, adapter=None):
-    """The plan for a checkpoint: entries by name, its config.json, an adapter (lora.Adapter)."""
+def plan(entries, raw, where, check, adapter=None, no_mtp=False):
+    """The plan for a checkpoint: entries by name, its config.json, an adapter (lora.Adapter).
+    check(config, where) refuses numbers out of range before anything is built by them."""
     p = Plan(where)
-    p.skipped += skipped
-    p.raw = raw
-    p.config = hf_config.read(raw, where, p.warnings)
-    tensors = Tensors(entries, p, hf_config.fp8_block(hf_config.text_part(raw, where)))
+    p.raw, p.no_mtp = hf_config.settings(raw), no_mtp
+    p.config = hf_config.read(p.raw, where, p.warnings)
+    tensors = Tensors(entries, p, hf_config.fp8_block(hf_config.text_part(p.raw, where)))
     if adapter:
-        adapter.attach(tensors)
-    set_heads(tensors, p.config, p, raw)
+        adapter.attach(tensors, hf_config.text_part(p.raw, where).flag("tie_word_embeddings"))
+    set_heads(tensors, p.config, p, p.raw)
+    check(p.config, where)
     Builder(tensors, p, p.config).model()
-    if adapter:
-        adapter.check_all_used()
-    p.finish()
     unknown = []
     for name in tensors.leftovers():
         why = reason(name)
         p.skipped.append((name, why or "not known to %s" % p.config["family"]))
         if why is None:
             unknown.append(name)
+    p.finish(unknown)
+    if adapter:
+        adapter.check_all_used()
     if unknown:
         p.warnings.append("%d tensors are not part of %s and were passed over: %s%s" % (
             len(unknown), p.config["family"], ", ".join(unknown[:3]),

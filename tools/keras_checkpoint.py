@@ -10,6 +10,7 @@ import struct
 import zipfile
 
 import files
+import hf_config
 from matrix import Matrix
 from model_plan import Plan
 from q3n_file import ConvertError
@@ -550,8 +551,9 @@ def plan(path, overrides):
 
 
 def fill(p, h5, raw, overrides):
-    config = dict(find_model(raw)) if raw else {}
+    config = hf_config.Settings(find_model(raw) if raw else {})
     config.update(find_model(overrides) or overrides)
+    p.raw = config.with_values(overrides)
     w = Weights(h5, p)
     g = Geometry(w, config, p)
     if raw is None:

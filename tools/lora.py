@@ -4,11 +4,47 @@ import re
 
 import hf_checkpoint
 import matrix
+from files import ConvertError
 from hf_config import Json
-from q3n_file import ConvertError
+from hf_names import Names
 from safetensors_file import load_json, read_header
 
 PREFIX = "base_model.model."
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# Keys of adapter_config.json [PEFT 0.21, LoraConfig].  HONOURED: read here.  HARMLESS: they concern
+# training, where the model was found, or which modules the tensors belong to, which their names
+# say.  Any other key that is set is refused: it may change what is computed.
+HONOURED = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias",
+            "task_type", "init_lora_weights", "modules_to_save", "ensure_weight_tying")
+HARMLESS = ("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
+            "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform",
+            "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
+            "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
+            "velora_config")
+TASKS = ("", "CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
+# Ways to begin that leave the base model's weights as they are.
+BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def check_config(c):
+    if c.word("peft_type", "LORA") != "LORA":
+        c.bad("peft_type", '"LORA"')
+    if c.word("bias", "none") != "none":
+        c.bad("bias", '"none"')
+    if c.word("task_type") not in TASKS:
+        c.bad("task_type", "one of %s" % ", ".join(TASKS[1:]))
+    if c.values.get("init_lora_weights") not in BEGINNINGS:
+        c.bad("init_lora_weights", "one that leaves the base model as it is: merge the adapter "
+              "with peft (merge_and_unload) and convert the result")
+    if c.values.get("target_parameters"):
+        c.bad("target_parameters", "none: adapters of fused experts are not known here; merge them "
+              "with peft (merge_and_unload) and convert the result")
+    for key, value in c.values.items():
+        if value and key not in HONOURED + HARMLESS:
+            c.bad(key, "none: merge the adapter with peft (merge_and_unload) and convert the "
+                  "result")
+    c.whole("r", 8, least=1)
 
 
 class Pair:
@@ -26,51 +62,72 @@ class Adapter:
         config_path = os.path.join(folder, "adapter_config.json")
         self.path = os.path.join(folder, "adapter_model.safetensors")
         c = self.config = Json(load_json(config_path), config_path)
-        if c.word("peft_type", "LORA") != "LORA":
-            c.bad("peft_type", '"LORA"')
-        for key in ("use_dora", "use_qalora", "fan_in_fan_out"):
-            if c.flag(key):
-                c.bad(key, "false")
-        if c.word("bias", "none") != "none":
-            c.bad("bias", '"none"')
-        if c.values.get("target_parameters"):
-            c.bad("target_parameters", "none (adapters of modules only)")
-        c.whole("r", least=1)
+        check_config(c)
         self.pairs, self.whole, self.used, self.loaded = {}, {}, set(), (None, None)
-        for name, entry in read_header(self.path).items():
-            self._add(name, entry)
+        self.vision = []
+        tensors = read_header(self.path)
+        parts = {name: self._split(name) for name in tensors}
+        names = Names([tensor for tensor, _, _ in parts.values()], self.path)
+        for name, (tensor, module, letter) in parts.items():
+            plain = names.plain(tensor)
+            if plain is None:
+                self.vision.append(name)
+            elif letter is None:
+                self.whole[plain] = (name, tensors[name])
+            else:
+                pair = self.pairs.setdefault(plain, Pair(module))
+                pair.embedding = pair.embedding or "embedding" in letter
+                setattr(pair, letter[-1].lower(), tensors[name])
         for pair in self.pairs.values():
             if pair.a is None or pair.b is None:
                 raise ConvertError("%s: %s: found lora_%s, expected lora_A and lora_B"
                                    % (self.path, pair.name, "A" if pair.b is None else "B"))
 
-    def _add(self, name, entry):
+    def _split(self, name):
+        """The base model's tensor, its module, and "A", "B", "embedding_A", "embedding_B", or None
+        for a tensor saved in full."""
         if not name.startswith(PREFIX):
             raise ConvertError("%s: %s: found another prefix, expected %s"
                                % (self.path, name, PREFIX))
         bare = name[len(PREFIX):]
-        m = re.match(r"(.*)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?$", bare)
-        if m is None:
-            if ".lora_" in bare:
-                raise ConvertError("%s: %s: found an adapter tensor, expected lora_A or lora_B"
-                                   % (self.path, name))
-            bare = bare.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
-            self.whole[hf_checkpoint.plain_name(bare) or bare] = (name, entry)
-            return
-        module = hf_checkpoint.plain_name(m.group(1) + ".weight") or m.group(1) + ".weight"
-        pair = self.pairs.setdefault(module, Pair(m.group(1)))
-        pair.embedding = bool(m.group(2))
-        setattr(pair, m.group(3).lower(), entry)
+        m = re.match(r"(.*)\.lora_((?:embedding_)?[AB])(?:\.default)?(?:\.weight)?$", bare)
+        if m:
+            return m.group(1) + ".weight", m.group(1), m.group(2)
+        if ".lora_" in bare:
+            raise ConvertError("%s: %s: found an adapter tensor, expected lora_A or lora_B"
+                               % (self.path, name))
+        return re.sub(r"\.(?:modules_to_save(?:\.default)?|base_layer)\.", ".", bare), None, None
 
-    def attach(self, tensors):
-        """Full tensors take the place of the checkpoint's; the others wait for merge."""
+    def attach(self, tensors, tied):
+        """Full tensors take the place of the checkpoint's; the others wait for merge.  tied: the
+        checkpoint's head is its embedding, of which an adapter changes one and not the other."""
         tensors.adapter = self
+        tensors.plan.skipped += [(name, "vision") for name in self.vision]
+        if tied and HEAD not in tensors:
+            self._untie(tensors)
         for name, (original, entry) in self.whole.items():
-            if name not in tensors:
+            if name not in tensors and name not in (HEAD, "score.weight", "score.bias"):
                 raise ConvertError("%s: %s: found a tensor that the checkpoint has not, expected "
                                    "one of its own" % (self.path, original))
             tensors.entries[name] = entry
             tensors.original[name] = original
+
+    def _untie(self, tensors):
+        """As PEFT computes: an adapter of the embedding leaves the head as it is, one of the head
+        leaves the embedding.  What modules_to_save does not name is loaded into both."""
+        saved = self.config.items("modules_to_save", str)
+        apart = HEAD in self.pairs or EMBED in self.pairs or HEAD in self.whole \
+            or EMBED in self.whole and "embed_tokens" in saved
+        if not apart or EMBED not in tensors:
+            return
+        if self.config.flag("ensure_weight_tying"):
+            self.config.bad("ensure_weight_tying", "false: an adapter that ties head and embedding "
+                            "is not known here; merge it with peft and convert the result")
+        tensors.entries[HEAD] = tensors.entries[EMBED]
+        tensors.original[HEAD] = tensors.original[EMBED]
+        tensors.untied = True
+        tensors.plan.notes.append("the adapter changes head or embedding alone: they are no longer "
+                                  "tied")
 
     def merge(self, name, matrices):
         """The matrices of a tensor of the checkpoint, with the adapter if it has one."""
@@ -123,7 +180,7 @@ class Adapter:
 
     def _scale(self, module, rank):
         c = self.config
-        expected = self._pattern("rank_pattern", module, c.whole("r"))
+        expected = self._pattern("rank_pattern", module, c.whole("r", 8))
         if rank != expected:
             raise ConvertError("%s: %s: found rank %d, expected %d from adapter_config.json"
                                % (self.path, module, rank, expected))

@@ -1,8 +1,12 @@
 """What a converter hands to the writer: configuration, output tensors, what was passed over."""
 import struct
 
+from files import ConvertError, line
 from matrix import Bytes, Rows
-from q3n_file import ConvertError
+
+
+MAX_PROBLEMS = 12                # that are told line by line
+MAX_EXAMPLES = 6
 
 
 class Output:
@@ -31,6 +35,8 @@ class Plan:
         self.config, self.groups, self.skipped = {}, [], []
         self.raw = {}                    # config.json, for the special ids it names
         self.notes, self.warnings, self.problems = [], [], []
+        self.hints, self.n_problems, self.n_missing = {}, 0, 0
+        self.no_mtp = False              # --no-mtp
         self.tokenizer = b""             # the TOKENIZER section, empty if there is none
 
     def close(self):
@@ -49,12 +55,35 @@ class Plan:
             for part, m in (("gate", gate), ("up", up), ("down", down))])
 
     def problem(self, name, found, expected):
-        self.problems.append("%s: found %s, expected %s" % (name, found, expected))
+        self.n_problems += 1
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(line("%s: found %s, expected %s" % (name, found, expected)))
 
-    def finish(self):
-        """Raise the problems together, a line each."""
-        if self.problems:
-            raise ConvertError("\n".join("%s: %s" % (self.where, p) for p in self.problems))
+    def hint(self, prefix, text):
+        """What to do if tensors whose names start like this are missing."""
+        self.hints[prefix] = text
+
+    def missing(self, name, shape):
+        self.n_missing += 1
+        expected = str(list(shape))
+        for prefix in [prefix for prefix in self.hints if name.startswith(prefix)]:
+            expected += ", " + self.hints.pop(prefix)    # said once
+        self.problem(name, "nothing", expected)
+
+    def finish(self, unknown=()):
+        """Raise the problems together: all of a few, of many how many and some of them, and what
+        the checkpoint has that the model does not know."""
+        if not self.problems:
+            return
+        lines = self.problems
+        if self.n_problems > len(lines):
+            lines = ["found %d of the model's tensors missing and %d of another shape or type, "
+                     "such as" % (self.n_missing, self.n_problems - self.n_missing)] + lines
+        if unknown:
+            lines = lines + ["found %d tensors that have no place in the model: %s%s" % (
+                len(unknown), line(", ".join(unknown[:MAX_EXAMPLES])),
+                ", ..." if len(unknown) > MAX_EXAMPLES else "")]
+        raise ConvertError("\n".join("%s: %s" % (self.where, text) for text in lines))
 
 
 def f32_vector(values, source, cols=None):

@@ -9,6 +9,7 @@ import struct
 
 import files
 from files import ConvertError
+from hf_names import MTP
 
 MAX_HEADER = 100000000           # bytes; the format's own limit
 MAX_TEXT = 1 << 28               # bytes of JSON and other texts: published tokenizers have 11 MB
@@ -17,7 +18,11 @@ DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2,
     "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }
-INDEX = "model.safetensors.index.json"
+# All that the format knows; those without a size here are smaller than a byte or newer.
+DTYPES = tuple(DTYPE_BYTES) + ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
+                               "C64")
+MAX_DIMS = 8
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 Entry = collections.namedtuple("Entry", "dtype shape offset bytes store")
 
@@ -110,15 +115,17 @@ def _entry(path, store, name, value, data_start, size):
     def bad(found, expected):
         raise ConvertError("%s: %s: found %s, expected %s" % (path, name, found, expected))
 
-    if not (isinstance(value, dict) and isinstance(value.get("dtype"), str)
+    if not (isinstance(value, dict) and value.get("dtype") in DTYPES
             and _is_counts(value.get("shape")) and _is_counts(value.get("data_offsets"), 2)):
-        bad(json.dumps(value)[:80], "dtype, shape and data_offsets")
+        bad(files.shown(value), "dtype, shape and data_offsets")
     begin, end = value["data_offsets"]
     if begin > end:
         bad("data_offsets %d > %d" % (begin, end), "begin <= end")
     if data_start + end > size:
         bad("data up to byte %d of a file of %d bytes" % (data_start + end, size),
             "data inside the file: truncated")
+    if len(value["shape"]) > MAX_DIMS:
+        bad("%d dimensions" % len(value["shape"]), "at most %d" % MAX_DIMS)
     if value["dtype"] in DTYPE_BYTES:
         expected = DTYPE_BYTES[value["dtype"]]
         for dim in value["shape"]:
@@ -142,7 +149,7 @@ def read_files(paths):
 
 
 def read_indexed(index_path):
-    """Entries that the index names, and [(name, reason)] of those that it passes over."""
+    """Entries of the shards that the index names, and the shards' names."""
     index = load_json(index_path)
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
@@ -157,35 +164,64 @@ def read_indexed(index_path):
     if gone:
         raise ConvertError("%s: found no %s, expected %d shards beside it"
                            % (index_path, ", ".join(gone), len(shards)))
-    entries, skipped = collections.OrderedDict(), []
+    entries = collections.OrderedDict()
     for shard in shards:
         for name, entry in read_header(os.path.join(folder, shard)).items():
-            if places.get(name) == shard:
-                entries[name] = entry
-            else:
-                skipped.append((name, "%s, not in the index" % shard))
+            # as transformers: all that the shards hold, but what the index gives to another
+            if places.get(name, shard) != shard:
+                continue
+            if name in entries:
+                raise ConvertError("%s: %s: found in %s and %s and not in the index, expected it "
+                                   "once" % (folder, name,
+                                             os.path.basename(entries[name].store.path), shard))
+            entries[name] = entry
     gone = [name for name in places if name not in entries]
     if gone:
         raise ConvertError("%s: %s: found in the index, expected in %s%s" % (
             index_path, gone[0], places[gone[0]],
             "" if len(gone) == 1 else " (and %d more)" % (len(gone) - 1)))
-    return entries, skipped
+    return entries, shards
 
 
 def open_checkpoint(path):
-    """(entries, skipped) of a folder, an index or a file."""
+    """(entries, notes) of a folder, an index or a file.  As transformers: in a folder
+    model.safetensors comes before an index."""
     if not os.path.isdir(path):
-        return read_indexed(path) if path.endswith(".index.json") else (read_files([path]), [])
-    index = os.path.join(path, INDEX)
-    if os.path.exists(index):
-        return read_indexed(index)
+        if path.endswith(".index.json"):
+            return read_indexed(path)[0], []
+        return read_files([path]), []
     names = sorted(n for n in os.listdir(path)
                    if n.endswith(".safetensors") and not n.startswith("adapter_"))
-    if "model.safetensors" in names:
-        names = ["model.safetensors"]
-    if not names:
+    notes, index = [], os.path.join(path, INDEX)
+    if WHOLE in names:
+        if os.path.exists(index):
+            notes.append("found %s beside %s: not used, as in transformers" % (INDEX, WHOLE))
+        entries, used = read_files([os.path.join(path, WHOLE)]), [WHOLE]
+    elif os.path.exists(index):
+        entries, used = read_indexed(index)
+    else:
+        entries, used = read_files([os.path.join(path, n) for n in names]), names
+    if not used:
         old = [n for n in os.listdir(path) if n.endswith((".bin", ".pt", ".pth"))]
         raise ConvertError("%s: found %s, expected *.safetensors%s" % (
             path, old[0] if old else "no weights",
             ": save the model with safe_serialization first" if old else ", .keras or .weights.h5"))
-    return read_files([os.path.join(path, n) for n in names]), []
+    _add_mtp(path, entries, [n for n in names if n not in used], notes)
+    return entries, notes
+
+
+def _add_mtp(folder, entries, names, notes):
+    """Of files beside a checkpoint: that of a multi-token-prediction module, which an index may
+    leave out.  It holds nothing else."""
+    others = []
+    for file in names:
+        found = read_header(os.path.join(folder, file))
+        if found and all(MTP.fullmatch(name) for name in found) \
+                and not any(MTP.fullmatch(name) for name in entries):
+            entries.update(found)
+            notes.append("%s: an MTP module" % file)
+        else:
+            others.append(file)
+    if others:
+        notes.append("%d files that are not part of the checkpoint were passed over: %s%s" % (
+            len(others), ", ".join(others[:3]), ", ..." if len(others) > 3 else ""))

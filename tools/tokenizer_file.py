@@ -392,27 +392,43 @@ def _add_named(t, settings, vocab_size):
 
 # ---- Special ids ----
 
-def special_ids(folder, raw, tokenizer, plan_config):
-    """Config keys eos_ids, bos_id, pad_id.  A classifier reads the last token that is not pad_id:
-    transformers asks config.json alone for that one."""
-    vocab_size = plan_config["vocab_size"]
+def special_ids(folder, plan, tokenizer):
+    """Config keys eos_ids, bos_id, pad_id.  Which place counts: the table in hf_config.py."""
     generation = _optional(folder, "generation_config.json")
-    config = text_part(raw, os.path.join(folder, "config.json"))
-    eos = _ids(generation, "eos_token_id")
-    if not eos:
-        eos = _ids(config, "eos_token_id") + _named(tokenizer, "eos_token")
-    out = {}
-    eos = [i for i in dict.fromkeys(eos) if i < vocab_size]
+    config = text_part(plan.raw, os.path.join(folder, "config.json"))
+    eos, mine, out = _ids(generation, "eos_token_id"), _ids(config, "eos_token_id"), {}
+    if "eos_token_id" in config.values.overrides:
+        eos = mine
+    elif not eos:
+        eos = mine + _named(tokenizer, "eos_token")
+    lost = [i for i in mine if i not in eos]
+    if lost:
+        plan.warnings.append("%s: eos_token_id %d is not used: generation_config.json has another"
+                             % (config.where, lost[0]))
+    eos = _known(plan, config, "eos_token_id", eos)
     if eos:
         out["eos_ids"] = eos
     for key in ("bos", "pad"):
-        ids = _ids(config, key + "_token_id")
-        if key == "bos" or not plan_config["num_labels"]:
-            ids = (ids or _named(tokenizer, key + "_token")
-                   or _ids(generation, key + "_token_id"))
-        if ids and ids[0] < vocab_size:
+        name = key + "_token_id"
+        ids = _ids(config, name)
+        if not ids and name not in config.values.overrides \
+                and (key == "bos" or not plan.config["num_labels"]):
+            ids = _named(tokenizer, key + "_token") or _ids(generation, name)
+        ids = _known(plan, config, name, ids)
+        if ids:
             out[key + "_id"] = ids[0]
     return out
+
+
+def _known(plan, config, key, ids):
+    """The ids that the vocabulary has, each once."""
+    vocab_size = plan.config["vocab_size"]
+    beyond = [i for i in ids if i >= vocab_size]
+    if beyond and key in config.values.overrides:
+        config.bad(key, "ids below vocab_size, %d" % vocab_size)
+    if beyond:
+        plan.warnings.append("%s %d is not used: vocab_size is %d" % (key, beyond[0], vocab_size))
+    return [i for i in dict.fromkeys(ids) if i < vocab_size]
 
 
 def _ids(source, key):
