@@ -47,7 +47,9 @@ ifeq ($(config),fuzz)
 endif
 
 # ---- What is made of what ----
-CLI_OBJECTS   := $(patsubst examples/q3n/%.c,$(B)/obj/q3n/%.o,$(wildcard examples/q3n/*.c))
+# library.c serves who compiles examples/q3n/*.c alone; here the implementation is an object already.
+CLI_SOURCES   := $(filter-out %/library.c,$(wildcard examples/q3n/*.c))
+CLI_OBJECTS   := $(CLI_SOURCES:examples/q3n/%.c=$(B)/obj/q3n/%.o) $(B)/obj/qwen3next.o
 C_TESTS       := $(patsubst tests/test_%.c,%,$(wildcard tests/test_*.c))
 FUZZ_TARGETS  := $(patsubst tests/fuzz_%.c,%,$(wildcard tests/fuzz_*.c))
 PYTHON_TESTS  := $(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py))
