@@ -47,7 +47,7 @@ ifeq ($(config),fuzz)
 endif
 
 # ---- What is made of what ----
-# library.c serves who compiles examples/q3n/*.c alone; here the implementation is an object already.
+# library.c serves who compiles examples/q3n/*.c alone; here the implementation is an object.
 CLI_SOURCES   := $(filter-out %/library.c,$(wildcard examples/q3n/*.c))
 CLI_OBJECTS   := $(CLI_SOURCES:examples/q3n/%.c=$(B)/obj/q3n/%.o) $(B)/obj/qwen3next.o
 C_TESTS       := $(patsubst tests/test_%.c,%,$(wildcard tests/test_*.c))
