@@ -40,7 +40,7 @@ ifeq ($(config),aarch64)
   CMOCKA  := -isystem $(SYSROOT)/include -L$(SYSROOT)/lib/aarch64-linux-gnu -lcmocka \
              -Wl,-rpath,$(SYSROOT)/lib/aarch64-linux-gnu
   RUN     := qemu-aarch64 -L /usr/aarch64-linux-gnu
-  export TEST_LIMIT := 3600
+  export TEST_CPU_SECONDS := 7200
 endif
 ifeq ($(config),fuzz)
   override CC := clang
@@ -240,7 +240,7 @@ $(RESULTS)/test_%: $(B)/tests/test_% $(SUITE_INPUTS) always
 
 $(RESULTS)/test_%.py: tests/test_%.py $(PROGRAMS) $(SUITE_INPUTS) always
 	@Q3N='$(RUN) $(B)/q3n' QWEN3NEXT_LIB=$(B)/libqwen3next.so PYTHONDONTWRITEBYTECODE=1 \
-	    tests/run.sh $(SHOWN) $@ $(PY) -m unittest discover -s tests -p test_$*.py
+	    tests/run.sh $(SHOWN) $@ $(PY) -m unittest discover -v -s tests -p test_$*.py
 
 $(RESULTS)/replay_%: $(B)/tests/replay_% $(SUITE_INPUTS) always
 	@tests/run.sh $(SHOWN) $@ $(RUN) $< build/corpus/*.q3n

@@ -72,7 +72,7 @@ class CliTest(unittest.TestCase):
 
     def run_cli(self, *args, stdin=b"", status=0, quiet=True):
         """stdout; checks the exit status and that errors are one line.  self.notes is stderr."""
-        done = subprocess.run(COMMAND + list(args), input=stdin, timeout=300, check=False,
+        done = subprocess.run(COMMAND + list(args), input=stdin, check=False,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         shown = done.stderr[-2000:].decode("utf-8", "replace")
         self.notes = shown
@@ -657,7 +657,7 @@ def catches_interrupt(pid):
 
 def wait_until(condition):
     """A machine may be slow, so this only ends what would never end."""
-    end = time.monotonic() + 300
+    end = time.monotonic() + 3600
     while not condition():
         if time.monotonic() > end:
             raise AssertionError("it never happened")
@@ -693,7 +693,7 @@ class InterruptTest(CliTest):
                          "--greedy", "--session", self.path, "--special")
         text = run.stdout.read(40)
         run.send_signal(signal.SIGINT)
-        rest, notes = run.communicate(timeout=300)
+        rest, notes = run.communicate()
         self.assertEqual(run.returncode, 130, notes)
         self.assertIn(b"interrupted", notes)
         self.assertEqual(os.listdir(self.folder), ["chat.q3s"])

@@ -11,6 +11,7 @@
 
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
+#include "isas.h"
 
 /* ---- Memory: a page that nobody may read behind each input, guard bytes around outputs ---- */
 #define GUARD      64
@@ -161,10 +162,12 @@ static int lanes(void)
 /* Roundings of a sum of n products whose accumulator is a vector: its steps and its last sum. */
 static double sum_error(int n) { return (n / lanes() + 8) * U; }
 
-static void for_each_isa(void (*test)(void))
+#define FOR_EACH_ISA(test) run_on_each_isa(__func__, test)
+
+static void run_on_each_isa(const char *name, void (*test)(void))
 {
     for (int i = 0; i < Q3N_ISA_COUNT; i++) {
-        if (!q3n_isa_supported((q3n_isa)i)) continue;
+        if (!isa_runs((q3n_isa)i, name)) continue;
         isa = (q3n_isa)i;
         assert_int_equal(q3n__kernels_init(&kernels, isa), isa);
         random_state = 12345;
@@ -258,7 +261,7 @@ static void matmul_values(void)
             }
 }
 
-static void test_matmul(void **state) { (void)state; for_each_isa(matmul_values); }
+static void test_matmul(void **state) { (void)state; FOR_EACH_ISA(matmul_values); }
 
 /* One call for everything, one call for each element, and random rectangles between. */
 static void matmul_cuts(void)
@@ -293,7 +296,7 @@ static void matmul_cuts(void)
         }
 }
 
-static void test_matmul_cuts(void **state) { (void)state; for_each_isa(matmul_cuts); }
+static void test_matmul_cuts(void **state) { (void)state; FOR_EACH_ISA(matmul_cuts); }
 
 /* ---- Quantised matrices ---- */
 static const q3n_type quant_types[] = { Q3N_TYPE_Q8, Q3N_TYPE_Q6, Q3N_TYPE_Q4, Q3N_TYPE_Q3 };
@@ -390,7 +393,7 @@ static void quantised_values(void)
                 }
 }
 
-static void test_quantised(void **state) { (void)state; for_each_isa(quantised_values); }
+static void test_quantised(void **state) { (void)state; FOR_EACH_ISA(quantised_values); }
 
 /* Any rectangle gives the bits of the whole; the x86 kernels with multiply-add give one result. */
 static void quantised_cuts(void)
@@ -430,7 +433,7 @@ static void quantised_cuts(void)
         }
 }
 
-static void test_quantised_cuts(void **state) { (void)state; for_each_isa(quantised_cuts); }
+static void test_quantised_cuts(void **state) { (void)state; FOR_EACH_ISA(quantised_cuts); }
 
 /* Activations are quantised to the same bytes everywhere. */
 static void quantize_x_values(void)
@@ -462,7 +465,7 @@ static void quantize_x_values(void)
     }
 }
 
-static void test_quantize_x(void **state) { (void)state; for_each_isa(quantize_x_values); }
+static void test_quantize_x(void **state) { (void)state; FOR_EACH_ISA(quantize_x_values); }
 
 /* A row as floats is what the product with unit vectors gives. */
 static void test_dequantize_row(void **state)
@@ -644,7 +647,7 @@ static void attend_values(void)
             }
 }
 
-static void test_attend(void **state) { (void)state; for_each_isa(attend_values); }
+static void test_attend(void **state) { (void)state; FOR_EACH_ISA(attend_values); }
 
 /* ---- delta ---- */
 #define DELTA_TOKENS 5
@@ -744,7 +747,7 @@ static void delta_values(void)
     release();
 }
 
-static void test_delta(void **state) { (void)state; for_each_isa(delta_values); }
+static void test_delta(void **state) { (void)state; FOR_EACH_ISA(delta_values); }
 
 /* All tokens and columns at once = token by token, in ranges of columns of any width. */
 static void delta_cuts(void)
@@ -779,7 +782,7 @@ static void delta_cuts(void)
         }
 }
 
-static void test_delta_cuts(void **state) { (void)state; for_each_isa(delta_cuts); }
+static void test_delta_cuts(void **state) { (void)state; FOR_EACH_ISA(delta_cuts); }
 
 /* Columns [begin, end) of out [n_rows, n_cols] are those of want; nobody wrote the others. */
 static void check_columns(const float *out, const float *want, int n_rows, int n_cols,
@@ -869,7 +872,7 @@ static void delta_lag(void)
         }
 }
 
-static void test_delta_lag(void **state) { (void)state; for_each_isa(delta_lag); }
+static void test_delta_lag(void **state) { (void)state; FOR_EACH_ISA(delta_lag); }
 
 /* ---- conv ---- */
 static double silu(double x) { return x / (1.0 + exp(-x)); }
@@ -951,7 +954,7 @@ static void conv_values(void)
             }
 }
 
-static void test_conv(void **state) { (void)state; for_each_isa(conv_values); }
+static void test_conv(void **state) { (void)state; FOR_EACH_ISA(conv_values); }
 
 static void conv_cuts(void)
 {
@@ -980,7 +983,7 @@ static void conv_cuts(void)
     }
 }
 
-static void test_conv_cuts(void **state) { (void)state; for_each_isa(conv_cuts); }
+static void test_conv_cuts(void **state) { (void)state; FOR_EACH_ISA(conv_cuts); }
 
 static void conv_elsewhere(void)
 {
@@ -1010,7 +1013,7 @@ static void conv_elsewhere(void)
     }
 }
 
-static void test_conv_elsewhere(void **state) { (void)state; for_each_isa(conv_elsewhere); }
+static void test_conv_elsewhere(void **state) { (void)state; FOR_EACH_ISA(conv_elsewhere); }
 
 /* ---- dot, axpy, rms_norm ---- */
 static void vector_values(void)
@@ -1051,7 +1054,7 @@ static void vector_values(void)
         }
 }
 
-static void test_vectors(void **state) { (void)state; for_each_isa(vector_values); }
+static void test_vectors(void **state) { (void)state; FOR_EACH_ISA(vector_values); }
 
 /* ---- softmax, silu, sigmoid ---- */
 static void softmax_values(void)
@@ -1079,7 +1082,7 @@ static void softmax_values(void)
         }
 }
 
-static void test_softmax(void **state) { (void)state; for_each_isa(softmax_values); }
+static void test_softmax(void **state) { (void)state; FOR_EACH_ISA(softmax_values); }
 
 static void gate_values(void)
 {
@@ -1110,7 +1113,7 @@ static void gate_values(void)
         }
 }
 
-static void test_gates(void **state) { (void)state; for_each_isa(gate_values); }
+static void test_gates(void **state) { (void)state; FOR_EACH_ISA(gate_values); }
 
 /* ---- e^x of the vector ISAs, reached through the sum that softmax and attend use ---- */
 static float exp_scalar(float *x, int n, float m)
@@ -1186,7 +1189,7 @@ static void exp_values(void)
     assert_true(special[3] == 1.0f && special[4] == 1.0f);
 }
 
-static void test_exp(void **state) { (void)state; for_each_isa(exp_values); }
+static void test_exp(void **state) { (void)state; FOR_EACH_ISA(exp_values); }
 
 /* ---- Conversions ---- */
 
@@ -1238,7 +1241,7 @@ static void conversions_to_f32(void)
     release();
 }
 
-static void test_to_f32(void **state) { (void)state; for_each_isa(conversions_to_f32); }
+static void test_to_f32(void **state) { (void)state; FOR_EACH_ISA(conversions_to_f32); }
 
 /* Nearest of the 16-bit floats, ties to the even one: by bisection over their values, where what
  * stands for infinity counts as the next power of two. */
@@ -1326,5 +1329,6 @@ int main(void)
         cmocka_unit_test(test_conv_cuts),
         cmocka_unit_test(test_conv_elsewhere),
     };
+    print_isas();
     return cmocka_run_group_tests_name("kernels", tests, NULL, NULL);
 }

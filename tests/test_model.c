@@ -10,6 +10,7 @@
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
 #include "failing.h"
+#include "isas.h"
 #include "sessions.h"
 
 /* ---- Models and sessions ---- */
@@ -195,7 +196,7 @@ static void test_golden(void **state)
     const char *cases = golden_member(golden, "cases"), *greedy = golden_member(golden, "greedy");
     assert_true(golden_length(cases) >= 2);
     for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-        if (!q3n_isa_supported((q3n_isa)isa)) continue;
+        if (!isa_runs((q3n_isa)isa, __func__)) continue;
         const char *p = cases, *one;
         while ((one = golden_next(&p)) != NULL) check_case(m, (q3n_isa)isa, one, name);
         if (greedy) check_greedy(m, (q3n_isa)isa, greedy);
@@ -211,7 +212,7 @@ static void test_golden_classifier(void **state)
     char *golden = read_golden(name, "golden.json");
     const int n_labels = q3n_model_config(m)->num_labels;
     for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-        if (!q3n_isa_supported((q3n_isa)isa)) continue;
+        if (!isa_runs((q3n_isa)isa, __func__)) continue;
         const char *p = golden_member(golden, "cases"), *one;
         while ((one = golden_next(&p)) != NULL) {
             int n, count;
@@ -259,7 +260,7 @@ static void test_golden_keras(void **state)
         double *want = golden_numbers(golden_next(&outputs), &count);
         assert_int_equal(count, n * V);
         for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-            if (!q3n_isa_supported((q3n_isa)isa)) continue;
+            if (!isa_runs((q3n_isa)isa, __func__)) continue;
             q3n_session_options o = options_of((q3n_isa)isa);
             o.capacity = n;
             float *logits = new_logits(m, n);
@@ -395,7 +396,7 @@ static void test_identity(void **state)
     const int n = 70;
     int32_t *ids = random_ids(n, q3n_model_config(m)->vocab_size);
     for (int isa = 0; isa < Q3N_ISA_COUNT; isa++)
-        if (q3n_isa_supported((q3n_isa)isa)) check_all_cuttings(m, (q3n_isa)isa, ids, n);
+        if (isa_runs((q3n_isa)isa, __func__)) check_all_cuttings(m, (q3n_isa)isa, ids, n);
     free(ids);
     q3n_model_close(m);
 }
@@ -406,7 +407,7 @@ static void test_identity_bidirectional(void **state)
     q3n_model *m = open_model((const char *)*state, NULL);
     int32_t *ids = random_ids(9, q3n_model_config(m)->vocab_size);
     for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-        if (!q3n_isa_supported((q3n_isa)isa)) continue;
+        if (!isa_runs((q3n_isa)isa, __func__)) continue;
         q3n_session_options o = options_of((q3n_isa)isa);
         o.capacity = 9;
         float *want = new_logits(m, 9);
@@ -441,7 +442,7 @@ static void test_identity_long(void **state)
     const int n = 700;
     int32_t *ids = random_ids(n, q3n_model_config(m)->vocab_size);
     for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-        if (!q3n_isa_supported((q3n_isa)isa)) continue;
+        if (!isa_runs((q3n_isa)isa, __func__)) continue;
         q3n_session_options o = options_of((q3n_isa)isa);
         o.capacity = 1024;
         float *want = new_logits(m, n);
@@ -528,7 +529,7 @@ static void test_attention_long(void **state)
     const int n = 700;
     int32_t *ids = random_ids(n, q3n_model_config(m)->vocab_size);
     for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-        if (!q3n_isa_supported((q3n_isa)isa)) continue;
+        if (!isa_runs((q3n_isa)isa, __func__)) continue;
         for (int n_threads = 1; n_threads <= 2; n_threads++) {   /* two split few tokens */
             attention_check c = { NULL, q3n_model_config(m)->num_hidden_layers, 0, 0 };
             for (int l = 0; l < c.n_layers; l++) c.n_attention += !m->layers[l].is_delta;
@@ -565,7 +566,7 @@ static void test_kv_types(void **state)
     const int n = 70, V = q3n_model_config(m)->vocab_size;
     int32_t *ids = random_ids(n, V);
     for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-        if (!q3n_isa_supported((q3n_isa)isa)) continue;
+        if (!isa_runs((q3n_isa)isa, __func__)) continue;
         q3n_session_options o = options_of((q3n_isa)isa);
         float *want = new_logits(m, 1), *got = new_logits(m, 1), *piecewise = new_logits(m, n);
         q3n_session *s = create_session(m, &o);
@@ -616,7 +617,7 @@ static void test_quantised(void **state)
         q3n_model *small = NULL;
         if (q3n_model_open(&small, path, NULL, &err) != Q3N_OK) fail_msg("%s", err.message);
         for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-            if (!q3n_isa_supported((q3n_isa)isa)) continue;
+            if (!isa_runs((q3n_isa)isa, __func__)) continue;
             check_all_cuttings(small, (q3n_isa)isa, ids, n);
             const q3n_session_options o = options_of((q3n_isa)isa);
             q3n_session *a = create_session(m, &o), *b = create_session(small, &o);

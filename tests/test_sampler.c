@@ -6,7 +6,6 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
-#include <time.h>
 
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
@@ -716,38 +715,30 @@ static void test_memory(void **state)
     assert_null(s);
 }
 
-static void test_time(void **state)
+/* A whole vocabulary, often enough that work of its square would take hours: tests/run.sh ends a
+ * suite by the CPU seconds that it used. */
+static void test_linear_work(void **state)
 {
     (void)state;
-    static const struct { const char *name; q3n_sampler_options o; } list[] = {
-        { "greedy", { .temperature = 0.0f } }, { "top-k 20", { .temperature = 1.0f, .top_k = 20 } },
-        { "top-p 0.95", { .temperature = 1.0f, .top_p = 0.95f } },
-        { "no filter", { .temperature = 1.0f } }
+    static const q3n_sampler_options list[] = {
+        { .temperature = 0.0f }, { .temperature = 1.0f, .top_k = 20 },
+        { .temperature = 1.0f, .top_p = 0.95f }, { .temperature = 1.0f }
     };
     static float other[BIG_VOCAB];
     random_state = 4;
     for (int i = 0; i < BIG_VOCAB; i++) logits[i] = 2.0f * random_normal();
     for (int i = 0; i < BIG_VOCAB; i++) other[i] = 2.0f * random_normal();
     for (size_t k = 0; k < COUNT(list); k++) {
-        q3n_sampler *s = create(BIG_VOCAB, list[k].o);
-        double best[3] = { 1e9, 1e9, 1e9 };
+        q3n_sampler *s = create(BIG_VOCAB, list[k]);
         for (int i = 0; i < 20; i++) {
             q3n__draft d;
-            const clock_t start = clock();
-            q3n_sampler_sample(s, logits);
-            const clock_t sampled = clock();
+            int32_t id = q3n_sampler_sample(s, logits);
+            assert_true(id >= 0 && id < BIG_VOCAB);
             q3n__sampler_draft(s, other, &d);
-            const clock_t drafted = clock();
-            q3n__sampler_choose(s, logits, &d);   /* rejected, but for chance */
-            const clock_t spent[3] = { sampled - start, drafted - sampled, clock() - drafted };
-            for (int j = 0; j < 3; j++)
-                if ((double)spent[j] < best[j]) best[j] = (double)spent[j];
+            id = q3n__sampler_choose(s, logits, &d);     /* rejected, but for chance */
+            assert_true(id >= 0 && id < BIG_VOCAB);
         }
         q3n_sampler_destroy(s);
-        for (int j = 0; j < 3; j++) best[j] *= 1e3 / CLOCKS_PER_SEC;
-        print_message("%s: ms for %d logits: sample %.3f, draft %.3f, choose %.3f\n", list[k].name,
-                      BIG_VOCAB, best[0], best[1], best[2]);
-        assert_true(best[0] + best[1] + best[2] < 1000.0);   /* nothing quadratic, even emulated */
     }
 }
 
@@ -764,7 +755,7 @@ int main(void)
         cmocka_unit_test(test_residual), cmocka_unit_test(test_drafts_of_extreme_logits),
         cmocka_unit_test(test_seed), cmocka_unit_test(test_random_numbers),
         cmocka_unit_test(test_option_errors), cmocka_unit_test(test_memory),
-        cmocka_unit_test(test_time)
+        cmocka_unit_test(test_linear_work)
     };
     return cmocka_run_group_tests_name("sampler", tests, NULL, NULL);
 }

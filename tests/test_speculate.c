@@ -9,6 +9,7 @@
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
 #include "failing.h"
+#include "isas.h"
 #include "sessions.h"
 
 /* ---- Drafts against the reference implementation ---- */
@@ -82,7 +83,7 @@ static void check_draft_golden(const q3n_model *m, const int32_t *ids, int n, co
     assert_non_null(drafts);
     float *logits = new_floats((size_t)n * (size_t)V);
     for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-        if (!q3n_isa_supported((q3n_isa)isa)) continue;
+        if (!isa_runs((q3n_isa)isa, __func__)) continue;
         int n_isa = n;
         q3n_session_options o = plain_options(n + 8);
         o.max_isa = (q3n_isa)isa;

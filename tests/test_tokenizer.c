@@ -6,7 +6,6 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
-#include <time.h>
 
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
@@ -1294,7 +1293,8 @@ static void test_stories(void **state)
 }
 
 /* One word of a megabyte: in order n log n it takes a fraction of a second; the square of n would
- * take hours.  The memory is that of the word. */
+ * take hours, and tests/run.sh ends a suite by the CPU seconds that it used.  The memory is that of
+ * the word. */
 static void check_long_word(const q3n_model *m, const char *text, size_t bytes, size_t n_want)
 {
     int32_t *ids = (int32_t *)malloc(bytes * sizeof *ids);
@@ -1302,10 +1302,8 @@ static void check_long_word(const q3n_model *m, const char *text, size_t bytes, 
     assert_true(ids && back);
     real_memory.peak = real_memory.live;
     const size_t before = real_memory.live;
-    const clock_t start = clock();
     size_t n, n_back;
     assert_int_equal(q3n_tokenize(m, text, bytes, 0, ids, bytes, &n), Q3N_OK);
-    assert_true((double)(clock() - start) / CLOCKS_PER_SEC < 60.0);
     assert_true(real_memory.peak - before <= 64 * bytes);
     assert_int_equal((int)real_memory.live, (int)before);
     if (n_want) assert_int_equal((int)n, (int)n_want);
