@@ -1047,6 +1047,10 @@ class FileTest(CliTest):
         for word in ("weights, mapped", "session of 1000 tokens", "2 snapshots", "total"):
             self.assertIn(word, text)
 
+    def check_share(self, got, size, tok_s, gb_s):
+        want = statistics.median(1e-9 * size * a / b for a, b in zip(tok_s, gb_s))
+        self.assertAlmostEqual(got, want, delta=1e-3 * want)
+
     def check_bench(self, got, prefill, decode):
         self.assertGreater(got["read_gb_s"], 0)
         self.assertEqual([(x["n"], x["threads"]) for x in got["prefill"]], prefill)
@@ -1062,11 +1066,18 @@ class FileTest(CliTest):
             self.assertAlmostEqual(row["gb_s"], 1e-9 * row["bytes"] * row["tok_s"],
                                    delta=1e-3 * row["gb_s"])
             read = next(x for x in got["read"] if x["threads"] == row["threads"])
-            before, behind = (read["gb_s_samples"][i::3] for i in (1, 2))
-            shares = [2e-9 * row["bytes"] * x / (a + b)
-                      for x, a, b in zip(row["tok_s_samples"], before, behind)]
-            self.assertAlmostEqual(row["roof_share"], statistics.median(shares),
-                                   delta=1e-3 * row["roof_share"])
+            self.assertEqual(len(read["gb_s_samples"]), got["repeats"])
+            before, after = (row["roof_gb_s_samples"][i::2] for i in (0, 1))
+            self.check_share(row["roof_share"], row["bytes"], row["tok_s_samples"],
+                             [(a + b) / 2 for a, b in zip(before, after)])
+            self.assertRegex(row["roof_loop"], "^(stream|ahead|pages)(-avx2|-avx512)?$")
+            if got["cache_bytes"]:
+                self.assertTrue(0 <= row["memory_bytes"] <= row["bytes"])
+                self.assertTrue(row["bytes"] <= row["memory_bytes"] + got["cache_bytes"])
+                self.check_share(row["memory_share"], row["memory_bytes"], row["tok_s_samples"],
+                                 read["gb_s_samples"])
+            else:
+                self.assertEqual((row["memory_bytes"], row["memory_share"]), (None, None))
         self.assertTrue(0 < got["open_s"] < got["first_token_s"])
         self.assertTrue(got["cpu"] and got["compiler"] and got["cpus"] > 0)
         self.assertIn(got["isa"], self.isas())
@@ -1110,8 +1121,29 @@ class FileTest(CliTest):
                               "--json")[0]
         self.check_bench(got, [(5, 1)], [])
         text = self.run_cli("bench", path, "-p", "8", "-n", "2", "-t", "1", "-r", "1").decode()
-        for word in ("bits a weight", "resident", "reading", "prefill", "GMAC/s", "of the roof"):
+        for word in ("bits a weight", "resident", "from memory", "prefill", "GMAC/s",
+                     "of the roof"):
             self.assertIn(word, text)
+
+    def test_bench_read(self):
+        args = ["bench", "--read", "-t", "1,2", "-r", "1"]
+        got = self.json_lines(*args, "--json")[0]
+        rows = got["bandwidth"]
+        loops = {row["loop"] for row in rows}
+        self.assertTrue({"stream", "stream-avx512"} & loops)
+        self.assertEqual(len(rows), len({(r["threads"], r["bytes"], r["memory"], r["loop"])
+                                         for r in rows}))
+        self.assertEqual(len(rows), 2 * 8 * len(loops))
+        for row in rows:
+            self.check_samples(row, "gb_s", 1)
+        memory = {row["bytes"] for row in rows if row["memory"]}
+        self.assertEqual(len(memory), 1)
+        self.assertGreaterEqual(max(memory), min(4 * (got["cache_bytes"] or 0), 1 << 28))
+        text = self.run_cli(*args).decode()
+        for word in ("1 threads, GB/s", "2 threads, GB/s", "128 MB", "memory", "stream"):
+            self.assertIn(word, text)
+        self.run_cli("bench", "--read", model("stories"), status=2)
+        self.run_cli("bench", "--read", "--mtp", status=2)
 
 
     def check_samples(self, row, key, n):

@@ -7,7 +7,7 @@ usage: bench_table.py [--q3n COMMAND] [--geometries "g1 g2 g3"] [--types "q4 q8 
 
 Each geometry is made once with random weights (DIR/bench_GEOMETRY_TYPE.q3n) and measured with
 q3n bench: prefill of 512 tokens, 64 decoded tokens, for q4 also behind --depth (4096) tokens.
-A row is a median with the least and the most; the roof is the read bandwidth of the same threads.
+A row is a median with the least and the most; the roof: see q3n bench --help.
 What does not fit into memory or on the disk, and types that this build has not, are passed over.
 
 A peer is a llama-bench program (of llama.cpp or a fork).  It runs on the files of --peer-models
@@ -151,29 +151,22 @@ def peer_row(test, key, value):
 def merge(results):
     """Rounds of the same measurement as one: all samples of each row."""
     merged = copy.deepcopy(results[0])
-    for kind, key in (("read", "gb_s"), ("prefill", "tok_s"), ("decode", "tok_s")):
+    for kind, key in (("read", "gb_s"), ("decode", "roof_gb_s"), ("decode", "roof_share"),
+                      ("prefill", "tok_s"), ("decode", "tok_s")):
         for i, row in enumerate(merged.get(kind, [])):
+            if key not in row:
+                continue
             samples = [x for r in results for x in r[kind][i][key + "_samples"]]
             median = statistics.median(samples)
             for rate in ("gmac_s", "gb_s"):
-                if kind != "read" and rate in row:
+                if key == "tok_s" and rate in row:
                     row[rate] *= median / row[key]
             row.update({key: median, key + "_min": min(samples), key + "_max": max(samples),
                         key + "_samples": samples})
     if "read" in merged:
         merged["read_gb_s"] = max(row["gb_s"] for row in merged["read"])
         merged["repeats"] = sum(r["repeats"] for r in results)
-        read = {row["threads"]: row["gb_s_samples"] for row in merged["read"]}
-        for row in merged["decode"]:
-            row["roof_share"] = roof_share(row, read[row["threads"]])
     return merged
-
-
-def roof_share(row, read):
-    """As q3n bench: in each repetition, of the bandwidth just before and behind the decoding."""
-    n = len(read) // len(row["tok_s_samples"])
-    pairs = zip(row["tok_s_samples"], read[n - 2::n], read[n - 1::n])
-    return statistics.median(2e-9 * row["bytes"] * x / (a + b) for x, a, b in pairs)
 
 
 # ---- Peers ----

@@ -6,8 +6,9 @@
 
 enum {
     BENCH_LIST    = 16,          /* numbers of threads, prompts, depths, sessions */
+    BENCH_THREADS = 1024,        /* at most */
     BENCH_REPEATS = 100,
-    BENCH_READS   = 3            /* of the bandwidth a repetition: first, between, last */
+    BENCH_READS   = 2            /* of the roof a repetition: before and after decoding */
 };
 
 typedef struct bench_list {
@@ -25,13 +26,23 @@ typedef struct bench_spread {
     double median, least, most;
 } bench_spread;
 
-/* One row of the result: prompts of n tokens, or tokens decoded behind a depth. */
+/* Bytes that threads read: of a token, or from memory alone. */
+typedef struct bench_reading {
+    int    threads;
+    int    loop;                 /* of bench_read.c */
+    double hot;                  /* the same ones over and over */
+    double cold, pool;           /* and so many of the pool's, anywhere in it */
+} bench_reading;
+
+/* One row of the result: prompts of n tokens, or tokens decoded after a depth. */
 typedef struct bench_case {
     int           decode;        /* 0 = prefill */
     int           value;         /* n or depth */
     int           thread;        /* index in bench.threads */
     q3n_session  *s;
     bench_samples tok_s;
+    bench_reading reading;       /* decode: what a token reads */
+    bench_samples roof;          /* GB/s of reading that, BENCH_READS a repetition */
 } bench_case;
 
 typedef struct bench_buffer bench_buffer;
@@ -41,7 +52,9 @@ typedef struct bench_heap {
     size_t bytes, n;
 } bench_heap;
 
-typedef enum bench_mode { BENCH_SPEED, BENCH_BATCH, BENCH_DRAFTS, BENCH_CHAT } bench_mode;
+typedef enum bench_mode {
+    BENCH_SPEED, BENCH_BATCH, BENCH_DRAFTS, BENCH_CHAT, BENCH_BANDWIDTH
+} bench_mode;
 
 typedef struct bench {
     bench_mode      mode;
@@ -62,7 +75,8 @@ typedef struct bench {
     int             n_cases;
     q3n_session    *shared[BENCH_LIST];     /* by threads: for prefill and decoding from nothing */
     bench_buffer   *buffer;
-    bench_samples   read[BENCH_LIST];       /* GB/s by threads */
+    bench_samples   read[BENCH_LIST];       /* GB/s from memory, by threads */
+    bench_reading   memory_reading[BENCH_LIST];
     double          open_s, first_token_s;
     size_t          peak_bytes;
     int32_t        *ids;         /* a text: ids that follow no pattern */
@@ -88,6 +102,7 @@ void         bench_add(bench_samples *samples, double x);
 void bench_batch(bench *b);      /* --batch: many sessions at once */
 void bench_drafts(bench *b);     /* --mtp: decoding with drafts */
 void bench_chat(bench *b);       /* --session: a chat, and what is done with states */
+void bench_bandwidth(bench *b);  /* --read: reading alone, without a model */
 
 /* ---- bench_text.c: texts of the model's kind ---- */
 
@@ -99,7 +114,23 @@ void bench_text(const bench *b, int i, int n, cli_ids *out);
 
 bench_buffer *bench_buffer_create(int most_threads);
 void          bench_buffer_destroy(bench_buffer *buffer);
-double        bench_read(bench_buffer *buffer, int threads);      /* GB/s */
+size_t        bench_buffer_half(const bench_buffer *buffer);      /* bytes; no cache holds them */
+double        bench_read(const bench_buffer *buffer, const bench_reading *what);      /* GB/s */
+/* Sets what->loop to the one that reads this fastest here. */
+void          bench_choose_loop(const bench_buffer *buffer, bench_reading *what);
+const char   *bench_loop_name(int loop);                          /* NULL after the last */
+int           bench_loop_possible(int loop);                      /* on this CPU */
+
+/* ---- bench_bytes.c ---- */
+
+/* What one decoded token reads, in the middle of the measured ones. */
+bench_reading bench_token(const bench *b, const bench_case *c, int repeats);
+/* How many of these bytes come from memory at least, if caches hold `cache` bytes. */
+double        bench_memory_bytes(const bench_reading *r, double cache);
+/* Multiply-adds with weights for a prompt of n tokens: only the last one needs the head. */
+double        bench_prompt_macs(const bench *b, int n);
+/* Bits of storage for a weight, and the type that most weights have. */
+double        bench_bits_per_weight(const bench *b, const char **type);
 
 /* ---- bench_print.c ---- */
 
@@ -108,6 +139,8 @@ double       bench_median(const bench_samples *samples);
 /* "key": median, "key_min": least, "key_max": most, "key_samples": [...].  Returns the median. */
 double       bench_json_samples(const char *key, const bench_samples *samples);
 /* The object's beginning: machine, model, what was asked. */
+void         bench_json_machine(void);
+void         bench_print_machine(void);
 void         bench_json_head(const bench *b);
 void         bench_print_head(const bench *b);
 void         bench_print(const bench *b);

@@ -70,6 +70,8 @@ int    cli_n_cpus(void);                    /* that this process may use */
 const char *cli_cpu_name(char text[CLI_NAME_ROOM]);     /* "unknown" if the system does not say */
 size_t cli_peak_memory(void);               /* most bytes that were resident; 0 = unknown */
 size_t cli_physical_memory(void);           /* bytes of this machine; 0 = unknown */
+/* Bytes of all caches from level 2 on that the CPUs of this process have; 0 = unknown. */
+size_t cli_cache_bytes(void);
 /* Large memory, aligned to 64 bytes at least, in huge pages where the system has them.  What is in
  * it is undefined; never NULL. */
 void  *cli_alloc_pages(size_t bytes);

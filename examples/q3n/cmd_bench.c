@@ -1,12 +1,13 @@
 /* q3n bench: speed, and how near it comes to what the memory gives.
  *
  * Decoding reads the weights that a token uses, the KV cache up to the current depth and the
- * DeltaNet and convolution states: their bytes times tokens per second, over the read bandwidth of
- * the same number of threads measured just before and behind, is the share of the roof.
+ * DeltaNet and convolution states.  The roof is reading alone: as many threads read as many bytes,
+ * those that every token reads from one place, those of experts from changing ones, just before
+ * and after the decoding.  Caches give to both what they can.
  *
- * Every repetition measures everything in turn: bandwidth, prefill, bandwidth, decode, bandwidth.
- * What else a shared machine does then slows all of them alike, and medians are comparable.  The
- * other modes, in bench_*.c, do the same with what they compare.
+ * Every repetition measures everything in turn: bandwidth, prefill, and for each row of decoding
+ * roof, decode, roof.  What else a shared machine does then slows all of them alike, and medians
+ * are comparable.  The other modes, in bench_*.c, do the same with what they compare.
  */
 #include "bench.h"
 
@@ -157,34 +158,45 @@ void bench_add(bench_samples *samples, double x)
     samples->x[samples->n++] = x;
 }
 
-/* All prefills, or all decodes; what they give is kept if record is set. */
-static void measure_cases(bench *b, int decode, int record)
+/* What is read, and by which loop. */
+static void prepare_reading(bench *b)
 {
+    b->buffer = bench_buffer_create(bench_largest(&b->threads));
+    const double half = (double)bench_buffer_half(b->buffer);
+    for (int t = 0; t < b->threads.n; t++) {
+        b->memory_reading[t] = (bench_reading){ .threads = b->threads.value[t], .cold = half,
+                                                .pool = half };
+        bench_choose_loop(b->buffer, &b->memory_reading[t]);
+    }
     for (int i = 0; i < b->n_cases; i++) {
         bench_case *c = &b->cases[i];
-        if (c->decode != decode) continue;
-        const double tok_s = measure(b, c);
-        if (record) bench_add(&c->tok_s, tok_s);
+        if (!c->decode) continue;
+        c->reading = bench_token(b, c, b->repeats);
+        bench_choose_loop(b->buffer, &c->reading);
     }
 }
 
-static void measure_reading(bench *b, int record)
+static void measure_roof(const bench *b, bench_case *c)
 {
-    if (!record) return;
-    if (!b->buffer) b->buffer = bench_buffer_create(bench_largest(&b->threads));
-    for (int t = 0; t < b->threads.n; t++) {
-        bench_add(&b->read[t], bench_read(b->buffer, b->threads.value[t]));
-    }
+    bench_add(&c->roof, bench_read(b->buffer, &c->reading));
 }
 
+/* What it gives is noted if record is set. */
 static void measure_round(void *user, int record)
 {
     bench *b = user;
-    measure_reading(b, record);
-    measure_cases(b, 0, record);
-    measure_reading(b, record);
-    measure_cases(b, 1, record);
-    measure_reading(b, record);
+    if (record && !b->buffer) prepare_reading(b);
+    for (int t = 0; record && t < b->threads.n; t++) {
+        bench_add(&b->read[t], bench_read(b->buffer, &b->memory_reading[t]));
+    }
+    for (int i = 0; i < b->n_cases; i++) {
+        bench_case *c = &b->cases[i];
+        if (record && c->decode) measure_roof(b, c);
+        const double tok_s = measure(b, c);
+        if (!record) continue;
+        bench_add(&c->tok_s, tok_s);
+        if (c->decode) measure_roof(b, c);
+    }
 }
 
 /* Brings what the warm-up did not use into the page tables too, if there is memory for it, so that
@@ -210,7 +222,7 @@ void bench_repeat(bench *b, void (*round)(void *user, int record), void *user)
     cli_bar_update(&bar, 0, b->repeats + 1, "warming up");
     round(user, 0);
     b->peak_bytes = cli_peak_memory();       /* before the weights and buffers of this program */
-    touch_weights(b);
+    if (b->m) touch_weights(b);
 
     const double start = cli_clock();
     double last = 0.0;
@@ -272,12 +284,12 @@ static const struct {
     int         n_decode;
 } defaults[] = {
     [BENCH_SPEED] = { "512", 64 }, [BENCH_BATCH] = { "512", 64 }, [BENCH_DRAFTS] = { "128", 128 },
-    [BENCH_CHAT]  = { "300", 100 },
+    [BENCH_CHAT]  = { "300", 100 }, [BENCH_BANDWIDTH] = { "0", 0 },
 };
 
 typedef struct bench_words {
     const char *prompts, *threads, *depths, *batches;
-    int         mtp, session;
+    int         mtp, session, read;
 } bench_words;
 
 static void set_lists(bench *b, const bench_words *w)
@@ -292,7 +304,7 @@ static void set_lists(bench *b, const bench_words *w)
     if (w->batches) {
         b->batches.n = cli_parse_list("--batch", w->batches, 1, b->batches.value, BENCH_LIST);
     }
-    if (bench_largest(&b->threads) > 1024) cli_misuse("-t: at most 1024 threads");
+    if (bench_largest(&b->threads) > BENCH_THREADS) cli_misuse("-t: at most 1024 threads");
     if (bench_largest(&b->batches) > 1024) cli_misuse("--batch: at most 1024 sessions");
     if (bench_largest(&b->depths) > (1 << 26) || bench_largest(&b->prompts) > (1 << 26)) {
         cli_misuse("at most %d tokens", 1 << 26);
@@ -319,6 +331,8 @@ static void parse_options(bench *b, int argc, char **argv, cli_words *words)
           "instead: decode with and without drafts (128 tokens)" },
         { "--session", NULL, CLI_FLAG, &w.session, 0, 0,
           "instead: 10 turns of a chat (300 and 100 tokens), states" },
+        { "--read", NULL, CLI_FLAG, &w.read, 0, 0,
+          "instead, without a model: read bandwidth by sizes and loops" },
         { "-r --repeat", "N", CLI_INT, &b->repeats, 1, BENCH_REPEATS, "repetitions (5)" },
         { "--limit", "SECONDS", CLI_REAL, &b->limit, 0, 1e9,
           "begin no repetition that would end later (300)" },
@@ -328,12 +342,18 @@ static void parse_options(bench *b, int argc, char **argv, cli_words *words)
     const cli_syntax syntax = {
         "bench MODEL.q3n | --preset NAME [--FIELD VALUE ...] [options]",
         "Measures prefill and decode: the median of the repetitions with the least and the most,\n"
-        "the bytes that a decoded token reads, and their share of this machine's read bandwidth.\n"
-        "All are measured in turn, the bandwidth with the same numbers of threads; the share is\n"
-        "the median of each repetition's.  Before that, one run warms up; the time to the first\n"
-        "token is from opening the file, with the first number of threads; the resident memory is\n"
-        "that of all sessions and the weights used.  --preset measures a geometry without a file;\n"
+        "the bytes that a decoded token reads, how many of them must come from memory, and the\n"
+        "share of the roof.  Before that, one run warms up; the time to the first token is from\n"
+        "opening the file, with the first number of threads; the resident memory is that of all\n"
+        "sessions and the weights used.  --preset measures a geometry without a file;\n"
         "--FIELD VALUE overrides its fields as in q3n init.\n\n"
+        "The roof is reading alone, measured just before and after each decoding: as many threads\n"
+        "read as many bytes a token, those that every token reads (weights but experts, states,\n"
+        "KV cache) over and over, those of experts from random places, with the fastest of\n"
+        "several loops.  So what stays in a cache is fast for both, and no share passes 100 % but\n"
+        "by noise.  At least those bytes come from memory that are left if the caches hold what\n"
+        "every token reads, and then experts.  JSON has both, and memory_share: the latter over\n"
+        "the bandwidth of memory alone.\n\n"
         "--batch decodes -n tokens in each of several sessions together: tokens per second of\n"
         "all, and over those of one.  --mtp writes the same text with each source of drafts, from\n"
         "prompts of the model's kind, or of -p random ids if it has no tokenizer; with --preset\n"
@@ -350,10 +370,14 @@ static void parse_options(bench *b, int argc, char **argv, cli_words *words)
     if (b->geometry.preset && (b->setup.model || words->n)) {
         cli_misuse("give a model or --preset, not both");
     }
-    if ((w.batches != NULL) + w.mtp + w.session > 1) {
-        cli_misuse("give one of --batch, --mtp and --session");
+    if ((w.batches != NULL) + w.mtp + w.session + w.read > 1) {
+        cli_misuse("give one of --batch, --mtp, --session and --read");
     }
-    b->mode = w.batches ? BENCH_BATCH : w.mtp ? BENCH_DRAFTS : w.session ? BENCH_CHAT : BENCH_SPEED;
+    if (w.read && (b->geometry.preset || b->setup.model || words->n)) {
+        cli_misuse("--read needs no model");
+    }
+    b->mode = w.batches ? BENCH_BATCH : w.mtp ? BENCH_DRAFTS : w.session ? BENCH_CHAT
+            : w.read ? BENCH_BANDWIDTH : BENCH_SPEED;
     set_lists(b, &w);
 }
 
@@ -362,6 +386,7 @@ int cmd_bench(int argc, char **argv)
     static void (*const modes[])(bench *b) = {
         [BENCH_SPEED]  = bench_speed,  [BENCH_BATCH] = bench_batch,
         [BENCH_DRAFTS] = bench_drafts, [BENCH_CHAT]  = bench_chat,
+        [BENCH_BANDWIDTH] = bench_bandwidth,
     };
     bench *b = cli_alloc(1, sizeof *b);
     b->n_decode = -1;
@@ -370,8 +395,10 @@ int cmd_bench(int argc, char **argv)
     b->setup.allocator = (q3n_allocator){ heap_alloc, heap_free, &b->heap };
     cli_words words;
     parse_options(b, argc, argv, &words);
-    open_and_eval(b, &words);
-    q3n_model_stats_get(b->m, &b->stats);
+    if (b->mode != BENCH_BANDWIDTH) {
+        open_and_eval(b, &words);
+        q3n_model_stats_get(b->m, &b->stats);
+    }
     modes[b->mode](b);
     q3n_model_close(b->m);
     cli_free_pages(b->memory);

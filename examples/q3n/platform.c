@@ -88,6 +88,24 @@ size_t cli_physical_memory(void)
     return GlobalMemoryStatusEx(&status) ? (size_t)status.ullTotalPhys : 0;
 }
 
+size_t cli_cache_bytes(void)
+{
+    SYSTEM_LOGICAL_PROCESSOR_INFORMATION *info;
+    DWORD room = 0;
+    size_t bytes = 0;
+    GetLogicalProcessorInformation(NULL, &room);
+    info = cli_alloc(room, 1);
+    if (GetLogicalProcessorInformation(info, &room)) {
+        for (size_t i = 0; i < room / sizeof *info; i++) {
+            if (info[i].Relationship == RelationCache && info[i].Cache.Level >= 2) {
+                bytes += info[i].Cache.Size;
+            }
+        }
+    }
+    free(info);
+    return bytes;
+}
+
 void *cli_alloc_pages(size_t bytes)
 {
     void *memory = VirtualAlloc(NULL, bytes, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
@@ -216,6 +234,70 @@ size_t cli_peak_memory(void)
     return (size_t)usage.ru_maxrss * 1024;
 #endif
 }
+
+#if defined(__linux__)
+
+/* The first line of a file of sysfs, without its end; "" if there is none. */
+static const char *read_sysfs(size_t cpu, int index, const char *name, char text[64])
+{
+    char path[128];
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%zu/cache/index%d/%s", cpu, index,
+             name);
+    FILE *f = fopen(path, "r");
+    text[0] = 0;
+    if (f && !fgets(text, 64, f)) text[0] = 0;
+    if (f) fclose(f);
+    text[strcspn(text, "\n")] = 0;
+    return text;
+}
+
+/* A cache that CPUs share is counted at the first of them. */
+size_t cli_cache_bytes(void)
+{
+    enum { CACHES = 8, LEVEL = 2 };
+    cpu_set_t allowed;
+    char text[64];
+    size_t bytes = 0;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 0;
+    for (size_t cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        for (int i = 0; CPU_ISSET(cpu, &allowed) && i < CACHES; i++) {
+            if (atoi(read_sysfs(cpu, i, "level", text)) < LEVEL) continue;
+            size_t first = strtoul(read_sysfs(cpu, i, "shared_cpu_list", text), NULL, 10);
+            while (first < cpu && !CPU_ISSET(first, &allowed)) first++;
+            char *end = text;
+            const size_t size = strtoul(read_sysfs(cpu, i, "size", text), &end, 10);
+            if (first == cpu) bytes += size << (*end == 'M' ? 20 : *end == 'K' ? 10 : 0);
+        }
+    }
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    const long level3 = sysconf(_SC_LEVEL3_CACHE_SIZE);      /* by CPUID; one of them */
+    if (bytes == 0 && level3 > 0) bytes = (size_t)level3;
+#endif
+    return bytes;
+}
+
+#elif defined(__APPLE__)
+
+size_t cli_cache_bytes(void)
+{
+    static const char *const names[] = { "hw.l3cachesize", "hw.perflevel0.l2cachesize",
+                                         "hw.l2cachesize" };
+    for (int i = 0; i < CLI_COUNT(names); i++) {
+        int64_t bytes = 0;
+        size_t room = sizeof bytes;
+        if (sysctlbyname(names[i], &bytes, &room, NULL, 0) == 0 && bytes > 0) return (size_t)bytes;
+    }
+    return 0;
+}
+
+#else
+
+size_t cli_cache_bytes(void)
+{
+    return 0;
+}
+
+#endif
 
 size_t cli_physical_memory(void)
 {
