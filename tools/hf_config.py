@@ -40,19 +40,22 @@ walks this table row by row.
                    heads                    256; qwen3_moe: the quotient
     text_config    text_config | top level  text_config alone; what it    same; a warning for what
                                             lacks has its default         stands at the top
+    model_type     text_config | top level  top level; of a wrapper of    same, a warning
+                                            another family: text_config
     tying          text_config | top level  top level alone               same, a warning
     dtype          dtype | torch_dtype      dtype, else torch_dtype [C]   neither: a matrix keeps
                                                                           the type of its tensor
     labels         num_labels | id2label    num_labels                    rows of score.weight
-    eos            generation_config.json | the first, even without eos   the first that has one;
-                   top level | text_config  [G]; else as written here     with config.json's that of
-                   | tokenizer_config.json                                the tokenizer too; a warning
+    eos            generation_config.json   the first, even without eos   the first that has one,
+                   | top level | text_      [G]; without it as here       with config.json's that of
+                   config | tokenizer_                                    the tokenizer; a warning
+                   config.json
     bos            top level | text_config  as eos                        as written here
                    | tokenizer_config.json
                    | generation_config.json
-    pad            text_config | tokenizer_ classifiers: the first alone  as written here;
-                   config.json | generation                               classifiers: the first alone
-                   _config.json
+    pad            text_config | tokenizer_ as eos; classifiers: the      as written here;
+                   config.json |            first alone                   classifiers: the first
+                   generation_config.json                                 alone
 
 --set KEY=VALUE goes to the place that counts; a key that is not read is an error (Settings.read).
 """
@@ -160,6 +163,11 @@ def settings(raw):
     return raw if isinstance(raw, Settings) else Settings(raw)
 
 
+def family_of(model_type):
+    name = model_type if isinstance(model_type, str) else ""
+    return name[:-5] if name.endswith("_text") else name
+
+
 def text_part(raw, where):
     """The language model's part of a config: text_config, if it has one, and of the top level what
     TOP and TOP_FIRST name."""
@@ -170,6 +178,8 @@ def text_part(raw, where):
     merged = {k: v for k, v in inner.items() if k not in TOP}
     merged.update((k, dict.get(raw, k)) for k in TOP if k in raw)
     merged.update((k, dict.get(raw, k)) for k in TOP_FIRST if dict.get(raw, k) is not None)
+    if family_of(raw.get("model_type")) not in FAMILIES:
+        merged["model_type"] = inner.get("model_type")   # a wrapper of another family
     return Json(raw.with_values(merged), where)
 
 
@@ -211,12 +221,15 @@ def _warn_of_top(raw, c, where, warnings):
         return
     c.flag("tie_word_embeddings")
     for key in sorted(c.values.read):
+        used = dict.get(c.values, key)
         if key in TOP:
-            value, other, places = dict.get(inner, key), dict.get(c.values, key), "top level"
-            lost = key == "tie_word_embeddings" and value is not None and bool(value) != bool(other)
+            value, places = dict.get(inner, key), "top level"
+            lost = value is not None and (
+                key == "tie_word_embeddings" and bool(value) != bool(used)
+                or key == "model_type" and family_of(value) != family_of(used))
         else:
-            value, other, places = dict.get(raw, key), dict.get(c.values, key), "text_config"
-            lost = key in raw and key != "text_config" and value != other
+            value, places = dict.get(raw, key), "text_config"
+            lost = key in raw and key != "text_config" and value != used
         if lost:
             warnings.append("%s: %s %s is not used: the %s counts"
                             % (where, key, shown(value), places))
@@ -226,8 +239,7 @@ def read(raw, where, warnings):
     """The configuration, all but what only the tensors tell: MTP, labels, tying."""
     raw = settings(raw)
     c = text_part(raw, where)
-    family = c.word("model_type")
-    family = family[:-5] if family.endswith("_text") else family
+    family = family_of(c.values.get("model_type"))
     if family not in FAMILIES:
         c.bad("model_type", "one of %s" % ", ".join(FAMILIES))
     for key in ("per_layer_config", "transformers_weights"):
@@ -329,7 +341,7 @@ def _experts(c, family):
         "shared_expert_intermediate_size":
             c.whole("shared_expert_intermediate_size", 512) if count and shared else 0,
         # Qwen3.5 always renormalises; transformers' default for qwen3_moe is not to.
-        "norm_topk_prob": 1 if family == "qwen3_5_moe"
+        "norm_topk_prob": 1 if family == "qwen3_5_moe" or not moe
             else c.flag("norm_topk_prob", family != "qwen3_moe"),
     }
 
@@ -416,7 +428,7 @@ def _partial(c, r, kind, hybrid, warnings):
         partial = c.real(key, 1.0) if c.given(key) else 0.25 if hybrid else 1.0
     if hybrid or partial == 1:
         return partial
-    if kind != "default":
+    if kind != "default" or key in c.values.overrides:
         (r if r.given(key) else c).bad(key, "1: this family rotates whole heads")
     warnings.append("%s: %s %s is not used: this family rotates whole heads"
                     % (c.where, key, partial))

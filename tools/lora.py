@@ -125,9 +125,11 @@ class Adapter:
                             "is not known here; merge it with peft and convert the result")
         tensors.entries[HEAD] = tensors.entries[EMBED]
         tensors.original[HEAD] = tensors.original[EMBED]
-        tensors.untied = True
-        tensors.plan.notes.append("the adapter changes head or embedding alone: they are no longer "
-                                  "tied")
+        # heads saved in full are compared with the embedding later
+        tensors.untied = HEAD in self.pairs or EMBED in self.pairs or HEAD not in self.whole
+        if tensors.untied:
+            tensors.plan.notes.append("the adapter changes head or embedding alone: they are no "
+                                      "longer tied")
 
     def merge(self, name, matrices):
         """The matrices of a tensor of the checkpoint, with the adapter if it has one."""

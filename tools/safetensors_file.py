@@ -215,7 +215,10 @@ def _add_mtp(folder, entries, names, notes):
     leave out.  It holds nothing else."""
     others = []
     for file in names:
-        found = read_header(os.path.join(folder, file))
+        try:
+            found = read_header(os.path.join(folder, file))
+        except ConvertError:             # not needed: it is told below
+            found = None
         if found and all(MTP.fullmatch(name) for name in found) \
                 and not any(MTP.fullmatch(name) for name in entries):
             entries.update(found)
