@@ -48,35 +48,36 @@
  *     [2] PLATFORM                        >>platform
  *     [3] MEMORY                          >>memory
  *     [4] ERRORS                          >>errors
- *     [5] PARALLEL                        >>parallel
- *     [6] TYPES                           >>types
- *     [7] CONFIG                          >>config
- *     [8] LOADER                          >>loader
- *     [9] UNICODE                         >>unicode
- *    [10] TOKENIZER                       >>tokenizer
- *    [11] OPS                             >>ops
- *    [12] RUN                             >>run
- *    [13] ATTENTION                       >>attention
- *    [14] DELTANET                        >>deltanet
- *    [15] MODEL                           >>model
- *    [16] STATE                           >>state
- *    [17] SESSION FILES                   >>session-files
- *    [18] CACHE                           >>cache
- *    [19] ENGINE                          >>engine
- *    [20] SESSION                         >>session
- *    [21] BATCH                           >>batch
- *    [22] SAMPLER                         >>sampler
- *    [23] SPECULATION                     >>speculation
- *    [24] QUANTISE                        >>quantise
- *    [25] WRITER                          >>writer
- *    [26] RANDOM WEIGHTS                  >>random
- *    [27] PUBLIC                          >>public
- *    [28] KERNELS, SCALAR: the definition >>kernels-scalar
- *    [29] KERNELS, AVX2                   >>kernels-avx2
- *    [30] KERNELS, AVX-512                >>kernels-avx512
- *    [31] KERNELS, AVX-512 VNNI           >>kernels-avx512vnni
- *    [32] KERNELS, NEON                   >>kernels-neon
- *    [33] DISPATCH: one row per ISA       >>dispatch
+ *     [5] FILES                           >>files
+ *     [6] PARALLEL                        >>parallel
+ *     [7] TYPES                           >>types
+ *     [8] CONFIG                          >>config
+ *     [9] LOADER                          >>loader
+ *    [10] UNICODE                         >>unicode
+ *    [11] TOKENIZER                       >>tokenizer
+ *    [12] OPS                             >>ops
+ *    [13] RUN                             >>run
+ *    [14] ATTENTION                       >>attention
+ *    [15] DELTANET                        >>deltanet
+ *    [16] MODEL                           >>model
+ *    [17] STATE                           >>state
+ *    [18] SESSION FILES                   >>session-files
+ *    [19] CACHE                           >>cache
+ *    [20] ENGINE                          >>engine
+ *    [21] SESSION                         >>session
+ *    [22] BATCH                           >>batch
+ *    [23] SAMPLER                         >>sampler
+ *    [24] SPECULATION                     >>speculation
+ *    [25] QUANTISE                        >>quantise
+ *    [26] WRITER                          >>writer
+ *    [27] RANDOM WEIGHTS                  >>random
+ *    [28] PUBLIC                          >>public
+ *    [29] KERNELS, SCALAR: the definition >>kernels-scalar
+ *    [30] KERNELS, AVX2                   >>kernels-avx2
+ *    [31] KERNELS, AVX-512                >>kernels-avx512
+ *    [32] KERNELS, AVX-512 VNNI           >>kernels-avx512vnni
+ *    [33] KERNELS, NEON                   >>kernels-neon
+ *    [34] DISPATCH: one row per ISA       >>dispatch
  *
  * THE MODEL ON ONE PAGE.  Shapes are row-major, slowest first; x W' is a linear layer with W
  * [out, in].
@@ -131,6 +132,11 @@
  * function that fails changes nothing.  Model and session files are taken for hostile: any bytes
  * give a model, a state or an error.  What a hostile one computes is its own affair: numbers, never
  * an access outside.
+ *
+ * FILES.  Paths are UTF-8, on Windows too.  What is read must be a regular file: nothing waits for
+ * a pipe or a device.  What is written is PATH.<16 digits>.part until it is whole and on the disk;
+ * then it replaces what was there, behind links, with its mode.  Who fails or is stopped removes
+ * the part and leaves the rest as it was; who is killed leaves the part too.
  *
  * DETERMINISM.  Arithmetic is f32 from the stored type, in an order that depends on the
  * instruction set alone; against quantised matrices the activations are bytes in groups of 32, and
@@ -389,7 +395,8 @@ extern "C" {
     X(ERR_UNSUPPORTED,  -6, "not supported by this version or this model")              \
     X(ERR_FULL,         -7, "context is full")                                          \
     X(ERR_THREAD,       -8, "cannot start a thread")                                    \
-    X(ERR_CANCELLED,    -9, "cancelled by the caller")
+    X(ERR_CANCELLED,    -9, "cancelled by the caller")                                  \
+    X(ERR_NO_FILE,     -10, "there is no such file")
 
 typedef enum q3n_result {
 #define Q3N__X(name, value, message) Q3N_##name = value,
@@ -661,7 +668,7 @@ typedef struct q3n_model_options {       /* all zero = defaults                 
  *   o      NULL = defaults
  *   err    NULL = not wanted
  *
- * Errors: Q3N_ERR_IO, _FORMAT, _CHECKSUM, _UNSUPPORTED, _MEMORY.
+ * Errors: Q3N_ERR_NO_FILE, _IO, _FORMAT, _CHECKSUM, _UNSUPPORTED, _MEMORY.
  */
 Q3N_DEF q3n_result q3n_model_open(q3n_model **out, const char *path, const q3n_model_options *o,
                                   q3n_error *err);
@@ -710,12 +717,18 @@ Q3N_DEF q3n_result q3n_model_find_tensor(const q3n_model *m, const char *name, q
 Q3N_DEF q3n_result q3n_model_verify(const q3n_model *m, const q3n_progress *progress,
                                     q3n_error *err);
 
+typedef struct q3n_type_stats {
+    int     n_tensors;
+    int64_t n_weights, bytes;
+} q3n_type_stats;
+
 typedef struct q3n_model_stats {
     int64_t file_bytes;
     int64_t n_weights;                   /* all tensors but the MTP module                       */
     int64_t n_weights_active;            /* that one token uses                                  */
     int64_t decode_bytes;                /* weight bytes that one decoded token reads            */
     int64_t mtp_weights;
+    q3n_type_stats types[Q3N_TYPE_COUNT];   /* all tensors                                       */
 } q3n_model_stats;
 
 Q3N_DEF void q3n_model_stats_get(const q3n_model *m, q3n_model_stats *out);
@@ -918,18 +931,23 @@ typedef struct q3n_source {
     void *user;
 } q3n_source;
 
-/* Write the state: tokens, keys, values, matrices, hidden state and logits.  A failed save leaves
- * nothing under path, and what was there before as it was. */
+/* Write the state: tokens, keys, values, matrices, hidden state and logits.  What is under path
+ * stays as it is if that fails.  Errors: Q3N_ERR_ARG (path is the model's own file), _IO, _MEMORY,
+ * _UNSUPPORTED. */
 Q3N_DEF q3n_result q3n_session_save(q3n_session *s, const char *path);
 Q3N_DEF q3n_result q3n_session_save_to(q3n_session *s, const q3n_sink *sink);
 
 /* Continue a saved session; nothing is evaluated.  The file is bound to the bytes of the model's
  * metadata, which hold the checksums of its tensors, to the session's kv_type, and to whether it
  * has an MTP cache (as q3n_session_restore).  Files are taken for hostile: on error (Q3N_ERR_IO,
- * _FORMAT, _CHECKSUM, _UNSUPPORTED: another model, kv_type or MTP cache,
+ * _NO_FILE, _FORMAT, _CHECKSUM, _UNSUPPORTED: another model, kv_type or MTP cache,
  * _FULL: more tokens than the session's capacity, _MEMORY) the session is untouched. */
 Q3N_DEF q3n_result q3n_session_load(q3n_session *s, const char *path);
 Q3N_DEF q3n_result q3n_session_load_from(q3n_session *s, const q3n_source *source);
+
+/* Whether a file can be written at path, for who would know before a long evaluation: makes one
+ * beside it and removes it again.  Errors: Q3N_ERR_IO, Q3N_ERR_UNSUPPORTED. */
+Q3N_DEF q3n_result q3n_file_check(const char *path, q3n_error *err);
 
 /* ---- Prefix cache: states by the tokens that led to them ---- */
 
@@ -1156,14 +1174,16 @@ typedef struct q3n_quantize_options {  /* all zero = defaults                   
     void         *importance_user;
     q3n_allocator allocator;
     q3n_progress  progress;        /* counts bytes                                               */
+    q3n_model_stats *written;      /* out: what the file holds; NULL = not wanted                */
 } q3n_quantize_options;
 
 /* Write a copy of a model in other types.  Configuration and tokenizer are copied byte for byte.
- * Uses a few rows of memory for each thread; the file is the same for any number of them.  A
- * failed or stopped run leaves nothing under path.
+ * Uses a few rows of memory for each thread; the file is the same for any number of them.  What is
+ * under path stays as it is if that fails or is stopped.
  *
  * Errors: Q3N_ERR_ARG (no such recipe, values that are not finite or that a type cannot hold: the
- * message names tensor, row and column), _UNSUPPORTED (quantised input), _IO, _MEMORY, _CANCELLED.
+ * message names tensor, row and column; path is the model's own file, under whatever name),
+ * _UNSUPPORTED (quantised input), _IO, _MEMORY, _CANCELLED.
  */
 Q3N_DEF q3n_result q3n_quantize_file(const char *path, const q3n_model *in,
                                      const q3n_quantize_options *o, q3n_error *err);
@@ -1176,14 +1196,15 @@ typedef struct q3n_init_options {
     q3n_allocator allocator;
     q3n_progress  progress;        /* counts bytes                                               */
     int           n_threads;       /* 0 = one per CPU                                            */
+    q3n_model_stats *written;      /* out: what was written; NULL = not wanted                   */
 } q3n_init_options;
 
 /* Write a model file of geometry c with random weights: matrices from a normal distribution
  * truncated at two standard deviations, norms 1, biases 0, A_log and dt_bias as [HF] initialises
  * them.  Quantised matrices get codes as frequent as they are in normal weights, and one scale;
- * tensors that may not have the type have the next finer one.  The file is written as a stream; a
- * failed or stopped run leaves nothing under path.  The same seed gives the same file on every
- * machine. */
+ * tensors that may not have the type have the next finer one.  The file is written as a stream;
+ * what is under path stays as it is if that fails or is stopped.  The same seed gives the same file
+ * on every machine. */
 Q3N_DEF q3n_result q3n_init_file(const char *path, const q3n_config *c, const q3n_init_options *o,
                                  q3n_error *err);
 
@@ -1460,262 +1481,459 @@ static int64_t q3n__now(void)
 #endif
 }
 
-/* ---- Files ---- */
+/* ---- Files ----
+ *
+ * Each function asks one thing of the system and returns 0 or a code that q3n__file_reason puts
+ * into words: the system's if > 0, one of these if < 0.  Paths are UTF-8 on every system.  What is
+ * made of them is in FILES. */
+enum { Q3N__FILE_BAD_PATH = -1, Q3N__FILE_IS_DIRECTORY = -2, Q3N__FILE_NOT_REGULAR = -3,
+       Q3N__FILE_ENDS = -4 };
+
+#define Q3N__PATH_ROOM 4096
+
+/* A file under whatever name; zeros = none. */
+typedef struct { uint64_t volume, number; } q3n__file_id;
+
+typedef struct {
+    q3n__file_id id;
+    int64_t      bytes;
+    unsigned     mode, owner, group;     /* 0 where the system has no such numbers               */
+} q3n__file_info;
+
+/* Of regular files of a directory: name, size, and when it was written, in seconds. */
+typedef void (*q3n__file_found)(void *user, const char *name, int64_t bytes, int64_t when);
+
+#if !defined(Q3N_NO_STDIO)
+/* Most bytes of one call: systems refuse or cut what does not fit their int. */
+#define Q3N__FILE_STEP ((size_t)1 << 30)
+#endif
+
 #if defined(Q3N_NO_STDIO)
-static const uint8_t *q3n__file_map(const char *path, size_t *bytes, const char **why)
-{
-    (void)path;
-    *bytes = 0;
-    *why = "the library was built without files (Q3N_NO_STDIO): open the model from memory";
-    return NULL;
-}
-static void q3n__file_unmap(const uint8_t *data, size_t bytes) { (void)data; (void)bytes; }
+#  define Q3N__HAS_FILES 0
+typedef int q3n__file;
 #elif defined(_WIN32)
-/* Map a whole file for reading.  Returns NULL on failure with a reason in *why. */
-static const uint8_t *q3n__file_map(const char *path, size_t *bytes, const char **why)
+#  define Q3N__HAS_FILES 1
+typedef struct { HANDLE handle; } q3n__file;
+
+static int q3n__file_wide(const char *path, wchar_t wide[Q3N__PATH_ROOM])
 {
-    wchar_t wide[1024];
-    *why = "path too long or not UTF-8";
-    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, 1024)) return NULL;
-    *why = "cannot open";
-    HANDLE f = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING,
-                           FILE_ATTRIBUTE_NORMAL, NULL);
-    if (f == INVALID_HANDLE_VALUE) return NULL;
-    const uint8_t *data = NULL;
-    LARGE_INTEGER size;
-    *why = "is empty or too large";
-    if (GetFileSizeEx(f, &size) && size.QuadPart > 0 && (uint64_t)size.QuadPart <= SIZE_MAX) {
-        *why = "cannot map";
-        HANDLE mapping = CreateFileMappingW(f, NULL, PAGE_READONLY, 0, 0, NULL);
-        if (mapping) {
-            data = (const uint8_t *)MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0);
-            CloseHandle(mapping);
-        }
-        *bytes = (size_t)size.QuadPart;
-    }
-    CloseHandle(f);
-    return data;
+    return MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, Q3N__PATH_ROOM)
+         ? 0 : Q3N__FILE_BAD_PATH;
 }
+
+static int  q3n__file_code(int ok) { return ok ? 0 : (int)GetLastError(); }
+static int  q3n__file_absent(int code)
+{
+    return code == ERROR_FILE_NOT_FOUND || code == ERROR_PATH_NOT_FOUND;
+}
+static int  q3n__file_exists(int code)
+{
+    return code == ERROR_FILE_EXISTS || code == ERROR_ALREADY_EXISTS;
+}
+static void q3n__file_reason_of(int code, char *text, size_t room)
+{
+    wchar_t wide[256];
+    DWORD n = FormatMessageW(FORMAT_MESSAGE_FROM_SYSTEM | FORMAT_MESSAGE_IGNORE_INSERTS, NULL,
+                             (DWORD)code, 0, wide, 255, NULL);
+    while (n > 0 && (wide[n - 1] <= L' ' || wide[n - 1] == L'.')) n--;
+    wide[n] = 0;
+    if (n == 0 || !WideCharToMultiByte(CP_UTF8, 0, wide, -1, text, (int)room, NULL, NULL))
+        snprintf(text, room, "error %d of the system", code);
+}
+static uint64_t q3n__process_id(void) { return GetCurrentProcessId(); }
+
+/* The bytes of the path in front of the file's own name. */
+static size_t q3n__path_folder(const char *path)
+{
+    size_t n = strlen(path);
+    while (n > 0 && path[n - 1] != '/' && path[n - 1] != '\\' && path[n - 1] != ':') n--;
+    return n;
+}
+
+static int q3n__file_inspect(HANDLE h, q3n__file_info *info)
+{
+    BY_HANDLE_FILE_INFORMATION d;
+    memset(info, 0, sizeof *info);
+    if (GetFileType(h) != FILE_TYPE_DISK) return Q3N__FILE_NOT_REGULAR;
+    if (!GetFileInformationByHandle(h, &d)) return q3n__file_code(0);
+    info->id.volume = d.dwVolumeSerialNumber;
+    info->id.number = (uint64_t)d.nFileIndexHigh << 32 | d.nFileIndexLow;
+    info->bytes = (int64_t)((uint64_t)d.nFileSizeHigh << 32 | d.nFileSizeLow);
+    return d.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY ? Q3N__FILE_IS_DIRECTORY : 0;
+}
+
+static int q3n__file_handle(q3n__file *f, const char *path, DWORD access, DWORD share, DWORD how)
+{
+    wchar_t wide[Q3N__PATH_ROOM];
+    const DWORD flags = access ? FILE_ATTRIBUTE_NORMAL : FILE_FLAG_BACKUP_SEMANTICS;
+    const int code = q3n__file_wide(path, wide);
+    if (code) return code;
+    f->handle = CreateFileW(wide, access, share, NULL, how, flags, NULL);
+    return q3n__file_code(f->handle != INVALID_HANDLE_VALUE);
+}
+
+/* What is there, behind links. */
+static int q3n__file_look(const char *path, q3n__file_info *info)
+{
+    q3n__file f;
+    int code = q3n__file_handle(&f, path, 0, FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE,
+                                OPEN_EXISTING);       /* no access asked: directories open too */
+    if (code) return code;
+    code = q3n__file_inspect(f.handle, info);
+    CloseHandle(f.handle);
+    return code;
+}
+
+/* A regular file, to read; nothing is open on failure. */
+static int q3n__file_open(q3n__file *f, const char *path, q3n__file_info *info)
+{
+    int code = q3n__file_look(path, info);
+    if (code == 0)
+        code = q3n__file_handle(f, path, GENERIC_READ, FILE_SHARE_READ | FILE_SHARE_DELETE,
+                                OPEN_EXISTING);
+    if (code) return code;
+    code = q3n__file_inspect(f->handle, info);
+    if (code) CloseHandle(f->handle);
+    return code;
+}
+
+/* A file that must not exist yet, to be written; closed to others if `closed`. */
+static int q3n__file_create(q3n__file *f, const char *path, int closed)
+{
+    (void)closed;
+    return q3n__file_handle(f, path, GENERIC_WRITE, 0, CREATE_NEW);
+}
+
+/* Who may use the file is inherited from its directory. */
+static int q3n__file_adopt(q3n__file *f, const q3n__file_info *old)
+{
+    (void)f; (void)old;
+    return 0;
+}
+
+static int q3n__file_writable(const char *path)
+{
+    wchar_t wide[Q3N__PATH_ROOM];
+    const int code = q3n__file_wide(path, wide);
+    if (code) return code;
+    const DWORD attributes = GetFileAttributesW(wide);
+    if (attributes == INVALID_FILE_ATTRIBUTES) return q3n__file_code(0);
+    return attributes & FILE_ATTRIBUTE_READONLY ? ERROR_ACCESS_DENIED : 0;
+}
+
+/* Replace a path by where its links lead. */
+static int q3n__file_resolve(char path[Q3N__PATH_ROOM])
+{
+    wchar_t wide[Q3N__PATH_ROOM];
+    q3n__file f;
+    int code = q3n__file_wide(path, wide);
+    if (code) return code;
+    const DWORD attributes = GetFileAttributesW(wide);
+    if (attributes == INVALID_FILE_ATTRIBUTES || !(attributes & FILE_ATTRIBUTE_REPARSE_POINT))
+        return 0;
+    code = q3n__file_handle(&f, path, 0, FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE,
+                            OPEN_EXISTING);
+    if (code) return code;
+    const DWORD n = GetFinalPathNameByHandleW(f.handle, wide, Q3N__PATH_ROOM, 0);
+    code = n == 0 ? q3n__file_code(0) : n < Q3N__PATH_ROOM ? 0 : Q3N__FILE_BAD_PATH;
+    CloseHandle(f.handle);
+    if (code) return code;
+    return WideCharToMultiByte(CP_UTF8, 0, wide, -1, path, Q3N__PATH_ROOM, NULL, NULL)
+         ? 0 : Q3N__FILE_BAD_PATH;
+}
+
+static int q3n__file_write(q3n__file *f, const void *data, size_t bytes)
+{
+    for (const uint8_t *p = (const uint8_t *)data; bytes > 0; ) {
+        DWORD n = 0;
+        const DWORD some = (DWORD)(bytes < Q3N__FILE_STEP ? bytes : Q3N__FILE_STEP);
+        if (!WriteFile(f->handle, p, some, &n, NULL)) return q3n__file_code(0);
+        if (n == 0) return ERROR_WRITE_FAULT;
+        p += n;
+        bytes -= n;
+    }
+    return 0;
+}
+
+static int q3n__file_read(q3n__file *f, void *data, size_t bytes)
+{
+    for (uint8_t *p = (uint8_t *)data; bytes > 0; ) {
+        DWORD n = 0;
+        const DWORD some = (DWORD)(bytes < Q3N__FILE_STEP ? bytes : Q3N__FILE_STEP);
+        if (!ReadFile(f->handle, p, some, &n, NULL)) return q3n__file_code(0);
+        if (n == 0) return Q3N__FILE_ENDS;
+        p += n;
+        bytes -= n;
+    }
+    return 0;
+}
+
+static int q3n__file_rewind(q3n__file *f)
+{
+    LARGE_INTEGER start;
+    start.QuadPart = 0;
+    return q3n__file_code(SetFilePointerEx(f->handle, start, NULL, FILE_BEGIN));
+}
+
+static int q3n__file_sync(q3n__file *f)  { return q3n__file_code(FlushFileBuffers(f->handle)); }
+static int q3n__file_close(q3n__file *f) { return q3n__file_code(CloseHandle(f->handle)); }
+
+/* Map bytes > 0 of an open file for reading; the mapping outlives it. */
+static int q3n__file_map(q3n__file *f, size_t bytes, const uint8_t **data)
+{
+    (void)bytes;
+    HANDLE mapping = CreateFileMappingW(f->handle, NULL, PAGE_READONLY, 0, 0, NULL);
+    if (!mapping) return q3n__file_code(0);
+    *data = (const uint8_t *)MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0);
+    const int code = q3n__file_code(*data != NULL);
+    CloseHandle(mapping);
+    return code;
+}
+
 static void q3n__file_unmap(const uint8_t *data, size_t bytes)
 {
     (void)bytes;
     UnmapViewOfFile(data);
 }
-static int q3n__file_replace(const char *from, const char *to)
-{
-    return MoveFileExA(from, to, MOVEFILE_REPLACE_EXISTING) != 0;
-}
-#else
-/* Map a whole file for reading.  Returns NULL on failure with a reason in *why. */
-static const uint8_t *q3n__file_map(const char *path, size_t *bytes, const char **why)
-{
-    *why = "cannot open";
-    const int fd = open(path, O_RDONLY);
-    if (fd < 0) return NULL;
-    const uint8_t *data = NULL;
-    struct stat st;
-    *why = "is not a regular file, is empty or too large";
-    if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size > 0
-        && (uint64_t)st.st_size <= SIZE_MAX) {
-        *why = "cannot map";
-        void *p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
-        if (p != MAP_FAILED) data = (const uint8_t *)p;
-        *bytes = (size_t)st.st_size;
-    }
-    close(fd);
-    return data;
-}
-static void q3n__file_unmap(const uint8_t *data, size_t bytes)
-{
-    munmap((void *)(uintptr_t)data, bytes);
-}
-static int q3n__file_replace(const char *from, const char *to) { return rename(from, to) == 0; }
-#endif
 
-/* ---- Files as streams, directories ---- */
-
-/* Of regular files of a directory: name, size, and when it was written, in seconds. */
-typedef void (*q3n__file_found)(void *user, const char *name, int64_t bytes, int64_t when);
-
-#if defined(Q3N_NO_STDIO)
-#  define Q3N__HAS_FILES 0
-typedef int q3n__file;
-static int  q3n__file_create(q3n__file *f, const char *path) { (void)path; return *f = 0; }
-static int  q3n__file_open(q3n__file *f, const char *path, int64_t *bytes)
+static int q3n__file_rename(const char *from, const char *to)
 {
-    (void)path; (void)bytes;
-    return *f = 0;
-}
-static int  q3n__file_write(q3n__file *f, const void *data, size_t bytes)
-{
-    (void)f; (void)data; (void)bytes;
-    return 0;
-}
-static int  q3n__file_read(q3n__file *f, void *data, size_t bytes)
-{
-    (void)f; (void)data; (void)bytes;
-    return 0;
-}
-static int  q3n__file_close(q3n__file *f) { (void)f; return 0; }
-static int  q3n__file_remove(const char *path) { (void)path; return 0; }
-static int  q3n__file_replace(const char *from, const char *to) { (void)from; (void)to; return 0; }
-static int  q3n__directory_list(const char *path, const char *prefix, q3n__file_found found,
-                                void *user)
-{
-    (void)path; (void)prefix; (void)found; (void)user;
-    return 0;
-}
-#elif defined(_WIN32)
-#  define Q3N__HAS_FILES 1
-typedef struct { HANDLE handle; } q3n__file;
-
-/* A file that must not exist yet, to be written; 0 = failed. */
-static int q3n__file_create(q3n__file *f, const char *path)
-{
-    f->handle = CreateFileA(path, GENERIC_WRITE, 0, NULL, CREATE_NEW, FILE_ATTRIBUTE_NORMAL, NULL);
-    return f->handle != INVALID_HANDLE_VALUE;
+    wchar_t wide_from[Q3N__PATH_ROOM], wide_to[Q3N__PATH_ROOM];
+    int code = q3n__file_wide(from, wide_from);
+    if (code == 0) code = q3n__file_wide(to, wide_to);
+    if (code) return code;
+    return q3n__file_code(MoveFileExW(wide_from, wide_to,
+                                      MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH));
 }
 
-/* A regular file to read, and its size; 0 = failed, -1 = there is none. */
-static int q3n__file_open(q3n__file *f, const char *path, int64_t *bytes)
+static int q3n__file_remove(const char *path)
 {
-    LARGE_INTEGER size;
-    f->handle = CreateFileA(path, GENERIC_READ, FILE_SHARE_READ | FILE_SHARE_DELETE, NULL,
-                            OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
-    if (f->handle == INVALID_HANDLE_VALUE)
-        return GetLastError() == ERROR_FILE_NOT_FOUND ? -1 : 0;
-    if (GetFileType(f->handle) == FILE_TYPE_DISK && GetFileSizeEx(f->handle, &size)) {
-        *bytes = size.QuadPart;
-        return 1;
-    }
-    CloseHandle(f->handle);
-    return 0;
+    wchar_t wide[Q3N__PATH_ROOM];
+    const int code = q3n__file_wide(path, wide);
+    return code ? code : q3n__file_code(DeleteFileW(wide));
 }
 
-static int q3n__file_write(q3n__file *f, const void *data, size_t bytes)
-{
-    for (const uint8_t *p = (const uint8_t *)data; bytes > 0; ) {
-        DWORD n = 0;
-        const DWORD some = bytes < ((size_t)1 << 30) ? (DWORD)bytes : (DWORD)1 << 30;
-        if (!WriteFile(f->handle, p, some, &n, NULL) || n == 0) return 0;
-        p += n;
-        bytes -= n;
-    }
-    return 1;
-}
+static void q3n__directory_sync(const char *path) { (void)path; }   /* MOVEFILE_WRITE_THROUGH */
 
-static int q3n__file_read(q3n__file *f, void *data, size_t bytes)
-{
-    for (uint8_t *p = (uint8_t *)data; bytes > 0; ) {
-        DWORD n = 0;
-        const DWORD some = bytes < ((size_t)1 << 30) ? (DWORD)bytes : (DWORD)1 << 30;
-        if (!ReadFile(f->handle, p, some, &n, NULL) || n == 0) return 0;
-        p += n;
-        bytes -= n;
-    }
-    return 1;
-}
-
-static int q3n__file_close(q3n__file *f) { return CloseHandle(f->handle) != 0; }
-static int q3n__file_remove(const char *path) { return DeleteFileA(path) != 0; }
-
-/* Tell of every regular file whose name begins with prefix; 0 = the directory cannot be read. */
+/* Tell of every regular file whose name begins with prefix. */
 static int q3n__directory_list(const char *path, const char *prefix, q3n__file_found found,
                                void *user)
 {
-    char pattern[1024];
-    WIN32_FIND_DATAA d;
-    const int n = snprintf(pattern, sizeof pattern, "%s\\%s*", path, prefix);
-    if (n < 0 || n >= (int)sizeof pattern) return 0;
-    HANDLE h = FindFirstFileA(pattern, &d);
-    if (h == INVALID_HANDLE_VALUE) {
-        const DWORD attributes = GetFileAttributesA(path);
-        return attributes != INVALID_FILE_ATTRIBUTES && (attributes & FILE_ATTRIBUTE_DIRECTORY);
-    }
+    char text[Q3N__PATH_ROOM];
+    wchar_t wide[Q3N__PATH_ROOM];
+    WIN32_FIND_DATAW d;
+    const int n = snprintf(text, sizeof text, "%s\\%s*", path, prefix);
+    if (n < 0 || n >= (int)sizeof text || q3n__file_wide(text, wide)) return Q3N__FILE_BAD_PATH;
+    HANDLE h = FindFirstFileW(wide, &d);
+    if (h == INVALID_HANDLE_VALUE)       /* that no file matches is no error */
+        return GetLastError() == ERROR_FILE_NOT_FOUND ? 0 : q3n__file_code(0);
     do {
         const uint64_t ticks = (uint64_t)d.ftLastWriteTime.dwHighDateTime << 32
                              | d.ftLastWriteTime.dwLowDateTime;   /* 100 ns since 1601 */
-        if (!(d.dwFileAttributes & (FILE_ATTRIBUTE_DIRECTORY | FILE_ATTRIBUTE_REPARSE_POINT)))
-            found(user, d.cFileName, (int64_t)((uint64_t)d.nFileSizeHigh << 32 | d.nFileSizeLow),
+        if (!(d.dwFileAttributes & (FILE_ATTRIBUTE_DIRECTORY | FILE_ATTRIBUTE_REPARSE_POINT))
+            && WideCharToMultiByte(CP_UTF8, 0, d.cFileName, -1, text, sizeof text, NULL, NULL))
+            found(user, text, (int64_t)((uint64_t)d.nFileSizeHigh << 32 | d.nFileSizeLow),
                   (int64_t)(ticks / 10000000) - 11644473600);
-    } while (FindNextFileA(h, &d));
+    } while (FindNextFileW(h, &d));
     FindClose(h);
-    return 1;
+    return 0;
 }
 #else
 #  define Q3N__HAS_FILES 1
 typedef struct { int fd; } q3n__file;
-#  ifdef O_CLOEXEC                     /* hidden from strict C11 without _GNU_SOURCE */
-#    define Q3N__CLOEXEC O_CLOEXEC
-#  else
-#    define Q3N__CLOEXEC 0
+#  ifdef __linux__                     /* hidden from strict C11 if a header of libc came first */
+int     fsync(int fd);
+int     fchmod(int fd, mode_t mode);
+int     fchown(int fd, unsigned owner, unsigned group);
+ssize_t readlink(const char *restrict path, char *restrict to, size_t room);
 #  endif
 
-/* A file that must not exist yet, to be written; 0 = failed. */
-static int q3n__file_create(q3n__file *f, const char *path)
+static int  q3n__file_code(int ok)     { return ok ? 0 : errno; }
+static int  q3n__file_absent(int code) { return code == ENOENT; }
+static int  q3n__file_exists(int code) { return code == EEXIST; }
+static void q3n__file_reason_of(int code, char *text, size_t room)
 {
-    f->fd = open(path, O_WRONLY | O_CREAT | O_EXCL | Q3N__CLOEXEC, 0666);
-    return f->fd >= 0;
+    snprintf(text, room, "%s", strerror(code));
+}
+static uint64_t q3n__process_id(void) { return (uint64_t)getpid(); }
+
+/* The bytes of the path in front of the file's own name. */
+static size_t q3n__path_folder(const char *path)
+{
+    size_t n = strlen(path);
+    while (n > 0 && path[n - 1] != '/') n--;
+    return n;
 }
 
-/* A regular file to read, and its size; 0 = failed, -1 = there is none.  Opening a pipe would wait
- * but for O_NONBLOCK. */
-static int q3n__file_open(q3n__file *f, const char *path, int64_t *bytes)
+static int q3n__file_inspect(const struct stat *st, q3n__file_info *info)
+{
+    info->id.volume = (uint64_t)st->st_dev;
+    info->id.number = (uint64_t)st->st_ino;
+    info->bytes = (int64_t)st->st_size;
+    info->mode = st->st_mode & 0777;
+    info->owner = st->st_uid;
+    info->group = st->st_gid;
+    return S_ISREG(st->st_mode) ? 0
+         : S_ISDIR(st->st_mode) ? Q3N__FILE_IS_DIRECTORY : Q3N__FILE_NOT_REGULAR;
+}
+
+/* What is there, behind links. */
+static int q3n__file_look(const char *path, q3n__file_info *info)
 {
     struct stat st;
-    f->fd = open(path, O_RDONLY | O_NONBLOCK | Q3N__CLOEXEC);
-    if (f->fd < 0) return errno == ENOENT ? -1 : 0;
-    if (fstat(f->fd, &st) == 0 && S_ISREG(st.st_mode)) {
-        *bytes = (int64_t)st.st_size;
-        return 1;
-    }
-    close(f->fd);
+    return stat(path, &st) == 0 ? q3n__file_inspect(&st, info) : errno;
+}
+
+/* open, closed where another program is started; file systems of networks may be interrupted */
+static int q3n__file_descriptor(q3n__file *f, const char *path, int flags, mode_t mode)
+{
+#  ifdef O_CLOEXEC
+    flags |= O_CLOEXEC;
+#  endif
+    do f->fd = open(path, flags, mode); while (f->fd < 0 && errno == EINTR);
+    if (f->fd < 0) return errno;
+#  ifndef O_CLOEXEC                    /* hidden from strict C11 */
+    fcntl(f->fd, F_SETFD, FD_CLOEXEC);
+#  endif
     return 0;
+}
+
+/* A regular file, to read; nothing is open on failure.  Opening a pipe or a terminal's line would
+ * wait but for O_NONBLOCK. */
+static int q3n__file_open(q3n__file *f, const char *path, q3n__file_info *info)
+{
+    struct stat st;
+    int code = q3n__file_descriptor(f, path, O_RDONLY | O_NONBLOCK | O_NOCTTY, 0);
+    if (code) return code;
+    code = fstat(f->fd, &st) == 0 ? q3n__file_inspect(&st, info) : errno;
+    if (code) close(f->fd);
+    return code;
+}
+
+/* A file that must not exist yet, to be written; closed to others if `closed`. */
+static int q3n__file_create(q3n__file *f, const char *path, int closed)
+{
+    return q3n__file_descriptor(f, path, O_WRONLY | O_CREAT | O_EXCL, closed ? 0600 : 0666);
+}
+
+/* Mode and owner of the file that this one replaces; only root may give files away. */
+static int q3n__file_adopt(q3n__file *f, const q3n__file_info *old)
+{
+    struct stat st;
+    if (fstat(f->fd, &st) != 0) return errno;
+    if ((st.st_uid != old->owner || st.st_gid != old->group)
+        && fchown(f->fd, old->owner, old->group) != 0
+        && errno != EPERM && errno != EINVAL) return errno;    /* EINVAL: no such id here */
+    return q3n__file_code((st.st_mode & 0777) == old->mode
+                          || fchmod(f->fd, (mode_t)old->mode) == 0);
+}
+
+static int q3n__file_writable(const char *path) { return q3n__file_code(access(path, W_OK) == 0); }
+
+/* Replace a path by where its links lead; the last of them may lead to no file. */
+static int q3n__file_resolve(char path[Q3N__PATH_ROOM])
+{
+    char link[Q3N__PATH_ROOM];
+    for (int hops = 0; hops < 40; hops++) {
+        const ssize_t n = readlink(path, link, sizeof link);
+        if (n < 0) return errno == EINVAL || errno == ENOENT ? 0 : errno;   /* EINVAL: no link */
+        const size_t folder = n > 0 && link[0] == '/' ? 0 : q3n__path_folder(path);
+        if (folder + (size_t)n >= Q3N__PATH_ROOM) return ENAMETOOLONG;
+        memcpy(path + folder, link, (size_t)n);
+        path[folder + (size_t)n] = 0;
+    }
+    return ELOOP;
 }
 
 static int q3n__file_write(q3n__file *f, const void *data, size_t bytes)
 {
     for (const uint8_t *p = (const uint8_t *)data; bytes > 0; ) {
-        const ssize_t n = write(f->fd, p, bytes);
+        const ssize_t n = write(f->fd, p, bytes < Q3N__FILE_STEP ? bytes : Q3N__FILE_STEP);
         if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) return 0;
+        if (n <= 0) return n < 0 ? errno : EIO;
         p += n;
         bytes -= (size_t)n;
     }
-    return 1;
+    return 0;
 }
 
 static int q3n__file_read(q3n__file *f, void *data, size_t bytes)
 {
     for (uint8_t *p = (uint8_t *)data; bytes > 0; ) {
-        const ssize_t n = read(f->fd, p, bytes);
+        const ssize_t n = read(f->fd, p, bytes < Q3N__FILE_STEP ? bytes : Q3N__FILE_STEP);
         if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) return 0;
+        if (n <= 0) return n < 0 ? errno : Q3N__FILE_ENDS;
         p += n;
         bytes -= (size_t)n;
     }
-    return 1;
+    return 0;
 }
 
-static int q3n__file_close(q3n__file *f) { return close(f->fd) == 0; }
-static int q3n__file_remove(const char *path) { return unlink(path) == 0; }
+static int q3n__file_rewind(q3n__file *f)
+{
+    return q3n__file_code(lseek(f->fd, 0, SEEK_SET) == 0);
+}
 
-/* Tell of every regular file whose name begins with prefix; 0 = the directory cannot be read. */
+/* Wait until the bytes are on the disk.  EINVAL, ENOTSUP: a file system without such a thing. */
+static int q3n__file_sync(q3n__file *f)
+{
+    int code;
+    do code = q3n__file_code(fsync(f->fd) == 0); while (code == EINTR);
+    return code == EINVAL || code == ENOTSUP ? 0 : code;
+}
+
+static int q3n__file_close(q3n__file *f)   /* interrupted or not, it is closed */
+{
+    return q3n__file_code(close(f->fd) == 0 || errno == EINTR);
+}
+
+/* Map bytes > 0 of an open file for reading; the mapping outlives it. */
+static int q3n__file_map(q3n__file *f, size_t bytes, const uint8_t **data)
+{
+    void *p = mmap(NULL, bytes, PROT_READ, MAP_SHARED, f->fd, 0);
+    if (p == MAP_FAILED) return errno;
+    *data = (const uint8_t *)p;
+    return 0;
+}
+
+static void q3n__file_unmap(const uint8_t *data, size_t bytes)
+{
+    munmap((void *)(uintptr_t)data, bytes);
+}
+
+static int q3n__file_rename(const char *from, const char *to)
+{
+    return q3n__file_code(rename(from, to) == 0);
+}
+
+static int q3n__file_remove(const char *path) { return q3n__file_code(unlink(path) == 0); }
+
+/* Let a new name outlive a power failure, where the directory can be opened and the file system can
+ * do that: the file is whole either way, so that failing is no error. */
+static void q3n__directory_sync(const char *path)
+{
+    q3n__file f;
+    if (q3n__file_descriptor(&f, path[0] ? path : ".", O_RDONLY | O_NONBLOCK, 0) != 0) return;
+    q3n__file_sync(&f);
+    q3n__file_close(&f);
+}
+
+/* Tell of every regular file whose name begins with prefix. */
 static int q3n__directory_list(const char *path, const char *prefix, q3n__file_found found,
                                void *user)
 {
     DIR *dir = opendir(path);
-    if (!dir) return 0;
+    if (!dir) return errno;
     for (const struct dirent *e; (e = readdir(dir)) != NULL; ) {
         struct stat st;
-        char file[4096];
+        char file[Q3N__PATH_ROOM];
         if (strncmp(e->d_name, prefix, strlen(prefix)) != 0) continue;
         const int n = snprintf(file, sizeof file, "%s/%s", path, e->d_name);
         if (n > 0 && n < (int)sizeof file && stat(file, &st) == 0 && S_ISREG(st.st_mode))
             found(user, e->d_name, (int64_t)st.st_size, (int64_t)st.st_mtime);
     }
     closedir(dir);
-    return 1;
+    return 0;
 }
 #endif
 
@@ -2148,7 +2366,269 @@ Q3N_DEF const char *q3n_result_string(q3n_result r)
 Q3N_DEF int q3n_version(void) { return Q3N_VERSION; }
 
 /* =====================================================================================
- * [5] PARALLEL                                                             >>parallel
+ * [5] FILES                                                                   >>files
+ *
+ * One way to read a file and one to write it, for models, sessions and caches.  What is read is a
+ * regular file, and opening never waits.  What is written has a name of its own until it is whole:
+ * a writer that fails, is stopped or killed leaves what stood under the path as it was.
+ * ===================================================================================== */
+typedef struct {
+    q3n__file      file;
+    q3n__file_info info;
+    const char    *path;
+    int            code;                 /* why a read failed, 0 = none did                      */
+} q3n__input;
+
+typedef struct {
+    const uint8_t *data;
+    size_t         bytes;
+    q3n__file_id   id;
+} q3n__mapping;
+
+typedef struct {
+    q3n__file   file;
+    const char *path;                    /* as the caller wrote it                               */
+    int         code;                    /* why a write failed, 0 = none did                     */
+    char        target[Q3N__PATH_ROOM];  /* where the path's links lead                          */
+    char        part[Q3N__PATH_ROOM];    /* the file's name until it is whole                    */
+} q3n__output;
+
+#if Q3N__HAS_FILES
+static const char *q3n__file_reason(int code, char text[160])
+{
+    switch (code) {
+    case Q3N__FILE_BAD_PATH:     return "the path is empty, too long or not UTF-8";
+    case Q3N__FILE_IS_DIRECTORY: return "it is a directory";
+    case Q3N__FILE_NOT_REGULAR:  return "it is not a regular file";
+    case Q3N__FILE_ENDS:         return "the file ends there";
+    }
+    q3n__file_reason_of(code, text, 160);
+    return text;
+}
+
+/* "models/x.q3n: cannot open: Permission denied" */
+static q3n_result q3n__file_fail(q3n_error *err, q3n_result r, const char *path, const char *what,
+                                 int code)
+{
+    char reason[160];
+    return q3n__fail(err, r, -1, "%.*s: %s: %s", Q3N__PATH_ROOM, path, what,
+                     q3n__file_reason(code, reason));
+}
+
+/* ---- Reading ---- */
+
+/* Q3N_ERR_NO_FILE if nothing has that name. */
+static q3n_result q3n__input_open(q3n__input *in, const char *path, q3n_error *err)
+{
+    in->path = path;
+    in->code = 0;
+    const int code = q3n__file_open(&in->file, path, &in->info);
+    if (code == 0) return Q3N_OK;
+    return q3n__file_fail(err, q3n__file_absent(code) ? Q3N_ERR_NO_FILE : Q3N_ERR_IO, path,
+                          "cannot open", code);
+}
+
+/* 0 = failed: q3n__input_close says why, if it is not that the file ends. */
+static int q3n__input_read(q3n__input *in, void *data, size_t bytes)
+{
+    in->code = q3n__file_read(&in->file, data, bytes);
+    return in->code == 0;
+}
+
+/* r is how things went.  Returns r. */
+static q3n_result q3n__input_close(q3n__input *in, q3n_result r, q3n_error *err)
+{
+    q3n__file_close(&in->file);
+    return in->code > 0 ? q3n__file_fail(err, r, in->path, "cannot read", in->code) : r;
+}
+
+/* A whole file in memory, as the system reads it when it is used. */
+static q3n_result q3n__input_map(q3n__mapping *out, const char *path, q3n_error *err)
+{
+    q3n__input in;
+    memset(out, 0, sizeof *out);
+    q3n_result r = q3n__input_open(&in, path, err);
+    if (r != Q3N_OK) return r;
+    out->bytes = (size_t)in.info.bytes;
+    out->id = in.info.id;
+    if (out->bytes == 0) {
+        r = q3n__fail(err, Q3N_ERR_FORMAT, 0, "%s: the file is empty", path);
+    } else {
+        const int code = q3n__file_map(&in.file, out->bytes, &out->data);
+        if (code) r = q3n__file_fail(err, Q3N_ERR_IO, path, "cannot map", code);
+    }
+    return q3n__input_close(&in, r, err);
+}
+
+static q3n_result q3n__input_list(const char *path, const char *prefix, q3n__file_found found,
+                                  void *user, q3n_error *err)
+{
+    const int code = q3n__directory_list(path, prefix, found, user);
+    return code ? q3n__file_fail(err, Q3N_ERR_IO, path, "cannot read", code) : Q3N_OK;
+}
+
+/* ---- Writing ---- */
+#define Q3N__PART_ATTEMPTS 100
+#define Q3N__PART_NAME     200           /* bytes of the file's name in the part's, of 255       */
+
+/* Where the path leads, and what is there; info is zeros if nothing is. */
+static int q3n__output_target(q3n__output *o, q3n__file_info *info)
+{
+    const size_t bytes = strlen(o->path);
+    memset(info, 0, sizeof *info);
+    if (bytes == 0 || bytes >= sizeof o->target) return Q3N__FILE_BAD_PATH;
+    memcpy(o->target, o->path, bytes + 1);
+    int code = q3n__file_look(o->path, info);
+    if (code == 0) code = q3n__file_writable(o->path);
+    return code && !q3n__file_absent(code) ? code : q3n__file_resolve(o->target);
+}
+
+/* A name beside the target that no other writer takes: "x.q3n.0123456789abcdef.part".  Cut before a
+ * character, not within. */
+static int q3n__output_name(q3n__output *o, uint64_t number)
+{
+    const size_t folder = q3n__path_folder(o->target);
+    size_t bytes = strlen(o->target + folder);
+    if (bytes > Q3N__PART_NAME) bytes = Q3N__PART_NAME;
+    while (bytes > 0 && (o->target[folder + bytes] & 0xC0) == 0x80) bytes--;
+    const int n = snprintf(o->part, sizeof o->part, "%.*s.%016llx.part", (int)(folder + bytes),
+                           o->target, (unsigned long long)number);
+    return n > 0 && n < (int)sizeof o->part ? 0 : Q3N__FILE_BAD_PATH;
+}
+
+static int q3n__output_create(q3n__output *o, const q3n__file_info *old)
+{
+    const int replaces = old->id.volume || old->id.number;
+    const uint64_t seed = (uint64_t)q3n__now() ^ q3n__process_id() << 40 ^ (uintptr_t)o;
+    int code = 0;
+    for (uint64_t i = 0; i < Q3N__PART_ATTEMPTS; i++) {
+        code = q3n__output_name(o, q3n__mix64(seed + i));
+        if (code == 0) code = q3n__file_create(&o->file, o->part, replaces);
+        if (!q3n__file_exists(code)) break;
+    }
+    if (code || !replaces) return code;
+    code = q3n__file_adopt(&o->file, old);
+    if (code) {
+        q3n__file_close(&o->file);
+        q3n__file_remove(o->part);
+    }
+    return code;
+}
+
+/* Begin a file that q3n__output_close puts under path.  A link is followed: the file that it leads
+ * to is replaced, its mode is kept.  input (NULL, zeros = none): the file that is read then. */
+static q3n_result q3n__output_open(q3n__output *o, const char *path, const q3n__file_id *input,
+                                   q3n_error *err)
+{
+    q3n__file_info old;
+    o->path = path;
+    o->code = 0;
+    int code = q3n__output_target(o, &old);
+    if (code == 0 && input && (old.id.volume || old.id.number)
+        && old.id.volume == input->volume && old.id.number == input->number)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "%s: is the file of the open model: give another"
+                         " name", path);
+    if (code == 0) code = q3n__output_create(o, &old);
+    return code ? q3n__file_fail(err, Q3N_ERR_IO, path, "cannot write", code) : Q3N_OK;
+}
+
+/* 0 = failed: q3n__output_close says why. */
+static int q3n__output_write(q3n__output *o, const void *data, size_t bytes)
+{
+    if (o->code == 0) o->code = q3n__file_write(&o->file, data, bytes);
+    return o->code == 0;
+}
+
+static int q3n__output_rewind(q3n__output *o)
+{
+    if (o->code == 0) o->code = q3n__file_rewind(&o->file);
+    return o->code == 0;
+}
+
+/* r is how things went: only Q3N_OK puts the file in its place, anything else removes it.  Returns
+ * r, or what went wrong with the file. */
+static q3n_result q3n__output_close(q3n__output *o, q3n_result r, q3n_error *err)
+{
+    int code = o->code;
+    if (r == Q3N_OK && code == 0) code = q3n__file_sync(&o->file);
+    const int closed = q3n__file_close(&o->file);
+    if (r == Q3N_OK && code == 0) code = closed;
+    if (r == Q3N_OK && code == 0) code = q3n__file_rename(o->part, o->target);
+    if (r == Q3N_OK && code == 0) {
+        o->part[q3n__path_folder(o->part)] = 0;
+        q3n__directory_sync(o->part);
+        return Q3N_OK;
+    }
+    q3n__file_remove(o->part);
+    return code ? q3n__file_fail(err, Q3N_ERR_IO, o->path, "cannot write", code) : r;
+}
+#else
+static q3n_result q3n__no_files(const char *path, q3n_error *err)
+{
+    return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "%s: built without files (Q3N_NO_STDIO)",
+                     path);
+}
+
+static q3n_result q3n__input_open(q3n__input *in, const char *path, q3n_error *err)
+{
+    memset(in, 0, sizeof *in);
+    return q3n__no_files(path, err);
+}
+
+static int q3n__input_read(q3n__input *in, void *data, size_t bytes)
+{
+    (void)in; (void)data; (void)bytes;
+    return 0;
+}
+
+static q3n_result q3n__input_close(q3n__input *in, q3n_result r, q3n_error *err)
+{
+    (void)in; (void)err;
+    return r;
+}
+
+static q3n_result q3n__input_map(q3n__mapping *out, const char *path, q3n_error *err)
+{
+    memset(out, 0, sizeof *out);
+    return q3n__no_files(path, err);
+}
+
+static void q3n__file_unmap(const uint8_t *data, size_t bytes) { (void)data; (void)bytes; }
+
+static q3n_result q3n__output_open(q3n__output *o, const char *path, const q3n__file_id *input,
+                                   q3n_error *err)
+{
+    (void)input;
+    o->path = path;
+    return q3n__no_files(path, err);
+}
+
+static int q3n__output_write(q3n__output *o, const void *data, size_t bytes)
+{
+    (void)o; (void)data; (void)bytes;
+    return 0;
+}
+
+static int q3n__output_rewind(q3n__output *o) { (void)o; return 0; }
+
+static q3n_result q3n__output_close(q3n__output *o, q3n_result r, q3n_error *err)
+{
+    (void)o; (void)err;
+    return r;
+}
+
+static int q3n__file_remove(const char *path) { (void)path; return 0; }
+
+static q3n_result q3n__input_list(const char *path, const char *prefix, q3n__file_found found,
+                                  void *user, q3n_error *err)
+{
+    (void)prefix; (void)found; (void)user;
+    return q3n__no_files(path, err);
+}
+#endif
+
+/* =====================================================================================
+ * [6] PARALLEL                                                             >>parallel
  *
  * One primitive: q3n__parallel runs a task over [0, n) in pieces and waits.  Threads claim pieces
  * from a counter, so a thread that the system has put aside delays nobody; which thread computes a
@@ -2330,7 +2810,7 @@ static q3n_result q3n__pool_open(q3n__pool *p, int n_threads, const q3n_executor
 }
 
 /* =====================================================================================
- * [6] TYPES                                                                   >>types
+ * [7] TYPES                                                                   >>types
  *
  * What a tensor type is, and the kernel table: every function that the model needs from an
  * instruction set.  The scalar section defines what each entry computes; the model knows only this
@@ -2633,7 +3113,7 @@ typedef struct q3n__kernels {
 static q3n_isa q3n__kernels_init(q3n__kernels *k, q3n_isa max);
 
 /* =====================================================================================
- * [7] CONFIG                                                                 >>config
+ * [8] CONFIG                                                                 >>config
  *
  * The geometry of a model: its fields by name, named presets, what may go together, and the tensor
  * plan: which tensors a geometry has, in the order of the file.  The loader binds by this plan and
@@ -3470,7 +3950,7 @@ static q3n_result q3n__tokenizer_open(q3n__tokenizer *t, const q3n__tokenizer_pa
 static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a);
 
 /* =====================================================================================
- * [8] LOADER                                                                 >>loader
+ * [9] LOADER                                                                 >>loader
  *
  * Turns the bytes of a file into a q3n_model: header, sections, configuration, tensor table, then
  * binds every tensor of the plan to its field, checking type, shape and place.  After q3n__bind
@@ -3503,6 +3983,7 @@ struct q3n_model {
     const uint8_t *data;                 /* the whole file                                       */
     size_t         bytes;
     int            mapped;               /* 1 = data is ours to unmap                            */
+    q3n__file_id   file;                 /* that data is, zeros = none                           */
     q3n_config     config;
     char           name[Q3N__MAX_NAME + 1], chat[Q3N__MAX_CHAT + 1];
     q3n__ids       eos, prefix, suffix;  /* of a text; what q3n_tokenize puts around it          */
@@ -4189,6 +4670,31 @@ static void q3n__load_warnings(const q3n_model *m)
                  "the model attends both ways: a text is evaluated whole");
 }
 
+/* Count a tensor.  Every expert of a token's k is read once, a row of the embedding, all of the
+ * rest. */
+static void q3n__stats_add(q3n_model_stats *out, const q3n_config *c, const q3n_tensor *t)
+{
+    int64_t n = t->dim[0] * t->dim[1] * t->dim[2], bytes = t->bytes;
+    out->types[t->type].n_tensors++;
+    out->types[t->type].n_weights += n;
+    out->types[t->type].bytes += bytes;
+    if (strncmp(t->name, "mtp.", 4) == 0) {
+        out->mtp_weights += n;
+        return;
+    }
+    out->n_weights += n;
+    if (strstr(t->name, ".mlp.experts.") && c->num_experts > 0) {
+        n = n / c->num_experts * c->num_experts_per_tok;
+        bytes = bytes / c->num_experts * c->num_experts_per_tok;
+    }
+    if (strcmp(t->name, "embed_tokens.weight") == 0 && !c->tie_word_embeddings) {
+        n = t->dim[1];
+        bytes /= t->dim[0];
+    }
+    out->n_weights_active += n;
+    out->decode_bytes += bytes;
+}
+
 static q3n_result q3n__model_load(q3n_model *m, int skip_checksum, q3n_error *err)
 {
     q3n__load ld;
@@ -4240,7 +4746,7 @@ static q3n_result q3n__model_create(q3n_model **out, const q3n_model_options *o,
 }
 
 /* =====================================================================================
- * [9] UNICODE                                                               >>unicode
+ * [10] UNICODE                                                              >>unicode
  *
  * UTF-8, character classes and Normalization Form C for the tokenizer.  Bytes that are no UTF-8
  * count as characters outside every class, which normalisation leaves alone.  The tables are
@@ -4747,7 +5253,7 @@ static void q3n__normalizer_end(q3n__normalizer *z)
 }
 
 /* =====================================================================================
- * [10] TOKENIZER                                                          >>tokenizer
+ * [11] TOKENIZER                                                          >>tokenizer
  *
  * Byte-level BPE.  Text goes through four steps, each a subsection: added tokens are cut out, the
  * rest is brought to NFC and cut into words by the pattern, each word's bytes are merged pair by
@@ -5604,7 +6110,7 @@ Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t
 }
 
 /* =====================================================================================
- * [11] OPS                                                                      >>ops
+ * [12] OPS                                                                      >>ops
  *
  * Portable drivers over the kernel table: linear layers, rotary embedding, the KV cache.  Each is
  * one parallel region or less.  They know shapes and pieces of work, not the model.
@@ -5791,7 +6297,7 @@ static void q3n__attend_merge(q3n__softmax_part *run, float *O, q3n__softmax_par
 }
 
 /* =====================================================================================
- * [12] RUN                                                                      >>run
+ * [13] RUN                                                                      >>run
  *
  * What one pass over some tokens works with: the sessions' states, activations,
  * and the small steps that go over all rows.  One path serves one token and five hundred, of one
@@ -5992,7 +6498,7 @@ static void q3n__embed(const q3n__run *r, const int32_t *tokens)
 }
 
 /* =====================================================================================
- * [13] ATTENTION                                                          >>attention
+ * [14] ATTENTION                                                          >>attention
  *
  * Grouped-query attention over pages of keys and values (q3n__attention, at the end).
  * ===================================================================================== */
@@ -6252,7 +6758,7 @@ static void q3n__attention(q3n__run *r, const q3n__layer *w, int layer)
 }
 
 /* =====================================================================================
- * [14] DELTANET                                                            >>deltanet
+ * [15] DELTANET                                                            >>deltanet
  *
  * The gated delta rule with its convolution (q3n__deltanet, at the end), for runs that store their
  * states and for runs that leave them in the trail.
@@ -6565,7 +7071,7 @@ static void q3n__deltanet(q3n__run *r, const q3n__layer *w, int layer)
 }
 
 /* =====================================================================================
- * [15] MODEL                                                                  >>model
+ * [16] MODEL                                                                  >>model
  *
  * The forward pass, in the words and letters of the reference: feed-forward networks and experts,
  * layers, the trunk, multi-token prediction.  Knows no type, no instruction set, no file.
@@ -6950,7 +7456,7 @@ static void q3n__logits(const q3n__run *r, const float *hidden, int n, float *lo
 }
 
 /* =====================================================================================
- * [16] STATE                                                                  >>state
+ * [17] STATE                                                                  >>state
  *
  * What a session knows of its text, as things that can be kept and passed on: pages, which are
  * counted and shared, and snapshots, which do not change.  Knows nothing of evaluation.
@@ -7122,7 +7628,7 @@ static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t 
 }
 
 /* =====================================================================================
- * [17] SESSION FILES                                                  >>session-files
+ * [18] SESSION FILES                                                  >>session-files
  *
  * A snapshot to bytes and back (SESSION FILE FORMAT).  One walk over its parts serves both ways.
  * What is read is hostile: sizes come from the shape, pages are made as their bytes arrive, and
@@ -7324,9 +7830,9 @@ static q3n_result q3n__stream_raw(q3n__stream *s, void *data, size_t bytes)
                                : s->source->read(s->source->user, data, bytes);
     if (failed)
         return q3n__fail(s->err, Q3N_ERR_IO, (int64_t)s->at, "cannot %s bytes %llu .. %llu of %llu"
-                         " of the session (%s?)", s->sink ? "write" : "read",
+                         " of the session%s", s->sink ? "write" : "read",
                          (unsigned long long)s->at, (unsigned long long)(s->at + bytes),
-                         (unsigned long long)s->bytes, s->sink ? "is the disk full" : "cut off");
+                         (unsigned long long)s->bytes, s->sink ? "" : " (cut off?)");
     s->at += bytes;
     return Q3N_OK;
 }
@@ -7493,54 +7999,27 @@ static q3n_result q3n__snapshot_read(q3n_snapshot **out, const q3n_model *m,
 }
 
 /* ---- Files ---- */
-static int q3n__sink_file(void *user, const void *data, size_t bytes)
+static int q3n__sink_output(void *user, const void *data, size_t bytes)
 {
-    return !q3n__file_write((q3n__file *)user, data, bytes);
+    return !q3n__output_write((q3n__output *)user, data, bytes);
 }
 
-static int q3n__source_file(void *user, void *data, size_t bytes)
+static int q3n__source_input(void *user, void *data, size_t bytes)
 {
-    return !q3n__file_read((q3n__file *)user, data, bytes);
+    return !q3n__input_read((q3n__input *)user, data, bytes);
 }
-
-static q3n_result q3n__no_files(const char *path, q3n_error *err)
-{
-    return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "%s: built without files (Q3N_NO_STDIO)",
-                     path);
-}
-
-/* Others may write a file of this name at the same time, and one that was interrupted may have
- * left its own: each takes the first name that is free. */
-#define Q3N__MOST_PARTS 100
 
 /* The file has another name until it is complete; on failure nothing is left. */
 static q3n_result q3n__snapshot_save(const q3n_snapshot *s, const char *path, q3n_error *err)
 {
-    if (!Q3N__HAS_FILES) return q3n__no_files(path, err);
-    const size_t room = strlen(path) + sizeof ".00.part";
-    char *part = (char *)q3n__alloc(&s->model->allocator, room);
-    if (!part) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "%s: no memory to save", path);
-    q3n__file f;
-    int created = 0;
-    for (int i = 0; i < Q3N__MOST_PARTS && !created; i++) {
-        snprintf(part, room, "%s.%02d.part", path, i);
-        created = q3n__file_create(&f, part);
-    }
+    q3n__output out;
+    q3n_result r = q3n__output_open(&out, path, &s->model->file, err);
+    if (r != Q3N_OK) return r;
     q3n_error why = { Q3N_OK, -1, "" };
-    if (created) {
-        const q3n_sink sink = { q3n__sink_file, &f };
-        q3n_result r = q3n__snapshot_write(s, &sink, &why);
-        if (!q3n__file_close(&f) && r == Q3N_OK)
-            r = q3n__fail(&why, Q3N_ERR_IO, -1, "cannot write (is the disk full?)");
-        if (r == Q3N_OK && !q3n__file_replace(part, path))
-            r = q3n__fail(&why, Q3N_ERR_IO, -1, "cannot rename %s to it", part);
-        if (r != Q3N_OK) q3n__file_remove(part);
-    } else {
-        q3n__fail(&why, Q3N_ERR_IO, -1, "cannot create %s", part);
-    }
-    q3n__free(&s->model->allocator, part);
-    if (why.code == Q3N_OK) return Q3N_OK;
-    return q3n__fail(err, why.code, why.offset, "%s: %s", path, why.message);
+    const q3n_sink sink = { q3n__sink_output, &out };
+    r = q3n__snapshot_write(s, &sink, &why);
+    if (r != Q3N_OK) q3n__fail(err, r, why.offset, "%s: %s", path, why.message);
+    return q3n__output_close(&out, r, err);
 }
 
 /* As q3n__snapshot_read; a file that goes on behind its end is refused. */
@@ -7549,25 +8028,19 @@ static q3n_result q3n__snapshot_open(q3n_snapshot **out, const q3n_model *m,
                                      q3n_error *err)
 {
     *out = NULL;
-    if (!Q3N__HAS_FILES) return q3n__no_files(path, err);
-    q3n__file f;
-    int64_t size = 0;
-    const int found = q3n__file_open(&f, path, &size);
-    if (found <= 0)
-        return q3n__fail(err, Q3N_ERR_IO, -1, "%s: %s", path,
-                         found < 0 ? "there is no such file"
-                                   : "cannot open, or not a regular file");
+    q3n__input file;
+    q3n_result r = q3n__input_open(&file, path, err);
+    if (r != Q3N_OK) return r;
     q3n_error why = { Q3N_OK, -1, "" };
-    const q3n_source source = { q3n__source_file, &f };
-    q3n__stream in = { .source = &source, .size = size, .err = &why };
-    const q3n_result r = q3n__stream_read(&in, out, m, shape, capacity);
-    q3n__file_close(&f);
-    if (r == Q3N_OK) return r;
-    return q3n__fail(err, r, why.offset, "%s: %s", path, why.message);
+    const q3n_source source = { q3n__source_input, &file };
+    q3n__stream in = { .source = &source, .size = file.info.bytes, .err = &why };
+    r = q3n__stream_read(&in, out, m, shape, capacity);
+    if (r != Q3N_OK) q3n__fail(err, r, why.offset, "%s: %s", path, why.message);
+    return q3n__input_close(&file, r, err);
 }
 
 /* =====================================================================================
- * [18] CACHE                                                                  >>cache
+ * [19] CACHE                                                                  >>cache
  *
  * Snapshots by the text that led to them, for any number of threads.  An item is a text, in memory,
  * in a file, or both; items are sorted by length, so that one pass over a text finds the longest
@@ -7933,8 +8406,6 @@ static q3n_snapshot *q3n__cache_load(q3n_cache *c, const q3n__cache_item *e,
     char name[Q3N__CACHE_NAME], path[Q3N__CACHE_PATH];
     q3n_snapshot *s;
     q3n_error err;
-    q3n__file f;
-    int64_t bytes;
     q3n__cache_name(e, name);
     q3n__cache_path(c, name, path);
     q3n_result r = q3n__snapshot_open(&s, c->model, shape, e->length, path, &err);
@@ -7946,9 +8417,7 @@ static q3n_snapshot *q3n__cache_load(q3n_cache *c, const q3n__cache_item *e,
                       " says", path);
     }
     if (r == Q3N_OK || r == Q3N_ERR_MEMORY) return s;
-    const int found = q3n__file_open(&f, path, &bytes);
-    if (found > 0) q3n__file_close(&f);
-    if (found >= 0) q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %s", err.message);
+    if (r != Q3N_ERR_NO_FILE) q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %s", err.message);
     if (r == Q3N_ERR_FORMAT || r == Q3N_ERR_CHECKSUM) q3n__file_remove(path);
     q3n__mutex_lock(&c->mutex);
     const int i = q3n__cache_lower(c, e->length, e->key, e->text);
@@ -7976,8 +8445,8 @@ static void q3n__cache_found(void *user, const char *name, int64_t bytes, int64_
         c->file_bytes += e.file_bytes;
         return;
     }
-    const size_t n = strlen(name);       /* ends with ".session.NN.part" */
-    if (n > 16 && strncmp(name + n - 16, ".session.", 9) == 0 && strcmp(name + n - 5, ".part") == 0
+    const size_t n = strlen(name);       /* ends with ".session.", 16 digits, ".part" */
+    if (n > 30 && strncmp(name + n - 30, ".session.", 9) == 0 && strcmp(name + n - 5, ".part") == 0
         && when < (int64_t)time(NULL) - Q3N__CACHE_STALE) {
         char path[Q3N__CACHE_PATH];
         q3n__cache_path(c, name, path);
@@ -7988,11 +8457,12 @@ static void q3n__cache_found(void *user, const char *name, int64_t bytes, int64_
 /* Take note of the directory's files; one that cannot be read is done without. */
 static void q3n__cache_scan(q3n_cache *c)
 {
-    if (!Q3N__HAS_FILES || strlen(c->directory) > Q3N__CACHE_PATH - 512
-        || !q3n__directory_list(c->directory, "q3n-", q3n__cache_found, c)) {
-        q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %s: %s", c->directory,
-                 Q3N__HAS_FILES ? "cannot read the directory, going on without it"
-                                : "built without files (Q3N_NO_STDIO)");
+    q3n_error err;
+    const q3n_result r = strlen(c->directory) > Q3N__CACHE_PATH - 512
+        ? q3n__fail(&err, Q3N_ERR_ARG, -1, "%s: the path is too long", c->directory)
+        : q3n__input_list(c->directory, "q3n-", q3n__cache_found, c, &err);
+    if (r != Q3N_OK) {
+        q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %s (going on without it)", err.message);
         c->directory = NULL;
         return;
     }
@@ -8240,7 +8710,7 @@ Q3N_DEF void q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out)
 }
 
 /* =====================================================================================
- * [19] ENGINE                                                                >>engine
+ * [20] ENGINE                                                                >>engine
  *
  * What evaluates: threads, kernels and scratch, of one session or of a batch, in one allocation
  * that is measured first and then handed out.  Options of sessions and batches.
@@ -8506,7 +8976,7 @@ static void q3n__engine_learn(q3n__engine *e, int rows, int64_t us)
 }
 
 /* =====================================================================================
- * [20] SESSION                                                              >>session
+ * [21] SESSION                                                              >>session
  *
  * Evaluation as transactions.  Between calls a session holds its text; a call works beside it -
  * in a second set of matrices, in slots of pages behind the text, in the trail - and ends with
@@ -9444,7 +9914,7 @@ static q3n_result q3n__session_feed(q3n_session *s, const int32_t *tokens, int n
 }
 
 /* =====================================================================================
- * [21] BATCH                                                                  >>batch
+ * [22] BATCH                                                                  >>batch
  *
  * Many sessions at once: passes over tokens of several, as one transaction of all.
  * ===================================================================================== */
@@ -9635,7 +10105,7 @@ static q3n_result q3n__batch_eval(q3n_batch *b, q3n_batch_item *items, int n_ite
 }
 
 /* =====================================================================================
- * [22] SAMPLER                                                              >>sampler
+ * [23] SAMPLER                                                              >>sampler
  *
  * Chooses the next token from logits.  Each filter keeps the tokens ranked before some place in
  * the order "larger first, lower id among equals", so finding that place takes a selection, not a
@@ -10067,7 +10537,7 @@ Q3N_DEF int32_t q3n_sampler_sample(q3n_sampler *s, const float *logits)
 }
 
 /* =====================================================================================
- * [23] SPECULATION                                                      >>speculation
+ * [24] SPECULATION                                                      >>speculation
  *
  * Several tokens a pass: drafts come from the model's MTP module or from the text itself, one pass
  * of the trunk checks them, and what is rejected is forgotten like a cancelled call.  How many
@@ -10473,7 +10943,7 @@ static q3n_result q3n__session_draft(q3n_session *s, int32_t token, int32_t *dra
 }
 
 /* =====================================================================================
- * [24] QUANTISE                                                            >>quantise
+ * [25] QUANTISE                                                            >>quantise
  *
  * Rows of floats to the bytes that a file holds, in any type.  The bytes depend on the weights
  * alone: float arithmetic in a fixed order, the same on every machine and for every split of the
@@ -10852,7 +11322,7 @@ Q3N_DEF q3n_result q3n_quantize_rows(q3n_type type, const q3n_rows *rows, void *
 }
 
 /* =====================================================================================
- * [25] WRITER                                                                >>writer
+ * [26] WRITER                                                                >>writer
  *
  * Makes model files as a stream, or in memory.  The tensor plan and a choice of types fix the whole
  * layout before the first byte, so every byte is written once and in order; only the checksums are
@@ -10936,11 +11406,13 @@ typedef struct {
     const void          *tokenizer;      /* TOKENIZER section, NULL = none                       */
     size_t               tokenizer_bytes;
     const char          *path;           /* NULL = into memory [memory_bytes]                    */
+    const q3n__file_id  *input;          /* a file that path may not be; NULL = none             */
     uint8_t             *memory;
     size_t               memory_bytes;
     int                  n_threads;      /* 0 = one per CPU                                      */
     const q3n_allocator *allocator;
     const q3n_progress  *progress;       /* NULL = none; counts bytes of the file                */
+    q3n_model_stats     *written;        /* out, when all is well; NULL = not wanted             */
     /* Fills a piece, on any thread; returns 0 with its fault filled if that cannot be. */
     int                (*make)(void *user, struct q3n__piece *piece);
     /* Chooses the item's type and, where its dim[0] is 0, sets that; returns 0 to leave the tensor
@@ -10975,8 +11447,8 @@ typedef struct q3n__piece {
 typedef struct {
     q3n__writer_options o;
     q3n_error          *err;
-    FILE               *file;            /* NULL = none of our making exists                     */
-    char               *part;            /* path + ".part"                                       */
+    q3n__output         output;
+    int                 writing;         /* 1 = output is open                                   */
     uint8_t            *meta;
     size_t              meta_bytes;
     int64_t             file_bytes, written;
@@ -11122,47 +11594,6 @@ static size_t q3n__writer_metadata(const q3n__writer *w)
     return body.used;
 }
 
-/* ---- Files ---- */
-#ifndef Q3N_NO_STDIO
-static q3n_result q3n__writer_create(q3n__writer *w)
-{
-    w->file = fopen(w->part, "wb");
-    if (!w->file) return q3n__fail(w->err, Q3N_ERR_IO, -1, "%s: cannot create the file", w->part);
-    return Q3N_OK;
-}
-
-static int q3n__writer_fwrite(q3n__writer *w, const void *data, size_t bytes)
-{
-    return fwrite(data, 1, bytes, w->file) == bytes;
-}
-
-/* Metadata again, now with checksums; then the file gets its name, or goes. */
-static q3n_result q3n__writer_finish(q3n__writer *w, q3n_result r)
-{
-    if (!w->file) return r;
-    if (r == Q3N_OK && (fseek(w->file, 0, SEEK_SET) != 0
-                        || !q3n__writer_fwrite(w, w->meta, w->meta_bytes)))
-        r = q3n__fail(w->err, Q3N_ERR_IO, 0, "%s: cannot write the metadata", w->part);
-    if (fclose(w->file) != 0 && r == Q3N_OK)
-        r = q3n__fail(w->err, Q3N_ERR_IO, -1, "%s: cannot write (is the disk full?)", w->part);
-    if (r == Q3N_OK && !q3n__file_replace(w->part, w->o.path))
-        r = q3n__fail(w->err, Q3N_ERR_IO, -1, "%s: cannot rename %s to it", w->o.path, w->part);
-    if (r != Q3N_OK) remove(w->part);
-    return r;
-}
-#else
-static q3n_result q3n__writer_create(q3n__writer *w)
-{
-    return q3n__fail(w->err, Q3N_ERR_UNSUPPORTED, -1, "built without files (Q3N_NO_STDIO)");
-}
-static int q3n__writer_fwrite(q3n__writer *w, const void *data, size_t bytes)
-{
-    (void)w; (void)data;
-    return bytes == 0;
-}
-static q3n_result q3n__writer_finish(q3n__writer *w, q3n_result r) { (void)w; return r; }
-#endif
-
 /* ---- Stream ---- */
 
 /* The next bytes of the file.  In memory they are there already if data is their place. */
@@ -11171,9 +11602,8 @@ static q3n_result q3n__writer_raw(q3n__writer *w, const void *data, size_t bytes
     uint8_t *place = w->o.path ? NULL : w->o.memory + w->written;
     if (place) {
         if (place != data) memcpy(place, data, bytes);
-    } else if (!q3n__writer_fwrite(w, data, bytes)) {
-        return q3n__fail(w->err, Q3N_ERR_IO, w->written, "%s: cannot write (is the disk full?)",
-                         w->part);
+    } else if (!q3n__output_write(&w->output, data, bytes)) {
+        return Q3N_ERR_IO;               /* q3n__output_close says why */
     }
     w->written += (int64_t)bytes;
     const q3n_progress *p = w->o.progress;
@@ -11336,7 +11766,6 @@ static q3n_result q3n__writer_layout(q3n__writer *w, const q3n__writer_options *
 static q3n_result q3n__writer_memory(q3n__writer *w)
 {
     const q3n_allocator *a = w->o.allocator;
-    const size_t path_bytes = w->o.path ? strlen(w->o.path) : 0;
     const int n_threads = w->o.n_threads ? w->o.n_threads : q3n__cpu_count();
     for (int i = 0; i < w->n_tensors; i++) {
         const q3n__writer_tensor *t = &w->tensors[i];
@@ -11350,17 +11779,10 @@ static q3n_result q3n__writer_memory(q3n__writer *w)
     w->meta = (uint8_t *)q3n__alloc(a, w->meta_bytes);
     w->pieces = (q3n__piece *)q3n__alloc(a, (size_t)w->max_pieces * sizeof *w->pieces);
     w->threads = (q3n__thread *)q3n__alloc(a, (size_t)n_threads * sizeof *w->threads);
-    if (w->o.path) {
-        w->part = (char *)q3n__alloc(a, path_bytes + sizeof ".part");
-        w->buffer = (uint8_t *)q3n__alloc(a, (size_t)w->max_pieces * w->room);
-    }
-    if (!w->meta || !w->pieces || !w->threads || (w->o.path && (!w->part || !w->buffer)))
+    if (w->o.path) w->buffer = (uint8_t *)q3n__alloc(a, (size_t)w->max_pieces * w->room);
+    if (!w->meta || !w->pieces || !w->threads || (w->o.path && !w->buffer))
         return q3n__fail(w->err, Q3N_ERR_MEMORY, -1, "no memory to write with %d threads",
                          n_threads);
-    if (w->o.path) {
-        memcpy(w->part, w->o.path, path_bytes);
-        memcpy(w->part + path_bytes, ".part", sizeof ".part");
-    }
     const q3n_executor none = { NULL, NULL, 0 };
     return q3n__pool_open(&w->pool, n_threads, &none, w->threads, w->err);
 }
@@ -11370,20 +11792,42 @@ static void q3n__writer_discard(q3n__writer *w)
     const q3n_allocator *a = w->o.allocator;
     q3n__pool_close(&w->pool);
     q3n__free(a, w->buffer);
-    q3n__free(a, w->part);
     q3n__free(a, w->threads);
     q3n__free(a, w->pieces);
     q3n__free(a, w->meta);
     q3n__free(a, w->tensors);
 }
 
+static void q3n__writer_stats(const q3n__writer *w, q3n_model_stats *out)
+{
+    memset(out, 0, sizeof *out);
+    out->file_bytes = w->file_bytes;
+    for (int i = 0; i < w->n_tensors; i++) {
+        const q3n__writer_tensor *from = &w->tensors[i];
+        q3n_tensor t;
+        memset(&t, 0, sizeof t);
+        t.name = from->item.name;
+        t.type = from->type;
+        memcpy(t.dim, from->item.dim, sizeof t.dim);
+        t.bytes = from->slice_bytes * (from->item.n_dims == 3 ? t.dim[0] : 1);
+        q3n__stats_add(out, w->o.config, &t);
+    }
+}
+
 /* Close the writer.  r is how things went so far: only Q3N_OK puts a file under its name, anything
  * else removes it, and memory then holds no model.  Returns r, or what went wrong here. */
 static q3n_result q3n__writer_close(q3n__writer *w, q3n_result r)
 {
-    if (r == Q3N_OK) q3n__writer_metadata(w);
-    r = q3n__writer_finish(w, r);
-    if (r == Q3N_OK && !w->o.path) memcpy(w->o.memory, w->meta, w->meta_bytes);
+    if (r == Q3N_OK) q3n__writer_metadata(w);       /* again, now with the checksums */
+    if (w->writing) {
+        if (r == Q3N_OK && !(q3n__output_rewind(&w->output)
+                             && q3n__output_write(&w->output, w->meta, w->meta_bytes)))
+            r = Q3N_ERR_IO;
+        r = q3n__output_close(&w->output, r, w->err);
+    } else if (r == Q3N_OK) {
+        memcpy(w->o.memory, w->meta, w->meta_bytes);
+    }
+    if (r == Q3N_OK && w->o.written) q3n__writer_stats(w, w->o.written);
     q3n__writer_discard(w);
     return r;
 }
@@ -11399,8 +11843,9 @@ static q3n_result q3n__writer_start(q3n__writer *w)
         return q3n__fail(w->err, Q3N_ERR_ARG, -1, "%zu bytes of memory, expected %lld",
                          o->memory_bytes, (long long)w->file_bytes);
     q3n_result r = q3n__writer_memory(w);
-    if (r == Q3N_OK && o->path) r = q3n__writer_create(w);
+    if (r == Q3N_OK && o->path) r = q3n__output_open(&w->output, o->path, o->input, w->err);
     if (r != Q3N_OK) return r;
+    w->writing = o->path != NULL;
     if (o->path) q3n__writer_metadata(w);
     else         memset(w->meta, 0, w->meta_bytes);      /* no model before all is there */
     return q3n__writer_raw(w, w->meta, w->meta_bytes);
@@ -11499,9 +11944,11 @@ static q3n_result q3n__quantize_write(const char *path, q3n__quantize_run *run, 
     w.config_section = q3n__model_section(run->in, Q3N__SECTION_CONFIG, &w.config_section_bytes);
     w.tokenizer = q3n__model_section(run->in, Q3N__SECTION_TOKENIZER, &w.tokenizer_bytes);
     w.path = path;
+    w.input = &run->in->file;
     w.n_threads = run->o->n_threads;
     w.allocator = &run->o->allocator;
     w.progress = &run->o->progress;
+    w.written = run->o->written;
     w.choose = q3n__quantize_choose;
     w.make = q3n__quantize_make;
     w.user = run;
@@ -11550,7 +11997,7 @@ Q3N_DEF q3n_result q3n_quantize_file(const char *path, const q3n_model *in,
 }
 
 /* =====================================================================================
- * [26] RANDOM WEIGHTS                                                        >>random
+ * [27] RANDOM WEIGHTS                                                        >>random
  *
  * Models of any geometry without a checkpoint, for tests and measurements.  A weight depends on the
  * seed, its tensor's name and its place alone, so pieces can be made in any order.
@@ -11808,6 +12255,7 @@ static q3n_result q3n__init_any(q3n__writer_options *w, const q3n_config *c,
     w->n_threads = o->n_threads;
     w->allocator = &o->allocator;
     w->progress = &o->progress;
+    w->written = o->written;
     w->choose = q3n__init_choose;
     w->make = q3n__init_make;
     w->user = run;
@@ -11866,7 +12314,7 @@ Q3N_DEF q3n_result q3n_init_memory(void *data, size_t bytes, const q3n_config *c
 }
 
 /* =====================================================================================
- * [27] PUBLIC                                                                >>public
+ * [28] PUBLIC                                                                >>public
  *
  * Public functions of models and sessions: check, delegate.
  * ===================================================================================== */
@@ -11894,18 +12342,18 @@ Q3N_DEF q3n_result q3n_model_open(q3n_model **out, const char *path, const q3n_m
     if (!out) return q3n__fail(err, Q3N_ERR_ARG, -1, "no place for the model");
     *out = NULL;
     if (!path) return q3n__fail(err, Q3N_ERR_ARG, -1, "no path");
-    size_t bytes = 0;
-    const char *why;
-    const uint8_t *data = q3n__file_map(path, &bytes, &why);
-    if (!data) return q3n__fail(err, Q3N_ERR_IO, -1, "%s: %s", path, why);
+    q3n__mapping map;
+    q3n_result r = q3n__input_map(&map, path, err);
+    if (r != Q3N_OK) return r;
     q3n_model *m;
-    q3n_result r = q3n__model_create(&m, o, err);
+    r = q3n__model_create(&m, o, err);
     if (r != Q3N_OK) {
-        q3n__file_unmap(data, bytes);
+        q3n__file_unmap(map.data, map.bytes);
         return r;
     }
-    m->data = data;
-    m->bytes = bytes;
+    m->data = map.data;
+    m->bytes = map.bytes;
+    m->file = map.id;
     m->mapped = 1;
     q3n_error why_not;
     r = q3n__model_load(m, o ? o->skip_checksum : 0, &why_not);
@@ -11915,6 +12363,15 @@ Q3N_DEF q3n_result q3n_model_open(q3n_model **out, const char *path, const q3n_m
     }
     q3n__model_free(m);
     return q3n__fail(err, r, why_not.offset, "%s: %s", path, why_not.message);
+}
+
+Q3N_DEF q3n_result q3n_file_check(const char *path, q3n_error *err)
+{
+    q3n__output o;
+    if (!path) return q3n__fail(err, Q3N_ERR_ARG, -1, "no path");
+    const q3n_result r = q3n__output_open(&o, path, NULL, err);
+    if (r == Q3N_OK) q3n__output_close(&o, Q3N_ERR_CANCELLED, NULL);
+    return r;
 }
 
 Q3N_DEF void q3n_model_close(q3n_model *m)
@@ -12022,33 +12479,11 @@ Q3N_DEF q3n_result q3n_model_verify(const q3n_model *m, const q3n_progress *prog
     return Q3N_OK;
 }
 
-/* Every expert of a token's k is read once, a row of the embedding, all of the rest. */
 Q3N_DEF void q3n_model_stats_get(const q3n_model *m, q3n_model_stats *out)
 {
-    const q3n_config *c = &m->config;
     memset(out, 0, sizeof *out);
     out->file_bytes = (int64_t)m->bytes;
-    for (int i = 0; i < m->n_tensors; i++) {
-        const q3n_tensor *t = &m->tensors[i];
-        int64_t n = t->dim[0] * t->dim[1] * t->dim[2], bytes = t->bytes;
-        if (strncmp(t->name, "mtp.", 4) == 0) {
-            out->mtp_weights += n;
-            continue;
-        }
-        out->n_weights += n;
-        if (strstr(t->name, ".mlp.experts.") && c->num_experts > 0) {
-            n = n / c->num_experts * c->num_experts_per_tok;
-            bytes = bytes / c->num_experts * c->num_experts_per_tok;
-        }
-        if (strcmp(t->name, "embed_tokens.weight") == 0) {
-            if (!c->tie_word_embeddings) {
-                n = t->dim[1];
-                bytes /= t->dim[0];
-            }
-        }
-        out->n_weights_active += n;
-        out->decode_bytes += bytes;
-    }
+    for (int i = 0; i < m->n_tensors; i++) q3n__stats_add(out, &m->config, &m->tensors[i]);
 }
 
 /* ---- Sessions ---- */
@@ -12439,7 +12874,7 @@ Q3N_DEF void q3n_session_speculation(const q3n_session *s, q3n_speculation *out)
 }
 
 /* =====================================================================================
- * [28] KERNELS, SCALAR: the definition                               >>kernels-scalar
+ * [29] KERNELS, SCALAR: the definition                               >>kernels-scalar
  *
  * Written from the equations; every other ISA is tested against these.
  * ===================================================================================== */
@@ -12776,7 +13211,7 @@ static void q3n__bind_scalar(q3n__kernels *k)
 }
 
 /* =====================================================================================
- * [29] KERNELS, AVX2                                                   >>kernels-avx2
+ * [30] KERNELS, AVX2                                                   >>kernels-avx2
  *
  * How all three ISA sections work.  An element of a product has one accumulator vector that walks
  * the columns in steps of one vector; a shorter last step reads zeros behind the end; then one
@@ -13618,7 +14053,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [30] KERNELS, AVX-512                                              >>kernels-avx512
+ * [31] KERNELS, AVX-512                                              >>kernels-avx512
  *
  * As the AVX2 section, with vectors of 16 and masks.
  * ===================================================================================== */
@@ -14171,7 +14606,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [31] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
+ * [32] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
  *
  * Quantised matrices.  A vector of weights is 4 columns of 16 rows, so 16 lanes are 16 rows: four
  * activations are broadcast, multiplied and added to the lanes' 32-bit sums by one instruction
@@ -14414,7 +14849,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [32] KERNELS, NEON                                                   >>kernels-neon
+ * [33] KERNELS, NEON                                                   >>kernels-neon
  *
  * Baseline AArch64: no extension is asked for, so there is no target region.  32 registers of four
  * floats allow wider tiles than those of AVX2.
@@ -15116,7 +15551,7 @@ static void q3n__bind_neon(q3n__kernels *k)
 #endif
 
 /* =====================================================================================
- * [33] DISPATCH: one row per ISA                                           >>dispatch
+ * [34] DISPATCH: one row per ISA                                           >>dispatch
  * ===================================================================================== */
 static const struct {
     const char *name;

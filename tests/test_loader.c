@@ -1062,7 +1062,7 @@ static void test_paths(void **state)
     (void)state;
     q3n_error err;
     q3n_model *m;
-    assert_int_equal(q3n_model_open(&m, "/nonexistent/model.q3n", NULL, &err), Q3N_ERR_IO);
+    assert_int_equal(q3n_model_open(&m, "/nonexistent/model.q3n", NULL, &err), Q3N_ERR_NO_FILE);
     assert_null(m);
     assert_non_null(strstr(err.message, "/nonexistent/model.q3n"));
     assert_int_equal(q3n_model_open(&m, "/", NULL, &err), Q3N_ERR_IO);

@@ -182,7 +182,7 @@ static void test_open_errors(void **state)
     (void)state;
     q3n_model *m = (q3n_model *)8;
     q3n_error err = { .code = Q3N_OK };
-    assert_error(q3n_model_open(&m, "no/such/file.q3n", NULL, &err), Q3N_ERR_IO, &err);
+    assert_error(q3n_model_open(&m, "no/such/file.q3n", NULL, &err), Q3N_ERR_NO_FILE, &err);
     assert_null(m);
     assert_error(q3n_model_open(&m, "tests", NULL, &err), Q3N_ERR_IO, &err);
     assert_error(q3n_model_open(&m, "LICENSE", NULL, &err), Q3N_ERR_FORMAT, &err);

@@ -10,6 +10,7 @@
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
 #include "failing.h"
+#include "folder.h"
 
 #define COUNT(a) (sizeof(a) / sizeof(a)[0])
 
@@ -289,28 +290,14 @@ static void test_errors(void **state)
 }
 
 /* ---- Copies of models ---- */
-static char path[64], part[80];
-
-static int remove_files(void **state)
-{
-    (void)state;
-    remove(path);
-    remove(part);
-    return 0;
-}
+static char path[400];
 
 static int name_files(void **state)
 {
-    snprintf(path, sizeof path, "build/test_quantize_%ld.q3n", (long)getpid());
-    snprintf(part, sizeof part, "%s.part", path);
-    return remove_files(state);
-}
-
-static int exists(const char *name)
-{
-    FILE *f = fopen(name, "rb");
-    if (f) fclose(f);
-    return f != NULL;
+    (void)state;
+    if (make_folder("quantize") != 0) return -1;
+    in_folder(path, "x.q3n");
+    return 0;
 }
 
 static uint8_t *read_file(size_t *bytes)
@@ -460,7 +447,7 @@ static void test_requantize(void **state)
     q3n_quantize_options o = { .recipe = "q4" };
     assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_ERR_UNSUPPORTED);
     assert_non_null(strstr(err.message, "embed_tokens.weight is quantised already"));
-    assert_false(exists(path) || exists(part));
+    assert_int_equal(count_files(NULL), 0);
     o.recipe = "q8";                    /* a copy */
     assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_OK);
     size_t bytes;
@@ -534,7 +521,7 @@ static void test_stopped_and_failing(void **state)
     q3n_quantize_options o = { .progress = { stop_at, &at }, .n_threads = 2 };
     for (at = 0; at < 100000; at += 30000) {
         assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_ERR_CANCELLED);
-        assert_false(exists(path) || exists(part));
+        assert_int_equal(count_files(NULL), 0);
     }
     counter k = { 0, 0, 0 };
     o = (q3n_quantize_options){ .allocator = { failing_alloc, counted_free, &k } };
@@ -544,7 +531,7 @@ static void test_stopped_and_failing(void **state)
         assert_int_equal(k.live, 0);
         if (r == Q3N_OK) break;
         assert_int_equal(r, Q3N_ERR_MEMORY);
-        assert_false(exists(path) || exists(part));
+        assert_int_equal(count_files(NULL), 0);
     }
     assert_true(k.fail_at >= 8);
     remove(path);
@@ -563,7 +550,7 @@ static void test_stopped_and_failing(void **state)
         assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_ERR_ARG);
         assert_non_null(strstr(err.message,
                                "layers.0.mlp.experts.down_proj.weight: row 39, column 32"));
-        assert_false(exists(path) || exists(part));
+        assert_int_equal(count_files(NULL), 0);
     }
     const float zero = 0.0f, inf = INFINITY;
     memcpy(memory + t.offset + 2 * (int64_t)t.stride + 4 * (39 * 33 + 32), &zero, sizeof zero);
@@ -582,7 +569,7 @@ static void test_stopped_and_failing(void **state)
     close_small(in, memory);
 }
 
-#define FILE_TEST(f) cmocka_unit_test_setup_teardown(f, NULL, remove_files)
+#define FILE_TEST(f) cmocka_unit_test_setup_teardown(f, NULL, empty_folder)
 
 int main(void)
 {
@@ -597,5 +584,5 @@ int main(void)
         FILE_TEST(test_recipes), FILE_TEST(test_bytes_of_copies), FILE_TEST(test_requantize),
         FILE_TEST(test_importance_of_tensors), FILE_TEST(test_stopped_and_failing)
     };
-    return cmocka_run_group_tests_name("quantize", tests, name_files, NULL);
+    return cmocka_run_group_tests_name("quantize", tests, name_files, remove_folder);
 }
