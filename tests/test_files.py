@@ -26,6 +26,7 @@ sys.path.insert(0, TOOLS)
 import convert
 import files
 import synthetic
+import tokenizer_file
 
 PATIENCE = 300                   # seconds until a test that waits for a pipe is ended
 NOBODY = 65534
@@ -87,7 +88,8 @@ class Inputs(Case):
         shutil.copytree(os.path.join(GOLDEN, "qwen3_next"), self.path("shards"))
         shutil.copytree(os.path.join(GOLDEN, "qwen3_dense"), dense)
         os.mkdir(lora)
-        synthetic.write_json(dense, "vocab.json", {"a": 0, "b": 1, "ab": 2})
+        letters = {c: i for i, c in enumerate(tokenizer_file.byte_map())}
+        synthetic.write_json(dense, "vocab.json", dict(letters, ab=256))
         synthetic.write_json(dense, "tokenizer_config.json", {})
         for name, text in (("merges.txt", "a b\n"), ("chat_template.jinja", "x")):
             with open(os.path.join(dense, name), "w") as f:
