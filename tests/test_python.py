@@ -4,10 +4,14 @@ import ctypes
 import json
 import os
 import pathlib
+import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import unittest
+import unittest.mock
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODELS = ROOT / "build" / "models"
@@ -23,22 +27,64 @@ def golden(*path):
 class Layout(unittest.TestCase):
     """The structs that Python mirrors have the header's sizes and offsets."""
 
-    def test_structs(self):
+    def c_output(self, lines):
+        """The numbers that a C program with the header prints."""
         source = '#include <stdio.h>\n#include "qwen3next.h"\nint main(void)\n{\n'
-        want = []
-        for name, struct in qwen3next.STRUCTS.items():
-            source += '    printf("%%zu\\n", sizeof(%s));\n' % name
-            want.append(ctypes.sizeof(struct))
-            for field, _ in struct._fields_:
-                source += '    printf("%%zu\\n", offsetof(%s, %s));\n' % (name, field)
-                want.append(getattr(struct, field).offset)
         with tempfile.TemporaryDirectory() as folder:
             c_file, program = os.path.join(folder, "layout.c"), os.path.join(folder, "layout")
-            pathlib.Path(c_file).write_text(source + "    return 0;\n}\n", encoding="utf-8")
+            pathlib.Path(c_file).write_text(source + lines + "    return 0;\n}\n",
+                                            encoding="utf-8")
             subprocess.run([os.environ.get("CC", "cc"), "-std=c11", "-I", str(ROOT), c_file, "-o",
                             program], check=True)
             out = subprocess.run([program], stdout=subprocess.PIPE, check=True).stdout
-        self.assertEqual(want, [int(line) for line in out.split()])
+        return [int(line) for line in out.split()]
+
+    def test_structs(self):
+        lines, want = "", []
+        for name, struct in qwen3next.STRUCTS.items():
+            lines += '    printf("%%zu\\n", sizeof(%s));\n' % name
+            want.append(ctypes.sizeof(struct))
+            for field, _ in struct._fields_:
+                lines += '    printf("%%zu\\n", offsetof(%s, %s));\n' % (name, field)
+                want.append(getattr(struct, field).offset)
+        self.assertEqual(want, self.c_output(lines))
+
+    def test_constants(self):
+        """Enum values and macros, by the names that the header has for them."""
+        want = {"Q3N_OK": qwen3next._OK, "Q3N_ERR_FULL": qwen3next._ERR_FULL,
+                "Q3N_TOKENIZE_NO_SPECIAL": qwen3next.NO_SPECIAL,
+                "Q3N_MAX_DRAFT": qwen3next.MAX_DRAFT,
+                "Q3N_SPECULATE_COUNT": len(qwen3next.SPECULATE),
+                "Q3N_VERSION / 100": 100 * qwen3next.VERSION[0] + qwen3next.VERSION[1]}
+        for i, name in enumerate(qwen3next.SPECULATE):
+            want["Q3N_SPECULATE_" + name.upper()] = i
+        lines = "".join('    printf("%%d\\n", (int)(%s));\n' % name for name in want)
+        self.assertEqual(self.c_output(lines), list(want.values()))
+
+    def test_signatures(self):
+        """Every function has the header's number of arguments, each of its kind."""
+        text = (ROOT / "qwen3next.h").read_text(encoding="utf-8")
+        text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
+        kinds = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "size_t": ctypes.c_size_t,
+                 "float": ctypes.c_float, "void": None}
+
+        def kind(declaration):
+            if "*" in declaration or "[" in declaration:
+                return "pointer"
+            words = [w for w in declaration.split() if w != "const"]
+            return kinds.get(words[0], ctypes.c_int)         # an enum is an int
+
+        def mirrored(c_type):
+            if c_type in (None, *qwen3next._C_INTEGERS, ctypes.c_float):
+                return c_type
+            return "pointer"
+
+        for name, (result, *arguments) in qwen3next._FUNCTIONS.items():
+            found = re.search(r"Q3N_DEF\s+([^;()]*?)\b%s\(([^)]*)\);" % name, text)
+            self.assertTrue(found, name)
+            declared = [] if found.group(2).strip() == "void" else found.group(2).split(",")
+            self.assertEqual(mirrored(result), kind(found.group(1)), name)
+            self.assertEqual([mirrored(a) for a in arguments], [kind(d) for d in declared], name)
 
     def test_config_has_every_field(self):
         text = (ROOT / "qwen3next.h").read_text(encoding="utf-8")
@@ -343,6 +389,302 @@ class Sessions(unittest.TestCase):
             self.assertEqual(session.tokens(), prompt)
         with self.assertRaises(ValueError):
             self.model.session(speculate="none such")
+
+
+class Arguments(unittest.TestCase):
+    """What is not what it stands for is refused, before C sees it."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.model = qwen3next.Model(MODELS / "stories.q3n")
+        cls.vocab = cls.model.vocab_size
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.model.close()
+
+    def test_options_that_do_not_exist(self):
+        with self.model.session() as session:
+            for make in (lambda: self.model.sampler(temprature=5.0),
+                         lambda: self.model.session(capasity=8),
+                         lambda: self.model.batch(n_thread=1),
+                         lambda: self.model.cache(1 << 20, directori="x"),
+                         lambda: next(session.generate("a", 2, temprature=1.0)),
+                         lambda: next(session.generate_ids([1], 2, topk=1))):
+                with self.assertRaises(TypeError):
+                    make()
+
+    def test_integers_are_whole_and_fit(self):
+        with self.model.session(capacity=16) as session, self.model.sampler() as sampler, \
+                self.model.batch() as batch:
+            session.logits([1, 2])
+            uses = [
+                lambda i: self.model.session(capacity=i), lambda i: self.model.session(batch=i),
+                lambda i: self.model.session(n_threads=i), lambda i: self.model.session(draft=i),
+                lambda i: self.model.session(snapshot_every=i), lambda i: self.model.batch(batch=i),
+                lambda i: self.model.session(snapshot_bytes=i << 32),
+                lambda i: self.model.cache(i << 32),
+                lambda i: self.model.cache(1, max_directory_bytes=i << 32),
+                lambda i: self.model.sampler(top_k=i), lambda i: self.model.sampler(seed=i << 32),
+                lambda i: self.model.sampler(penalty_window=i),
+                sampler.accept, session.rewind, session.expert_counts,
+                lambda i: session.next(sampler, i), lambda i: session.draft(i),
+                lambda i: session.next(sampler, 1, i), lambda i: session.draft(1, i),
+                lambda i: session.logits([i]), lambda i: session.feed([i]),
+                lambda i: self.model.detokenize([i]), lambda i: session.all_logits([i]),
+                lambda i: batch.eval([], max_tokens=i),
+                lambda i: batch.eval([], max_microseconds=i << 32)]
+            for i, use in enumerate(uses):
+                with self.subTest(i):
+                    for wrong in ((1 << 32) + 64, -(1 << 32) - 1):
+                        with self.assertRaises(ValueError) as caught:
+                            use(wrong)
+                        self.assertIn("is not between", str(caught.exception))
+            for use in uses[12:24] + uses[:6]:
+                for wrong in (1.0, 1.9, "1", None, [1]):
+                    with self.assertRaises(TypeError):
+                        use(wrong)
+            self.assertEqual(session.tokens(), [1, 2])
+
+    def test_ids(self):
+        numpy = None
+        try:
+            import numpy
+        except ImportError:
+            pass
+        with self.model.session() as session:
+            want = session.logits([1, 2, 3])
+            good = [(1, 2, 3), array.array("i", [1, 2, 3]), array.array("q", [1, 2, 3]),
+                    iter([1, 2, 3])]
+            bad = ["abc", b"abc", 5, [1.0], [None], [1, "2"], [[1, 2]], array.array("d", [1.0])]
+            if numpy:
+                good += [numpy.array([1, 2, 3], t) for t in ("int32", "int64", "uint8")]
+                good.append(numpy.array([3, 2, 1])[::-1])
+                bad += [numpy.array([1.0]), numpy.array([[1, 2]])]
+            for ids in good:
+                session.reset()
+                self.assertEqual(session.logits(ids), want)
+            for ids in bad:
+                with self.subTest(repr(ids)), self.assertRaises(TypeError):
+                    session.logits(ids)
+            self.assertEqual(session.tokens(), [1, 2, 3])
+
+    def test_logits(self):
+        numpy = None
+        try:
+            import numpy
+        except ImportError:
+            pass
+        row = [0.25 * (i % 7) for i in range(self.vocab)]
+        row[19] = 100.0
+        good = [array.array("f", row), row, tuple(row), bytearray(array.array("f", row))]
+        good[3] = memoryview(good[3]).cast("f")
+        good.append(good[3].toreadonly())
+        bad = [array.array("d", row), array.array("i", [1] * self.vocab), bytes(4 * self.vocab)]
+        if numpy:
+            good += [numpy.array(row, "float32"), numpy.array(row[::-1], "float32")[::-1]]
+            bad += [numpy.array(row), numpy.array(row, "float16"), numpy.array([row], "float32"),
+                    numpy.array(row, ">f4")]
+        with self.model.sampler() as sampler:
+            for logits in good:
+                self.assertEqual(sampler.sample(logits), 19)
+            for logits in bad:
+                with self.subTest(type(logits)), self.assertRaises(TypeError):
+                    sampler.sample(logits)
+            for logits in (row[1:], row + [0.0], array.array("f", row[1:]), []):
+                with self.assertRaises(ValueError):
+                    sampler.sample(logits)
+
+    def test_texts_and_names(self):
+        for text in (5, None, 1.5, ["a"], [1]):
+            with self.subTest(text), self.assertRaises(TypeError):
+                self.model.tokenize(text)
+        self.assertEqual(self.model.tokenize(bytearray(b"Once")), self.model.tokenize("Once"))
+        with self.model.session() as session:
+            session.logits([1])
+            for use in (session.save, session.load, qwen3next.Model,
+                        lambda path: self.model.cache(1 << 20, directory=path)):
+                with self.assertRaises(ValueError):
+                    use("a\0b")
+                with self.assertRaises(TypeError):
+                    use(5)
+        for name in (5, b"f32"):
+            with self.assertRaises(TypeError):
+                self.model.session(kv_type=name)
+        with self.assertRaises(ValueError):
+            self.model.session(kv_type="f32\0")
+        for temperature in ("1", None, 1j):
+            with self.assertRaises(TypeError):
+                self.model.sampler(temperature=temperature)
+
+
+HOOK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int,
+                        ctypes.c_int)
+
+
+@unittest.skipUnless(os.name == "posix", "sends SIGINT to itself")
+class Interrupts(unittest.TestCase):
+    """A signal that comes in the midst of an evaluation stops it."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.ids = golden("examples", "stories", "golden.json")["valid_ids"][:300]
+        cls.model = qwen3next.Model(MODELS / "stories.q3n")
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.model.close()
+
+    def setUp(self):
+        self.armed, self.cancelled, self.layers = False, threading.Event(), 0
+        cancels = {name: getattr(qwen3next.load(), name)
+                   for name in ("q3n_session_cancel", "q3n_batch_cancel")}
+
+        def watched(name):
+            def cancel(*args):
+                result = cancels[name](*args)
+                self.cancelled.set()
+                return result
+            return cancel
+        for name in cancels:
+            patch = unittest.mock.patch.object(qwen3next.load(), name, watched(name))
+            patch.start()
+            self.addCleanup(patch.stop)
+
+        @HOOK
+        def after_layer(user, layer, x, n, d):
+            self.layers += 1
+            if self.armed:
+                self.armed = False
+                os.kill(os.getpid(), signal.SIGINT)
+                self.cancelled.wait(300)
+        self.after_layer = after_layer
+        hook = qwen3next._LayerHook(layer=ctypes.cast(after_layer, ctypes.c_void_p).value)
+        self.options = {"layer_hook": hook, "n_threads": 1, "batch": 16}
+
+    def interrupted(self, call, *args):
+        self.armed, self.layers = True, 0
+        self.cancelled.clear()
+        with self.assertRaises(KeyboardInterrupt):
+            call(*args)
+        self.assertTrue(self.cancelled.is_set())
+        self.assertIs(signal.getsignal(signal.SIGINT), signal.default_int_handler)
+
+    def test_every_call_that_evaluates(self):
+        with self.model.session(**self.options) as session:
+            for call in (session.logits, session.feed, session.all_logits,
+                         lambda ids: next(session.generate_ids(ids, 5))):
+                session.reset()
+                session._pace = qwen3next._Pace()
+                self.interrupted(call, self.ids)
+                self.assertEqual(len(session), 0)
+                self.assertLess(self.layers, 20)         # of 19 passes through 8 layers
+            want = session.logits(self.ids)              # nothing is left of it
+            session._pace = qwen3next._Pace()
+            self.interrupted(session.rewind, 299)
+            self.assertEqual(session.tokens(), self.ids)
+            self.assertEqual(session.logits(), want)
+
+    def test_batch(self):
+        with self.model.batch(**self.options) as batch, \
+                self.model.session(shared=batch) as session:
+            self.interrupted(batch.eval, [(session, self.ids)])
+            self.assertEqual(len(session), 0)
+            self.assertTrue(batch.eval([(session, self.ids)])[0].logits)
+
+    def test_handlers_decide(self):
+        """Only one that raises stops the call, with what it raises."""
+        seen = []
+
+        def note(number, frame):
+            seen.append(number)
+            self.cancelled.set()         # the evaluation need not wait any longer
+
+        def refuse(number, frame):
+            raise RuntimeError("enough")
+        with self.model.session(**self.options) as session:
+            want = session.logits(self.ids)
+            for handler, error in ((note, None), (refuse, RuntimeError)):
+                before = signal.signal(signal.SIGINT, handler)
+                try:
+                    session.reset()
+                    session._pace = qwen3next._Pace()
+                    self.cancelled.clear()
+                    self.armed = True
+                    if error:
+                        self.assertRaises(error, session.logits, self.ids)
+                        self.assertEqual(len(session), 0)
+                    else:
+                        self.assertEqual(session.logits(self.ids), want)
+                        self.assertEqual(seen, [signal.SIGINT])
+                    self.assertIs(signal.getsignal(signal.SIGINT), handler)
+                finally:
+                    signal.signal(signal.SIGINT, before)
+
+    def test_other_threads(self):
+        """They evaluate as they are; the main thread gets the signal."""
+        with self.model.session(**self.options) as session:
+            got = []
+            thread = threading.Thread(target=lambda: got.append(session.logits(self.ids)))
+            thread.start()
+            thread.join()
+            session.reset()
+            self.assertEqual(got, [session.logits(self.ids)])
+
+    def test_errors_of_the_call(self):
+        with self.model.session(**self.options) as session:
+            with self.assertRaises(qwen3next.Error):
+                session.logits([])
+            session._pace = qwen3next._Pace()
+            with self.assertRaises(ValueError):
+                session.rewind(1 << 40)
+
+
+class Loading(unittest.TestCase):
+    """Which library is loaded, in programs of their own."""
+
+    def load(self, code="qwen3next.load()", **environment):
+        done = subprocess.run([sys.executable, "-c", "import qwen3next; " + code], check=False,
+                              env=dict(os.environ, PYTHONPATH=str(ROOT / "examples" / "python"),
+                                       **environment),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return done.returncode, done.stderr.decode().strip().split("\n")[-1]
+
+    def build(self, folder, text):
+        c_file, library = os.path.join(folder, "other.c"), os.path.join(folder, "other.so")
+        pathlib.Path(c_file).write_text(text, encoding="utf-8")
+        subprocess.run([os.environ.get("CC", "cc"), "-shared", "-fPIC", c_file, "-o", library],
+                       check=True)
+        return library
+
+    def test_other_libraries(self):
+        self.assertEqual(self.load()[0], 0)
+        with tempfile.TemporaryDirectory() as folder:
+            other = self.build(folder, "int another_function(void) { return 1; }\n")
+            for path, words in ((other, "is another library"), ("/no/such.so", "/no/such.so")):
+                status, error = self.load(QWEN3NEXT_LIB=path)
+                self.assertNotEqual(status, 0)
+                self.assertTrue(error.startswith("OSError: "), error)
+                self.assertIn(words, error)
+
+    def test_other_versions(self):
+        major, minor = qwen3next.VERSION
+        mine = "this module is for %d.%d" % (major, minor)
+        with tempfile.TemporaryDirectory() as folder:
+            for version, words in ((10000 * major + 100 * (minor + 1), mine),
+                                   (10000 * (major + 1) + 100 * minor, mine),
+                                   (10000 * major + 100 * minor + 7, "has no function q3n_")):
+                text = "int q3n_version(void) { return %d; }\n" % version
+                status, error = self.load(QWEN3NEXT_LIB=self.build(folder, text))
+                self.assertNotEqual(status, 0)
+                self.assertTrue(error.startswith("OSError: "), error)
+                self.assertIn(words, error)
+                self.assertIn("other.so", error)
+
+    def test_a_second_one(self):
+        status, error = self.load("qwen3next.load(); qwen3next.load('other.so')")
+        self.assertNotEqual(status, 0)
+        self.assertIn("is loaded already", error)
 
 
 class Errors(unittest.TestCase):

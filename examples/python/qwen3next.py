@@ -21,16 +21,26 @@ A session goes back, is copied, saved and continued:
 
 The library is looked for at $QWEN3NEXT_LIB, beside this file, in build/ of this checkout, and where
 the system keeps its libraries; load(path) names it.  Logits are array('f'), which numpy.asarray
-takes without a copy.
+takes without a copy.  Ids and numbers must be what they stand for: nothing is rounded or cut off to
+fit, and an option that does not exist is a TypeError.
+
+Ctrl-C (or any signal whose handler raises) stops an evaluation that the main thread waits for: the
+session is as before the call.
 """
 import array
 import ctypes
 import ctypes.util
+import numbers
+import operator
 import os
 import pathlib
+import signal
 import sys
+import threading
+import time
 import weakref
 
+VERSION = (0, 1)                # of the library: it must agree in both numbers
 NO_SPECIAL = 1                  # flag of tokenize: special tokens in the text are plain text
 MAX_DRAFT = 8                   # most tokens that are drafted in a step
 SPECULATE = ("off", "auto", "mtp", "lookup")    # q3n_speculate in order
@@ -38,6 +48,51 @@ _OK, _ERR_FULL = 0, -7
 
 _P = ctypes.c_void_p
 _C_INT, _C_SIZE, _C_FLOAT = ctypes.c_int, ctypes.c_size_t, ctypes.c_float
+_C_INTEGERS = (_C_INT, ctypes.c_int32, ctypes.c_int64, _C_SIZE, ctypes.c_uint64)
+
+
+def _integer(value, c_type, name="an argument", least=None, most=None):
+    """value as a Python int that c_type can hold, within least .. most if they are given."""
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError("%s: %r is no whole number" % (name, value)) from None
+    bits, signed = 8 * ctypes.sizeof(c_type), c_type(-1).value < 0
+    low = -(1 << bits - 1) if signed else 0
+    high = (1 << bits - signed) - 1
+    low, high = low if least is None else least, high if most is None else most
+    if not low <= value <= high:
+        raise ValueError("%s: %d is not between %d and %d" % (name, value, low, high))
+    return value
+
+
+def _checked(function, name, arguments):
+    """function, called with integers that its arguments can hold: ctypes cuts off high bits."""
+    integers = [(i, a) for i, a in enumerate(arguments) if a in _C_INTEGERS]
+
+    def call(*values):
+        values = list(values)
+        for i, c_type in integers:
+            values[i] = _integer(values[i], c_type, "argument %d of %s" % (i, name))
+        return function(*values)
+    return call
+
+
+def _struct(struct, **values):
+    """A struct with these fields: every one must be there and hold its value."""
+    types = dict(struct._fields_)
+    for name, value in values.items():
+        if name not in types:
+            raise TypeError("there is no option %r" % name)
+        if types[name] in _C_INTEGERS:
+            values[name] = _integer(value, types[name], name)
+        elif types[name] is _C_FLOAT:
+            if not isinstance(value, numbers.Real):
+                raise TypeError("%s: %r is no number" % (name, value))
+            values[name] = float(value)
+    return struct(**values)
+
+
 _IDS = ctypes.POINTER(ctypes.c_int32)
 _FLOATS = ctypes.POINTER(_C_FLOAT)
 
@@ -207,7 +262,7 @@ _FUNCTIONS = {                  # name: (result, arguments...)
     "q3n_sampler_accept": (None, _P, ctypes.c_int32),
 }
 
-_lib = None
+_lib, _lib_path = None, None
 
 
 class Error(Exception):
@@ -220,21 +275,39 @@ class Error(Exception):
 
 def load(path=None):
     """Load the shared library; the first call decides which.  Returns it as a ctypes library."""
-    global _lib
+    global _lib, _lib_path
     if _lib is None:
         here = pathlib.Path(__file__).resolve().parent
-        places = [os.environ.get("QWEN3NEXT_LIB"), here / "libqwen3next.so",
-                  here.parent.parent / "build" / "libqwen3next.so"]
-        found = path or next((str(p) for p in places if p and os.path.exists(p)), None)
+        places = [here / "libqwen3next.so", here.parent.parent / "build" / "libqwen3next.so"]
+        found = path or os.environ.get("QWEN3NEXT_LIB")
+        found = found or next((str(p) for p in places if p.exists()), None)
         found = found or ctypes.util.find_library("qwen3next")
         if not found:
             raise OSError("libqwen3next.so not found: run make, or set QWEN3NEXT_LIB")
-        lib = ctypes.CDLL(found)
-        for name, signature in _FUNCTIONS.items():
-            function = getattr(lib, name)
-            function.restype, function.argtypes = signature[0], signature[1:]
-        _lib = lib
+        _lib = _prepare(ctypes.CDLL(os.fspath(found)), found)
+        _lib_path = found
+    elif path and os.fspath(path) != os.fspath(_lib_path):
+        raise OSError("%s is loaded already, %s cannot be" % (_lib_path, path))
     return _lib
+
+
+def _prepare(lib, path):
+    """Checks that lib is the library, of our version, and gives its functions their types."""
+    if not hasattr(lib, "q3n_version"):
+        raise OSError("%s is another library: it has no q3n_version" % path)
+    version = lib.q3n_version()
+    version = version // 10000, version // 100 % 100, version % 100
+    if version[:2] != VERSION:
+        raise OSError("%s is of version %d.%d.%d, this module is for %d.%d"
+                      % (path, *version, *VERSION))
+    for name, (result, *arguments) in _FUNCTIONS.items():
+        if not hasattr(lib, name):
+            raise OSError("%s has no function %s, though it is of version %d.%d.%d"
+                          % (path, name, *version))
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+        setattr(lib, name, _checked(function, name, arguments))
+    return lib
 
 
 def _check(code, record=None):
@@ -245,8 +318,34 @@ def _check(code, record=None):
 
 
 def _id_array(ids):
-    ids = [int(i) for i in ids]
+    if isinstance(ids, (str, bytes, bytearray)):
+        raise TypeError("ids are whole numbers: tokenize(text) gives those of a text")
+    ids = [_integer(i, ctypes.c_int32, "a token id") for i in ids]
     return (ctypes.c_int32 * max(len(ids), 1))(*ids), len(ids)
+
+
+def _logits_array(logits, n):
+    """For a C function: the memory of n float32, or a copy of a sequence of numbers."""
+    try:
+        view = memoryview(logits)
+    except TypeError:
+        logits = array.array("f", logits)
+        view = memoryview(logits)
+    if view.format.lstrip("<=@") != "f" or view.ndim != 1:
+        raise TypeError("logits are float32 in one dimension, these are %r in %d: convert them"
+                        % (view.format, view.ndim))
+    if len(view) != n:
+        raise ValueError("%d logits, expected %d" % (len(view), n))
+    if view.readonly or not view.contiguous:
+        view = memoryview(array.array("f", view.tolist()))
+    return (_C_FLOAT * n).from_buffer(view)
+
+
+def _text(data, name):
+    """Bytes for a C string."""
+    if b"\0" in data:
+        raise ValueError("%s: %r has a zero byte" % (name, data))
+    return data
 
 
 def _floats(n):
@@ -257,13 +356,81 @@ def _floats(n):
 
 def _named(function, name):
     value = _C_INT()
-    if name is not None and function(name.encode(), ctypes.byref(value)) != _OK:
+    if name is None:
+        return 0
+    if not isinstance(name, str):
+        raise TypeError("%r is no name" % (name,))
+    if function(_text(name.encode(), "a name"), ctypes.byref(value)) != _OK:
         raise ValueError("unknown name %r" % name)
     return value.value
 
 
 def _fields(struct):
     return {name: getattr(struct, name) for name, _ in struct._fields_}
+
+
+# ---- Calls that Ctrl-C stops ----
+
+_SHORT = 0.05                   # seconds: a call that is as short may as well end
+
+
+def _interruptible(cancel, call, *args):
+    """call(*args) on a thread of its own, while this one, the main thread, handles signals: Python
+    runs no handler while C is at work.  If a handler raises, cancel() stops the call, and the
+    exception goes on when it has ended."""
+    raised, done, result, failed = [], threading.Event(), [], []
+
+    def work():
+        try:
+            result.append(call(*args))
+        except BaseException as e:
+            failed.append(e)
+        finally:
+            done.set()
+
+    def on_interrupt(number, frame):
+        try:
+            handler(number, frame)
+        except BaseException as e:
+            raised.append(e)
+
+    handler = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        threading.Thread(target=work, daemon=True).start()
+        while not done.is_set():
+            try:
+                done.wait(0.05)
+            except BaseException as e:          # of another signal's handler
+                raised.append(e)
+            # A call that has not begun yet is not stopped: then the next time.
+            if raised and not done.is_set():
+                cancel()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    for e in raised + failed:
+        raise e
+    return result[0]
+
+
+def _may_interrupt():
+    return (threading.current_thread() is threading.main_thread()
+            and callable(signal.getsignal(signal.SIGINT)))
+
+
+class _Pace:
+    """Evaluates, interruptibly if it may take long by what the last call took for a token."""
+
+    def __init__(self):
+        self._seconds = float("inf")
+
+    def call(self, cancel, n, function, *args):
+        start = time.monotonic()
+        if self._seconds * n < _SHORT or not _may_interrupt():
+            code = function(*args)
+        else:
+            code = _interruptible(cancel, function, *args)
+        self._seconds = (time.monotonic() - start) / max(n, 1)
+        return code
 
 
 class _Owner:
@@ -306,10 +473,10 @@ class Model(_Owner):
     def __init__(self, path, skip_checksum=False):
         lib = load()
         handle, record = _P(), _Record()
-        options = _ModelOptions(skip_checksum=int(skip_checksum))
+        options = _struct(_ModelOptions, skip_checksum=bool(skip_checksum))
         self._handle = None
-        _check(lib.q3n_model_open(ctypes.byref(handle), os.fsencode(path), ctypes.byref(options),
-                                  ctypes.byref(record)), record)
+        _check(lib.q3n_model_open(ctypes.byref(handle), _text(os.fsencode(path), "path"),
+                                  ctypes.byref(options), ctypes.byref(record)), record)
         super().__init__(handle.value, lib.q3n_model_close)
         fields = lib.q3n_model_config(self.handle).contents
         self.config = {name: getattr(fields, name) for name, _ in _Config._fields_}
@@ -335,6 +502,8 @@ class Model(_Owner):
 
     def tokenize(self, text, special=True):
         """Ids of a str or bytes; special=False: special tokens in it are plain text."""
+        if not isinstance(text, (str, bytes, bytearray, memoryview)):
+            raise TypeError("a text is str or bytes, not %s" % type(text).__name__)
         data = text.encode("utf-8") if isinstance(text, str) else bytes(text)
         ids, n = (ctypes.c_int32 * (len(data) + 1))(), _C_SIZE()
         _check(load().q3n_tokenize(self.handle, data, len(data), 0 if special else NO_SPECIAL,
@@ -360,14 +529,14 @@ class Sampler(_Owner):
         handle, record = _P(), _Record()
         self._handle, self._model = None, model
         _check(lib.q3n_sampler_create(ctypes.byref(handle), model.handle,
-                                      ctypes.byref(_SamplerOptions(**options)),
+                                      ctypes.byref(_struct(_SamplerOptions, **options)),
                                       ctypes.byref(record)), record)
         super().__init__(handle.value, lib.q3n_sampler_destroy, model)
 
     def sample(self, logits):
-        if len(logits) != self._model.vocab_size:
-            raise ValueError("%d logits, expected %d" % (len(logits), self._model.vocab_size))
-        c_logits = (_C_FLOAT * len(logits)).from_buffer(logits)
+        """The token that is chosen by logits [vocab_size]: float32 in one dimension, or a sequence
+        of numbers."""
+        c_logits = _logits_array(logits, self._model.vocab_size)
         return load().q3n_sampler_sample(self.handle, c_logits)
 
     def accept(self, token):
@@ -381,9 +550,9 @@ class Cache(_Owner):
         lib = load()
         self._handle = None
         handle, record = _P(), _Record()
-        path = None if directory is None else os.fsencode(directory)
-        o = _CacheOptions(max_bytes=max_bytes, directory=path,
-                          max_directory_bytes=max_directory_bytes)
+        path = None if directory is None else _text(os.fsencode(directory), "directory")
+        o = _struct(_CacheOptions, max_bytes=max_bytes, directory=path,
+                    max_directory_bytes=max_directory_bytes)
         _check(lib.q3n_cache_create(ctypes.byref(handle), model.handle, ctypes.byref(o),
                                     ctypes.byref(record)), record)
         super().__init__(handle.value, lib.q3n_cache_destroy, model)
@@ -414,7 +583,7 @@ class Snapshot(_Owner):
 
 def _session_options(isa, kv_type, **options):
     lib = load()
-    o = _SessionOptions(**options)
+    o = _struct(_SessionOptions, **options)
     o.kv_type = _named(lib.q3n_type_from_name, kv_type)
     o.max_isa = _named(lib.q3n_isa_from_name, isa)
     o.scalar_only = int(isa == "scalar")
@@ -446,6 +615,7 @@ class Session(_Owner):
 
     def _adopt(self, model, handle, memory, cache, shared):
         self.model, self.memory, self.cache, self.shared = model, memory, cache, shared
+        self._pace = _Pace()
         super().__init__(handle, load().q3n_session_destroy, model, cache, shared)
 
     def __len__(self):
@@ -462,6 +632,10 @@ class Session(_Owner):
         if code != _OK:
             _check(code, load().q3n_session_error(self.handle).contents)
 
+    def _evaluate(self, n, function, *args):
+        """A call that evaluates about n tokens."""
+        self._check(self._pace.call(self.cancel, n, function, self.handle, *args))
+
     def logits(self, ids=None):
         """Append tokens; the logits [vocab_size] that follow the last of them.  Without ids those
         of the last token once more."""
@@ -470,7 +644,7 @@ class Session(_Owner):
             self._check(load().q3n_session_logits(self.handle, c_logits))
             return logits
         c_ids, n = _id_array(ids)
-        self._check(load().q3n_session_eval(self.handle, c_ids, n, c_logits))
+        self._evaluate(n, load().q3n_session_eval, c_ids, n, c_logits)
         return logits
 
     def tokens(self):
@@ -484,13 +658,13 @@ class Session(_Owner):
     def feed(self, ids):
         """Make ids the session's text, from what costs least; how many were not evaluated."""
         (c_ids, n), reused = _id_array(ids), _C_INT()
-        self._check(load().q3n_session_feed(self.handle, c_ids, n, None, ctypes.byref(reused)))
+        self._evaluate(n, load().q3n_session_feed, c_ids, n, None, ctypes.byref(reused))
         return reused.value
 
     def reuse(self, ids):
         """The first step of feed: go to the longest known beginning of ids; its length."""
         (c_ids, n), reused = _id_array(ids), _C_INT()
-        self._check(load().q3n_session_reuse(self.handle, c_ids, n, ctypes.byref(reused)))
+        self._evaluate(n, load().q3n_session_reuse, c_ids, n, ctypes.byref(reused))
         return reused.value
 
     def keep(self):
@@ -499,7 +673,7 @@ class Session(_Owner):
 
     def rewind(self, length):
         """Go back to the first length tokens."""
-        self._check(load().q3n_session_rewind(self.handle, length))
+        self._evaluate(max(len(self), 1), load().q3n_session_rewind, length)
 
     def snapshot(self):
         handle = _P()
@@ -519,11 +693,11 @@ class Session(_Owner):
         return other
 
     def save(self, path):
-        self._check(load().q3n_session_save(self.handle, os.fsencode(path)))
+        self._check(load().q3n_session_save(self.handle, _text(os.fsencode(path), "path")))
 
     def load(self, path):
         """Continue a saved session."""
-        self._check(load().q3n_session_load(self.handle, os.fsencode(path)))
+        self._check(load().q3n_session_load(self.handle, _text(os.fsencode(path), "path")))
 
     def cancel(self, on=True):
         """From any thread: stop the evaluation under way or the next one, which raises Error."""
@@ -531,15 +705,16 @@ class Session(_Owner):
 
     def next(self, sampler, token, max_tokens=MAX_DRAFT + 1):
         """Evaluate token and choose 1 .. max_tokens that follow; all but the last are evaluated."""
+        max_tokens = min(_integer(max_tokens, _C_INT, "max_tokens", 1), MAX_DRAFT + 1)
         chosen, n = (ctypes.c_int32 * max_tokens)(), _C_INT()
-        self._check(load().q3n_session_next(self.handle, sampler.handle, token, chosen, max_tokens,
-                                            ctypes.byref(n)))
+        self._evaluate(1, load().q3n_session_next, sampler.handle, token, chosen, max_tokens,
+                       ctypes.byref(n))
         return chosen[:n.value]
 
     def draft(self, token, n=1):
         """What the MTP module would draft behind token."""
-        drafts = (ctypes.c_int32 * max(n, 1))()
-        self._check(load().q3n_session_draft(self.handle, token, drafts, n, None))
+        drafts = (ctypes.c_int32 * _integer(n, _C_INT, "n", 1, MAX_DRAFT))()
+        self._evaluate(1, load().q3n_session_draft, token, drafts, n, None)
         return drafts[:n]
 
     def speculation(self):
@@ -554,14 +729,14 @@ class Session(_Owner):
         vocab = self.model.vocab_size
         flat, c_flat = _floats(n * vocab)
         outputs = _Outputs(all_logits=ctypes.cast(c_flat, _FLOATS))
-        self._check(load().q3n_session_eval_outputs(self.handle, c_ids, n, ctypes.byref(outputs)))
+        self._evaluate(n, load().q3n_session_eval_outputs, c_ids, n, ctypes.byref(outputs))
         return [flat[i * vocab:(i + 1) * vocab] for i in range(n)]
 
     def classify(self, ids):
         """Scores [num_labels] of a whole text; the session is reset first."""
         c_ids, n = _id_array(ids)
         scores, c_scores = _floats(self.model.config["num_labels"])
-        self._check(load().q3n_session_classify(self.handle, c_ids, n, c_scores))
+        self._evaluate(n, load().q3n_session_classify, c_ids, n, c_scores)
         return scores
 
     def expert_counts(self, layer):
@@ -637,6 +812,7 @@ class Batch(_Owner):
         o = _session_options(isa, None, **options)
         _check(lib.q3n_batch_create(ctypes.byref(handle), model.handle, ctypes.byref(o),
                                     ctypes.byref(record)), record)
+        self._pace = _Pace()
         super().__init__(handle.value, lib.q3n_batch_destroy, model)
 
     def eval(self, items, max_tokens=0, max_microseconds=0):
@@ -646,8 +822,10 @@ class Batch(_Owner):
         for item in items:
             item._item.session = item.session.handle
         c_items = (_BatchItem * max(len(items), 1))(*(item._item for item in items))
-        limit = _Limit(max_tokens, max_microseconds)
-        code = load().q3n_batch_eval(self.handle, c_items, len(items), ctypes.byref(limit))
+        limit = _struct(_Limit, max_tokens=max_tokens, max_microseconds=max_microseconds)
+        n = sum(item.n - item.done for item in items)
+        code = self._pace.call(self.cancel, n, load().q3n_batch_eval, self.handle, c_items,
+                               len(items), ctypes.byref(limit))
         for item, c_item in zip(items, c_items):
             item._item.done = c_item.done
         if code != _OK:
