@@ -306,7 +306,7 @@ class Sessions(unittest.TestCase):
         with qwen3next.Model(MODELS / "qwen3_next.q3n") as model, model.session() as session:
             with self.assertRaises(qwen3next.Error) as caught:
                 session.load(self.folder / "none")
-            self.assertEqual(caught.exception.code, -3)
+            self.assertEqual(caught.exception.code, -10)
 
     def test_cancel(self):
         with self.model.session() as session:
@@ -691,7 +691,7 @@ class Errors(unittest.TestCase):
     def test_bad_files(self):
         with self.assertRaises(qwen3next.Error) as caught:
             qwen3next.Model("no/such/model.q3n")
-        self.assertEqual(caught.exception.code, -3)
+        self.assertEqual(caught.exception.code, -10)
         data = (MODELS / "qwen3_next.q3n").read_bytes()
         damaged = [(b"not a model at all", -4), (data[:200], -4),
                    (data[:70] + bytes([data[70] ^ 1]) + data[71:], -5)]
