@@ -112,13 +112,13 @@
  *                                                                        (seed_patched_zero_rope)
  *
  * BUILD MACROS, to define before the implementation:
- *     Q3N_STATIC         all public functions static
+ *     Q3N_STATIC         all public functions static: this file alone can call them
  *     Q3N_DEF            linkage of public functions, for instance __declspec(dllexport)
  *     Q3N_ASSERT(x)      default assert: for bugs of this file, never for input
  *     Q3N_NO_STDIO       no files: models open from memory only, none are written
- *     Q3N_NO_THREADS     the calling thread works alone (or the host's executor)
+ *     Q3N_NO_THREADS     the calling thread works alone (or the host's executor); threads of yours
+ *                        may share models and caches all the same
  *     Q3N_NO_AVX2, Q3N_NO_AVX512, Q3N_NO_NEON, Q3N_NO_SIMD   leave kernels out
- *     Linux: the implementation defines _GNU_SOURCE, to see the process's CPU set: put it first.
  *
  * THREADS.  A model is immutable: share it.  A session belongs to one thread at a time and has a
  * pool of its own, or your executor.  Nothing is global, nothing is written that you cannot see.
@@ -141,8 +141,8 @@
  * DETERMINISM.  Arithmetic is f32 from the stored type, in an order that depends on the
  * instruction set alone; against quantised matrices the activations are bytes in groups of 32, and
  * sums within a group are exact integers.  For one ISA the same tokens give the same bits for any
- * number of threads and however the text is cut into calls.  Compile with -ffp-contract=off and
- * without -ffast-math, or this does not hold.
+ * number of threads and however the text is cut into calls.  Compile with -ffp-contract=off, or
+ * this does not hold; -ffast-math is refused.
  *
  * LIMITS.  256 layers, heads of 1024, 2^24 tokens of vocabulary, little-endian 64-bit machines.
  *
@@ -352,8 +352,26 @@
  *   Every step is a bijection of the lane and of the word: no change of one word goes unseen.
  */
 
-#if defined(Q3N_IMPLEMENTATION) && defined(__linux__) && !defined(_GNU_SOURCE)
-#  define _GNU_SOURCE 1
+/* ---- Where there is no implementation: one line says why, and nothing of it is compiled ---- */
+#if defined(Q3N_IMPLEMENTATION) && !defined(Q3N__IMPLEMENTED)
+#  if defined(__cplusplus)
+#    error "define Q3N_IMPLEMENTATION in a C file: the implementation is C, the API is C and C++"
+#  elif defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#    error "qwen3next.h needs a little-endian machine: it uses model files in place"
+#  elif (defined(__SIZEOF_SIZE_T__) && __SIZEOF_SIZE_T__ < 8 && !defined(__wasm32__)) \
+     || (defined(_WIN32) && !defined(_WIN64))
+#    error "qwen3next.h needs a 64-bit machine (or wasm32): it maps models and multiplies sizes"
+#  elif defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(_M_FP_FAST) \
+     || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#    error "compile the implementation of qwen3next.h without -ffast-math: it needs NaN and order"
+#  else
+#    define Q3N__IMPLEMENTS
+#  endif
+#endif
+
+/* Strict C modes hide what POSIX has: see PLATFORM.  This adds to what is seen, hides nothing. */
+#if defined(Q3N__IMPLEMENTS) && defined(__linux__) && !defined(_DEFAULT_SOURCE)
+#  define _DEFAULT_SOURCE 1
 #endif
 
 /* =====================================================================================
@@ -375,10 +393,12 @@ extern "C" {
 #define Q3N_VERSION (Q3N_VERSION_MAJOR * 10000 + Q3N_VERSION_MINOR * 100 + Q3N_VERSION_PATCH)
 
 #ifndef Q3N_DEF
-#  ifdef Q3N_STATIC
-#    define Q3N_DEF static
-#  else
+#  if !defined(Q3N_STATIC)
 #    define Q3N_DEF extern
+#  elif defined(__GNUC__)
+#    define Q3N_DEF static __attribute__((unused))   /* no program calls every function */
+#  else
+#    define Q3N_DEF static
 #  endif
 #endif
 
@@ -763,7 +783,7 @@ typedef struct q3n_session_options {     /* all zero = defaults                 
     int            capacity;             /* most tokens; 0 = max_position_embeddings.  Memory is
                                             taken as they come, 256 at a time                    */
     int            batch;                /* most tokens evaluated at once, 0 = 512               */
-    int            n_threads;            /* 0 = one per CPU that the process may use             */
+    int            n_threads;            /* 0 = one per CPU of the process, within its quota   */
     q3n_isa        max_isa;              /* Q3N_ISA_SCALAR (0) = the best there is; see
                                             scalar_only                                          */
     int            scalar_only;          /* 1 = reference kernels                                */
@@ -1165,7 +1185,7 @@ Q3N_DEF const char *q3n_recipe_name(int i);             /* "q8"; NULL after the 
 
 typedef struct q3n_quantize_options {  /* all zero = defaults                                    */
     const char   *recipe;          /* NULL = "q4"                                                */
-    int           n_threads;       /* 0 = one per CPU                                            */
+    int           n_threads;       /* 0 = as for sessions                                        */
     int           allow_requantize;    /* 1 = quantised tensors may get another type, which
                                           loses more than quantising the original does           */
     /* Importance of a tensor's columns, see q3n_rows; NULL = 1.  Called once for each matrix,
@@ -1195,7 +1215,7 @@ typedef struct q3n_init_options {
     const char   *name;            /* NULL = ""                                                  */
     q3n_allocator allocator;
     q3n_progress  progress;        /* counts bytes                                               */
-    int           n_threads;       /* 0 = one per CPU                                            */
+    int           n_threads;       /* 0 = as for sessions                                        */
     q3n_model_stats *written;      /* out: what was written; NULL = not wanted                   */
 } q3n_init_options;
 
@@ -1222,11 +1242,9 @@ Q3N_DEF q3n_result q3n_init_memory(void *data, size_t bytes, const q3n_config *c
 /* =====================================================================================
  * Below is the implementation: it is compiled where Q3N_IMPLEMENTATION is defined.
  * ===================================================================================== */
-#if defined(Q3N_IMPLEMENTATION) && !defined(Q3N__IMPLEMENTED)
+#ifdef Q3N__IMPLEMENTS
+#undef Q3N__IMPLEMENTS
 #define Q3N__IMPLEMENTED
-#ifdef __cplusplus
-#  error "define Q3N_IMPLEMENTATION in a C file: the implementation is C11, the API is C and C++"
-#endif
 
 /* =====================================================================================
  * [2] PLATFORM                                                             >>platform
@@ -1244,16 +1262,21 @@ Q3N_DEF q3n_result q3n_init_memory(void *data, size_t bytes, const q3n_config *c
 #  endif
 #  include <windows.h>
 #else
-#  include <dirent.h>
-#  include <errno.h>
-#  include <fcntl.h>
 #  include <sched.h>
-#  include <sys/mman.h>
-#  include <sys/stat.h>
-#  include <unistd.h>
+#  ifndef Q3N_NO_STDIO
+#    include <dirent.h>
+#    include <errno.h>
+#    include <fcntl.h>
+#    include <sys/mman.h>
+#    include <sys/stat.h>
+#  endif
 #  ifndef Q3N_NO_THREADS
 #    include <pthread.h>
 #  endif
+#  ifdef __linux__
+#    include <sys/syscall.h>
+#  endif
+#  include <unistd.h>
 #endif
 #include <float.h>
 #include <limits.h>
@@ -1281,14 +1304,21 @@ Q3N_DEF q3n_result q3n_init_memory(void *data, size_t bytes, const q3n_config *c
 #else
 #  define Q3N__ARM64 0
 #endif
-#if defined(__BYTE_ORDER__) && defined(__ORDER_BIG_ENDIAN__)
-#  if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-#    error "model files are little-endian and used in place: big-endian machines are not supported"
+/* What strict C modes hide if a header of the C library came before this one; the types are those
+ * of Linux's C libraries. */
+#if defined(__linux__)
+long syscall(long number, ...);
+int  clock_gettime(int clock, struct timespec *t);
+#  ifdef CLOCK_MONOTONIC
+#    define Q3N__CLOCK CLOCK_MONOTONIC
+#  else
+#    define Q3N__CLOCK 1
 #  endif
+#elif !defined(_WIN32)
+#  define Q3N__CLOCK CLOCK_MONOTONIC
 #endif
 
-/* Sizes of a session are products that 64 bits hold and 32 may not. */
-typedef char q3n__needs_a_64_bit_size_t[sizeof(size_t) >= 8 ? 1 : -1];
+#define Q3N__INFINITY HUGE_VALF    /* Linux's <sys/vlimit.h> makes an int of INFINITY */
 
 #if defined(__GNUC__) || defined(__clang__)
 #  define Q3N__UNUSED __attribute__((unused))
@@ -1359,6 +1389,15 @@ static void q3n__pause(void)
 }
 #endif
 
+static Q3N__UNUSED void q3n__yield(void)   /* let another thread run */
+{
+#if defined(_WIN32)
+    SwitchToThread();
+#else
+    sched_yield();
+#endif
+}
+
 /* ---- Threads: start, join, mutex, condition ---- */
 #ifdef Q3N_NO_THREADS
 #  define Q3N__HAS_THREADS 0
@@ -1367,7 +1406,7 @@ static void q3n__pause(void)
 #endif
 #if !Q3N__HAS_THREADS
 typedef int q3n__thread;
-typedef int q3n__mutex;
+typedef q3n__atomic q3n__mutex;
 typedef int q3n__cond;
 static int  q3n__thread_start(q3n__thread *t, void (*fn)(void *), void *arg)
 {
@@ -1375,10 +1414,18 @@ static int  q3n__thread_start(q3n__thread *t, void (*fn)(void *), void *arg)
     return 0;
 }
 static void q3n__thread_join(q3n__thread *t) { (void)t; }
+/* The host may have threads where the library has none: they share a cache under this lock, which
+ * they hold for the time of a look into memory, never while files are read. */
 static int  q3n__mutex_init(q3n__mutex *m) { *m = 0; return 1; }
 static void q3n__mutex_free(q3n__mutex *m) { (void)m; }
-static void q3n__mutex_lock(q3n__mutex *m) { (void)m; }
-static void q3n__mutex_unlock(q3n__mutex *m) { (void)m; }
+static void q3n__mutex_lock(q3n__mutex *m)
+{
+    for (int i = 0; !q3n__atomic_cas(m, 0, 1); i++) {
+        if (i < 64) q3n__pause();
+        else        q3n__yield();
+    }
+}
+static void q3n__mutex_unlock(q3n__mutex *m) { q3n__atomic_store(m, 0); }
 static int  q3n__cond_init(q3n__cond *c) { *c = 0; return 1; }
 static void q3n__cond_free(q3n__cond *c) { (void)c; }
 static void q3n__cond_wait(q3n__cond *c, q3n__mutex *m) { (void)c; (void)m; }
@@ -1417,11 +1464,15 @@ static void q3n__cond_wait(q3n__cond *c, q3n__mutex *m)
     SleepConditionVariableSRW(c, m, INFINITE, 0);
 }
 static void q3n__cond_broadcast(q3n__cond *c) { WakeAllConditionVariable(c); }
-static int  q3n__cpu_count(void)
+
+/* CPUs that this process may run on. */
+static int q3n__cpu_count(void)
 {
-    SYSTEM_INFO si;
-    GetSystemInfo(&si);
-    return (int)si.dwNumberOfProcessors;
+    DWORD_PTR own, all;
+    int n = 0;
+    if (!GetProcessAffinityMask(GetCurrentProcess(), &own, &all)) return 1;
+    for (; own != 0; own &= own - 1) n++;
+    return n > 0 ? n : 1;   /* none: the process has CPUs of several groups */
 }
 #else
 typedef struct { pthread_t handle; void (*fn)(void *); void *arg; } q3n__thread;
@@ -1449,16 +1500,120 @@ static void q3n__cond_free(q3n__cond *c) { pthread_cond_destroy(c); }
 static void q3n__cond_wait(q3n__cond *c, q3n__mutex *m) { pthread_cond_wait(c, m); }
 static void q3n__cond_broadcast(q3n__cond *c) { pthread_cond_broadcast(c); }
 
-/* CPUs that this process may run on: a container's or taskset's share counts, where the C library
- * shows it (CPU_COUNT needs _GNU_SOURCE); else all that are on line. */
+
+/* The lower of two limits of which 0 is none. */
+static int q3n__limit_min(int a, int b) { return a == 0 || (b > 0 && b < a) ? b : a; }
+
+#  if defined(__linux__)
+/* CPUs that this process may run on (taskset, a container's set).  The system call itself: its
+ * function in <sched.h> is for _GNU_SOURCE alone and knows of 1024 CPUs, Linux of 8192. */
+static int q3n__cpu_set_count(void)
+{
+    uint64_t set[128];
+    const long bytes = syscall(SYS_sched_getaffinity, 0L, sizeof set, set);
+    int n = 0;
+    for (long i = 0; i < bytes / 8; i++)
+        for (uint64_t w = set[i]; w != 0; w &= w - 1) n++;
+    return n;
+}
+#  endif
+#  if defined(__linux__) && !defined(Q3N_NO_STDIO)
+/* The first bytes of a file as a text; "" if it cannot be read. */
+static void q3n__text_read(const char *path, char *text, size_t size)
+{
+    const int fd = open(path, O_RDONLY);
+    const ssize_t n = fd < 0 ? -1 : read(fd, text, size - 1);
+    text[n < 0 ? 0 : n] = '\0';
+    if (fd >= 0) close(fd);
+}
+
+/* Numbers of a cgroup file: 0 where there is none, as in "max 100000". */
+static long long q3n__cgroup_read(const char *directory, const char *name, long long *second)
+{
+    char path[1200], text[64], *end;
+    snprintf(path, sizeof path, "%s/%s", directory, name);
+    q3n__text_read(path, text, sizeof text);
+    const long long first = strtoll(text, &end, 10);
+    if (second) *second = strtoll(end, NULL, 10);
+    return first;
+}
+
+/* CPUs that the quota of one cgroup comes to, rounded up; 0 = it has none.  Version 2 has
+ * cpu.max, "QUOTA PERIOD"; version 1 has a file for each. */
+static int q3n__cgroup_cpus(const char *directory)
+{
+    long long period, quota = q3n__cgroup_read(directory, "cpu.max", &period);
+    if (quota <= 0) {
+        quota = q3n__cgroup_read(directory, "cpu.cfs_quota_us", NULL);
+        period = q3n__cgroup_read(directory, "cpu.cfs_period_us", NULL);
+    }
+    if (quota <= 0 || period <= 0) return 0;
+    const long long n = quota / period + (quota % period != 0);
+    return n > INT_MAX ? INT_MAX : (int)n;
+}
+
+/* The same of a cgroup and all above it: the lowest.  A container may be told a path of the host's
+ * that is not there; what it was given then stands at the root. */
+static int q3n__cgroup_path_cpus(const char *root, const char *path, size_t path_len)
+{
+    char directory[1024];
+    const size_t root_len = strlen(root);
+    if (path_len >= sizeof directory - root_len) return 0;
+    memcpy(directory, root, root_len);
+    memcpy(directory + root_len, path, path_len);
+    directory[root_len + path_len] = '\0';
+    int n = q3n__cgroup_cpus(directory);
+    for (char *last; (last = strrchr(directory + root_len, '/')) != NULL; ) {
+        *last = '\0';
+        n = q3n__limit_min(n, q3n__cgroup_cpus(directory));
+    }
+    return n;
+}
+
+/* Where the hierarchy of a line of /proc/self/cgroup is mounted, below /sys/fs/cgroup: "0::PATH" is
+ * version 2, "N:CONTROLLER,...:PATH" version 1; NULL = one without CPU quotas. */
+static const char *q3n__cgroup_mount(const char *controllers)
+{
+    if (*controllers == ':') return "";
+    for (size_t n; *controllers != ':'; controllers += n + (controllers[n] == ',')) {
+        n = strcspn(controllers, ",:");
+        if (n == 3 && memcmp(controllers, "cpu", 3) == 0) return "/cpu";
+    }
+    return NULL;
+}
+
+/* CPUs that the quotas of this process's cgroups come to, 0 = no quota.  system is "", or in tests
+ * a folder with files for the system's. */
+static int q3n__cpu_quota(const char *system)
+{
+    char text[4096], root[512];
+    int cpus = 0;
+    snprintf(root, sizeof root, "%s/proc/self/cgroup", system);
+    q3n__text_read(root, text, sizeof text);
+    for (char *line = text, *end; (end = strchr(line, '\n')) != NULL; line = end + 1) {
+        *end = '\0';
+        const char *names = strchr(line, ':'), *path = names ? strchr(names + 1, ':') : NULL;
+        const char *mount = path ? q3n__cgroup_mount(names + 1) : NULL;
+        if (!mount) continue;
+        snprintf(root, sizeof root, "%s/sys/fs/cgroup%s", system, mount);
+        cpus = q3n__limit_min(cpus, q3n__cgroup_path_cpus(root, path + 1, strlen(path + 1)));
+    }
+    return cpus;
+}
+#  else
+static int q3n__cpu_quota(const char *system) { (void)system; return 0; }
+#  endif
+
+/* Threads that can run at once: CPUs that are on line, of the process's set, within its quota. */
 static int q3n__cpu_count(void)
 {
-#  ifdef CPU_COUNT
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+    int n = 0;
+#  if defined(__linux__)
+    n = q3n__cpu_set_count();
 #  endif
-    const long n = sysconf(_SC_NPROCESSORS_ONLN);
-    return n < 1 ? 1 : n > 1024 ? 1024 : (int)n;
+    if (n < 1) n = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    n = q3n__limit_min(q3n__cpu_quota(""), n);
+    return n < 1 ? 1 : n > 1024 ? 1024 : n;
 }
 #endif
 
@@ -1472,11 +1627,7 @@ static int64_t q3n__now(void)
     return t.QuadPart / f.QuadPart * 1000000 + t.QuadPart % f.QuadPart * 1000000 / f.QuadPart;
 #else
     struct timespec t;
-#  ifdef CLOCK_MONOTONIC
-    clock_gettime(CLOCK_MONOTONIC, &t);
-#  else
-    timespec_get(&t, TIME_UTC);
-#  endif
+    clock_gettime(Q3N__CLOCK, &t);
     return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
 #endif
 }
@@ -2037,7 +2188,7 @@ static void q3n__free(const q3n_allocator *a, void *memory)
     if (!memory) return;
     q3n__block_head head;
     memcpy(&head, (uint8_t *)memory - sizeof head, sizeof head);
-    if (a && a->alloc) a->free(a->user, head.base, head.bytes);
+    if (a && a->alloc) (a->free)(a->user, head.base, head.bytes);
     else               free(head.base);
 }
 
@@ -2349,7 +2500,7 @@ void q3n__log(const q3n_logger *l, q3n_log_level level, const char *format, ...)
     va_start(args, format);
     q3n__message(text, sizeof text, format, args);
     va_end(args);
-    l->log(l->user, level, text);
+    (l->log)(l->user, level, text);   /* <tgmath.h> has a macro log(x) */
 }
 
 Q3N_DEF const char *q3n_result_string(q3n_result r)
@@ -7193,12 +7344,12 @@ static void q3n__ffn_up_task(void *arg, int begin, int end)
         const int b0 = begin > f->first_block ? begin - f->first_block : 0;
         const int b1 = end - f->first_block < blocks ? end - f->first_block : blocks;
         if (b0 >= b1) continue;
-        const int row0 = b0 * j->rows_per_block, I = f->up.n_rows;
-        const int row1 = b1 * j->rows_per_block < I ? b1 * j->rows_per_block : I;
+        const int row0 = b0 * j->rows_per_block, n_rows = f->up.n_rows;
+        const int row1 = b1 * j->rows_per_block < n_rows ? b1 * j->rows_per_block : n_rows;
         q3n__ffn_half(j, f, 0, row0, row1);
         q3n__ffn_half(j, f, 1, row0, row1);
         for (int t = 0; t < f->n; t++) {
-            const size_t at = (f->first + (size_t)t) * (size_t)I + (size_t)row0;
+            const size_t at = (f->first + (size_t)t) * (size_t)n_rows + (size_t)row0;
             r->k->silu_mul(r->ffn_up + at, r->ffn_gate + at, row1 - row0);
             if (r->ffn_q)
                 r->k->quantize_x(q3n__ffn_row_q(r, f, t) + q3n__x8_blocks(row0), r->ffn_up + at,
@@ -7229,17 +7380,17 @@ static void q3n__ffn_down_task(void *arg, int begin, int end)
         for (int i = 0; i < j->n_ffn; i++) {
             const q3n__ffn *f = &r->ffn[i];
             for (int t = 0; t < f->n; t += Q3N__TOKEN_TILE) {
-                const int I = f->down.n_cols;
+                const int width = f->down.n_cols;
                 const q3n__matmul m = {
-                    .w = f->down.data + (size_t)row0 * q3n__row_bytes(f->down.type, I),
-                    .x = r->ffn_up + (f->first + (size_t)t) * (size_t)I,
+                    .w = f->down.data + (size_t)row0 * q3n__row_bytes(f->down.type, width),
+                    .x = r->ffn_up + (f->first + (size_t)t) * (size_t)width,
                     .xq = q3n__ffn_row_q(r, f, t),
-                    .x_stride = I,
+                    .x_stride = width,
                     .bias = f->down_bias ? f->down_bias + row0 : NULL,
                     .y = out,
                     .y_stride = step,
                     .n = f->n - t < Q3N__TOKEN_TILE ? f->n - t : Q3N__TOKEN_TILE,
-                    .n_cols = I,
+                    .n_cols = width,
                     .row0 = 0,
                     .row1 = n_rows,
                 };
@@ -7301,7 +7452,8 @@ static void q3n__mlp(q3n__run *r, const q3n__layer *w)
 static void q3n__moe(q3n__run *r, const q3n__layer *w, int l)
 {
     const q3n_config *c = &r->model->config;
-    const int E = c->num_experts, I = c->moe_intermediate_size, d = c->hidden_size;
+    const int E = c->num_experts, width = c->moe_intermediate_size;
+    const int d = c->hidden_size;
     const int shared = w->shared_up_proj.data != NULL;
     const q3n__linear in[2] = {
         { &w->router, w->router_bias, r->a, NULL, r->router, d, E },
@@ -7320,14 +7472,14 @@ static void q3n__moe(q3n__run *r, const q3n__layer *w, int l)
             .gate = q3n__slice(&w->gate, e),
             .up = q3n__slice(&w->up, e),
             .down = q3n__slice(&w->down, e),
-            .gate_bias = w->gate_bias ? w->gate_bias + (size_t)e * (size_t)I : NULL,
-            .up_bias = w->up_bias ? w->up_bias + (size_t)e * (size_t)I : NULL,
+            .gate_bias = w->gate_bias ? w->gate_bias + (size_t)e * (size_t)width : NULL,
+            .up_bias = w->up_bias ? w->up_bias + (size_t)e * (size_t)width : NULL,
             .down_bias = w->down_bias ? w->down_bias + (size_t)e * (size_t)d : NULL,
             .rows = r->expert_row + first,
             .weight = r->expert_weight + first,
             .n = count,
             .first = (size_t)first,
-            .first_q = (size_t)first * (size_t)q3n__x8_blocks(I),
+            .first_q = (size_t)first * (size_t)q3n__x8_blocks(width),
         };
     }
     if (shared) {
@@ -7337,8 +7489,8 @@ static void q3n__moe(q3n__run *r, const q3n__layer *w, int l)
         r->ffn[n++] = (q3n__ffn){
             .gate = w->shared_gate_proj, .up = w->shared_up_proj, .down = w->shared_down_proj,
             .weight = r->shared_weight, .n = r->n,
-            .first = (choices * (size_t)I + Is - 1) / Is,
-            .first_q = choices * (size_t)q3n__x8_blocks(I),
+            .first = (choices * (size_t)width + Is - 1) / Is,
+            .first_q = choices * (size_t)q3n__x8_blocks(width),
         };
     }
     q3n__ffn_all(r, n);
@@ -7826,8 +7978,8 @@ typedef struct {
 
 static q3n_result q3n__stream_raw(q3n__stream *s, void *data, size_t bytes)
 {
-    const int failed = s->sink ? s->sink->write(s->sink->user, data, bytes)
-                               : s->source->read(s->source->user, data, bytes);
+    const int failed = s->sink ? (s->sink->write)(s->sink->user, data, bytes)
+                               : (s->source->read)(s->source->user, data, bytes);
     if (failed)
         return q3n__fail(s->err, Q3N_ERR_IO, (int64_t)s->at, "cannot %s bytes %llu .. %llu of %llu"
                          " of the session%s", s->sink ? "write" : "read",
@@ -10277,7 +10429,7 @@ Q3N_DEF void q3n_sampler_accept(q3n_sampler *s, int32_t id)
 static float q3n__clean_logit(float x)
 {
     if (x > FLT_MAX) return FLT_MAX;
-    return x == x ? x : -INFINITY;
+    return x == x ? x : -Q3N__INFINITY;
 }
 
 /* The logits to choose from: the given ones, or a copy with the penalty.  A token counts once,
@@ -10302,7 +10454,7 @@ static float q3n__block_max(const float *x)
 {
     float m[Q3N__SAMPLER_BLOCK / 2];
     for (int j = 0; j < 32; j++) {
-        const float a = x[j] > -INFINITY ? x[j] : -INFINITY;
+        const float a = x[j] > -Q3N__INFINITY ? x[j] : -Q3N__INFINITY;
         m[j] = x[j + 32] > a ? x[j + 32] : a;
     }
     for (int j = 0; j < 16; j++) m[j] = m[j + 16] > m[j] ? m[j + 16] : m[j];
@@ -10325,10 +10477,10 @@ static float q3n__sampler_maxima(q3n_sampler *s, const float *x)
     if (rest) {
         float last[Q3N__SAMPLER_BLOCK];
         for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++)
-            last[i] = i < rest ? x[whole * Q3N__SAMPLER_BLOCK + i] : -INFINITY;
+            last[i] = i < rest ? x[whole * Q3N__SAMPLER_BLOCK + i] : -Q3N__INFINITY;
         s->block_max[whole] = q3n__block_max(last);
     }
-    float max = -INFINITY;
+    float max = -Q3N__INFINITY;
     for (int b = 0; b < whole + (rest > 0); b++)
         if (s->block_max[b] > max) max = s->block_max[b];
     return max;
@@ -10575,7 +10727,7 @@ static void q3n__draft_logits(const q3n__run *r, const float *hidden, float *log
     const q3n__linear out = { &w, NULL, hidden, r->mixed_q, logits, w.n_cols, n };
     if (q3n__is_quantised(w.type)) q3n__quantize_rows(r, r->mixed_q, hidden, 1, w.n_cols);
     q3n__linear_all(r->pool, r->k, &out, 1, 1);
-    for (int i = n; i < V; i++) logits[i] = -INFINITY;
+    for (int i = n; i < V; i++) logits[i] = -Q3N__INFINITY;
 }
 
 /* The module's drafts behind token, which follows the text: the first from the trunk's rows, the
@@ -12901,7 +13053,7 @@ static float q3n__largest_scalar(const float *x, int n)
 {
     float m = 0.0f;
     for (int i = 0; i < n; i++) {
-        if (!(fabsf(x[i]) <= FLT_MAX)) return INFINITY;
+        if (!(fabsf(x[i]) <= FLT_MAX)) return Q3N__INFINITY;
         if (fabsf(x[i]) > m) m = fabsf(x[i]);
     }
     return m;
@@ -15603,4 +15755,4 @@ static q3n_isa q3n__kernels_init(q3n__kernels *k, q3n_isa max)
     return best;
 }
 
-#endif /* Q3N_IMPLEMENTATION */
+#endif /* Q3N__IMPLEMENTS */

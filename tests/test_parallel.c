@@ -13,6 +13,7 @@
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
 
+#include <sys/stat.h>
 #include <time.h>
 
 #define COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
@@ -354,6 +355,107 @@ static void test_executor(void **state)
     q3n__pool_close(&p);
 }
 
+/* ---- The number of threads that fits ---- */
+#if defined(__linux__)
+typedef struct {
+    const char *path, *text;
+} system_file;
+
+/* Write (text) or remove (no text) a file of a folder that stands for the system's root, and the
+ * folders above it. */
+static void put_file(const char *system, const char *name, const char *text)
+{
+    char path[512];
+    snprintf(path, sizeof path, "%s/%s", system, name);
+    for (char *p = path + strlen(system) + 1; text && (p = strchr(p, '/')) != NULL; *p++ = '/') {
+        *p = '\0';
+        mkdir(path, 0777);
+    }
+    FILE *f = text ? fopen(path, "w") : NULL;
+    if (f) {
+        fputs(text, f);
+        fclose(f);
+        return;
+    }
+    assert_null(text);
+    remove(path);
+    for (char *p; (p = strrchr(path, '/')) > path + strlen(system); ) {
+        *p = '\0';
+        remove(path);
+    }
+}
+
+static void check_quota(const system_file files[4], int want)
+{
+    char system[] = "/tmp/q3n_quota_XXXXXX";
+    assert_non_null(mkdtemp(system));
+    for (int i = 0; i < 4 && files[i].path; i++) put_file(system, files[i].path, files[i].text);
+    const int got = q3n__cpu_quota(system);
+    for (int i = 0; i < 4 && files[i].path; i++) put_file(system, files[i].path, NULL);
+    assert_int_equal(remove(system), 0);
+    assert_int_equal(got, want);
+}
+
+#define SELF "proc/self/cgroup"
+#define V2   "sys/fs/cgroup/"
+#define V1   "sys/fs/cgroup/cpu/"
+
+static void test_cpu_quota(void **state)
+{
+    (void)state;
+    check_quota((system_file[4]){ { 0 } }, 0);                                  /* no /proc */
+    /* Version 2: in a container, of the group, of one above it, of the nearer one, none. */
+    check_quota((system_file[4]){ { SELF, "0::/\n" }, { V2 "cpu.max", "200000 100000\n" } }, 2);
+    check_quota((system_file[4]){ { SELF, "0::/a/b\n" }, { V2 "a/b/cpu.max", "500 10000\n" } }, 1);
+    check_quota((system_file[4]){ { SELF, "0::/a/b\n" }, { V2 "a/b/cpu.max", "max 100000\n" },
+                                  { V2 "a/cpu.max", "250000 100000\n" } }, 3);
+    check_quota((system_file[4]){ { SELF, "0::/a/b\n" }, { V2 "a/b/cpu.max", "700000 100000\n" },
+                                  { V2 "a/cpu.max", "400000 100000\n" },
+                                  { V2 "cpu.max", "9000000 100000\n" } }, 4);
+    check_quota((system_file[4]){ { SELF, "0::/a\n" }, { V2 "a/cpu.max", "max 100000\n" } }, 0);
+    /* A path of the host's that the container does not have. */
+    check_quota((system_file[4]){ { SELF, "0::/../../x\n" }, { V2 "cpu.max", "300000 100000\n" } },
+                3);
+    /* Version 1: among other controllers, whose names begin alike. */
+    const char *v1 = "9:cpuset:/s\n7:cpuacct,cpu:/d/c\n1:name=systemd:/d/c\n0::/u\n";
+    check_quota((system_file[4]){ { SELF, v1 }, { V1 "d/c/cpu.cfs_quota_us", "600000\n" },
+                                  { V1 "d/c/cpu.cfs_period_us", "100000\n" } }, 6);
+    check_quota((system_file[4]){ { SELF, v1 }, { V1 "cpu.cfs_quota_us", "150000\n" },
+                                  { V1 "cpu.cfs_period_us", "50000\n" } }, 3);
+    check_quota((system_file[4]){ { SELF, v1 }, { V1 "d/c/cpu.cfs_quota_us", "-1\n" },
+                                  { V1 "d/c/cpu.cfs_period_us", "100000\n" } }, 0);
+    check_quota((system_file[4]){ { SELF, "9:cpuset:/\n8:cpuacct:/\n" },
+                                  { V1 "cpu.cfs_quota_us", "100000\n" },
+                                  { V1 "cpu.cfs_period_us", "100000\n" } }, 0);
+    /* What no kernel writes. */
+    check_quota((system_file[4]){ { SELF, "0::/\n" }, { V2 "cpu.max", "5 0\n" } }, 0);
+    check_quota((system_file[4]){ { SELF, "0::/\n" }, { V2 "cpu.max", "" } }, 0);
+    check_quota((system_file[4]){ { SELF, "0::/\n" }, { V2 "cpu.max", "99999999999999999999 1" } },
+                INT_MAX);
+    check_quota((system_file[4]){ { SELF, "cpu\n::\n:\n\n3:cpu" },
+                                  { V1 "cpu.max", "100000 100000" } }, 0);
+}
+#endif
+
+static void test_cpu_count(void **state)
+{
+    (void)state;
+    assert_in_range(q3n__cpu_count(), 1, 1024);
+#if defined(__linux__)
+    /* The set of one CPU. */
+    cpu_set_t all, one;
+    assert_int_equal(sched_getaffinity(0, sizeof all, &all), 0);
+    CPU_ZERO(&one);
+    for (size_t i = 0; i < CPU_SETSIZE && CPU_COUNT(&one) == 0; i++)
+        if (CPU_ISSET(i, &all)) CPU_SET(i, &one);
+    assert_int_equal(sched_setaffinity(0, sizeof one, &one), 0);
+    const int n = q3n__cpu_count();
+    assert_int_equal(sched_setaffinity(0, sizeof all, &all), 0);
+    assert_int_equal(n, 1);
+    assert_int_equal(q3n__cpu_set_count(), CPU_COUNT(&all));
+#endif
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -368,6 +470,10 @@ int main(void)
         cmocka_unit_test(test_oversubscription),
         cmocka_unit_test(test_pools_side_by_side),
         cmocka_unit_test(test_executor),
+#if defined(__linux__)
+        cmocka_unit_test(test_cpu_quota),
+#endif
+        cmocka_unit_test(test_cpu_count),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
