@@ -10,9 +10,8 @@
  *     #define Q3N_IMPLEMENTATION
  *     #include "qwen3next.h"
  *
- * and include it without the define wherever else you need it, from C11 or C++11.  Link with -lm,
- * and
- * -lpthread on Unix.  A complete program:
+ * and include it without the define wherever else you need it, from C99 or C++11.  Link with -lm,
+ * and -lpthread on Unix.  A complete program:
  *
  *     #include <stdio.h>
  *     int main(int argc, char **argv)
@@ -126,7 +125,8 @@
  * MEMORY.  Weights are mapped: the system keeps what is used and may drop it again.
  * Do not cut a file that is open: reading past its new end is a fault that no library can catch.
  * A session is one allocation and a page for every 256 tokens, taken before they are evaluated;
- * q3n_session_bytes tells what it comes to.  Snapshots and forks share pages.
+ * q3n_session_bytes tells what it comes to.  Snapshots and forks share pages.  A thread needs
+ * 48 KiB of stack for this library, where the compiler optimises (33 are scores of attention).
  *
  * ERRORS.  Functions return q3n_result; the record says what was found and what was expected.  A
  * function that fails changes nothing.  Model and session files are taken for hostile: any bytes
@@ -144,7 +144,8 @@
  * number of threads and however the text is cut into calls.  Compile with -ffp-contract=off, or
  * this does not hold; -ffast-math is refused.
  *
- * LIMITS.  256 layers, heads of 1024, 2^24 tokens of vocabulary, little-endian 64-bit machines.
+ * LIMITS.  256 layers, heads of 1024, 2^24 tokens of vocabulary, little-endian 64-bit machines and
+ * wasm32, where model and session share less than 4 GiB.
  *
  * REFERENCES
  *     [HF]   Hugging Face transformers 5.17, models/qwen3_next, qwen3_moe, qwen3_5: the numerics
@@ -6705,7 +6706,7 @@ static void q3n__attention_prepare_task(void *arg, int begin, int end)
 }
 
 /* Queries of one kv head that are answered together: enough to share each load of keys and values,
- * few enough for scores and outputs to stay in the first-level cache, and on the stack. */
+ * few enough for scores and outputs to stay in the first-level cache, and for scores on the stack. */
 #define Q3N__QUERY_TILE   32
 #define Q3N__TILE_OUTPUTS 8192
 
@@ -6776,19 +6777,19 @@ static void q3n__attend_block(const q3n__attention_arg *j, const q3n__tile *tile
     for (int i = 0; i < tile->n; i++) part[i] = (q3n__softmax_part){ m[i], l[i] };
 }
 
-/* Pieces are (tile, kv head): all blocks one after another, merged as they come. */
+/* Pieces are (tile, kv head): all blocks one after another, merged as they come.  r->mixed, which
+ * is written after all of them, has room for a block's outputs. */
 static void q3n__attend_task(void *arg, int begin, int end)
 {
     const q3n__attention_arg *j = (const q3n__attention_arg *)arg;
     const q3n__run *r = j->r;
     const q3n_config *c = &r->model->config;
     const int K = c->num_key_value_heads, g = c->num_attention_heads / K, D = c->head_dim;
-    float o[Q3N__TILE_OUTPUTS];
     for (int i = begin; i < end; i++) {
         const q3n__tile tile = q3n__tile_get(r, i / K, i % K);
         q3n__softmax_part run[Q3N__QUERY_TILE], part[Q3N__QUERY_TILE];
-        float *O = r->attn + ((size_t)tile.head * (size_t)r->n * (size_t)g + (size_t)tile.first)
-                           * (size_t)D;
+        const size_t query = (size_t)tile.head * (size_t)r->n * (size_t)g + (size_t)tile.first;
+        float *O = r->attn + query * (size_t)D, *o = r->mixed + query * (size_t)D;
         memset(O, 0, (size_t)tile.n * (size_t)D * sizeof *O);
         for (int q = 0; q < tile.n; q++) run[q] = (q3n__softmax_part){ -FLT_MAX, 0.0f };
         const int last = (q3n__n_visible(r, &tile, tile.n - 1) - 1) / Q3N__KV_BLOCK;
@@ -6927,8 +6928,9 @@ typedef struct {
 #define Q3N__CONV_TILE  128
 #define Q3N__DELTA_TILE 32
 
-/* Floats of one head's state that a piece may keep on the stack beside the stored one: 64 KiB. */
-#define Q3N__DELTA_SCRATCH 16384
+/* Floats of one head's state that a piece may have on the stack beside the stored one: a tile of
+ * 128 keys, 16 KiB.  More keys, up to 1024 (Q3N_CONFIG_LIST), have narrower tiles. */
+#define Q3N__DELTA_SCRATCH 4096
 
 /* One segment's rows of u and beta, g: in the trail, behind the n_trail that it holds already, or
  * in the run's scratch.  Both begin with the rows of the trail, if the run trails. */
@@ -7105,16 +7107,16 @@ static void q3n__delta_task(void *arg, int begin, int end)
     }
 }
 
-/* Columns of a piece: a tile that stays in the cache for all tokens; whole rows for one token, for
- * memory is read in longer stretches (AVX-512: 5.5 microseconds a head, in tiles 6.5). */
+/* Columns of a piece: a tile that stays in the cache for all tokens; whole rows for one token, which
+ * needs no scratch, for memory is read in longer stretches (AVX-512: 5.5 microseconds a head, in
+ * tiles 6.5). */
 static int q3n__delta_columns(const q3n__run *r, int pieces)
 {
     const q3n_config *c = &r->model->config;
     const int dk = c->linear_key_head_dim, dv = c->linear_value_head_dim;
     int n = Q3N__DELTA_TILE;
-    while (n > 8 && n * dk > Q3N__DELTA_SCRATCH) n /= 2;
-    const int few = r->n == r->n_segments && pieces >= 4 * r->pool->n_threads;
-    return few && dv * dk <= Q3N__DELTA_SCRATCH ? dv : n;
+    while (n * dk > Q3N__DELTA_SCRATCH) n /= 2;
+    return r->n == r->n_segments && pieces >= 4 * r->pool->n_threads ? dv : n;
 }
 
 /* Pieces are (DeltaNet layer, value head): the trail of segment 0 into the matrices. */
@@ -12165,27 +12167,38 @@ Q3N_DEF q3n_result q3n_quantize_file(const char *path, const q3n_model *in,
 typedef struct { int32_t z[Q3N__QUANTILES + 1]; } q3n__quantiles;
 
 /* The density on a grid of h = 1/2048 comes from exp(-(z + h)^2 / 2) = exp(-z^2 / 2) rho, where rho
- * shrinks by exp(-h^2) each step.  Summed by the trapezoid rule it gives the distribution function,
- * which is then inverted linearly: the error in z is below 3e-6. */
+ * shrinks by exp(-h^2) each step. */
+typedef struct { double density, rho; } q3n__normal;
+static const q3n__normal q3n__normal_at_0 = { 1.0, 0.9999998807907176 };   /* exp(-h^2 / 2) */
+
+/* Twice the area below the density's next step, by the trapezoid rule. */
+static int64_t q3n__normal_step(q3n__normal *p)
+{
+    const double next = p->density * p->rho;
+    const int64_t mass = (int64_t)(p->density * 0x1p36) + (int64_t)(next * 0x1p36);
+    p->density = next;
+    p->rho *= 0.9999997615814493;                                          /* exp(-h^2)     */
+    return mass;
+}
+
+/* The steps' sums are the distribution function, which is inverted linearly: the error in z is
+ * below 3e-6.  Made twice, they need no memory. */
 static void q3n__quantiles_make(q3n__quantiles *q)
 {
     enum { GRID = 2048, STEPS = 2 * GRID };
-    const double shrink = 0.9999997615814493;              /* exp(-h^2)     */
-    double density = 1.0, rho = 0.9999998807907176;        /* exp(-h^2 / 2) */
-    int64_t total = 0, below = 0, mass[STEPS];
-    for (int k = 0; k < STEPS; k++) {
-        const double next = density * rho;
-        mass[k] = (int64_t)(density * 0x1p36) + (int64_t)(next * 0x1p36);
-        total += mass[k];
-        density = next;
-        rho = rho * shrink;
-    }
-    int k = 0;
+    const int64_t unit = Q3N__Z_ONE / GRID;
+    q3n__normal p = q3n__normal_at_0;
+    int64_t total = 0, below = 0;
+    for (int k = 0; k < STEPS; k++) total += q3n__normal_step(&p);
+    p = q3n__normal_at_0;
+    int64_t mass = q3n__normal_step(&p), z = 0;
     for (int j = 0; j < Q3N__QUANTILES; j++) {
         const int64_t target = total / Q3N__QUANTILES * j;
-        while (below + mass[k] <= target) below += mass[k++];
-        const int64_t unit = Q3N__Z_ONE / GRID;
-        q->z[j] = (int32_t)(k * unit + (target - below) * unit / mass[k]);
+        for (; below + mass <= target; z += unit) {
+            below += mass;
+            mass = q3n__normal_step(&p);
+        }
+        q->z[j] = (int32_t)(z + (target - below) * unit / mass);
     }
     q->z[Q3N__QUANTILES] = 2 * Q3N__Z_ONE;
 }
@@ -15749,7 +15762,7 @@ static q3n_isa q3n__kernels_init(q3n__kernels *k, q3n_isa max)
     memset(k, 0, sizeof *k);
     for (int i = 0; i <= (int)max; i++)
         if (q3n_isa_supported((q3n_isa)i)) {
-            q3n__isas[i].bind(k);
+            (q3n__isas[i].bind)(k);
             best = (q3n_isa)i;
         }
     return best;
