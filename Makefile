@@ -220,7 +220,7 @@ C_SUITES.debug    := $(C_TESTS)
 C_SUITES.coverage := $(C_TESTS)
 C_SUITES.aarch64  := $(C_TESTS)
 SUITES := $(C_SUITES.$(config):%=$(RESULTS)/test_%)
-SUITES.release   := $(addprefix $(RESULTS)/,build_gcc build_clang build_cross lint) \
+SUITES.release   := $(addprefix $(RESULTS)/build_,gcc clang musl mingw aarch64) $(RESULTS)/lint \
                     $(PYTHON_TESTS:%=$(RESULTS)/test_%.py)
 SUITES.sanitize  := $(FUZZ_TARGETS:%=$(RESULTS)/replay_%)
 SUITES.coverage  := $(RESULTS)/test_cli.py $(FUZZ_TARGETS:%=$(RESULTS)/replay_%)

@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
 # Compiles the header every way it says it can be compiled, without a warning, and runs the result.
 #
-# usage: test_build.sh gcc|clang|cross DIRECTORY
+# usage: test_build.sh gcc|clang|musl|mingw|aarch64 DIRECTORY
 #
-#   gcc, clang   every build macro, optimisation levels, C standards, inclusion twice, from C++
-#   cross        for Windows (MinGW) and AArch64, where these compilers are installed
+#   gcc, clang      every build macro, optimisation levels, C and C++ standards, behind every header
+#                   of the C library, what is refused, threads of the host's
+#   musl            compiled and run
+#   mingw, aarch64  compiled: make test-windows and make test-aarch64 run the tests
 #
+# Code is made where it is run or where warnings come of it; for the rest the syntax is checked.
 # Ends with status 77 if there is no such compiler.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 STRICT=(-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wundef -Werror -ffp-contract=off)
 STRICT_C=("${STRICT[@]}" -Wstrict-prototypes -Wmissing-prototypes)
+# The largest frame: the manual says what the stack comes to, tests/test_stack.c measures it.
+FRAME=-Wframe-larger-than=34816
 MODEL=build/models/qwen3_next.q3n
 checks=0
 
@@ -20,51 +25,9 @@ ok() {
     printf 'ok  %s\n' "$*"
 }
 
-# A program that evaluates a golden prompt greedily from memory, with two threads if there are any,
-# and prints the ids.  It uses no part that a build macro removes.
-write_program() {
-    cat > "$1" << 'PROGRAM'
-#include "qwen3next.h"
-#include "qwen3next.h"
-#include <stdio.h>
-#include <stdlib.h>
-
-int main(int argc, char **argv)
-{
-    static _Alignas(64) unsigned char data[1 << 22];
-    FILE *f = argc > 1 ? fopen(argv[1], "rb") : NULL;
-    const size_t n = f ? fread(data, 1, sizeof data, f) : 0;
-    if (f) fclose(f);
-    q3n_model *m = NULL;
-    q3n_session *s = NULL;
-    q3n_sampler *sampler = NULL;
-    q3n_error err = { 0 };
-    q3n_session_options o = { .capacity = 64, .n_threads = 2 };
-    q3n_sampler_options greedy = { 0 };
-    if (q3n_model_open_memory(&m, data, n, NULL, &err)
-        || q3n_session_create(&s, m, &o, &err)
-        || q3n_sampler_create(&sampler, m, &greedy, &err)) {
-        fprintf(stderr, "%s\n", err.message);
-        return 1;
-    }
-    int32_t id = 0;
-    const int32_t prompt[] = { PROMPT };
-    const int n_prompt = (int)(sizeof prompt / sizeof *prompt);
-    float *logits = (float *)malloc((size_t)q3n_model_config(m)->vocab_size * sizeof *logits);
-    if (!logits || q3n_session_eval(s, prompt, n_prompt, logits)) return 1;
-    for (int i = 0; i < 8; i++) {
-        id = q3n_sampler_sample(sampler, logits);
-        printf("%d ", id);
-        if (q3n_session_eval(s, &id, 1, logits)) return 1;
-    }
-    printf("\n");
-    free(logits);
-    q3n_sampler_destroy(sampler);
-    q3n_session_destroy(s);
-    q3n_model_close(m);
-    return 0;
-}
-PROGRAM
+fail() {
+    printf 'FAILED  %s\n' "$*"
+    exit 1
 }
 
 # Prompt and first greedy ids of the golden.
@@ -75,24 +38,38 @@ read_golden() {
         | sed -E 's/.*"greedy":\{.*"output_ids":\[(([0-9]+,){7}[0-9]+).*/\1 /; s/,/ /g')
 }
 
-compile_and_run() {    # NAME COMPILER FLAGS...
-    local name=$1 cc=$2 got
-    shift 2
-    "$cc" -std=c11 "${STRICT_C[@]}" "-DPROMPT=$prompt" "$@" -I. "$out/program.c" \
-        -o "$out/program" -lm -lpthread
+run_program() {    # NAME: is the program's text the golden's?
+    local got
     got=$("$out/program" $MODEL)
-    if [ "$got" != "$want" ]; then
-        printf 'FAILED  %s: ids %s, expected %s\n' "$name" "$got" "$want"
-        exit 1
-    fi
-    ok "$name"
+    if [ "$got" != "$want" ]; then fail "$1: ids $got, expected $want"; fi
+    ok "$1"
+}
+
+compile_and_run() {    # NAME COMPILER FLAGS...
+    local name=$1 cc=$2
+    shift 2
+    "$cc" -std=c11 "${STRICT_C[@]}" "-DPROMPT=$prompt" "$@" -I. tests/build_golden.c \
+        -o "$out/program" -lm -lpthread
+    run_program "$name"
 }
 
 compile_only() {    # NAME COMPILER FLAGS...
     local name=$1
     shift
-    "$@" -o "$out/object.o"
+    "$@"
     ok "$name"
+}
+
+# One line of error, and it says so.
+check_refused() {    # NAME WORDS COMPILER FLAGS...
+    local name=$1 words=$2
+    shift 2
+    if "$@" -fsyntax-only 2> "$out/log"; then fail "$name: compiles"; fi
+    if [ "$(grep -c 'error:' "$out/log")" != 1 ] || ! grep -q "error:.*$words" "$out/log"; then
+        head -n 20 "$out/log"
+        fail "$name: expected one error with the words '$words'"
+    fi
+    ok "$name is refused in one line"
 }
 
 # Every build macro that the header tests for: a new one is tried without being listed here.
@@ -100,90 +77,179 @@ build_macros() {
     grep -oE '\bQ3N_NO_[A-Z0-9_]+' qwen3next.h | sort -u
 }
 
-test_compiler() {    # C_COMPILER CXX_COMPILER LEVEL
-    local cc=$1 cxx=$2 level=$3 macro
-    "$cc" --version | head -n 1
-    local implementation=("$cc" "${STRICT_C[@]}" -DQ3N_IMPLEMENTATION -I. -c -x c)
-
-    for macro in $(build_macros); do
-        compile_and_run "$cc $level -D$macro" "$cc" "$level" -DQ3N_IMPLEMENTATION "-D$macro"
-    done
-    # shellcheck disable=SC2046
-    compile_and_run "$cc $level, all Q3N_NO_*" "$cc" "$level" -DQ3N_IMPLEMENTATION \
-        $(build_macros | sed 's/^/-D/')
-    compile_and_run "$cc $level -DQ3N_STATIC" "$cc" "$level" -DQ3N_IMPLEMENTATION -DQ3N_STATIC \
-        -Wno-unused-function
-    compile_and_run "$cc $level own Q3N_ASSERT" "$cc" "$level" -DQ3N_IMPLEMENTATION \
-        '-DQ3N_ASSERT(x)=((void)sizeof(x))'
-    compile_and_run "$cc -O0" "$cc" -O0 -DQ3N_IMPLEMENTATION
-    compile_and_run "$cc -O3" "$cc" -O3 -DQ3N_IMPLEMENTATION
-    compile_only "$cc -O2 -march=native" "${implementation[@]}" -std=c11 -O2 -march=native \
-        qwen3next.h
-    compile_only "$cc -std=gnu17" "${implementation[@]}" -std=gnu17 -O0 qwen3next.h
-
-    printf '%s\n' '#include "qwen3next.h"' '#include "qwen3next.h"' \
-        'int main() { return q3n_version() != 0; }' > "$out/api.cpp"
-    compile_only "$cxx -std=c++11, API twice" "$cxx" -std=c++11 "${STRICT[@]}" -I. -c "$out/api.cpp"
-    compile_only "$cxx -std=c++20, API twice" "$cxx" -std=c++20 "${STRICT[@]}" -I. -c "$out/api.cpp"
-    if "$cxx" -std=c++11 -DQ3N_IMPLEMENTATION -I. -c "$out/api.cpp" -o "$out/object.o" 2> "$out/log"
-    then
-        echo "FAILED  the implementation compiles as C++: it must say that it is C"
-        exit 1
-    fi
-    grep -q 'error.*Q3N_IMPLEMENTATION' "$out/log"
-    ok "$cxx refuses the implementation with a message"
-
-    compile_only "$cc object" "${implementation[@]}" -std=c11 -O0 qwen3next.h
-    cp "$out/object.o" "$out/implementation.o"
-    "$cc" -std=c11 "-DPROMPT=$prompt" -I. "$out/program.c" "$out/implementation.o" \
-        -o "$out/program" -lm -lpthread
-    [ "$("$out/program" $MODEL)" = "$want" ]
-    ok "$cc program and object apart"
+# Every header that a C library has, but those that only say that they are for another machine.
+write_headers() {    # COMPILER
+    local name
+    {
+        for name in aio alloca arpa/inet assert byteswap complex cpio ctype direct dirent dlfcn \
+            endian err errno execinfo fcntl fenv float fmtmsg fnmatch ftw getopt glob grp iconv \
+            inttypes io iso646 langinfo libgen limits link locale malloc math memory monetary \
+            net/if netdb netinet/in netinet/tcp nl_types poll process pthread pwd regex sched \
+            search semaphore setjmp signal spawn stdalign stdarg stdbool stddef stdint stdio \
+            stdlib stdnoreturn string strings syslog tar termios tgmath threads time uchar ulimit \
+            unistd utime utmpx values wchar wctype winsock2 windows wordexp; do
+            printf '%s.h\n' "$name"
+        done
+        "$1" -E -v -x c /dev/null 2>&1 | sed -n '/^#include <...>/,/^End/s/^ //p' \
+            | while read -r name; do (cd "$name" && ls sys/*.h 2> /dev/null || true); done | sort -u
+    } | while read -r name; do
+        if printf '#include <%s>\n' "$name" \
+            | "$1" -std=c99 -Werror -fsyntax-only -x c - 2> /dev/null
+        then printf '#include <%s>\n' "$name"; fi
+    done > "$out/headers.h"
 }
 
-test_cross() {
-    local found=0
-    if command -v x86_64-w64-mingw32-gcc > /dev/null; then
-        found=1
-        compile_only "x86_64-w64-mingw32-gcc" x86_64-w64-mingw32-gcc -std=c11 "${STRICT_C[@]}" -O1 \
-            -DQ3N_IMPLEMENTATION -x c -c qwen3next.h
-        # MinGW's isfinite narrows doubles, and its printf attribute knows the old runtime only.
-        x86_64-w64-mingw32-gcc -std=c11 "${STRICT_C[@]}" -O1 -D__USE_MINGW_ANSI_STDIO=1 \
-            -Wno-float-conversion -Wno-format examples/q3n/*.c -o "$out/q3n.exe"
-        ok "x86_64-w64-mingw32-gcc, command line"
-    else
-        echo "--  no x86_64-w64-mingw32-gcc here: Windows not tried"
+# ... and every function that these headers declare as a macro with arguments, as the C standard
+# allows a library, and as people do who count their allocations.
+write_function_macros() {
+    {
+        cat "$out/headers.h"
+        printf '#include <immintrin.h>\n'
+        gcc -std=c11 -D_GNU_SOURCE -fsyntax-only -aux-info "$out/functions" -x c "$out/headers.h"
+        sed -nE 's/^[^(]*[ *]([a-z][a-z0-9_]*) \(.*/\1/p' "$out/functions" | sort -u \
+            | grep -vxE 'void|int|char|double|long' | sed -E 's/.*/#undef &\n#define &(...) (&)(__VA_ARGS__)/'
+    } > "$out/functions.h"
+    if [ "$(grep -c '#define' "$out/functions.h")" -lt 500 ]; then fail "found few functions"; fi
+}
+
+test_macros() {    # COMPILER
+    local cc=$1 macro
+    for macro in $(build_macros); do
+        compile_and_run "$cc -D$macro" "$cc" -O0 -DQ3N_IMPLEMENTATION "-D$macro"
+    done
+    # shellcheck disable=SC2046
+    compile_and_run "$cc, all Q3N_NO_*" "$cc" -O0 -DQ3N_IMPLEMENTATION \
+        $(build_macros | sed 's/^/-D/')
+    compile_and_run "$cc -DQ3N_STATIC" "$cc" -O0 -DQ3N_IMPLEMENTATION -DQ3N_STATIC
+    compile_only "$cc, own Q3N_ASSERT" "$cc" "${STRICT_C[@]}" -std=c11 -DQ3N_IMPLEMENTATION \
+        -fsyntax-only '-DQ3N_ASSERT(x)=((void)sizeof(x))' -x c qwen3next.h
+}
+
+# As C and as C++ of every year, the API also twice and behind every header.
+test_standards() {    # C_COMPILER CXX_COMPILER
+    local cc=$1 cxx=$2 std before
+    local implementation=("$cc" "${STRICT_C[@]}" -DQ3N_IMPLEMENTATION -fsyntax-only -x c)
+    printf '%s\n' '#include "qwen3next.h"' '#include "qwen3next.h"' \
+        'int main(void) { return q3n_version() == 0; }' > "$out/api.c"
+    # Strict modes hide much once any header is in, and all of them define much.
+    for std in c99 c11 c17 c2x gnu17; do
+        for before in stdio.h "$out/headers.h"; do
+            compile_only "$cc -std=$std behind $before" "${implementation[@]}" -std=$std \
+                -include $before qwen3next.h
+            compile_only "$cc -std=$std behind $before, API" "$cc" -std=$std "${STRICT_C[@]}" -I. \
+                -fsyntax-only -include $before "$out/api.c"
+        done
+    done
+    for std in c++11 c++14 c++17 c++20 c++2b gnu++17; do
+        for before in /dev/null "$out/headers.h"; do
+            compile_only "$cxx -std=$std behind $before, API" "$cxx" -std=$std "${STRICT[@]}" -I. \
+                -fsyntax-only -include $before -x c++ "$out/api.c"
+        done
+    done
+}
+
+# That <tgmath.h> puts no other function for one that is called (logf for log) shows in what the
+# object wants from outside.
+test_headers() {    # COMPILER
+    local cc=$1
+    compile_and_run "$cc behind every header" "$cc" -O0 -DQ3N_IMPLEMENTATION \
+        -include "$out/headers.h"
+    nm -u "$out/program" > "$out/symbols"
+    compile_and_run "$cc -O0" "$cc" -O0 -DQ3N_IMPLEMENTATION
+    nm -u "$out/program" | diff - "$out/symbols" || fail "$cc: calls other functions behind headers"
+    ok "$cc calls the same functions behind every header"
+}
+
+test_refusals() {    # C_COMPILER CXX_COMPILER
+    local cc=$1 cxx=$2 flag
+    # Without a C library: there may be none for the machine.
+    local implementation=("$cc" -std=c11 -ffreestanding -DQ3N_IMPLEMENTATION -x c qwen3next.h)
+    for flag in -ffast-math -ffinite-math-only -Ofast; do
+        check_refused "$cc $flag" ffast-math "${implementation[@]}" "$flag"
+    done
+    if [[ $(uname -m) == x86_64 ]]; then
+        check_refused "$cc -m32" 64-bit "${implementation[@]}" -m32
     fi
-    if command -v aarch64-linux-gnu-gcc > /dev/null; then
-        found=1
-        compile_only "aarch64-linux-gnu-gcc" aarch64-linux-gnu-gcc -std=c11 "${STRICT_C[@]}" -O1 \
-            -DQ3N_IMPLEMENTATION -x c -c qwen3next.h
-    else
-        echo "--  no aarch64-linux-gnu-gcc here: AArch64 not tried"
+    if [[ $cc == clang ]]; then
+        check_refused "$cc for big-endian" little-endian "${implementation[@]}" \
+            --target=powerpc64-linux-gnu
     fi
-    if [ $found = 0 ]; then
-        echo "no cross compiler is installed"
+    check_refused "$cxx" 'C file' "$cxx" -std=c++11 -DQ3N_IMPLEMENTATION -x c++ qwen3next.h
+}
+
+# The library without threads in a program with threads.
+test_host_threads() {    # COMPILER
+    "$1" -std=c11 "${STRICT_C[@]}" -O0 -g1 -fsanitize=thread -DQ3N_IMPLEMENTATION \
+        -DQ3N_NO_THREADS -I. tests/build_threads.c -o "$out/threads" -lm -lpthread
+    [ "$("$out/threads" $MODEL)" = "0 wrong, used" ] || fail "$1: threads of the host's"
+    ok "$1 -DQ3N_NO_THREADS -fsanitize=thread, threads of the host's"
+}
+
+test_compiler() {    # C_COMPILER CXX_COMPILER
+    local cc=$1 cxx=$2
+    "$cc" --version | head -n 1
+    write_headers "$cc"
+    test_refusals "$cc" "$cxx"
+    test_standards "$cc" "$cxx"
+    test_headers "$cc"
+    test_macros "$cc"
+    compile_only "$cc -march=native" "$cc" "${STRICT_C[@]}" -std=c11 -O0 -march=native \
+        -DQ3N_IMPLEMENTATION -c -x c qwen3next.h -o "$out/object.o"
+    "$cc" -std=c11 "-DPROMPT=$prompt" -I. tests/build_golden.c "$out/object.o" -o "$out/program" \
+        -lm -lpthread
+    run_program "$cc, program and object apart"
+}
+
+test_gcc() {
+    test_compiler gcc g++
+    write_function_macros
+    compile_only "gcc, every function of the C library a macro" gcc -std=c11 -D_GNU_SOURCE \
+        -DQ3N_IMPLEMENTATION -fsyntax-only -include "$out/functions.h" -x c qwen3next.h
+    # gcc finds some mistakes only where it optimises.
+    compile_and_run "gcc -O3" gcc -O3 "$FRAME" -DQ3N_IMPLEMENTATION
+    test_host_threads gcc
+}
+
+test_musl() {
+    write_headers musl-gcc
+    compile_and_run "musl-gcc" musl-gcc -O1 "$FRAME" -static -DQ3N_IMPLEMENTATION
+    compile_only "musl-gcc -std=c99 behind every header" musl-gcc "${STRICT_C[@]}" -std=c99 \
+        -DQ3N_IMPLEMENTATION -fsyntax-only -include "$out/headers.h" -x c qwen3next.h
+}
+
+test_cross() {    # COMPILER
+    write_headers "$1"
+    compile_only "$1" "$1" -std=c11 "${STRICT_C[@]}" -O1 "$FRAME" -DQ3N_IMPLEMENTATION -x c -c \
+        qwen3next.h -o "$out/object.o"
+    compile_only "$1 -std=c99 behind every header" "$1" "${STRICT_C[@]}" -std=c99 \
+        -DQ3N_IMPLEMENTATION -fsyntax-only -include "$out/headers.h" -x c qwen3next.h
+}
+
+test_mingw() {
+    test_cross x86_64-w64-mingw32-gcc
+    # MinGW's isfinite narrows doubles, and its printf attribute knows the old runtime only.
+    compile_only "x86_64-w64-mingw32-gcc, command line" x86_64-w64-mingw32-gcc -std=c11 \
+        "${STRICT_C[@]}" -O1 -D__USE_MINGW_ANSI_STDIO=1 -Wno-float-conversion -Wno-format \
+        examples/q3n/*.c -o "$out/q3n.exe"
+}
+
+need() {    # COMPILER
+    if ! command -v "$1" > /dev/null; then
+        echo "$1 is not installed"
         exit 77
     fi
 }
 
-what=${1:?gcc, clang or cross}
+what=${1:?gcc, clang, musl, mingw or aarch64}
 out=${2:?a directory}/$what
 mkdir -p "$out"
+read_golden
 case $what in
-    gcc | clang)
-        if ! command -v "$what" > /dev/null; then
-            echo "$what is not installed"
-            exit 77
-        fi
-        read_golden
-        write_program "$out/program.c"
-        # gcc finds some mistakes only where it optimises, clang finds all that it can without.
-        case $what in
-            gcc)   test_compiler gcc g++ -O1 ;;
-            clang) test_compiler clang clang++ -O0 ;;
-        esac ;;
-    cross) test_cross ;;
-    *)     exit 2 ;;
+    gcc)     need gcc; need g++; test_gcc ;;
+    clang)   need clang; need clang++; test_compiler clang clang++ ;;
+    musl)    need musl-gcc; test_musl ;;
+    mingw)   need x86_64-w64-mingw32-gcc; test_mingw ;;
+    aarch64) need aarch64-linux-gnu-gcc; test_cross aarch64-linux-gnu-gcc ;;
+    *)       exit 2 ;;
 esac
 printf '%d builds\n' "$checks"
