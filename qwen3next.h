@@ -6706,7 +6706,7 @@ static void q3n__attention_prepare_task(void *arg, int begin, int end)
 }
 
 /* Queries of one kv head that are answered together: enough to share each load of keys and values,
- * few enough for scores and outputs to stay in the first-level cache, and for scores on the stack. */
+ * few enough for scores, which are on the stack, and outputs to stay in the first-level cache. */
 #define Q3N__QUERY_TILE   32
 #define Q3N__TILE_OUTPUTS 8192
 
@@ -7107,8 +7107,8 @@ static void q3n__delta_task(void *arg, int begin, int end)
     }
 }
 
-/* Columns of a piece: a tile that stays in the cache for all tokens; whole rows for one token, which
- * needs no scratch, for memory is read in longer stretches (AVX-512: 5.5 microseconds a head, in
+/* Columns of a piece: a tile that stays in the cache for all tokens; whole rows for one token: it
+ * needs no scratch, and memory is read in longer stretches (AVX-512: 5.5 microseconds a head, in
  * tiles 6.5). */
 static int q3n__delta_columns(const q3n__run *r, int pieces)
 {

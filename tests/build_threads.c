@@ -92,7 +92,8 @@ int main(int argc, char **argv)
     }
     q3n_cache_stats stats;
     q3n_cache_stats_get(w.cache, &stats);
-    printf("%d wrong, %s\n", n_wrong, stats.n_hits > 0 && stats.n_evicted > 0 ? "used" : "not used");
+    const int used = stats.n_hits > 0 && stats.n_evicted > 0;
+    printf("%d wrong, %s\n", n_wrong, used ? "used" : "not used");
     q3n_cache_destroy(w.cache);
     for (int i = 0; i < N_TEXTS; i++) free(w.want[i]);
     q3n_model_close(w.model);

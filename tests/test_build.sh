@@ -107,7 +107,8 @@ write_function_macros() {
         printf '#include <immintrin.h>\n'
         gcc -std=c11 -D_GNU_SOURCE -fsyntax-only -aux-info "$out/functions" -x c "$out/headers.h"
         sed -nE 's/^[^(]*[ *]([a-z][a-z0-9_]*) \(.*/\1/p' "$out/functions" | sort -u \
-            | grep -vxE 'void|int|char|double|long' | sed -E 's/.*/#undef &\n#define &(...) (&)(__VA_ARGS__)/'
+            | grep -vxE 'void|int|char|double|long' \
+            | sed -E 's/.*/#undef &\n#define &(...) (&)(__VA_ARGS__)/'
     } > "$out/functions.h"
     if [ "$(grep -c '#define' "$out/functions.h")" -lt 500 ]; then fail "found few functions"; fi
 }
