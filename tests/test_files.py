@@ -1,19 +1,22 @@
 #!/usr/bin/env python3
-"""What the converter reads and writes: every input replaced by what is no file, every way in which
-writing fails.  tests/test_files.c asks the same of the library.
+"""What converter and command line read and write: every input replaced by what is no file, every
+way in which writing fails.  tests/test_files.c asks the same of the library.
 
-run: python3 tests/test_files.py
+Environment: as tests/test_cli.py.
 """
 import contextlib
 import errno
 import io
 import os
+import resource
+import shlex
 import shutil
 import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 from unittest import mock
 
@@ -28,7 +31,11 @@ import files
 import synthetic
 import tokenizer_file
 
-PATIENCE = 300                   # seconds until a test that waits for a pipe is ended
+ROOT = os.path.dirname(HERE)
+COMMAND = shlex.split(os.environ.get("Q3N", os.path.join(ROOT, "build", "q3n")))
+MODEL = os.path.join(os.environ.get("Q3N_MODELS", os.path.join(ROOT, "build", "models")),
+                     "stories.q3n")
+PATIENCE = 600                   # seconds until a test that waits for a pipe is ended
 NOBODY = 65534
 
 
@@ -76,6 +83,16 @@ class Case(unittest.TestCase):
             open(path, "wb").close()
         elif kind == "nowhere":
             os.symlink(self.path("nothing"), path)
+
+    def run_cli(self, *args, status=0, **options):
+        """(stdout, stderr)."""
+        done = subprocess.run(COMMAND + list(args), check=False, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=PATIENCE, **options)
+        out, err = done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
+        self.assertEqual(done.returncode, status, (args, err))
+        if status:
+            self.assertEqual([line[:12] for line in err.splitlines()], ["q3n: error: "])
+        return out, err
 
 
 # ---- Reading ----
@@ -307,6 +324,129 @@ class Outputs(Case):
         self.assertEqual({name: self.read("m/" + name) for name in os.listdir(source)}, before)
         self.assertEqual(self.run_main(source, self.path("out"), "-q"), (0, ""))
         self.assertEqual(self.run_main(source, self.path("out"), "-q"), (0, ""))    # again
+
+
+# ---- The command line ----
+
+KINDS = ("pipe", "folder", "device", "missing", "empty", "nowhere")
+
+
+class CommandLine(Case):
+    def each_kind(self):
+        """(kind, path) of each thing that is no file; it goes again."""
+        for kind in KINDS:
+            self.make(kind, self.path(kind))
+            yield kind, self.path(kind)
+
+    def test_models(self):
+        for kind, path in self.each_kind():
+            for args in (("info", path), ("run", path, "-p", "x"), ("verify", path),
+                         ("quantize", path, self.path("out")), ("bench", path)):
+                with self.subTest(args=args):
+                    self.assertIn(path, self.run_cli(*args, status=1)[1])
+        self.assertFalse(os.path.exists(self.path("out")))
+
+    def test_texts(self):
+        """A pipe without a writer is empty, and no wait."""
+        for kind, path in self.each_kind():
+            for args in (("run", "-f"), ("run", "--ids-file"), ("perplexity", "-f"),
+                         ("logits", "--ids-file")):
+                with self.subTest(args=args, kind=kind):
+                    self.run_cli(args[0], MODEL, args[1], path, "-q" if args[0] == "run" else "-v",
+                                 status=1)
+            for command in ("tokenize", "detokenize"):
+                with self.subTest(command, kind=kind):
+                    fails = kind not in ("pipe", "empty")
+                    self.run_cli(command, MODEL, "-f", path, status=int(fails))
+
+    def test_pipes(self):
+        """A text may come through a pipe: stdin, one of the shell's, one with a name."""
+        text = b"Once upon a time"
+        want = self.run_cli("tokenize", MODEL, text.decode())[0]
+        self.assertEqual(self.run_cli("tokenize", MODEL, "-f", "-", input=text)[0], want)
+        read, write = os.pipe()
+        os.write(write, text)
+        os.close(write)
+        got = self.run_cli("tokenize", MODEL, "-f", "/dev/fd/%d" % read, pass_fds=[read])[0]
+        os.close(read)
+        self.assertEqual(got, want)
+        name = self.path("named")
+        os.mkfifo(name)
+        with open(name, "r+b", buffering=0) as pipe:
+            run = subprocess.Popen(COMMAND + ["tokenize", MODEL, "-f", name],
+                                   stdout=subprocess.PIPE)
+            fds = "/proc/%d/fd" % run.pid
+            while not any(os.path.realpath(os.path.join(fds, fd)) == os.path.realpath(name)
+                          for fd in os.listdir(fds)):
+                time.sleep(0.01)         # what no one reads is gone when the pipe is closed
+            pipe.write(text)
+        self.assertEqual(run.communicate(timeout=PATIENCE)[0].decode(), want)
+
+    def test_session_files(self):
+        """What cannot be a session's file is refused before anything is written."""
+        run = ("run", MODEL, "-p", "Once", "-n", "3", "--greedy", "-q", "--session")
+        for kind, path in self.each_kind():
+            if kind == "missing":
+                continue
+            if kind == "nowhere":
+                self.run_cli(*run, path)
+                self.assertTrue(os.path.islink(path))
+                self.assertTrue(os.path.isfile(self.path("nothing")))
+                continue
+            self.assertEqual(self.run_cli(*run, path, status=1)[0], "")
+        out, err = self.run_cli(*run, self.path("none", "s"), status=1)
+        self.assertEqual(out, "")
+        self.assertIn(os.strerror(errno.ENOENT), err)
+        path = self.path("s")
+        self.run_cli(*run, path)
+        os.chmod(path, 0o600)
+        before = self.read("s")
+        self.run_cli(*run, path, "--append")
+        self.assertNotEqual(self.read("s"), before)
+        self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+        self.assertEqual([n for n in os.listdir(self.dir) if n.endswith(".part")], [])
+
+    def test_one_file(self):
+        """q3n quantize A A, and A under other names."""
+        shutil.copy(MODEL, self.path("a"))
+        before = self.read("a")
+        os.symlink("a", self.path("soft"))
+        os.link(self.path("a"), self.path("hard"))
+        for name in ("a", "soft", "hard", "./a"):
+            err = self.run_cli("quantize", self.path("a"), self.dir + "/" + name, status=1)[1]
+            self.assertIn("give another name", err)
+        self.assertEqual(self.read("a"), before)
+        self.assertEqual(len(os.listdir(self.dir)), 3)
+
+    def test_summary(self):
+        """It is told of what was written, which need not be readable."""
+        def nobody():
+            os.umask(0o777)
+            if os.geteuid() == 0:
+                os.setuid(NOBODY)
+        os.chmod(self.dir, 0o777)
+        path = self.path("m")
+        for args in (("quantize", MODEL, path),
+                     ("init", path, "--preset", "tiny", "--layers", "1")):
+            out = self.run_cli(*args)[0].splitlines()
+            os.remove(path)
+            told = self.run_cli(*args, preexec_fn=nobody)[0].splitlines()
+            self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0)
+            self.assertEqual(told[0].split(",")[0], out[0].split(",")[0])
+            self.assertEqual(told[1:], out[1:])
+            os.remove(path)
+
+    def test_full_disk(self):
+        """An error with the system's reason, though the limit would send a signal."""
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100000, resource.RLIM_INFINITY))
+        self.write("m")
+        before = self.listing()
+        for args in (("quantize", MODEL, self.path("m")),
+                     ("init", self.path("m"), "--preset", "tiny", "--layers", "1")):
+            err = self.run_cli(*args, status=1, preexec_fn=limit)[1]
+            self.assertIn(os.strerror(errno.EFBIG), err)
+            self.assertEqual(self.listing(), before)
 
 
 if __name__ == "__main__":

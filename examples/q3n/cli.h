@@ -62,7 +62,11 @@ int     cli_bar_report(void *user, int64_t done, int64_t total);
 
 double cli_clock(void);                     /* seconds, monotonic */
 int    cli_is_terminal(FILE *f);
-void   cli_binary_streams(void);            /* no newline translation on stdin and stdout */
+/* First of all: arguments in UTF-8, no newline translation on stdin and stdout. */
+void   cli_prepare(int *argc, char ***argv);
+/* A file or a pipe to read; NULL, and why, if it is neither.  Does not wait for a writer: a pipe
+ * that has none is empty. */
+FILE  *cli_open_stream(const char *path, const char **why);
 void   cli_catch_interrupt(void);           /* from now on the first one only sets a flag */
 int    cli_interrupted(void);
 int    cli_n_cpus(void);                    /* that this process may use */
@@ -96,11 +100,11 @@ void cli_buffer_add(cli_buffer *b, const char *bytes, size_t n);
 void cli_buffer_free(cli_buffer *b);
 /* The path "-" is stdin. */
 FILE *cli_open_file(const char *path);
-int   cli_file_exists(const char *path);
 int64_t cli_file_bytes(const char *path);             /* fails if there is no such file */
 const char *cli_file_name(const char *path);          /* for messages */
 void  cli_close_file(FILE *f);
-void  cli_read_file(cli_buffer *out, const char *path);
+void  cli_read_file(cli_buffer *out, const char *path);    /* CLI_TEXT_BYTES at most */
+#define CLI_TEXT_BYTES ((size_t)1 << 30)
 /* One line without its end.  Returns 0 at the end of the file. */
 int   cli_read_line(cli_buffer *out, FILE *f, const char *path);
 

@@ -25,19 +25,13 @@ static void write_model(const char *path, const q3n_config *c, q3n_init_options 
     if (r != Q3N_OK) cli_fail_with(path, &err);
 }
 
-static void print_summary(const char *path)
+static void print_summary(const char *path, const q3n_model_stats *stats)
 {
-    q3n_model *m = NULL;
-    q3n_error err = { .offset = -1 };
-    if (q3n_model_open(&m, path, NULL, &err) != Q3N_OK) cli_fail_with(path, &err);
-    q3n_model_stats stats;
     char total[32], active[32], size[32];
-    q3n_model_stats_get(m, &stats);
     printf("%s: %s parameters, %s active per token, %s\n", path,
-           cli_format_count(total, (double)stats.n_weights),
-           cli_format_count(active, (double)stats.n_weights_active),
-           cli_format_bytes(size, (double)stats.file_bytes));
-    q3n_model_close(m);
+           cli_format_count(total, (double)stats->n_weights),
+           cli_format_count(active, (double)stats->n_weights_active),
+           cli_format_bytes(size, (double)stats->file_bytes));
 }
 
 int cmd_init(int argc, char **argv)
@@ -74,7 +68,9 @@ int cmd_init(int argc, char **argv)
     q3n_config c;
     cli_geometry_config(&geometry, &c);
     if (!o.name) o.name = geometry.preset;
+    q3n_model_stats written;
+    o.written = &written;
     write_model(words.word[0], &c, &o);
-    print_summary(words.word[0]);
+    print_summary(words.word[0], &written);
     return cli_finish();
 }

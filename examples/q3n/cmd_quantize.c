@@ -23,41 +23,31 @@ static void write_copy(const char *path, const q3n_model *m, q3n_quantize_option
     if (r != Q3N_OK) cli_fail_with(path, &err);
 }
 
-/* Tensors, weights and bytes of each type. */
-static void print_types(const q3n_model *m)
+static void print_types(const q3n_model_stats *stats)
 {
     for (int type = 0; type < Q3N_TYPE_COUNT; type++) {
-        int n = 0;
-        double weights = 0.0, bytes = 0.0;
-        for (int i = 0; i < q3n_model_n_tensors(m); i++) {
-            q3n_tensor t;
-            if (q3n_model_tensor(m, i, &t) != Q3N_OK || (int)t.type != type) continue;
-            n++;
-            weights += (double)t.dim[0] * (double)t.dim[1] * (double)t.dim[2];
-            bytes += (double)t.bytes;
-        }
+        const q3n_type_stats *t = &stats->types[type];
         char count[32], size[32];
-        if (n > 0) {
-            printf("  %-5s %6d tensors %10s weights %10s\n", q3n_type_name((q3n_type)type), n,
-                   cli_format_count(count, weights), cli_format_bytes(size, bytes));
+        if (t->n_tensors > 0) {
+            printf("  %-5s %6d tensors %10s weights %10s\n", q3n_type_name((q3n_type)type),
+                   t->n_tensors, cli_format_count(count, (double)t->n_weights),
+                   cli_format_bytes(size, (double)t->bytes));
         }
     }
 }
 
-static void print_summary(const char *path, const q3n_model *in, double seconds)
+static void print_summary(const char *path, const q3n_model *in, const q3n_model_stats *after,
+                          double seconds)
 {
-    q3n_model *out = open_model(path);
-    q3n_model_stats before, after;
+    q3n_model_stats before;
     char size[2][32];
     q3n_model_stats_get(in, &before);
-    q3n_model_stats_get(out, &after);
-    const double n = (double)(after.n_weights + after.mtp_weights);
+    const double n = (double)(after->n_weights + after->mtp_weights);
     printf("%s: %s -> %s, %.2f bits per weight, %.1f s\n", path,
            cli_format_bytes(size[0], (double)before.file_bytes),
-           cli_format_bytes(size[1], (double)after.file_bytes),
-           8.0 * (double)after.file_bytes / n, seconds);
-    print_types(out);
-    q3n_model_close(out);
+           cli_format_bytes(size[1], (double)after->file_bytes),
+           8.0 * (double)after->file_bytes / n, seconds);
+    print_types(after);
 }
 
 int cmd_quantize(int argc, char **argv)
@@ -80,9 +70,11 @@ int cmd_quantize(int argc, char **argv)
     cli_parse(&syntax, argc, argv, &words);
     if (words.n < 2) cli_misuse("give the model and the name of the file to write");
     q3n_model *m = open_model(words.word[0]);
+    q3n_model_stats written;
+    o.written = &written;
     const double start = cli_clock();
     write_copy(words.word[1], m, &o);
-    print_summary(words.word[1], m, cli_clock() - start);
+    print_summary(words.word[1], m, &written, cli_clock() - start);
     q3n_model_close(m);
     return cli_finish();
 }

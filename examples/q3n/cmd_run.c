@@ -154,11 +154,12 @@ static void open_session(writer *w, size_t longest)
     if (w->cache) o.snapshot_every = w->o->snapshot_every;
     w->session = cli_create_session(&w->o->setup, w->m, &o);
     const char *path = w->o->session_file;
-    if (!path || !cli_file_exists(path)) return;
-    if (q3n_session_load(w->session, path) != Q3N_OK) {
-        cli_fail_with(path, q3n_session_error(w->session));
-    }
+    if (!path) return;
+    const q3n_result r = q3n_session_load(w->session, path);
+    if (r != Q3N_OK && r != Q3N_ERR_NO_FILE) cli_fail_with(path, q3n_session_error(w->session));
     w->n_loaded = (size_t)q3n_session_length(w->session);
+    q3n_error err = { .offset = -1 };
+    if (q3n_file_check(path, &err) != Q3N_OK) cli_fail_with(path, &err);
 }
 
 /* Evaluates what was written last, so that the state is that of the whole text, and keeps it.  A

@@ -57,11 +57,11 @@ static int run_command(int argc, char **argv)
 
 int main(int argc, char **argv)
 {
+    cli_prepare(&argc, &argv);
     if (argc < 2) {
         print_usage(stderr);
         return CLI_MISUSE;
     }
-    cli_binary_streams();
     const int help = strcmp(argv[1], "help") == 0;
     if (help && argc > 2) {
         char  option[] = "--help";

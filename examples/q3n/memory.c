@@ -39,18 +39,11 @@ void cli_buffer_free(cli_buffer *b)
 
 FILE *cli_open_file(const char *path)
 {
+    const char *why = NULL;
     if (strcmp(path, "-") == 0) return stdin;
-    FILE *f = fopen(path, "rb");
-    if (!f) cli_fail("%s: cannot read the file: %s", path, strerror(errno));
+    FILE *f = cli_open_stream(path, &why);
+    if (!f) cli_fail("%s: cannot read the file: %s", path, why);
     return f;
-}
-
-int cli_file_exists(const char *path)
-{
-    FILE *f = fopen(path, "rb");
-    if (!f && errno != ENOENT) cli_fail("%s: cannot read the file: %s", path, strerror(errno));
-    if (f) fclose(f);
-    return f != NULL;
 }
 
 int64_t cli_file_bytes(const char *path)
@@ -78,8 +71,13 @@ void cli_read_file(cli_buffer *out, const char *path)
     FILE *f = cli_open_file(path);
     char  part[16384];
     size_t n;
-    while ((n = fread(part, 1, sizeof part, f)) > 0) cli_buffer_add(out, part, n);
+    while ((n = fread(part, 1, sizeof part, f)) > 0 && out->n <= CLI_TEXT_BYTES) {
+        cli_buffer_add(out, part, n);
+    }
     if (ferror(f)) cli_fail("%s: cannot read it: %s", cli_file_name(path), strerror(errno));
+    if (out->n > CLI_TEXT_BYTES) {
+        cli_fail("%s: a text of more than %zu bytes", cli_file_name(path), CLI_TEXT_BYTES);
+    }
     cli_buffer_add(out, "", 0);
     cli_close_file(f);
 }

@@ -40,6 +40,23 @@ int cli_interrupted(void)
 #include <io.h>
 #include <windows.h>
 #include <psapi.h>
+#include <shellapi.h>
+
+static wchar_t *to_wide(const char *text)
+{
+    const int n = MultiByteToWideChar(CP_UTF8, 0, text, -1, NULL, 0);
+    wchar_t *wide = cli_alloc((size_t)n + 1, sizeof *wide);
+    MultiByteToWideChar(CP_UTF8, 0, text, -1, wide, n);
+    return wide;
+}
+
+static char *to_utf8(const wchar_t *wide)
+{
+    const int n = WideCharToMultiByte(CP_UTF8, 0, wide, -1, NULL, 0, NULL, NULL);
+    char *text = cli_alloc((size_t)n + 1, 1);
+    WideCharToMultiByte(CP_UTF8, 0, wide, -1, text, n, NULL, NULL);
+    return text;
+}
 
 double cli_clock(void)
 {
@@ -54,11 +71,32 @@ int cli_is_terminal(FILE *f)
     return _isatty(_fileno(f));
 }
 
-void cli_binary_streams(void)
+void cli_prepare(int *argc, char ***argv)
 {
     _setmode(_fileno(stdin), _O_BINARY);
     _setmode(_fileno(stdout), _O_BINARY);
     SetConsoleOutputCP(CP_UTF8);
+    int n = 0;
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
+    if (!wide) return;
+    char **words = cli_alloc((size_t)n + 1, sizeof *words);
+    for (int i = 0; i < n; i++) words[i] = to_utf8(wide[i]);
+    LocalFree(wide);
+    *argc = n;
+    *argv = words;
+}
+
+FILE *cli_open_stream(const char *path, const char **why)
+{
+    wchar_t *wide = to_wide(path);
+    FILE *f = _wfopen(wide, L"rb");
+    *why = strerror(errno);
+    free(wide);
+    const DWORD type = f ? GetFileType((HANDLE)_get_osfhandle(_fileno(f))) : FILE_TYPE_DISK;
+    if (type == FILE_TYPE_DISK || type == FILE_TYPE_PIPE) return f;
+    *why = "it is neither a file nor a pipe";
+    fclose(f);
+    return NULL;
 }
 
 int cli_n_cpus(void)
@@ -120,20 +158,31 @@ void cli_free_pages(void *memory)
 
 static void make_scratch(char path[PATH_ROOM])
 {
-    char folder[MAX_PATH + 1], name[MAX_PATH + 1];
-    if (!GetTempPathA(sizeof folder, folder) || !GetTempFileNameA(folder, "q3n", 0, name)) {
+    wchar_t folder[MAX_PATH + 1], wide[MAX_PATH + 1];
+    if (!GetTempPathW(MAX_PATH + 1, folder) || !GetTempFileNameW(folder, L"q3n", 0, wide)) {
         cli_fail("cannot make a file for what is measured: error %lu", GetLastError());
     }
-    snprintf(path, PATH_ROOM, "%s", name);
+    char *text = to_utf8(wide);
+    snprintf(path, PATH_ROOM, "%s", text);
+    free(text);
+}
+
+static void remove_file(const char *path)
+{
+    wchar_t *wide = to_wide(path);
+    _wremove(wide);
+    free(wide);
 }
 
 typedef HANDLE thread_handle;
 
 #else
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 #if defined(__linux__)
@@ -157,8 +206,33 @@ int cli_is_terminal(FILE *f)
     return isatty(fileno(f));
 }
 
-void cli_binary_streams(void)
+/* A file larger than allowed is then an error with a reason, as a full disk is, not a signal. */
+void cli_prepare(int *argc, char ***argv)
 {
+    (void)argc; (void)argv;
+#if defined(SIGXFSZ)
+    signal(SIGXFSZ, SIG_IGN);
+#endif
+}
+
+FILE *cli_open_stream(const char *path, const char **why)
+{
+    struct stat st;
+    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+    *why = "it is neither a file nor a pipe";
+    if (fd < 0 || fstat(fd, &st) != 0) {
+        *why = strerror(errno);
+    } else if (S_ISREG(st.st_mode) || S_ISFIFO(st.st_mode)) {
+        const int flags = fcntl(fd, F_GETFL);
+        FILE *f = flags < 0 || fcntl(fd, F_SETFL, flags & ~O_NONBLOCK) != 0 ? NULL
+                                                                             : fdopen(fd, "rb");
+        if (f) return f;
+        *why = strerror(errno);
+    } else if (S_ISDIR(st.st_mode)) {
+        *why = strerror(EISDIR);
+    }
+    if (fd >= 0) close(fd);
+    return NULL;
 }
 
 int cli_n_cpus(void)
@@ -335,6 +409,11 @@ static void make_scratch(char path[PATH_ROOM])
     close(file);
 }
 
+static void remove_file(const char *path)
+{
+    remove(path);
+}
+
 typedef pthread_t thread_handle;
 
 #endif
@@ -345,7 +424,7 @@ static char scratch[PATH_ROOM];
 
 static void remove_scratch(void)
 {
-    remove(scratch);
+    remove_file(scratch);
 }
 
 const char *cli_scratch_file(void)
