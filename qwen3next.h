@@ -11304,16 +11304,15 @@ static int q3n__first_bad(const float *x, int n, float most)     /* n = none */
  * in that type: n = all. */
 static int q3n__encode_floats(q3n_type type, void *y, const float *x, int n)
 {
-    uint16_t *half = (uint16_t *)y;
+    const int f16 = type == Q3N_TYPE_F16, infinity = f16 ? 0x7c00 : 0x7f80;
+    uint8_t *to = (uint8_t *)y;                  /* of any alignment                             */
     n = q3n__first_bad(x, n, FLT_MAX);
     if (type == Q3N_TYPE_F32) memcpy(y, x, (size_t)n * sizeof *x);
-    for (int i = 0; i < n && type == Q3N_TYPE_BF16; i++) {
-        half[i] = q3n__f32_to_bf16(x[i]);
-        if ((half[i] & 0x7fff) == 0x7f80) return i;
-    }
-    for (int i = 0; i < n && type == Q3N_TYPE_F16; i++) {
-        half[i] = q3n__f32_to_f16(x[i]);
-        if ((half[i] & 0x7fff) == 0x7c00) return i;
+    if (!f16 && type != Q3N_TYPE_BF16) return n;
+    for (int i = 0; i < n; i++, to += sizeof(uint16_t)) {
+        const uint16_t half = f16 ? q3n__f32_to_f16(x[i]) : q3n__f32_to_bf16(x[i]);
+        if ((half & 0x7fff) == infinity) return i;
+        memcpy(to, &half, sizeof half);
     }
     return n;
 }

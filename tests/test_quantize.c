@@ -1,5 +1,5 @@
 /* test_quantize.c - rows of floats to quantised types: codes in and out, errors of normal weights
- * for every type, zeros, odd shapes, importance, values that cannot be encoded; copies of whole
+ * for every type, zeros, odd shapes and places, importance, values that cannot be encoded; copies of whole
  * models by every recipe, for any number of threads, stopped and failing. */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -218,6 +218,30 @@ static void test_shapes(void **state)
             free(y);
             free(x);
         }
+}
+
+/* The place for the bytes may have any alignment: a sanitizer sees what a processor forgives. */
+static void test_any_place(void **state)
+{
+    (void)state;
+    enum { ROWS = 17, COLS = 67 };
+    float *x = normal_rows(ROWS * COLS, 0.02);
+    for (int t = 0; t < Q3N_TYPE_COUNT; t++) {
+        const q3n_rows r = { x, ROWS, COLS, NULL };
+        size_t bytes;
+        uint8_t *want = encode((q3n_type)t, x, ROWS, COLS, NULL, &bytes);
+        uint8_t *y = malloc(bytes + 8);
+        assert_non_null(y);
+        for (size_t at = 0; at < 8; at++) {
+            memset(y, 0xA5, bytes + 8);
+            assert_int_equal(q3n_quantize_rows((q3n_type)t, &r, y + at, bytes, NULL), Q3N_OK);
+            assert_memory_equal(y + at, want, bytes);
+            for (size_t i = 0; i < 8; i++) assert_int_equal(y[i < at ? i : bytes + i], 0xA5);
+        }
+        free(y);
+        free(want);
+    }
+    free(x);
 }
 
 static void test_zeros_and_importance(void **state)
@@ -579,6 +603,7 @@ int main(void)
         cmocka_unit_test(test_normal_weights),
         cmocka_unit_test(test_search),
         cmocka_unit_test(test_shapes),
+        cmocka_unit_test(test_any_place),
         cmocka_unit_test(test_zeros_and_importance),
         cmocka_unit_test(test_errors),
         FILE_TEST(test_recipes), FILE_TEST(test_bytes_of_copies), FILE_TEST(test_requantize),
