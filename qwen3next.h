@@ -988,8 +988,12 @@ typedef struct q3n_cache_stats {
     int     n_entries;
     int     n_files;                     /* in the directory                                     */
     int64_t file_bytes;
-    int64_t n_hits, n_misses;            /* of q3n_session_feed, _reuse and _rewind              */
+    int64_t n_hits, n_misses;            /* calls of q3n_session_feed, _reuse and _rewind that
+                                            began at a snapshot of the cache; at the empty text  */
     int64_t n_evicted;
+    int64_t n_own;                       /* such calls that went on from the session's own text,
+                                            as a chat does that only grows; with hits and misses
+                                            all calls, but for _rewind to 0 or to where it is    */
 } q3n_cache_stats;
 
 Q3N_DEF q3n_result q3n_cache_create(q3n_cache **out, const q3n_model *m,
@@ -8230,7 +8234,7 @@ struct q3n_cache {
     q3n__cache_page  *pages;     /* [page_room] hash table, at most half full                    */
     size_t            n_pages, page_room;
     uint64_t          clock, file_order;
-    int64_t           n_hits, n_misses, n_evicted;
+    int64_t           n_hits, n_misses, n_own, n_evicted;
     int               n_files;
     int64_t           file_bytes, max_directory_bytes;
     int64_t           pending_bytes;   /* files being written                                    */
@@ -8763,7 +8767,8 @@ static int q3n__cache_longest(const q3n_cache *c, uint64_t key, const int32_t *t
 
 /* The longest snapshot of this shape, of more than least and at most n tokens, whose text is a
  * prefix of tokens [n], with a reference for the caller; NULL = none.  Files are looked into where
- * they are longer than what is in memory.  Counts a hit or a miss. */
+ * they are longer than what is in memory.  Counts a hit, or without one whether the caller begins at
+ * `least` tokens of its own or at none. */
 static q3n_snapshot *q3n__cache_find(q3n_cache *c, const q3n__shape *shape, q3n_type delta_type,
                                      const int32_t *tokens, int n, int least)
 {
@@ -8790,8 +8795,9 @@ static q3n_snapshot *q3n__cache_find(q3n_cache *c, const q3n__shape *shape, q3n_
         }
     }
     q3n__mutex_lock(&c->mutex);
-    if (snap) c->n_hits++;
-    else      c->n_misses++;
+    if (snap)           c->n_hits++;
+    else if (least > 0) c->n_own++;
+    else                c->n_misses++;
     q3n__mutex_unlock(&c->mutex);
     return snap;
 }
@@ -8860,6 +8866,7 @@ Q3N_DEF void q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out)
     out->n_hits = c->n_hits;
     out->n_misses = c->n_misses;
     out->n_evicted = c->n_evicted;
+    out->n_own = c->n_own;
     q3n__mutex_unlock(&c->mutex);
 }
 

@@ -1125,6 +1125,39 @@ static void test_expert_counts(void **state)
 }
 
 /* ---- The cache ---- */
+
+/* Every call that looks for a beginning is a hit, a miss, or goes on from its session's own text. */
+static void test_cache_counts(void **state)
+{
+    q3n_model *m = open_model((const char *)*state, NULL);
+    int32_t ids[60];
+    uint64_t rng = 43;
+    random_tokens(&rng, ids, COUNT(ids), q3n_model_config(m)->vocab_size);
+    q3n_session_options o = plain_options(COUNT(ids));
+    const q3n_cache_options co = { .max_bytes = (size_t)64 << 20 };
+    assert_int_equal(q3n_cache_create(&o.cache, m, &co, NULL), Q3N_OK);
+    q3n_session *a = create_session(m, &o), *b = create_session(m, &o);
+    int n_reused = -1;
+    for (int n = 10; n <= 50; n += 10) {             /* a chat that only grows */
+        must(a, q3n_session_feed(a, ids, n, NULL, &n_reused), Q3N_OK);
+        assert_int_equal(n_reused, n - 10);
+        assert_int_equal(stats_of(o.cache).n_own, n / 10 - 1);
+    }
+    must(b, q3n_session_reuse(b, ids, 45, &n_reused), Q3N_OK);
+    assert_int_equal(n_reused, 40);
+    assert_int_equal(stats_of(o.cache).n_hits, 1);
+    must(a, q3n_session_rewind(a, 50), Q3N_OK);      /* neither looks */
+    must(a, q3n_session_rewind(a, 0), Q3N_OK);
+    const q3n_cache_stats st = stats_of(o.cache);
+    assert_int_equal(st.n_hits, 1);
+    assert_int_equal(st.n_own, 4);
+    assert_int_equal(st.n_misses, 1);
+    q3n_session_destroy(a);
+    q3n_session_destroy(b);
+    q3n_cache_destroy(o.cache);
+    q3n_model_close(m);
+}
+
 /* Texts with a common beginning, in several sessions: whoever comes later finds what is marked. */
 static void test_cache(void **state)
 {
@@ -1405,6 +1438,7 @@ static void test_snapshots_bf16(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
+        CASE(test_cache_counts, qwen3_next), CASE(test_cache_counts, qwen3_moe),
         CASE(test_cache, qwen3_next),
         CASE(test_cache, qwen3_moe),
         CASE(test_snapshot_every, qwen3_next),

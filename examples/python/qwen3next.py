@@ -149,7 +149,8 @@ class _CacheOptions(ctypes.Structure):
 class _CacheStats(ctypes.Structure):
     _fields_ = [("bytes", _C_SIZE), ("n_entries", _C_INT), ("n_files", _C_INT),
                 ("file_bytes", ctypes.c_int64), ("n_hits", ctypes.c_int64),
-                ("n_misses", ctypes.c_int64), ("n_evicted", ctypes.c_int64)]
+                ("n_misses", ctypes.c_int64), ("n_evicted", ctypes.c_int64),
+                ("n_own", ctypes.c_int64)]
 
 
 class _BatchItem(ctypes.Structure):
