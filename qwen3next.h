@@ -862,10 +862,11 @@ typedef struct q3n_outputs {
 Q3N_DEF q3n_result q3n_session_eval_outputs(q3n_session *s, const int32_t *tokens, int n,
                                             const q3n_outputs *out);
 
-/* Scores of a classification model for a text, tokenized with Q3N_TOKENIZE_WHOLE: the session is
- * reset first, and empty if there is no memory or the call is cancelled.  With pooling "last" the
- * last token that is not the file's pad_id is read, the first if all are, as [HF] does.
- *   scores  [num_labels]  out: unnormalised; q3n_model_probabilities tells what they mean */
+/* Scores of a classification model for a text, tokenized with Q3N_TOKENIZE_WHOLE, which becomes the
+ * session's.  With pooling "last" the last token that is not the file's pad_id is read, the first
+ * if all are, as [HF] does.
+ *   scores  [num_labels]  out: unnormalised; q3n_model_probabilities tells what they mean
+ * Errors: as q3n_session_eval, Q3N_ERR_UNSUPPORTED (no classification head). */
 Q3N_DEF q3n_result q3n_session_classify(q3n_session *s, const int32_t *tokens, int n,
                                         float *scores);
 
@@ -877,11 +878,17 @@ Q3N_DEF q3n_result       q3n_session_logits(q3n_session *s, float *logits);
 Q3N_DEF q3n_result       q3n_session_tokens(const q3n_session *s, int first, int n,
                                             int32_t *tokens);
 
-/* From any thread: the evaluation under way, or else the next one, stops within the time of one
- * layer and returns Q3N_ERR_CANCELLED, with the session as before the call; that uses the request
- * up.  on = 0 withdraws it.  In a batch the whole call stops; behind the pass under way if that
- * has no tokens of the session. */
-Q3N_DEF void             q3n_session_cancel(q3n_session *s, int on);
+/* Stop the evaluation under way, and nothing later: the call of q3n_session_eval, _eval_outputs,
+ * _classify, _feed, _reuse, _rewind, _next, _draft or q3n_batch_eval that the session takes part in
+ * ends within the time of one layer, or of one step's drafts, with Q3N_ERR_CANCELLED (unless
+ * something else fails first), and the session is as before it.  A batch stops as a whole, after
+ * the pass under way if that has no tokens of the session.
+ *
+ * Returns 1 if this request stops such a call, else 0: one that comes too early, too late or once
+ * more does nothing.  Who must not miss a request between two calls keeps a flag of its own and
+ * looks at it from a layer hook, which may cancel.
+ * From any thread and from signal handlers, while the session lives: one lock-free atomic. */
+Q3N_DEF int              q3n_session_cancel(q3n_session *s);
 
 Q3N_DEF const q3n_model *q3n_session_model(const q3n_session *s);
 Q3N_DEF int              q3n_session_length(const q3n_session *s);    /* tokens evaluated so far */
@@ -1037,7 +1044,8 @@ Q3N_DEF void       q3n_batch_destroy(q3n_batch *b);    /* NULL is allowed; after
  * set); then every session, and done of every item, is as before the call. */
 Q3N_DEF q3n_result       q3n_batch_eval(q3n_batch *b, q3n_batch_item *items, int n_items,
                                         const q3n_limit *limit);
-Q3N_DEF void             q3n_batch_cancel(q3n_batch *b, int on);   /* as q3n_session_cancel */
+/* As q3n_session_cancel: q3n_batch_eval, or the call of a session that shares the batch. */
+Q3N_DEF int              q3n_batch_cancel(q3n_batch *b);
 Q3N_DEF const q3n_error *q3n_batch_error(const q3n_batch *b);
 
 /* ---- Tokenizer: part of the model, no state ---- */
@@ -1354,7 +1362,8 @@ int  clock_gettime(int clock, struct timespec *t);
 #  define Q3N__TARGET_END
 #endif
 
-/* ---- Atomics: sequentially consistent, which costs nothing at the rate they are used ---- */
+/* ---- Atomics: sequentially consistent, which costs nothing at the rate they are used; lock-free,
+ * for signal handlers ---- */
 #if defined(_MSC_VER) && !defined(__clang__)
 typedef volatile LONG64 q3n__atomic;
 static int64_t q3n__atomic_load(q3n__atomic *a) { return InterlockedCompareExchange64(a, 0, 0); }
@@ -1370,6 +1379,9 @@ static int q3n__atomic_cas(q3n__atomic *a, int64_t expected, int64_t desired)
 static void q3n__pause(void) { YieldProcessor(); }
 #else
 typedef int64_t q3n__atomic;
+#  if __GCC_ATOMIC_LLONG_LOCK_FREE != 2
+#    error "64-bit atomics are not lock-free on this machine: q3n_session_cancel needs them"
+#  endif
 static int64_t q3n__atomic_load(q3n__atomic *a) { return __atomic_load_n(a, __ATOMIC_SEQ_CST); }
 static void    q3n__atomic_store(q3n__atomic *a, int64_t v)
 {
@@ -6474,6 +6486,25 @@ typedef struct {
     int    max;
 } q3n__trail;
 
+/* What a session, and an engine, is doing.  A request to cancel turns RUNNING into CANCELLED and
+ * nothing else, and every call ends at IDLE: no request outlives the call that it meant. */
+enum { Q3N__IDLE, Q3N__RUNNING, Q3N__CANCELLED };
+
+static int q3n__cancel(q3n__atomic *a)      /* 1 = that stops a call */
+{
+    return q3n__atomic_cas(a, Q3N__RUNNING, Q3N__CANCELLED);
+}
+
+static int q3n__is_cancelled(q3n__atomic *a) { return q3n__atomic_load(a) == Q3N__CANCELLED; }
+
+static int q3n__leave(q3n__atomic *a)       /* the call ends; 1 = it was cancelled */
+{
+    if (q3n__atomic_cas(a, Q3N__RUNNING, Q3N__IDLE)) return 0;
+    const int cancelled = q3n__is_cancelled(a);
+    q3n__atomic_store(a, Q3N__IDLE);
+    return cancelled;
+}
+
 /* State of one session that the layers read and write. */
 typedef struct {
     q3n__kv_cache kv;
@@ -6484,7 +6515,7 @@ typedef struct {
     q3n__trail    trail;
     int           trailing;      /* 1 = this run leaves its tokens in the trail                  */
     int           n_trail;       /* rows of the trail that come before this run: trail.n or 0    */
-    q3n__atomic  *cancel;        /* nonzero: stop behind the layer under way                     */
+    q3n__atomic  *cancel;        /* Q3N__CANCELLED: stop behind the layer under way              */
     int           length;        /* tokens before this run                                       */
     int           kv_valid;      /* tokens whose keys and values the pages hold already          */
     int64_t      *expert_counts; /* [layer][E] or NULL                                           */
@@ -6542,7 +6573,7 @@ typedef struct {
     q3n__x8 *ffn_q;              /* ffn_up, quantised                                            */
     float *mtp_in;               /* [2 d] input of the MTP module; NULL if there is none         */
     q3n__x8 *mtp_in_q;
-    q3n__atomic *cancel;         /* nonzero: stop behind the layer under way                     */
+    q3n__atomic *cancel;         /* Q3N__CANCELLED: stop behind the layer under way              */
     int    max;
 } q3n__run;
 
@@ -7530,11 +7561,11 @@ static void q3n__hook(const q3n__run *r, const q3n_layer_hook *hook, int l, cons
     if (hook->layer) hook->layer(hook->user, l, x, r->n, r->model->config.hidden_size);
 }
 
-static int q3n__is_cancelled(const q3n__run *r)   /* the engine, or one of the sessions */
+static int q3n__run_cancelled(const q3n__run *r)   /* the engine, or one of the sessions */
 {
-    if (q3n__atomic_load(r->cancel)) return 1;
+    if (q3n__is_cancelled(r->cancel)) return 1;
     for (int i = 0; i < r->n_segments; i++)
-        if (q3n__atomic_load(r->segments[i].state->cancel)) return 1;
+        if (q3n__is_cancelled(r->segments[i].state->cancel)) return 1;
     return 0;
 }
 
@@ -7548,7 +7579,7 @@ static int q3n__forward(q3n__run *r, const int32_t *tokens, const q3n_layer_hook
     q3n__hook(r, hook, -1, r->x);
     for (int l = 0; l < m->config.num_hidden_layers; l++) {
         const q3n__layer *w = &m->layers[l];
-        if (q3n__is_cancelled(r)) return 0;
+        if (q3n__run_cancelled(r)) return 0;
         q3n__layer_forward(r, w, l, n_kind[w->is_delta]++);
         q3n__hook(r, hook, l, r->x);
     }
@@ -8767,8 +8798,8 @@ static int q3n__cache_longest(const q3n_cache *c, uint64_t key, const int32_t *t
 
 /* The longest snapshot of this shape, of more than least and at most n tokens, whose text is a
  * prefix of tokens [n], with a reference for the caller; NULL = none.  Files are looked into where
- * they are longer than what is in memory.  Counts a hit, or without one whether the caller begins at
- * `least` tokens of its own or at none. */
+ * they are longer than what is in memory.  Counts a hit, or without one whether the caller begins
+ * at `least` tokens of its own or at none. */
 static q3n_snapshot *q3n__cache_find(q3n_cache *c, const q3n__shape *shape, q3n_type delta_type,
                                      const int32_t *tokens, int n, int least)
 {
@@ -8901,7 +8932,7 @@ typedef struct {
     float              *gathered;     /* [logit_rows, d] of a batch                               */
     float              *logits;       /* [logit_rows, vocab] of a batch                           */
     void               *split;        /* partial results of split attention, grows               */
-    q3n__atomic         cancel;
+    q3n__atomic         cancel;       /* Q3N__IDLE, RUNNING or CANCELLED: a batch's request       */
     q3n__costs          costs;
 } q3n__engine;
 
@@ -9102,12 +9133,8 @@ static void q3n__engine_set(q3n__engine *e, const q3n_model *m, const q3n_sessio
     e->has_mtp = has_mtp;
 }
 
-/* The request that stopped a call is used up: the session's (or NULL), and the engine's, which is
- * a batch's. */
-static q3n_result q3n__cancelled(q3n__engine *e, q3n__atomic *session, q3n_error *err)
+static q3n_result q3n__cancelled(q3n_error *err)
 {
-    q3n__atomic_store(&e->cancel, 0);
-    if (session) q3n__atomic_store(session, 0);
     return q3n__fail(err, Q3N_ERR_CANCELLED, -1, "cancelled: the session is as before the call");
 }
 
@@ -9161,7 +9188,7 @@ struct q3n_session {
     q3n_cache          *own_cache;    /* the same, if it is the session's to destroy              */
     q3n__shape          shape;
     q3n_error           error;
-    q3n__atomic         cancel;       /* set by other threads                                     */
+    q3n__atomic         cancel;       /* Q3N__IDLE, RUNNING or CANCELLED                          */
     int                 n_delta;      /* layers                                                   */
     int                 n_blocks;     /* pages at full capacity                                   */
 
@@ -9375,10 +9402,37 @@ static void q3n__session_drop(q3n_session *s, q3n__page **page)
 
 /* ---- Transactions ---- */
 
+/* One public function that evaluates is one call, from q3n__call_begin to q3n__call_end: requests
+ * to cancel count between them.  The end comes before the commit, so that a call which took a
+ * request never keeps what it did, and once more when the function returns, however it went. */
+static void q3n__call_begin(q3n_session *s)
+{
+    q3n__atomic_store(&s->engine->cancel, Q3N__RUNNING);
+    q3n__atomic_store(&s->cancel, Q3N__RUNNING);
+}
+
+static q3n_result q3n__call_end(q3n_session *s)
+{
+    const int batch = q3n__leave(&s->engine->cancel), session = q3n__leave(&s->cancel);
+    return batch || session ? q3n__cancelled(&s->error) : Q3N_OK;
+}
+
+static q3n_result q3n__call_done(q3n_session *s, q3n_result r)
+{
+    q3n__leave(&s->engine->cancel);
+    q3n__leave(&s->cancel);
+    return r;
+}
+
+static void q3n__session_clear_counts(q3n_session *s)
+{
+    const q3n_config *c = &s->model->config;
+    memset(s->counts, 0, (size_t)c->num_hidden_layers * (size_t)c->num_experts * sizeof *s->counts);
+}
+
 /* Back to nothing, as a new session is. */
 static void q3n__session_clear(q3n_session *s)
 {
-    const q3n_config *c = &s->model->config;
     s->length = s->n_hidden = s->mtp_length = s->has_logits = 0;
     s->mtp_first = 1;
     s->state.trail.n = 0;
@@ -9387,9 +9441,7 @@ static void q3n__session_clear(q3n_session *s)
         memset(s->delta[s->delta_now], 0, s->shape.delta_len * sizeof(float));
         memset(s->conv[s->conv_now], 0, s->shape.conv_len * sizeof(float));
     }
-    if (s->counts)
-        memset(s->counts, 0, (size_t)c->num_hidden_layers * (size_t)c->num_experts
-                             * sizeof *s->counts);
+    if (s->counts) q3n__session_clear_counts(s);
     for (int b = 0; b < s->n_blocks; b++) {
         q3n__page *p = s->state.kv.page[b];
         if (!p || q3n__atomic_load(&p->n_refs) == 1) continue;
@@ -9854,8 +9906,7 @@ static q3n_result q3n__session_passes(q3n_session *s, const int32_t *tokens, int
     for (int i = 0, some; i < n; i += some) {
         some = q3n__session_stride(s, n - i, e->options.batch);
         const q3n__part part = { s, tokens + i, some, i + some == n };
-        if (q3n__engine_pass(e, &part, 1) != Q3N_OK)
-            return q3n__cancelled(e, &s->cancel, &s->error);
+        if (q3n__engine_pass(e, &part, 1) != Q3N_OK) return q3n__cancelled(&s->error);
         const float *rows = q3n__engine_rows(e);
         if (out->all_hidden)
             memcpy(out->all_hidden + (size_t)i * d, rows, (size_t)some * d * sizeof *rows);
@@ -9896,6 +9947,7 @@ static q3n_result q3n__session_eval(q3n_session *s, const int32_t *tokens, int n
     q3n__session_begin(s, s->engine);
     r = q3n__session_reserve(s, s->engine, s->length, s->length + n);
     if (r == Q3N_OK) r = q3n__session_passes(s, tokens, n, out);
+    if (r == Q3N_OK) r = q3n__call_end(s);
     if (r == Q3N_OK) q3n__session_finish(s, out);
     else             q3n__session_rollback(s);
     return r;
@@ -9909,30 +9961,18 @@ static int q3n__last_token(const q3n_model *m, const int32_t *tokens, int n)
     return t;
 }
 
-/* Scores from the pooled hidden state; a head over logits is linear in it, so it may pool first. */
-static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, int n, float *scores)
+/* Evaluate a text of n tokens; s->pooled becomes the hidden state that is classified. */
+static q3n_result q3n__classify_passes(q3n_session *s, const int32_t *tokens, int n)
 {
     const q3n_config *c = &s->model->config;
     q3n__engine *e = s->engine;
     const size_t d = (size_t)c->hidden_size;
-    if (c->num_labels == 0)
-        return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1,
-                         "the model has no classification head");
-    q3n_result result = q3n__session_check(s, tokens, n, 0);
-    if (result != Q3N_OK) return result;
-    q3n__session_clear(s);
-    q3n__session_begin(s, e);
-    result = q3n__session_reserve(s, e, 0, n);
-    if (result != Q3N_OK) return result;
     memset(s->pooled, 0, d * sizeof *s->pooled);
     const int last = q3n__last_token(s->model, tokens, n);
     for (int i = 0, some; i < n; i += some) {
         some = n - i < e->options.batch ? n - i : e->options.batch;
         const q3n__part part = { s, tokens + i, some, i + some == n };
-        if (q3n__engine_pass(e, &part, 1) != Q3N_OK) {
-            q3n__session_rollback(s);
-            return q3n__cancelled(e, &s->cancel, &s->error);
-        }
+        if (q3n__engine_pass(e, &part, 1) != Q3N_OK) return q3n__cancelled(&s->error);
         for (int t = 0; t < some; t++) {
             const int wanted = c->pooling == Q3N_POOLING_MEAN
                             || (c->pooling == Q3N_POOLING_FIRST && i + t == 0)
@@ -9942,6 +9982,30 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
                                q3n__engine_rows(e) + (size_t)t * d, (int)d);
         }
     }
+    return Q3N_OK;
+}
+
+/* Scores from the pooled hidden state; a head over logits is linear in it, so it may pool first. */
+static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, int n, float *scores)
+{
+    const q3n_config *c = &s->model->config;
+    q3n__engine *e = s->engine;
+    if (c->num_labels == 0)
+        return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1,
+                         "the model has no classification head");
+    q3n_result r = q3n__session_check(s, tokens, n, 0);
+    if (r != Q3N_OK) return r;
+    q3n__session_begin(s, e);
+    q3n__session_load_work(s, e, NULL);
+    q3n__session_adopt(s, NULL, 0);
+    r = q3n__session_reserve(s, e, 0, n);
+    if (r == Q3N_OK) r = q3n__classify_passes(s, tokens, n);
+    if (r == Q3N_OK) r = q3n__call_end(s);
+    if (r != Q3N_OK) {
+        q3n__session_rollback(s);
+        return r;
+    }
+    if (s->counts) q3n__session_clear_counts(s);
     q3n__session_commit(s, e, -1);
     const float *input = s->pooled;
     if (c->classifier_input == Q3N_CLASSIFIER_LOGITS) {
@@ -9988,8 +10052,10 @@ static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n, int o
         s->work_first = s->mtp_first < m ? s->mtp_first : m > 0 ? m : 1;
     }
     s->seek_logits = snap && snap->has_logits && snap->length == n;
-    if (s->seek_logits)
+    if (s->seek_logits) {
         memcpy(s->logits, snap->logits, (size_t)s->shape.vocab_size * sizeof(float));
+        s->has_logits = 0;                  /* not the text's, until the call ends well */
+    }
     q3n__snapshot_release(snap);
     return s->state.length;
 }
@@ -10009,6 +10075,7 @@ static q3n_result q3n__session_go_on(q3n_session *s, const int32_t *tokens, int 
     }
     if (stored < n) r = q3n__session_reserve(s, s->engine, stored, n);
     if (r == Q3N_OK && from < n) r = q3n__session_passes(s, tokens + from, n - from, out);
+    if (r == Q3N_OK) r = q3n__call_end(s);
     if (r != Q3N_OK) {
         q3n__session_rollback(s);
         return r;
@@ -10112,6 +10179,7 @@ static q3n_result q3n__batch_begin(q3n_batch *b, q3n_batch_item *it, int i)
     if (r == Q3N_OK) r = q3n__check_head(s, it->logits != NULL);
     if (r != Q3N_OK) return q3n__batch_fail(b, &s->error, i);
     q3n__session_begin(s, &b->engine);
+    q3n__atomic_store(&s->cancel, Q3N__RUNNING);
     s->in_batch = 1;
     s->taken = 0;
     return Q3N_OK;
@@ -10193,8 +10261,7 @@ static q3n_result q3n__batch_pass(q3n_batch *b, q3n_batch_item *items, int n_par
         if (q3n__session_reserve(s, e, from, from + b->parts[i].n) != Q3N_OK)
             return q3n__batch_fail(b, &s->error, s->item);
     }
-    if (q3n__engine_pass(e, b->parts, n_parts) != Q3N_OK)
-        return q3n__cancelled(e, NULL, &b->error);
+    if (q3n__engine_pass(e, b->parts, n_parts) != Q3N_OK) return q3n__cancelled(&b->error);
     q3n__batch_logits(b, items, n_parts);
     for (int i = 0; i < n_parts; i++) {
         q3n_session *s = b->parts[i].s;
@@ -10215,11 +10282,20 @@ static q3n_result q3n__batch_passes(q3n_batch *b, q3n_batch_item *items, int n_i
         if (n_parts == 0) return Q3N_OK;
         for (int i = 0; i < n_parts; i++) taken += b->parts[i].n;
         for (int i = 0; i < n_items; i++)               /* also those that this pass leaves out */
-            if (q3n__item_left(&items[i]) > 0 && q3n__atomic_load(&items[i].session->cancel))
-                return q3n__cancelled(&b->engine, NULL, &b->error);
+            if (q3n__item_left(&items[i]) > 0 && q3n__is_cancelled(&items[i].session->cancel))
+                return q3n__cancelled(&b->error);
         const q3n_result r = q3n__batch_pass(b, items, n_parts);
         if (r != Q3N_OK) return r;
     }
+}
+
+/* As q3n__call_end, for the first n items and the batch. */
+static q3n_result q3n__batch_call_end(q3n_batch *b, const q3n_batch_item *items, int n)
+{
+    int cancelled = q3n__leave(&b->engine.cancel);
+    for (int i = 0; i < n; i++)
+        if (items[i].session->in_batch && q3n__leave(&items[i].session->cancel)) cancelled = 1;
+    return cancelled ? q3n__cancelled(&b->error) : Q3N_OK;
 }
 
 /* Commit or roll back the first n items. */
@@ -10255,12 +10331,13 @@ static q3n_result q3n__batch_eval(q3n_batch *b, q3n_batch_item *items, int n_ite
         if (!items[i].session || items[i].done < 0 || items[i].done > items[i].n)
             return q3n__fail(&b->error, Q3N_ERR_ARG, -1, "item %d: no session, or done %d of %d "
                              "tokens", i, items[i].done, items[i].n);
+    q3n__atomic_store(&b->engine.cancel, Q3N__RUNNING);
     for (; begun < n_items && r == Q3N_OK; begun++)
         if (q3n__item_left(&items[begun]) > 0)
             r = q3n__batch_begin(b, &items[begun], begun);
     if (r == Q3N_OK) r = q3n__batch_passes(b, items, n_items, limit);
-    if (r == Q3N_ERR_CANCELLED)
-        for (int i = 0; i < begun; i++) q3n__atomic_store(&items[i].session->cancel, 0);
+    const q3n_result end = q3n__batch_call_end(b, items, begun);
+    if (r == Q3N_OK) r = end;
     q3n__batch_end(b, items, begun, r == Q3N_OK);
     return r;
 }
@@ -11017,10 +11094,13 @@ static q3n_result q3n__step(q3n_session *s, q3n_sampler *sampler, const int32_t 
         s->work_mtp = s->mtp_length;
     }
     const q3n__part part = { s, rows, p->n + 1, 1 };
-    if (q3n__engine_pass(e, &part, 1) != Q3N_OK) return q3n__cancelled(e, &s->cancel, &s->error);
+    if (q3n__engine_pass(e, &part, 1) != Q3N_OK) return q3n__cancelled(&s->error);
     float *logits = p->n > 0 ? s->draft_logits : s->logits;
+    if (p->n == 0) s->has_logits = 0;                   /* not the text's, until the commit */
     q3n__logits(&e->run, q3n__engine_rows(e), p->n + 1, logits);
     *n = q3n__drafts_choose(s, sampler, p, logits, tokens);
+    const q3n_result r = q3n__call_end(s);
+    if (r != Q3N_OK) return r;
     memcpy(s->work_hidden, q3n__engine_rows(e) + (size_t)(*n - 1) * d, d * sizeof(float));
     q3n__session_commit(s, e, *n);
     s->has_logits = p->n == 0;
@@ -11098,6 +11178,7 @@ static q3n_result q3n__session_draft(q3n_session *s, int32_t token, int32_t *dra
         for (int i = 0; i < n; i++) drafts[i] = draft[i].id;
         if (logits)
             memcpy(logits, s->draft_logits, (size_t)s->shape.vocab_size * sizeof *logits);
+        r = q3n__call_end(s);
     }
     q3n__session_rollback(s);
     return r;
@@ -12755,20 +12836,22 @@ Q3N_DEF void q3n_session_destroy(q3n_session *s)
 Q3N_DEF q3n_result q3n_session_eval(q3n_session *s, const int32_t *tokens, int n, float *logits)
 {
     const q3n_outputs out = { logits, NULL, NULL, NULL };
-    return q3n__session_eval(s, tokens, n, &out);
+    return q3n_session_eval_outputs(s, tokens, n, &out);
 }
 
 Q3N_DEF q3n_result q3n_session_eval_outputs(q3n_session *s, const int32_t *tokens, int n,
                                             const q3n_outputs *out)
 {
-    if (!out) return q3n_session_eval(s, tokens, n, NULL);
-    return q3n__session_eval(s, tokens, n, out);
+    const q3n_outputs none = { NULL, NULL, NULL, NULL };
+    q3n__call_begin(s);
+    return q3n__call_done(s, q3n__session_eval(s, tokens, n, out ? out : &none));
 }
 
 Q3N_DEF q3n_result q3n_session_classify(q3n_session *s, const int32_t *tokens, int n, float *scores)
 {
     if (!scores) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no place for the scores");
-    return q3n__session_classify(s, tokens, n, scores);
+    q3n__call_begin(s);
+    return q3n__call_done(s, q3n__session_classify(s, tokens, n, scores));
 }
 
 Q3N_DEF q3n_result q3n_session_logits(q3n_session *s, float *logits)
@@ -12789,10 +12872,7 @@ Q3N_DEF q3n_result q3n_session_tokens(const q3n_session *s, int first, int n, in
     return Q3N_OK;
 }
 
-Q3N_DEF void q3n_session_cancel(q3n_session *s, int on)
-{
-    q3n__atomic_store(&s->cancel, on != 0);
-}
+Q3N_DEF int q3n_session_cancel(q3n_session *s) { return s ? q3n__cancel(&s->cancel) : 0; }
 
 Q3N_DEF const q3n_model *q3n_session_model(const q3n_session *s) { return s->model; }
 Q3N_DEF int     q3n_session_length(const q3n_session *s)    { return s->length; }
@@ -12861,7 +12941,8 @@ Q3N_DEF q3n_result q3n_session_fork(q3n_session **out, q3n_session *s,
 
 Q3N_DEF q3n_result q3n_session_rewind(q3n_session *s, int length)
 {
-    return q3n__session_rewind(s, length);
+    q3n__call_begin(s);
+    return q3n__call_done(s, q3n__session_rewind(s, length));
 }
 
 Q3N_DEF q3n_result q3n_session_keep(q3n_session *s)
@@ -12874,14 +12955,16 @@ Q3N_DEF q3n_result q3n_session_keep(q3n_session *s)
 Q3N_DEF q3n_result q3n_session_feed(q3n_session *s, const int32_t *tokens, int n, float *logits,
                                     int *n_reused)
 {
-    const q3n_result r = q3n__session_feed(s, tokens, n, logits, 0, n_reused);
+    q3n__call_begin(s);
+    const q3n_result r = q3n__call_done(s, q3n__session_feed(s, tokens, n, logits, 0, n_reused));
     if (r == Q3N_OK) q3n__session_put(s, s->engine, 0, 1);   /* without memory: not kept */
     return r;
 }
 
 Q3N_DEF q3n_result q3n_session_reuse(q3n_session *s, const int32_t *tokens, int n, int *n_reused)
 {
-    return q3n__session_feed(s, tokens, n, NULL, 1, n_reused);
+    q3n__call_begin(s);
+    return q3n__call_done(s, q3n__session_feed(s, tokens, n, NULL, 1, n_reused));
 }
 
 /* ---- Session files ---- */
@@ -13012,10 +13095,7 @@ Q3N_DEF q3n_result q3n_batch_eval(q3n_batch *b, q3n_batch_item *items, int n_ite
     return q3n__batch_eval(b, items, n_items, limit ? limit : &none);
 }
 
-Q3N_DEF void q3n_batch_cancel(q3n_batch *b, int on)
-{
-    q3n__atomic_store(&b->engine.cancel, on != 0);
-}
+Q3N_DEF int q3n_batch_cancel(q3n_batch *b) { return b ? q3n__cancel(&b->engine.cancel) : 0; }
 
 Q3N_DEF const q3n_error *q3n_batch_error(const q3n_batch *b) { return &b->error; }
 
@@ -13029,14 +13109,16 @@ Q3N_DEF q3n_result q3n_session_next(q3n_session *s, q3n_sampler *sampler, int32_
     if (sampler->vocab != s->shape.vocab_size)
         return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "the sampler's model has %d tokens, the "
                          "session's %d", sampler->vocab, s->shape.vocab_size);
-    return q3n__session_next(s, sampler, token, tokens, max, n);
+    q3n__call_begin(s);
+    return q3n__call_done(s, q3n__session_next(s, sampler, token, tokens, max, n));
 }
 
 Q3N_DEF q3n_result q3n_session_draft(q3n_session *s, int32_t token, int32_t *drafts, int n,
                                      float *logits)
 {
     if (!drafts) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no place for the drafts");
-    return q3n__session_draft(s, token, drafts, n, logits);
+    q3n__call_begin(s);
+    return q3n__call_done(s, q3n__session_draft(s, token, drafts, n, logits));
 }
 
 Q3N_DEF void q3n_session_speculation(const q3n_session *s, q3n_speculation *out)

@@ -1,6 +1,6 @@
 /* test_quantize.c - rows of floats to quantised types: codes in and out, errors of normal weights
- * for every type, zeros, odd shapes and places, importance, values that cannot be encoded; copies of whole
- * models by every recipe, for any number of threads, stopped and failing. */
+ * for every type, zeros, odd shapes and places, importance, values that cannot be encoded; copies
+ * of whole models by every recipe, for any number of threads, stopped and failing. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>

@@ -143,7 +143,7 @@ typedef struct {
     int         drafts;
 } blob;
 
-typedef enum { ARMED_NOT, ARMED_CANCEL, ARMED_CANCEL_LATER, ARMED_MEMORY } armed;
+typedef enum { ARMED_NOT, ARMED_CANCEL, ARMED_MEMORY } armed;
 
 typedef struct {
     uint64_t     rng;
@@ -164,6 +164,7 @@ typedef struct {
     float       *logits;         /* [MOST, vocab]                                                */
     armed        armed;
     int          cancel_in;      /* calls of the hook until these are cancelled                  */
+    int          cancelled;      /* requests that stopped a call                                 */
     q3n_session *cancel_session;
     q3n_batch   *cancel_batch;
     char         directory[64];  /* of the cache, "" = none                                      */
@@ -243,22 +244,26 @@ static void cancel_in_hook(void *user, int l, const float *x, int n, int d)
     (void)n;
     (void)d;
     if (w->cancel_in == 0 || --w->cancel_in > 0) return;
-    if (w->cancel_batch) q3n_batch_cancel(w->cancel_batch, 1);
-    else                 q3n_session_cancel(w->cancel_session, 1);
+    w->cancelled += w->cancel_batch ? q3n_batch_cancel(w->cancel_batch)
+                                    : q3n_session_cancel(w->cancel_session);
 }
 
-/* Sometimes the next operation is to fail: cancelled before it begins or on the way, or short of
- * memory. */
+/* Requests between two calls stop nothing, neither the one before nor the next. */
+static void cancel_between(world *w, q3n_session *s, q3n_batch *b)
+{
+    if ((s && q3n_session_cancel(s)) || (b && q3n_batch_cancel(b)))
+        world_fail(w, "a request between two calls says that it stops one");
+}
+
+/* Sometimes the next operation is to fail: cancelled on the way, or short of memory. */
 static void arm(world *w, slot *s)
 {
     const int x = below(w, 12);
     w->armed = ARMED_NOT;
-    if (x == 0) {
+    w->cancelled = 0;
+    cancel_between(w, s->s, NULL);
+    if (x <= 1) {
         w->armed = ARMED_CANCEL;
-        q3n_session_cancel(s->s, 1);
-        note(w, " (cancelled)");
-    } else if (x == 1) {
-        w->armed = ARMED_CANCEL_LATER;
         w->cancel_in = 1 + below(w, 20);
         w->cancel_session = s->s;
         w->cancel_batch = NULL;
@@ -276,15 +281,15 @@ static void disarm(world *w, slot *s)
 {
     w->armed = ARMED_NOT;
     w->heap.fail_at = w->cancel_in = 0;
-    q3n_session_cancel(s->s, 0);
+    cancel_between(w, s->s, NULL);
 }
 
 /* 1 if the call was successful.  0 if it failed as it was made to: then nothing has changed. */
-static int successful(world *w, slot *s, q3n_result r, int must_evaluate)
+static int successful(world *w, slot *s, q3n_result r)
 {
     const armed a = w->armed;
     disarm(w, s);
-    if (r == Q3N_OK && !(a == ARMED_CANCEL && must_evaluate)) return 1;
+    if (r == Q3N_OK && !w->cancelled) return 1;
     const q3n_result want = a == ARMED_NOT    ? Q3N_OK
                           : a == ARMED_MEMORY ? Q3N_ERR_MEMORY : Q3N_ERR_CANCELLED;
     if (r != want || q3n_session_error(s->s)->code != want)
@@ -432,7 +437,7 @@ static int fork_failed(world *w, q3n_result r, const armed a, int fits, const q3
     if (r == Q3N_OK) return 0;
     if (err->code != r) world_fail(w, "fork: %s, not in the record", q3n_result_string(r));
     if ((a == ARMED_MEMORY && r == Q3N_ERR_MEMORY)
-        || (a != ARMED_NOT && a != ARMED_MEMORY && r == Q3N_ERR_CANCELLED)
+        || (a == ARMED_CANCEL && r == Q3N_ERR_CANCELLED)
         || (!fits && (r == Q3N_ERR_FULL || r == Q3N_ERR_UNSUPPORTED || r == Q3N_ERR_ARG)))
         return 1;
     world_fail(w, "fork: %s", err->message);
@@ -510,7 +515,7 @@ static void op_eval(world *w)
     }
     arm(w, s);
     const int wanted = chance(w, 50);
-    if (!successful(w, s, q3n_session_eval(s->s, ids, n, wanted ? w->logits : NULL), 1)) return;
+    if (!successful(w, s, q3n_session_eval(s->s, ids, n, wanted ? w->logits : NULL))) return;
     text_append(&s->t, ids, n);
     if (wanted) compare_logits(w, w->logits, &s->t, "q3n_session_eval");
     verify(w, s);
@@ -527,7 +532,7 @@ static void op_outputs(world *w)
     note(w, "eval_outputs %d: %d behind %d", number(w, s), n, s->t.n);
     arm(w, s);
     const q3n_outputs out = { NULL, w->logits, NULL, NULL };
-    if (!successful(w, s, q3n_session_eval_outputs(s->s, ids, n, &out), 1)) return;
+    if (!successful(w, s, q3n_session_eval_outputs(s->s, ids, n, &out))) return;
     for (int i = 0; i < n; i++) {
         text_append(&s->t, ids + i, 1);
         compare_logits(w, w->logits + (size_t)i * (size_t)w->vocab, &s->t, "all_logits");
@@ -576,7 +581,7 @@ static void op_feed(world *w)
     arm(w, s);
     const int wanted = chance(w, 50);
     const q3n_result r = q3n_session_feed(s->s, t.ids, t.n, wanted ? w->logits : NULL, &n_reused);
-    if (!successful(w, s, r, 0)) return;
+    if (!successful(w, s, r)) return;
     if (n_reused < 0 || n_reused > t.n || (n_common == s->t.n && n_reused < s->t.n))
         world_fail(w, "%d tokens reused", n_reused);
     note(w, ", %d reused", n_reused);
@@ -593,7 +598,7 @@ static void op_reuse(world *w)
     int n_reused = -1;
     note(w, "reuse %d: %d tokens, %d of them in the %d there", number(w, s), t.n, n_common, s->t.n);
     arm(w, s);
-    if (!successful(w, s, q3n_session_reuse(s->s, t.ids, t.n, &n_reused), 0)) return;
+    if (!successful(w, s, q3n_session_reuse(s->s, t.ids, t.n, &n_reused))) return;
     if (n_reused < 0 || n_reused > t.n || (n_common == s->t.n && n_reused < s->t.n))
         world_fail(w, "%d tokens reused", n_reused);
     note(w, ", %d reused", n_reused);
@@ -615,7 +620,7 @@ static void op_rewind(world *w)
     if (chance(w, 5))
         refused(w, s, q3n_session_rewind(s->s, chance(w, 50) ? n + 1 : -1), Q3N_ERR_ARG);
     arm(w, s);
-    if (!successful(w, s, q3n_session_rewind(s->s, to), 0)) return;
+    if (!successful(w, s, q3n_session_rewind(s->s, to))) return;
     s->t.n = to;
     verify(w, s);
 }
@@ -634,7 +639,7 @@ static void op_keep(world *w)
     slot *s = any_session(w);
     note(w, "keep %d", number(w, s));
     arm(w, s);
-    if (successful(w, s, q3n_session_keep(s->s), 0)) verify(w, s);
+    if (successful(w, s, q3n_session_keep(s->s))) verify(w, s);
 }
 
 /* Pages that others share are as they were: a fork goes on from them. */
@@ -669,7 +674,7 @@ static void op_snapshot(world *w)
     q3n_snapshot_free(k->snap);
     k->snap = NULL;
     arm(w, s);
-    if (!successful(w, s, q3n_session_snapshot(s->s, &k->snap), 0)) {
+    if (!successful(w, s, q3n_session_snapshot(s->s, &k->snap))) {
         if (k->snap) world_fail(w, "a failed snapshot is there");
         return;
     }
@@ -706,7 +711,7 @@ static void op_restore(world *w)
     arm(w, s);
     const q3n_result r = q3n_session_restore(s->s, k->snap);
     if (unfit(w, s, r, k->drafts, k->t.n)) return;
-    if (!successful(w, s, r, 0)) return;
+    if (!successful(w, s, r)) return;
     s->t = k->t;
     verify(w, s);
 }
@@ -737,7 +742,7 @@ static void op_save(world *w)
     const q3n_result r = save_to(&b->file, s->s, SIZE_MAX);
     b->t = s->t;
     b->drafts = s->drafts;
-    if (!successful(w, s, r, 0)) b->file.n = 0;
+    if (!successful(w, s, r)) b->file.n = 0;
     verify(w, s);
 }
 
@@ -768,7 +773,7 @@ static void op_load(world *w)
     arm(w, s);
     const q3n_result r = load_from(&b->file, s->s, SIZE_MAX);
     if (unfit(w, s, r, b->drafts, b->t.n)) return;
-    if (!successful(w, s, r, 0)) return;
+    if (!successful(w, s, r)) return;
     s->t = b->t;
     verify(w, s);
 }
@@ -829,30 +834,25 @@ static void plan_verify(world *w, plan *p)
 /* One call that is cancelled or short of memory; 1 if it failed, and then changed nothing. */
 static int plan_fail(world *w, q3n_batch *b, plan *p, const q3n_limit *limit)
 {
-    int done[N_SLOTS], left = 0;
-    for (int i = 0; i < p->n; i++) {
-        done[i] = p->item[i].done;
-        left += p->item[i].n - done[i];
-    }
+    int done[N_SLOTS];
+    for (int i = 0; i < p->n; i++) done[i] = p->item[i].done;
     q3n_result want = Q3N_ERR_CANCELLED;
-    const int later = chance(w, 30);
-    if (later) {
+    if (chance(w, 50)) {
         w->cancel_in = 1 + below(w, 20);
         w->cancel_session = p->n ? p->item[below(w, p->n)].session : NULL;
         w->cancel_batch = p->n == 0 || chance(w, 50) ? b : NULL;
-    } else if (chance(w, 40)) {
-        q3n_batch_cancel(b, 1);
     } else {
         want = Q3N_ERR_MEMORY;
         w->heap.calls = 0;
         w->heap.once = below(w, 2);
         w->heap.fail_at = 1 + below(w, 3);
     }
+    w->cancelled = 0;
+    cancel_between(w, p->n ? p->item[0].session : NULL, b);
     const q3n_result r = q3n_batch_eval(b, p->item, p->n, limit);
-    q3n_batch_cancel(b, 0);
-    if (later && p->n) q3n_session_cancel(w->cancel_session, 0);
+    cancel_between(w, p->n ? p->item[0].session : NULL, b);
     w->heap.fail_at = w->cancel_in = 0;
-    if (r == Q3N_OK && (want == Q3N_ERR_MEMORY || left == 0 || later)) return 0;
+    if (r == Q3N_OK && !w->cancelled) return 0;
     if (r != want || q3n_batch_error(b)->code != want)
         world_fail(w, "batch: %s, expected %s; the record: %s", q3n_result_string(r),
                    q3n_result_string(want), q3n_batch_error(b)->message);
@@ -950,7 +950,7 @@ static void op_next(world *w)
         if (w->idle && chance(w, 30)) s->s->mtp_idle = Q3N__MTP_IDLE;
         arm(w, s);
         const q3n_result r = q3n_session_next(s->s, sampler, token, tokens, max, &n);
-        if (!successful(w, s, r, 1)) continue;
+        if (!successful(w, s, r)) continue;
         note(w, " %d", n);
         if (n < 1 || n > max) world_fail(w, "%d tokens, asked for %d", n, max);
         text_append(&s->t, &token, 1);
@@ -975,7 +975,7 @@ static void op_draft(world *w)
     if (!s->drafts || (s->t.n + n > s->capacity && r != Q3N_OK)) {
         disarm(w, s);
         refused(w, s, r, s->drafts ? Q3N_ERR_FULL : Q3N_ERR_UNSUPPORTED);
-    } else if (!successful(w, s, r, 0)) {
+    } else if (!successful(w, s, r)) {
         free(logits);
         return;
     } else if (!w->idle) {               /* else it has not seen the whole text */

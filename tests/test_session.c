@@ -15,6 +15,7 @@
 #include "sessions.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <sys/wait.h>
 #include <time.h>
 
@@ -33,13 +34,14 @@ typedef struct {
     int          after;          /* layers since, of n_layers                                    */
     int          n_layers;
     int          on_thread;
+    int          stopped;        /* requests that said they stop a call                          */
 } canceller;
 
 static void *cancel_now(void *memory)
 {
-    const canceller *c = (const canceller *)memory;
-    if (c->b) q3n_batch_cancel(c->b, 1);
-    else      q3n_session_cancel(c->s, 1);
+    canceller *c = (canceller *)memory;
+    for (int i = 0; i < 2; i++)                  /* the second finds nothing left to stop */
+        c->stopped += c->b ? q3n_batch_cancel(c->b) : q3n_session_cancel(c->s);
     return NULL;
 }
 
@@ -142,17 +144,17 @@ static int cancel_once(const cancel_case *k, const cancellable *what, int at)
     must(c.s, q3n_session_eval(c.s, k->ids, 40, NULL), Q3N_OK);
     if (!in_batch) c.b = NULL;
     c.at = at;
-    c.calls = c.after = 0;
+    c.calls = c.after = c.stopped = 0;
     const q3n_result r = what->run(c.s, b, k->ids);
     const int calls = c.calls;
     c.at = -1;
-    if (at >= 0 && r != Q3N_ERR_CANCELLED && (r != Q3N_OK || at + 2 < calls))
+    assert_int_equal(c.stopped, at >= 0);
+    if (at >= 0 && r != Q3N_ERR_CANCELLED)
         fail_msg("%s, cancelled in call %d of %d: %s", what->name, at, calls, q3n_result_string(r));
     if (at >= 0 && r == Q3N_ERR_CANCELLED && c.after > 1)
         fail_msg("%s, cancelled in call %d: %d layers more", what->name, at, c.after);
     if (at < 0) assert_int_equal(r, Q3N_OK);
-    q3n_session_cancel(c.s, 0);
-    q3n_batch_cancel(b, 0);
+    assert_int_equal(q3n_session_cancel(c.s) + q3n_batch_cancel(b), 0);
     if (r == Q3N_ERR_CANCELLED) {
         must(c.s, q3n_session_logits(c.s, logits), Q3N_OK);
         check_same(logits, k->want + 39 * V, V, what->name);
@@ -189,62 +191,171 @@ static void test_cancel(void **state)
     q3n_model_close(m);
 }
 
-/* A request that is withdrawn has no effect; one that waits stops the next evaluation, once. */
-static void test_cancel_waits(void **state)
+/* A request between two calls stops neither: not the one before, not the next. */
+static void test_cancel_between(void **state)
 {
     (void)state;
     q3n_model *m = open_model("qwen3_next", NULL);
     const int32_t ids[4] = { 1, 2, 3, 4 };
     const q3n_session_options o = plain_options(30);
     q3n_session *s = create_session(m, &o);
-    q3n_session_cancel(s, 1);
-    q3n_session_cancel(s, 0);
+    assert_int_equal(q3n_session_cancel(s), 0);
     must(s, q3n_session_eval(s, ids, 4, NULL), Q3N_OK);
-    q3n_session_cancel(s, 1);
-    must(s, q3n_session_eval(s, ids, 4, NULL), Q3N_ERR_CANCELLED);
-    assert_int_equal(q3n_session_length(s), 4);
+    assert_int_equal(q3n_session_cancel(s), 0);
+    must(s, q3n_session_eval(s, ids, 0, NULL), Q3N_ERR_ARG);
+    assert_int_equal(q3n_session_cancel(s), 0);
     must(s, q3n_session_eval(s, ids, 4, NULL), Q3N_OK);
-    q3n_session_cancel(s, 1);
-    must(s, q3n_session_eval(s, ids, 0, NULL), Q3N_ERR_ARG);      /* evaluates nothing */
-    must(s, q3n_session_eval(s, ids, 4, NULL), Q3N_ERR_CANCELLED);
+    assert_int_equal(q3n_session_length(s), 8);
     q3n_session_destroy(s);
     q3n_model_close(m);
 }
 
-/* A request is one session's alone, also where several share a batch. */
+/* A request is one session's alone, also where several share a batch; one for a session that takes
+ * no part in a batch's call does nothing, now or later. */
 static void test_cancel_one(void **state)
 {
     (void)state;
     q3n_model *m = open_model("qwen3_next", NULL);
     const int32_t ids[4] = { 1, 2, 3, 4 };
-    q3n_session_options o = plain_options(30);
+    canceller c = { .at = -1, .n_layers = q3n_model_config(m)->num_hidden_layers };
+    q3n_session_options o = plain_options(40);
+    o.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
     q3n_batch *b = NULL;
     assert_int_equal(q3n_batch_create(&b, m, &o, NULL), Q3N_OK);
     o.shared = b;
-    q3n_session *s[2] = { create_session(m, &o), create_session(m, &o) };
-    q3n_batch_item items[2] = {
-        { .session = s[0], .tokens = ids, .n = 4 }, { .session = s[1], .tokens = ids, .n = 4 } };
-    q3n_session_cancel(s[0], 1);
+    q3n_session *s[3];
+    q3n_batch_item items[3];
+    for (int i = 0; i < 3; i++) {
+        s[i] = create_session(m, &o);
+        items[i] = (q3n_batch_item){ .session = s[i], .tokens = ids, .n = 4 };
+    }
+    items[2].done = 4;                           /* of the call, but nothing is left of it */
+    /* which of them is cancelled, in a batch of all three; 3: the batch itself */
+    for (int which = 0; which < 4; which++) {
+        const int takes_part = which != 2;
+        for (int i = 0; i < 2; i++) items[i].done = 0;
+        c = (canceller){ .s = s[which % 3], .b = which == 3 ? b : NULL, .at = 3,
+                         .n_layers = c.n_layers };
+        const int length = q3n_session_length(s[0]);
+        assert_int_equal(q3n_batch_eval(b, items, 3, NULL),
+                         takes_part ? Q3N_ERR_CANCELLED : Q3N_OK);
+        assert_int_equal(c.stopped, takes_part);
+        c.at = -1;
+        assert_int_equal(q3n_session_length(s[0]), length + (takes_part ? 0 : 4));
+        assert_int_equal(q3n_session_length(s[1]), q3n_session_length(s[0]));
+        assert_int_equal(items[0].done, takes_part ? 0 : 4);
+        for (int i = 0; i < 3; i++) {
+            must(s[i], q3n_session_eval(s[i], ids, 1, NULL), Q3N_OK);
+            must(s[i], q3n_session_rewind(s[i], q3n_session_length(s[i]) - 1), Q3N_OK);
+        }
+    }
+    /* evaluation of one session: another's request is void, the batch's is not */
+    c = (canceller){ .s = s[1], .at = 2, .n_layers = c.n_layers };
+    must(s[0], q3n_session_eval(s[0], ids, 4, NULL), Q3N_OK);
+    assert_int_equal(c.stopped, 0);
     must(s[1], q3n_session_eval(s[1], ids, 4, NULL), Q3N_OK);
-    assert_int_equal(q3n_batch_eval(b, items + 1, 1, NULL), Q3N_OK);
-    assert_int_equal(items[1].done, 4);
+    c = (canceller){ .b = b, .at = 2, .n_layers = c.n_layers };
     must(s[0], q3n_session_eval(s[0], ids, 4, NULL), Q3N_ERR_CANCELLED);
+    assert_int_equal(c.stopped, 1);
     must(s[0], q3n_session_eval(s[0], ids, 4, NULL), Q3N_OK);
-    q3n_session_cancel(s[0], 1);
-    items[1].done = 0;
-    assert_int_equal(q3n_batch_eval(b, items, 2, NULL), Q3N_ERR_CANCELLED);
-    assert_int_equal(q3n_session_length(s[0]), 4);
-    assert_int_equal(q3n_session_length(s[1]), 8);
-    assert_int_equal(q3n_batch_eval(b, items, 2, NULL), Q3N_OK);
-    /* the batch's request stops one evaluation, whoever begins it */
-    q3n_batch_cancel(b, 1);
-    must(s[0], q3n_session_eval(s[0], ids, 4, NULL), Q3N_ERR_CANCELLED);
-    must(s[0], q3n_session_eval(s[0], ids, 4, NULL), Q3N_OK);
-    items[1].done = 0;
-    assert_int_equal(q3n_batch_eval(b, items + 1, 1, NULL), Q3N_OK);
-    q3n_session_destroy(s[0]);
-    q3n_session_destroy(s[1]);
+    for (int i = 0; i < 3; i++) q3n_session_destroy(s[i]);
     q3n_batch_destroy(b);
+    q3n_model_close(m);
+}
+
+/* ---- Cancelling from a signal handler, which runs wherever the signal comes ---- */
+static q3n_session *volatile signalled;
+static volatile sig_atomic_t n_signals_that_stop;
+
+static void on_signal(int number)
+{
+    (void)number;
+    if (q3n_session_cancel(signalled)) n_signals_that_stop = n_signals_that_stop + 1;
+}
+
+/* An executor that runs everything in the calling thread, and raises the signal in piece `at`. */
+typedef struct { int pieces, at; } raiser;
+
+static void run_and_raise(void *user, int n, void (*task)(void *arg, int i), void *arg)
+{
+    raiser *k = (raiser *)user;
+    for (int i = 0; i < n; i++) {
+        if (k->pieces++ == k->at) raise(SIGUSR1);
+        task(arg, i);
+    }
+}
+
+static q3n_result run_draft(q3n_session *s, q3n_batch *b, const int32_t *ids)
+{
+    int32_t drafts[3];
+    (void)b;
+    return q3n_session_draft(s, ids[40], drafts, 3, NULL);
+}
+
+/* One operation on a session of 40 tokens, with the signal in every piece of its work. */
+static void signal_everywhere(const cancel_case *k, const cancellable *what)
+{
+    const size_t V = (size_t)q3n_model_config(k->m)->vocab_size;
+    const int in_batch = what->run == run_batch;
+    raiser x = { .at = -1 };
+    q3n_session_options o = plain_options(80);
+    o.batch = 8;
+    o.speculate = k->speculate;
+    o.draft = 3;
+    o.executor = (q3n_executor){ run_and_raise, &x, 2 };
+    q3n_batch *b = NULL;
+    assert_int_equal(q3n_batch_create(&b, k->m, &o, NULL), Q3N_OK);
+    o.shared = in_batch ? b : NULL;
+    q3n_session *s = create_session(k->m, &o);
+    signalled = s;
+    float *got = new_floats(V);
+    for (int at = 0, pieces = INT_MAX; at <= pieces; at += SLOW ? 29 : 1) {
+        q3n_session_reset(s);
+        must(s, q3n_session_eval(s, k->ids, 40, NULL), Q3N_OK);
+        x = (raiser){ .at = pieces == INT_MAX ? -1 : at };      /* the first time to count */
+        n_signals_that_stop = 0;
+        const q3n_result r = what->run(s, b, k->ids);
+        if (pieces == INT_MAX) pieces = x.pieces - 1, at = -1;
+        const int stopped = n_signals_that_stop;
+        x.at = -1;
+        raise(SIGUSR1);                  /* too late for this call, too early for the next */
+        assert_int_equal(n_signals_that_stop, stopped);
+        if (r != (stopped ? Q3N_ERR_CANCELLED : Q3N_OK) || (at >= 0 && at < pieces / 2 && !stopped))
+            fail_msg("%s, signal in piece %d of %d: %s, %d stopped", what->name, at, pieces,
+                     q3n_result_string(r), stopped);
+        if (!stopped) continue;
+        assert_int_equal(q3n_session_length(s), 40);
+        must(s, q3n_session_logits(s, got), Q3N_OK);
+        check_same(got, k->want + 39 * V, V, what->name);
+        must(s, q3n_session_eval(s, k->ids + 40, 20, got), Q3N_OK);
+        check_same(got, k->want + 59 * V, V, what->name);
+    }
+    signalled = NULL;
+    q3n_session_destroy(s);
+    q3n_batch_destroy(b);
+    free(got);
+}
+
+static void test_cancel_from_signal(void **state)
+{
+    q3n_model *m = open_model((const char *)*state, NULL);
+    const size_t V = (size_t)q3n_model_config(m)->vocab_size;
+    const cancellable draft = { "draft", run_draft };
+    struct sigaction action = { .sa_handler = on_signal }, before;
+    assert_int_equal(sigaction(SIGUSR1, &action, &before), 0);
+    int32_t ids[60];
+    uint64_t rng = 73;
+    random_tokens(&rng, ids, COUNT(ids), (int)V);
+    float *want = new_floats(60 * V);
+    const q3n_session_options o = plain_options(80);
+    q3n_session *s = create_session(m, &o);
+    must(s, q3n_session_eval_outputs(s, ids, 60, &(q3n_outputs){ .all_logits = want }), Q3N_OK);
+    q3n_session_destroy(s);
+    const cancel_case k = { m, ids, want, Q3N_SPECULATE_AUTO };
+    for (int i = 0; i < COUNT(cancellables); i++) signal_everywhere(&k, &cancellables[i]);
+    if (q3n_model_config(m)->num_mtp_layers > 0) signal_everywhere(&k, &draft);
+    assert_int_equal(sigaction(SIGUSR1, &before, NULL), 0);
+    free(want);
     q3n_model_close(m);
 }
 
@@ -299,6 +410,7 @@ typedef struct {
     q3n_session *session[N_WORKERS];
     int64_t      n_ops[N_WORKERS];   /* begun by each worker                                     */
     int64_t      n_done, n_cancelled;
+    int64_t      n_stopped;      /* requests that said they stop a call                          */
 } commons;
 
 typedef struct {
@@ -403,8 +515,7 @@ static void worker_fork(worker *k)
     q3n_session *fork = NULL;
     q3n_error err;
     if (k->n + 1 >= LINE) return;
-    q3n_result r;
-    while ((r = q3n_session_fork(&fork, k->s, NULL, &err)) == Q3N_ERR_CANCELLED) { }
+    q3n_result r = q3n_session_fork(&fork, k->s, NULL, &err);
     if (r != Q3N_OK) {
         snprintf(k->why, sizeof k->why, "fork: %.200s", err.message);
         return;
@@ -434,6 +545,7 @@ static void worker_next(worker *k)
         const q3n_result r = q3n_session_rewind(k->s, k->n);
         if (r == Q3N_OK) break;
         if (r != Q3N_ERR_CANCELLED) worker_cancelled(k, r, "rewind from drafts");
+        else __atomic_fetch_add(&k->all->n_cancelled, 1, __ATOMIC_SEQ_CST);
     }
     worker_check(k, k->s, k->n, "back from drafts");
 }
@@ -467,7 +579,7 @@ static void *cancel_main(void *memory)
     for (uint64_t rng = 1; __atomic_load_n(&all->n_done, __ATOMIC_SEQ_CST) < N_WORKERS; ) {
         const int i = random_below(&rng, N_WORKERS);
         const int64_t n = __atomic_load_n(&all->n_ops[i], __ATOMIC_SEQ_CST);
-        if (n != last[i]) q3n_session_cancel(all->session[i], random_below(&rng, 4) > 0);
+        if (n != last[i]) all->n_stopped += q3n_session_cancel(all->session[i]);
         last[i] = n;
         nanosleep(&pause, NULL);
     }
@@ -536,7 +648,7 @@ static void test_threads(void **state)
         q3n_sampler_destroy(k[i].greedy);
         free(k[i].logits);
     }
-    assert_true(__atomic_load_n(&all->n_cancelled, __ATOMIC_SEQ_CST) > 0);
+    assert_int_equal(all->n_cancelled, all->n_stopped);
     q3n_session_destroy(parent);
     for (int i = 0; i < COUNT(all->snap); i++) q3n_snapshot_free(all->snap[i]);
     assert_true(stats_of(cache).n_evicted > 0);
@@ -1096,11 +1208,13 @@ static void test_expert_counts(void **state)
 {
     (void)state;
     q3n_model *m = open_model("qwen3_moe", NULL);
-    const q3n_config *c = q3n_model_config(m);
+    const q3n_config *cfg = q3n_model_config(m);
+    canceller c = { .at = -1 };
     q3n_session_options o = plain_options(60);
     int32_t ids[60], tokens[8];
     uint64_t rng = 67;
-    random_tokens(&rng, ids, COUNT(ids), c->vocab_size);
+    random_tokens(&rng, ids, COUNT(ids), cfg->vocab_size);
+    o.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
     o.count_experts = 1;
     o.speculate = Q3N_SPECULATE_LOOKUP;
     o.draft = 4;
@@ -1109,16 +1223,17 @@ static void test_expert_counts(void **state)
     assert_int_equal(q3n_sampler_create(&sampler, m, NULL, NULL), Q3N_OK);
     int n = 0;
     must(s, q3n_session_eval(s, ids, 30, NULL), Q3N_OK);
-    q3n_session_cancel(s, 1);
+    c.s = s;
+    c.at = c.calls + 2;
     must(s, q3n_session_eval(s, ids + 30, 10, NULL), Q3N_ERR_CANCELLED);
     must(s, q3n_session_rewind(s, 20), Q3N_OK);
     must(s, q3n_session_next(s, sampler, ids[20], tokens, 8, &n), Q3N_OK);
     assert_int_equal(n, 1);                      /* nothing is drafted where experts are counted */
     int64_t sum = 0;
     int l = 0;
-    while (!c->layer_experts[l]) l++;
-    for (int e = 0; e < c->num_experts; e++) sum += q3n_session_expert_counts(s, l)[e];
-    assert_int_equal(sum, 31 * c->num_experts_per_tok);
+    while (!cfg->layer_experts[l]) l++;
+    for (int e = 0; e < cfg->num_experts; e++) sum += q3n_session_expert_counts(s, l)[e];
+    assert_int_equal(sum, 31 * cfg->num_experts_per_tok);
     q3n_sampler_destroy(sampler);
     q3n_session_destroy(s);
     q3n_model_close(m);
@@ -1126,7 +1241,7 @@ static void test_expert_counts(void **state)
 
 /* ---- The cache ---- */
 
-/* Every call that looks for a beginning is a hit, a miss, or goes on from its session's own text. */
+/* Every call that looks for a beginning is a hit, a miss, or goes on from the session's text. */
 static void test_cache_counts(void **state)
 {
     q3n_model *m = open_model((const char *)*state, NULL);
@@ -1467,9 +1582,11 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_batch_errors),
         CASE(test_cancel, qwen3_next_mtp),
         CASE(test_cancel, qwen3_moe),
-        cmocka_unit_test(test_cancel_waits),
+        cmocka_unit_test(test_cancel_between),
         cmocka_unit_test(test_cancel_one),
         cmocka_unit_test(test_cancel_ready),
+        CASE(test_cancel_from_signal, qwen3_next_mtp),
+        CASE(test_cancel_from_signal, qwen3_moe),
         CASE(test_other_process, qwen3_next_mtp),
         CASE(test_other_process, qwen3_dense),
         CASE(test_threads, qwen3_next),

@@ -547,6 +547,16 @@ static void test_sampled_speculation(void **state)
     q3n_model_close(d.m);
 }
 
+static int stop_at = -2;         /* layer, -2 = none */
+
+static void stop_in_hook(void *user, int l, const float *x, int n, int d)
+{
+    (void)x;
+    (void)n;
+    (void)d;
+    if (l == stop_at) assert_int_equal(q3n_session_cancel(*(q3n_session **)user), 1);
+}
+
 /* A call that fails draws no random number: the seed's text goes on as it would have. */
 static void test_sampled_cancelled(void **state)
 {
@@ -562,15 +572,18 @@ static void test_sampled_cancelled(void **state)
         q3n_sampler *sampler = NULL;
         o.speculate = Q3N_SPECULATE_MTP;
         o.draft = 3;
-        q3n_session *s = create_session(m, &o);
+        q3n_session *s = NULL;
+        o.layer_hook = (q3n_layer_hook){ stop_in_hook, &s };
+        s = create_session(m, &o);
         assert_int_equal(q3n_sampler_create(&sampler, m, &so, NULL), Q3N_OK);
         must(s, q3n_session_eval(s, prompt, COUNT(prompt) - 1, NULL), Q3N_OK);
         int32_t token = prompt[COUNT(prompt) - 1];
         for (int at = 0, n = 0; at < COUNT(text[0]); at += n) {
-            q3n_session_cancel(s, i);
+            stop_at = i ? at % 5 - 1 : -2;
             if (i)
                 must(s, q3n_session_next(s, sampler, token, text[i] + at, COUNT(text[0]) - at, &n),
                      Q3N_ERR_CANCELLED);
+            stop_at = -2;
             must(s, q3n_session_next(s, sampler, token, text[i] + at, COUNT(text[0]) - at, &n),
                  Q3N_OK);
             token = text[i][at + n - 1];

@@ -227,7 +227,7 @@ _FUNCTIONS = {                  # name: (result, arguments...)
     "q3n_session_expert_counts": (_R(ctypes.c_int64), _P, _C_INT),
     "q3n_session_logits": (_C_INT, _P, _FLOATS),
     "q3n_session_tokens": (_C_INT, _P, _C_INT, _C_INT, _IDS),
-    "q3n_session_cancel": (None, _P, _C_INT),
+    "q3n_session_cancel": (_C_INT, _P),
     "q3n_session_snapshot": (_C_INT, _P, _R(_P)),
     "q3n_snapshot_length": (_C_INT, _P),
     "q3n_snapshot_bytes": (_C_SIZE, _P),
@@ -250,7 +250,7 @@ _FUNCTIONS = {                  # name: (result, arguments...)
     "q3n_batch_create": (_C_INT, _R(_P), _P, _R(_SessionOptions), _R(_Record)),
     "q3n_batch_destroy": (None, _P),
     "q3n_batch_eval": (_C_INT, _P, _R(_BatchItem), _C_INT, _R(_Limit)),
-    "q3n_batch_cancel": (None, _P, _C_INT),
+    "q3n_batch_cancel": (_C_INT, _P),
     "q3n_batch_error": (_R(_Record), _P),
     "q3n_tokenize": (_C_INT, _P, ctypes.c_char_p, _C_SIZE, _C_INT, _IDS, _C_SIZE, _R(_C_SIZE)),
     "q3n_detokenize": (_C_INT, _P, _IDS, _C_SIZE, ctypes.c_char_p, _C_SIZE, _R(_C_SIZE)),
@@ -700,9 +700,9 @@ class Session(_Owner):
         """Continue a saved session."""
         self._check(load().q3n_session_load(self.handle, _text(os.fsencode(path), "path")))
 
-    def cancel(self, on=True):
-        """From any thread: stop the evaluation under way or the next one, which raises Error."""
-        load().q3n_session_cancel(self.handle, int(on))
+    def cancel(self):
+        """From any thread: stop the evaluation under way, which raises Error; False if none is."""
+        return bool(load().q3n_session_cancel(self.handle))
 
     def next(self, sampler, token, max_tokens=MAX_DRAFT + 1):
         """Evaluate token and choose 1 .. max_tokens that follow; all but the last are evaluated."""
@@ -833,9 +833,9 @@ class Batch(_Owner):
             _check(code, load().q3n_batch_error(self.handle).contents)
         return items
 
-    def cancel(self, on=True):
+    def cancel(self):
         """As Session.cancel."""
-        load().q3n_batch_cancel(self.handle, int(on))
+        return bool(load().q3n_batch_cancel(self.handle))
 
 
 def _main(argv):

@@ -129,8 +129,7 @@ static void open_cache(writer *w)
     if (q3n_cache_create(&w->cache, w->m, &options, &err) != Q3N_OK) cli_fail_with("cache", &err);
 }
 
-/* A q3n_layer_hook.  A call is cancelled in its midst only, so that no later one can be hit: what
- * comes after the last layer ends by itself. */
+/* A q3n_layer_hook: stops an interrupted call, shows how far it is. */
 static void after_layer(void *user, int l, const float *x, int n, int d)
 {
     writer *w = user;
@@ -138,7 +137,7 @@ static void after_layer(void *user, int l, const float *x, int n, int d)
     const int n_layers = q3n_model_config(w->m)->num_hidden_layers;
     (void)x;
     (void)d;
-    if (cli_interrupted() && !w->saving && l < n_layers - 1) q3n_session_cancel(w->session, 1);
+    if (cli_interrupted() && !w->saving) q3n_session_cancel(w->session);
     const int total = p->n_text - p->n_reused;
     if (!p->shown || total < LONG_PROMPT) return;
     const int64_t here = l < n_layers ? (int64_t)n * (l + 1) / n_layers : n;
