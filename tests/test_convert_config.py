@@ -233,8 +233,9 @@ ROWS = {
         (nested({"rms_norm_eps": 0.5, "hidden_size": 7}, **rope()),
          {"rms_norm_eps": 1e-6, "hidden_size": 64, WARNS: "rms_norm_eps 0.5 is not used"}),
         (nested({"rope_theta": 5.0}), {"rope_theta": 1e4, WARNS: "rope_theta 5.0 is not used"}),
-        (nested({"rope_scaling": YARN}, **rope()),
-         {"rope_type": "default", WARNS: "is not used: the text_config counts"}),
+        (nested({"rope_scaling": YARN}, **rope()), "rope_scaling: found {'rope_type': 'yarn'"),
+        (nested({"rope_scaling": None, "rope_parameters": {}}, **rope()), dict(rope_theta=1e6)),
+        (nested({"rope_parameters": PLAIN}), "expected it in text_config, where it counts"),
         (nested({"text_config": []}), "text_config: found [], expected an object"),
     ),
 }

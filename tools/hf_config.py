@@ -39,7 +39,8 @@ walks this table row by row.
     head_dim       itself | hidden_size /   the class's default: 128,     same
                    heads                    256; qwen3_moe: the quotient
     text_config    text_config | top level  text_config alone; what it    same; a warning for what
-                                            lacks has its default         stands at the top
+                                            lacks has its default; fails  stands at the top; a rope
+                                            on yarn at the top            set there is refused
     model_type     text_config | top level  top level; of a wrapper of    same, a warning
                                             another family: text_config
     tying          text_config | top level  top level alone               same, a warning
@@ -229,7 +230,9 @@ def _warn_of_top(raw, c, where, warnings):
                 or key == "model_type" and family_of(value) != family_of(used))
         else:
             value, places = dict.get(raw, key), "text_config"
-            lost = key in raw and key != "text_config" and value != used
+            lost = value not in (None, {}) and key != "text_config" and value != used
+        if lost and value and key in ("rope_scaling", "rope_parameters"):
+            Json(raw, where).bad(key, "it in text_config, where it counts")
         if lost:
             warnings.append("%s: %s %s is not used: the %s counts"
                             % (where, key, shown(value), places))
