@@ -93,7 +93,7 @@ ROWS = {
         (config_of("qwen3", rope_theta=1e6, rope_scaling={"type": "linear", "factor": 2}),
          dict(rope_type="linear", rope_factor=2.0)),
         (config_of("qwen3", rope_theta=1e6, rope_scaling=dict(YARN, type="linear")),
-         dict(rope_type="yarn")),
+         {"rope_type": "yarn", WARNS: "type 'linear' is not used: 'yarn' counts"}),
         (config_of("qwen3", rope_theta=1e6, rope_scaling=dict(YARN, type="yarn", rope_type=None)),
          "rope_type: found None"),
         (config_of("qwen3", rope_theta=1e6, rope_scaling={"factor": 4.0}),
@@ -117,7 +117,7 @@ ROWS = {
         (config_of(NEXT, **rope()), dict(rotary_dim=8)),
         (config_of(NEXT, partial_rotary_factor=0.5, **rope()), dict(rotary_dim=16)),
         (config_of(NEXT, partial_rotary_factor=0.5, **rope(partial_rotary_factor=0.75)),
-         dict(rotary_dim=24)),
+         {"rotary_dim": 24, WARNS: "partial_rotary_factor 0.5 is not used: 0.75 counts"}),
         (config_of(NEXT, partial_rotary_factor=None, **rope()), dict(rotary_dim=32)),
         (config_of(NEXT, **rope(partial_rotary_factor=None)), "partial_rotary_factor: found None"),
         (config_of(NEXT, **yarn(partial_rotary_factor=1)), dict(rotary_dim=32)),
@@ -132,7 +132,7 @@ ROWS = {
         (config_of("qwen3", **yarn()), dict(rope_original_max_position=64)),
         (config_of("qwen3", original_max_position_embeddings=32, **yarn()),
          {"rope_original_max_position": 32,
-          WARNS: "original_max_position_embeddings 64 of the rotary parameters is not used"}),
+          WARNS: "rope_parameters: original_max_position_embeddings 64 is not used: 32 counts"}),
         (config_of("qwen3", rope_parameters={"rope_type": "yarn", "factor": 4, "rope_theta": 1e6}),
          dict(rope_original_max_position=256, max_position_embeddings=1024)),
         (config_of("qwen3", **yarn(original_max_position_embeddings=128.0)),
@@ -175,19 +175,22 @@ ROWS = {
               for key in ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale",
                           "mscale_all_dim") for value in (True, False, "8", "", [1], {})),
     "experts": (
-        (config_of(MOE, num_local_experts=2, **rope()), dict(num_experts=2)),
+        (config_of(MOE, num_local_experts=2, **rope()),
+         {"num_experts": 2, WARNS: "num_experts 4 is not used: 2 counts"}),
         (config_of(MOE, num_experts=GONE, num_local_experts=2, **rope()), dict(num_experts=2)),
         (config_of(MOE, num_experts=GONE, **rope()), "num_experts: found None"),
-        (config_of(NEXT, num_local_experts=2, **rope()), dict(num_experts=4)),
+        (config_of(NEXT, num_local_experts=2, **rope()),
+         {"num_experts": 4, WARNS: "num_local_experts 2 is not used: 4 counts"}),
         (config_of(NEXT, num_experts=GONE, num_local_experts=2, **rope()), "num_experts"),
     ),
     "layer kinds": (
         (config_of(NEXT, **rope()), dict(layer_types=[1, 1, 1, 0])),
         (config_of(NEXT, full_attention_interval=2, **rope()), dict(layer_types=[1, 0, 1, 0])),
         (config_of(NEXT, full_attention_interval=2, layer_types=["linear_attention"] * 4, **rope()),
-         dict(layer_types=[1] * 4)),
+         {"layer_types": [1] * 4, WARNS: "full_attention_interval 2 is not used"}),
         (config_of(NEXT, layer_types=["attention"] * 4, **rope()), dict(layer_types=[0] * 4)),
         (config_of(NEXT, layer_types=["linear"] * 4, **rope()), "layer_types"),
+        (config_of("qwen3", layer_types=["attention"] * 4, **rope()), "layer_types"),
     ),
     "sliding window": (
         (config_of("qwen3", use_sliding_window=True, **rope()), dict(layer_types=[0] * 4)),
@@ -236,13 +239,15 @@ ROWS = {
         (nested({"rope_scaling": YARN}, **rope()), "rope_scaling: found {'rope_type': 'yarn'"),
         (nested({"rope_scaling": None, "rope_parameters": {}}, **rope()), dict(rope_theta=1e6)),
         (nested({"rope_parameters": PLAIN}), "expected it in text_config, where it counts"),
+        (nested({"eos_token_id": 3}, eos_token_id=4, **rope()),
+         {WARNS: "eos_token_id 4 of text_config is not used: the top level counts"}),
         (nested({"text_config": []}), "text_config: found [], expected an object"),
     ),
 }
 ROWS["model_type"] = (
     (nested({}, **rope()), dict(family="qwen3_5")),
     (nested({"model_type": "qwen3"}, **rope()),
-     {"family": "qwen3", WARNS: "model_type 'qwen3_5_text' is not used"}),
+     {"family": "qwen3", WARNS: "model_type 'qwen3_5_text' of text_config is not used"}),
     (nested({"model_type": "llava"}, **rope()), dict(family="qwen3_5")),
     (nested({"model_type": None}, **rope()), dict(family="qwen3_5")),
     (nested({"model_type": "llava"}, model_type="llama", **rope()), "model_type: found 'llama'"),
@@ -418,6 +423,11 @@ class Set(Case):
         folder, args = self.plan(synthetic.qwen3_config(layer_types=["full_attention"]),
                                  "full_attention_interval=1")
         self.fails("--set full_attention_interval", folder, self.path("o.q3n"), *args)
+        folder, args = self.plan(synthetic.qwen3_config(), "rms_norm_epsilon=1e-5")
+        self.fails("such as rms_norm_eps", folder, self.path("o.q3n"), *args)
+        text = json.dumps(synthetic.qwen3_config())
+        folder, args = self.plan(deep, "rope_theta=9", "text_config=" + text)
+        self.assertEqual(self.convert(folder, *args).config["rope_theta"], 9.0)
         folder, args = self.plan(synthetic.qwen3_config(), "partial_rotary_factor=0.5")
         self.fails("partial_rotary_factor: found 0.5", folder, self.path("o.q3n"), *args)
 

@@ -60,6 +60,7 @@ walks this table row by row.
 
 --set KEY=VALUE goes to the place that counts; a key that is not read is an error (Settings.read).
 """
+import difflib
 import math
 
 from files import ConvertError, shown
@@ -71,7 +72,7 @@ KV_HEADS = {"qwen3": 32, "qwen3_moe": 4, "qwen3_next": 2, "qwen3_5": 4, "qwen3_5
 HEAD_DIM = {"qwen3": 128, "qwen3_next": 256, "qwen3_5": 256, "qwen3_5_moe": 256}
 
 # Of a config with text_config: what its top level alone says, and what it says first.
-TOP = ("model_type", "architectures", "tie_word_embeddings")
+TOP = ("model_type", "tie_word_embeddings", "architectures")
 TOP_FIRST = ("quantization_config", "id2label", "num_labels", "problem_type", "eos_token_id",
              "bos_token_id")
 LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
@@ -187,9 +188,13 @@ def text_part(raw, where):
 def override(raw, values):
     """The config with the values of --set, each in the place that counts (see the table)."""
     out = Settings(raw, overrides=dict(values))
-    nested = dict.get(out, "text_config") is not None and "text_config" not in values
+    if "text_config" in values:
+        out["text_config"] = values["text_config"]
+    nested = dict.get(out, "text_config") is not None
     inner = dict(Json(out, "config").object("text_config").values) if nested else out
     for key, value in values.items():
+        if key == "text_config":
+            continue
         place = out if nested and key in TOP + TOP_FIRST else inner
         if key == "rope_parameters":
             place.pop("rope_scaling", None)
@@ -209,33 +214,32 @@ def override(raw, values):
 
 def check_overrides(raw, family):
     """After all is planned: a key of --set that nobody asked for is an error."""
-    unused = [key for key in raw.overrides if key not in raw.read]
-    if unused:
-        raise ConvertError("--set %s: found a key that %s does not use here, expected one that its "
-                           "config.json is read for" % (unused[0], family))
+    for key in raw.overrides:
+        if key not in raw.read:
+            near = difflib.get_close_matches(key, sorted(raw.read), 1)
+            raise ConvertError("--set %s: found a key that %s does not use here, expected one that "
+                               "its config.json is read for%s"
+                               % (key, family, ", such as " + near[0] if near else ""))
 
 
 def _warn_of_top(raw, c, where, warnings):
-    """Of a config with text_config: what its top level says in vain."""
+    """Of a config with text_config: what one of its two levels says in vain."""
     inner = dict.get(raw, "text_config")
     if not inner:
         return
-    c.flag("tie_word_embeddings")
-    for key in sorted(c.values.read):
-        used = dict.get(c.values, key)
-        if key in TOP:
-            value, places = dict.get(inner, key), "top level"
-            lost = value is not None and (
-                key == "tie_word_embeddings" and bool(value) != bool(used)
-                or key == "model_type" and family_of(value) != family_of(used))
-        else:
-            value, places = dict.get(raw, key), "text_config"
-            lost = value not in (None, {}) and key != "text_config" and value != used
-        if lost and value and key in ("rope_scaling", "rope_parameters"):
+    for key in TOP[:2] + TOP_FIRST:
+        value, used = dict.get(inner, key), dict.get(c.values, key)
+        same = {"model_type": family_of, "tie_word_embeddings": bool}.get(key, lambda v: v)
+        if value is not None and same(value) != same(used):
+            warnings.append("%s: %s %s of text_config is not used: the top level counts"
+                            % (where, key, shown(value)))
+    for key in sorted(c.values.read - {"text_config"} - set(TOP + TOP_FIRST)):
+        value = dict.get(raw, key)
+        if value in (None, {}) or value == dict.get(c.values, key):
+            continue
+        if key in ("rope_scaling", "rope_parameters"):
             Json(raw, where).bad(key, "it in text_config, where it counts")
-        if lost:
-            warnings.append("%s: %s %s is not used: the %s counts"
-                            % (where, key, shown(value), places))
+        warnings.append("%s: %s %s is not used: text_config counts" % (where, key, shown(value)))
 
 
 def read(raw, where, warnings):
@@ -268,7 +272,7 @@ def read(raw, where, warnings):
         "num_key_value_heads": _kv_heads(c, family, heads),
         "head_dim": _head_dim(c, family, hidden // heads),
     }
-    out.update(_experts(c, family))
+    out.update(_experts(c, family, warnings))
     out.update(_delta(c, hybrid))
     out.update({
         "num_mtp_layers": 0, "num_labels": 0,
@@ -279,7 +283,7 @@ def read(raw, where, warnings):
         "rms_norm_eps": _eps(c),
     })
     out.update(_rope(c, out, hybrid, warnings))
-    out["layer_types"] = _layer_types(c, out)
+    out["layer_types"] = _layer_types(c, out, warnings)
     out["layer_experts"] = _layer_experts(c, out, family)
     _check(c, out)
     _warn_of_top(raw, c, where, warnings)
@@ -332,10 +336,12 @@ def fp8_block(c):
     return tuple(block)
 
 
-def _experts(c, family):
+def _experts(c, family, warnings):
     moe = family in ("qwen3_next", "qwen3_5_moe", "qwen3_moe")
     local = family == "qwen3_moe" and c.has("num_local_experts")
     count = c.whole("num_local_experts" if local else "num_experts") if moe else 0
+    _warn_beside(c, "num_experts" if local else "num_local_experts", count if moe else None,
+                 warnings)
     shared = family in ("qwen3_next", "qwen3_5_moe")
     return {
         "num_experts": count,
@@ -389,6 +395,7 @@ def _rope(c, sizes, hybrid, warnings):
     kind = r.word(type_key) if r.given(type_key) else "default"
     if kind not in ("default", "linear", "yarn"):
         r.bad(type_key, '"default", "linear" or "yarn"')
+    _warn_beside(r, "type", kind, warnings)
     theta = _theta(c, r, kind, warnings)
     partial = _partial(c, r, kind, hybrid, warnings)
     _check_lost(c, r, lost, {"rope_theta": theta, "partial_rotary_factor": partial}, warnings)
@@ -408,6 +415,14 @@ def _rope(c, sizes, hybrid, warnings):
     return out
 
 
+def _warn_beside(c, key, used, warnings):
+    """A key of c that stands beside the one that counts, with another value."""
+    value = dict.get(c.values, key)
+    if None not in (value, used) and value != used:
+        warnings.append("%s: %s %s is not used: %s counts" % (c.where, key, shown(value),
+                                                              shown(used)))
+
+
 def _theta(c, r, kind, warnings):
     place = r if r.given("rope_theta") else c
     if not place.given("rope_theta"):
@@ -416,9 +431,8 @@ def _theta(c, r, kind, warnings):
     theta = place.real("rope_theta")
     if not (theta > 1 or theta == 1 and kind != "yarn"):
         place.bad("rope_theta", "a number above 1")
-    if place is r and dict.get(c.values, "rope_theta", theta) != theta:
-        warnings.append("%s: rope_theta %s is not used: the set of rotary parameters has its own"
-                        % (c.where, dict.get(c.values, "rope_theta")))
+    if place is r:
+        _warn_beside(c, "rope_theta", theta, warnings)
     return theta
 
 
@@ -427,6 +441,7 @@ def _partial(c, r, kind, hybrid, warnings):
     key = "partial_rotary_factor"
     if r.given(key):
         partial = r.real(key)
+        _warn_beside(c, key, partial, warnings)
     else:
         partial = c.real(key, 1.0) if c.given(key) else 0.25 if hybrid else 1.0
     if hybrid or partial == 1:
@@ -479,9 +494,8 @@ def _yarn_original(c, r, default, warnings):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
         place.bad(key, "a whole number of at least 1")
-    if place is c and dict.get(r.values, key, value) != value:
-        warnings.append("%s: %s %s of the rotary parameters is not used: the one beside them counts"
-                        % (c.where, key, r.values[key]))
+    if place is c:
+        _warn_beside(r, key, value, warnings)
     return value
 
 
@@ -494,7 +508,7 @@ def _window(c, family):
     return c.whole("sliding_window", 4096)
 
 
-def _layer_types(c, sizes):
+def _layer_types(c, sizes, warnings):
     """0 attention, 1 DeltaNet.  After _rope, which may lengthen the context."""
     family, layers = sizes["family"], sizes["num_hidden_layers"]
     names, window = c.items("layer_types", str), _window(c, family)
@@ -506,17 +520,26 @@ def _layer_types(c, sizes):
         raise ConvertError("%s: found sliding-window attention in use, of %s tokens, expected full "
                            "attention or a window of the whole context, %d tokens"
                            % (c.where, window, sizes["max_position_embeddings"]))
+    if not names and family not in HYBRID:
+        return [0] * layers
     if not names:
-        every = c.whole("full_attention_interval", 4, least=1) if family in HYBRID else 1
-        return [int(family in HYBRID and (l + 1) % every != 0) for l in range(layers)]
-    known = {"full_attention": 0, "attention": 0}
+        return _pattern(c.whole("full_attention_interval", 4, least=1), layers)
+    known = {"full_attention": 0}
     if family in HYBRID:
-        known["linear_attention"] = 1
+        known.update(attention=0, linear_attention=1)
     elif slides:
         known["sliding_attention"] = 0
     if len(names) != layers or any(name not in known for name in names):
         c.bad("layer_types", "%d of %s" % (layers, " or ".join(known)))
-    return [known[name] for name in names]
+    kinds, every = [known[name] for name in names], dict.get(c.values, "full_attention_interval")
+    if family in HYBRID and type(every) is int and every > 0 and _pattern(every, layers) != kinds:
+        warnings.append("%s: full_attention_interval %d is not used: layer_types counts"
+                        % (c.where, every))
+    return kinds
+
+
+def _pattern(every, layers):
+    return [int((l + 1) % every != 0) for l in range(layers)]
 
 
 def _layer_experts(c, sizes, family):
