@@ -483,7 +483,7 @@ class Prefixes(Case):
             for wrap in (lambda n: "_orig_mod." + n, lambda n: "module." + n,
                          lambda n: "model." + n if n.startswith(("mtp.", "score.")) else n,
                          lambda n: "language_model." + n,
-                         lambda n: n.replace(".layers.", ".layers.", 1).replace(
+                         lambda n: n.replace(".layers.", ".layers._orig_mod.", 1).replace(
                              ".mlp.", "._checkpoint_wrapped_module.mlp.")):
                 synthetic.write_safetensors(os.path.join(folder, "model.safetensors"),
                                             {wrap(n): t for n, t in entries.items()})
@@ -699,6 +699,34 @@ class Adapters(Case):
         self.adapter(cases[0][0], ensure_weight_tying=True)
         self.fails("ensure_weight_tying", self.path("model"), self.path("o.q3n"), "--lora",
                    self.path("lora"))
+
+    def test_tied_with_a_head_in_the_file(self):
+        """The checkpoint holds the tied head once more: the adapter still changes one of them."""
+        self.base(tie_word_embeddings=True)
+        bf16 = synthetic.qwen3_tensors(self.settings)
+        bf16["lm_head.weight"] = bf16["model.embed_tokens.weight"]
+        self.checkpoint("model", self.settings, bf16)
+        a, b = self.random(4, 64), self.random(32, 4)
+        e = self.tensors["model.embed_tokens.weight"]
+        f = self.merged({"model.embed_tokens.lora_embedding_A": a,
+                         "model.embed_tokens.lora_embedding_B": b})
+        self.near(f, "embed_tokens.weight", e + 2 * (b @ a).T)
+        self.near(f, "lm_head.weight", e)
+
+    def test_names(self):
+        self.base()
+        p = "model.layers.0.self_attn.k_proj.lora_"
+        a, b = self.random(4, 32), self.random(16, 4)
+        pair = {p + "A.weight": a, p + "B.weight": b}
+        self.adapter(dict(pair, **{p + "A.default.weight": a}))
+        self.fails("found it under two names", self.path("model"), self.path("o.q3n"), "--lora",
+                   self.path("lora"))
+        self.adapter(pair)
+        for pattern in ("(a+)+b", "(x|y)*", "x" * 300, ".*.*.*.*q", "["):
+            self.adapter(pair, rank_pattern={pattern: 8})
+            self.fails("rank_pattern", self.path("model"), self.path("o.q3n"), "--lora",
+                       self.path("lora"))
+        self.merged(pair, rank_pattern={r"layers\.\d+\.mlp": 8, "k_proj": 4})
 
     def test_base_layer(self):
         """PEFT saves the matrix under a pair of the embedding too when the vocabulary grew."""

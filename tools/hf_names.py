@@ -29,7 +29,8 @@ class Names:
             trunk = None if VISION.search(bare) or MTP.fullmatch(bare) else TRUNK.match(bare)
             if trunk:
                 counts[trunk.group(1)] += 1
-                self.found.setdefault(trunk.group(1), TRUNK.match(name).group(1))
+                # as it stands there, unless a wrapper stands inside "layers.0"
+                self.found.setdefault(trunk.group(1), (TRUNK.match(name) or trunk).group(1))
         self.prefix = self._choose(counts, where)
 
     @staticmethod
@@ -60,5 +61,4 @@ class Names:
         found = self.found.get(self.prefix, "model.")
         if found == "model.":
             return None
-        return "tensor names: found %s" % (
-            "the prefix " + found if found else "no prefix")
+        return "tensor names: found %s" % ("the prefix " + found if found else "no prefix")

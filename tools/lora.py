@@ -73,15 +73,22 @@ class Adapter:
             if plain is None:
                 self.vision.append(name)
             elif letter is None:
+                self._check_once(name, self.whole.get(plain))
                 self.whole[plain] = (name, tensors[name])
             else:
-                pair = self.pairs.setdefault(plain, Pair(module))
+                pair, part = self.pairs.setdefault(plain, Pair(module)), letter[-1].lower()
+                self._check_once(name, getattr(pair, part))
                 pair.embedding = pair.embedding or "embedding" in letter
-                setattr(pair, letter[-1].lower(), tensors[name])
+                setattr(pair, part, tensors[name])
         for pair in self.pairs.values():
             if pair.a is None or pair.b is None:
                 raise ConvertError("%s: %s: found lora_%s, expected lora_A and lora_B"
                                    % (self.path, pair.name, "A" if pair.b is None else "B"))
+
+    def _check_once(self, name, other):
+        if other is not None:
+            raise ConvertError("%s: %s: found it under two names, expected it once"
+                               % (self.path, name))
 
     def _split(self, name):
         """The base model's tensor, its module, and "A", "B", "embedding_A", "embedding_B", or None
@@ -103,7 +110,7 @@ class Adapter:
         checkpoint's head is its embedding, of which an adapter changes one and not the other."""
         tensors.adapter = self
         tensors.plan.skipped += [(name, "vision") for name in self.vision]
-        if tied and HEAD not in tensors:
+        if tied:
             self._untie(tensors)
         for name, (original, entry) in self.whole.items():
             if name not in tensors and name not in (HEAD, "score.weight", "score.bias"):
@@ -123,8 +130,9 @@ class Adapter:
         if self.config.flag("ensure_weight_tying"):
             self.config.bad("ensure_weight_tying", "false: an adapter that ties head and embedding "
                             "is not known here; merge it with peft and convert the result")
-        tensors.entries[HEAD] = tensors.entries[EMBED]
-        tensors.original[HEAD] = tensors.original[EMBED]
+        if HEAD not in tensors:
+            tensors.entries[HEAD] = tensors.entries[EMBED]
+            tensors.original[HEAD] = tensors.original[EMBED]
         # heads saved in full are compared with the embedding later
         tensors.untied = HEAD in self.pairs or EMBED in self.pairs or HEAD not in self.whole
         if tensors.untied:
@@ -173,6 +181,10 @@ class Adapter:
         """PEFT's rank_pattern and alpha_pattern: the first key that matches the name's end."""
         values = self.config.object(key)
         for pattern in values.values:
+            # what could take a time that grows with a power of the name's length
+            if len(pattern) > 200 or re.search(r"\)[*+?{]", pattern) \
+                    or len(re.findall(r"[*+{]", pattern)) > 3:
+                values.bad(pattern, "a name or a plain pattern of one as key")
             try:
                 if re.match(r"(.*\.)?(%s)$" % pattern, module):
                     return values.real(pattern)
