@@ -848,18 +848,46 @@ class Hostile(Case):
             else:
                 path = os.path.join(folder, kind)
             old = self.replace(rng, path, kind == "header")
-            status, _, err = self.run_main(folder, self.path("o.q3n"))
+            opened += self.told(n, folder)
             self.put(path, old)
-            self.assertIn(status, (0, 1))
-            self.assertEqual(err, "".join(c for c in err if c.isprintable() or c == "\n"))
-            self.assertLess(max(map(len, err.splitlines())), 800)
-            lines = [text for text in err.splitlines() if "error:" in text]
-            self.assertLessEqual(len(lines), 20)
-            self.assertEqual(bool(lines), status == 1, err)
-            if status == 0:
-                opened += 1
-                self.opens(self.path("o.q3n"), n)
         self.assertTrue(20 < opened < 280, opened)
+
+    def test_random_adapters(self):
+        """The same of adapters: their configuration and the header of their tensors."""
+        rng = random.Random(21)
+        folder = self.checkpoint()
+        p = "base_model.model.model.layers.0.self_attn.%s_proj.lora_%s.weight"
+        shapes = {p % ("k", "A"): (4, 32), p % ("k", "B"): (16, 4), p % ("q", "A"): (4, 32),
+                  p % ("q", "B"): (32, 4), "base_model.model.model.norm.weight": (32,)}
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none",
+                  "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 2.5},
+                  "modules_to_save": ["norm"], "init_lora_weights": True, "use_rslora": False}
+        os.mkdir(self.path("lora"))
+        synthetic.write_json(self.path("lora"), "adapter_config.json", config)
+        synthetic.write_safetensors(self.path("lora", "adapter_model.safetensors"), {
+            name: synthetic.bf16_noise(rng, shape) for name, shape in shapes.items()})
+        opened = 0
+        for n in range(150):
+            header = rng.random() < 0.5
+            path = self.path("lora", "adapter_model.safetensors" if header
+                             else "adapter_config.json")
+            old = self.replace(rng, path, header)
+            opened += self.told(n, folder, "--lora", self.path("lora"))
+            self.put(path, old)
+        self.assertTrue(5 < opened < 140, opened)
+
+    def told(self, n, folder, *args):
+        """Convert: a file that opens (1), or one clear line or a few (0)."""
+        status, _, err = self.run_main(folder, self.path("o.q3n"), *args)
+        self.assertIn(status, (0, 1))
+        self.assertEqual(err, "".join(c for c in err if c.isprintable() or c == "\n"))
+        self.assertLess(max(map(len, err.splitlines())), 800)
+        lines = [text for text in err.splitlines() if "error:" in text]
+        self.assertLessEqual(len(lines), 20)
+        self.assertEqual(bool(lines), status == 1, err)
+        if status == 0:
+            self.opens(self.path("o.q3n"), n)
+        return 1 - status
 
     def replace(self, rng, path, header):
         """Spoil the JSON of a file; its bytes, None if it is new."""
