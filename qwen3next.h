@@ -133,10 +133,11 @@
  * give a model, a state or an error.  What a hostile one computes is its own affair: numbers, never
  * an access outside.
  *
- * FILES.  Paths are UTF-8, on Windows too.  What is read must be a regular file: nothing waits for
- * a pipe or a device.  What is written is PATH.<16 digits>.part until it is whole and on the disk;
- * then it replaces what was there, behind links, with its mode.  Who fails or is stopped removes
- * the part and leaves the rest as it was; who is killed leaves the part too.
+ * FILES.  Paths are UTF-8, on Windows too.  Files that are read must be regular: nothing waits for
+ * a pipe or a device.  A file that is written is called PATH.<16 digits>.part until it is whole and
+ * on the disk; then it replaces the one under PATH, or the one that a link there leads to, whose
+ * mode it takes.  A call that fails or is stopped removes it and leaves the old file as it was; a
+ * process that is killed leaves both.
  *
  * DETERMINISM.  Arithmetic is f32 from the stored type, in an order that depends on the
  * instruction set alone; against quantised matrices the activations are bytes in groups of 32, and
@@ -973,8 +974,8 @@ Q3N_DEF q3n_result q3n_session_save_to(q3n_session *s, const q3n_sink *sink);
 Q3N_DEF q3n_result q3n_session_load(q3n_session *s, const char *path);
 Q3N_DEF q3n_result q3n_session_load_from(q3n_session *s, const q3n_source *source);
 
-/* Whether a file can be written at path, for who would know before a long evaluation: makes one
- * beside it and removes it again.  Errors: Q3N_ERR_IO, Q3N_ERR_UNSUPPORTED. */
+/* Whether a file can be written at path, to be asked before a long evaluation: begins one beside
+ * it and removes that again.  Errors: Q3N_ERR_ARG, _IO, _UNSUPPORTED (Q3N_NO_STDIO). */
 Q3N_DEF q3n_result q3n_file_check(const char *path, q3n_error *err);
 
 /* ---- Prefix cache: states by the tokens that led to them ---- */

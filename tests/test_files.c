@@ -28,7 +28,7 @@
 #include "folder.h"
 
 #define COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))
-#define PATIENCE 600                     /* seconds until a test that waits for a pipe is ended  */
+#define PATIENCE 1800                    /* seconds until a test that waits for a pipe is ended  */
 #define NOBODY   65534
 
 /* ---- The C library, failing ---- */
@@ -137,7 +137,6 @@ static int open_all(void **state)
     q3n_config c = small_config();
     q3n_error err = { Q3N_OK, -1, "" };
     if (make_folder("files") != 0) return -1;
-    alarm(PATIENCE);                     /* ends the program: nothing here may wait */
     snprintf(model_path, sizeof model_path, "%s.q3n", folder);
     q3n_session_options o = { .n_threads = 1 };
     if (q3n_init_file(model_path, &c, NULL, &err) != Q3N_OK
@@ -149,6 +148,13 @@ static int open_all(void **state)
     int32_t ids[300];
     for (int i = 0; i < 300; i++) ids[i] = i % 99;
     return q3n_session_eval(session, ids, 300, NULL) != Q3N_OK;
+}
+
+static int start(void **state)
+{
+    (void)state;
+    alarm(PATIENCE);                     /* ends the program: nothing here may wait */
+    return 0;
 }
 
 static int close_all(void **state)
@@ -884,7 +890,7 @@ static void test_cache(void **state)
     }
 }
 
-#define TEST(f) cmocka_unit_test_teardown(f, empty_folder)
+#define TEST(f) cmocka_unit_test_setup_teardown(f, start, empty_folder)
 
 int main(void)
 {

@@ -35,7 +35,7 @@ ROOT = os.path.dirname(HERE)
 COMMAND = shlex.split(os.environ.get("Q3N", os.path.join(ROOT, "build", "q3n")))
 MODEL = os.path.join(os.environ.get("Q3N_MODELS", os.path.join(ROOT, "build", "models")),
                      "stories.q3n")
-PATIENCE = 600                   # seconds until a test that waits for a pipe is ended
+PATIENCE = 1800                  # seconds until a test that waits for a pipe is ended
 NOBODY = 65534
 
 
@@ -345,6 +345,13 @@ class CommandLine(Case):
                 with self.subTest(args=args):
                     self.assertIn(path, self.run_cli(*args, status=1)[1])
         self.assertFalse(os.path.exists(self.path("out")))
+
+    def test_names_are_shown_once(self):
+        for name, shown in (("x", "x"), ("a\nb", "a\\x0Ab")):
+            path = self.path(name, "none")
+            for args in (("info", path), ("run", MODEL, "-p", "x", "--session", path)):
+                err = self.run_cli(*args, status=1)[1]
+                self.assertEqual(err.count(shown + "/none"), 1, err)
 
     def test_texts(self):
         """A pipe without a writer is empty, and no wait."""

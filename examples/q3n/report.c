@@ -68,8 +68,9 @@ void cli_fail_with(const char *subject, const q3n_error *err)
 {
     if (err->code == Q3N_ERR_CANCELLED) cli_stop();
     const char *message = err->message[0] ? err->message : q3n_result_string(err->code);
-    /* Errors of the file system name the file themselves. */
-    const int named = strncmp(message, subject, strlen(subject)) == 0;
+    /* Errors of the file system name the file themselves, as it can be shown. */
+    const int named = err->code == Q3N_ERR_IO || err->code == Q3N_ERR_NO_FILE
+                   || strncmp(message, subject, strlen(subject)) == 0;
     const char *colon = named ? "" : ": ";
     if (named) subject = "";
     if (err->offset >= 0) {
