@@ -32,7 +32,7 @@ int main(int argc, char **argv)
 
     int32_t ids[1024];
     size_t n = 0;
-    q3n_result r = q3n_tokenize(model, argv[2], strlen(argv[2]), 0, ids, 512, &n);
+    q3n_result r = q3n_tokenize(model, argv[2], strlen(argv[2]), Q3N_TOKENIZE_PREFIX, ids, 512, &n);
     if (r || n == 0) return fail("prompt", n ? q3n_result_string(r) : "empty");
 
     float *logits = malloc((size_t)q3n_model_config(model)->vocab_size * sizeof *logits);

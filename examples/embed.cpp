@@ -60,9 +60,11 @@ Owner<q3n_sampler> create_sampler(const q3n_model &m, float temperature)
 
 std::vector<int32_t> tokenize(const q3n_model &m, const std::string &text)
 {
-    std::vector<int32_t> ids(text.size() + 1);    // never more tokens than bytes
+    // No more tokens than bytes, and the prefix: up to 16 ids.
+    std::vector<int32_t> ids(text.size() + 16);
     size_t n = 0;
-    check(q3n_tokenize(&m, text.data(), text.size(), 0, ids.data(), ids.size(), &n));
+    check(q3n_tokenize(&m, text.data(), text.size(), Q3N_TOKENIZE_PREFIX, ids.data(),
+                       ids.size(), &n));
     ids.resize(n);
     return ids;
 }

@@ -41,7 +41,9 @@ import time
 import weakref
 
 VERSION = (0, 1)                # of the library: it must agree in both numbers
-NO_SPECIAL = 1                  # flag of tokenize: special tokens in the text are plain text
+NO_SPECIAL, PREFIX, SUFFIX = 1, 2, 4    # flags of q3n_tokenize
+PROBLEM_TYPES = ("none", "regression", "single_label_classification",
+                 "multi_label_classification")  # q3n_problem_type in order
 MAX_DRAFT = 8                   # most tokens that are drafted in a step
 SPECULATE = ("off", "auto", "mtp", "lookup")    # q3n_speculate in order
 _OK, _ERR_FULL = 0, -7
@@ -214,6 +216,8 @@ _FUNCTIONS = {                  # name: (result, arguments...)
     "q3n_model_name": (ctypes.c_char_p, _P),
     "q3n_model_eos_ids": (_IDS, _P, _R(_C_INT)),
     "q3n_model_is_eos": (_C_INT, _P, ctypes.c_int32),
+    "q3n_model_label": (ctypes.c_char_p, _P, _C_INT),
+    "q3n_model_probabilities": (_C_INT, _P, _FLOATS, _FLOATS),
     "q3n_session_bytes": (_C_SIZE, _P, _R(_SessionOptions), _R(_SessionMemory)),
     "q3n_session_create": (_C_INT, _R(_P), _P, _R(_SessionOptions), _R(_Record)),
     "q3n_session_destroy": (None, _P),
@@ -488,6 +492,10 @@ class Model(_Owner):
         n = _C_INT()
         ids = lib.q3n_model_eos_ids(self.handle, ctypes.byref(n))
         self.eos_ids = [ids[i] for i in range(n.value)]
+        self.problem_type = PROBLEM_TYPES[fields.problem_type]
+        labels = [lib.q3n_model_label(self.handle, i) for i in range(fields.num_labels)]
+        named = labels and None not in labels
+        self.labels = [b.decode("utf-8", "replace") for b in labels] if named else None
 
     def session(self, **options):
         return Session(self, **options)
@@ -501,15 +509,29 @@ class Model(_Owner):
     def sampler(self, **options):
         return Sampler(self, **options)
 
-    def tokenize(self, text, special=True):
-        """Ids of a str or bytes; special=False: special tokens in it are plain text."""
+    def tokenize(self, text, special=True, prefix=False, suffix=False):
+        """Ids of a str or bytes; special=False: special tokens in it are plain text.  prefix and
+        suffix: with the ids that the tokenizer puts before and after a text; both give those of
+        transformers' tokenizer(text)."""
         if not isinstance(text, (str, bytes, bytearray, memoryview)):
             raise TypeError("a text is str or bytes, not %s" % type(text).__name__)
+        flags = (0 if special else NO_SPECIAL) | (PREFIX if prefix else 0) | (
+            SUFFIX if suffix else 0)
         data = text.encode("utf-8") if isinstance(text, str) else bytes(text)
-        ids, n = (ctypes.c_int32 * (len(data) + 1))(), _C_SIZE()
-        _check(load().q3n_tokenize(self.handle, data, len(data), 0 if special else NO_SPECIAL,
-                                   ids, len(data) + 1, ctypes.byref(n)))
+        room = len(data) + 32            # a token has a byte, prefix and suffix up to 16 ids
+        ids, n = (ctypes.c_int32 * room)(), _C_SIZE()
+        _check(load().q3n_tokenize(self.handle, data, len(data), flags, ids, room,
+                                   ctypes.byref(n)))
         return ids[:n.value]
+
+    def probabilities(self, scores):
+        """What scores [num_labels] of Session.classify mean, by problem_type."""
+        n = self.config["num_labels"]
+        if len(scores) != n:
+            raise ValueError("%d scores, expected %d" % (len(scores), n))
+        out, c_out = _floats(n)
+        _check(load().q3n_model_probabilities(self.handle, (_C_FLOAT * n)(*scores), c_out))
+        return out
 
     def detokenize(self, ids):
         lib, n = load(), _C_SIZE()
@@ -733,9 +755,11 @@ class Session(_Owner):
         self._evaluate(n, load().q3n_session_eval_outputs, c_ids, n, ctypes.byref(outputs))
         return [flat[i * vocab:(i + 1) * vocab] for i in range(n)]
 
-    def classify(self, ids):
-        """Scores [num_labels] of a whole text; the session is reset first."""
-        c_ids, n = _id_array(ids)
+    def classify(self, text):
+        """Scores [num_labels] of a whole text or its ids; the session is reset first."""
+        if isinstance(text, str):
+            text = self.model.tokenize(text, prefix=True, suffix=True)
+        c_ids, n = _id_array(text)
         scores, c_scores = _floats(self.model.config["num_labels"])
         self._evaluate(n, load().q3n_session_classify, c_ids, n, c_scores)
         return scores
@@ -770,7 +794,8 @@ class Session(_Owner):
     def generate(self, prompt, max_tokens, **sampling):
         """Yield pieces of text, whole characters each, that continue the text or ids prompt."""
         lib, n = load(), _C_SIZE()
-        ids = self.model.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.model.tokenize(prompt, prefix=len(self) == 0) if isinstance(prompt, str) \
+            else list(prompt)
         decoder, text = _Decoder(skip_special=1), ctypes.create_string_buffer(1 << 12)
         for token in self.generate_ids(ids, max_tokens, **sampling):
             _check(lib.q3n_decoder_next(ctypes.byref(decoder), self.model.handle, token, text,

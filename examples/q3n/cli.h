@@ -43,6 +43,8 @@ const char *cli_format_bytes(char text[32], double bytes);
 const char *cli_format_count(char text[32], double count);
 /* Text of one token on one line: control characters escaped, bytes that are no UTF-8 as \xNN. */
 void cli_print_piece(FILE *f, const q3n_model *m, int32_t id);
+/* Text of a file, with its control characters and what is no UTF-8 made visible. */
+void cli_print_text(FILE *f, const char *text, size_t n);
 
 /* A bar on stderr, drawn only if that is a terminal. */
 typedef struct cli_bar {
@@ -210,10 +212,16 @@ typedef struct cli_cases {
 typedef struct cli_input {
     const char *prompt, *file, *ids, *ids_file;
     int         no_special;      /* special tokens in a text are plain text */
+    int         around;          /* Q3N_TOKENIZE_PREFIX, _WHOLE: what a text of this command gets */
+    int         alone;           /* 1 = and yet nothing */
     int         drop_newline;    /* the last newline of a text file does not count */
     int         piped;           /* 1 = nothing was given, so the text is stdin */
     const char *model, *source;  /* for errors: the file, and which of these it is */
 } cli_input;
+
+#define CLI_ALONE_OPTION(in)                                                                      \
+    { "--no-add-special", NULL, CLI_FLAG, &(in).alone, 0, 0,                                      \
+      "without the ids that the tokenizer puts around a text" }
 
 #define CLI_INPUT_OPTIONS(in)                                                                     \
     { "-p --prompt", "TEXT", CLI_TEXT, &(in).prompt, 0, 0,                                        \
@@ -221,6 +229,7 @@ typedef struct cli_input {
     { "-f --file", "FILE", CLI_TEXT, &(in).file, 0, 0, "the text from a file; - is stdin" },      \
     { "--ids", "LIST", CLI_TEXT, &(in).ids, 0, 0, "token ids, separated by commas or spaces" },   \
     { "--ids-file", "FILE", CLI_TEXT, &(in).ids_file, 0, 0, "token ids, one case a line" },       \
+    CLI_ALONE_OPTION(in),                                                                         \
     { "--no-special", NULL, CLI_FLAG, &(in).no_special, 0, 0,                                     \
       "special tokens in the text are plain text" }
 

@@ -1,39 +1,62 @@
 /* q3n classify: the scores of a classification model. */
 #include "cli.h"
 
-#include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
-static void print_scores(const float *scores, int n, int json)
+static void json_scores(const q3n_model *m, const float *scores, const float *probability)
 {
-    const int label = cli_argmax(scores, n);
-    if (json) {
-        printf("{\"scores\": ");
-        cli_json_reals(stdout, scores, (size_t)n);
-        printf(", \"label\": %d}\n", label);
-        return;
+    const int n = q3n_model_config(m)->num_labels, label = cli_argmax(scores, n);
+    printf("{\"scores\": ");
+    cli_json_reals(stdout, scores, (size_t)n);
+    printf(", \"probabilities\": ");
+    cli_json_reals(stdout, probability, (size_t)n);
+    printf(", \"label\": %d", label);
+    const char *name = q3n_model_label(m, label);
+    if (name) {
+        printf(", \"name\": ");
+        cli_json_string(stdout, name, strlen(name));
     }
-    const double norm = cli_log_sum_exp(scores, n);
+    printf("}\n");
+}
+
+/* Values of a regression stand alone; one label has no rival to be marked against. */
+static void print_scores(const q3n_model *m, const float *scores, const float *probability)
+{
+    const q3n_config *c = q3n_model_config(m);
+    const int n = c->num_labels, label = cli_argmax(scores, n);
+    const int many = c->problem_type == Q3N_PROBLEM_MULTI_LABEL_CLASSIFICATION;
     for (int i = 0; i < n; i++) {
-        printf("%5d %12.5f  %5.1f %%%s\n", i, (double)scores[i],
-               100.0 * exp((double)scores[i] - norm), i == label ? "  <" : "");
+        const char *name = q3n_model_label(m, i);
+        printf("%5d %12.5f", i, (double)scores[i]);
+        if (c->problem_type != Q3N_PROBLEM_REGRESSION) {
+            printf("  %5.1f %%%s", 100.0 * (double)probability[i],
+                   n > 1 && !many ? i == label ? "  <" : "   " : "");
+        }
+        if (name) {
+            printf("  ");
+            cli_print_text(stdout, name, strlen(name));
+        }
+        printf("\n");
     }
 }
 
 int cmd_classify(int argc, char **argv)
 {
     cli_setup setup = { 0 };
-    cli_input in = { 0 };
+    cli_input in = { .around = Q3N_TOKENIZE_WHOLE };
     int json = 0;
     const cli_option options[] = {
         CLI_MODEL_OPTIONS(setup),
         CLI_INPUT_OPTIONS(in),
-        { "--json", NULL, CLI_FLAG, &json, 0, 0, "{\"scores\": [...], \"label\": i}, one a line" },
+        { "--json", NULL, CLI_FLAG, &json, 0, 0,
+          "{\"scores\": [...], \"probabilities\": [...], \"label\": i}, one a line" },
         CLI_SESSION_OPTIONS(setup),
     };
     const cli_syntax syntax = {
         "classify MODEL.q3n [TEXT] [options]",
-        "Prints label, score and probability of every class for a text.",
+        "Prints number, score, probability and name of every label for a text: probabilities of\n"
+        "one, or of each by itself, as the model's problem_type says; a regression has none.",
         options, CLI_COUNT(options), 3, NULL, NULL,
     };
     cli_words words;
@@ -50,15 +73,19 @@ int cmd_classify(int argc, char **argv)
     cli_input_cases(&cases, &in, m);
     q3n_session *s = cli_open_session(&setup, m, cli_cases_longest(&cases), 0);
     float *scores = cli_alloc((size_t)n_labels, sizeof *scores);
+    float *probability = cli_alloc((size_t)n_labels, sizeof *probability);
     for (size_t i = 0; i < cases.n; i++) {
         const cli_ids *ids = &cases.item[i];
         if (q3n_session_classify(s, ids->id, (int)ids->n, scores) != Q3N_OK) {
             cli_fail_with("evaluation", q3n_session_error(s));
         }
+        q3n_model_probabilities(m, scores, probability);
         if (!json && cases.n > 1) printf("case %zu\n", i + 1);
-        print_scores(scores, n_labels, json);
+        if (json) json_scores(m, scores, probability);
+        else      print_scores(m, scores, probability);
         fflush(stdout);
     }
+    free(probability);
     free(scores);
     q3n_session_destroy(s);
     cli_cases_free(&cases);

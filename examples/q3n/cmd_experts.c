@@ -127,7 +127,7 @@ static void print_layers(const usage *u, int layer, size_t tokens, int ascii)
 int cmd_experts(int argc, char **argv)
 {
     cli_setup setup = { 0 };
-    cli_input in = { 0 };
+    cli_input in = { .around = Q3N_TOKENIZE_PREFIX };
     int given_window = 0, layer = -1, ascii = 0, json = 0;
     const cli_option options[] = {
         CLI_MODEL_OPTIONS(setup),

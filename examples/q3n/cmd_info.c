@@ -114,6 +114,20 @@ static void print_tensors(const q3n_model *m)
     }
 }
 
+/* What an empty text gets. */
+static void print_around(const q3n_model *m, int flags, const char *what)
+{
+    int32_t ids[64];
+    size_t n = 0;
+    if (q3n_tokenize(m, NULL, 0, flags, ids, CLI_COUNT(ids), &n) != Q3N_OK || n == 0) return;
+    printf("  %-32s", what);
+    for (size_t i = 0; i < n; i++) {
+        printf(" %ld ", (long)ids[i]);
+        cli_print_piece(stdout, m, ids[i]);
+    }
+    printf("\n");
+}
+
 static void print_text(const q3n_model *m)
 {
     int n_eos = 0;
@@ -126,7 +140,17 @@ static void print_text(const q3n_model *m)
         printf(" %ld ", (long)eos[i]);
         cli_print_piece(stdout, m, eos[i]);
     }
-    printf("\n  %-32s %s\n", "chat template", q3n_model_chat_kind(m));
+    printf("\n");
+    print_around(m, Q3N_TOKENIZE_PREFIX, "put before a text");
+    print_around(m, Q3N_TOKENIZE_SUFFIX, "put after a text");
+    printf("  %-32s %s\n", "chat template", q3n_model_chat_kind(m));
+    if (q3n_model_label(m, 0)) printf("labels\n");
+    for (int i = 0; q3n_model_label(m, i); i++) {
+        const char *name = q3n_model_label(m, i);
+        printf("  %-32d ", i);
+        cli_print_text(stdout, name, strlen(name));
+        printf("\n");
+    }
 }
 
 static void print_memory_row(const q3n_model *m, const q3n_session_options *o)
@@ -285,7 +309,13 @@ static void json_rest(const q3n_model *m, const plan *p)
     cli_json_ids(stdout, eos, (size_t)n_eos);
     printf(", ");
     json_text("chat", q3n_model_chat_kind(m));
-    printf(", \"isas\": [");
+    printf(", \"labels\": [");
+    for (int i = 0; q3n_model_label(m, i); i++) {
+        const char *name = q3n_model_label(m, i);
+        if (i) printf(", ");
+        cli_json_string(stdout, name, strlen(name));
+    }
+    printf("], \"isas\": [");
     for (int i = 0; i < Q3N_ISA_COUNT; i++) {
         if (q3n_isa_supported((q3n_isa)i)) {
             printf("%s\"%s\"", i ? ", " : "", q3n_isa_name((q3n_isa)i));

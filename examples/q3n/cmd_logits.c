@@ -99,7 +99,7 @@ static void score_case(q3n_session *session, const q3n_model *m, scores *s,
 int cmd_logits(int argc, char **argv)
 {
     cli_setup setup = { 0 };
-    cli_input in = { 0 };
+    cli_input in = { .around = Q3N_TOKENIZE_PREFIX };
     int all = 0, json = 0;
     const char *piece_list = NULL;
     const cli_option options[] = {

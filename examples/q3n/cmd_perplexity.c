@@ -211,7 +211,7 @@ static void check_vocabularies(const q3n_model *m, const q3n_model *base, const 
 int cmd_perplexity(int argc, char **argv)
 {
     cli_setup setup = { 0 };
-    cli_input in = { 0 };
+    cli_input in = { .around = Q3N_TOKENIZE_PREFIX };
     int given_window = 0, json = 0, restore = 0;
     const char *base = NULL;
     const cli_option options[] = {

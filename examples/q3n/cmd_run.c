@@ -15,6 +15,7 @@ typedef struct run_options {
     int       ignore_eos, stop_eos, special, echo, json, quiet;
     const char *session_file, *cache_dir;
     int       append;              /* the prompt goes behind the text of session_file */
+    size_t    n_prefix;            /* ids that the tokenizer put before the prompt */
     int       cache_mb, snapshot_every;
 } run_options;
 
@@ -185,12 +186,13 @@ static void keep_state(writer *w)
 static void whole_text(const writer *w, const cli_ids *prompt, cli_ids *out)
 {
     const size_t before = w->o->append ? (size_t)q3n_session_length(w->session) : 0;
-    *out = (cli_ids){ .n = before + prompt->n };
+    const size_t skip = before ? w->o->n_prefix : 0;     /* that is for the beginning of a text */
+    *out = (cli_ids){ .n = before + prompt->n - skip };
     out->id = cli_alloc(out->n, sizeof *out->id);
     if (before) {
         cli_check(q3n_session_tokens(w->session, 0, (int)before, out->id), w->session);
     }
-    memcpy(out->id + before, prompt->id, prompt->n * sizeof *out->id);
+    memcpy(out->id + before, prompt->id + skip, (prompt->n - skip) * sizeof *out->id);
 }
 
 /* Evaluates what the session does not have yet; returns 0 if it was interrupted. */
@@ -399,11 +401,18 @@ static void parse_options(run_options *o, int argc, char **argv, cli_words *word
     if (o->append && !o->session_file) cli_misuse("--append is for a --session");
 }
 
+static size_t count_prefix(const q3n_model *m)
+{
+    size_t n = 0;
+    q3n_tokenize(m, NULL, 0, Q3N_TOKENIZE_PREFIX, NULL, 0, &n);
+    return n;
+}
+
 int cmd_run(int argc, char **argv)
 {
     run_options o = {
         .n = NOT_GIVEN, .temperature = 0.7, .top_k = 20, .top_p = 0.8, .penalty = 1.0,
-        .seed = (uint64_t)time(NULL), .in = { .drop_newline = 1 },
+        .seed = (uint64_t)time(NULL), .in = { .drop_newline = 1, .around = Q3N_TOKENIZE_PREFIX },   /* the text goes on */
         .snapshot_every = DEFAULT_EVERY,
     };
     cli_words words;
@@ -418,6 +427,7 @@ int cmd_run(int argc, char **argv)
     cli_cases prompts = { 0 };
     cli_input_choose(&o.in, &o.setup, &words);
     cli_input_cases(&prompts, &o.in, m);
+    if ((o.in.prompt || o.in.file) && !o.in.alone) o.n_prefix = count_prefix(m);
     write_cases(&o, m, &prompts, start);
     cli_cases_free(&prompts);
     q3n_model_close(m);

@@ -50,7 +50,7 @@ static void tokenize_lines(const token_options *o, const q3n_model *m)
 
 int cmd_tokenize(int argc, char **argv)
 {
-    token_options o = { 0 };
+    token_options o = { .in = { .around = Q3N_TOKENIZE_WHOLE } };
     const cli_option options[] = {
         CLI_MODEL_OPTIONS(o.setup),
         { "-p --prompt", "TEXT", CLI_TEXT, &o.in.prompt, 0, 0,
@@ -58,6 +58,7 @@ int cmd_tokenize(int argc, char **argv)
         { "-f --file", "FILE", CLI_TEXT, &o.in.file, 0, 0, "the text from a file; - is stdin" },
         { "--no-special", NULL, CLI_FLAG, &o.in.no_special, 0, 0,
           "special tokens in the text are plain text" },
+        CLI_ALONE_OPTION(o.in),
         { "--json", NULL, CLI_FLAG, &o.json, 0, 0, "print an array" },
         { "--show", NULL, CLI_FLAG, &o.show, 0, 0, "print one token a line, with its text" },
         { "--jsonl", NULL, CLI_FLAG, &o.jsonl, 0, 0,
@@ -65,7 +66,8 @@ int cmd_tokenize(int argc, char **argv)
     };
     const cli_syntax syntax = {
         "tokenize MODEL.q3n [TEXT] [options]",
-        "Prints the token ids of a text: the argument, a file or stdin.",
+        "Prints the token ids of a text: the argument, a file or stdin.  They are those of\n"
+        "transformers' tokenizer(TEXT): with what the tokenizer puts before and after a text.",
         options, CLI_COUNT(options), 3, NULL, NULL,
     };
     cli_words words;

@@ -77,7 +77,7 @@ static void check_ids(const cli_ids *ids, const cli_input *in, const q3n_model *
 
 void cli_tokenize(cli_ids *out, const cli_input *in, const q3n_model *m, const char *text, size_t n)
 {
-    const int flags = in->no_special ? Q3N_TOKENIZE_NO_SPECIAL : 0;
+    const int flags = (in->no_special ? Q3N_TOKENIZE_NO_SPECIAL : 0) | (in->alone ? 0 : in->around);
     size_t room = n / 3 + 16;
     size_t n_ids = 0;
     q3n_result r = Q3N_ERR_FULL;

@@ -119,8 +119,13 @@ const char *cli_format_count(char text[32], double count)
 void cli_print_piece(FILE *f, const q3n_model *m, int32_t id)
 {
     size_t n = 0;
-    const unsigned char *p = (const unsigned char *)q3n_token_text(m, id, &n);
-    if (!p) return;
+    const char *text = q3n_token_text(m, id, &n);
+    cli_print_text(f, text, n);
+}
+
+void cli_print_text(FILE *f, const char *text, size_t n)
+{
+    const unsigned char *p = (const unsigned char *)text;
     for (size_t i = 0; i < n;) {
         const size_t len = cli_character_length(p + i, n - i);
         if (p[i] == '\n') {
