@@ -50,6 +50,8 @@ def parse_arguments(argv, recipes):
                    help="token that a classifier looks at")
     p.add_argument("--no-mtp", action="store_true",
                    help="leave the multi-token-prediction module out")
+    p.add_argument("--allow-nan", action="store_true",
+                   help="go on with weights that are NaN or infinite (not into quantised types)")
     p.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes")
     args = p.parse_args(argv)
@@ -275,43 +277,67 @@ class Progress:
 
 # ---- Writing ----
 
-def convert_rows(m, start, count, type_, encoder):
-    data = m.read(start, count)
-    if type_.block_len == 1:
-        return matrix.convert(data, m.type, type_.name)
-    try:
-        return encoder.encode(type_, matrix.convert(data, m.type, "f32"), count, m.cols)
-    except ValueError as e:
-        raise ConvertError("%s: in the rows from %d on: %s" % (m.source, start + e.args[0],
-                                                               e.args[1]))
+class Writer:
+    """Writes the tensors of a plan into an open file, a block of rows at a time."""
 
+    def __init__(self, f, progress, quantised, allow_nan):
+        self.f, self.progress, self.allow_nan = f, progress, allow_nan
+        self.encoder = quantize.Encoder() if quantised else None
 
-def write_slice(f, tensor, m, at, progress, encoder):
-    """One slice at offset at.  The tensor's checksum goes on."""
-    f.write(bytes(at - f.tell()))        # at most a gap between tensors
-    for start, count in m.blocks(BLOCK_BYTES, quantize.TILE_ROWS if encoder else 1):
+    def encode(self, m, start, data, count, type_):
         try:
-            data = convert_rows(m, start, count, tensor.type, encoder)
-        except OverflowError as e:
-            raise ConvertError("%s: found the value %g, expected at most 65504 for f16: use --type "
-                               "bf16 or f32" % (m.source, e.args[0]))
-        tensor.crc = zlib.crc32(data, tensor.crc)
-        f.write(data)
-        progress.add(len(data))
+            return self.encoder.encode(type_, data, count, m.cols)
+        except ValueError as e:
+            raise ConvertError("%s: in the rows from %d on: %s" % (m.source, start + e.args[0],
+                                                                   e.args[1]))
 
+    def blocks(self, m, type_):
+        """(first row, rows, data): as floats of the type, or f32 if it is quantised."""
+        name = type_.name if type_.block_len == 1 else "f32"
+        for start, count in m.blocks(BLOCK_BYTES, quantize.TILE_ROWS if self.encoder else 1):
+            try:
+                yield start, count, matrix.convert(m.read(start, count), m.type, name)
+            except OverflowError as e:
+                raise ConvertError("%s: found the value %g, expected at most 65504 for f16: use "
+                                   "--type bf16 or f32" % (m.source, e.args[0]))
 
-def write_file(f, plan, groups, meta, file_bytes, progress):
-    """Everything: room for the metadata, data in the order of their offsets, then meta()."""
-    quantised = any(t.type.block_len > 1 for group in groups for t in group)
-    encoder = quantize.Encoder() if quantised else None
-    f.write(bytes(len(meta())))
-    for outs, tensors in zip(plan.groups, groups):
-        for e in range(tensors[0].n_slices):
-            for out, t in zip(outs, tensors):
-                write_slice(f, t, out.slices[e], t.slice_offset(e), progress, encoder)
-    f.write(bytes(file_bytes - f.tell()))
-    f.seek(0)
-    f.write(meta())
+    def slice(self, tensor, m, at):
+        """One slice at offset at.  The tensor's checksum goes on."""
+        self.f.write(bytes(at - self.f.tell()))      # at most a gap between tensors
+        first, n_bad = None, 0
+        for start, count, data in self.blocks(m, tensor.type):
+            index, n = matrix.not_finite(data, tensor.type.name)
+            if n and first is None:
+                first = start * m.cols + index
+            n_bad += n
+            if n_bad and not self.allow_nan:
+                continue                             # count them all, write no more
+            if tensor.type.block_len > 1:
+                data = self.encode(m, start, data, count, tensor.type)
+            tensor.crc = zlib.crc32(data, tensor.crc)
+            self.f.write(data)
+            self.progress.add(len(data))
+        if n_bad:
+            self.report(m, first, n_bad)
+
+    def report(self, m, first, n):
+        where = "index %d" % first if m.rows == 1 else "row %d, column %d" % divmod(first, m.cols)
+        text = "%s: found NaN or infinity in %d of %d values, the first at %s" % (
+            m.source, n, m.rows * m.cols, where)
+        if not self.allow_nan:
+            raise ConvertError(text + ", expected finite numbers (--allow-nan goes on)")
+        sys.stderr.write("convert.py: warning: %s\n" % text)
+
+    def plan(self, plan, groups, meta, file_bytes):
+        """Everything: room for the metadata, data in the order of their offsets, then meta()."""
+        self.f.write(bytes(len(meta())))
+        for outs, tensors in zip(plan.groups, groups):
+            for e in range(tensors[0].n_slices):
+                for out, t in zip(outs, tensors):
+                    self.slice(t, out.slices[e], t.slice_offset(e))
+        self.f.write(bytes(file_bytes - self.f.tell()))
+        self.f.seek(0)
+        self.f.write(meta())
 
 
 def check_room(path, file_bytes):
@@ -354,7 +380,9 @@ def write_plan(plan, args, definitions):
     progress = Progress(sum(t.bytes for t in tensors), args.quiet)
     try:
         with files.Output(args.out) as f:
-            write_file(f, plan, groups, lambda: meta(file_bytes), file_bytes, progress)
+            quantised = any(t.type.block_len > 1 for t in tensors)
+            Writer(f, progress, quantised, args.allow_nan).plan(
+                plan, groups, lambda: meta(file_bytes), file_bytes)
     finally:
         progress.end()
     if not args.quiet:

@@ -100,6 +100,31 @@ def _f32_to_bf16_lanes(piece):
         for u in values))
 
 
+# Bits of the exponent, all set in what is not finite; the values of the highest byte that has them.
+EXPONENT = {"f32": 0x7F800000, "bf16": 0x7F80, "f16": 0x7C00}
+TOP_BYTES = {"f32": b"\x7f\xff", "bf16": b"\x7f\xff", "f16": b"\x7c\x7d\x7e\x7f\xfc\xfd\xfe\xff"}
+
+
+def not_finite(data, type_):
+    """(index of the first NaN or infinity, how many there are); quantised types are f32 here."""
+    type_ = type_ if type_ in EXPONENT else "f32"
+    size, mask = ELEMENT_BYTES[type_], EXPONENT[type_]
+    if not data:
+        return 0, 0
+    if numpy:                            # two maxima: of positive numbers, of negative ones
+        bits, sign = numpy.frombuffer(data, "<u%d" % size), 1 << (8 * size - 1)
+        if bits.max() < sign | mask and bits.view("<i%d" % size).max() < mask:
+            return 0, 0
+        bad = numpy.nonzero(bits & bits.dtype.type(mask) == mask)[0]
+        return (int(bad[0]), len(bad)) if len(bad) else (0, 0)
+    top = data[size - 1::size]           # sound weights have none of these bytes: a search in C
+    if not any(byte in top for byte in TOP_BYTES[type_]):
+        return 0, 0
+    bits = struct.unpack("<%d%s" % (len(top), "I" if size == 4 else "H"), data)
+    bad = [i for i, value in enumerate(bits) if value & mask == mask]
+    return (bad[0], len(bad)) if bad else (0, 0)
+
+
 def floats(data, source):
     """The values as Python floats, exactly."""
     data = convert(data, source, "f32")
