@@ -27,8 +27,8 @@
  *         size_t n_ids, n;
  *         const int vocab = q3n_model_config(model)->vocab_size;
  *         float *logits = malloc(sizeof *logits * (size_t)vocab);
- *         if (q3n_tokenize(model, argv[2], strlen(argv[2]), Q3N_TOKENIZE_PREFIX, ids, 1024, &n_ids))
- *             return 1;
+ *         if (q3n_tokenize(model, argv[2], strlen(argv[2]), Q3N_TOKENIZE_PREFIX, ids, 1024,
+ *                          &n_ids)) return 1;
  *
  *         q3n_result r = q3n_session_eval(session, ids, (int)n_ids, logits);
  *         q3n_decoder dec = { 0 };

@@ -36,8 +36,8 @@ SECONDS = 60                     # of one case, which takes milliseconds: more i
 MEMORY = os.path.isdir("/dev/shm") and os.access("/dev/shm", os.W_OK)
 
 NUMBERS = (0, 1, -1, 2, 3, 7, 16, 17, 255, 256, 257, 269, 270, 271, 4096, 1 << 16, (1 << 24) + 1,
-           (1 << 30) + 1, (1 << 31) - 1, 1 << 31, 1 << 32, 1 << 62, (1 << 63) - 1, 1 << 63, 10 ** 30,
-           -(1 << 63), 0.0, -0.0, 0.5, 1e-300, 1e300, 1.5, float("nan"), float("inf"))
+           (1 << 30) + 1, (1 << 31) - 1, 1 << 31, 1 << 32, 1 << 62, (1 << 63) - 1, 1 << 63,
+           10 ** 30, -(1 << 63), 0.0, -0.0, 0.5, 1e-300, 1e300, 1.5, float("nan"), float("inf"))
 TEXTS = ("", " ", "a", "he", "<|end|>", "\0", "\n", "\u0120", "\u00bd", "caf\u00e9", "e\u0301",
          "\ud800", "\U0001f600", "x" * 31, "x" * 32, "x" * 255, "x" * 256, "x" * 4096, "x" * 4097,
          "NFC", "NFKC", "ByteLevel", "Split", "BPE", "Sequence", "TemplateProcessing", "qwen3",

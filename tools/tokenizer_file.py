@@ -329,7 +329,10 @@ def _settings(folder):
 
 
 def _extra(settings):
-    """Tokens that are special without a name of their own."""
+    """Tokens that are special without a name of NAMED, in the order of transformers."""
+    for key, token in settings.values.items():
+        if key.endswith("_token") and key not in NAMED and isinstance(token, (str, dict)):
+            yield key, token
     for key in ("additional_special_tokens", "extra_special_tokens"):
         value = settings.values.get(key)
         if isinstance(value, dict) and "content" not in value:
@@ -337,9 +340,6 @@ def _extra(settings):
         if value is not None and not isinstance(value, list):
             settings.bad(key, "a list of tokens")
         for token in value or []:
-            yield key, token
-    for key, token in settings.values.items():
-        if key.endswith("_token") and key not in NAMED and isinstance(token, (str, dict)):
             yield key, token
 
 
