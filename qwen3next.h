@@ -2818,6 +2818,7 @@ typedef struct q3n__pool {
     int          n_threads;     /* the calling thread counts                                     */
     int          n_started;     /* threads that this pool made                                   */
     int          has_locks;
+    int          n_wakes;       /* how often sleeping workers were woken; no one but tests asks  */
     q3n_executor executor;      /* run != NULL: no threads of our own                            */
     q3n__mutex   mutex;
     q3n__cond    work, done;
@@ -2926,6 +2927,7 @@ static void q3n__parallel(q3n__pool *p, int n, int grain, q3n__task fn, void *ar
         return;
     }
     if (q3n__atomic_load(&p->n_sleeping) > 0) {
+        p->n_wakes++;
         q3n__mutex_lock(&p->mutex);
         q3n__cond_broadcast(&p->work);
         q3n__mutex_unlock(&p->mutex);

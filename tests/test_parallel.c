@@ -223,6 +223,59 @@ static void test_sleeping_caller(void **state)
     host_close(&h);
 }
 
+/* ---- Who is woken, and for what ---- */
+static void wait_for_sleep(host *h)      /* of all workers: they have nothing else to do */
+{
+    const struct timespec time = { 0, 100000 };
+    while (q3n__atomic_load(&h->pool.n_sleeping) < h->pool.n_started) nanosleep(&time, NULL);
+}
+
+typedef struct {
+    q3n__atomic n_inside;
+    int         n;
+} meeting;
+
+/* Every piece waits for all the others: one thread for each must take part. */
+static void meet_task(void *arg, int begin, int end)
+{
+    meeting *m = (meeting *)arg;
+    const struct timespec time = { 0, 100000 };
+    q3n__atomic_add(&m->n_inside, end - begin);
+    while (q3n__atomic_load(&m->n_inside) < m->n) nanosleep(&time, NULL);
+}
+
+static int64_t generation(host *h) { return q3n__atomic_load(&h->pool.ticket) >> 32; }
+
+/* Work for several wakes sleeping workers once, work for one begins no generation. */
+static void test_wakes(void **state)
+{
+    static tally t;
+    (void)state;
+    for (int n = 2; n <= 5; n++) {
+        host h;
+        host_open(&h, n);
+        for (int round = 0; round < 5; round++) {
+            wait_for_sleep(&h);
+            const int64_t gen = generation(&h);
+            const int wakes = h.pool.n_wakes;
+            check_region(&h.pool, &t, 1, 1);
+            check_region(&h.pool, &t, 100, 100);
+            check_region(&h.pool, &t, 199, 100);
+            assert_int_equal(generation(&h), gen);
+            assert_int_equal(h.pool.n_wakes, wakes);
+            if (round % 2) {
+                check_region(&h.pool, &t, 200, 100);
+            } else {
+                meeting m = { 0, n };
+                q3n__parallel(&h.pool, n, 1, meet_task, &m);
+            }
+            assert_int_equal(generation(&h), gen + 1);
+            assert_int_equal(h.pool.n_wakes, wakes + 1);
+        }
+        host_close(&h);
+    }
+}
+
 /* ---- Generations wrap round ---- */
 static void test_generations_wrap(void **state)
 {
@@ -465,6 +518,7 @@ int main(void)
         cmocka_unit_test(test_small_regions),
         cmocka_unit_test(test_sleeping_workers),
         cmocka_unit_test(test_sleeping_caller),
+        cmocka_unit_test(test_wakes),
         cmocka_unit_test(test_generations_wrap),
         cmocka_unit_test(test_open_close),
         cmocka_unit_test(test_oversubscription),

@@ -979,6 +979,39 @@ static void test_batch_few(void **state)
     }
 }
 
+/* Who is served when there is room for a few: always those that have waited longest, from where the
+ * call before stopped, passing over those that are done. */
+static void test_batch_turns(void **state)
+{
+    for (int max = 1; max < 8; max++) {
+        crowd c;
+        crowd_open(&c, (const char *)*state, 3, 1);
+        const q3n_limit limit = { .max_tokens = max };
+        int turn = 0, want[N_ITEMS];
+        for (int i = 0; i < N_ITEMS; i++) {
+            want[i] = i % 5 == 1 ? 0 : 4;
+            c.item[i].n = want[i];
+            c.item[i].logits = NULL;
+        }
+        for (int call = 0; call < 20; call++) {
+            for (int k = 0; k < max; k++, turn = (turn + 1) % N_ITEMS) {
+                while (want[turn] == 0) turn = (turn + 1) % N_ITEMS;
+                want[turn]--;
+            }
+            int left = 0;
+            assert_int_equal(q3n_batch_eval(c.b, c.item, N_ITEMS, &limit), Q3N_OK);
+            for (int i = 0; i < N_ITEMS; i++) {
+                if (c.item[i].n - c.item[i].done != want[i])
+                    fail_msg("%d a call, call %d: item %d has %d tokens left, expected %d", max,
+                             call, i, c.item[i].n - c.item[i].done, want[i]);
+                left += want[i] > 0;
+            }
+            if (left < max) break;       /* who is served twice is another test's business */
+        }
+        crowd_close(&c);
+    }
+}
+
 /* A limit of time is kept by stopping inside the prompt; each call goes on, however short. */
 static void test_batch_time(void **state)
 {
@@ -1577,6 +1610,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_memory),
         CASE(test_batch_tokens, qwen3_next),
         CASE(test_batch_tokens, qwen3_moe),
+        CASE(test_batch_turns, qwen3_next),
         CASE(test_batch_few, qwen3_next),
         CASE(test_batch_time, qwen3_next),
         cmocka_unit_test(test_batch_errors),

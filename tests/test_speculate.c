@@ -306,6 +306,71 @@ static void end_in_the_middle(q3n_model *m, generation *g)
     g->n = end + 1;
 }
 
+/* Rows of the passes over the trunk: the hook sees each with the embeddings. */
+static void count_rows(void *user, int l, const float *x, int n, int d)
+{
+    (void)x;
+    (void)d;
+    if (l == -1) *(int *)user += n;
+}
+
+/* One step after text and token: how many drafts it evaluates, and that these are all its rows. */
+static void check_step_drafts(q3n_model *m, q3n_speculate source, const int32_t *text, int n,
+                              int n_want)
+{
+    int rows = 0;
+    q3n_session_options o = plain_options(60);
+    o.speculate = source;
+    o.draft = 4;
+    o.layer_hook = (q3n_layer_hook){ count_rows, &rows };
+    q3n_session *s = create_session(m, &o);
+    const generation g = { .m = m, .prompt = text, .n_prompt = n };
+    q3n_sampler *sampler = greedy_sampler(&g);
+    int32_t tokens[8];
+    q3n_speculation stats;
+    must(s, q3n_session_eval(s, text, n - 1, NULL), Q3N_OK);
+    rows = 0;
+    must(s, q3n_session_next(s, sampler, text[n - 1], tokens, 8, &n), Q3N_OK);
+    q3n_session_speculation(s, &stats);
+    if (stats.n_drafted != n_want || stats.draft != n_want || rows != 1 + n_want)
+        fail_msg("source %d: %d drafts, %d rows; expected %d drafts", (int)source,
+                 (int)stats.n_drafted, rows, n_want);
+    q3n_sampler_destroy(sampler);
+    q3n_session_destroy(s);
+}
+
+/* A draft that ends the text is not evaluated, nor is what was drafted after it. */
+static void test_no_drafts_beyond_the_end(void **state)
+{
+    (void)state;
+    enum { N = 20, REPEATED = 6 };
+    q3n_model *m = open_model("qwen3_next_mtp", NULL);
+    int32_t text[N], drafts[4];
+    m->eos.n = 1;
+    m->eos.id[0] = -1;
+    for (int i = 0; i < N; i++) text[i] = 10 + i % (N - REPEATED);   /* the end is the beginning */
+    check_step_drafts(m, Q3N_SPECULATE_LOOKUP, text, N, 4);
+    check_step_drafts(m, Q3N_SPECULATE_MTP, text, N, 4);
+    for (int i = 0; i < 4; i++) {
+        m->eos.id[0] = text[REPEATED + i];
+        check_step_drafts(m, Q3N_SPECULATE_LOOKUP, text, N, i);
+    }
+    m->eos.id[0] = -1;
+    q3n_session_options o = plain_options(60);
+    o.speculate = Q3N_SPECULATE_MTP;
+    q3n_session *s = create_session(m, &o);
+    must(s, q3n_session_eval(s, text, N - 1, NULL), Q3N_OK);
+    must(s, q3n_session_draft(s, text[N - 1], drafts, 4, NULL), Q3N_OK);
+    q3n_session_destroy(s);
+    for (int i = 0; i < 4; i++) {
+        int first = 0;
+        while (drafts[first] != drafts[i]) first++;
+        m->eos.id[0] = drafts[i];
+        check_step_drafts(m, Q3N_SPECULATE_MTP, text, N, first);
+    }
+    q3n_model_close(m);
+}
+
 static void test_greedy_speculation(void **state)
 {
     const char *name = (const char *)*state;
@@ -636,6 +701,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_draft_golden),
         cmocka_unit_test(test_draft_stories),
+        cmocka_unit_test(test_no_drafts_beyond_the_end),
         cmocka_unit_test(test_draft_limits),
 #define GREEDY(model) CASE(test_greedy_speculation, model),
         FAMILIES(GREEDY)
