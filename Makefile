@@ -51,6 +51,9 @@ endif
 CLI_SOURCES   := $(filter-out %/library.c,$(wildcard examples/q3n/*.c))
 CLI_OBJECTS   := $(CLI_SOURCES:examples/q3n/%.c=$(B)/obj/q3n/%.o) $(B)/obj/qwen3next.o
 C_TESTS       := $(patsubst tests/test_%.c,%,$(wildcard tests/test_*.c))
+# The longest begin first.
+LONG_TESTS    := model schedules speculate session loader kernels sampler
+C_TESTS       := $(filter $(LONG_TESTS),$(C_TESTS)) $(filter-out $(LONG_TESTS),$(C_TESTS))
 FUZZ_TARGETS  := $(patsubst tests/fuzz_%.c,%,$(wildcard tests/fuzz_*.c))
 PYTHON_TESTS  := $(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py))
 # Tests that start threads and are short: these run under the thread sanitizer too.
@@ -80,7 +83,7 @@ PY = $(eval PY := $(shell $(FIND_PYTHON)))$(PY)
 .SECONDARY:
 .SUFFIXES:
 .PHONY: all help deps deps-aarch64 demo test test-aarch64 stress fuzz bench bench-sessions
-.PHONY: lint coverage models install clean suites always list-suites
+.PHONY: lint coverage models mutate install clean suites suite-inputs always list-suites
 
 # ---- deps together with other targets: those start afresh when everything is installed ----
 LATER := $(filter-out deps deps-aarch64,$(MAKECMDGOALS))
@@ -166,7 +169,7 @@ $(B)/fuzz_%: tests/fuzz_%.c $(TEST_NEEDS)
 
 # ---- Models ----
 
-CONVERTER := $(filter-out tools/lint.py tools/coverage.py tools/unicode_tables.py \
+CONVERTER := $(filter-out tools/lint.py tools/coverage.py tools/mutate.py tools/unicode_tables.py \
                tools/bench_table.py tools/plot_bench.py, $(wildcard tools/*.py))
 CONVERT    = @mkdir -p $(@D); $(PY) tools/convert.py
 
@@ -256,8 +259,15 @@ TEST_CONFIGS := release sanitize thread
 list-suites:
 	@echo $(SUITES)
 
+# Configurations run side by side, so that every CPU has work to the end.
+$(TEST_CONFIGS:%=suites-%) suites-aarch64 suites-coverage: suites-%: suite-inputs
+	+@$(SUBMAKE) -k -Otarget config=$* suites || true
+
+suite-inputs:
+	+@$(SUBMAKE) -k $(SUITE_INPUTS) || true
+
 define RUN_SUITES
-	+@for c in $(1); do $(SUBMAKE) -k -Otarget config=$$c suites || true; done
+	+@$(SUBMAKE) $(1:%=suites-%)
 	+@tests/run.sh --summary $$(for c in $(1); do $(SUBMAKE) -s config=$$c list-suites; done)
 endef
 
@@ -279,6 +289,12 @@ SEED      ?= 1
 SCHEDULES ?= 2000
 stress: $(B)/tests/test_schedules $(MODELS)   ## Run SCHEDULES=2000 random schedules of sessions
 	Q3N_SEED=$(SEED) Q3N_SCHEDULES=$(SCHEDULES) $(RUN) $<
+
+# TAG is a section's, SUITES the tests that should notice.
+TAG         ?= parallel
+SUITES_WITH ?= parallel
+mutate: $(PARTS) $(MODELS)   ## Plant faults in section TAG=parallel, run SUITES_WITH="parallel"
+	@$(PY) tools/mutate.py $(TAG) $(SUITES_WITH) --cc $(CC) --build $(B)
 
 FUZZ_SECONDS ?= 60
 fuzz: build/corpus.made   ## Fuzz what reads files with libFuzzer (clang) for FUZZ_SECONDS=60

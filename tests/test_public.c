@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 #include <cmocka.h>
 
 #define COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
@@ -917,7 +918,8 @@ static int exists(const char *path)
 static void test_init_file(void **state)
 {
     (void)state;
-    static const char path[] = "build/test_public.q3n";
+    char path[64];
+    snprintf(path, sizeof path, "build/test_public_%ld.q3n", (long)getpid());
     q3n_config c;
     q3n_error err = { .code = Q3N_OK };
     assert_int_equal(q3n_config_preset("tiny", &c, &err), Q3N_OK);
