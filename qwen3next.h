@@ -1133,6 +1133,7 @@ Q3N_DEF void       q3n_sampler_reset(q3n_sampler *s);    /* forget tokens, seed 
  *   tokens   [max]  out: the tokens chosen, *n >= 1 of them; all but the last are evaluated
  *   max      1 or more; the session needs room for one token, and drafts no more than fit
  *
+ * A call that fails leaves session, sampler and what both know of drafts as they were.
  * Nothing is drafted beyond a token that ends the text (q3n_model_is_eos).  Greedy output is what
  * it is without drafts; sampled output has the same distribution ([SPEC]), and with looked-up
  * drafts the same tokens for a seed; the module's drafts use up random numbers of their own.
@@ -9175,14 +9176,40 @@ static void q3n__engine_learn(q3n__engine *e, int rows, int64_t us)
  * q3n__session_commit, or with q3n__session_rollback, which takes no more than forgetting.
  * ===================================================================================== */
 
-/* Rows of hidden states that a session with an MTP module collects before the module reads them. */
-#define Q3N__MAX_HIDDEN 64
+/* Rows of hidden states that a session with an MTP module collects before the module reads them.
+ * The call under way adds its own behind them, and what it drops is dropped for good only when the
+ * next call begins: a call that fails has them back. */
+#define Q3N__MAX_HIDDEN  64
+#define Q3N__HIDDEN_ROWS (Q3N__MAX_HIDDEN + Q3N_MAX_DRAFT + 1)
 
 /* What is known of one source of drafts. */
 typedef struct {
     double accept[Q3N_MAX_DRAFT];     /* the i-th is right if those before are                    */
     double weight[Q3N_MAX_DRAFT];     /* of what was seen of it                                   */
 } q3n__acceptance;
+
+/* What steps with and without drafts have taught a session; a step that fails teaches nothing. */
+typedef struct {
+    q3n_speculation spec;
+    q3n__acceptance acceptance[Q3N_SPECULATE_COUNT];
+    double          step_us;                     /* a step without drafts would take now          */
+    double          step_cost[Q3N_MAX_DRAFT + 1];    /* by drafts, in step_us; 0 = unknown        */
+    int             step_tries[Q3N_MAX_DRAFT + 1];
+    double          draft_cost[2];               /* of the module, in step_us: first, each more   */
+    double          try_credit;                  /* steps to spend on drafts that seem not to pay */
+    int             try_left;
+    int             since_plain;                 /* steps since one without drafts                */
+    int             mtp_idle;                    /* steps since drafts of the module paid         */
+} q3n__learned;
+
+/* Which of the session's rows of hidden states the MTP module has not read, and what it knows. */
+typedef struct {
+    int at, n;                   /* rows [at, at + n) of `hidden`: the trunk's of tokens
+                                    mtp_length - 1 .. length - 1; without a module the last alone */
+    int mtp_length;              /* tokens whose keys the module's layer holds, but for the first
+                                    mtp_first                                                     */
+    int mtp_first;
+} q3n__unread;
 
 struct q3n_session {
     const q3n_model    *model;
@@ -9202,12 +9229,8 @@ struct q3n_session {
     float              *delta[2];     /* [shape.delta_len]                                        */
     float              *conv[2];      /* [shape.conv_len]                                         */
     unsigned char      *owned;        /* [n_blocks] 1 = no other session appends to the page      */
-    float              *hidden;       /* [n_hidden, d] trunk's rows of tokens mtp_length - 1 ..
-                                         length - 1; without a module the last alone              */
-    int                 n_hidden;
-    int                 mtp_length;   /* tokens whose keys the module's layer holds, but for the
-                                         first mtp_first                                          */
-    int                 mtp_first;
+    float              *hidden;       /* [Q3N__HIDDEN_ROWS, d], without a module [1, d]           */
+    q3n__unread         unread;
     float              *logits;       /* [vocab] behind the last token                            */
     int                 has_logits;
     int64_t            *counts;       /* of experts: [layer][E]                                   */
@@ -9231,16 +9254,7 @@ struct q3n_session {
     /* drafts */
     float              *draft_logits; /* [Q3N_MAX_DRAFT + 1, vocab] */
     float              *draft_hidden; /* [d] */
-    q3n_speculation     spec;
-    q3n__acceptance     acceptance[Q3N_SPECULATE_COUNT];
-    double              step_us;         /* a step without drafts would take now                  */
-    double              step_cost[Q3N_MAX_DRAFT + 1];   /* by drafts, in step_us; 0 = unknown     */
-    int                 step_tries[Q3N_MAX_DRAFT + 1];
-    double              draft_cost[2];   /* of the module, in step_us: the first, each further    */
-    double              try_credit;      /* steps to spend on drafts that do not seem to pay     */
-    int                 try_left;
-    int                 since_plain;     /* steps since one without drafts                        */
-    int                 mtp_idle;        /* steps since drafts of the module paid                 */
+    q3n__learned        learned;
 };
 
 static q3n__engine *q3n__batch_engine(q3n_batch *b);
@@ -9279,7 +9293,7 @@ static void q3n__session_layout(q3n__arena *a, q3n_session *s, q3n__engine *own,
     m->conv_state = a->used - at;
     at = a->used;
     if (s->n_delta > 0) q3n__trail_layout(a, s);
-    s->hidden = (float *)q3n__arena_take(a, s->shape.has_mtp ? Q3N__MAX_HIDDEN : 1, f * d);
+    s->hidden = (float *)q3n__arena_take(a, s->shape.has_mtp ? Q3N__HIDDEN_ROWS : 1, f * d);
     s->work_hidden = (float *)q3n__arena_take(a, d, f);
     s->logits = (float *)q3n__arena_take(a, V, f);
     if (c->num_labels > 0) s->pooled = (float *)q3n__arena_take(a, d, f);
@@ -9404,6 +9418,20 @@ static void q3n__session_drop(q3n_session *s, q3n__page **page)
     }
 }
 
+/* ---- Rows that the MTP module has not read ---- */
+static float *q3n__unread_row(const q3n_session *s, int i)
+{
+    return s->hidden + (size_t)(s->unread.at + i) * (size_t)s->shape.hidden_size;
+}
+
+/* The module has read the first n rows, or does without them. */
+static void q3n__unread_drop(q3n_session *s, int n)
+{
+    s->unread.at += n;
+    s->unread.n -= n;
+    s->unread.mtp_length += n;
+}
+
 /* ---- Transactions ---- */
 
 /* One public function that evaluates is one call, from q3n__call_begin to q3n__call_end: requests
@@ -9437,8 +9465,8 @@ static void q3n__session_clear_counts(q3n_session *s)
 /* Back to nothing, as a new session is. */
 static void q3n__session_clear(q3n_session *s)
 {
-    s->length = s->n_hidden = s->mtp_length = s->has_logits = 0;
-    s->mtp_first = 1;
+    s->length = s->has_logits = 0;
+    s->unread = (q3n__unread){ 0, 0, 0, 1 };
     s->state.trail.n = 0;
     if (s->n_delta) {
         memset(s->state.trail.applied, 0, (size_t)s->n_delta);
@@ -9479,10 +9507,13 @@ static void q3n__session_begin(q3n_session *s, q3n__engine *e)
     s->state.kv_valid = 0;
     s->state.trailing = 0;
     s->begun = s->deferred = 0;
-    s->work_mtp = s->mtp_length;
-    s->work_first = s->mtp_first;
-    if (s->n_hidden > 0)
-        memcpy(s->work_hidden, s->hidden + (size_t)(s->n_hidden - 1) * d, d * sizeof(float));
+    s->work_mtp = s->unread.mtp_length;
+    s->work_first = s->unread.mtp_first;
+    if (s->unread.at > 0)
+        memmove(s->hidden, q3n__unread_row(s, 0), (size_t)s->unread.n * d * sizeof(float));
+    s->unread.at = 0;
+    if (s->unread.n > 0)
+        memcpy(s->work_hidden, q3n__unread_row(s, s->unread.n - 1), d * sizeof(float));
     if (s->counts)
         memset(s->state.expert_counts, 0, (size_t)s->model->config.num_hidden_layers
                * (size_t)s->model->config.num_experts * sizeof *s->counts);
@@ -9520,13 +9551,14 @@ static void q3n__session_commit(q3n_session *s, q3n__engine *e, int n)
     }
     s->has_saved = s->begun = st->trailing = s->has_logits = 0;
     s->length = st->length;
-    s->mtp_first = q3n__first_within(s->work_first, s->length);
+    s->unread.mtp_first = q3n__first_within(s->work_first, s->length);
     if (s->deferred) {
-        s->n_hidden += n < 0 ? ran : n;
+        s->unread.n += n < 0 ? ran : n;
     } else {
         memcpy(s->hidden, s->work_hidden, d * sizeof(float));
-        s->n_hidden = s->length > 0;
-        s->mtp_length = s->length;
+        s->unread.at = 0;
+        s->unread.n = s->length > 0;
+        s->unread.mtp_length = s->length;
     }
     s->deferred = 0;
 }
@@ -9565,8 +9597,8 @@ static void q3n__session_point(q3n_session *s, int n, int last)
     st->delta_out = s->delta[!s->delta_now];
     st->conv = s->conv[from_conv];
     st->conv_out = s->conv[!s->conv_now];
-    s->deferred = s->shape.has_mtp && last && !s->begun && !s->has_saved && s->n_hidden > 0
-                && n <= Q3N_MAX_DRAFT + 1 && s->n_hidden + n <= Q3N__MAX_HIDDEN;
+    s->deferred = s->shape.has_mtp && last && !s->begun && !s->has_saved && s->unread.n > 0
+                && n <= Q3N_MAX_DRAFT + 1 && s->unread.n + n <= Q3N__MAX_HIDDEN;
 }
 
 /* The MTP module over positions [first, first + n) of a session; see q3n__mtp_forward.  The last
@@ -9596,19 +9628,16 @@ static const float *q3n__mtp_run(q3n_session *s, q3n__engine *e, const int32_t *
 /* Keys of the module for all tokens of the text: afterwards one row of hidden is left. */
 static void q3n__mtp_flush(q3n_session *s, q3n__engine *e)
 {
-    const size_t d = (size_t)s->shape.hidden_size;
     int32_t tokens[Q3N__MAX_HIDDEN];
-    const int n = s->n_hidden - 1;
+    const int n = s->unread.n - 1;
     if (!s->shape.has_mtp || n < 1) return;
-    s->work_first = s->mtp_first;
+    s->work_first = s->unread.mtp_first;
     for (int i = 0; i < n; i++) {
-        const int p = s->mtp_length + i;
+        const int p = s->unread.mtp_length + i;
         tokens[i] = s->state.kv.page[p / Q3N__KV_BLOCK]->tokens[p % Q3N__KV_BLOCK];
     }
-    q3n__mtp_run(s, e, tokens, s->hidden, s->mtp_length, n);
-    memmove(s->hidden, s->hidden + (size_t)n * d, d * sizeof(float));
-    s->n_hidden = 1;
-    s->mtp_length = s->length;
+    q3n__mtp_run(s, e, tokens, q3n__unread_row(s, 0), s->unread.mtp_length, n);
+    q3n__unread_drop(s, n);
 }
 
 /* The module's keys of a pass's tokens, which begin at row0 of e->hidden's rows: each needs the row
@@ -9650,7 +9679,7 @@ static void q3n__session_advance(q3n_session *s, q3n__engine *e, const int32_t *
         for (int b = first / Q3N__KV_BLOCK; b < q3n__blocks_of(end); b++)
             st->kv.page[b]->n_used = q3n__slots_of(end, b);
     if (s->deferred)
-        memcpy(s->hidden + (size_t)s->n_hidden * d, rows, (size_t)n * d * sizeof(float));
+        memcpy(q3n__unread_row(s, s->unread.n), rows, (size_t)n * d * sizeof(float));
     else if (s->shape.has_mtp)
         q3n__mtp_follow(s, e, tokens, row0, n);
     memcpy(s->work_hidden, rows + (size_t)(n - 1) * d, d * sizeof(float));
@@ -9669,9 +9698,9 @@ static q3n_result q3n__engine_pass(q3n__engine *e, const q3n__part *part, int n_
     for (int i = 0; i < n_parts; i++) {
         q3n_session *s = part[i].s;
         q3n__session_point(s, part[i].n, part[i].last);
-        if (!s->deferred && !s->begun && !s->has_saved && s->n_hidden > 1) {
+        if (!s->deferred && !s->begun && !s->has_saved && s->unread.n > 1) {
             q3n__mtp_flush(s, e);
-            s->work_mtp = s->mtp_length;
+            s->work_mtp = s->unread.mtp_length;
         }
     }
     for (int i = 0; i < n_parts; i++) {
@@ -9750,10 +9779,11 @@ static q3n_snapshot *q3n__session_take(q3n_session *s, q3n__engine *e, q3n_type 
     q3n__copy(&e->pool, copy);
     if (h->conv_len)
         memcpy(snap->conv, s->conv[s->conv_now ^ from], h->conv_len * sizeof(float));
-    snap->mtp_first = q3n__first_within(in_call ? s->work_first : s->mtp_first, snap->length);
+    snap->mtp_first = q3n__first_within(in_call ? s->work_first : s->unread.mtp_first,
+                                        snap->length);
     snap->has_hidden = snap->length > 0;
     snap->has_logits = !in_call && s->has_logits;
-    memcpy(snap->hidden, in_call ? s->work_hidden : s->hidden,
+    memcpy(snap->hidden, in_call ? s->work_hidden : q3n__unread_row(s, 0),
            (size_t)h->hidden_size * sizeof(float));
     if (snap->has_logits)
         memcpy(snap->logits, s->logits, (size_t)h->vocab_size * sizeof(float));
@@ -9923,9 +9953,8 @@ static q3n_result q3n__session_passes(q3n_session *s, const int32_t *tokens, int
 /* The logits behind the text, from what is kept of its last token. */
 static const float *q3n__session_last_logits(q3n_session *s)
 {
-    const size_t d = (size_t)s->shape.hidden_size;
     if (!s->has_logits)
-        q3n__logits(&s->engine->run, s->hidden + (size_t)(s->n_hidden - 1) * d, 1, s->logits);
+        q3n__logits(&s->engine->run, q3n__unread_row(s, s->unread.n - 1), 1, s->logits);
     s->has_logits = 1;
     return s->logits;
 }
@@ -9937,7 +9966,7 @@ static void q3n__session_finish(q3n_session *s, const q3n_outputs *out)
     const int before = s->length;
     q3n__session_commit(s, s->engine, -1);
     if (out->hidden)
-        memcpy(out->hidden, s->hidden + (size_t)(s->n_hidden - 1) * d, d * sizeof(float));
+        memcpy(out->hidden, q3n__unread_row(s, s->unread.n - 1), d * sizeof(float));
     if (out->logits) memcpy(out->logits, q3n__session_last_logits(s), V * sizeof(float));
     q3n__session_put_due(s, s->engine, 0, before);
 }
@@ -10053,7 +10082,7 @@ static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n, int o
     s->state.kv_valid = own ? m : s->state.length;
     if (own) {                                           /* the module's keys, or what is left */
         s->work_mtp = m;
-        s->work_first = s->mtp_first < m ? s->mtp_first : m > 0 ? m : 1;
+        s->work_first = s->unread.mtp_first < m ? s->unread.mtp_first : m > 0 ? m : 1;
     }
     s->seek_logits = snap && snap->has_logits && snap->length == n;
     if (s->seek_logits) {
@@ -10489,6 +10518,7 @@ Q3N_DEF q3n_result q3n_sampler_create(q3n_sampler **out, const q3n_model *m,
     uint8_t *memory = (uint8_t *)q3n__alloc(&s.allocator, q3n__sampler_layout(&s, NULL));
     if (!memory) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a sampler");
     q3n__sampler_layout(&s, memory);
+    memset(s.window, 0, (size_t)s.o.penalty_window * sizeof *s.window);
     memcpy(memory, &s, sizeof s);
     *out = (q3n_sampler *)(void *)memory;
     return Q3N_OK;
@@ -10674,6 +10704,32 @@ static int32_t q3n__sampler_draw(q3n_sampler *s, int n, double kept)   /* of n c
     return c[n - 1].id;
 }
 
+/* ---- Undoing ---- */
+
+/* What a sampler was before the tokens of one step, which choosing them overwrites. */
+typedef struct {
+    uint64_t rng;
+    int      n_window, next;
+    int32_t  window[Q3N_MAX_DRAFT + 1];  /* from `next` on, round and round                      */
+} q3n__sampler_mark;
+
+static q3n__sampler_mark q3n__sampler_save(const q3n_sampler *s)
+{
+    q3n__sampler_mark m = { s->rng, s->n_window, s->next, { 0 } };
+    for (int i = 0; i <= Q3N_MAX_DRAFT; i++)
+        m.window[i] = s->window[(s->next + i) % s->o.penalty_window];
+    return m;
+}
+
+static void q3n__sampler_restore(q3n_sampler *s, const q3n__sampler_mark *m)
+{
+    s->rng = m->rng;
+    s->n_window = m->n_window;
+    s->next = m->next;
+    for (int i = 0; i <= Q3N_MAX_DRAFT; i++)
+        s->window[(m->next + i) % s->o.penalty_window] = m->window[i];
+}
+
 /* ---- Drafts ---- */
 #define Q3N__DRAFT_MAX 64
 
@@ -10829,13 +10885,13 @@ static void q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, 
     q3n__engine *e = s->engine;
     const size_t d = (size_t)s->shape.hidden_size, V = (size_t)s->shape.vocab_size;
     int32_t tokens[Q3N__MAX_HIDDEN];
-    const int rows = s->n_hidden;                       /* the last is about `token` */
-    q3n__session_copy_tokens(s, s->mtp_length, rows - 1, tokens);
+    const int rows = s->unread.n;                       /* the last is about `token` */
+    q3n__session_copy_tokens(s, s->unread.mtp_length, rows - 1, tokens);
     tokens[rows - 1] = token;
-    const float *out = q3n__mtp_run(s, e, tokens, s->hidden, s->mtp_length, rows);
-    memmove(s->hidden, s->hidden + (size_t)(rows - 1) * d, d * sizeof(float));
-    s->n_hidden = 1;                                    /* the text's keys are there for good */
-    s->mtp_length = s->work_mtp = s->length;
+    const float *out = q3n__mtp_run(s, e, tokens, q3n__unread_row(s, 0), s->unread.mtp_length,
+                                    rows);
+    q3n__unread_drop(s, rows - 1);
+    s->work_mtp = s->length;
     for (int i = 0; i < n; i++) {
         float *logits = s->draft_logits + (size_t)i * V;
         memcpy(s->draft_hidden, out, d * sizeof(float));
@@ -10901,40 +10957,40 @@ static void q3n__ratio_learn(double *ratio, double seen, double share)
 }
 
 /* The first try of a number of drafts meets cold memory and does not count. */
-static void q3n__step_learn(q3n_session *s, int n, double us)
+static void q3n__step_learn(q3n__learned *k, int n, double us)
 {
-    if (s->step_tries[n]++ == 0) return;
-    if (n == 0) q3n__ratio_learn(&s->step_us, us, 0.25);
-    else if (s->step_us > 0.0) q3n__ratio_learn(&s->step_cost[n], us / s->step_us, 0.125);
+    if (k->step_tries[n]++ == 0) return;
+    if (n == 0) q3n__ratio_learn(&k->step_us, us, 0.25);
+    else if (k->step_us > 0.0) q3n__ratio_learn(&k->step_cost[n], us / k->step_us, 0.125);
 }
 
 /* Tries before a measured cost is believed: until then it is taken for low, and so tried again. */
 #define Q3N__SURE_TRIES 12
 
 /* A step with n drafts. */
-static double q3n__step_cost(const q3n_session *s, int n)
+static double q3n__step_cost(const q3n__learned *k, int n)
 {
     int known = n;
-    while (known > 0 && s->step_cost[known] == 0.0) known--;
-    const double seen = (known ? s->step_cost[known] : 1.0) + 0.1 * (n - known);
+    while (known > 0 && k->step_cost[known] == 0.0) known--;
+    const double seen = (known ? k->step_cost[known] : 1.0) + 0.1 * (n - known);
     const double low = 1.0 + 0.2 * n;
-    return n > 0 && s->step_tries[n] < Q3N__SURE_TRIES && low < seen ? low : seen;
+    return n > 0 && k->step_tries[n] < Q3N__SURE_TRIES && low < seen ? low : seen;
 }
 
 /* Tokens per unit of time with the best number of drafts, 1 .. most, of a source; *n is it.  A step
  * without has 1. */
-static double q3n__best_length(const q3n_session *s, q3n_speculate source, int most, int *n)
+static double q3n__best_length(const q3n__learned *k, q3n_speculate source, int most, int *n)
 {
     double tokens = 1.0, p = 1.0, draft = 0.0, best = 0.0;
     *n = 0;
-    for (int k = 1; k <= most; k++) {
-        p *= s->acceptance[source].accept[k - 1];
+    for (int i = 1; i <= most; i++) {
+        p *= k->acceptance[source].accept[i - 1];
         tokens += p;
-        if (source == Q3N_SPECULATE_MTP) draft += s->draft_cost[k > 1];
-        const double rate = tokens / (q3n__step_cost(s, k) + draft);
+        if (source == Q3N_SPECULATE_MTP) draft += k->draft_cost[i > 1];
+        const double rate = tokens / (q3n__step_cost(k, i) + draft);
         if (rate <= best) continue;
         best = rate;
-        *n = k;
+        *n = i;
     }
     return best;
 }
@@ -10951,19 +11007,19 @@ static double q3n__best_length(const q3n_session *s, q3n_speculate source, int m
 #define Q3N__MTP_IDLE    32
 
 /* Whether to make drafts of the given rate though they do not seem to pay. */
-static int q3n__try_drafts(q3n_session *s, double rate, int mtp)
+static int q3n__try_drafts(q3n__learned *k, double rate, int mtp)
 {
-    if (s->try_left > 0) {
-        s->try_left--;
+    if (k->try_left > 0) {
+        k->try_left--;
         return 1;
     }
-    const int behind = mtp && s->mtp_idle >= Q3N__MTP_IDLE;
+    const int behind = mtp && k->mtp_idle >= Q3N__MTP_IDLE;
     const double loss = rate < 1.0 ? 1.0 - rate : 0.0;
     const double price = behind ? Q3N__TRY_BEGIN + Q3N__TRY_STEPS * loss : loss;
-    if (s->try_credit < 8.0) s->try_credit += Q3N__TRY_SHARE;
-    if (s->try_credit < price) return 0;
-    s->try_credit -= price;
-    s->try_left = behind ? Q3N__TRY_STEPS - 1 : 0;
+    if (k->try_credit < 8.0) k->try_credit += Q3N__TRY_SHARE;
+    if (k->try_credit < price) return 0;
+    k->try_credit -= price;
+    k->try_left = behind ? Q3N__TRY_STEPS - 1 : 0;
     return 1;
 }
 
@@ -10978,7 +11034,7 @@ static void q3n__drafts_plan(q3n_session *s, int32_t token, int most, q3n__draft
     p->n = 0;
     p->source = Q3N_SPECULATE_LOOKUP;
     if (most < 1) return;
-    const int fixed = s->options.draft, mtp = s->shape.has_mtp && s->n_hidden > 0;
+    const int fixed = s->options.draft, mtp = s->shape.has_mtp && s->unread.n > 0;
     if (want != Q3N_SPECULATE_MTP)
         p->n = q3n__draft_lookup(s, token, p->draft, fixed && fixed < most ? fixed : most);
     if (fixed) {
@@ -10987,11 +11043,11 @@ static void q3n__drafts_plan(q3n_session *s, int32_t token, int most, q3n__draft
         p->source = Q3N_SPECULATE_MTP;
         return;
     }
-    if (s->spec.n_steps < 3 || ++s->since_plain > Q3N__PLAIN_GAP) p->n = most = 0;
+    if (s->learned.spec.n_steps < 3 || ++s->learned.since_plain > Q3N__PLAIN_GAP) p->n = most = 0;
     if (most < 1) return;                               /* what a plain step costs comes first */
     int by_lookup = 0, by_mtp = 0;
-    const double lookup = q3n__best_length(s, Q3N_SPECULATE_LOOKUP, p->n, &by_lookup);
-    const double module = q3n__best_length(s, Q3N_SPECULATE_MTP, mtp ? most : 0, &by_mtp);
+    const double lookup = q3n__best_length(&s->learned, Q3N_SPECULATE_LOOKUP, p->n, &by_lookup);
+    const double module = q3n__best_length(&s->learned, Q3N_SPECULATE_MTP, mtp ? most : 0, &by_mtp);
     const double rate = module > lookup ? module : lookup;
     p->n = by_lookup;
     if (module > lookup) {
@@ -10999,8 +11055,8 @@ static void q3n__drafts_plan(q3n_session *s, int32_t token, int most, q3n__draft
         p->source = Q3N_SPECULATE_MTP;
     }
     const int pays = p->n > 0 && rate > Q3N__WORTH;
-    if (!pays && p->n > 0 && !q3n__try_drafts(s, rate, module > lookup)) p->n = 0;
-    s->mtp_idle = pays && module > lookup ? 0 : s->mtp_idle + 1;
+    if (!pays && p->n > 0 && !q3n__try_drafts(&s->learned, rate, module > lookup)) p->n = 0;
+    s->learned.mtp_idle = pays && module > lookup ? 0 : s->learned.mtp_idle + 1;
 }
 
 /* A module whose drafts have not paid for a while does not follow the text: that would cost a share
@@ -11009,46 +11065,44 @@ static void q3n__drafts_plan(q3n_session *s, int32_t token, int most, q3n__draft
 
 static void q3n__mtp_restart(q3n_session *s, const q3n__drafts *p)
 {
-    const size_t d = (size_t)s->shape.hidden_size;
     const int reads = p->n > 0 && p->source == Q3N_SPECULATE_MTP;
-    const int drop = s->n_hidden - Q3N__MTP_RESTART;
-    if (!s->shape.has_mtp || s->options.draft || s->mtp_idle < Q3N__MTP_IDLE || drop <= 0) return;
-    if (!reads && s->n_hidden + p->n + 1 <= Q3N__MAX_HIDDEN) return;
-    memmove(s->hidden, s->hidden + (size_t)drop * d,
-            (size_t)Q3N__MTP_RESTART * d * sizeof(float));
-    s->n_hidden = Q3N__MTP_RESTART;
-    s->mtp_length += drop;
-    s->mtp_first = s->mtp_length;
+    const int drop = s->unread.n - Q3N__MTP_RESTART;
+    if (!s->shape.has_mtp || s->options.draft || drop <= 0) return;
+    if (s->learned.mtp_idle < Q3N__MTP_IDLE) return;
+    if (!reads && s->unread.n + p->n + 1 <= Q3N__MAX_HIDDEN) return;
+    q3n__unread_drop(s, drop);
+    s->work_first = s->unread.mtp_first = s->unread.mtp_length;
+    s->work_mtp = s->unread.mtp_length;
 }
 
 /* What a step of n drafts, of which `right` were accepted, teaches. */
 static void q3n__drafts_learn(q3n_session *s, const q3n__drafts *p, int right)
 {
-    q3n__acceptance *a = &s->acceptance[p->source];
+    q3n__acceptance *a = &s->learned.acceptance[p->source];
     for (int i = 0; i < p->n && i <= right; i++) {
         if (a->weight[i] < 24.0) a->weight[i] += 1.0;
         a->accept[i] += ((i < right) - a->accept[i]) / a->weight[i];
     }
-    s->spec.n_drafted += p->n;
-    s->spec.n_accepted += right;
+    s->learned.spec.n_drafted += p->n;
+    s->learned.spec.n_accepted += right;
 }
 
 static void q3n__speculation_reset(q3n_session *s)
 {
-    memset(&s->spec, 0, sizeof s->spec);
+    memset(&s->learned.spec, 0, sizeof s->learned.spec);
     for (int i = 0; i < Q3N_SPECULATE_COUNT; i++)
         for (int k = 0; k < Q3N_MAX_DRAFT; k++) {
-            s->acceptance[i].accept[k] = 0.6;
-            s->acceptance[i].weight[k] = 1.0;
+            s->learned.acceptance[i].accept[k] = 0.6;
+            s->learned.acceptance[i].weight[k] = 1.0;
         }
 }
 
 /* ---- A step ---- */
 
 /* n drafts of the module took so many plain steps. */
-static void q3n__draft_learn(q3n_session *s, int n, double cost)
+static void q3n__draft_learn(q3n__learned *k, int n, double cost)
 {
-    double *first = &s->draft_cost[0], *more = &s->draft_cost[1];
+    double *first = &k->draft_cost[0], *more = &k->draft_cost[1];
     if (*first == 0.0) *first = cost / n;
     else if (n == 1) q3n__ratio_learn(first, cost, 0.125);
     if (n > 1) q3n__ratio_learn(more, cost > *first ? (cost - *first) / (n - 1) : 0.01, 0.125);
@@ -11058,11 +11112,11 @@ static void q3n__draft_learn(q3n_session *s, int n, double cost)
 static int q3n__drafts_make(q3n_session *s, q3n_sampler *sampler, q3n__drafts *p, int32_t *tokens)
 {
     const int64_t start = q3n__now();
-    const int rows = s->n_hidden;
+    const int rows = s->unread.n;
     if (p->n > 0 && p->source == Q3N_SPECULATE_MTP) {
         q3n__draft_mtp(s, sampler, tokens[0], p->draft, p->n);
-        if (s->step_us > 0.0 && rows <= Q3N_MAX_DRAFT + 1)
-            q3n__draft_learn(s, p->n, (double)(q3n__now() - start) / s->step_us);
+        if (s->learned.step_us > 0.0 && rows <= Q3N_MAX_DRAFT + 1)
+            q3n__draft_learn(&s->learned, p->n, (double)(q3n__now() - start) / s->learned.step_us);
     }
     for (int i = 0; i < p->n; i++) {
         if (q3n_model_is_eos(s->model, p->draft[i].id)) p->n = i;
@@ -11091,11 +11145,11 @@ static q3n_result q3n__step(q3n_session *s, q3n_sampler *sampler, const int32_t 
 {
     q3n__engine *e = s->engine;
     const size_t d = (size_t)s->shape.hidden_size;
-    const int with_mtp = p->n > 0 && p->source == Q3N_SPECULATE_MTP, before = s->length;
+    const int with_mtp = p->n > 0 && p->source == Q3N_SPECULATE_MTP;
     const int64_t start = q3n__now();
-    if (s->n_hidden + p->n + 1 > Q3N__MAX_HIDDEN) {
+    if (s->unread.n + p->n + 1 > Q3N__MAX_HIDDEN) {
         q3n__mtp_flush(s, e);
-        s->work_mtp = s->mtp_length;
+        s->work_mtp = s->unread.mtp_length;
     }
     const q3n__part part = { s, rows, p->n + 1, 1 };
     if (q3n__engine_pass(e, &part, 1) != Q3N_OK) return q3n__cancelled(&s->error);
@@ -11108,13 +11162,9 @@ static q3n_result q3n__step(q3n_session *s, q3n_sampler *sampler, const int32_t 
     memcpy(s->work_hidden, q3n__engine_rows(e) + (size_t)(*n - 1) * d, d * sizeof(float));
     q3n__session_commit(s, e, *n);
     s->has_logits = p->n == 0;
-    if (with_mtp) {                                     /* the module has seen `token` already */
-        s->n_hidden--;
-        s->mtp_length = before + 1;
-        memmove(s->hidden, s->hidden + d, (size_t)s->n_hidden * d * sizeof(float));
-    }
-    if (p->n == 0) s->since_plain = 0;
-    q3n__step_learn(s, p->n, (double)(q3n__now() - start));
+    if (with_mtp) q3n__unread_drop(s, 1);               /* the module has seen `token` already */
+    if (p->n == 0) s->learned.since_plain = 0;
+    q3n__step_learn(&s->learned, p->n, (double)(q3n__now() - start));
     return Q3N_OK;
 }
 
@@ -11128,6 +11178,13 @@ static int q3n__most_drafts(const q3n_session *s, int max)
     return most;
 }
 
+/* What a step changes before it is sure to succeed, beside the text. */
+typedef struct {
+    q3n__learned      learned;
+    q3n__unread       unread;
+    q3n__sampler_mark sampler;
+} q3n__step_mark;
+
 static q3n_result q3n__session_next(q3n_session *s, q3n_sampler *sampler, int32_t token,
                                     int32_t *tokens, int max, int *n)
 {
@@ -11136,12 +11193,12 @@ static q3n_result q3n__session_next(q3n_session *s, q3n_sampler *sampler, int32_
     if (r == Q3N_OK) r = q3n__check_head(s, 1);
     if (r != Q3N_OK) return r;
     const int before = s->length;
-    const uint64_t rng = sampler->rng;
     int32_t rows[Q3N_MAX_DRAFT + 1] = { token };
     q3n__drafts plan;
+    q3n__session_begin(s, s->engine);
+    const q3n__step_mark mark = { s->learned, s->unread, q3n__sampler_save(sampler) };
     q3n__drafts_plan(s, token, q3n__most_drafts(s, max), &plan);
     q3n__mtp_restart(s, &plan);
-    q3n__session_begin(s, s->engine);
     r = q3n__session_reserve(s, s->engine, s->length, s->length + 1 + plan.n);
     if (r == Q3N_OK) {
         q3n__drafts_make(s, sampler, &plan, rows);
@@ -11149,13 +11206,16 @@ static q3n_result q3n__session_next(q3n_session *s, q3n_sampler *sampler, int32_
     }
     if (r != Q3N_OK) {
         q3n__session_rollback(s);
-        sampler->rng = rng;                             /* drafts were drawn */
+        q3n__sampler_restore(sampler, &mark.sampler);
+        s->learned = mark.learned;
+        s->unread = mark.unread;
+        *n = 0;
         return r;
     }
     q3n__drafts_learn(s, &plan, *n - 1);
-    s->spec.draft = plan.n;
-    s->spec.n_steps++;
-    s->spec.n_tokens += *n;
+    s->learned.spec.draft = plan.n;
+    s->learned.spec.n_steps++;
+    s->learned.spec.n_tokens += *n;
     q3n__session_put_due(s, s->engine, 0, before);
     return Q3N_OK;
 }
@@ -13127,7 +13187,7 @@ Q3N_DEF q3n_result q3n_session_draft(q3n_session *s, int32_t token, int32_t *dra
 
 Q3N_DEF void q3n_session_speculation(const q3n_session *s, q3n_speculation *out)
 {
-    *out = s->spec;
+    *out = s->learned.spec;
 }
 
 /* =====================================================================================

@@ -947,7 +947,7 @@ static void op_next(world *w)
             break;
         }
         if (max > room) max = room;
-        if (w->idle && chance(w, 30)) s->s->mtp_idle = Q3N__MTP_IDLE;
+        if (w->idle && chance(w, 30)) s->s->learned.mtp_idle = Q3N__MTP_IDLE;
         arm(w, s);
         const q3n_result r = q3n_session_next(s->s, sampler, token, tokens, max, &n);
         if (!successful(w, s, r)) continue;

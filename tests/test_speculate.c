@@ -9,7 +9,6 @@
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
 #include "failing.h"
-#include "isas.h"
 #include "sessions.h"
 
 /* ---- Drafts against the reference implementation ---- */
@@ -83,7 +82,7 @@ static void check_draft_golden(const q3n_model *m, const int32_t *ids, int n, co
     assert_non_null(drafts);
     float *logits = new_floats((size_t)n * (size_t)V);
     for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-        if (!isa_runs((q3n_isa)isa, __func__)) continue;
+        if (!q3n_isa_supported((q3n_isa)isa)) continue;
         int n_isa = n;
         q3n_session_options o = plain_options(n + 8);
         o.max_isa = (q3n_isa)isa;
@@ -612,7 +611,8 @@ static void test_sampled_speculation(void **state)
     q3n_model_close(d.m);
 }
 
-static int stop_at = -2;         /* layer, -2 = none */
+/* ---- Steps that fail ---- */
+static int stop_at = -2;         /* layer, -2 = none                                             */
 
 static void stop_in_hook(void *user, int l, const float *x, int n, int d)
 {
@@ -622,42 +622,124 @@ static void stop_in_hook(void *user, int l, const float *x, int n, int d)
     if (l == stop_at) assert_int_equal(q3n_session_cancel(*(q3n_session **)user), 1);
 }
 
-/* A call that fails draws no random number: the seed's text goes on as it would have. */
-static void test_sampled_cancelled(void **state)
+/* All that the next steps depend on, beside the text. */
+typedef struct {
+    q3n__learned learned;
+    q3n__unread  unread;
+    uint64_t     rng;
+    int          n_window, next;
+    int32_t      window[32];
+    float        hidden[Q3N__HIDDEN_ROWS * 64];
+} memory_of_steps;
+
+static memory_of_steps *remember(const q3n_session *s, const q3n_sampler *sampler)
 {
-    (void)state;
-    q3n_model *m = open_model("qwen3_next_mtp", NULL);
-    int32_t prompt[10], text[2][40];
+    const size_t floats = (size_t)s->unread.n * (size_t)s->shape.hidden_size;
+    memory_of_steps *m = (memory_of_steps *)calloc(1, sizeof *m);
+    assert_non_null(m);
+    assert_true(floats <= sizeof m->hidden / sizeof *m->hidden);
+    assert_true(sampler->o.penalty_window == COUNT(m->window));
+    memcpy(&m->learned, &s->learned, sizeof m->learned);
+    m->unread = s->unread;
+    m->unread.at = 0;                            /* where the rows lie is no matter */
+    m->rng = sampler->rng;
+    m->n_window = sampler->n_window;
+    m->next = sampler->next;
+    memcpy(m->window, sampler->window, sizeof m->window);
+    memcpy(m->hidden, q3n__unread_row(s, 0), floats * sizeof *m->hidden);
+    return m;
+}
+
+typedef struct {
+    q3n_model   *m;
+    heap        *h;
+    q3n_session *s;
+    q3n_sampler *sampler;
+    int          n_failed[2];    /* cancelled, without memory                                    */
+} step_case;
+
+/* The step, after it was made to fail for want of memory, where it may need the second page, and in
+ * every layer. */
+static void step_after_failures(step_case *c, int32_t token, int32_t *tokens, int max, int *n)
+{
+    memory_of_steps *before = remember(c->s, c->sampler);
+    const int n_layers = q3n_model_config(c->m)->num_hidden_layers;
+    for (int l = -2; l <= n_layers; l++) {       /* -2: for want of memory */
+        if (l == -2 && c->s->state.kv.page[1]) continue;
+        stop_at = l;
+        c->h->calls = 0;
+        c->h->fail_at = l == -2;
+        const q3n_result r = q3n_session_next(c->s, c->sampler, token, tokens, max, n);
+        stop_at = -2;
+        c->h->fail_at = 0;
+        if (l == -2 && r == Q3N_OK) {            /* it asked for none */
+            free(before);
+            return;
+        }
+        must(c->s, r, l == -2 ? Q3N_ERR_MEMORY : Q3N_ERR_CANCELLED);
+        c->n_failed[l == -2]++;
+        assert_int_equal(*n, 0);
+        memory_of_steps *after = remember(c->s, c->sampler);
+        assert_memory_equal(after, before, sizeof *after);
+        free(after);
+    }
+    free(before);
+    must(c->s, q3n_session_next(c->s, c->sampler, token, tokens, max, n), Q3N_OK);
+}
+
+/* A text whose steps all fail first is the undisturbed text, with as many drafts.  draft 0: how
+ * many are drafted depends on time, so only what is kept from step to step is compared; idle: the
+ * module has lapsed and begins anew. */
+static void sampled_with_failures(q3n_speculate how, int draft, int idle)
+{
+    heap h = { 0 };
+    step_case c = { .m = open_model("qwen3_next_mtp", &h), .h = &h };
+    int32_t prompt[252], text[2][40];
+    q3n_speculation stats[2];
     uint64_t rng = 89;
-    random_tokens(&rng, prompt, COUNT(prompt), q3n_model_config(m)->vocab_size);
-    m->eos.n = 0;
+    random_tokens(&rng, prompt, 9, q3n_model_config(c.m)->vocab_size);
+    for (int i = 9; i < COUNT(prompt); i++) prompt[i] = prompt[i - 9];    /* to be looked up */
+    c.m->eos.n = 0;
     for (int i = 0; i < 2; i++) {
         q3n_session_options o = plain_options(COUNT(prompt) + COUNT(text[0]));
-        const q3n_sampler_options so = { .temperature = 1.0f, .top_k = 4, .seed = 17 };
-        q3n_sampler *sampler = NULL;
-        o.speculate = Q3N_SPECULATE_MTP;
-        o.draft = 3;
-        q3n_session *s = NULL;
-        o.layer_hook = (q3n_layer_hook){ stop_in_hook, &s };
-        s = create_session(m, &o);
-        assert_int_equal(q3n_sampler_create(&sampler, m, &so, NULL), Q3N_OK);
-        must(s, q3n_session_eval(s, prompt, COUNT(prompt) - 1, NULL), Q3N_OK);
+        const q3n_sampler_options so = { .temperature = 1.0f, .top_k = 4, .seed = 17,
+                                         .repetition_penalty = 1.1f, .penalty_window = 32 };
+        o.speculate = how;
+        o.draft = draft;
+        o.layer_hook = (q3n_layer_hook){ stop_in_hook, &c.s };
+        c.s = create_session(c.m, &o);
+        assert_int_equal(q3n_sampler_create(&c.sampler, c.m, &so, NULL), Q3N_OK);
+        must(c.s, q3n_session_eval(c.s, prompt, COUNT(prompt) - 1, NULL), Q3N_OK);
         int32_t token = prompt[COUNT(prompt) - 1];
         for (int at = 0, n = 0; at < COUNT(text[0]); at += n) {
-            stop_at = i ? at % 5 - 1 : -2;
-            if (i)
-                must(s, q3n_session_next(s, sampler, token, text[i] + at, COUNT(text[0]) - at, &n),
-                     Q3N_ERR_CANCELLED);
-            stop_at = -2;
-            must(s, q3n_session_next(s, sampler, token, text[i] + at, COUNT(text[0]) - at, &n),
-                 Q3N_OK);
+            const int max = COUNT(text[0]) - at;
+            if (idle) c.s->learned.mtp_idle = Q3N__MTP_IDLE + 1, c.s->learned.try_credit = 8.0;
+            if (i) step_after_failures(&c, token, text[i] + at, max, &n);
+            else must(c.s, q3n_session_next(c.s, c.sampler, token, text[i] + at, max, &n), Q3N_OK);
             token = text[i][at + n - 1];
         }
-        q3n_sampler_destroy(sampler);
-        q3n_session_destroy(s);
+        q3n_session_speculation(c.s, &stats[i]);
+        q3n_sampler_destroy(c.sampler);
+        q3n_session_destroy(c.s);
     }
-    assert_memory_equal(text[0], text[1], sizeof text[0]);
-    q3n_model_close(m);
+    assert_true(c.n_failed[0] > 10 && c.n_failed[1] == 1);
+    if (draft) {
+        assert_memory_equal(text[0], text[1], sizeof text[0]);
+        assert_memory_equal(&stats[0], &stats[1], sizeof stats[0]);
+        assert_true(stats[0].n_drafted > (how == Q3N_SPECULATE_LOOKUP ? 0 : 10));
+    }
+    q3n_model_close(c.m);
+    assert_int_equal(h.live, 0);
+}
+
+static void test_failed_steps(void **state)
+{
+    (void)state;
+    sampled_with_failures(Q3N_SPECULATE_MTP, 3, 0);
+    sampled_with_failures(Q3N_SPECULATE_LOOKUP, 2, 0);
+    sampled_with_failures(Q3N_SPECULATE_AUTO, 4, 0);
+    sampled_with_failures(Q3N_SPECULATE_AUTO, 0, 0);
+    sampled_with_failures(Q3N_SPECULATE_AUTO, 0, 1);
 }
 
 /* Looked-up drafts change no token of a seed's text either. */
@@ -708,7 +790,7 @@ int main(void)
         GREEDY(qwen3_head_all_moe)
         cmocka_unit_test(test_greedy_stories),
         cmocka_unit_test(test_sampled_speculation),
-        cmocka_unit_test(test_sampled_cancelled),
+        cmocka_unit_test(test_failed_steps),
         CASE(test_sampled_lookup, qwen3_next),
         CASE(test_sampled_lookup, qwen3_moe),
     };
