@@ -322,13 +322,16 @@
  *     48  u32    length          tokens
  *     52  u32    kv_type         id of Q3N_TYPE_LIST: f32, f16, bf16 or q8
  *     56  u32    delta_type      f32 or bf16
- *     60  u32    has_mtp         1 = pages hold the MTP module's layer too
+ *     60  u32    has_mtp         1 = pages hold the MTP module's layer too, as their last.  A reader
+ *                                without the module passes over it; one that has the module and
+ *                                reads a file without begins the module's keys behind the text
  *     64  u32    has_hidden, has_logits      0 or 1; has_hidden is length > 0
  *     72  u32    page_tokens     256
- *     76  u32    n_kv_layers, n_kv_heads, head_dim, hidden_size, vocab_size
+ *     76  u32    n_kv_layers (the module's included), n_kv_heads, head_dim, hidden_size, vocab_size
  *     96  u64    delta_len, conv_len         elements
  *    112  u64    page_bytes      of one page in the file
  *    120  u32    mtp_first       the MTP module's keys begin at this token: 1 .. length, 1 at 0
+ *                                and without the module
  *    124  u32    zero
  *
  *   PARTS, one behind another, each padded with zeros to a multiple of 64 bytes
@@ -915,8 +918,8 @@ Q3N_DEF size_t     q3n_snapshot_bytes(const q3n_snapshot *snap);   /* without sh
 Q3N_DEF void       q3n_snapshot_free(q3n_snapshot *snap);          /* NULL is allowed */
 
 /* Make the session what snap was, which may come from another session of the same model, with the
- * same kv_type, and both with or without an MTP cache (speculate AUTO or MTP).  Nothing is
- * evaluated. */
+ * same kv_type.  Nothing is evaluated.  Where that session had no MTP module in use (speculate AUTO
+ * or MTP) and this one has, the module begins with the text that follows. */
 Q3N_DEF q3n_result q3n_session_restore(q3n_session *s, const q3n_snapshot *snap);
 
 /* A new session with the same text; o NULL = the options of s.  Pages are shared until one of the
@@ -968,9 +971,9 @@ Q3N_DEF q3n_result q3n_session_save(q3n_session *s, const char *path);
 Q3N_DEF q3n_result q3n_session_save_to(q3n_session *s, const q3n_sink *sink);
 
 /* Continue a saved session; nothing is evaluated.  The file is bound to the bytes of the model's
- * metadata, which hold the checksums of its tensors, to the session's kv_type, and to whether it
- * has an MTP cache (as q3n_session_restore).  Files are taken for hostile: on error (Q3N_ERR_IO,
- * _NO_FILE, _FORMAT, _CHECKSUM, _UNSUPPORTED: another model, kv_type or MTP cache,
+ * metadata, which hold the checksums of its tensors, and to the session's kv_type; an MTP module
+ * may be in use in one and not in the other (as q3n_session_restore).  Files are taken for hostile:
+ * on error (Q3N_ERR_IO, _NO_FILE, _FORMAT, _CHECKSUM, _UNSUPPORTED: another model or kv_type,
  * _FULL: more tokens than the session's capacity, _MEMORY) the session is untouched. */
 Q3N_DEF q3n_result q3n_session_load(q3n_session *s, const char *path);
 Q3N_DEF q3n_result q3n_session_load_from(q3n_session *s, const q3n_source *source);
@@ -6425,6 +6428,8 @@ static void q3n__rope_rotate(float *x, const float *cosines, const float *sines,
 typedef struct q3n__page {
     q3n__atomic n_refs;
     int         n_used;          /* slots written so far: for the one session that may append    */
+    int         n_layers;        /* that it has room for: sessions with an MTP module share pages
+                                    with sessions without                                        */
     int32_t     tokens[Q3N__KV_BLOCK];
 } q3n__page;
 
@@ -6796,7 +6801,11 @@ static void q3n__attend_block(const q3n__attention_arg *j, const q3n__tile *tile
     float scores[Q3N__QUERY_TILE * Q3N__KV_BLOCK], m[Q3N__QUERY_TILE], l[Q3N__QUERY_TILE];
     int n_keys[Q3N__QUERY_TILE];
     int skip = kv->skip - block * Q3N__KV_BLOCK;
-    skip = skip < 0 ? 0 : skip > Q3N__KV_BLOCK ? Q3N__KV_BLOCK : skip;
+    skip = skip < 0 ? 0 : skip;
+    if (skip >= Q3N__KV_BLOCK) {                         /* the page may have no such layer */
+        for (int i = 0; i < tile->n; i++) part[i] = (q3n__softmax_part){ -FLT_MAX, 0.0f };
+        return;
+    }
     for (int i = 0; i < tile->n; i++) {
         const int n = q3n__n_visible(r, tile, i) - block * Q3N__KV_BLOCK;
         n_keys[i] = n < skip ? 0 : (n > Q3N__KV_BLOCK ? Q3N__KV_BLOCK : n) - skip;
@@ -7671,6 +7680,12 @@ static int q3n__blocks_of(int n_tokens)
     return n_tokens / Q3N__KV_BLOCK + (n_tokens % Q3N__KV_BLOCK != 0);
 }
 
+static size_t q3n__page_bytes(const q3n__shape *shape, int n_layers)
+{
+    return Q3N__PAGE_HEAD + (size_t)n_layers * (size_t)shape->n_kv_heads
+                            * q3n__kv_block_bytes(shape->kv_type, shape->head_dim);
+}
+
 static void q3n__shape_make(const q3n_model *m, q3n_type kv_type, int has_mtp, q3n__shape *s)
 {
     const q3n_config *c = &m->config;
@@ -7682,8 +7697,7 @@ static void q3n__shape_make(const q3n_model *m, q3n_type kv_type, int has_mtp, q
     s->n_kv_layers = c->num_hidden_layers - n_delta + has_mtp;
     s->n_kv_heads = c->num_key_value_heads;
     s->head_dim = c->head_dim;
-    s->page_bytes = Q3N__PAGE_HEAD + (size_t)s->n_kv_layers * (size_t)s->n_kv_heads
-                                     * q3n__kv_block_bytes(kv_type, c->head_dim);
+    s->page_bytes = q3n__page_bytes(s, s->n_kv_layers);
     s->delta_len = (size_t)n_delta * (size_t)c->linear_num_value_heads
                  * (size_t)c->linear_key_head_dim * (size_t)c->linear_value_head_dim;
     if (n_delta > 0)
@@ -7693,6 +7707,13 @@ static void q3n__shape_make(const q3n_model *m, q3n_type kv_type, int has_mtp, q
     s->vocab_size = c->vocab_size;
 }
 
+static void q3n__shape_set_mtp(q3n__shape *s, int has_mtp)
+{
+    s->n_kv_layers += has_mtp - s->has_mtp;
+    s->has_mtp = has_mtp;
+    s->page_bytes = q3n__page_bytes(s, s->n_kv_layers);
+}
+
 /* ---- Pages ---- */
 static q3n__page *q3n__page_alloc(const q3n_model *m, const q3n__shape *shape)
 {
@@ -7700,6 +7721,7 @@ static q3n__page *q3n__page_alloc(const q3n_model *m, const q3n__shape *shape)
     if (!p) return NULL;
     memset(p, 0, shape->page_bytes);       /* what is never written goes into files as zeros */
     p->n_refs = 1;
+    p->n_layers = shape->n_kv_layers;
     return p;
 }
 
@@ -7710,15 +7732,17 @@ static void q3n__page_release(const q3n_model *m, q3n__page *p)   /* NULL is all
     if (p && q3n__atomic_add(&p->n_refs, -1) == 1) q3n__free(&m->allocator, p);
 }
 
-/* The first n slots of a page, and not a byte of the others, which someone may be writing. */
+/* The first n slots of a page, in the layers that both have, and not a byte of the others, which
+ * someone may be writing. */
 static void q3n__page_copy(const q3n__shape *shape, q3n__page *to, q3n__page *from, int n)
 {
     const q3n__kv_cache kv = { NULL, shape->kv_type, shape->n_kv_heads, shape->head_dim, 0 };
     const size_t D = (size_t)shape->head_dim, e = q3n__kv_element(shape->kv_type);
     const size_t part = q3n__kv_part_bytes(kv.type, kv.dim);
     const size_t scales = q3n__kv_scales_at(kv.type, kv.dim);
+    const int n_layers = from->n_layers < to->n_layers ? from->n_layers : to->n_layers;
     memcpy(to->tokens, from->tokens, (size_t)n * sizeof *to->tokens);
-    for (int i = 0; i < shape->n_kv_layers * shape->n_kv_heads; i++) {
+    for (int i = 0; i < n_layers * shape->n_kv_heads; i++) {
         uint8_t *y = q3n__page_block(to, &kv, 0, i);
         const uint8_t *x = q3n__page_block(from, &kv, 0, i);
         for (size_t d = 0; d < D; d++)
@@ -7740,7 +7764,8 @@ struct q3n_snapshot {
     q3n_type         delta_type; /* f32 or bf16                                                  */
     int              length;     /* tokens                                                       */
     int              n_pages;    /* q3n__blocks_of(length)                                       */
-    int              mtp_first;  /* the MTP module's keys begin at this token, 1 or more         */
+    int              mtp_first;  /* the MTP module's keys begin at this token, 1 or more; 1
+                                    without the module                                           */
     int              has_hidden; /* not at length 0                                              */
     int              has_logits;
     q3n__page      **page;       /* [n_pages]                                                    */
@@ -7945,12 +7970,9 @@ static q3n_result q3n__session_header_fits(const q3n__session_header *h,
                          "keys and values are %s, the session's %s: make it with kv_type %s",
                          q3n__types[h->kv_type].name, q3n__types[want->kv_type].name,
                          q3n__types[h->kv_type].name);
-    if (h->has_mtp > 1) return q3n__fail(err, Q3N_ERR_FORMAT, 60, "has_mtp is %u", h->has_mtp);
     if (h->has_mtp != want->has_mtp)
-        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, 60,
-                         "saved %s keys of the MTP module, the session is %s them: make it with "
-                         "option speculate %s", h->has_mtp ? "with" : "without",
-                         want->has_mtp ? "with" : "without", h->has_mtp ? "AUTO or MTP" : "OFF");
+        return q3n__fail(err, Q3N_ERR_FORMAT, 60, "has_mtp is %u, the model has no such module",
+                         h->has_mtp);
     return Q3N_OK;
 }
 
@@ -7976,11 +7998,14 @@ static q3n_result q3n__session_header_numbers(const q3n__session_header *h,
     return Q3N_OK;
 }
 
-/* Fill `like`, a snapshot without arrays, from a header that a session of like->shape can take. */
+/* Fill `like`, a snapshot without arrays, from a header that a session of like->shape can take; it
+ * gets the shape of the file, which may have an MTP module where the session has none. */
 static q3n_result q3n__session_header_check(const q3n__session_header *h, const q3n_model *m,
                                             int capacity, q3n_snapshot *like, q3n_error *err)
 {
     q3n__session_header want;
+    const int has_mtp = m->config.num_mtp_layers > 0 ? h->has_mtp == 1 : 0;
+    q3n__shape_set_mtp(&like->shape, has_mtp);
     like->delta_type = Q3N_TYPE_F32;
     q3n__session_header_make(&want, m, like);
     q3n_result r = q3n__session_header_open(h, err);
@@ -7996,7 +8021,7 @@ static q3n_result q3n__session_header_check(const q3n__session_header *h, const 
     if (h->length > (uint32_t)capacity)
         return q3n__fail(err, Q3N_ERR_FULL, 48, "%u tokens do not fit a session of %d: make it with"
                          " a larger capacity", h->length, capacity);
-    if (h->mtp_first < 1 || h->mtp_first > (h->length ? h->length : 1))
+    if (h->mtp_first < 1 || h->mtp_first > (has_mtp && h->length ? h->length : 1))
         return q3n__fail(err, Q3N_ERR_FORMAT, 120, "mtp_first is %u of %u tokens", h->mtp_first,
                          h->length);
     like->delta_type = (q3n_type)h->delta_type;
@@ -8015,6 +8040,7 @@ typedef struct {
     int64_t           size;      /* of the file that is read, -1 = not known                     */
     q3n__hash         hash;      /* of the parts so far                                          */
     uint64_t          at, bytes; /* so far, in all                                               */
+    size_t            kv_bytes;  /* of one page's keys and values                                */
     q3n_error        *err;
 } q3n__stream;
 
@@ -8074,11 +8100,27 @@ static q3n_result q3n__stream_arrays(q3n__stream *s, const q3n_snapshot *snap)
     return r;
 }
 
+/* Bytes of the file, a multiple of 64, for which there is no room in memory: zeros are written,
+ * what is read is dropped. */
+static q3n_result q3n__stream_gap(q3n__stream *s, size_t bytes)
+{
+    uint8_t zeros[1024] = { 0 };
+    q3n_result r = Q3N_OK;
+    for (size_t some; bytes > 0 && r == Q3N_OK; bytes -= some) {
+        some = bytes < sizeof zeros ? bytes : sizeof zeros;
+        r = q3n__stream_blocks(s, zeros, some);
+    }
+    return r;
+}
+
+/* The MTP module's layer, the last, may be in the file alone. */
 static q3n_result q3n__stream_page(q3n__stream *s, const q3n__shape *shape, q3n__page *page)
 {
-    const q3n_result r = q3n__stream_part(s, page->tokens, sizeof page->tokens);
-    const size_t bytes = shape->page_bytes - Q3N__PAGE_HEAD;
-    return r == Q3N_OK ? q3n__stream_part(s, (uint8_t *)page + Q3N__PAGE_HEAD, bytes) : r;
+    const size_t room = q3n__page_bytes(shape, page->n_layers) - Q3N__PAGE_HEAD;
+    const size_t bytes = room < s->kv_bytes ? room : s->kv_bytes;
+    q3n_result r = q3n__stream_part(s, page->tokens, sizeof page->tokens);
+    if (r == Q3N_OK) r = q3n__stream_part(s, (uint8_t *)page + Q3N__PAGE_HEAD, bytes);
+    return r == Q3N_OK ? q3n__stream_gap(s, s->kv_bytes - bytes) : r;
 }
 
 /* ---- Writing ---- */
@@ -8101,7 +8143,8 @@ static q3n_result q3n__snapshot_write(const q3n_snapshot *s, const q3n_sink *sin
     if (s->length % Q3N__KV_BLOCK != 0 && (last = q3n__snapshot_last_page(s)) == NULL)
         return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a page of %zu bytes",
                          s->shape.page_bytes);
-    q3n__stream out = { .sink = sink, .bytes = h.file_bytes, .err = err };
+    q3n__stream out = { .sink = sink, .bytes = h.file_bytes, .err = err,
+                        .kv_bytes = s->shape.page_bytes - Q3N__PAGE_HEAD };
     q3n__hash_begin(&out.hash, h.header_hash);
     q3n_result r = q3n__stream_raw(&out, &h, sizeof h);
     if (r == Q3N_OK) r = q3n__stream_arrays(&out, s);
@@ -8165,13 +8208,15 @@ static q3n_result q3n__stream_read(q3n__stream *in, q3n_snapshot **out, const q3
                          " %llu: it was not copied whole", (long long)in->size,
                          (unsigned long long)h.file_bytes);
     in->bytes = h.file_bytes;
+    in->kv_bytes = like.shape.page_bytes - Q3N__PAGE_HEAD;
+    if (shape->has_mtp) shape = &like.shape;             /* a file without the module: its pages */
     q3n__hash_begin(&in->hash, h.header_hash);
     q3n_snapshot *s = q3n__snapshot_alloc(m, shape, like.delta_type, like.length);
     if (!s)
         return q3n__fail(in->err, Q3N_ERR_MEMORY, -1, "no memory for the state of %d tokens, %zu"
                          " bytes without pages", like.length,
                          q3n__snapshot_measure(shape, like.delta_type, like.length));
-    s->mtp_first = like.mtp_first;
+    if (shape->has_mtp) s->mtp_first = like.mtp_first;
     s->has_hidden = like.has_hidden;
     s->has_logits = like.has_logits;
     r = q3n__stream_arrays(in, s);
@@ -8287,6 +8332,17 @@ static uint64_t q3n__cache_key(const q3n_cache *c, const q3n__shape *shape, q3n_
     const int type = shape->delta_len ? (int)delta_type : 0;
     return q3n__mix64(c->model_hash ^ q3n__mix64((uint64_t)shape->kv_type << 16
                                                  | (uint64_t)shape->has_mtp << 8 | (uint64_t)type));
+}
+
+/* The keys under which states for this shape may be: its own, and with the MTP module or without it
+ * where the shape is otherwise (the same again if the model has no module). */
+static void q3n__cache_keys(const q3n_cache *c, const q3n__shape *shape, q3n_type delta_type,
+                            uint64_t key[2])
+{
+    q3n__shape other = *shape;
+    if (c->model->config.num_mtp_layers > 0) other.has_mtp = !shape->has_mtp;
+    key[0] = q3n__cache_key(c, shape, delta_type);
+    key[1] = q3n__cache_key(c, &other, delta_type);
 }
 
 /* Takes up the chain behind tokens that are in it; q3n__mix64 makes it a hash. */
@@ -8447,7 +8503,7 @@ static void q3n__cache_hold(q3n_cache *c, const q3n_snapshot *s)
     for (int i = 0; i < s->n_pages; i++) {
         q3n__cache_page *p = &c->pages[q3n__cache_page_slot(c, s->page[i])];
         if (!p->page) {
-            c->bytes += s->shape.page_bytes + Q3N__CACHE_HEAD;
+            c->bytes += q3n__page_bytes(&s->shape, s->page[i]->n_layers) + Q3N__CACHE_HEAD;
             c->n_pages++;
             p->page = s->page[i];
             p->n = 0;
@@ -8462,7 +8518,7 @@ static void q3n__cache_unhold(q3n_cache *c, const q3n_snapshot *s)
     for (int i = 0; i < s->n_pages; i++) {
         const size_t slot = q3n__cache_page_slot(c, s->page[i]);
         if (--c->pages[slot].n > 0) continue;
-        c->bytes -= s->shape.page_bytes + Q3N__CACHE_HEAD;
+        c->bytes -= q3n__page_bytes(&s->shape, s->page[i]->n_layers) + Q3N__CACHE_HEAD;
         q3n__cache_page_remove(c, slot);
     }
 }
@@ -8602,8 +8658,10 @@ static q3n_snapshot *q3n__cache_load(q3n_cache *c, const q3n__cache_item *e,
     q3n_error err;
     q3n__cache_name(e, name);
     q3n__cache_path(c, name, path);
+    uint64_t key[2] = { 0, 0 };
     q3n_result r = q3n__snapshot_open(&s, c->model, shape, e->length, path, &err);
-    if (r == Q3N_OK && (s->length != e->length || q3n__cache_key(c, shape, s->delta_type) != e->key
+    if (r == Q3N_OK) q3n__cache_keys(c, shape, s->delta_type, key);
+    if (r == Q3N_OK && (s->length != e->length || (e->key != key[0] && e->key != key[1])
                         || !q3n__snapshot_is_prefix(s, tokens, e->length))) {
         q3n__snapshot_release(s);
         s = NULL;
@@ -8731,8 +8789,9 @@ static void q3n__cache_put(q3n_cache *c, q3n_snapshot *snap, int marked)
 {
     const uint64_t key = q3n__cache_key(c, &snap->shape, snap->delta_type);
     const uint64_t text = q3n__snapshot_text(snap);
-    const size_t alone = snap->bytes + Q3N__CACHE_HEAD
-                       + (size_t)snap->n_pages * (snap->shape.page_bytes + Q3N__CACHE_HEAD);
+    size_t alone = snap->bytes + Q3N__CACHE_HEAD;
+    for (int i = 0; i < snap->n_pages; i++)
+        alone += q3n__page_bytes(&snap->shape, snap->page[i]->n_layers) + Q3N__CACHE_HEAD;
     Q3N_ASSERT(snap->model == c->model);
     if (alone > c->max_bytes) return;
     q3n__mutex_lock(&c->mutex);
@@ -8780,20 +8839,22 @@ static int q3n__cache_touch(q3n_cache *c, const q3n__shape *shape, q3n_type delt
     return found;
 }
 
-/* The longest item whose hash is that of the first tokens, more than least and at most n of them;
- * -1 = none.  One pass over the tokens, as far as there are items. */
-static int q3n__cache_longest(const q3n_cache *c, uint64_t key, const int32_t *tokens, int n,
-                              int least)
+/* The longest item whose hash is that of the first tokens, more than least and at most n of them,
+ * of equals the one under the first key; -1 = none.  One pass over the tokens, as far as there are
+ * items. */
+static int q3n__cache_longest(const q3n_cache *c, const uint64_t key[2], const int32_t *tokens,
+                              int n, int least)
 {
     uint64_t chain = Q3N__TEXT_START;
     int longest = -1, done = 0;
     for (int i = q3n__cache_lower(c, least + 1, 0, 0); i < c->n_items; i++) {
         const q3n__cache_item *e = &c->items[i];
         if (e->length > n) break;
-        if (e->key != key || (!e->snap && !e->has_file)) continue;
+        if ((e->key != key[0] && e->key != key[1]) || (!e->snap && !e->has_file)) continue;
         chain = q3n__text_chain(chain, tokens + done, e->length - done);
         done = e->length;
-        if (q3n__mix64(chain) == e->text) longest = i;
+        if (q3n__mix64(chain) != e->text) continue;
+        if (longest < 0 || c->items[longest].length < e->length || e->key == key[0]) longest = i;
     }
     return longest;
 }
@@ -8801,15 +8862,16 @@ static int q3n__cache_longest(const q3n_cache *c, uint64_t key, const int32_t *t
 /* Files that a search looks into: those of a hostile directory may all hold something else. */
 #define Q3N__CACHE_TRIES 8
 
-/* The longest snapshot of this shape, of more than least and at most n tokens, whose text is a
+/* The longest snapshot for this shape, of more than least and at most n tokens, whose text is a
  * prefix of tokens [n], with a reference for the caller; NULL = none.  Files are looked into where
  * they are longer than what is in memory.  Counts a hit, or without one whether the caller begins
  * at `least` tokens of its own or at none. */
 static q3n_snapshot *q3n__cache_find(q3n_cache *c, const q3n__shape *shape, q3n_type delta_type,
                                      const int32_t *tokens, int n, int least)
 {
-    const uint64_t key = q3n__cache_key(c, shape, delta_type);
+    uint64_t key[2];
     q3n_snapshot *snap = NULL;
+    q3n__cache_keys(c, shape, delta_type, key);
     for (int most = n, tries = 0; !snap && tries < Q3N__CACHE_TRIES; tries++) {
         q3n__cache_item e;
         q3n__mutex_lock(&c->mutex);
@@ -9369,11 +9431,12 @@ static int q3n__slots_of(int n, int b)
 static int q3n__page_for_writing(q3n_session *s, int b, int used)
 {
     q3n__page **page = &s->state.kv.page[b];
-    if (*page && q3n__atomic_load(&(*page)->n_refs) == 1) {
+    const int room = *page && (*page)->n_layers >= s->shape.n_kv_layers;
+    if (room && q3n__atomic_load(&(*page)->n_refs) == 1) {
         s->owned[b] = 1;
         return 1;
     }
-    if (*page && s->owned[b] && (*page)->n_used == used) return 1;
+    if (room && s->owned[b] && (*page)->n_used == used) return 1;
     q3n__page *copy = q3n__page_alloc(s->model, &s->shape);
     if (!copy) return 0;
     if (*page) q3n__page_copy(&s->shape, copy, *page, used);
@@ -9799,7 +9862,10 @@ static void q3n__session_load_work(q3n_session *s, q3n__engine *e, const q3n_sna
     s->begun = 1;
     s->state.length = snap ? snap->length : 0;
     s->work_mtp = s->state.length;
-    s->work_first = snap ? snap->mtp_first : 1;
+    s->work_first = 1;
+    if (snap && s->shape.has_mtp)                        /* its keys, or it begins behind the text */
+        s->work_first = snap->shape.has_mtp ? snap->mtp_first
+                                            : q3n__first_within(INT_MAX, snap->length);
     if (!snap) {
         if (h->delta_len) memset(delta, 0, h->delta_len * sizeof(float));
         if (h->conv_len) memset(conv, 0, h->conv_len * sizeof(float));
@@ -9814,23 +9880,15 @@ static void q3n__session_load_work(q3n_session *s, q3n__engine *e, const q3n_sna
     memcpy(s->work_hidden, snap->hidden, (size_t)h->hidden_size * sizeof(float));
 }
 
-static int q3n__same_shape(const q3n__shape *a, const q3n__shape *b)
-{
-    return a->kv_type == b->kv_type && a->has_mtp == b->has_mtp
-        && a->page_bytes == b->page_bytes && a->delta_len == b->delta_len;
-}
-
 static q3n_result q3n__session_restore(q3n_session *s, const q3n_snapshot *snap)
 {
     q3n__engine *e = s->engine;
     if (snap->model != s->model)
         return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "the snapshot is of another model");
-    if (!q3n__same_shape(&snap->shape, &s->shape))
+    if (snap->shape.kv_type != s->shape.kv_type)
         return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1, "the snapshot has a KV cache of type "
-                         "%s %s MTP keys, the session one of %s %s: give both the same kv_type and "
-                         "speculate", q3n__types[snap->shape.kv_type].name,
-                         snap->shape.has_mtp ? "with" : "without",
-                         q3n__types[s->shape.kv_type].name, s->shape.has_mtp ? "with" : "without");
+                         "%s, the session one of %s: give both the same kv_type",
+                         q3n__types[snap->shape.kv_type].name, q3n__types[s->shape.kv_type].name);
     if (snap->length > s->options.capacity)
         return q3n__fail(&s->error, Q3N_ERR_FULL, -1, "the snapshot has %d tokens, the session "
                          "room for %d", snap->length, s->options.capacity);

@@ -134,13 +134,11 @@ typedef struct {
 typedef struct {
     q3n_snapshot *snap;
     text          t;
-    int           drafts;
 } kept;
 
 typedef struct {
     memory_file file;
     text        t;
-    int         drafts;
 } blob;
 
 typedef enum { ARMED_NOT, ARMED_CANCEL, ARMED_MEMORY } armed;
@@ -462,7 +460,7 @@ static void op_fork(world *w)
     const armed a = w->armed;
     const q3n_result r = q3n_session_fork(&session, s->s, same ? NULL : &o, &err);
     disarm(w, s);
-    const int fits = same || (o.capacity >= s->t.n && drafts_with(w, &o) == s->drafts);
+    const int fits = same || o.capacity >= s->t.n;
     if (fork_failed(w, r, a, fits, &err)) {
         if (session) world_fail(w, "a failed fork left a session");
         note(w, " failed;");
@@ -680,21 +678,16 @@ static void op_snapshot(world *w)
     }
     if (!k->snap || q3n_snapshot_length(k->snap) != s->t.n) world_fail(w, "snapshot's length");
     k->t = s->t;
-    k->drafts = s->drafts;
     verify(w, s);
 }
 
 /* 1 if a state of n tokens does not fit the session: then it must have been refused. */
-static int unfit(world *w, slot *s, q3n_result r, int drafts, int n)
+static int unfit(world *w, slot *s, q3n_result r, int n)
 {
-    if (drafts == s->drafts && n <= s->capacity) return 0;
+    if (n <= s->capacity) return 0;
     disarm(w, s);
-    const int why = (n > s->capacity && r == Q3N_ERR_FULL)
-                 || (drafts != s->drafts && r == Q3N_ERR_UNSUPPORTED)
-                 || r == Q3N_ERR_MEMORY || r == Q3N_ERR_CANCELLED;
-    if (!why)
-        world_fail(w, "%d tokens, MTP cache %d, in a session of %d, MTP cache %d: %s", n, drafts,
-                   s->capacity, s->drafts, q3n_result_string(r));
+    if (r != Q3N_ERR_FULL && r != Q3N_ERR_MEMORY)
+        world_fail(w, "%d tokens in a session of %d: %s", n, s->capacity, q3n_result_string(r));
     refused(w, s, r, r);
     return 1;
 }
@@ -710,7 +703,7 @@ static void op_restore(world *w)
     note(w, "restore %d from %d (%d tokens)", number(w, s), (int)(k - w->snaps), k->t.n);
     arm(w, s);
     const q3n_result r = q3n_session_restore(s->s, k->snap);
-    if (unfit(w, s, r, k->drafts, k->t.n)) return;
+    if (unfit(w, s, r, k->t.n)) return;
     if (!successful(w, s, r)) return;
     s->t = k->t;
     verify(w, s);
@@ -741,7 +734,6 @@ static void op_save(world *w)
     arm(w, s);
     const q3n_result r = save_to(&b->file, s->s, SIZE_MAX);
     b->t = s->t;
-    b->drafts = s->drafts;
     if (!successful(w, s, r)) b->file.n = 0;
     verify(w, s);
 }
@@ -755,7 +747,7 @@ static void op_load(world *w)
         return;
     }
     note(w, "load %d from %d (%d tokens)", number(w, s), (int)(b - w->blobs), b->t.n);
-    const int x = below(w, 10), fits = b->drafts == s->drafts && b->t.n <= s->capacity;
+    const int x = below(w, 10), fits = b->t.n <= s->capacity;
     if (x == 0 && fits) {
         refused(w, s, load_from(&b->file, s->s, (size_t)below(w, (int)b->file.n)), Q3N_ERR_IO);
         return;
@@ -772,7 +764,7 @@ static void op_load(world *w)
     }
     arm(w, s);
     const q3n_result r = load_from(&b->file, s->s, SIZE_MAX);
-    if (unfit(w, s, r, b->drafts, b->t.n)) return;
+    if (unfit(w, s, r, b->t.n)) return;
     if (!successful(w, s, r)) return;
     s->t = b->t;
     verify(w, s);
@@ -978,7 +970,7 @@ static void op_draft(world *w)
     } else if (!successful(w, s, r)) {
         free(logits);
         return;
-    } else if (!w->idle) {               /* else it has not seen the whole text */
+    } else if (s->s->unread.mtp_first == 1) {    /* else it has not seen the whole text */
         reference_draft(&w->ref, &s->t, token, want, n, logits + w->vocab);
         for (int i = 0; i < w->vocab; i++)
             if (memcmp(&logits[i], &logits[w->vocab + i], sizeof *logits) != 0)
@@ -1126,7 +1118,7 @@ static void world_finish(world *w)
         const kept *k = &w->snaps[i];
         for (int j = 0; j < COUNT(w->slots) && k->snap; j++) {
             slot *s = &w->slots[j];
-            if (!s->s || s->drafts != k->drafts || s->capacity < k->t.n) continue;
+            if (!s->s || s->capacity < k->t.n) continue;
             note(w, "\nrestore %d from %d", j, i);
             if (q3n_session_restore(s->s, k->snap) != Q3N_OK)
                 world_fail(w, "restore: %s", q3n_session_error(s->s)->message);

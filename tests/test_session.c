@@ -1076,6 +1076,182 @@ static void test_batch_errors(void **state)
     crowd_close(&c);
 }
 
+/* ---- States with the MTP module's keys and without ---- */
+
+/* Ways from one session to another. */
+enum { BY_FILE, BY_SNAPSHOT, BY_FORK, BY_CACHE, BY_DIRECTORY, N_WAYS };
+
+typedef struct {
+    const q3n_model *m;
+    int32_t          ids[560];
+    float           *want;       /* [560, vocab]                                                 */
+    char             directory[64];
+} either;
+
+static q3n_cache *either_cache(const either *e, int way)
+{
+    q3n_cache *c = NULL;
+    const q3n_cache_options o = {
+        .max_bytes = (size_t)64 << 20, .directory = way == BY_DIRECTORY ? e->directory : NULL };
+    if (way >= BY_CACHE) assert_int_equal(q3n_cache_create(&c, e->m, &o, NULL), Q3N_OK);
+    return c;
+}
+
+/* A session with options o that has the first n tokens, which *from evaluated; ends *from, and may
+ * change the cache of both. */
+static q3n_session *pass_on(const either *e, q3n_session *from, q3n_session_options *o, int n,
+                            int way)
+{
+    q3n_session *to = NULL;
+    q3n_snapshot *snap = NULL;
+    memory_file b = { 0 };
+    int n_reused = 0;
+    if (way == BY_FILE) must(from, save_to(&b, from, SIZE_MAX), Q3N_OK);
+    if (way == BY_SNAPSHOT) must(from, q3n_session_snapshot(from, &snap), Q3N_OK);
+    if (way == BY_FORK) assert_int_equal(q3n_session_fork(&to, from, o, NULL), Q3N_OK);
+    if (way >= BY_CACHE) must(from, q3n_session_keep(from), Q3N_OK);
+    q3n_session_destroy(from);
+    if (way == BY_DIRECTORY) {                   /* as another process would find it */
+        q3n_cache_destroy(o->cache);
+        o->cache = either_cache(e, way);
+        assert_true(stats_of(o->cache).n_files > 0 && stats_of(o->cache).n_entries == 0);
+    }
+    if (!to) to = create_session(e->m, o);
+    if (way == BY_FILE) must(to, load_from(&b, to, SIZE_MAX), Q3N_OK);
+    if (way == BY_SNAPSHOT) must(to, q3n_session_restore(to, snap), Q3N_OK);
+    if (way >= BY_CACHE) {
+        must(to, q3n_session_reuse(to, e->ids, n, &n_reused), Q3N_OK);
+        assert_int_equal(n_reused, n);
+    }
+    q3n_snapshot_free(snap);
+    free(b.bytes);
+    assert_int_equal(q3n_session_length(to), n);
+    return to;
+}
+
+/* Greedy steps from token ids[n] on give what plain evaluation gives; returns how many drafts were
+ * made.  The session is back at n tokens. */
+static int64_t steps_from(const either *e, q3n_session *s, int n)
+{
+    const size_t V = (size_t)q3n_model_config(e->m)->vocab_size;
+    q3n_session_options o = plain_options(COUNT(e->ids));
+    q3n_session *plain = create_session(e->m, &o);
+    q3n_sampler *greedy = NULL;
+    q3n_speculation before, after;
+    float *logits = new_floats(V);
+    int32_t tokens[12], token = e->ids[n];
+    int chosen = 0;
+    assert_int_equal(q3n_sampler_create(&greedy, e->m, NULL, NULL), Q3N_OK);
+    must(plain, q3n_session_eval(plain, e->ids, n, NULL), Q3N_OK);
+    q3n_session_speculation(s, &before);
+    for (int i = 0; i < 5; i++) {
+        must(s, q3n_session_next(s, greedy, token, tokens, COUNT(tokens), &chosen), Q3N_OK);
+        for (int k = 0; k < chosen; k++) {
+            must(plain, q3n_session_eval(plain, &token, 1, logits), Q3N_OK);
+            token = tokens[k];
+            assert_int_equal(token, argmax(logits, (int)V));
+        }
+        if (q3n_model_is_eos(e->m, token)) break;
+    }
+    q3n_session_speculation(s, &after);
+    must(s, q3n_session_rewind(s, n), Q3N_OK);
+    q3n_sampler_destroy(greedy);
+    q3n_session_destroy(plain);
+    free(logits);
+    return after.n_drafted - before.n_drafted;
+}
+
+/* 280 tokens in a session with the module or without, passed on to one of the other kind, and after
+ * 260 more back to the first kind. */
+static void there_and_back(const either *e, int first, int way)
+{
+    const size_t V = (size_t)q3n_model_config(e->m)->vocab_size;
+    const q3n_speculate kind[2] = { Q3N_SPECULATE_OFF, Q3N_SPECULATE_MTP };
+    float *logits = new_floats(V);
+    q3n_session_options o = plain_options(COUNT(e->ids));
+    o.draft = 3;
+    o.cache = either_cache(e, way);
+    o.speculate = kind[first];
+    q3n_session *s = create_session(e->m, &o);
+    must(s, q3n_session_eval(s, e->ids, 280, logits), Q3N_OK);
+    for (int i = 0, n = 280; i < 2; i++, n += 260) {
+        const int with = i == 0 ? !first : first;
+        o.speculate = kind[with];
+        s = pass_on(e, s, &o, n, way);
+        must(s, q3n_session_logits(s, logits), Q3N_OK);
+        check_same(logits, e->want + (size_t)(n - 1) * V, V, "passed on");
+        const int64_t n_drafted = steps_from(e, s, n);
+        if (with ? n_drafted < 5 : n_drafted != 0)
+            fail_msg("way %d, with the module %d: %d drafts", way, with, (int)n_drafted);
+        must(s, q3n_session_eval(s, e->ids + n, i ? 10 : 260, logits), Q3N_OK);
+        check_same(logits, e->want + (size_t)(n + (i ? 9 : 259)) * V, V, "and went on");
+    }
+    q3n_session_destroy(s);
+    q3n_cache_destroy(o.cache);
+    free(logits);
+}
+
+static void test_module_or_not(void **state)
+{
+    (void)state;
+    heap h = { 0 };
+    q3n_model *m = open_model("qwen3_next_mtp", &h);
+    const int live = h.live;
+    either e = { .m = m };
+    const size_t V = (size_t)q3n_model_config(m)->vocab_size;
+    uint64_t rng = 97;
+    random_tokens(&rng, e.ids, COUNT(e.ids), (int)V);
+    e.want = new_floats(COUNT(e.ids) * V);
+    const q3n_session_options o = plain_options(COUNT(e.ids));
+    q3n_session *s = create_session(m, &o);
+    const q3n_outputs out = { .all_logits = e.want };
+    must(s, q3n_session_eval_outputs(s, e.ids, COUNT(e.ids), &out), Q3N_OK);
+    q3n_session_destroy(s);
+    for (int way = 0; way < N_WAYS; way++)
+        for (int first = 0; first < 2; first++) {
+            snprintf(e.directory, sizeof e.directory, "build/test_session_%d", (int)getpid());
+            assert_int_equal(mkdir(e.directory, 0777), 0);
+            there_and_back(&e, first, way);
+            remove_directory(e.directory);
+            assert_int_equal(h.live, live);
+        }
+    free(e.want);
+    q3n_model_close(m);
+    assert_int_equal(h.live, 0);
+}
+
+/* A session without the module that loads a file with its keys takes what it would without them. */
+static void test_module_memory(void **state)
+{
+    (void)state;
+    heap h = { 0 };
+    q3n_model *m = open_model("qwen3_next_mtp", &h);
+    int32_t ids[300];
+    uint64_t rng = 101;
+    random_tokens(&rng, ids, COUNT(ids), q3n_model_config(m)->vocab_size);
+    q3n_session_options o = plain_options(COUNT(ids));
+    memory_file b[2] = { { 0 }, { 0 } };
+    size_t live[2];
+    for (int with = 0; with < 2; with++) {
+        o.speculate = with ? Q3N_SPECULATE_MTP : Q3N_SPECULATE_OFF;
+        q3n_session *s = create_session(m, &o);
+        must(s, q3n_session_eval(s, ids, COUNT(ids), NULL), Q3N_OK);
+        must(s, save_to(&b[with], s, SIZE_MAX), Q3N_OK);
+        q3n_session_destroy(s);
+    }
+    assert_true(b[1].n > b[0].n);
+    o.speculate = Q3N_SPECULATE_OFF;
+    for (int with = 0; with < 2; with++) {
+        q3n_session *s = create_session(m, &o);
+        must(s, load_from(&b[with], s, SIZE_MAX), Q3N_OK);
+        live[with] = h.live_bytes;
+        q3n_session_destroy(s);
+        free(b[with].bytes);
+    }
+    assert_int_equal(live[0], live[1]);
+    q3n_model_close(m);
+}
+
 /* ---- What does not fit together ---- */
 static void test_strangers(void **state)
 {
@@ -1616,6 +1792,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_batch_errors),
         CASE(test_cancel, qwen3_next_mtp),
         CASE(test_cancel, qwen3_moe),
+        cmocka_unit_test(test_module_or_not),
+        cmocka_unit_test(test_module_memory),
         cmocka_unit_test(test_cancel_between),
         cmocka_unit_test(test_cancel_one),
         cmocka_unit_test(test_cancel_ready),
