@@ -129,6 +129,13 @@
  * q3n_session_bytes tells what it comes to.  Snapshots and forks share pages.  A thread needs
  * 48 KiB of stack for this library, where the compiler optimises (33 are scores of attention).
  *
+ * ARGUMENTS.  A pointer may be NULL where its comment says so, and an array of which a count says
+ * that it is empty.  Any other NULL, and a number out of its range, is Q3N_ERR_ARG; functions that
+ * return no q3n_result then answer 0, NULL or what they answer where there is nothing, and those
+ * that return nothing do nothing.  _close, _destroy and _free take NULL.  After an error the handles
+ * and counts to be given back are NULL and 0, unless a comment says otherwise; what arrays hold is
+ * not defined, structs are as they were.
+ *
  * ERRORS.  Functions return q3n_result; the record says what was found and what was expected.  A
  * function that fails changes nothing.  Model and session files are taken for hostile: any bytes
  * give a model, a state or an error.  What a hostile one computes is its own affair: numbers, never
@@ -2526,6 +2533,9 @@ void q3n__log(const q3n_logger *l, q3n_log_level level, const char *format, ...)
     (l->log)(l->user, level, text);   /* <tgmath.h> has a macro log(x) */
 }
 
+/* The record of what is not there. */
+static const q3n_error q3n__no_object = { Q3N_ERR_ARG, -1, "NULL was given for an object" };
+
 Q3N_DEF const char *q3n_result_string(q3n_result r)
 {
     switch (r) {
@@ -3015,6 +3025,7 @@ Q3N_DEF const char *q3n_type_name(q3n_type t)
 
 Q3N_DEF q3n_result q3n_type_from_name(const char *name, q3n_type *out)
 {
+    if (!name || !out) return Q3N_ERR_ARG;
     for (int t = 0; t < Q3N_TYPE_COUNT; t++)
         if (q3n__types[t].name && strcmp(q3n__types[t].name, name) == 0) {
             *out = (q3n_type)t;
@@ -3708,7 +3719,7 @@ static void q3n__config_store(q3n_config *c, const q3n__config_row *row, double 
 
 Q3N_DEF const char *q3n_config_field(const q3n_config *c, int i, char text[64])
 {
-    if (i < 0 || (size_t)i >= Q3N__N_CONFIG_ROWS) return NULL;
+    if (!c || !text || i < 0 || (size_t)i >= Q3N__N_CONFIG_ROWS) return NULL;
     const q3n__config_row *row = &q3n__config_rows[i];
     const double v = q3n__config_value(c, row);
     const char *word = row->kind == 'E' ? q3n__config_enum_word(row->name, (int)v) : NULL;
@@ -3842,6 +3853,7 @@ Q3N_DEF const char *q3n_config_preset_name(int i)
 
 Q3N_DEF q3n_result q3n_config_preset(const char *name, q3n_config *out, q3n_error *err)
 {
+    if (!name || !out) return q3n__fail(err, Q3N_ERR_ARG, -1, "no name, or no configuration");
     for (size_t i = 0; i < Q3N__N_PRESETS; i++)
         if (strcmp(q3n__presets[i].name, name) == 0) {
             q3n__preset_fill(&q3n__presets[i], out);
@@ -3948,6 +3960,8 @@ static const char *q3n__config_long_name(const char *field)
 Q3N_DEF q3n_result q3n_config_set(q3n_config *c, const char *field, const char *value,
                                   q3n_error *err)
 {
+    if (!c || !field || !value)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "no configuration, no field, or no value");
     if (strcmp(field, "layer_types") == 0)
         return q3n__config_set_kinds(c, c->layer_types, field, value, err);
     if (strcmp(field, "layer_experts") == 0)
@@ -4046,6 +4060,7 @@ static q3n_result q3n__check_rope(const q3n_config *c, q3n_error *err)
 
 Q3N_DEF q3n_result q3n_config_check(const q3n_config *c, q3n_error *err)
 {
+    if (!c) return q3n__fail(err, Q3N_ERR_ARG, -1, "no configuration");
     for (size_t i = 0; i < Q3N__N_CONFIG_ROWS; i++) {
         const q3n__config_row *row = &q3n__config_rows[i];
         const double v = q3n__config_value(c, row);
@@ -6206,13 +6221,13 @@ done:
 
 /* ---- Public functions ---- */
 
-Q3N_DEF int q3n_model_n_tokens(const q3n_model *m) { return (int)m->tokenizer.n_tokens; }
+Q3N_DEF int q3n_model_n_tokens(const q3n_model *m) { return m ? (int)m->tokenizer.n_tokens : 0; }
 
 Q3N_DEF q3n_result q3n_tokenize(const q3n_model *m, const char *text, size_t bytes, int flags,
                                 int32_t *ids, size_t max, size_t *n)
 {
-    *n = 0;
-    if ((!text && bytes) || (!ids && max)
+    if (n) *n = 0;
+    if (!m || !n || (!text && bytes) || (!ids && max)
         || (flags & ~(Q3N_TOKENIZE_NO_SPECIAL | Q3N_TOKENIZE_WHOLE))) return Q3N_ERR_ARG;
     if (m->tokenizer.n_tokens == 0) return Q3N_ERR_UNSUPPORTED;
     q3n__encoder e = { &m->tokenizer, (flags & Q3N_TOKENIZE_NO_SPECIAL) != 0,
@@ -6232,14 +6247,16 @@ Q3N_DEF q3n_result q3n_tokenize(const q3n_model *m, const char *text, size_t byt
 Q3N_DEF const char *q3n_token_text(const q3n_model *m, int32_t id, size_t *bytes)
 {
     const uint8_t *text;
+    if (bytes) *bytes = 0;
+    if (!m || !bytes) return NULL;
     *bytes = id < 0 ? 0 : q3n__token_bytes(&m->tokenizer, (uint32_t)id, &text);
     return *bytes ? (const char *)text : NULL;
 }
 
 Q3N_DEF int q3n_token_is_special(const q3n_model *m, int32_t id)
 {
-    const q3n__tokenizer *t = &m->tokenizer;
-    return id >= 0 && (uint32_t)id < t->n_tokens && (t->flags[id] & Q3N__TOKEN_SPECIAL);
+    return m && id >= 0 && (uint32_t)id < m->tokenizer.n_tokens
+        && (m->tokenizer.flags[id] & Q3N__TOKEN_SPECIAL);
 }
 
 Q3N_DEF q3n_result q3n_decoder_next(q3n_decoder *dec, const q3n_model *m, int32_t id, char *out,
@@ -6247,8 +6264,9 @@ Q3N_DEF q3n_result q3n_decoder_next(q3n_decoder *dec, const q3n_model *m, int32_
 {
     const uint8_t *text;
     size_t bytes;
-    *n = 0;
-    if (dec->n_pending < 0 || dec->n_pending > 3) return Q3N_ERR_ARG;
+    if (n) *n = 0;
+    if (!dec || !m || !n || (!out && max) || dec->n_pending < 0 || dec->n_pending > 3)
+        return Q3N_ERR_ARG;
     if (!q3n__decoder_input(&m->tokenizer, dec, id, &text, &bytes)) return Q3N_ERR_ARG;
     q3n_decoder trial = *dec;
     *n = q3n__decode_bytes(&trial, text, bytes, NULL);
@@ -6259,6 +6277,8 @@ Q3N_DEF q3n_result q3n_decoder_next(q3n_decoder *dec, const q3n_model *m, int32_
 
 Q3N_DEF void q3n_decoder_finish(q3n_decoder *dec, char *out, size_t *n)
 {
+    if (n) *n = 0;
+    if (!dec || !out || !n) return;
     *n = dec->n_pending > 0 ? 3 : 0;
     if (*n) memcpy(out, q3n__replacement, 3);
     dec->n_pending = 0;
@@ -6267,14 +6287,18 @@ Q3N_DEF void q3n_decoder_finish(q3n_decoder *dec, char *out, size_t *n)
 Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t n_ids,
                                   char *out, size_t max, size_t *n)
 {
-    *n = 0;
+    if (n) *n = 0;
+    if (!m || !n || (!ids && n_ids) || (!out && max)) return Q3N_ERR_ARG;
     for (int writing = 0; writing < 2; writing++) {
         q3n_decoder dec = { { 0 }, 0, 0 };
         size_t total = 0;
         for (size_t i = 0; i < n_ids; i++) {
             const uint8_t *text;
             size_t bytes;
-            if (!q3n__decoder_input(&m->tokenizer, &dec, ids[i], &text, &bytes)) return Q3N_ERR_ARG;
+            if (!q3n__decoder_input(&m->tokenizer, &dec, ids[i], &text, &bytes)) {
+                *n = 0;
+                return Q3N_ERR_ARG;
+            }
             total += q3n__decode_bytes(&dec, text, bytes, writing ? out + total : NULL);
         }
         if (dec.n_pending) total = q3n__put(writing ? out : NULL, total, q3n__replacement, 3);
@@ -8934,6 +8958,7 @@ Q3N_DEF q3n_result q3n_cache_create(q3n_cache **out, const q3n_model *m,
 
 Q3N_DEF void q3n_cache_clear(q3n_cache *c)
 {
+    if (!c) return;
     for (int i = 0; i >= 0; ) {
         q3n__mutex_lock(&c->mutex);
         i = q3n__cache_victim(c);
@@ -8955,7 +8980,9 @@ Q3N_DEF void q3n_cache_destroy(q3n_cache *c)
 
 Q3N_DEF void q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out)
 {
+    if (!out) return;
     memset(out, 0, sizeof *out);
+    if (!c) return;
     q3n__mutex_lock(&c->mutex);
     out->bytes = c->bytes;
     for (int i = 0; i < c->n_items; i++) out->n_entries += c->items[i].snap != NULL;
@@ -10419,9 +10446,10 @@ static q3n_result q3n__batch_eval(q3n_batch *b, q3n_batch_item *items, int n_ite
     q3n_result r = Q3N_OK;
     int begun = 0;
     for (int i = 0; i < n_items; i++)
-        if (!items[i].session || items[i].done < 0 || items[i].done > items[i].n)
-            return q3n__fail(&b->error, Q3N_ERR_ARG, -1, "item %d: no session, or done %d of %d "
-                             "tokens", i, items[i].done, items[i].n);
+        if (!items[i].session || items[i].done < 0 || items[i].done > items[i].n
+            || (!items[i].tokens && items[i].done < items[i].n))
+            return q3n__fail(&b->error, Q3N_ERR_ARG, -1, "item %d: no session, no tokens, or done "
+                             "%d of %d tokens", i, items[i].done, items[i].n);
     q3n__atomic_store(&b->engine.cancel, Q3N__RUNNING);
     for (; begun < n_items && r == Q3N_OK; begun++)
         if (q3n__item_left(&items[begun]) > 0)
@@ -10561,7 +10589,9 @@ static size_t q3n__sampler_layout(q3n_sampler *s, uint8_t *base)   /* bytes of t
 Q3N_DEF q3n_result q3n_sampler_create(q3n_sampler **out, const q3n_model *m,
                                       const q3n_sampler_options *o, q3n_error *err)
 {
+    if (!out) return q3n__fail(err, Q3N_ERR_ARG, -1, "no place for the sampler");
     *out = NULL;
+    if (!m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model");
     q3n_sampler s;
     memset(&s, 0, sizeof s);
     if (o) s.o = *o;
@@ -10591,13 +10621,14 @@ Q3N_DEF void q3n_sampler_destroy(q3n_sampler *s)
 
 Q3N_DEF void q3n_sampler_reset(q3n_sampler *s)
 {
+    if (!s) return;
     s->n_window = s->next = 0;
     s->rng = s->o.seed;
 }
 
 Q3N_DEF void q3n_sampler_accept(q3n_sampler *s, int32_t id)
 {
-    if (id < 0 || id >= s->vocab) return;
+    if (!s || id < 0 || id >= s->vocab) return;
     s->window[s->next] = id;
     if (++s->next == s->o.penalty_window) s->next = 0;
     if (s->n_window < s->o.penalty_window) s->n_window++;
@@ -10889,6 +10920,7 @@ static int32_t q3n__sampler_choose(q3n_sampler *s, const float *logits, const q3
 
 Q3N_DEF int32_t q3n_sampler_sample(q3n_sampler *s, const float *logits)
 {
+    if (!s || !logits) return 0;
     return q3n__sampler_choose(s, logits, NULL);
 }
 
@@ -12753,25 +12785,25 @@ Q3N_DEF void q3n_model_close(q3n_model *m)
     if (m) q3n__model_free(m);
 }
 
-Q3N_DEF const q3n_config *q3n_model_config(const q3n_model *m)    { return &m->config; }
-Q3N_DEF const char       *q3n_model_name(const q3n_model *m)      { return m->name; }
-Q3N_DEF const char       *q3n_model_chat_kind(const q3n_model *m) { return m->chat; }
+Q3N_DEF const q3n_config *q3n_model_config(const q3n_model *m)  { return m ? &m->config : NULL; }
+Q3N_DEF const char *q3n_model_name(const q3n_model *m)          { return m ? m->name : ""; }
+Q3N_DEF const char *q3n_model_chat_kind(const q3n_model *m)     { return m ? m->chat : "none"; }
 
 Q3N_DEF const int32_t *q3n_model_eos_ids(const q3n_model *m, int *n)
 {
-    if (n) *n = m->eos.n;
-    return m->eos.id;
+    if (n) *n = m ? m->eos.n : 0;
+    return m ? m->eos.id : NULL;
 }
 
 Q3N_DEF int q3n_model_is_eos(const q3n_model *m, int32_t id)
 {
-    for (int i = 0; i < m->eos.n; i++) if (m->eos.id[i] == id) return 1;
+    for (int i = 0; m && i < m->eos.n; i++) if (m->eos.id[i] == id) return 1;
     return 0;
 }
 
 Q3N_DEF const char *q3n_model_label(const q3n_model *m, int i)
 {
-    return m->labels && i >= 0 && i < m->config.num_labels ? m->labels[i] : NULL;
+    return m && m->labels && i >= 0 && i < m->config.num_labels ? m->labels[i] : NULL;
 }
 
 Q3N_DEF q3n_result q3n_model_probabilities(const q3n_model *m, const float *scores, float *out)
@@ -12794,18 +12826,18 @@ Q3N_DEF q3n_result q3n_model_probabilities(const q3n_model *m, const float *scor
     return Q3N_OK;
 }
 
-Q3N_DEF int q3n_model_n_tensors(const q3n_model *m) { return m->n_tensors; }
+Q3N_DEF int q3n_model_n_tensors(const q3n_model *m) { return m ? m->n_tensors : 0; }
 
 Q3N_DEF q3n_result q3n_model_tensor(const q3n_model *m, int i, q3n_tensor *out)
 {
-    if (i < 0 || i >= m->n_tensors || !out) return Q3N_ERR_ARG;
+    if (!m || i < 0 || i >= m->n_tensors || !out) return Q3N_ERR_ARG;
     *out = m->tensors[i];
     return Q3N_OK;
 }
 
 Q3N_DEF q3n_result q3n_model_find_tensor(const q3n_model *m, const char *name, q3n_tensor *out)
 {
-    if (!name || !out) return Q3N_ERR_ARG;
+    if (!m || !name || !out) return Q3N_ERR_ARG;
     const q3n_tensor *t = q3n__find_tensor(m, name);
     if (!t) return Q3N_ERR_ARG;
     *out = *t;
@@ -12818,6 +12850,7 @@ Q3N_DEF q3n_result q3n_model_find_tensor(const q3n_model *m, const char *name, q
 Q3N_DEF q3n_result q3n_model_verify(const q3n_model *m, const q3n_progress *progress,
                                     q3n_error *err)
 {
+    if (!m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model");
     q3n__crc_table table;
     q3n__crc_table_make(&table);
     int64_t done = 0, total = 0;
@@ -12855,7 +12888,9 @@ Q3N_DEF q3n_result q3n_model_verify(const q3n_model *m, const q3n_progress *prog
 
 Q3N_DEF void q3n_model_stats_get(const q3n_model *m, q3n_model_stats *out)
 {
+    if (!out) return;
     memset(out, 0, sizeof *out);
+    if (!m) return;
     out->file_bytes = (int64_t)m->bytes;
     for (int i = 0; i < m->n_tensors; i++) q3n__stats_add(out, &m->config, &m->tensors[i]);
 }
@@ -12872,7 +12907,7 @@ Q3N_DEF size_t q3n_session_bytes(const q3n_model *m, const q3n_session_options *
     q3n_session s;
     q3n__engine e;
     q3n_session_memory parts;
-    const size_t bytes = q3n__session_measure(m, o, &s, &e, &parts, NULL);
+    const size_t bytes = m ? q3n__session_measure(m, o, &s, &e, &parts, NULL) : 0;
     if (bytes == 0) return 0;
     const int room = s.options.shared ? 0 : q3n__split_room(&e, s.n_blocks);
     const size_t split = room ? q3n__with_head(q3n__split_bytes(&e, room)) : 0;
@@ -12903,8 +12938,8 @@ static q3n_result q3n__session_open_cache(q3n_session *s, q3n_error *err)
 Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
                                       const q3n_session_options *o, q3n_error *err)
 {
+    if (out) *out = NULL;
     if (!out || !m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model, or no place for the session");
-    *out = NULL;
     q3n_session measured;
     q3n__engine engine, *own = NULL;
     q3n_session_memory memory;
@@ -12965,12 +13000,14 @@ Q3N_DEF q3n_result q3n_session_eval_outputs(q3n_session *s, const int32_t *token
                                             const q3n_outputs *out)
 {
     const q3n_outputs none = { NULL, NULL, NULL, NULL };
+    if (!s) return Q3N_ERR_ARG;
     q3n__call_begin(s);
     return q3n__call_done(s, q3n__session_eval(s, tokens, n, out ? out : &none));
 }
 
 Q3N_DEF q3n_result q3n_session_classify(q3n_session *s, const int32_t *tokens, int n, float *scores)
 {
+    if (!s) return Q3N_ERR_ARG;
     if (!scores) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no place for the scores");
     q3n__call_begin(s);
     return q3n__call_done(s, q3n__session_classify(s, tokens, n, scores));
@@ -12978,6 +13015,7 @@ Q3N_DEF q3n_result q3n_session_classify(q3n_session *s, const int32_t *tokens, i
 
 Q3N_DEF q3n_result q3n_session_logits(q3n_session *s, float *logits)
 {
+    if (!s) return Q3N_ERR_ARG;
     if (!logits || s->length == 0)
         return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no place for the logits, or no token yet");
     const q3n_result r = q3n__check_head(s, 1);
@@ -12988,7 +13026,7 @@ Q3N_DEF q3n_result q3n_session_logits(q3n_session *s, float *logits)
 
 Q3N_DEF q3n_result q3n_session_tokens(const q3n_session *s, int first, int n, int32_t *tokens)
 {
-    if (first < 0 || n < 0 || first > s->length || n > s->length - first || (n > 0 && !tokens))
+    if (!s || first < 0 || n < 0 || first > s->length || n > s->length - first || (n > 0 && !tokens))
         return Q3N_ERR_ARG;
     q3n__session_copy_tokens(s, first, n, tokens);
     return Q3N_OK;
@@ -12996,19 +13034,30 @@ Q3N_DEF q3n_result q3n_session_tokens(const q3n_session *s, int first, int n, in
 
 Q3N_DEF int q3n_session_cancel(q3n_session *s) { return s ? q3n__cancel(&s->cancel) : 0; }
 
-Q3N_DEF const q3n_model *q3n_session_model(const q3n_session *s) { return s->model; }
-Q3N_DEF int     q3n_session_length(const q3n_session *s)    { return s->length; }
-Q3N_DEF int     q3n_session_capacity(const q3n_session *s)  { return s->options.capacity; }
-Q3N_DEF int     q3n_session_n_threads(const q3n_session *s) { return s->options.n_threads; }
-Q3N_DEF q3n_isa q3n_session_isa(const q3n_session *s)       { return s->engine->isa; }
-Q3N_DEF void    q3n_session_reset(q3n_session *s)           { q3n__session_clear(s); }
-Q3N_DEF const q3n_error *q3n_session_error(const q3n_session *s) { return &s->error; }
+Q3N_DEF const q3n_model *q3n_session_model(const q3n_session *s) { return s ? s->model : NULL; }
+Q3N_DEF int     q3n_session_length(const q3n_session *s)    { return s ? s->length : 0; }
+Q3N_DEF int     q3n_session_capacity(const q3n_session *s)  { return s ? s->options.capacity : 0; }
+Q3N_DEF int     q3n_session_n_threads(const q3n_session *s) { return s ? s->options.n_threads : 0; }
+Q3N_DEF q3n_isa q3n_session_isa(const q3n_session *s)
+{
+    return s ? s->engine->isa : Q3N_ISA_SCALAR;
+}
+
+Q3N_DEF void q3n_session_reset(q3n_session *s)
+{
+    if (s) q3n__session_clear(s);
+}
+
+Q3N_DEF const q3n_error *q3n_session_error(const q3n_session *s)
+{
+    return s ? &s->error : &q3n__no_object;
+}
 
 Q3N_DEF const int64_t *q3n_session_expert_counts(const q3n_session *s, int l)
 {
-    const q3n_config *c = &s->model->config;
-    if (!s->counts || l < 0 || l >= c->num_hidden_layers || !c->layer_experts[l]) return NULL;
-    return s->counts + (size_t)l * (size_t)c->num_experts;
+    if (!s || !s->counts || l < 0 || l >= s->model->config.num_hidden_layers) return NULL;
+    if (!s->model->config.layer_experts[l]) return NULL;
+    return s->counts + (size_t)l * (size_t)s->model->config.num_experts;
 }
 
 /* ---- Going back, copies ---- */
@@ -13025,16 +13074,23 @@ static q3n_result q3n__session_snapshot(q3n_session *s, q3n_type delta_type, q3n
 
 Q3N_DEF q3n_result q3n_session_snapshot(q3n_session *s, q3n_snapshot **out)
 {
+    if (out) *out = NULL;
+    if (!s) return Q3N_ERR_ARG;
     if (!out) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no place for the snapshot");
     return q3n__session_snapshot(s, s->options.snapshot_type, out);
 }
 
-Q3N_DEF int    q3n_snapshot_length(const q3n_snapshot *snap) { return snap->length; }
-Q3N_DEF size_t q3n_snapshot_bytes(const q3n_snapshot *snap)  { return q3n__with_head(snap->bytes); }
+Q3N_DEF int    q3n_snapshot_length(const q3n_snapshot *snap) { return snap ? snap->length : 0; }
+Q3N_DEF size_t q3n_snapshot_bytes(const q3n_snapshot *snap)
+{
+    return snap ? q3n__with_head(snap->bytes) : 0;
+}
+
 Q3N_DEF void   q3n_snapshot_free(q3n_snapshot *snap)         { q3n__snapshot_release(snap); }
 
 Q3N_DEF q3n_result q3n_session_restore(q3n_session *s, const q3n_snapshot *snap)
 {
+    if (!s) return Q3N_ERR_ARG;
     if (!snap) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no snapshot");
     return q3n__session_restore(s, snap);
 }
@@ -13042,9 +13098,9 @@ Q3N_DEF q3n_result q3n_session_restore(q3n_session *s, const q3n_snapshot *snap)
 Q3N_DEF q3n_result q3n_session_fork(q3n_session **out, q3n_session *s,
                                     const q3n_session_options *o, q3n_error *err)
 {
+    if (out) *out = NULL;
     if (!out || !s)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "no session, or no place for the new one");
-    *out = NULL;
     q3n_snapshot *snap = NULL;
     q3n_result r = q3n__session_snapshot(s, Q3N_TYPE_F32, &snap);
     if (r != Q3N_OK) return q3n__fail(err, r, -1, "%s", s->error.message);
@@ -13063,30 +13119,41 @@ Q3N_DEF q3n_result q3n_session_fork(q3n_session **out, q3n_session *s,
 
 Q3N_DEF q3n_result q3n_session_rewind(q3n_session *s, int length)
 {
+    if (!s) return Q3N_ERR_ARG;
     q3n__call_begin(s);
     return q3n__call_done(s, q3n__session_rewind(s, length));
 }
 
 Q3N_DEF q3n_result q3n_session_keep(q3n_session *s)
 {
+    if (!s) return Q3N_ERR_ARG;
     const q3n_result r = q3n__check_causal(s);
     if (r != Q3N_OK || q3n__session_put(s, s->engine, 0, 1)) return r;
     return q3n__fail(&s->error, Q3N_ERR_MEMORY, -1, "no memory for a snapshot");
 }
 
+static q3n_result q3n__session_reuse_call(q3n_session *s, const int32_t *tokens, int n,
+                                          float *logits, int only_reuse, int *n_reused)
+{
+    if (n_reused) *n_reused = 0;
+    if (!s) return Q3N_ERR_ARG;
+    q3n__call_begin(s);
+    const q3n_result r = q3n__session_feed(s, tokens, n, logits, only_reuse, n_reused);
+    if (r != Q3N_OK && n_reused) *n_reused = 0;
+    return q3n__call_done(s, r);
+}
+
 Q3N_DEF q3n_result q3n_session_feed(q3n_session *s, const int32_t *tokens, int n, float *logits,
                                     int *n_reused)
 {
-    q3n__call_begin(s);
-    const q3n_result r = q3n__call_done(s, q3n__session_feed(s, tokens, n, logits, 0, n_reused));
+    const q3n_result r = q3n__session_reuse_call(s, tokens, n, logits, 0, n_reused);
     if (r == Q3N_OK) q3n__session_put(s, s->engine, 0, 1);   /* without memory: not kept */
     return r;
 }
 
 Q3N_DEF q3n_result q3n_session_reuse(q3n_session *s, const int32_t *tokens, int n, int *n_reused)
 {
-    q3n__call_begin(s);
-    return q3n__call_done(s, q3n__session_feed(s, tokens, n, NULL, 1, n_reused));
+    return q3n__session_reuse_call(s, tokens, n, NULL, 1, n_reused);
 }
 
 /* ---- Session files ---- */
@@ -13116,24 +13183,28 @@ static q3n_result q3n__session_save_to(q3n_session *s, const q3n_sink *sink, con
 
 Q3N_DEF q3n_result q3n_session_save(q3n_session *s, const char *path)
 {
+    if (!s) return Q3N_ERR_ARG;
     if (!path) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no path");
     return q3n__session_save_to(s, NULL, path);
 }
 
 Q3N_DEF q3n_result q3n_session_save_to(q3n_session *s, const q3n_sink *sink)
 {
+    if (!s) return Q3N_ERR_ARG;
     if (!sink || !sink->write) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no sink");
     return q3n__session_save_to(s, sink, NULL);
 }
 
 Q3N_DEF q3n_result q3n_session_load(q3n_session *s, const char *path)
 {
+    if (!s) return Q3N_ERR_ARG;
     if (!path) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no path");
     return q3n__session_load_from(s, NULL, path);
 }
 
 Q3N_DEF q3n_result q3n_session_load_from(q3n_session *s, const q3n_source *source)
 {
+    if (!s) return Q3N_ERR_ARG;
     if (!source || !source->read) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no source");
     return q3n__session_load_from(s, source, NULL);
 }
@@ -13171,15 +13242,15 @@ static size_t q3n__batch_measure(const q3n_model *m, const q3n_session_options *
 Q3N_DEF size_t q3n_batch_bytes(const q3n_model *m, const q3n_session_options *o)
 {
     q3n_batch b;
-    const size_t bytes = q3n__batch_measure(m, o, &b, NULL);
+    const size_t bytes = m ? q3n__batch_measure(m, o, &b, NULL) : 0;
     return bytes ? q3n__with_head(bytes) : 0;
 }
 
 Q3N_DEF q3n_result q3n_batch_create(q3n_batch **out, const q3n_model *m,
                                     const q3n_session_options *o, q3n_error *err)
 {
+    if (out) *out = NULL;
     if (!out || !m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model, or no place for the batch");
-    *out = NULL;
     q3n_batch measured;
     q3n_error why = { Q3N_ERR_ARG, -1, "" };
     const size_t bytes = q3n__batch_measure(m, o, &measured, &why);
@@ -13211,6 +13282,7 @@ Q3N_DEF q3n_result q3n_batch_eval(q3n_batch *b, q3n_batch_item *items, int n_ite
                                   const q3n_limit *limit)
 {
     const q3n_limit none = { 0, 0 };
+    if (!b) return Q3N_ERR_ARG;
     if (n_items < 0 || (n_items > 0 && !items) || (limit && limit->max_tokens < 0))
         return q3n__fail(&b->error, Q3N_ERR_ARG, -1, "%d items, at most %d tokens: out of range",
                          n_items, limit ? limit->max_tokens : 0);
@@ -13219,15 +13291,19 @@ Q3N_DEF q3n_result q3n_batch_eval(q3n_batch *b, q3n_batch_item *items, int n_ite
 
 Q3N_DEF int q3n_batch_cancel(q3n_batch *b) { return b ? q3n__cancel(&b->engine.cancel) : 0; }
 
-Q3N_DEF const q3n_error *q3n_batch_error(const q3n_batch *b) { return &b->error; }
+Q3N_DEF const q3n_error *q3n_batch_error(const q3n_batch *b)
+{
+    return b ? &b->error : &q3n__no_object;
+}
 
 /* ---- Drafts ---- */
 Q3N_DEF q3n_result q3n_session_next(q3n_session *s, q3n_sampler *sampler, int32_t token,
                                     int32_t *tokens, int max, int *n)
 {
+    if (n) *n = 0;
+    if (!s) return Q3N_ERR_ARG;
     if (!sampler || !tokens || !n || max < 1)
         return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no sampler, or no place for a token");
-    *n = 0;
     if (sampler->vocab != s->shape.vocab_size)
         return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "the sampler's model has %d tokens, the "
                          "session's %d", sampler->vocab, s->shape.vocab_size);
@@ -13238,6 +13314,7 @@ Q3N_DEF q3n_result q3n_session_next(q3n_session *s, q3n_sampler *sampler, int32_
 Q3N_DEF q3n_result q3n_session_draft(q3n_session *s, int32_t token, int32_t *drafts, int n,
                                      float *logits)
 {
+    if (!s) return Q3N_ERR_ARG;
     if (!drafts) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no place for the drafts");
     q3n__call_begin(s);
     return q3n__call_done(s, q3n__session_draft(s, token, drafts, n, logits));
@@ -13245,7 +13322,9 @@ Q3N_DEF q3n_result q3n_session_draft(q3n_session *s, int32_t token, int32_t *dra
 
 Q3N_DEF void q3n_session_speculation(const q3n_session *s, q3n_speculation *out)
 {
-    *out = s->learned.spec;
+    if (!out) return;
+    if (s) *out = s->learned.spec;
+    else   memset(out, 0, sizeof *out);
 }
 
 /* =====================================================================================
@@ -15957,6 +16036,7 @@ Q3N_DEF const char *q3n_isa_name(q3n_isa isa)
 
 Q3N_DEF q3n_result q3n_isa_from_name(const char *name, q3n_isa *out)
 {
+    if (!name || !out) return Q3N_ERR_ARG;
     for (int i = 0; i < Q3N_ISA_COUNT; i++)
         if (strcmp(q3n__isas[i].name, name) == 0) {
             *out = (q3n_isa)i;
