@@ -168,6 +168,8 @@ class UsageTest(CliTest):
                 (["run", m, "--ids", "1,x"], "x"), (["run", m, "--ids", "[1,2"], "]"),
                 (["run", m, "--ids", "[1] 2"], "array"),
                 (["run", m, "--ids", "1,2,3", "--ctx", "2"], "--ctx"),
+                (["run", m, "--ids", id_list([1] * 513)], "512: shorten it, or give --ctx 513"),
+                (["logits", m, "--ids", id_list([1] * 600)], "600 tokens"),
                 (["logits", m, "--ids-file", empty], "empty"),
                 (["logits", m, "--ids-file", binary], "binary line 1"),
                 (["logits", m, "--ids-file", "/no/such/ids"], "/no/such/ids"),
@@ -623,6 +625,19 @@ class StateTest(CliTest):
         self.assertEqual(os.listdir(self.folder), ["chat.q3s"])
         self.run_cli("run", model("qwen3_dense"), "--ids", "1", "--session", self.path, status=1)
         self.assertIn(self.path, self.error)
+
+    def test_session_with_and_without_seed(self):
+        """A seed turns drafts off: with it or without, what the other left is continued."""
+        cache = os.path.join(self.folder, "cache")
+        os.mkdir(cache)
+        for first, then in (([], ["--seed", "5"]), (["--seed", "5"], [])):
+            for keep in (["--session", self.path], ["--cache-dir", cache]):
+                with self.subTest(first=first, keep=keep):
+                    args = ["run", model("stories"), *keep, "--ids"]
+                    prompt = self.ids[len(first):100]    # another text for each order
+                    self.run_cli(*args, id_list(prompt), "-n", "0", *first)
+                    self.run_cli(*args, id_list(prompt + [7, 8]), "-n", "3", *then)
+                    self.assertIn("%d reused" % len(prompt), self.notes)
 
     def test_a_text_that_ended_goes_on(self):
         case = load(STORIES)["greedy"][1]

@@ -1252,6 +1252,36 @@ static void test_module_memory(void **state)
     q3n_model_close(m);
 }
 
+/* A text beyond the model's context is refused before anything is evaluated. */
+static void test_beyond_the_context(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model("qwen3_dense", NULL);
+    const int n = q3n_model_config(m)->max_position_embeddings + 1;
+    int32_t *ids = (int32_t *)calloc((size_t)n, sizeof *ids);
+    canceller c = { .at = -1 };                  /* counts the layers */
+    q3n_session_options o = plain_options(0);
+    o.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
+    q3n_session *s = create_session(m, &o);
+    char number[16];
+    assert_non_null(ids);
+    for (int call = 0; call < 3; call++) {
+        const q3n_result r = call == 0 ? q3n_session_eval(s, ids, n, NULL)
+                           : call == 1 ? q3n_session_feed(s, ids, n, NULL, NULL)
+                                       : q3n_session_reuse(s, ids, n, NULL);
+        must(s, r, Q3N_ERR_FULL);
+        for (int k = n - 1; k <= n; k++) {
+            snprintf(number, sizeof number, "%d", k);
+            assert_non_null(strstr(q3n_session_error(s)->message, number));
+        }
+    }
+    assert_int_equal(c.calls, 0);
+    assert_int_equal(q3n_session_length(s), 0);
+    q3n_session_destroy(s);
+    free(ids);
+    q3n_model_close(m);
+}
+
 /* ---- What does not fit together ---- */
 static void test_strangers(void **state)
 {
@@ -1794,6 +1824,7 @@ int main(int argc, char **argv)
         CASE(test_cancel, qwen3_moe),
         cmocka_unit_test(test_module_or_not),
         cmocka_unit_test(test_module_memory),
+        cmocka_unit_test(test_beyond_the_context),
         cmocka_unit_test(test_cancel_between),
         cmocka_unit_test(test_cancel_one),
         cmocka_unit_test(test_cancel_ready),

@@ -101,9 +101,12 @@ q3n_session_options cli_fit_options(const cli_setup *setup, const q3n_model *m, 
         cli_fail("the text needs %zu tokens, --ctx gives %d: raise it", n, setup->ctx);
     }
     if (n > (size_t)c->max_position_embeddings) {
+        if (!setup->ctx) {
+            cli_fail("the text needs %zu tokens, the model was made for %d: shorten it, or give"
+                     " --ctx %zu to go beyond that", n, c->max_position_embeddings, n);
+        }
         cli_warn("%zu tokens are more than the %d that the model was made for", n,
                  c->max_position_embeddings);
-        if (!setup->ctx) o.capacity = (int)n;
     }
     /* A model that attends both ways takes a text whole. */
     if (!c->causal && !setup->ctx)   o.capacity = (int)n;
