@@ -132,7 +132,7 @@
  * ARGUMENTS.  A pointer may be NULL where its comment says so, and an array of which a count says
  * that it is empty.  Any other NULL, and a number out of its range, is Q3N_ERR_ARG; functions that
  * return no q3n_result then answer 0, NULL or what they answer where there is nothing, and those
- * that return nothing do nothing.  _close, _destroy and _free take NULL.  After an error the handles
+ * that return nothing do nothing.  _close, _destroy and _free take NULL.  After an error handles
  * and counts to be given back are NULL and 0, unless a comment says otherwise; what arrays hold is
  * not defined, structs are as they were.
  *
@@ -329,9 +329,9 @@
  *     48  u32    length          tokens
  *     52  u32    kv_type         id of Q3N_TYPE_LIST: f32, f16, bf16 or q8
  *     56  u32    delta_type      f32 or bf16
- *     60  u32    has_mtp         1 = pages hold the MTP module's layer too, as their last.  A reader
- *                                without the module passes over it; one that has the module and
- *                                reads a file without begins the module's keys behind the text
+ *     60  u32    has_mtp         1 = pages hold the MTP module's layer too, as their last.  Readers
+ *                                without the module pass over it; one that has the module and
+ *                                reads a file without begins the module's keys after the text
  *     64  u32    has_hidden, has_logits      0 or 1; has_hidden is length > 0
  *     72  u32    page_tokens     256
  *     76  u32    n_kv_layers (the module's included), n_kv_heads, head_dim, hidden_size, vocab_size
@@ -6549,7 +6549,7 @@ typedef struct {
     q3n__trail    trail;
     int           trailing;      /* 1 = this run leaves its tokens in the trail                  */
     int           n_trail;       /* rows of the trail that come before this run: trail.n or 0    */
-    q3n__atomic  *cancel;        /* Q3N__CANCELLED: stop behind the layer under way              */
+    q3n__atomic  *cancel;        /* Q3N__CANCELLED: stop after the layer under way               */
     int           length;        /* tokens before this run                                       */
     int           kv_valid;      /* tokens whose keys and values the pages hold already          */
     int64_t      *expert_counts; /* [layer][E] or NULL                                           */
@@ -6607,7 +6607,7 @@ typedef struct {
     q3n__x8 *ffn_q;              /* ffn_up, quantised                                            */
     float *mtp_in;               /* [2 d] input of the MTP module; NULL if there is none         */
     q3n__x8 *mtp_in_q;
-    q3n__atomic *cancel;         /* Q3N__CANCELLED: stop behind the layer under way              */
+    q3n__atomic *cancel;         /* Q3N__CANCELLED: stop after the layer under way               */
     int    max;
 } q3n__run;
 
@@ -9266,7 +9266,7 @@ static void q3n__engine_learn(q3n__engine *e, int rows, int64_t us)
  * ===================================================================================== */
 
 /* Rows of hidden states that a session with an MTP module collects before the module reads them.
- * The call under way adds its own behind them, and what it drops is dropped for good only when the
+ * The call under way adds its own after them, and what it drops is dropped for good only when the
  * next call begins: a call that fails has them back. */
 #define Q3N__MAX_HIDDEN  64
 #define Q3N__HIDDEN_ROWS (Q3N__MAX_HIDDEN + Q3N_MAX_DRAFT + 1)
@@ -9890,7 +9890,7 @@ static void q3n__session_load_work(q3n_session *s, q3n__engine *e, const q3n_sna
     s->state.length = snap ? snap->length : 0;
     s->work_mtp = s->state.length;
     s->work_first = 1;
-    if (snap && s->shape.has_mtp)                        /* its keys, or it begins behind the text */
+    if (snap && s->shape.has_mtp)                        /* its keys, or it begins after the text */
         s->work_first = snap->shape.has_mtp ? snap->mtp_first
                                             : q3n__first_within(INT_MAX, snap->length);
     if (!snap) {
@@ -13026,8 +13026,8 @@ Q3N_DEF q3n_result q3n_session_logits(q3n_session *s, float *logits)
 
 Q3N_DEF q3n_result q3n_session_tokens(const q3n_session *s, int first, int n, int32_t *tokens)
 {
-    if (!s || first < 0 || n < 0 || first > s->length || n > s->length - first || (n > 0 && !tokens))
-        return Q3N_ERR_ARG;
+    if (!s || first < 0 || n < 0 || first > s->length || n > s->length - first
+        || (n > 0 && !tokens)) return Q3N_ERR_ARG;
     q3n__session_copy_tokens(s, first, n, tokens);
     return Q3N_OK;
 }
