@@ -241,6 +241,7 @@ CALL(q3n_session_save, q3n_session_save(P(0), P(1)))
 CALL(q3n_session_save_to, q3n_session_save_to(P(0), P(1)))
 CALL(q3n_session_load, q3n_session_load(P(0), P(1)))
 CALL(q3n_session_load_from, q3n_session_load_from(P(0), P(1)))
+CALL(q3n_file_check, q3n_file_check(P(0), P(1)))
 CALL(q3n_cache_create, q3n_cache_create(P(0), P(1), P(2), P(3)))
 DO(q3n_cache_destroy, q3n_cache_destroy(P(0)))
 DO(q3n_cache_clear, q3n_cache_clear(P(0)))
@@ -362,6 +363,7 @@ static const row table[] = {
     ROW(q3n_session_save_to, RESULT, NULL, STORIES, THE(SESSION), IN(&sink)),
     ROW(q3n_session_load, RESULT, NULL, STORIES, THE(SESSION), IN(to.path)),
     ROW(q3n_session_load_from, RESULT, NULL, STORIES, THE(SESSION), IN(&source)),
+    ROW(q3n_file_check, RESULT, NULL, STORIES, IN(made), MAY(&to.err)),
     ROW(q3n_cache_create, RESULT, destroy_cache, STORIES, NEW(&to.cache), THE(MODEL),
         IN(&cache_options), MAY(&to.err)),
     ROW(q3n_cache_destroy, NOTHING, NULL, STORIES, MAY(NULL)),

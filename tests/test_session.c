@@ -418,6 +418,7 @@ typedef struct {
     q3n_session *s;
     q3n_sampler *greedy;
     int          number;
+    int          drafts;         /* 1 = with an MTP module; states come from workers without, too */
     uint64_t     rng;
     int          line, n;        /* the session holds the first n tokens of the line             */
     float       *logits;
@@ -537,7 +538,7 @@ static void worker_next(worker *k)
     int n = 0;
     if (k->n == 0 || k->n + 4 > LINE) return;
     const int32_t token = k->all->ids[k->line][k->n];
-    if (q3n_model_config(q3n_session_model(k->s))->num_mtp_layers > 0)
+    if (k->drafts)
         worker_cancelled(k, q3n_session_draft(k->s, token, drafts, 3, NULL), "draft");
     while (worker_cancelled(k, q3n_session_next(k->s, k->greedy, token, tokens, 4, &n), "next")) { }
     k->n++;
@@ -627,6 +628,8 @@ static void test_threads(void **state)
     must(parent, q3n_session_eval(parent, all->ids[0], SHARED, NULL), Q3N_OK);
     for (int i = 0; i < N_WORKERS; i++) {
         o.n_threads = 1 + (i == 0);
+        o.speculate = i % 2 ? Q3N_SPECULATE_LOOKUP : Q3N_SPECULATE_AUTO;
+        k[i].drafts = i % 2 == 0 && q3n_model_config(m)->num_mtp_layers > 0;
         assert_int_equal(q3n_session_fork(&k[i].s, parent, &o, NULL), Q3N_OK);
         assert_int_equal(q3n_sampler_create(&k[i].greedy, m, NULL, NULL), Q3N_OK);
         all->session[i] = k[i].s;
