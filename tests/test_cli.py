@@ -741,14 +741,11 @@ class InterruptTest(CliTest):
         self.assertEqual(self.saved(), len(self.prompt) + 3)
 
     def test_the_second_ends_at_once(self):
-        read, write = os.pipe()
-        room = fcntl.fcntl(write, 1031, 4096)            # F_SETPIPE_SZ
         run = self.start("run", model("stories"), "--ids", id_list(self.prompt), "-n", "1900",
-                         "--greedy", "--json", "--session", self.path, stdout=subprocess.PIPE,
-                         stderr=write)
-        os.close(write)
-        os.close(read)
-        fcntl.fcntl(run.stdout.fileno(), 1031, room)
+                         "--greedy", "--json", "--session", self.path, stderr=subprocess.DEVNULL)
+        room = fcntl.fcntl(run.stdout.fileno(), 1031, 4096)      # F_SETPIPE_SZ
+        if room > 4096:
+            self.skipTest("pipes have %d bytes: the output does not fill one" % room)
         full = array.array("i", [0])
 
         def is_full():

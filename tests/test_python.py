@@ -525,6 +525,8 @@ class Arguments(unittest.TestCase):
                 self.model.session(kv_type=name)
         with self.assertRaises(ValueError):
             self.model.session(kv_type="f32\0")
+        with self.assertRaises(ValueError):
+            self.model.sampler(temperature=1e300)
         for temperature in ("1", None, 1j):
             with self.assertRaises(TypeError):
                 self.model.sampler(temperature=temperature)

@@ -30,6 +30,7 @@ session is as before the call.
 import array
 import ctypes
 import ctypes.util
+import math
 import numbers
 import operator
 import os
@@ -92,6 +93,8 @@ def _struct(struct, **values):
             if not isinstance(value, numbers.Real):
                 raise TypeError("%s: %r is no number" % (name, value))
             values[name] = float(value)
+            if math.isinf(_C_FLOAT(values[name]).value) and not math.isinf(value):
+                raise ValueError("%s: %r is more than a float32 can hold" % (name, value))
     return struct(**values)
 
 
