@@ -225,7 +225,7 @@ typedef struct cli_input {
 
 #define CLI_INPUT_OPTIONS(in)                                                                     \
     { "-p --prompt", "TEXT", CLI_TEXT, &(in).prompt, 0, 0,                                        \
-      "the text, if not the word after the model or stdin" },                                    \
+      "the text, if not the word after the model or stdin" },                                     \
     { "-f --file", "FILE", CLI_TEXT, &(in).file, 0, 0, "the text from a file; - is stdin" },      \
     { "--ids", "LIST", CLI_TEXT, &(in).ids, 0, 0, "token ids, separated by commas or spaces" },   \
     { "--ids-file", "FILE", CLI_TEXT, &(in).ids_file, 0, 0, "token ids, one case a line" },       \
