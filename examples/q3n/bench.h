@@ -11,6 +11,8 @@ enum {
     BENCH_READS   = 2            /* of the roof a repetition: before and after decoding */
 };
 
+#define BENCH_READ_SECONDS 0.04  /* at least, of a measured reading */
+
 typedef struct bench_list {
     int value[BENCH_LIST];
     int n;
@@ -41,6 +43,7 @@ typedef struct bench_case {
     int           thread;        /* index in bench.threads */
     q3n_session  *s;
     bench_samples tok_s;
+    double        seconds;       /* that it took the last time */
     bench_reading reading;       /* decode: what a token reads */
     bench_samples roof;          /* GB/s of reading that, BENCH_READS a repetition */
 } bench_case;
@@ -115,7 +118,8 @@ void bench_text(const bench *b, int i, int n, cli_ids *out);
 bench_buffer *bench_buffer_create(int most_threads);
 void          bench_buffer_destroy(bench_buffer *buffer);
 size_t        bench_buffer_half(const bench_buffer *buffer);      /* bytes; no cache holds them */
-double        bench_read(const bench_buffer *buffer, const bench_reading *what);      /* GB/s */
+double        bench_read(const bench_buffer *buffer, const bench_reading *what,
+                         double seconds);                         /* GB/s in so long */
 /* Sets what->loop to the one that reads this fastest here. */
 void          bench_choose_loop(const bench_buffer *buffer, bench_reading *what);
 const char   *bench_loop_name(int loop);                          /* NULL after the last */

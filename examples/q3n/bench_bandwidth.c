@@ -29,7 +29,8 @@ static void measure_round(void *user, int record)
             if (sizes[s] == MEMORY) what.cold = what.pool = (double)bench_buffer_half(b->buffer);
             for (what.loop = 0; bench_loop_name(what.loop); what.loop++) {
                 if (!bench_loop_possible(what.loop)) continue;
-                bench_add(samples_of(r, t, s, what.loop), bench_read(b->buffer, &what));
+                bench_add(samples_of(r, t, s, what.loop),
+                          bench_read(b->buffer, &what, BENCH_READ_SECONDS));
             }
         }
     }

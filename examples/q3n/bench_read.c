@@ -280,9 +280,9 @@ static double measure(const bench_buffer *buffer, const bench_reading *what, int
     return gb_s;
 }
 
-double bench_read(const bench_buffer *buffer, const bench_reading *what)
+double bench_read(const bench_buffer *buffer, const bench_reading *what, double seconds)
 {
-    return measure(buffer, what, what->loop, 0.04);
+    return measure(buffer, what, what->loop, seconds);
 }
 
 void bench_choose_loop(const bench_buffer *buffer, bench_reading *what)

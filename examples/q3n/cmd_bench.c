@@ -142,7 +142,7 @@ static void open_and_eval(bench *b, cli_words *words)
 }
 
 /* Tokens per second. */
-static double measure(const bench *b, const bench_case *c)
+static double measure(const bench *b, bench_case *c)
 {
     if (!c->decode || c->value == 0) q3n_session_reset(c->s);
     const int n = c->decode ? b->n_decode : c->value;
@@ -150,7 +150,8 @@ static double measure(const bench *b, const bench_case *c)
     const double start = cli_clock();
     if (!c->decode) cli_eval(c->s, ids, n, b->logits);
     for (int t = 0; c->decode && t < n; t++) cli_eval(c->s, ids + t, 1, b->logits);
-    return (double)n / (cli_clock() - start);
+    c->seconds = cli_clock() - start;
+    return (double)n / c->seconds;
 }
 
 void bench_add(bench_samples *samples, double x)
@@ -176,9 +177,14 @@ static void prepare_reading(bench *b)
     }
 }
 
+/* Before and after together as long as the decoding, so that a machine with other work has as much
+ * of it in both; within bounds. */
 static void measure_roof(const bench *b, bench_case *c)
 {
-    bench_add(&c->roof, bench_read(b->buffer, &c->reading));
+    double seconds = c->seconds / BENCH_READS;
+    if (seconds < BENCH_READ_SECONDS) seconds = BENCH_READ_SECONDS;
+    if (seconds > 1.0)                seconds = 1.0;
+    bench_add(&c->roof, bench_read(b->buffer, &c->reading, seconds));
 }
 
 /* What it gives is noted if record is set. */
@@ -187,7 +193,7 @@ static void measure_round(void *user, int record)
     bench *b = user;
     if (record && !b->buffer) prepare_reading(b);
     for (int t = 0; record && t < b->threads.n; t++) {
-        bench_add(&b->read[t], bench_read(b->buffer, &b->memory_reading[t]));
+        bench_add(&b->read[t], bench_read(b->buffer, &b->memory_reading[t], 0.1));
     }
     for (int i = 0; i < b->n_cases; i++) {
         bench_case *c = &b->cases[i];
