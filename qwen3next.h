@@ -145,7 +145,7 @@
  * a pipe or a device.  A file that is written is called PATH.<16 digits>.part until it is whole and
  * on the disk; then it replaces the one under PATH, or the one that a link there leads to, whose
  * mode it takes.  A call that fails or is stopped removes it and leaves the old file as it was; a
- * process that is killed leaves both.
+ * process that is killed leaves both.  Windows replaces no file that somebody has open.
  *
  * DETERMINISM.  Arithmetic is f32 from the stored type, in an order that depends on the
  * instruction set alone; against quantised matrices the activations are bytes in groups of 32, and
