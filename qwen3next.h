@@ -9009,6 +9009,26 @@ typedef struct {
     double row;                       /* one row of longer passes; 0 = not known                  */
 } q3n__costs;
 
+/* What is known of one source of drafts. */
+typedef struct {
+    double accept[Q3N_MAX_DRAFT];     /* the i-th is right if those before are                    */
+    double weight[Q3N_MAX_DRAFT];     /* of what was seen of it                                   */
+} q3n__acceptance;
+
+/* What steps with and without drafts have taught a session; one that fails teaches nothing. */
+typedef struct {
+    q3n_speculation spec;
+    q3n__acceptance acceptance[Q3N_SPECULATE_COUNT];
+    double          step_us;                     /* a step without drafts would take now          */
+    double          step_cost[Q3N_MAX_DRAFT + 1];    /* by drafts, in step_us; 0 = unknown        */
+    int             step_tries[Q3N_MAX_DRAFT + 1];
+    double          draft_cost[2];               /* of the module, in step_us: first, each more   */
+    double          try_credit;                  /* steps to spend on drafts that seem not to pay */
+    int             try_left;
+    int             since_plain;                 /* steps since one without drafts                */
+    int             mtp_idle;                    /* steps since drafts of the module paid         */
+} q3n__learned;
+
 typedef struct {
     const q3n_model    *model;
     q3n_session_options options;      /* with the defaults filled in                              */
@@ -9271,26 +9291,6 @@ static void q3n__engine_learn(q3n__engine *e, int rows, int64_t us)
 #define Q3N__MAX_HIDDEN  64
 #define Q3N__HIDDEN_ROWS (Q3N__MAX_HIDDEN + Q3N_MAX_DRAFT + 1)
 
-/* What is known of one source of drafts. */
-typedef struct {
-    double accept[Q3N_MAX_DRAFT];     /* the i-th is right if those before are                    */
-    double weight[Q3N_MAX_DRAFT];     /* of what was seen of it                                   */
-} q3n__acceptance;
-
-/* What steps with and without drafts have taught a session; a step that fails teaches nothing. */
-typedef struct {
-    q3n_speculation spec;
-    q3n__acceptance acceptance[Q3N_SPECULATE_COUNT];
-    double          step_us;                     /* a step without drafts would take now          */
-    double          step_cost[Q3N_MAX_DRAFT + 1];    /* by drafts, in step_us; 0 = unknown        */
-    int             step_tries[Q3N_MAX_DRAFT + 1];
-    double          draft_cost[2];               /* of the module, in step_us: first, each more   */
-    double          try_credit;                  /* steps to spend on drafts that seem not to pay */
-    int             try_left;
-    int             since_plain;                 /* steps since one without drafts                */
-    int             mtp_idle;                    /* steps since drafts of the module paid         */
-} q3n__learned;
-
 /* Which of the session's rows of hidden states the MTP module has not read, and what it knows. */
 typedef struct {
     int at, n;                   /* rows [at, at + n) of `hidden`: the trunk's of tokens
@@ -9548,8 +9548,8 @@ static q3n_result q3n__call_done(q3n_session *s, q3n_result r)
 
 static void q3n__session_clear_counts(q3n_session *s)
 {
-    const q3n_config *c = &s->model->config;
-    memset(s->counts, 0, (size_t)c->num_hidden_layers * (size_t)c->num_experts * sizeof *s->counts);
+    memset(s->counts, 0, (size_t)s->model->config.num_hidden_layers
+                         * (size_t)s->model->config.num_experts * sizeof *s->counts);
 }
 
 /* Back to nothing, as a new session is. */
