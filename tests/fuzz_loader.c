@@ -47,6 +47,7 @@ static void look_through(const q3n_model *m)
     const int32_t *eos = q3n_model_eos_ids(m, &n_eos);
     for (int i = 0; i < n_eos; i++) require(q3n_model_is_eos(m, eos[i]), "an EOS id is none");
     sum += strlen(q3n_model_name(m)) + strlen(q3n_model_chat_kind(m));
+    for (int i = 0; q3n_model_label(m, i); i++) sum += strlen(q3n_model_label(m, i));
     q3n_error err;
     q3n_model_verify(m, NULL, &err);    /* right or wrong, all bytes of the tensors are read */
 }
@@ -54,11 +55,12 @@ static void look_through(const q3n_model *m)
 static void tokenize(const q3n_model *m)
 {
     static const char text[] = "hello the <|end|> <think>\xc3\xa9 e\xcc\x81 \xff 123\r\n\n  it's";
-    int32_t ids[sizeof text];
+    int32_t ids[sizeof text + 32];      /* and 16 ids before and after it */
     char back[4096];
     size_t n = 0, n_back = 0;
-    if (q3n_tokenize(m, text, sizeof text - 1, 0, ids, sizeof text, &n) != Q3N_OK) return;
-    require(n <= sizeof text, "more ids than bytes");
+    if (q3n_tokenize(m, text, sizeof text - 1, Q3N_TOKENIZE_WHOLE, ids, sizeof ids / sizeof ids[0],
+                     &n) != Q3N_OK) return;
+    require(n <= sizeof text + 32, "more ids than bytes");
     for (size_t i = 0; i < n; i++)
         require(ids[i] >= 0 && ids[i] < q3n_model_config(m)->vocab_size, "an id beyond vocab_size");
     q3n_detokenize(m, ids, n, back, sizeof back, &n_back);
@@ -85,7 +87,8 @@ static void evaluate(const q3n_model *m)
     }
     if (c->num_labels > 0 && c->num_labels <= 1024) {
         float scores[1024];
-        q3n_session_classify(s, tokens, 2, scores);
+        if (q3n_session_classify(s, tokens, 2, scores) == Q3N_OK)
+            require(q3n_model_probabilities(m, scores, scores) == Q3N_OK, "scores mean nothing");
     }
     free(logits);
     q3n_session_destroy(s);

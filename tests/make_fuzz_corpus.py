@@ -123,7 +123,9 @@ def make(out_dir):
         dense_tensors[bias] = synthetic.bf16_noise(rng, (n,))
     hybrid = {name: synthetic.bf16_noise(rng, shape) for name, shape in
               hybrid_shapes(HYBRID).items()}
-    labels = dict(HYBRID, architectures=["Qwen3NextForSequenceClassification"], num_labels=3)
+    labels = dict(HYBRID, architectures=["Qwen3NextForSequenceClassification"], pad_token_id=0,
+                  problem_type="multi_label_classification",
+                  id2label={"0": "no", "1": "", "2": "caf\u00e9"})
     classifier = {name: t for name, t in hybrid.items() if not name.startswith(("mtp.", "lm_head"))}
     classifier["score.weight"] = synthetic.bf16_noise(rng, (3, labels["hidden_size"]))
     with tempfile.TemporaryDirectory() as top:
@@ -131,7 +133,9 @@ def make(out_dir):
                 ("hybrid", HYBRID, hybrid, ()), ("dense", dense, dense_tensors, ("--type", "f16")),
                 ("classifier", labels, classifier, ("--type", "f32"))):
             folder = synthetic.write_checkpoint(os.path.join(top, name), config, tensors)
-            synthetic.write_json(folder, "tokenizer.json", tokenizer())
+            around = {"type": "BertProcessing", "cls": ["<think>", 262], "sep": ["<|end|>", 263]}
+            synthetic.write_json(folder, "tokenizer.json", dict(
+                tokenizer(), **({"post_processor": around} if name == "classifier" else {})))
             convert(folder, os.path.join(out_dir, name + ".q3n"), *options)
         convert(os.path.join(top, "dense"), os.path.join(out_dir, "ids_only.q3n"), "--no-tokenizer")
 

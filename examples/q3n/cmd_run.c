@@ -412,7 +412,8 @@ int cmd_run(int argc, char **argv)
 {
     run_options o = {
         .n = NOT_GIVEN, .temperature = 0.7, .top_k = 20, .top_p = 0.8, .penalty = 1.0,
-        .seed = (uint64_t)time(NULL), .in = { .drop_newline = 1, .around = Q3N_TOKENIZE_PREFIX },   /* the text goes on */
+        .seed = (uint64_t)time(NULL),
+        .in = { .drop_newline = 1, .around = Q3N_TOKENIZE_PREFIX },      /* the text goes on */
         .snapshot_every = DEFAULT_EVERY,
     };
     cli_words words;
