@@ -383,7 +383,8 @@
 #endif
 
 /* Strict C modes hide what POSIX has: see PLATFORM.  This adds to what is seen, hides nothing. */
-#if defined(Q3N__IMPLEMENTS) && defined(__linux__) && !defined(_DEFAULT_SOURCE)
+#if defined(Q3N__IMPLEMENTS) && (defined(__linux__) || defined(__wasi__)) \
+    && !defined(_DEFAULT_SOURCE)
 #  define _DEFAULT_SOURCE 1
 #endif
 
@@ -1330,16 +1331,17 @@ Q3N_DEF q3n_result q3n_init_memory(void *data, size_t bytes, const q3n_config *c
 #else
 #  define Q3N__ARM64 0
 #endif
-/* What strict C modes hide if a header of the C library came before this one; the types are those
- * of Linux's C libraries. */
+/* What strict C modes hide if a header of the C library came before this one, as Linux's and WASI's
+ * C libraries have it. */
 #if defined(__linux__)
+#  define Q3N__CLOCK 1                   /* CLOCK_MONOTONIC */
 long syscall(long number, ...);
 int  clock_gettime(int clock, struct timespec *t);
-#  ifdef CLOCK_MONOTONIC
-#    define Q3N__CLOCK CLOCK_MONOTONIC
-#  else
-#    define Q3N__CLOCK 1
-#  endif
+#elif defined(__wasi__)
+#  define Q3N__CLOCK (&_CLOCK_MONOTONIC)
+struct __clockid;
+extern const struct __clockid _CLOCK_MONOTONIC;
+int  clock_gettime(const struct __clockid *clock, struct timespec *t);
 #elif !defined(_WIN32)
 #  define Q3N__CLOCK CLOCK_MONOTONIC
 #endif
@@ -9053,6 +9055,37 @@ typedef struct {
 /* ---- Options and memory ---- */
 
 /* Fill in defaults; an error if the options cannot be. */
+/* Sizes of a session are multiplied freely: refuse those that a size_t of 32 bits does not hold.
+ * Every array is then at most `limit` bytes, SIZE_MAX / 4 but in tests; with 64 bits
+ * (Q3N_CONFIG_LIST) all are.  The arrays: a run's widest activations, pages, states, partial results
+ * of attention. */
+static q3n_result q3n__check_sizes(const q3n_config *c, const q3n_session_options *o,
+                                   uint64_t limit, q3n_error *err)
+{
+    const uint64_t layers = (uint64_t)c->num_hidden_layers + 1, D = (uint64_t)c->head_dim;
+    const uint64_t HD = D * (uint64_t)c->num_attention_heads;
+    const uint64_t v = (uint64_t)c->linear_num_value_heads * (uint64_t)c->linear_value_head_dim;
+    const uint64_t C = (uint64_t)q3n__config_channels(c), n = (uint64_t)o->batch;
+    const uint64_t experts = ((uint64_t)c->num_experts_per_tok + 1)
+                           * (uint64_t)c->moe_intermediate_size
+                           + 2 * (uint64_t)c->shared_expert_intermediate_size;
+    const uint64_t floats[] = {
+        n * 2 * HD, n * (C + v), n * experts, n * (uint64_t)c->intermediate_size,
+        n * 2 * (uint64_t)c->hidden_size, n * (uint64_t)c->num_experts,
+        layers * (uint64_t)c->num_key_value_heads * (2 * D + 2) * Q3N__KV_BLOCK,
+        layers * v * (uint64_t)c->linear_key_head_dim, layers * 16 * C,
+        o->n_threads == 1 ? 0 : 4 * (HD + 2 * (uint64_t)c->num_attention_heads)
+                                * ((uint64_t)o->capacity / (Q3N__KV_BLOCK / 2) + 4),
+    };
+    for (size_t i = 0; i < sizeof floats / sizeof *floats; i++)
+        if (floats[i] > limit / sizeof(float))
+            return q3n__fail(err, Q3N_ERR_MEMORY, -1, "a session with batch %d and capacity %d has "
+                             "arrays of %llu bytes, this machine at most of %llu", o->batch,
+                             o->capacity, (unsigned long long)(floats[i] * sizeof(float)),
+                             (unsigned long long)limit);
+    return Q3N_OK;
+}
+
 static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session_options *in,
                                            q3n_session_options *o, q3n_error *err)
 {
@@ -9090,7 +9123,7 @@ static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session
     if (c->rope_type == Q3N_ROPE_TABLE && o->capacity > m->weights.rope_positions)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "capacity %d: the model's rotary tables end at %d",
                          o->capacity, m->weights.rope_positions);
-    return Q3N_OK;
+    return q3n__check_sizes(c, o, SIZE_MAX / 4, err);
 }
 
 static int q3n__wants_mtp(const q3n_model *m, const q3n_session_options *o)

@@ -645,6 +645,43 @@ static void test_plan_fields(void **state)
     assert_int_equal(calls, 3);
 }
 
+/* With a size_t of 32 bits: what would wrap is refused, what runs there is not. */
+static void test_sizes_fit(void **state)
+{
+    (void)state;
+    static const struct { const char *preset; int batch, capacity, n_threads; q3n_result want; }
+    cases[] = {
+        { "g1", 512, 32768, 1, Q3N_OK },
+        { "g2", 65536, 65536, 1, Q3N_ERR_MEMORY },      /* activations                            */
+        { "g2", 512, 1 << 30, 8, Q3N_ERR_MEMORY },      /* partial results of attention           */
+        { "g2", 512, 1 << 30, 1, Q3N_OK },              /* pages come as tokens do                */
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        q3n_config c;
+        q3n_error err;
+        const q3n_session_options o = { .batch = cases[i].batch, .capacity = cases[i].capacity,
+                                        .n_threads = cases[i].n_threads };
+        assert_int_equal(q3n_config_preset(cases[i].preset, &c, &err), Q3N_OK);
+        assert_int_equal(q3n__check_sizes(&c, &o, UINT32_MAX / 4, &err), cases[i].want);
+        assert_int_equal(q3n__check_sizes(&c, &o, SIZE_MAX / 4, &err), Q3N_OK);
+    }
+    /* The largest that a file may say. */
+    q3n_config c;
+    q3n_error err;
+    const q3n_session_options o = { .batch = 1 << 16, .capacity = 1 << 30, .n_threads = 1024 };
+    assert_int_equal(q3n_config_preset("g2", &c, &err), Q3N_OK);
+    c.num_hidden_layers = Q3N_MAX_LAYERS;
+    c.num_attention_heads = c.num_key_value_heads = c.linear_num_value_heads = 4096;
+    c.linear_num_key_heads = 4096;
+    c.head_dim = c.linear_key_head_dim = c.linear_value_head_dim = 1024;
+    c.hidden_size = 1 << 20;
+    c.num_experts_per_tok = 1024;
+    c.intermediate_size = c.moe_intermediate_size = 1 << 24;
+    c.shared_expert_intermediate_size = 1 << 24;
+    assert_int_equal(q3n__check_sizes(&c, &o, UINT32_MAX / 4, &err), Q3N_ERR_MEMORY);
+    assert_int_equal(q3n__check_sizes(&c, &o, SIZE_MAX / 4, &err), Q3N_OK);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -657,7 +694,8 @@ int main(void)
         cmocka_unit_test(test_fields_round_trip), cmocka_unit_test(test_check_ranges),
         cmocka_unit_test(test_check_contradictions),
         cmocka_unit_test(test_plan_of_a_hybrid),
-        cmocka_unit_test(test_plan_with_everything_optional), cmocka_unit_test(test_plan_fields)
+        cmocka_unit_test(test_plan_with_everything_optional), cmocka_unit_test(test_plan_fields),
+        cmocka_unit_test(test_sizes_fit),
     };
     return cmocka_run_group_tests_name("config", tests, NULL, NULL);
 }
