@@ -21,6 +21,7 @@ MODE_FLAGS.scalar   := -O2 -DQ3N_NO_SIMD
 MODE_FLAGS.coverage := -O0 -g --coverage
 MODE_FLAGS.fuzz     := -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
 MODE_FLAGS.aarch64  := -O2
+MODE_FLAGS.windows  := -O1 -D__USE_MINGW_ANSI_STDIO=1
 MODE_FLAGS := $(MODE_FLAGS.$(config))
 ifeq ($(MODE_FLAGS),)
   $(error config=$(config): choose release, debug, sanitize, thread, scalar or coverage)
@@ -42,9 +43,20 @@ ifeq ($(config),aarch64)
   RUN     := qemu-aarch64 -L /usr/aarch64-linux-gnu
   export TEST_CPU_SECONDS := 7200
 endif
+WINDOWS := build/windows
+ifeq ($(config),windows)
+  override CC := x86_64-w64-mingw32-gcc
+  # Its printf attribute knows the old runtime only.
+  TEST_FLAGS := -include tests/windows/posix.h -Itests/windows -isystem $(WINDOWS)/cmocka \
+                -Wno-format -Wno-format-extra-args
+  CMOCKA     := $(WINDOWS)/cmocka/cmocka.o
+  LIBRARIES  := -static -lm -lpthread
+  RUN        := env WINEDEBUG=-all WINEPREFIX=$(CURDIR)/$(WINDOWS)/wine wine
+endif
 ifeq ($(config),fuzz)
   override CC := clang
 endif
+WASM := build/wasm
 
 # ---- What is made of what ----
 # library.c serves who compiles examples/q3n/*.c alone; here the implementation is an object.
@@ -82,14 +94,16 @@ PY = $(eval PY := $(shell $(FIND_PYTHON)))$(PY)
 # Test programs are made by pattern rules only: they stay for the next run.
 .SECONDARY:
 .SUFFIXES:
-.PHONY: all help deps deps-aarch64 demo test test-aarch64 stress fuzz bench bench-sessions
-.PHONY: lint coverage models mutate install clean suites suite-inputs always list-suites
+DEPS := deps deps-aarch64 deps-windows deps-wasm
+.PHONY: all help $(DEPS) demo test test-aarch64 test-windows test-wasm stress fuzz bench
+.PHONY: bench-sessions lint coverage models mutate install clean suites suite-inputs always
+.PHONY: list-suites
 
 # ---- deps together with other targets: those start afresh when everything is installed ----
-LATER := $(filter-out deps deps-aarch64,$(MAKECMDGOALS))
-ifneq ($(filter deps deps-aarch64,$(MAKECMDGOALS)),)
+LATER := $(filter-out $(DEPS),$(MAKECMDGOALS))
+ifneq ($(filter $(DEPS),$(MAKECMDGOALS)),)
 
-$(firstword $(LATER)): $(filter deps deps-aarch64,$(MAKECMDGOALS))
+$(firstword $(LATER)): $(filter $(DEPS),$(MAKECMDGOALS))
 	+@$(SUBMAKE) $(LATER)
 $(wordlist 2,99,$(LATER)): $(firstword $(LATER)) ; @:
 
@@ -149,12 +163,15 @@ $(B)/obj/exposed.o: $(B)/obj/bodies/qwen3next.h tests/steps.h $(B)/flags
 	$(COMPILE_C) -Wno-missing-prototypes -DSTEPS_COUNTED -include tests/steps.h \
 	    -DQ3N_IMPLEMENTATION -x c -c $< -o $@
 
-COMPILE_TEST = $(COMPILE_C) -I$(B)/obj/names
+COMPILE_TEST = $(COMPILE_C) $(TEST_FLAGS) -I$(B)/obj/names
+# The compiler for Windows appends .exe whether asked or not.
+NO_EXE       = @if [ -e $@.exe ]; then mv $@.exe $@; fi
 TEST_NEEDS  := $(B)/obj/names/qwen3next.h $(B)/obj/exposed.o $(B)/flags
 
 $(B)/tests/test_%: tests/test_%.c $(TEST_NEEDS)
 	@mkdir -p $(@D)
 	$(COMPILE_TEST) -MF $@.d $< $(B)/obj/exposed.o $(LDFLAGS) $(CMOCKA) $(LIBRARIES) -o $@
+	$(NO_EXE)
 
 # The fuzz target with a main function that replays files.
 $(B)/tests/replay_%: tests/fuzz_%.c $(TEST_NEEDS)
@@ -222,6 +239,7 @@ C_SUITES.scalar   := $(C_TESTS)
 C_SUITES.debug    := $(C_TESTS)
 C_SUITES.coverage := $(C_TESTS)
 C_SUITES.aarch64  := $(C_TESTS)
+C_SUITES.windows  := $(C_TESTS)
 SUITES := $(C_SUITES.$(config):%=$(RESULTS)/test_%)
 SUITES.release   := $(addprefix $(RESULTS)/build_,gcc clang musl mingw aarch64) $(RESULTS)/lint \
                     $(PYTHON_TESTS:%=$(RESULTS)/test_%.py)
@@ -247,6 +265,10 @@ $(RESULTS)/test_%.py: tests/test_%.py $(PROGRAMS) $(SUITE_INPUTS) always
 
 $(RESULTS)/replay_%: $(B)/tests/replay_% $(SUITE_INPUTS) always
 	@tests/run.sh $(SHOWN) $@ $(RUN) $< build/corpus/*.q3n
+
+# These test what Windows does not have.
+$(addprefix $(WINDOWS)/results/test_,files storage): always
+	@tests/run.sh $(SHOWN) $@ sh -c 'echo "needs FIFOs, links and limits of POSIX"; exit 77'
 
 $(RESULTS)/build_%: tests/test_build.sh $(SUITE_INPUTS) always
 	@tests/run.sh $(SHOWN) $@ tests/test_build.sh $* build/matrix
@@ -278,6 +300,15 @@ test:   ## Run every test: C (also under ASan, UBSan, TSan), Python, build matri
 test-aarch64:   ## Cross-compile the C tests and the command line, run them under qemu-user
 	@rm -rf $(AARCH64)/results
 	$(call RUN_SUITES,aarch64)
+
+test-windows:   ## Compile the C tests for Windows, run them under wine
+	@rm -rf $(WINDOWS)/results
+	$(call RUN_SUITES,windows)
+
+test-wasm: $(MODELS)   ## Compile the header for wasm32-wasi, run it in a WebAssembly runtime
+	@rm -rf $(WASM)/results
+	@tests/run.sh build_wasm $(WASM)/results/build_wasm tests/test_build.sh wasm build/matrix
+	@tests/run.sh --summary $(WASM)/results/build_wasm
 
 coverage:   ## Run the C and command line tests with gcov, print what they reach by section
 	@rm -rf build/coverage
@@ -358,6 +389,12 @@ deps:   ## Install what is missing: C and C++ compiler, cmocka, Python with nump
 
 deps-aarch64:   ## Install cross compiler, qemu-user and cmocka for test-aarch64
 	@tools/deps.sh aarch64 $(AARCH64)
+
+deps-windows:   ## Install MinGW-w64 and wine, compile cmocka for test-windows
+	@tools/deps.sh windows $(WINDOWS)
+
+deps-wasm:   ## Install a compiler and a runtime for test-wasm in build/
+	@PYTHON='$(PYTHON)' tools/deps.sh wasm $(WASM)
 
 help:   ## List the targets
 	@sed -n 's/^\([a-z][a-z0-9-]*\):[^#]*##  *\(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) \

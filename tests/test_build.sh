@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Compiles the header every way it says it can be compiled, without a warning, and runs the result.
 #
-# usage: test_build.sh gcc|clang|musl|mingw|aarch64 DIRECTORY
+# usage: test_build.sh gcc|clang|musl|mingw|aarch64|wasm DIRECTORY
 #
 #   gcc, clang      every build macro, optimisation levels, C and C++ standards, behind every header
 #                   of the C library, what is refused, threads of the host's
 #   musl            compiled and run
 #   mingw, aarch64  compiled: make test-windows and make test-aarch64 run the tests
+#   wasm            compiled without files and threads, and run (make deps-wasm test-wasm)
 #
 # Code is made where it is run or where warnings come of it; for the rest the syntax is checked.
 # Ends with status 77 if there is no such compiler.
@@ -234,6 +235,26 @@ test_mingw() {
         examples/q3n/*.c -o "$out/q3n.exe"
 }
 
+test_wasm() {
+    local python=build/wasm/venv/bin/python std
+    local flags=(-target wasm32-wasi "${STRICT_C[@]}" -DQ3N_IMPLEMENTATION -DQ3N_NO_STDIO
+                 -DQ3N_NO_THREADS -I.)
+    if ! "$python" -c 'import ziglang, wasmtime' 2> /dev/null; then
+        echo "zig cc and wasmtime are not installed: make deps-wasm"
+        exit 77
+    fi
+    for std in c99 c11; do
+        compile_only "wasm32-wasi -std=$std behind time.h" "$python" -m ziglang cc "${flags[@]}" \
+            -std=$std -include time.h -c -x c qwen3next.h -o "$out/object.o"
+    done
+    "$python" -m ziglang cc "${flags[@]}" -std=c11 -O2 "-DPROMPT=$prompt" tests/build_golden.c \
+        -o "$out/program.wasm"
+    printf '#!/bin/sh\nexec %s tests/run_wasm.py %s "$@"\n' "$python" "$out/program.wasm" \
+        > "$out/program"
+    chmod +x "$out/program"
+    run_program "wasm32-wasi, run in wasmtime"
+}
+
 need() {    # COMPILER
     if ! command -v "$1" > /dev/null; then
         echo "$1 is not installed"
@@ -241,7 +262,7 @@ need() {    # COMPILER
     fi
 }
 
-what=${1:?gcc, clang, musl, mingw or aarch64}
+what=${1:?gcc, clang, musl, mingw, aarch64 or wasm}
 out=${2:?a directory}/$what
 mkdir -p "$out"
 read_golden
@@ -251,6 +272,7 @@ case $what in
     musl)    need musl-gcc; test_musl ;;
     mingw)   need x86_64-w64-mingw32-gcc; test_mingw ;;
     aarch64) need aarch64-linux-gnu-gcc; test_cross aarch64-linux-gnu-gcc ;;
+    wasm)    test_wasm ;;
     *)       exit 2 ;;
 esac
 printf '%d builds\n' "$checks"

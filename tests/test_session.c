@@ -702,6 +702,9 @@ static int continue_session(char **argv)
 /* The exit status of this program run with the arguments; 126 if it cannot be run. */
 static int run_program(char **argv)
 {
+#if defined(_WIN32)
+    return (int)_spawnv(_P_WAIT, argv[0], (const char *const *)argv);
+#else
     const pid_t child = fork();
     assert_true(child >= 0);
     if (child == 0) {
@@ -711,6 +714,7 @@ static int run_program(char **argv)
     int status = 0;
     assert_int_equal(waitpid(child, &status, 0), child);
     return WIFEXITED(status) ? WEXITSTATUS(status) : 127;
+#endif
 }
 
 static void test_other_process(void **state)

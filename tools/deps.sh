@@ -2,11 +2,13 @@
 # Installs what building and testing need and this machine lacks; what is there already is not
 # touched.  Debian and its relatives: through apt-get, with sudo unless run by root.
 #
-# usage: deps.sh build|aarch64 DIRECTORY
+# usage: deps.sh build|aarch64|windows|wasm DIRECTORY
 #
 #   build     C and C++ compiler, cmocka, a Python with numpy and h5py (the latter in
 #             DIRECTORY/venv where the system's Python cannot have them)
 #   aarch64   cross compiler, qemu-user, and cmocka for arm64, unpacked into DIRECTORY/sysroot
+#   windows   MinGW-w64, wine, and cmocka compiled from Debian's source in DIRECTORY/cmocka
+#   wasm      zig cc and wasmtime from PyPI in DIRECTORY/venv
 set -euo pipefail
 
 CC=${CC:-cc}
@@ -119,8 +121,59 @@ deps_aarch64() {
     say "cross compiler, qemu-aarch64 and cmocka for arm64 are there"
 }
 
+# Debian's source package, by lists of our own: the system's may have no sources.
+cmocka_windows() {
+    local root file
+    root=$(mkdir -p "$1/cmocka" "$1/apt/lists/partial" && cd "$1" && pwd)
+    mkdir -p "$root/apt/sources"
+    for file in /etc/apt/sources.list /etc/apt/sources.list.d/*; do
+        if [ -e "$file" ]; then
+            sed 's/^Types: deb$/Types: deb-src/; s/^deb /deb-src /' "$file" \
+                > "$root/apt/sources/$(basename "$file")"
+        fi
+    done
+    local apt=(apt-get -qq -o Dir::Etc::sourcelist=- -o "Dir::Etc::sourceparts=$root/apt/sources"
+               -o "Dir::State::Lists=$root/apt/lists" -o APT::Sandbox::User= -o Debug::NoLocking=1)
+    say "fetching the source of cmocka"
+    "${apt[@]}" update || say "some of apt's sources did not answer"
+    (cd "$root/apt" && "${apt[@]}" source --download-only cmocka) \
+        || fail "cannot fetch the source of cmocka"
+    tar -xf "$root"/apt/cmocka_*.orig.tar.?z -C "$root/apt"
+    cp "$root"/apt/cmocka-*/include/*.h "$root/cmocka/"
+    : > "$root/cmocka/config.h"
+    x86_64-w64-mingw32-gcc -O1 -D__USE_MINGW_ANSI_STDIO=1 -DHAVE_CONFIG_H -DHAVE_ASSERT_H \
+        -DHAVE_INTTYPES_H -DHAVE_IO_H -DHAVE_MALLOC_H -DHAVE_SIGNAL_H -DHAVE_STRINGS_H \
+        -DHAVE_TIME_H -DHAVE_UNISTD_H -DHAVE_STRUCT_TIMESPEC -DHAVE_SNPRINTF -DHAVE_VSNPRINTF \
+        -DHAVE_GCC_THREAD_LOCAL_STORAGE -I"$root/cmocka" -c "$root"/apt/cmocka-*/src/cmocka.c \
+        -o "$root/cmocka/cmocka.o" || fail "cmocka does not compile for Windows"
+    rm -r "$root/apt"
+}
+
+deps_windows() {
+    local packages=()
+    has x86_64-w64-mingw32-gcc || packages+=(gcc-mingw-w64-x86-64)
+    has wine || packages+=(wine wine64)
+    if [ ${#packages[@]} -gt 0 ]; then apt_install "${packages[@]}"; fi
+    [ -e "$1/cmocka/cmocka.o" ] || cmocka_windows "$1"
+    say "MinGW-w64, wine and cmocka for Windows are there"
+}
+
+deps_wasm() {
+    local python=$1/venv/bin/python
+    if ! "$python" -c 'import ziglang, wasmtime' > /dev/null 2>&1; then
+        mkdir -p "$1"
+        "${PYTHON:-python3}" -m venv "$1/venv" \
+            || fail "python3 -m venv failed: please install python3-venv"
+        "$python" -m pip install --quiet ziglang wasmtime \
+            || fail "pip cannot install ziglang and wasmtime: is there a network?"
+    fi
+    say "zig cc and wasmtime are in $1/venv"
+}
+
 case ${1:-} in
     build)   deps_build "$2" ;;
     aarch64) deps_aarch64 "$2" ;;
-    *)       fail "usage: deps.sh build|aarch64 DIRECTORY" ;;
+    windows) deps_windows "$2" ;;
+    wasm)    deps_wasm "$2" ;;
+    *)       fail "usage: deps.sh build|aarch64|windows|wasm DIRECTORY" ;;
 esac
