@@ -9057,8 +9057,8 @@ typedef struct {
 /* Fill in defaults; an error if the options cannot be. */
 /* Sizes of a session are multiplied freely: refuse those that a size_t of 32 bits does not hold.
  * Every array is then at most `limit` bytes, SIZE_MAX / 4 but in tests; with 64 bits
- * (Q3N_CONFIG_LIST) all are.  The arrays: a run's widest activations, pages, states, partial results
- * of attention. */
+ * (Q3N_CONFIG_LIST) all are.  The arrays: a run's widest activations, pages, states, what attention
+ * has of single blocks. */
 static q3n_result q3n__check_sizes(const q3n_config *c, const q3n_session_options *o,
                                    uint64_t limit, q3n_error *err)
 {

@@ -30,7 +30,8 @@ static inline void posix_name(char *path)
 {
     static LONG count;
     char *end = path + strlen(path) - 6;
-    const unsigned n = (unsigned)GetCurrentProcessId() * 31 + (unsigned)InterlockedIncrement(&count);
+    const unsigned n = (unsigned)GetCurrentProcessId() * 31
+                     + (unsigned)InterlockedIncrement(&count);
     for (int i = 0; i < 6; i++) end[i] = "0123456789abcdef"[n >> (4 * i) & 15];
     _mkdir("/tmp");
 }
@@ -46,6 +47,9 @@ static inline int posix_mkstemp(char *path)
     posix_name(path);
     return _open(path, _O_RDWR | _O_CREAT | _O_EXCL | _O_BINARY, _S_IREAD | _S_IWRITE);
 }
+/* remove takes folders too. */
+static inline int posix_remove(const char *path) { return remove(path) && _rmdir(path) ? -1 : 0; }
+#define remove(path) posix_remove(path)
 #define mkdtemp posix_mkdtemp
 #define mkstemp posix_mkstemp
 
