@@ -430,7 +430,8 @@ extern "C" {
     X(ERR_FULL,         -7, "context is full")                                          \
     X(ERR_THREAD,       -8, "cannot start a thread")                                    \
     X(ERR_CANCELLED,    -9, "cancelled by the caller")                                  \
-    X(ERR_NO_FILE,     -10, "there is no such file")
+    X(ERR_NO_FILE,     -10, "there is no such file")                                    \
+    X(ERR_NUMERIC,     -11, "no logit is a number: the weights hold NaN or infinities")
 
 typedef enum q3n_result {
 #define Q3N__X(name, value, message) Q3N_##name = value,
@@ -1115,20 +1116,27 @@ typedef struct q3n_sampler q3n_sampler;
 
 typedef struct q3n_sampler_options {
     float    temperature;          /* 0 = greedy: the largest logit, the lowest id among equals  */
-    int      top_k;                /* 0 = off                                                    */
-    float    top_p;                /* 0 or >= 1 = off                                            */
-    float    min_p;                /* 0 = off; keep p >= min_p x the largest p                   */
+    int      top_k;                /* 0 = off; keep the k largest, the lowest ids among equals   */
+    float    top_p;                /* (0, 1]: keep the fewest tokens with so much probability
+                                      together, at least one; 1 = off, and 0, as it is not set   */
+    float    min_p;                /* 0 .. 1: keep p >= min_p x the largest p; 0 = off           */
     float    repetition_penalty;   /* 0 or 1 = off; [HF]'s: logit / r if > 0, else logit x r     */
     int      penalty_window;       /* last tokens that count; 0 = 64                             */
     uint64_t seed;
 } q3n_sampler_options;
 
-/* One per text and thread.  Order: repetition penalty, temperature, top-k, top-p, min-p. */
+/* One per text and thread.  Order: repetition penalty, temperature, top-k, top-p, min-p.  What is
+ * chosen from the same logits is the same on every machine.  Tokens below e^-86 of the largest
+ * probability do not come.
+ * Errors: Q3N_ERR_ARG (an option out of its range, or NaN), Q3N_ERR_MEMORY. */
 Q3N_DEF q3n_result q3n_sampler_create(q3n_sampler **out, const q3n_model *m,
                                       const q3n_sampler_options *o, q3n_error *err);
 Q3N_DEF void       q3n_sampler_destroy(q3n_sampler *s);
-/* Choose a token from logits [vocab] (left as they are) and remember it for the penalty. */
-Q3N_DEF int32_t    q3n_sampler_sample(q3n_sampler *s, const float *logits);
+/* Choose a token from logits [vocab] (left as they are) and remember it for the penalty.  NaN and
+ * -inf are never chosen, +inf is the largest float.  Errors: Q3N_ERR_NUMERIC (no logit is a number
+ * above -inf); then token and sampler are as before, and q3n_sampler_error tells more. */
+Q3N_DEF q3n_result q3n_sampler_sample(q3n_sampler *s, const float *logits, int32_t *token);
+Q3N_DEF const q3n_error *q3n_sampler_error(const q3n_sampler *s);    /* of the last failure */
 /* Remember a token that was not sampled, such as the prompt's. */
 Q3N_DEF void       q3n_sampler_accept(q3n_sampler *s, int32_t id);
 Q3N_DEF void       q3n_sampler_reset(q3n_sampler *s);    /* forget tokens, seed again */
@@ -1148,7 +1156,8 @@ Q3N_DEF void       q3n_sampler_reset(q3n_sampler *s);    /* forget tokens, seed 
  * Nothing is drafted beyond a token that ends the text (q3n_model_is_eos).  Greedy output is what
  * it is without drafts; sampled output has the same distribution ([SPEC]), and with looked-up
  * drafts the same tokens for a seed; the module's drafts use up random numbers of their own.
- * Errors: as q3n_session_eval. */
+ * Errors: as q3n_session_eval, and Q3N_ERR_NUMERIC (no logit is a number above -inf); then session
+ * and sampler are as before. */
 Q3N_DEF q3n_result q3n_session_next(q3n_session *s, q3n_sampler *sampler, int32_t token,
                                     int32_t *tokens, int max, int *n);
 
@@ -3282,6 +3291,10 @@ typedef struct {
     int          n, width, n_channels, c0, c1;
 } q3n__conv;
 
+/* Logits of the sampler, in blocks of 64; every ISA gives the same bits, so that which token is
+ * chosen depends on it no more than the logits do.  Formulas: section >>kernels-scalar. */
+#define Q3N__SAMPLER_BLOCK 64
+
 typedef struct q3n__kernels {
     void  (*matmul[Q3N_TYPE_COUNT])(const q3n__matmul *m);
     void  (*to_f32[Q3N_TYPE_COUNT])(float *y, const void *x, int n);       /* float types        */
@@ -3296,7 +3309,15 @@ typedef struct q3n__kernels {
     void  (*softmax)(float *x, int n);                                     /* in place           */
     void  (*silu_mul)(float *y, const float *gate, int n);                 /* y *= silu(gate)    */
     void  (*sigmoid_mul)(float *y, const float *gate, int n);              /* y *= sigmoid(gate) */
+    void  (*block_max)(float *max, const float *x, int n_blocks);          /* no NaN, no +inf    */
+    void  (*block_weights)(float *y, float *sum, const float *x, int n_blocks, float max,
+                           float scale);           /* y = 2^((x - max) scale), may be x          */
+    void  (*block_sums)(float *sum, int32_t *count, const float *y, int n_blocks,
+                        float floor);              /* of those that are >= floor                 */
 } q3n__kernels;
+
+/* One weight, as block_weights has them. */
+static float q3n__weight(float x, float max, float scale);
 
 /* Fill k with the best kernels up to max and return the ISA that they are of; see >>dispatch. */
 static q3n_isa q3n__kernels_init(q3n__kernels *k, q3n_isa max);
@@ -10499,7 +10520,8 @@ static q3n_result q3n__batch_eval(q3n_batch *b, q3n_batch_item *items, int n_ite
  *
  * Chooses the next token from logits.  Each filter keeps the tokens ranked before some place in
  * the order "larger first, lower id among equals", so finding that place takes a selection, not a
- * sort, and the draw goes over what is kept in any fixed order.  A draft, proposed by whatever
+ * sort.  Logits and weights lie in blocks of 64 with their maxima and sums: whole vocabularies are
+ * passed over by kernels, and scalar code looks into few blocks.  A draft, proposed by whatever
  * guesses ahead, changes what is computed and not the distribution.  Allocates nothing after
  * create.
  * ===================================================================================== */
@@ -10529,60 +10551,82 @@ static void q3n__candidate_swap(q3n__candidate *a, q3n__candidate *b)
     *b = t;
 }
 
-/* Reorder [lo, hi) so that those ranking before the pivot come first; returns the pivot's place and
- * in *mass what stands before it.  The pivot is picked by hash: no order of logits that a text
- * could bring about makes selection quadratic. */
-static int q3n__partition(q3n__candidate *c, int lo, int hi, int by_mass, double *mass)
+/* A number that is the larger the earlier the candidate ranks; no two are equal. */
+static uint64_t q3n__candidate_key(q3n__candidate c)
 {
-    const uint64_t pick = q3n__mix64((uint64_t)lo << 32 | (uint32_t)hi) % (uint64_t)(hi - lo);
-    q3n__candidate_swap(&c[lo + (int)pick], &c[hi - 1]);
-    const q3n__candidate pivot = c[hi - 1];
-    int m = lo;
-    *mass = 0.0;
-    for (int i = lo; i < hi - 1; i++) {
-        if (!q3n__ranks_before(c[i], pivot)) continue;
-        *mass += by_mass ? (double)c[i].v : 1.0;
-        q3n__candidate_swap(&c[i], &c[m++]);
-    }
-    q3n__candidate_swap(&c[m], &c[hi - 1]);
-    return m;
+    uint32_t bits = q3n__f32_bits(c.v + 0.0f);             /* -0 ranks with 0 */
+    bits ^= bits >> 31 ? 0xFFFFFFFFu : 0x80000000u;
+    return (uint64_t)bits << 32 | (uint32_t)~c.id;
 }
 
-/* The fewest first candidates, by rank, that together have the target (their number, or with
+/* Reorder [*lo, *hi): those whose byte of the key at shift is larger come first, then the equal
+ * ones, which [*lo, *hi) become. */
+static void q3n__partition(q3n__candidate *c, int *lo, int *hi, int shift, unsigned byte)
+{
+    int first = *lo, end = *hi;
+    for (int i = first; i < end;) {
+        const unsigned k = q3n__candidate_key(c[i]) >> shift & 255;
+        if (k > byte)      q3n__candidate_swap(&c[i++], &c[first++]);
+        else if (k < byte) q3n__candidate_swap(&c[i], &c[--end]);
+        else               i++;
+    }
+    *lo = first;
+    *hi = end;
+}
+
+/* The fewest first candidates, by rank, that together have the target > 0 (their number, or with
  * by_mass the sum of their v): moves them to the front and returns how many they are, n if all of
- * them do not reach it.  Expected time O(n). */
+ * them do not reach it.  Byte by byte of the keys, most significant first, by what candidates with
+ * each value have together: at most 16 passes whatever the logits are, mostly over few. */
 static int q3n__select(q3n__candidate *c, int n, double target, int by_mass)
 {
     int lo = 0, hi = n;
-    double before = 0.0, mass;
-    while (lo < hi) {
-        const int m = q3n__partition(c, lo, hi, by_mass, &mass);
-        const double with_pivot = before + mass + (by_mass ? (double)c[m].v : 1.0);
-        if (m > lo && before + mass >= target) {
-            hi = m;
-        } else if (with_pivot >= target) {
-            return m + 1;
-        } else {
-            before = with_pivot;
-            lo = m + 1;
+    double before = 0.0;
+    for (int shift = 56; shift >= 0 && hi - lo > 1; shift -= 8) {
+        double mass[256] = { 0 };
+        int k = 255;
+        for (int i = lo; i < hi; i++) {
+            Q3N__STEP();
+            mass[q3n__candidate_key(c[i]) >> shift & 255] += by_mass ? (double)c[i].v : 1.0;
         }
+        while (k > 0 && before + mass[k] < target) before += mass[k--];
+        q3n__partition(c, &lo, &hi, shift, (unsigned)k);
     }
-    return lo;
+    return hi;
 }
 
 /* ---- The sampler ---- */
-#define Q3N__SAMPLER_BLOCK      64
 #define Q3N__SAMPLER_MAX_WINDOW (1 << 24)
+
+/* What every block of weights has from a floor on. */
+typedef struct {
+    float   *sum;        /* [n_blocks] */
+    int32_t *count;      /* [n_blocks] */
+    float    floor;
+    double   mass;       /* of all of them, and how many */
+    int      n;
+} q3n__level;
 
 struct q3n_sampler {
     q3n_allocator       allocator;
     q3n_sampler_options o;           /* top_p and repetition_penalty are 1 when off              */
-    int                 vocab;
+    int                 vocab, n_blocks;
     uint64_t            rng;
+    q3n_error           error;
+    q3n__kernels        k;           /* the best: all of them give the same weights              */
+    float               scale;       /* log2(e) / temperature                                    */
     int32_t            *window;      /* [o.penalty_window] ring of the last tokens               */
     int                 n_window, next;
-    float              *logits;      /* [vocab] penalised, later relative p, later q of a draft  */
-    float              *block_max;   /* [ceil(vocab / Q3N__SAMPLER_BLOCK)]                       */
+    float              *weights;     /* [n_blocks, 64] penalised logits, then weights: e^(logit /
+                                        temperature), the largest 1                              */
+    float              *block_max;   /* [n_blocks] of the logits                                 */
+    float              *block_sum;   /* [n_blocks] of the weights kept; where it is 0 `weights`
+                                        is not to be read                                        */
+    uint8_t            *exact;       /* [n_blocks] 1 = weights that are not kept are 0           */
+    float               floor;       /* kept are weights above it, and equal ones up to this id  */
+    int32_t             floor_id;
+    double              kept;        /* sum of block_sum                                         */
+    q3n__level          level[3];    /* scratch of top-p                                         */
     q3n__candidate     *candidates;  /* [vocab]                                                  */
 };
 
@@ -10594,8 +10638,9 @@ static q3n_result q3n__sampler_check(const q3n_sampler_options *o, q3n_error *er
                          (double)o->temperature);
     if (o->top_k < 0)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "top_k %d must be 0 or more", o->top_k);
-    if (!(o->top_p >= 0.0f))
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "top_p %g must be 0 or more", (double)o->top_p);
+    if (!(o->top_p >= 0.0f && o->top_p <= 1.0f))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "top_p %g is not in (0, 1], and not 0 for off",
+                         (double)o->top_p);
     if (!(o->min_p >= 0.0f && o->min_p <= 1.0f))
         return q3n__fail(err, Q3N_ERR_ARG, -1, "min_p %g is not in [0, 1]", (double)o->min_p);
     if (!(r == 0.0f || (r > 0.0f && r <= FLT_MAX)))
@@ -10610,12 +10655,18 @@ static q3n_result q3n__sampler_check(const q3n_sampler_options *o, q3n_error *er
 static size_t q3n__sampler_layout(q3n_sampler *s, uint8_t *base)   /* bytes of the allocation */
 {
     q3n__arena a = { base, 0, 0 };
-    const size_t vocab = (size_t)s->vocab;
+    const size_t vocab = (size_t)s->vocab, n_blocks = (size_t)s->n_blocks;
     q3n__arena_take(&a, 1, sizeof *s);
     s->window     = (int32_t *)q3n__arena_take(&a, (size_t)s->o.penalty_window, sizeof(int32_t));
-    s->logits     = (float *)q3n__arena_take(&a, vocab, sizeof(float));
-    s->block_max  = (float *)q3n__arena_take(&a, vocab / Q3N__SAMPLER_BLOCK + 1, sizeof(float));
+    s->weights    = (float *)q3n__arena_take(&a, n_blocks * Q3N__SAMPLER_BLOCK, sizeof(float));
+    s->block_max  = (float *)q3n__arena_take(&a, n_blocks, sizeof(float));
+    s->block_sum  = (float *)q3n__arena_take(&a, n_blocks, sizeof(float));
+    s->exact      = (uint8_t *)q3n__arena_take(&a, n_blocks, 1);
     s->candidates = (q3n__candidate *)q3n__arena_take(&a, vocab, sizeof(q3n__candidate));
+    for (int i = 0; i < 3; i++) {
+        s->level[i].sum   = (float *)q3n__arena_take(&a, n_blocks, sizeof(float));
+        s->level[i].count = (int32_t *)q3n__arena_take(&a, n_blocks, sizeof(int32_t));
+    }
     return a.overflow ? SIZE_MAX : a.used;
 }
 
@@ -10632,9 +10683,13 @@ Q3N_DEF q3n_result q3n_sampler_create(q3n_sampler **out, const q3n_model *m,
     if (r != Q3N_OK) return r;
     s.allocator = m->allocator;
     s.vocab = q3n_model_config(m)->vocab_size;
+    s.n_blocks = (s.vocab + Q3N__SAMPLER_BLOCK - 1) / Q3N__SAMPLER_BLOCK;
+    q3n__kernels_init(&s.k, q3n_isa_best());
     if (s.o.penalty_window == 0) s.o.penalty_window = 64;
     if (s.o.repetition_penalty == 0.0f) s.o.repetition_penalty = 1.0f;
-    if (s.o.top_p == 0.0f || s.o.top_p > 1.0f) s.o.top_p = 1.0f;
+    if (s.o.top_p == 0.0f) s.o.top_p = 1.0f;
+    if (s.o.temperature > 0.0f) s.scale = 1.44269504f / s.o.temperature;
+    if (s.scale > FLT_MAX) s.scale = FLT_MAX;              /* the temperature is denormal */
     s.rng = s.o.seed;
     uint8_t *memory = (uint8_t *)q3n__alloc(&s.allocator, q3n__sampler_layout(&s, NULL));
     if (!memory) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a sampler");
@@ -10680,58 +10735,60 @@ static const float *q3n__sampler_prepare(q3n_sampler *s, const float *logits)
 {
     const float r = s->o.repetition_penalty;
     if (r == 1.0f || s->n_window == 0) return logits;
-    memcpy(s->logits, logits, (size_t)s->vocab * sizeof *logits);
+    memcpy(s->weights, logits, (size_t)s->vocab * sizeof *logits);
     for (int i = 0; i < s->n_window; i++) {
         const int32_t id = s->window[i];
         const float x = q3n__clean_logit(logits[id]);
-        s->logits[id] = q3n__clean_logit(x > 0.0f ? x / r : x * r);
+        s->weights[id] = q3n__clean_logit(x > 0.0f ? x / r : x * r);
     }
-    return s->logits;
+    return s->weights;
 }
 
-/* The largest of x [Q3N__SAMPLER_BLOCK], cleaned: no comparison with NaN holds.  gcc 12 makes
- * vectors of halves with constant lengths (-O2, -O3: 18 and 12 us for 151,936 logits on Zen 4), but
- * at -O3 not of 4 or 16 running maxima (26 and 41 us). */
-static float q3n__block_max(const float *x)
+/* Block b of x [vocab]: where it lies, or the last tokens and -inf in tail. */
+static const float *q3n__sampler_logits(const q3n_sampler *s, const float *x, int b,
+                                        float tail[Q3N__SAMPLER_BLOCK])
 {
-    float m[Q3N__SAMPLER_BLOCK / 2];
-    for (int j = 0; j < 32; j++) {
-        const float a = x[j] > -Q3N__INFINITY ? x[j] : -Q3N__INFINITY;
-        m[j] = x[j + 32] > a ? x[j + 32] : a;
-    }
-    for (int j = 0; j < 16; j++) m[j] = m[j + 16] > m[j] ? m[j + 16] : m[j];
-    for (int j = 0; j < 8; j++) m[j] = m[j + 8] > m[j] ? m[j + 8] : m[j];
-    for (int j = 0; j < 4; j++) m[j] = m[j + 4] > m[j] ? m[j + 4] : m[j];
-    const float a = m[0] > m[1] ? m[0] : m[1], b = m[2] > m[3] ? m[2] : m[3];
-    return q3n__clean_logit(a > b ? a : b);
+    const int first = b * Q3N__SAMPLER_BLOCK, left = s->vocab - first;
+    if (left >= Q3N__SAMPLER_BLOCK) return x + first;
+    for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++) tail[i] = i < left ? x[first + i] : -Q3N__INFINITY;
+    return tail;
 }
 
-static int q3n__sampler_blocks(const q3n_sampler *s)
-{
-    return (s->vocab + Q3N__SAMPLER_BLOCK - 1) / Q3N__SAMPLER_BLOCK;
-}
-
-/* Sets the maximum of every block of x [vocab] and returns the largest. */
+/* Sets the maximum of every block of x [vocab] and returns the largest: below -FLT_MAX if no logit
+ * is a number above -inf. */
 static float q3n__sampler_maxima(q3n_sampler *s, const float *x)
 {
-    const int whole = s->vocab / Q3N__SAMPLER_BLOCK, rest = s->vocab % Q3N__SAMPLER_BLOCK;
-    for (int b = 0; b < whole; b++) s->block_max[b] = q3n__block_max(x + b * Q3N__SAMPLER_BLOCK);
-    if (rest) {
-        float last[Q3N__SAMPLER_BLOCK];
-        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++)
-            last[i] = i < rest ? x[whole * Q3N__SAMPLER_BLOCK + i] : -Q3N__INFINITY;
-        s->block_max[whole] = q3n__block_max(last);
-    }
-    float max = -Q3N__INFINITY;
-    for (int b = 0; b < whole + (rest > 0); b++)
-        if (s->block_max[b] > max) max = s->block_max[b];
+    float tail[Q3N__SAMPLER_BLOCK], max = -Q3N__INFINITY;
+    const int last = s->n_blocks - 1;
+    s->k.block_max(s->block_max, x, last);
+    s->k.block_max(s->block_max + last, q3n__sampler_logits(s, x, last, tail), 1);
+    for (int b = 0; b <= last; b++) if (s->block_max[b] > max) max = s->block_max[b];
     return max;
 }
 
-/* The first token whose logit is the largest; 0 if no logit is finite or +inf. */
+/* Weights and their sums of blocks [b0, b1). */
+static void q3n__sampler_weigh(q3n_sampler *s, const float *x, float max, int b0, int b1)
+{
+    float tail[Q3N__SAMPLER_BLOCK];
+    const int last = s->n_blocks - 1, whole = b1 > last ? last : b1;
+    float *y = s->weights + b0 * Q3N__SAMPLER_BLOCK;
+    s->k.block_weights(y, s->block_sum + b0, x + b0 * Q3N__SAMPLER_BLOCK, whole - b0, max,
+                       s->scale);
+    if (b1 > last)
+        s->k.block_weights(s->weights + last * Q3N__SAMPLER_BLOCK, s->block_sum + last,
+                           q3n__sampler_logits(s, x, last, tail), 1, max, s->scale);
+}
+
+static double q3n__block_total(const float *sum, int n_blocks)
+{
+    double total = 0.0;
+    for (int b = 0; b < n_blocks; b++) total += sum[b];
+    return total;
+}
+
+/* The first token whose logit is the largest, which max is. */
 static int32_t q3n__sampler_best(const q3n_sampler *s, const float *x, float max)
 {
-    if (max < -FLT_MAX) return 0;
     int b = 0;
     while (s->block_max[b] != max) b++;
     int32_t id = b * Q3N__SAMPLER_BLOCK;
@@ -10744,7 +10801,7 @@ static int32_t q3n__sampler_best(const q3n_sampler *s, const float *x, float max
 static int q3n__sampler_top_k(q3n_sampler *s, const float *x, int k)
 {
     q3n__candidate *c = s->candidates;
-    const int n_blocks = q3n__sampler_blocks(s);
+    const int n_blocks = s->n_blocks;
     float bound = -FLT_MAX;
     if (k < n_blocks) {
         for (int b = 0; b < n_blocks; b++) c[b] = (q3n__candidate){ s->block_max[b], b };
@@ -10764,66 +10821,207 @@ static int q3n__sampler_top_k(q3n_sampler *s, const float *x, int k)
     return q3n__select(c, n, k, 0);
 }
 
-/* Probability relative to the most probable token's. */
-static float q3n__relative_p(const q3n_sampler *s, float x, float max)
+/* ---- Top-p of the whole vocabulary ----
+ *
+ * Where the kept weights end is found by their sums above a floor, one pass of a kernel each, until
+ * few lie between a floor that keeps enough and one that does not; those are selected from. */
+#define Q3N__LEVEL_FEW 128
+
+static void q3n__level_at(q3n_sampler *s, q3n__level *level, float floor)
 {
-    return expf((x - max) / s->o.temperature);
+    s->k.block_sums(level->sum, level->count, s->weights, s->n_blocks, floor);
+    level->floor = floor;
+    level->mass = q3n__block_total(level->sum, s->n_blocks);
+    level->n = 0;
+    for (int b = 0; b < s->n_blocks; b++) level->n += level->count[b];
 }
 
-/* The k largest tokens (0 = all), with their relative probabilities; *total of these.  Of all,
- * tokens that top-p or min-p will drop anyway are left out: those below (1 - top_p) total / vocab
- * have less than (1 - top_p) total together, so the rest holds all that top-p keeps. */
-static int q3n__sampler_candidates(q3n_sampler *s, const float *x, float max, int k, double *total)
+/* Two levels between which the kept weights end: the mass of low reaches the target, that of high
+ * does not.  over and short are how far they are from it, halved for the one that stays where it is
+ * when the other one has been replaced twice (the Illinois rule, for regula falsi). */
+typedef struct {
+    q3n__level *low, *high, *other;
+    double      target, over, under;
+    int         last;            /* what was replaced last: 1 = low, -1 = high                   */
+} q3n__bracket;
+
+/* Try a floor between the two.  The bits of positive floats are in their order, and nearly in that
+ * of their logarithms, over which mass is even enough; the middle after so many turns. */
+#define Q3N__BRACKET_TURNS 12
+
+static void q3n__bracket_narrow(q3n_sampler *s, q3n__bracket *k, int turn)
 {
-    q3n__candidate *c = s->candidates;
+    const uint32_t a = q3n__f32_bits(k->low->floor), b = q3n__f32_bits(k->high->floor);
+    const double at = turn < Q3N__BRACKET_TURNS ? k->over / (k->over + k->under) : 0.5;
+    uint32_t middle = a + (uint32_t)(at * (b - a));
+    if (middle <= a) middle = a + 1;
+    if (middle >= b) middle = b - 1;
+    q3n__level *level = k->other;
+    q3n__level_at(s, level, q3n__bits_f32(middle));
+    const int side = level->mass >= k->target ? 1 : -1;
+    q3n__level **place = side > 0 ? &k->low : &k->high;
+    k->other = *place;
+    *place = level;
+    if (side > 0) k->over = level->mass - k->target;
+    else          k->under = k->target - level->mass;
+    if (side == k->last && side > 0) k->under *= 0.5;
+    if (side == k->last && side < 0) k->over *= 0.5;
+    k->last = side;
+}
+
+/* Candidates in [low->floor, high->floor); returns how many. */
+static int q3n__level_gather(q3n_sampler *s, const q3n__level *low, const q3n__level *high)
+{
     int n = 0;
-    *total = 0.0;
-    if (k > 0 && k < s->vocab) {
-        n = q3n__sampler_top_k(s, x, k);
-        for (int i = 0; i < n; i++) {
-            c[i].v = q3n__relative_p(s, c[i].v, max);
-            *total += c[i].v;
-        }
-        return n;
+    for (int b = 0; b < s->n_blocks; b++) {
+        if (low->count[b] == high->count[b]) continue;
+        const int first = b * Q3N__SAMPLER_BLOCK;
+        for (int i = first; i < first + Q3N__SAMPLER_BLOCK; i++)
+            if (s->weights[i] >= low->floor && s->weights[i] < high->floor)
+                s->candidates[n++] = (q3n__candidate){ s->weights[i], i };
     }
-    for (int i = 0; i < s->vocab; i++) {
-        s->logits[i] = q3n__relative_p(s, q3n__clean_logit(x[i]), max);
-        *total += s->logits[i];
-    }
-    double cut = (1.0 - (double)s->o.top_p) * *total / s->vocab;
-    if (cut < (double)s->o.min_p) cut = s->o.min_p;
-    for (int i = 0; i < s->vocab; i++)
-        if (s->logits[i] > 0.0f && (double)s->logits[i] >= cut)
-            c[n++] = (q3n__candidate){ s->logits[i], i };
     return n;
 }
 
-/* What top-k with this k and the other filters leave of x, in no particular order but always the
- * same; *kept is their sum.  The largest logit is among them. */
-static int q3n__sampler_filter(q3n_sampler *s, const float *x, float max, int k, double *kept)
+/* Find where top-p ends among all weights, which sum to total: sets floor, floor_id and block_sum.
+ * Those below (1 - top_p) total / vocab have less than (1 - top_p) total together, so the others
+ * hold what is wanted. */
+static void q3n__sampler_top_p(q3n_sampler *s, double total)
 {
+    q3n__bracket k = { &s->level[0], &s->level[1], &s->level[2], (double)s->o.top_p * total, 0, 0,
+                       0 };
+    const size_t n_blocks = (size_t)s->n_blocks;
+    q3n__level_at(s, k.low, (float)((1.0 - (double)s->o.top_p) * total / s->vocab * 0.999));
+    if (k.low->floor < FLT_MIN || k.low->mass < k.target) q3n__level_at(s, k.low, FLT_MIN);
+    memset(k.high->sum, 0, n_blocks * sizeof *k.high->sum);      /* no weight is above 1 */
+    memset(k.high->count, 0, n_blocks * sizeof *k.high->count);
+    k.high->floor = 2.0f;
+    k.high->mass = 0.0;
+    k.high->n = 0;
+    k.over = k.low->mass - k.target;
+    k.under = k.target;
+    for (int turn = 0; k.low->n - k.high->n > Q3N__LEVEL_FEW
+                       && q3n__f32_bits(k.high->floor) - q3n__f32_bits(k.low->floor) > 1; turn++)
+        q3n__bracket_narrow(s, &k, turn);
     q3n__candidate *c = s->candidates;
-    double total;
-    int n = q3n__sampler_candidates(s, x, max, k, &total), n_kept = 0;
-    if (s->o.top_p < 1.0f) n = q3n__select(c, n, (double)s->o.top_p * total, 1);
-    *kept = 0.0;
-    for (int i = 0; i < n; i++) {
-        if (c[i].v < s->o.min_p || c[i].v == 0.0f) continue;
-        *kept += c[i].v;
-        c[n_kept++] = c[i];
+    const int n = q3n__level_gather(s, k.low, k.high);
+    const int kept = q3n__select(c, n, k.target - k.high->mass, 1);
+    q3n__candidate last = c[0];
+    memcpy(s->block_sum, k.high->sum, n_blocks * sizeof *s->block_sum);
+    for (int i = 0; i < kept; i++) {
+        if (q3n__ranks_before(last, c[i])) last = c[i];
+        s->block_sum[c[i].id / Q3N__SAMPLER_BLOCK] += c[i].v;
     }
-    return n_kept;
+    s->floor = last.v;
+    s->floor_id = last.id;
 }
 
-static int32_t q3n__sampler_draw(q3n_sampler *s, int n, double kept)   /* of n candidates */
+/* ---- Filters ---- */
+
+/* Block b with zeros for what is not kept. */
+static float *q3n__sampler_block(q3n_sampler *s, int b)
 {
-    const q3n__candidate *c = s->candidates;
-    double u = q3n__random_unit(&s->rng) * kept;
-    for (int i = 0; i < n - 1; i++) {
-        u -= c[i].v;
-        if (u < 0.0) return c[i].id;
+    float *y = s->weights + b * Q3N__SAMPLER_BLOCK;
+    for (int i = 0; i < Q3N__SAMPLER_BLOCK && !s->exact[b]; i++) {
+        const int id = b * Q3N__SAMPLER_BLOCK + i;
+        if (!(y[i] > s->floor || (y[i] == s->floor && id <= s->floor_id))) y[i] = 0.0f;
     }
-    return c[n - 1].id;
+    s->exact[b] = 1;
+    return y;
+}
+
+/* Weights of the k largest logits, or of those of them that top-p and min-p leave. */
+static void q3n__sampler_few(q3n_sampler *s, const float *x, float max, int k)
+{
+    q3n__candidate *c = s->candidates;
+    int n = q3n__sampler_top_k(s, x, k);
+    double total = 0.0;
+    for (int i = 0; i < n; i++) {
+        c[i].v = q3n__weight(c[i].v, max, s->scale);
+        total += c[i].v;
+    }
+    if (s->o.top_p < 1.0f) n = q3n__select(c, n, (double)s->o.top_p * total, 1);
+    memset(s->block_sum, 0, (size_t)s->n_blocks * sizeof *s->block_sum);
+    for (int i = 0; i < n; i++) {
+        const int b = c[i].id / Q3N__SAMPLER_BLOCK;
+        if (c[i].v < s->o.min_p || c[i].v == 0.0f) continue;
+        if (s->block_sum[b] == 0.0f)
+            memset(s->weights + b * Q3N__SAMPLER_BLOCK, 0, Q3N__SAMPLER_BLOCK * sizeof(float));
+        s->weights[c[i].id] = c[i].v;
+        s->block_sum[b] += c[i].v;
+        s->exact[b] = 1;
+    }
+}
+
+/* Weights in blocks whose largest logit is cut or more; the sums of the others become 0. */
+static void q3n__sampler_weigh_from(q3n_sampler *s, const float *x, float max, float cut)
+{
+    for (int b = 0, first = 0; b <= s->n_blocks; b++) {
+        if (b < s->n_blocks && s->block_max[b] >= cut) continue;
+        if (b > first) q3n__sampler_weigh(s, x, max, first, b);
+        if (b < s->n_blocks) s->block_sum[b] = 0.0f;
+        first = b + 1;
+    }
+}
+
+/* Raise the floor to min-p: new sums for the blocks that have any. */
+static void q3n__sampler_min_p(q3n_sampler *s)
+{
+    int32_t count;
+    s->floor = s->o.min_p;
+    s->floor_id = INT32_MAX;
+    for (int b = 0; b < s->n_blocks; b++)
+        if (s->block_sum[b] > 0.0f)
+            s->k.block_sums(&s->block_sum[b], &count, s->weights + b * Q3N__SAMPLER_BLOCK, 1,
+                            s->floor);
+}
+
+/* Top-p and min-p of all tokens.  Without top-p nothing is weighed far below what min-p drops. */
+static void q3n__sampler_many(q3n_sampler *s, const float *x, float max)
+{
+    const float p = s->o.min_p;
+    if (s->o.top_p < 1.0f) {
+        q3n__sampler_weigh(s, x, max, 0, s->n_blocks);
+        q3n__sampler_top_p(s, q3n__block_total(s->block_sum, s->n_blocks));
+    } else {
+        const double cut = p > 0.0f ? max + (log2((double)p) - 1e-3) / s->scale : -(double)FLT_MAX;
+        q3n__sampler_weigh_from(s, x, max, cut > -(double)FLT_MAX ? (float)cut : -FLT_MAX);
+    }
+    if (p > s->floor) q3n__sampler_min_p(s);
+}
+
+/* What top-k with this k (0 = all) and the other filters leave of x, as weights in blocks.  The
+ * largest logit is among them. */
+static void q3n__sampler_filter(q3n_sampler *s, const float *x, float max, int k)
+{
+    memset(s->exact, 0, (size_t)s->n_blocks);
+    s->floor = 0.0f;
+    s->floor_id = -1;
+    if (k > 0 && k < s->vocab) q3n__sampler_few(s, x, max, k);
+    else                       q3n__sampler_many(s, x, max);
+    s->kept = q3n__block_total(s->block_sum, s->n_blocks);
+}
+
+/* A token kept, with its probability: the blocks, then within one, in order of ids. */
+static int32_t q3n__sampler_draw(q3n_sampler *s)
+{
+    double u = q3n__random_unit(&s->rng) * s->kept;
+    int b = -1;
+    for (int i = 0; i < s->n_blocks; i++) {
+        if (s->block_sum[i] == 0.0f) continue;
+        b = i;
+        if (u < (double)s->block_sum[i]) break;
+        u -= (double)s->block_sum[i];
+    }
+    const float *y = q3n__sampler_block(s, b);
+    int last = 0;
+    for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++) {
+        if (y[i] == 0.0f) continue;
+        last = i;
+        u -= (double)y[i];
+        if (u < 0.0) break;
+    }
+    return b * Q3N__SAMPLER_BLOCK + last;
 }
 
 /* ---- Undoing ---- */
@@ -10873,59 +11071,72 @@ static void q3n__draft_point(q3n__draft *d, int32_t id)   /* greedy or looked up
 
 /* Draw a draft from a draft model's logits [vocab] with the sampler's filters, of the
  * Q3N__DRAFT_MAX largest: any distribution will do (see below), and top-k needs few exponentials.
- * Greedy: the largest.  The window is left as it is, for the draft is not accepted yet. */
+ * Greedy: the largest; token 0 if no logit is a number.  The window is left as it is, for the draft
+ * is not accepted yet. */
 static Q3N__UNUSED void q3n__sampler_draft(q3n_sampler *s, const float *logits, q3n__draft *d)
 {
     const float *x = q3n__sampler_prepare(s, logits);
     const float max = q3n__sampler_maxima(s, x);
     if (s->o.temperature == 0.0f || max < -FLT_MAX) {
-        q3n__draft_point(d, q3n__sampler_best(s, x, max));
+        q3n__draft_point(d, max < -FLT_MAX ? 0 : q3n__sampler_best(s, x, max));
         return;
     }
     const int k = s->o.top_k > 0 && s->o.top_k < Q3N__DRAFT_MAX ? s->o.top_k : Q3N__DRAFT_MAX;
-    double kept;
-    d->n = q3n__sampler_filter(s, x, max, k, &kept);
-    for (int i = 0; i < d->n; i++) {
-        d->ids[i] = s->candidates[i].id;
-        d->p[i] = (float)(s->candidates[i].v / kept);
+    q3n__sampler_filter(s, x, max, k);
+    d->n = 0;
+    for (int b = 0; b < s->n_blocks; b++) {
+        if (s->block_sum[b] == 0.0f) continue;
+        const float *y = q3n__sampler_block(s, b);
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++) {
+            if (y[i] == 0.0f) continue;
+            d->ids[d->n] = b * Q3N__SAMPLER_BLOCK + i;
+            d->p[d->n++] = (float)(y[i] / s->kept);
+        }
     }
-    d->id = q3n__sampler_draw(s, d->n, kept);
+    d->id = q3n__sampler_draw(s);
 }
 
-/* Leaves max(0, p - q) of the n candidates p, with q the draft's: returns how many are left and
- * sets *kept to their sum.  p stays if rounding leaves none.  s->logits becomes q by token. */
-static int q3n__sampler_residual(q3n_sampler *s, int n, const q3n__draft *d, double *kept)
+/* Leaves max(0, p - q) of the weights p, with q the draft's.  p stays if rounding leaves none. */
+static void q3n__sampler_residual(q3n_sampler *s, const q3n__draft *d)
 {
-    q3n__candidate *c = s->candidates;
-    float *q = s->logits;
-    double sum = 0.0;
-    int n_left = 0;
-    for (int i = 0; i < n; i++) q[c[i].id] = 0.0f;
-    for (int i = 0; i < d->n; i++) q[d->ids[i]] = d->p[i];
-    for (int i = 0; i < n; i++) {
-        const float left = (float)(c[i].v - q[c[i].id] * *kept);
-        if (!(left > 0.0f)) continue;
-        sum += left;
-        c[n_left++] = (q3n__candidate){ left, c[i].id };
+    float before[Q3N__DRAFT_MAX];
+    const double kept = s->kept;
+    for (int i = 0; i < d->n; i++) {
+        const int b = d->ids[i] / Q3N__SAMPLER_BLOCK, at = d->ids[i] % Q3N__SAMPLER_BLOCK;
+        before[i] = 0.0f;
+        if (s->block_sum[b] == 0.0f) continue;
+        float *y = q3n__sampler_block(s, b);
+        const float left = (float)(y[at] - d->p[i] * kept);
+        before[i] = y[at];
+        y[at] = left > 0.0f ? left : 0.0f;
     }
-    if (n_left == 0) return n;
-    *kept = sum;
-    return n_left;
+    for (int back = 0; back < 2; back++) {
+        for (int i = 0; i < d->n; i++) {
+            const int b = d->ids[i] / Q3N__SAMPLER_BLOCK;
+            int32_t count;
+            if (before[i] == 0.0f) continue;
+            if (back) s->weights[d->ids[i]] = before[i];
+            s->k.block_sums(&s->block_sum[b], &count, s->weights + b * Q3N__SAMPLER_BLOCK, 1,
+                            0.0f);
+        }
+        s->kept = q3n__block_total(s->block_sum, s->n_blocks);
+        if (s->kept > 0.0) return;
+    }
 }
 
-/* Draw from the n candidates p, given a draft drawn from q ([SPEC]): it is kept with probability
+/* Draw from the weights p, given a draft drawn from q ([SPEC]): it is kept with probability
  * min(1, p / q), else a token is drawn from max(0, p - q) / (1 - a), a = sum min(p, q) being the
  * probability that it is kept.  A token comes with min(p, q) + (1 - a) max(0, p - q) / (1 - a) = p,
  * whatever q is.  The draft does not come back: u q >= p and u < 1 leave nothing of it. */
-static int32_t q3n__sampler_verify(q3n_sampler *s, int n, double kept, const q3n__draft *d)
+static int32_t q3n__sampler_verify(q3n_sampler *s, const q3n__draft *d)
 {
-    const q3n__candidate *c = s->candidates;
+    const int b = d->id / Q3N__SAMPLER_BLOCK;
     double p = 0.0, q = 0.0;   /* of the draft, times kept */
-    for (int i = 0; i < n; i++) if (c[i].id == d->id) p = c[i].v;
-    for (int i = 0; i < d->n; i++) if (d->ids[i] == d->id) q = d->p[i] * kept;
+    if (s->block_sum[b] > 0.0f) p = q3n__sampler_block(s, b)[d->id % Q3N__SAMPLER_BLOCK];
+    for (int i = 0; i < d->n; i++) if (d->ids[i] == d->id) q = d->p[i] * s->kept;
     if (q3n__random_unit(&s->rng) * q < p) return d->id;
-    const int n_left = q3n__sampler_residual(s, n, d, &kept);
-    return q3n__sampler_draw(s, n_left, kept);
+    q3n__sampler_residual(s, d);
+    return q3n__sampler_draw(s);
 }
 
 /* Choose the token that follows from the target's logits [vocab], given a draft or NULL, and
@@ -10934,27 +11145,36 @@ static int32_t q3n__sampler_verify(q3n_sampler *s, int n, double kept, const q3n
  * One random number is used for each token drawn, so that a text can be continued from its seed and
  * length.  That holds with a point mass: to keep it with probability p and to draw from the others
  * otherwise is to draw from p, so it is not looked at and the text is the same as without.  Drafts
- * from a distribution use more.  If no logit is finite or +inf the answer is token 0. */
-static int32_t q3n__sampler_choose(q3n_sampler *s, const float *logits, const q3n__draft *d)
+ * from a distribution use more. */
+static q3n_result q3n__sampler_choose(q3n_sampler *s, const float *logits, const q3n__draft *d,
+                                      int32_t *token)
 {
     const float *x = q3n__sampler_prepare(s, logits);
     const float max = q3n__sampler_maxima(s, x);
-    int32_t id;
-    if (s->o.temperature > 0.0f && max >= -FLT_MAX) {
-        double kept;
-        const int n = q3n__sampler_filter(s, x, max, s->o.top_k, &kept);
-        id = d && d->n > 1 ? q3n__sampler_verify(s, n, kept, d) : q3n__sampler_draw(s, n, kept);
+    if (max < -FLT_MAX)
+        return q3n__fail(&s->error, Q3N_ERR_NUMERIC, -1, "none of %d logits is a number above -inf:"
+                         " the weights hold NaN or infinities, or all tokens are masked", s->vocab);
+    if (s->o.temperature > 0.0f) {
+        q3n__sampler_filter(s, x, max, s->o.top_k);
+        *token = d && d->n > 1 ? q3n__sampler_verify(s, d) : q3n__sampler_draw(s);
     } else {
-        id = q3n__sampler_best(s, x, max);
+        *token = q3n__sampler_best(s, x, max);
     }
-    q3n_sampler_accept(s, id);
-    return id;
+    q3n_sampler_accept(s, *token);
+    return Q3N_OK;
 }
 
-Q3N_DEF int32_t q3n_sampler_sample(q3n_sampler *s, const float *logits)
+Q3N_DEF q3n_result q3n_sampler_sample(q3n_sampler *s, const float *logits, int32_t *token)
 {
-    if (!s || !logits) return 0;
-    return q3n__sampler_choose(s, logits, NULL);
+    if (!s) return Q3N_ERR_ARG;
+    if (!logits || !token)
+        return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no logits, or no place for the token");
+    return q3n__sampler_choose(s, logits, NULL, token);
+}
+
+Q3N_DEF const q3n_error *q3n_sampler_error(const q3n_sampler *s)
+{
+    return s ? &s->error : &q3n__no_object;
 }
 
 /* =====================================================================================
@@ -11248,17 +11468,20 @@ static int q3n__drafts_make(q3n_session *s, q3n_sampler *sampler, q3n__drafts *p
     return 1 + p->n;
 }
 
-/* Choose from the rows' logits until a draft is wrong or the text ends; returns how many tokens
- * were chosen. */
-static int q3n__drafts_choose(q3n_session *s, q3n_sampler *sampler, const q3n__drafts *p,
-                              const float *logits, int32_t *tokens)
+/* Choose from the rows' logits until a draft is wrong or the text ends: *n tokens.  Logits that
+ * hold no number are an error in the first row; in others the next step comes upon them. */
+static q3n_result q3n__drafts_choose(q3n_session *s, q3n_sampler *sampler, const q3n__drafts *p,
+                                     const float *logits, int32_t *tokens, int *n)
 {
     const size_t V = (size_t)s->shape.vocab_size;
     for (int i = 0;; i++) {
-        tokens[i] = q3n__sampler_choose(sampler, logits + (size_t)i * V,
-                                        i < p->n ? &p->draft[i] : NULL);
+        const q3n_result r = q3n__sampler_choose(sampler, logits + (size_t)i * V,
+                                                 i < p->n ? &p->draft[i] : NULL, &tokens[i]);
+        if (r != Q3N_OK)
+            return i > 0 ? Q3N_OK : q3n__fail(&s->error, r, -1, "%s", sampler->error.message);
+        *n = i + 1;
         if (i == p->n || tokens[i] != p->draft[i].id || q3n_model_is_eos(s->model, tokens[i]))
-            return i + 1;
+            return Q3N_OK;
     }
 }
 
@@ -11279,8 +11502,8 @@ static q3n_result q3n__step(q3n_session *s, q3n_sampler *sampler, const int32_t 
     float *logits = p->n > 0 ? s->draft_logits : s->logits;
     if (p->n == 0) s->has_logits = 0;                   /* not the text's, until the commit */
     q3n__logits(&e->run, q3n__engine_rows(e), p->n + 1, logits);
-    *n = q3n__drafts_choose(s, sampler, p, logits, tokens);
-    const q3n_result r = q3n__call_end(s);
+    q3n_result r = q3n__call_end(s);
+    if (r == Q3N_OK) r = q3n__drafts_choose(s, sampler, p, logits, tokens, n);
     if (r != Q3N_OK) return r;
     memcpy(s->work_hidden, q3n__engine_rows(e) + (size_t)(*n - 1) * d, d * sizeof(float));
     q3n__session_commit(s, e, *n);
@@ -13671,6 +13894,77 @@ static void q3n__sigmoid_mul_scalar(float *y, const float *gate, int n)
     for (int i = 0; i < n; i++) y[i] *= q3n__sigmoid(gate[i]);
 }
 
+/* ---- Sampling ---- */
+
+/* Largest of each block; NaN does not count, +inf is the largest float. */
+static void q3n__block_max_scalar(float *max, const float *x, int n_blocks)
+{
+    for (int b = 0; b < n_blocks; b++, x += Q3N__SAMPLER_BLOCK) {
+        float m = -Q3N__INFINITY;
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++) if (x[i] > m) m = x[i];
+        max[b] = m < FLT_MAX ? m : FLT_MAX;
+    }
+}
+
+/* Sum of a block: 16 running sums, then halves on halves. */
+static float q3n__block_sum_scalar(const float *y)
+{
+    float s[16];
+    for (int i = 0; i < 16; i++) s[i] = y[i];
+    for (int i = 16; i < Q3N__SAMPLER_BLOCK; i++) s[i % 16] += y[i];
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) s[i] += s[i + half];
+    return s[0];
+}
+
+/* 2^t for t <= 0, 0 below 2^-124 and for NaN; 1 above 0 (+inf).  Adding 1.5 x 2^23 leaves round(t)
+ * in the low bits; 2^f of the rest is a polynomial, minimax on [-1/2, 1/2] with p(0) = 1 (relative
+ * error 9.2e-8; with roundings below 2.5 units in the last place).  Nothing is fused. */
+#define Q3N__WEIGHT_MIN -124.0f
+#define Q3N__ROUND      0x1.8p23f
+#define Q3N__EXP2_1     0x1.62e42ap-1f
+#define Q3N__EXP2_2     0x1.ebf9bcp-3f
+#define Q3N__EXP2_3     0x1.c6b752p-5f
+#define Q3N__EXP2_4     0x1.3cea88p-7f
+#define Q3N__EXP2_5     0x1.5bba14p-10f
+
+static float q3n__weight(float x, float max, float scale)
+{
+    float t = (x - max) * scale;
+    if (!(t >= Q3N__WEIGHT_MIN)) return 0.0f;
+    if (t > 0.0f) t = 0.0f;
+    const float z = t + Q3N__ROUND, f = t - (z - Q3N__ROUND);
+    float p = Q3N__EXP2_5 * f + Q3N__EXP2_4;
+    p = p * f + Q3N__EXP2_3;
+    p = p * f + Q3N__EXP2_2;
+    p = p * f + Q3N__EXP2_1;
+    p = p * f + 1.0f;
+    return q3n__bits_f32(q3n__f32_bits(p) + (q3n__f32_bits(z) << 23));   /* p 2^round(t) */
+}
+
+static void q3n__block_weights_scalar(float *y, float *sum, const float *x, int n_blocks, float max,
+                                      float scale)
+{
+    for (int b = 0; b < n_blocks; b++, x += Q3N__SAMPLER_BLOCK, y += Q3N__SAMPLER_BLOCK) {
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++) y[i] = q3n__weight(x[i], max, scale);
+        sum[b] = q3n__block_sum_scalar(y);
+    }
+}
+
+static void q3n__block_sums_scalar(float *sum, int32_t *count, const float *y, int n_blocks,
+                                   float floor)
+{
+    for (int b = 0; b < n_blocks; b++, y += Q3N__SAMPLER_BLOCK) {
+        float above[Q3N__SAMPLER_BLOCK];
+        count[b] = 0;
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++) {
+            above[i] = y[i] >= floor ? y[i] : 0.0f;
+            count[b] += y[i] >= floor;
+        }
+        sum[b] = q3n__block_sum_scalar(above);
+    }
+}
+
 static void q3n__bind_scalar(q3n__kernels *k)
 {
 #define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
@@ -13695,6 +13989,9 @@ static void q3n__bind_scalar(q3n__kernels *k)
     k->softmax     = q3n__softmax_scalar;
     k->silu_mul    = q3n__silu_mul_scalar;
     k->sigmoid_mul = q3n__sigmoid_mul_scalar;
+    k->block_max     = q3n__block_max_scalar;
+    k->block_weights = q3n__block_weights_scalar;
+    k->block_sums    = q3n__block_sums_scalar;
 }
 
 /* =====================================================================================
@@ -14297,6 +14594,78 @@ static void q3n__silu_mul_avx2(float *y, const float *gate, int n)
     }
 }
 
+/* ---- Sampling: the operations of the scalar kernels, one for one ---- */
+static void q3n__block_max_avx2(float *max, const float *x, int n_blocks)
+{
+    for (int b = 0; b < n_blocks; b++, x += Q3N__SAMPLER_BLOCK) {
+        __m256 m = _mm256_set1_ps(-Q3N__INFINITY), m2 = m;      /* max(NaN, m) is m */
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i += 16) {
+            m = _mm256_max_ps(_mm256_loadu_ps(x + i), m);
+            m2 = _mm256_max_ps(_mm256_loadu_ps(x + i + 8), m2);
+        }
+        m = _mm256_max_ps(m, m2);
+        __m128 s = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+        s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+        s = _mm_max_ss(s, _mm_movehdup_ps(s));
+        max[b] = _mm_cvtss_f32(_mm_min_ss(s, _mm_set_ss(FLT_MAX)));
+    }
+}
+
+Q3N__INLINE __m256 q3n__weight_avx2(__m256 x, __m256 max, __m256 scale)
+{
+    const __m256 round = _mm256_set1_ps(Q3N__ROUND);
+    __m256 t = _mm256_mul_ps(_mm256_sub_ps(x, max), scale);
+    const __m256 counts = _mm256_cmp_ps(t, _mm256_set1_ps(Q3N__WEIGHT_MIN), _CMP_GE_OQ);
+    t = _mm256_min_ps(t, _mm256_setzero_ps());
+    const __m256 z = _mm256_add_ps(t, round), f = _mm256_sub_ps(t, _mm256_sub_ps(z, round));
+    __m256 p = _mm256_mul_ps(_mm256_set1_ps(Q3N__EXP2_5), f);
+    p = _mm256_mul_ps(_mm256_add_ps(p, _mm256_set1_ps(Q3N__EXP2_4)), f);
+    p = _mm256_mul_ps(_mm256_add_ps(p, _mm256_set1_ps(Q3N__EXP2_3)), f);
+    p = _mm256_mul_ps(_mm256_add_ps(p, _mm256_set1_ps(Q3N__EXP2_2)), f);
+    p = _mm256_mul_ps(_mm256_add_ps(p, _mm256_set1_ps(Q3N__EXP2_1)), f);
+    p = _mm256_add_ps(p, _mm256_set1_ps(1.0f));
+    const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(z), 23);
+    p = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), n));
+    return _mm256_and_ps(p, counts);
+}
+
+static void q3n__block_weights_avx2(float *y, float *sum, const float *x, int n_blocks, float max,
+                                    float scale)
+{
+    const __m256 m = _mm256_set1_ps(max), c = _mm256_set1_ps(scale);
+    for (int b = 0; b < n_blocks; b++, x += Q3N__SAMPLER_BLOCK, y += Q3N__SAMPLER_BLOCK) {
+        __m256 s[2] = { _mm256_setzero_ps(), _mm256_setzero_ps() };
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i += 16)
+            for (int k = 0; k < 2; k++) {
+                const __m256 w = q3n__weight_avx2(_mm256_loadu_ps(x + i + 8 * k), m, c);
+                _mm256_storeu_ps(y + i + 8 * k, w);
+                s[k] = _mm256_add_ps(s[k], w);
+            }
+        sum[b] = q3n__sum_avx2(_mm256_add_ps(s[0], s[1]));
+    }
+}
+
+static void q3n__block_sums_avx2(float *sum, int32_t *count, const float *y, int n_blocks,
+                                 float floor)
+{
+    const __m256 least = _mm256_set1_ps(floor);
+    for (int b = 0; b < n_blocks; b++, y += Q3N__SAMPLER_BLOCK) {
+        __m256 s[2] = { _mm256_setzero_ps(), _mm256_setzero_ps() };
+        __m256i n = _mm256_setzero_si256();
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i += 16)
+            for (int k = 0; k < 2; k++) {
+                const __m256 w = _mm256_loadu_ps(y + i + 8 * k);
+                const __m256 counts = _mm256_cmp_ps(w, least, _CMP_GE_OQ);
+                s[k] = _mm256_add_ps(s[k], _mm256_and_ps(w, counts));
+                n = _mm256_sub_epi32(n, _mm256_castps_si256(counts));
+            }
+        sum[b] = q3n__sum_avx2(_mm256_add_ps(s[0], s[1]));
+        __m128i k = _mm_add_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
+        k = _mm_add_epi32(k, _mm_srli_si128(k, 8));
+        count[b] = _mm_cvtsi128_si32(_mm_add_epi32(k, _mm_srli_si128(k, 4)));
+    }
+}
+
 static void q3n__sigmoid_mul_avx2(float *y, const float *gate, int n)
 {
     for (int i = 0; i < n; i += 8) {
@@ -14532,6 +14901,9 @@ static void q3n__bind_avx2(q3n__kernels *k)
     k->softmax     = q3n__softmax_avx2;
     k->silu_mul    = q3n__silu_mul_avx2;
     k->sigmoid_mul = q3n__sigmoid_mul_avx2;
+    k->block_max     = q3n__block_max_avx2;
+    k->block_weights = q3n__block_weights_avx2;
+    k->block_sums    = q3n__block_sums_avx2;
 }
 
 Q3N__TARGET_END
@@ -15059,6 +15431,69 @@ static void q3n__silu_mul_avx512(float *y, const float *gate, int n)
     }
 }
 
+/* ---- Sampling: as in AVX2 ---- */
+
+static void q3n__block_max_avx512(float *max, const float *x, int n_blocks)
+{
+    for (int b = 0; b < n_blocks; b++, x += Q3N__SAMPLER_BLOCK) {
+        __m512 m = _mm512_set1_ps(-Q3N__INFINITY);
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i += 16)
+            m = _mm512_max_ps(_mm512_loadu_ps(x + i), m);
+        const float largest = _mm512_reduce_max_ps(m);
+        max[b] = largest < FLT_MAX ? largest : FLT_MAX;
+    }
+}
+
+Q3N__INLINE __m512 q3n__weight_avx512(__m512 x, __m512 max, __m512 scale)
+{
+    const __m512 round = _mm512_set1_ps(Q3N__ROUND);
+    __m512 t = _mm512_mul_ps(_mm512_sub_ps(x, max), scale);
+    const __mmask16 counts = _mm512_cmp_ps_mask(t, _mm512_set1_ps(Q3N__WEIGHT_MIN), _CMP_GE_OQ);
+    t = _mm512_min_ps(t, _mm512_setzero_ps());
+    const __m512 z = _mm512_add_ps(t, round), f = _mm512_sub_ps(t, _mm512_sub_ps(z, round));
+    __m512 p = _mm512_mul_ps(_mm512_set1_ps(Q3N__EXP2_5), f);
+    p = _mm512_mul_ps(_mm512_add_ps(p, _mm512_set1_ps(Q3N__EXP2_4)), f);
+    p = _mm512_mul_ps(_mm512_add_ps(p, _mm512_set1_ps(Q3N__EXP2_3)), f);
+    p = _mm512_mul_ps(_mm512_add_ps(p, _mm512_set1_ps(Q3N__EXP2_2)), f);
+    p = _mm512_mul_ps(_mm512_add_ps(p, _mm512_set1_ps(Q3N__EXP2_1)), f);
+    p = _mm512_add_ps(p, _mm512_set1_ps(1.0f));
+    const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(z), 23);
+    return _mm512_castsi512_ps(_mm512_maskz_add_epi32(counts, _mm512_castps_si512(p), n));
+}
+
+static void q3n__block_weights_avx512(float *y, float *sum, const float *x, int n_blocks,
+                                      float max, float scale)
+{
+    const __m512 m = _mm512_set1_ps(max), c = _mm512_set1_ps(scale);
+    for (int b = 0; b < n_blocks; b++, x += Q3N__SAMPLER_BLOCK, y += Q3N__SAMPLER_BLOCK) {
+        __m512 s = _mm512_setzero_ps();
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i += 16) {
+            const __m512 w = q3n__weight_avx512(_mm512_loadu_ps(x + i), m, c);
+            _mm512_storeu_ps(y + i, w);
+            s = _mm512_add_ps(s, w);
+        }
+        sum[b] = q3n__sum_avx512(s);
+    }
+}
+
+static void q3n__block_sums_avx512(float *sum, int32_t *count, const float *y, int n_blocks,
+                                   float floor)
+{
+    const __m512 least = _mm512_set1_ps(floor);
+    for (int b = 0; b < n_blocks; b++, y += Q3N__SAMPLER_BLOCK) {
+        __m512 s = _mm512_setzero_ps();
+        __m512i n = _mm512_setzero_si512();
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i += 16) {
+            const __m512 w = _mm512_loadu_ps(y + i);
+            const __mmask16 counts = _mm512_cmp_ps_mask(w, least, _CMP_GE_OQ);
+            s = _mm512_add_ps(s, _mm512_maskz_mov_ps(counts, w));
+            n = _mm512_mask_add_epi32(n, counts, n, _mm512_set1_epi32(1));
+        }
+        sum[b] = q3n__sum_avx512(s);
+        count[b] = _mm512_reduce_add_epi32(n);
+    }
+}
+
 static void q3n__sigmoid_mul_avx512(float *y, const float *gate, int n)
 {
     for (int i = 0; i < n; i += 16) {
@@ -15085,6 +15520,9 @@ static void q3n__bind_avx512(q3n__kernels *k)
     k->softmax     = q3n__softmax_avx512;
     k->silu_mul    = q3n__silu_mul_avx512;
     k->sigmoid_mul = q3n__sigmoid_mul_avx512;
+    k->block_max     = q3n__block_max_avx512;
+    k->block_weights = q3n__block_weights_avx512;
+    k->block_sums    = q3n__block_sums_avx512;
 }
 
 Q3N__TARGET_END
@@ -15836,6 +16274,81 @@ static void q3n__silu_mul_neon(float *y, const float *gate, int n)
     }
 }
 
+/* ---- Sampling: the operations of the scalar kernels, one for one ---- */
+static void q3n__block_max_neon(float *max, const float *x, int n_blocks)
+{
+    for (int b = 0; b < n_blocks; b++, x += Q3N__SAMPLER_BLOCK) {
+        float32x4_t m = vdupq_n_f32(-Q3N__INFINITY);
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i += 4) {   /* vmaxnm forgets m at signalling NaN */
+            const float32x4_t v = vld1q_f32(x + i);
+            m = vbslq_f32(vcgtq_f32(v, m), v, m);
+        }
+        const float largest = vmaxnmvq_f32(m);
+        max[b] = largest < FLT_MAX ? largest : FLT_MAX;
+    }
+}
+
+/* Halves on halves, as q3n__block_sum_scalar ends. */
+Q3N__INLINE float q3n__halves_neon(const float32x4_t s[4])
+{
+    const float32x4_t four = vaddq_f32(vaddq_f32(s[0], s[2]), vaddq_f32(s[1], s[3]));
+    const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
+
+Q3N__INLINE float32x4_t q3n__weight_neon(float32x4_t x, float32x4_t max, float32x4_t scale)
+{
+    const float32x4_t round = vdupq_n_f32(Q3N__ROUND);
+    float32x4_t t = vmulq_f32(vsubq_f32(x, max), scale);
+    const uint32x4_t counts = vcgeq_f32(t, vdupq_n_f32(Q3N__WEIGHT_MIN));
+    t = vminq_f32(t, vdupq_n_f32(0.0f));
+    const float32x4_t z = vaddq_f32(t, round), f = vsubq_f32(t, vsubq_f32(z, round));
+    float32x4_t p = vmulq_f32(vdupq_n_f32(Q3N__EXP2_5), f);
+    p = vmulq_f32(vaddq_f32(p, vdupq_n_f32(Q3N__EXP2_4)), f);
+    p = vmulq_f32(vaddq_f32(p, vdupq_n_f32(Q3N__EXP2_3)), f);
+    p = vmulq_f32(vaddq_f32(p, vdupq_n_f32(Q3N__EXP2_2)), f);
+    p = vmulq_f32(vaddq_f32(p, vdupq_n_f32(Q3N__EXP2_1)), f);
+    p = vaddq_f32(p, vdupq_n_f32(1.0f));
+    const uint32x4_t n = vshlq_n_u32(vreinterpretq_u32_f32(z), 23);
+    return vreinterpretq_f32_u32(vandq_u32(vaddq_u32(vreinterpretq_u32_f32(p), n), counts));
+}
+
+static void q3n__block_weights_neon(float *y, float *sum, const float *x, int n_blocks, float max,
+                                    float scale)
+{
+    const float32x4_t m = vdupq_n_f32(max), c = vdupq_n_f32(scale), zero = vdupq_n_f32(0.0f);
+    for (int b = 0; b < n_blocks; b++, x += Q3N__SAMPLER_BLOCK, y += Q3N__SAMPLER_BLOCK) {
+        float32x4_t s[4] = { zero, zero, zero, zero };
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i += 16)
+            for (int k = 0; k < 4; k++) {
+                const float32x4_t w = q3n__weight_neon(vld1q_f32(x + i + 4 * k), m, c);
+                vst1q_f32(y + i + 4 * k, w);
+                s[k] = vaddq_f32(s[k], w);
+            }
+        sum[b] = q3n__halves_neon(s);
+    }
+}
+
+static void q3n__block_sums_neon(float *sum, int32_t *count, const float *y, int n_blocks,
+                                 float floor)
+{
+    const float32x4_t least = vdupq_n_f32(floor), zero = vdupq_n_f32(0.0f);
+    for (int b = 0; b < n_blocks; b++, y += Q3N__SAMPLER_BLOCK) {
+        float32x4_t s[4] = { zero, zero, zero, zero };
+        uint32x4_t n = vdupq_n_u32(0);
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i += 16)
+            for (int k = 0; k < 4; k++) {
+                const float32x4_t w = vld1q_f32(y + i + 4 * k);
+                const uint32x4_t counts = vcgeq_f32(w, least);
+                s[k] = vaddq_f32(s[k], vreinterpretq_f32_u32(
+                                           vandq_u32(vreinterpretq_u32_f32(w), counts)));
+                n = vsubq_u32(n, counts);
+            }
+        sum[b] = q3n__halves_neon(s);
+        count[b] = (int32_t)vaddvq_u32(n);
+    }
+}
+
 static void q3n__sigmoid_mul_neon(float *y, const float *gate, int n)
 {
     for (int i = 0; i < n; i += 4) {
@@ -16031,6 +16544,9 @@ static void q3n__bind_neon(q3n__kernels *k)
     k->softmax     = q3n__softmax_neon;
     k->silu_mul    = q3n__silu_mul_neon;
     k->sigmoid_mul = q3n__sigmoid_mul_neon;
+    k->block_max     = q3n__block_max_neon;
+    k->block_weights = q3n__block_weights_neon;
+    k->block_sums    = q3n__block_sums_neon;
 }
 
 #else

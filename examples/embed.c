@@ -41,8 +41,9 @@ int main(int argc, char **argv)
     char text[1024];
     r = q3n_session_eval(session, ids, (int)n, logits);
     for (int i = 0; i < 200 && !r; i++) {
-        const int32_t id = q3n_sampler_sample(sampler, logits);
-        if (q3n_model_is_eos(model, id)) break;
+        int32_t id = 0;
+        r = q3n_sampler_sample(sampler, logits, &id);
+        if (r || q3n_model_is_eos(model, id)) break;
         r = q3n_decoder_next(&decoder, model, id, text, sizeof text, &n);
         if (!r) fwrite(text, 1, n, stdout);
         fflush(stdout);

@@ -84,7 +84,9 @@ void tell(const std::string &path, const std::string &prompt, float temperature)
     for (int i = 0; i < 200; i++) {
         check(q3n_session_eval(session.get(), ids.data(), static_cast<int>(ids.size()),
                                logits.data()), q3n_session_error(session.get())->message);
-        const int32_t id = q3n_sampler_sample(sampler.get(), logits.data());
+        int32_t id = 0;
+        check(q3n_sampler_sample(sampler.get(), logits.data(), &id),
+              q3n_sampler_error(sampler.get())->message);
         if (q3n_model_is_eos(model.get(), id)) break;
         check(q3n_decoder_next(&decoder, model.get(), id, text, sizeof text, &n));
         std::cout.write(text, static_cast<std::streamsize>(n)).flush();

@@ -32,7 +32,7 @@ int main(int argc, char **argv)
     float *logits = (float *)malloc((size_t)q3n_model_config(m)->vocab_size * sizeof *logits);
     if (!logits || q3n_session_eval(s, prompt, n_prompt, logits)) return 1;
     for (int i = 0; i < 8; i++) {
-        id = q3n_sampler_sample(sampler, logits);
+        if (q3n_sampler_sample(sampler, logits, &id)) return 1;
         printf("%d ", (int)id);
         if (q3n_session_eval(s, &id, 1, logits)) return 1;
     }

@@ -276,7 +276,8 @@ CALL(q3n_init_bytes, q3n_init_bytes(P(0), P(1), P(2)))
 CALL(q3n_model_open_memory,
      q3n_model_open_memory(P(0), P(1), N(2) == 1 ? file_bytes : 0, P(3), P(4)))
 CALL(q3n_init_memory, q3n_init_memory(P(0), N(1) == 1 ? init_bytes : 0, P(2), P(3), P(4)))
-CALL(q3n_sampler_sample, q3n_sampler_sample(P(0), P(1)))
+CALL(q3n_sampler_sample, q3n_sampler_sample(P(0), P(1), P(2)))
+CALL(q3n_sampler_error, q3n_sampler_error(P(0))->code - Q3N_ERR_ARG)
 
 #define THE(kind)            { kind, NULL, 0, 0, 0 }
 #define IN(p)                { NEEDED, p, 0, 0, 0 }
@@ -409,7 +410,8 @@ static const row table[] = {
         NUM(1, 1, 1), MAY(NULL), MAY(&to.err)),
     ROW(q3n_init_memory, RESULT, NULL, DRAFTS, IN(place), NUM(1, 1, 1), IN(&to.config), MAY(NULL),
         MAY(&to.err)),
-    ROW(q3n_sampler_sample, ANSWER, NULL, DRAFTS, THE(SAMPLER), IN(zeros)),
+    ROW(q3n_sampler_error, ANSWER, NULL, DRAFTS, THE(SAMPLER)),
+    ROW(q3n_sampler_sample, RESULT, NULL, DRAFTS, THE(SAMPLER), IN(zeros), IN(to.ids)),
 };
 
 /* ---- The walk ---- */

@@ -121,6 +121,31 @@ class UsageTest(CliTest):
         self.assertEqual((done.returncode, done.stdout), (2, b""))
         self.assertIn(b"Usage", done.stderr)
 
+    def test_logits_without_numbers(self):
+        """A NaN in the last norm makes every logit NaN: nothing is written, and it says why."""
+        with open(model("qwen3_dense"), "rb") as f:
+            data = bytearray(f.read())
+        n_sections, = struct.unpack_from("<I", data, 12)
+        sections = [struct.unpack_from("<IIQQQ", data, 64 + 32 * i) for i in range(n_sections)]
+        offset = {kind: at for kind, _, at, _, _ in sections}
+        for i in range(struct.unpack_from("<I", data, offset[2])[0]):
+            record = offset[2] + 8 + 80 * i
+            name, n_bytes = struct.unpack_from("<II", data, record)
+            if data[offset[3] + name:][:n_bytes] == b"norm.weight":
+                struct.pack_into("<f", data, *struct.unpack_from("<Q", data, record + 40),
+                                 math.nan)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "nan.q3n")
+            with open(path, "wb") as f:
+                f.write(data)
+            for how in ["--greedy"], ["--seed", "1"], ["--top-k", "0", "--top-p", "1"]:
+                done = subprocess.run(COMMAND + ["run", path, "--ids", "1,2,3", "-n", "8"] + how,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+                self.assertEqual(done.returncode, 1, done.stderr)
+                self.assertEqual(done.stdout.strip(), b"")
+                for word in path.encode(), b"NaN", b"verify":
+                    self.assertIn(word, done.stderr)
+
     def test_wrong_usage_is_status_2(self):
         m = model("qwen3_dense")
         for args in [
@@ -129,7 +154,9 @@ class UsageTest(CliTest):
                 ["run", m, "--ids", "1", "-n", "1e9"], ["run", m, "--ids", "1", "-n", "-2"],
                 ["run", m, "--ids", "1", "-n", "99999999999999999999"],
                 ["run", m, "--ids", "1", "--temp", "nan"], ["run", m, "--ids", "1", "--temp", ""],
-                ["run", m, "--ids", "1", "--top-p", "1.5"], ["run", m, "--ids", "1", "-t", "-1"],
+                ["run", m, "--ids", "1", "--top-p", "1.5"],
+                ["run", m, "--ids", "1", "--top-p", "0"],
+                ["run", m, "--ids", "1", "-t", "-1"],
                 ["run", m, "--ids", "1", "--seed", "-1"], ["run", m, "--ids", "1", "-p", "x"],
                 ["run", m, "--ids", "1", "--isa", "mmx"], ["run", m, "--ids", "1", "--kv", "q1"],
                 ["run", m, "--ids", "1", "--greedy=yes"], ["run", m, "extra", "--ids", "1"],

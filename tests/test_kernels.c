@@ -175,6 +175,86 @@ static void run_on_each_isa(const char *name, void (*test)(void))
     }
 }
 
+/* ---- Sampling: the same bits as scalar ---- */
+#define SAMPLED 37               /* blocks */
+
+static float any_logit(uint32_t kind)
+{
+    static const float odd[] = { NAN, -NAN, INFINITY, -INFINITY, 0.0f, -0.0f, FLT_MAX, -FLT_MAX,
+                                 FLT_MIN, 1e-45f, 1e38f, -1e38f };
+    if (random_u32() % 8 < kind) return odd[random_u32() % (sizeof odd / sizeof *odd)];
+    if (kind == 3) return q3n__bits_f32(random_u32());     /* signalling NaN too */
+    return (float)(random_u32() % 100000) * 1e-3f - 50.0f;
+}
+
+static void same_bits(const void *got, const void *want, size_t n, const char *what)
+{
+    if (memcmp(got, want, n * 4) != 0) fail_msg("%s: other bits than scalar", what);
+}
+
+static void sampling_values(void)
+{
+    static float x[SAMPLED * 64], y[SAMPLED * 64], want[SAMPLED * 64];
+    static float got_f[SAMPLED], want_f[SAMPLED];
+    static int32_t got_n[SAMPLED], want_n[SAMPLED];
+    for (uint32_t round = 0; round < 400; round++) {
+        const int n = (int)(random_u32() % (SAMPLED + 1));
+        for (int i = 0; i < n * 64; i++) x[i] = any_logit(round % 4);
+        for (int i = 0; round % 16 == 5 && i < n * 64; i++) x[i] = i % 3 ? NAN : -INFINITY;
+        kernels.block_max(got_f, x, n);
+        q3n__block_max_scalar(want_f, x, n);
+        same_bits(got_f, want_f, (size_t)n, "block_max");
+        for (int b = 0; b < n; b++) {
+            float m = -INFINITY;
+            for (int i = 0; i < 64; i++) m = x[64 * b + i] > m ? x[64 * b + i] : m;
+            assert_true(want_f[b] == (m > FLT_MAX ? FLT_MAX : m));
+        }
+        const float max = round % 5 ? 50.0f : FLT_MAX, scale = round % 3 ? 1.5f : 1e-30f;
+        kernels.block_weights(y, got_f, x, n, max, scale);
+        q3n__block_weights_scalar(want, want_f, x, n, max, scale);
+        same_bits(y, want, (size_t)n * 64, "block_weights");
+        same_bits(got_f, want_f, (size_t)n, "sums of block_weights");
+        const float floor = n ? want[random_u32() % (uint32_t)(n * 64)] : 0.0f;
+        kernels.block_sums(got_f, got_n, want, n, floor);
+        q3n__block_sums_scalar(want_f, want_n, want, n, floor);
+        same_bits(got_f, want_f, (size_t)n, "block_sums");
+        same_bits(got_n, want_n, (size_t)n, "counts");
+        memcpy(y, x, sizeof y);
+        kernels.block_weights(y, got_f, y, n, max, scale);
+        same_bits(y, want, (size_t)n * 64, "block_weights in place");
+    }
+}
+
+/* Every 61st exponent: 2^t within 2.5 units in the last place, 0 where it does not count. */
+static void weight_values(void)
+{
+    static float x[64], y[64];
+    float sum;
+    double worst = 0.0;
+    for (uint32_t bits = 0x80000000u; bits < 0xFF800000u; bits += 61 * 64) {
+        for (uint32_t i = 0; i < 64; i++) x[i] = q3n__bits_f32(bits + 61 * i);
+        kernels.block_weights(y, &sum, x, 1, 0.0f, 1.0f);
+        for (int i = 0; i < 64; i++) {
+            if (!(x[i] >= -124.0f)) {
+                assert_true(y[i] == 0.0f);
+                continue;
+            }
+            const double want = exp2((double)x[i]);
+            const double unit = ldexp(1.0, ilogb(want) - 23);
+            const double error = fabs((double)y[i] - want) / unit;
+            if (error > worst) worst = error;
+        }
+    }
+    if (worst > 2.5) fail_msg("%g units in the last place", worst);
+}
+
+static void test_sampling(void **state)
+{
+    (void)state;
+    for_each_isa(sampling_values);
+    for_each_isa(weight_values);
+}
+
 static const q3n_type float_types[] = { Q3N_TYPE_F32, Q3N_TYPE_F16, Q3N_TYPE_BF16 };
 #define N_FLOAT_TYPES 3
 
@@ -1314,6 +1394,7 @@ int main(void)
         cmocka_unit_test(test_exp),
         cmocka_unit_test(test_vectors),
         cmocka_unit_test(test_softmax),
+        cmocka_unit_test(test_sampling),
         cmocka_unit_test(test_gates),
         cmocka_unit_test(test_matmul),
         cmocka_unit_test(test_matmul_cuts),

@@ -789,7 +789,8 @@ static void test_messages(void **state)
         const size_t n = next_random(&random) % (most == 0 ? 5990 : most < 4 ? 600 : 100);
         for (size_t i = 0; i < n; i++) {
             const uint32_t r = next_random(&random) >> 8;
-            text[i] = (char)(kind == 0 ? 1 + r % 255 : kind == 1 ? 1 + r % 31 : kind == 2 ? 128 + r % 128
+            text[i] = (char)(kind == 0 ? 1 + r % 255 : kind == 1 ? 1 + r % 31
+                           : kind == 2 ? 128 + r % 128
                            : kind == 3 ? (uint8_t)"\xE4\xBD\xA0"[i % 3] : 'a' + r % 26);
         }
         text[n] = 0;
@@ -807,7 +808,7 @@ static void test_messages(void **state)
     }
 }
 
-/* A name of 255 bytes of each kind, in a record that is wrong: name, found and expected are read. */
+/* A name of 255 bytes of each kind, in a record that is wrong: name and found value are read. */
 static void test_messages_about_names(void **state)
 {
     (void)state;
@@ -1234,6 +1235,8 @@ static void check_routes(void *user, int l, const float *x, int n, int d)
     r->n_checked++;
 }
 
+static int n_without_numbers;
+
 static void evaluate_nonsense(const image *f, q3n_isa isa, int n_threads)
 {
     q3n_error err;
@@ -1266,7 +1269,31 @@ static void evaluate_nonsense(const image *f, q3n_isa isa, int n_threads)
     q3n_sampler *sampler;
     const q3n_sampler_options so = { .temperature = 1.0f, .top_k = 5, .top_p = 0.9f };
     assert_int_equal(q3n_sampler_create(&sampler, m, &so, &err), Q3N_OK);
-    assert_in_range(q3n_sampler_sample(sampler, logits), 0, COUNT(logits) - 1);
+    int numbers = 0, n_chosen = 0;
+    for (int i = 0; i < COUNT(logits); i++) numbers += logits[i] > -INFINITY;
+    int32_t token = 0;
+    const q3n_result result = q3n_sampler_sample(sampler, logits, &token);
+    assert_int_equal(result, numbers ? Q3N_OK : Q3N_ERR_NUMERIC);
+    assert_in_range(token, 0, COUNT(logits) - 1);
+
+    /* The next step: chosen from numbers, or an error that leaves session and sampler alone. */
+    float next[40];
+    const int length = q3n_session_length(r.s);
+    assert_int_equal(q3n_session_eval(r.s, &token, 1, next), Q3N_OK);
+    assert_int_equal(q3n_session_rewind(r.s, length), Q3N_OK);
+    for (int i = numbers = 0; i < COUNT(next); i++) numbers += next[i] > -INFINITY;
+    const uint64_t rng = sampler->rng;
+    const q3n_result step = q3n_session_next(r.s, sampler, token, &token, 1, &n_chosen);
+    assert_int_equal(step, numbers ? Q3N_OK : Q3N_ERR_NUMERIC);
+    assert_int_equal(q3n_session_length(r.s), length + (step == Q3N_OK));
+    if (step != Q3N_OK) {
+        assert_true(sampler->rng == rng);
+        assert_non_null(strstr(q3n_session_error(r.s)->message, "NaN"));
+        assert_int_equal(q3n_session_logits(r.s, next), Q3N_OK);
+        for (int i = 0; i < COUNT(next); i++)
+            assert_true(next[i] == logits[i] || (isnan(next[i]) && isnan(logits[i])));
+    }
+    n_without_numbers += step == Q3N_ERR_NUMERIC;
     q3n_sampler_destroy(sampler);
     q3n_session_destroy(r.s);
     q3n_model_close(m);
@@ -1345,6 +1372,7 @@ static void test_not_numbers(void **state)
         }
         free(clean.data);
     }
+    assert_true(n_without_numbers > 10);
 }
 
 /* All bytes of the tensors at random. */

@@ -2,6 +2,7 @@
  * object of it.  Every function's errors, what the host supplies, and that an evaluation allocates
  * nothing but its pages. */
 #include "qwen3next.h"
+#include "sample.h"
 
 #include <pthread.h>
 #include <setjmp.h>
@@ -599,7 +600,7 @@ static void test_greedy(void **state)
     float *logits = new_floats((size_t)vocab(m));
     assert_int_equal(q3n_session_eval(s, golden_prompt, COUNT(golden_prompt), logits), Q3N_OK);
     for (int i = 0; i < COUNT(golden_output); i++) {
-        const int32_t id = q3n_sampler_sample(sampler, logits);
+        const int32_t id = sample(sampler, logits);
         assert_int_equal(id, golden_output[i]);
         assert_int_equal(q3n_session_eval(s, &id, 1, logits), Q3N_OK);
     }
@@ -865,17 +866,17 @@ static void test_sampler(void **state)
     q3n_error err = { .code = Q3N_OK };
     q3n_sampler_options o = { .temperature = 0.0f };
     assert_int_equal(q3n_sampler_create(&s, m, &o, &err), Q3N_OK);
-    assert_int_equal(q3n_sampler_sample(s, logits), 6);     /* the lowest id among equals */
+    assert_int_equal(sample(s, logits), 6);     /* the lowest id among equals */
     q3n_sampler_destroy(s);
 
     o.repetition_penalty = 2.0f;
     assert_int_equal(q3n_sampler_create(&s, m, &o, &err), Q3N_OK);
     q3n_sampler_accept(s, 6);
     q3n_sampler_accept(s, -5);      /* no id: nothing to remember */
-    assert_int_equal(q3n_sampler_sample(s, logits), 13);
-    assert_int_equal(q3n_sampler_sample(s, logits), 20);
+    assert_int_equal(sample(s, logits), 13);
+    assert_int_equal(sample(s, logits), 20);
     q3n_sampler_reset(s);
-    assert_int_equal(q3n_sampler_sample(s, logits), 6);
+    assert_int_equal(sample(s, logits), 6);
     q3n_sampler_destroy(s);
     q3n_sampler_destroy(NULL);
 
@@ -884,18 +885,19 @@ static void test_sampler(void **state)
     assert_int_equal(q3n_sampler_create(&s, m, &o, &err), Q3N_OK);
     int different = 0;
     for (int i = 0; i < COUNT(first); i++) {
-        first[i] = q3n_sampler_sample(s, logits);
+        first[i] = sample(s, logits);
         assert_true(first[i] >= 0 && first[i] < n);
         different += first[i] != first[0];
     }
     assert_true(different > 10);
     q3n_sampler_reset(s);
     for (int i = 0; i < COUNT(first); i++)
-        assert_int_equal(q3n_sampler_sample(s, logits), first[i]);
+        assert_int_equal(sample(s, logits), first[i]);
     q3n_sampler_destroy(s);
 
     const q3n_sampler_options bad[] = { { .temperature = -1.0f }, { .top_k = -1 },
-                                        { .top_p = -0.5f }, { .min_p = -0.1f }, { .min_p = 1.5f },
+                                        { .top_p = -0.5f }, { .top_p = 1.5f }, { .min_p = -0.1f },
+                                        { .min_p = 1.5f },
                                         { .repetition_penalty = -1.0f }, { .penalty_window = -1 } };
     for (int i = 0; i < COUNT(bad); i++) {
         s = (q3n_sampler *)8;

@@ -9,6 +9,7 @@
 
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
+#include "steps.h"
 
 #define COUNT(a) (sizeof(a) / sizeof(a)[0])
 #define BIG_VOCAB 151936
@@ -59,6 +60,8 @@ static int by_id(const void *a, const void *b)
 static int plain_filter(const float *logits, int n, const q3n_sampler_options *o,
                         const int32_t *recent, int n_recent, entry *e)
 {
+    float scale = 1.44269504f / o->temperature;
+    if (scale > FLT_MAX) scale = FLT_MAX;
     for (int i = 0; i < n; i++) {
         float x = isnan(logits[i]) ? -INFINITY : logits[i] > FLT_MAX ? FLT_MAX : logits[i];
         int seen = 0;
@@ -72,7 +75,7 @@ static int plain_filter(const float *logits, int n, const q3n_sampler_options *o
     const float max = e[0].v;
     double total = 0.0, sum = 0.0;
     for (int i = 0; i < n; i++) {
-        e[i].v = expf((e[i].v - max) / o->temperature);
+        e[i].v = q3n__weight(e[i].v, max, scale);
         total += e[i].v;
     }
     qsort(e, (size_t)n, sizeof *e, by_rank);   /* equal probabilities from unequal logits */
@@ -89,25 +92,47 @@ static int plain_filter(const float *logits, int n, const q3n_sampler_options *o
 static entry want[BIG_VOCAB], got[BIG_VOCAB];
 static float logits[BIG_VOCAB];
 
+/* What s keeps, by id; returns how many. */
+static int kept_tokens(q3n_sampler *s, entry *e)
+{
+    int n = 0;
+    for (int b = 0; b < s->n_blocks; b++) {
+        if (s->block_sum[b] == 0.0f) continue;
+        const float *y = q3n__sampler_block(s, b);
+        double sum = 0.0;
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++) {
+            sum += (double)y[i];
+            if (y[i] > 0.0f) e[n++] = (entry){ y[i], b * Q3N__SAMPLER_BLOCK + i };
+        }
+        assert_true(fabs(sum - (double)s->block_sum[b]) <= 1e-6 * sum);
+    }
+    return n;
+}
+
+/* The sampler keeps the first tokens by rank, as many as the plain implementation does; in top-p of
+ * sums that are rounded, one may be on the other side of the target. */
 static void compare(q3n_sampler *s, int n, const int32_t *recent, int n_recent)
 {
     q3n_sampler_options o = s->o;
     if (o.repetition_penalty == 1.0f) o.repetition_penalty = 0.0f;
-    const int n_want = plain_filter(logits, n, &o, recent, n_recent, want);
-    double kept;
+    int n_want = plain_filter(logits, n, &o, recent, n_recent, want);
     const float *x = q3n__sampler_prepare(s, logits);
-    const int n_got = q3n__sampler_filter(s, x, q3n__sampler_maxima(s, x), o.top_k, &kept);
+    q3n__sampler_filter(s, x, q3n__sampler_maxima(s, x), o.top_k);
+    const int n_got = kept_tokens(s, got);
     double sum = 0.0;
-    for (int i = 0; i < n_got; i++) got[i] = (entry){ s->candidates[i].v, s->candidates[i].id };
+    if (n_got != n_want && o.top_p < 1.0f) {
+        q3n_sampler_options other = o;
+        other.top_p = o.top_p * (n_got > n_want ? 1.0f + 1e-6f : 1.0f - 1e-6f);
+        n_want = plain_filter(logits, n, &other, recent, n_recent, want);
+    }
     if (n_got != n_want) fail_msg("%d tokens are kept, expected %d", n_got, n_want);
     qsort(want, (size_t)n_want, sizeof *want, by_id);
-    qsort(got, (size_t)n_got, sizeof *got, by_id);
     for (int i = 0; i < n_want; i++) {
         assert_int_equal(got[i].id, want[i].id);
         assert_true(got[i].v == want[i].v);
         sum += want[i].v;
     }
-    assert_true(fabs(kept - sum) <= 1e-12 * sum * (n_want + 1));
+    assert_true(fabs(s->kept - sum) <= 1e-6 * sum);
 }
 
 /* ---- Filters ---- */
@@ -208,10 +233,10 @@ static void test_filters_by_hand(void **state)
     const float x[4] = { logf(0.125f), logf(0.25f), logf(0.125f), logf(0.5f) };
     for (size_t k = 0; k < COUNT(list); k++) {
         q3n_sampler *s = create(4, list[k].o);
-        double kept;
-        const int n = q3n__sampler_filter(s, x, q3n__sampler_maxima(s, x), s->o.top_k, &kept);
+        q3n__sampler_filter(s, x, q3n__sampler_maxima(s, x), s->o.top_k);
+        const int n = kept_tokens(s, got);
         int mask = 0, expected = 0;
-        for (int i = 0; i < n; i++) mask |= 1 << s->candidates[i].id;
+        for (int i = 0; i < n; i++) mask |= 1 << got[i].id;
         for (int i = 0; i < list[k].n; i++) expected |= 1 << list[k].ids[i];
         if (k == 1) expected = 1 << 3 | 1 << 1 | 1 << 0;
         assert_int_equal(mask, expected);
@@ -220,6 +245,28 @@ static void test_filters_by_hand(void **state)
 }
 
 /* ---- Greedy, penalty ---- */
+
+/* The token chosen, -1 if there is none, which is an error that says so and changes nothing. */
+static int sample(q3n_sampler *s, const float *x)
+{
+    int32_t id = -7;
+    const uint64_t rng = s->rng;
+    const int n_window = s->n_window;
+    const q3n_result r = q3n_sampler_sample(s, x, &id);
+    if (r == Q3N_OK) return id;
+    assert_int_equal(r, Q3N_ERR_NUMERIC);
+    assert_int_equal(q3n_sampler_error(s)->code, r);
+    assert_non_null(strstr(q3n_sampler_error(s)->message, "NaN"));
+    assert_true(id == -7 && s->rng == rng && s->n_window == n_window);
+    return -1;
+}
+
+static int choose(q3n_sampler *s, const float *x, const q3n__draft *d)
+{
+    int32_t id = 0;
+    return q3n__sampler_choose(s, x, d, &id) == Q3N_OK ? id : -1;
+}
+
 static void test_greedy(void **state)
 {
     (void)state;
@@ -228,21 +275,24 @@ static void test_greedy(void **state)
     const float nans[5] = { NAN, -5.0f, NAN, -INFINITY, -4.0f };
     const float infinite[5] = { 3e38f, 0.0f, INFINITY, INFINITY, 0.0f };
     const float nothing[5] = { NAN, -INFINITY, NAN, -INFINITY, NAN };
-    assert_int_equal(q3n_sampler_sample(s, ties), 1);
-    assert_int_equal(q3n_sampler_sample(s, nans), 4);
-    assert_int_equal(q3n_sampler_sample(s, infinite), 2);
-    assert_int_equal(q3n_sampler_sample(s, nothing), 0);
+    assert_int_equal(sample(s, ties), 1);
+    assert_int_equal(sample(s, nans), 4);
+    assert_int_equal(sample(s, infinite), 2);
+    assert_int_equal(sample(s, nothing), -1);
+    assert_int_equal(sample(s, ties), 1);                  /* it goes on */
+    assert_int_equal(q3n_sampler_sample(s, NULL, NULL), Q3N_ERR_ARG);
+    assert_int_equal(q3n_sampler_sample(NULL, ties, NULL), Q3N_ERR_ARG);
     q3n_sampler_destroy(s);
     s = create(5, (q3n_sampler_options){ .temperature = 1.0f, .top_p = 0.5f, .min_p = 0.1f });
-    assert_int_equal(q3n_sampler_sample(s, nothing), 0);
+    assert_int_equal(sample(s, nothing), -1);
     for (int i = 0; i < 20; i++) {
-        const int id = q3n_sampler_sample(s, infinite);
+        const int id = sample(s, infinite);
         assert_true(id == 2 || id == 3);
-        assert_int_equal(q3n_sampler_sample(s, nans), 4);
+        assert_int_equal(sample(s, nans), 4);
     }
     q3n_sampler_destroy(s);
     s = create(1, (q3n_sampler_options){ .temperature = 1.0f, .top_k = 5, .top_p = 0.1f });
-    assert_int_equal(q3n_sampler_sample(s, infinite), 0);
+    assert_int_equal(sample(s, infinite), 0);
     q3n_sampler_destroy(s);
 }
 
@@ -260,7 +310,7 @@ static void test_greedy_against_a_plain_loop(void **state)
         if (random_below(3) == 0) logits[random_below(n)] = INFINITY;
         const int nothing = random_below(9) == 0;
         for (int i = 0; nothing && i < n; i++) logits[i] = random_below(2) ? NAN : -INFINITY;
-        int best = 0;
+        int best = -1;
         float max = -INFINITY;
         for (int i = 0; i < n; i++) {
             float x = logits[i] > FLT_MAX ? FLT_MAX : logits[i];
@@ -269,7 +319,7 @@ static void test_greedy_against_a_plain_loop(void **state)
             max = x;
             best = i;
         }
-        assert_int_equal(q3n_sampler_sample(s, logits), best);
+        assert_int_equal(sample(s, logits), best);
         q3n_sampler_destroy(s);
     }
 }
@@ -282,19 +332,19 @@ static void test_penalty(void **state)
     const float positive[4] = { 4.0f, 3.0f, 1.9f, 1.0f };
     const float negative[4] = { -1.0f, -1.5f, -1.8f, -9.0f };
     q3n_sampler *s = create(4, o);
-    assert_int_equal(q3n_sampler_sample(s, positive), 0);   /* then 2, 3, 1.9, 1    */
-    assert_int_equal(q3n_sampler_sample(s, positive), 1);   /* then 2, 1.5, 1.9, 1  */
-    assert_int_equal(q3n_sampler_sample(s, positive), 0);   /* 0 twice in the window, halved once */
-    assert_int_equal(q3n_sampler_sample(s, positive), 0);   /* window 1 0 0         */
+    assert_int_equal(sample(s, positive), 0);   /* then 2, 3, 1.9, 1    */
+    assert_int_equal(sample(s, positive), 1);   /* then 2, 1.5, 1.9, 1  */
+    assert_int_equal(sample(s, positive), 0);   /* 0 twice in the window, halved once */
+    assert_int_equal(sample(s, positive), 0);   /* window 1 0 0         */
     q3n_sampler_accept(s, 0);                               /* window 0 0 0: 1 is forgotten */
-    assert_int_equal(q3n_sampler_sample(s, positive), 1);
+    assert_int_equal(sample(s, positive), 1);
     q3n_sampler_reset(s);
-    assert_int_equal(q3n_sampler_sample(s, negative), 0);   /* then -2, -1.5        */
-    assert_int_equal(q3n_sampler_sample(s, negative), 1);   /* then -2, -3, -1.8    */
-    assert_int_equal(q3n_sampler_sample(s, negative), 2);
+    assert_int_equal(sample(s, negative), 0);   /* then -2, -1.5        */
+    assert_int_equal(sample(s, negative), 1);   /* then -2, -3, -1.8    */
+    assert_int_equal(sample(s, negative), 2);
     q3n_sampler_accept(s, -1);                              /* no such ids: nothing happens */
     q3n_sampler_accept(s, 4);
-    assert_int_equal(q3n_sampler_sample(s, negative), 0);   /* window 0 1 2         */
+    assert_int_equal(sample(s, negative), 0);   /* window 0 1 2         */
     q3n_sampler_destroy(s);
 }
 
@@ -305,11 +355,11 @@ static void test_default_window(void **state)
     const float x[3] = { 2.0f, 1.0f, -9.0f };
     q3n_sampler_accept(s, 0);
     for (int i = 0; i < 63; i++) q3n_sampler_accept(s, 2);
-    assert_int_equal(q3n_sampler_sample(s, x), 1);   /* 0 is the 64th token back */
+    assert_int_equal(sample(s, x), 1);   /* 0 is the 64th token back */
     q3n_sampler_reset(s);
     q3n_sampler_accept(s, 0);
     for (int i = 0; i < 64; i++) q3n_sampler_accept(s, 2);
-    assert_int_equal(q3n_sampler_sample(s, x), 0);   /* the 65th */
+    assert_int_equal(sample(s, x), 0);   /* the 65th */
     q3n_sampler_destroy(s);
 }
 
@@ -322,7 +372,7 @@ static void test_logits_are_left_alone(void **state)
     random_logits(300);
     float before[300];
     memcpy(before, logits, sizeof before);
-    for (int i = 0; i < 50; i++) q3n_sampler_sample(s, logits);
+    for (int i = 0; i < 50; i++) sample(s, logits);
     assert_memory_equal(before, logits, sizeof before);
     q3n_sampler_destroy(s);
 }
@@ -376,7 +426,7 @@ static void check_distribution(const q3n_sampler_options *o, int n)
     assert_true(n <= 64);
     q3n_sampler *s = create(n, *o);
     for (int i = 0; i < 200000; i++) {
-        const int32_t id = q3n_sampler_sample(s, logits);
+        const int32_t id = sample(s, logits);
         assert_in_range(id, 0, n - 1);
         hits[id]++;
     }
@@ -453,7 +503,7 @@ static void check_drafts(const q3n_sampler_options *o, int n, int kind, int draw
         set_window(s, recent, COUNT(recent));
         make_draft(s, kind, y, n, &d);
         assert_int_equal(s->n_window, COUNT(recent));
-        const int32_t id = q3n__sampler_choose(s, logits, &d);
+        const int32_t id = choose(s, logits, &d);
         assert_int_equal(s->window[COUNT(recent)], id);
         hits[id]++;
         drafts[d.id]++;
@@ -513,12 +563,12 @@ static void test_drafts_that_change_nothing(void **state)
             random_logits(n);
             make_draft(a, BY_HAND, NULL, n, &d);
             if (!greedy) q3n__draft_point(&d, random_below(n + 2) - 1);
-            const int32_t id = q3n_sampler_sample(a, logits);
+            const int32_t id = sample(a, logits);
             if (greedy && random_below(2)) {
                 q3n__sampler_draft(b, logits, &d);
                 assert_true(d.id == id && d.n == 1 && d.ids[0] == id && d.p[0] == 1.0f);
             }
-            assert_int_equal(q3n__sampler_choose(b, logits, i % 5 ? &d : NULL), id);
+            assert_int_equal(choose(b, logits, i % 5 ? &d : NULL), id);
             assert_true(a->rng == b->rng);
         }
         q3n_sampler_destroy(a);
@@ -530,27 +580,29 @@ static void test_drafts_that_change_nothing(void **state)
 static void check_residual(q3n_sampler *s, int n)
 {
     q3n__draft d;
-    double kept, sum = 0.0;
+    double sum = 0.0;
     random_logits(n);
     q3n__sampler_draft(s, logits, &d);
     random_logits(n);
     const float *x = q3n__sampler_prepare(s, logits);
-    const int n_p = q3n__sampler_filter(s, x, q3n__sampler_maxima(s, x), s->o.top_k, &kept);
+    q3n__sampler_filter(s, x, q3n__sampler_maxima(s, x), s->o.top_k);
+    const int n_p = kept_tokens(s, got);
     int n_want = 0;
     for (int i = 0; i < n_p; i++) {
         double q = 0.0;
-        for (int j = 0; j < d.n; j++) if (d.ids[j] == s->candidates[i].id) q = (double)d.p[j];
-        const float left = (float)((double)s->candidates[i].v - q * kept);
-        if (left > 0.0f) want[n_want++] = (entry){ left, s->candidates[i].id };
+        for (int j = 0; j < d.n; j++) if (d.ids[j] == got[i].id) q = (double)d.p[j];
+        const float left = (float)((double)got[i].v - q * s->kept);
+        if (left > 0.0f) want[n_want++] = (entry){ left, got[i].id };
     }
-    const int n_left = q3n__sampler_residual(s, n_p, &d, &kept);
+    q3n__sampler_residual(s, &d);
+    const int n_left = kept_tokens(s, got);
     assert_int_equal(n_left, n_want);
     for (int i = 0; i < n_left; i++) {
-        assert_int_equal(s->candidates[i].id, want[i].id);
-        assert_true(s->candidates[i].v == want[i].v);
+        assert_int_equal(got[i].id, want[i].id);
+        assert_true(got[i].v == want[i].v);
         sum += (double)want[i].v;
     }
-    assert_true(kept == sum);
+    assert_true(fabs(s->kept - sum) <= 1e-6 * sum);
 }
 
 static void test_residual(void **state)
@@ -568,12 +620,11 @@ static void test_residual(void **state)
     const float x[3] = { 0.0f, 1.0f, 0.0f };
     const q3n__draft d = { .n = 3, .ids = { 2, 0, 1 }, .p = { 0.3f, 0.3f, 0.6f } };
     q3n_sampler *s = create(3, (q3n_sampler_options){ .temperature = 1.0f });
-    double kept;
-    const int n = q3n__sampler_filter(s, x, q3n__sampler_maxima(s, x), 0, &kept);
-    const double before = kept;
-    assert_int_equal(n, 3);
-    assert_int_equal(q3n__sampler_residual(s, n, &d, &kept), 3);
-    assert_true(kept == before && s->candidates[1].v == 1.0f);
+    q3n__sampler_filter(s, x, q3n__sampler_maxima(s, x), 0);
+    const double before = s->kept;
+    q3n__sampler_residual(s, &d);
+    assert_int_equal(kept_tokens(s, got), 3);
+    assert_true(s->kept == before && got[1].v == 1.0f);
     q3n_sampler_destroy(s);
 }
 
@@ -607,9 +658,9 @@ static void test_drafts_of_extreme_logits(void **state)
         random_logits(n);
         if (random_below(3) == 0) logits[random_below(n)] = INFINITY;
         for (int i = 0; nothing == 1 && i < n; i++) logits[i] = random_below(2) ? NAN : -INFINITY;
-        const int32_t id = q3n__sampler_choose(s, logits, &d);
+        const int32_t id = choose(s, logits, &d);
         if (nothing != 1) plain_p(logits, n, &o, NULL, 0, p);
-        assert_true(nothing == 1 ? id == 0 : p[id] > 0.0);
+        assert_true(nothing == 1 ? id == -1 : p[id] > 0.0);
         q3n_sampler_destroy(s);
     }
 }
@@ -627,13 +678,13 @@ static void test_seed(void **state)
     random_state = 8;
     for (int i = 0; i < 1000; i++) logits[i] = random_normal();
     for (int i = 0; i < 100; i++) {
-        first[i] = q3n_sampler_sample(a, logits);
-        assert_int_equal(q3n_sampler_sample(b, logits), first[i]);
-        same += q3n_sampler_sample(c, logits) == first[i];
+        first[i] = sample(a, logits);
+        assert_int_equal(sample(b, logits), first[i]);
+        same += sample(c, logits) == first[i];
     }
     assert_true(same < 20);
     q3n_sampler_reset(a);
-    for (int i = 0; i < 100; i++) assert_int_equal(q3n_sampler_sample(a, logits), first[i]);
+    for (int i = 0; i < 100; i++) assert_int_equal(sample(a, logits), first[i]);
     q3n_sampler_destroy(a);
     q3n_sampler_destroy(b);
     q3n_sampler_destroy(c);
@@ -658,6 +709,8 @@ static void test_option_errors(void **state)
         { { .temperature = -1.0f }, "temperature" }, { { .temperature = NAN }, "temperature" },
         { { .temperature = INFINITY }, "temperature" }, { { .top_k = -1 }, "top_k" },
         { { .top_p = -0.1f }, "top_p" }, { { .top_p = NAN }, "top_p" },
+        { { .top_p = 1.001f }, "top_p" }, { { .top_p = INFINITY }, "top_p" },
+        { { .repetition_penalty = INFINITY }, "repetition_penalty" },
         { { .min_p = -0.1f }, "min_p" }, { { .min_p = 1.1f }, "min_p" },
         { { .min_p = NAN }, "min_p" }, { { .repetition_penalty = -1.0f }, "repetition_penalty" },
         { { .repetition_penalty = NAN }, "repetition_penalty" },
@@ -676,7 +729,7 @@ static void test_option_errors(void **state)
     q3n_sampler *s;
     assert_int_equal(q3n_sampler_create(&s, &m, NULL, NULL), Q3N_OK);   /* greedy */
     const float x[10] = { [7] = 1.0f };
-    assert_int_equal(q3n_sampler_sample(s, x), 7);
+    assert_int_equal(sample(s, x), 7);
     q3n_sampler_destroy(s);
     q3n_sampler_destroy(NULL);
 }
@@ -705,7 +758,7 @@ static void test_memory(void **state)
     q3n_sampler *s;
     assert_int_equal(q3n_sampler_create(&s, &m, &o, NULL), Q3N_OK);
     for (int i = 0; i < 1000; i++) logits[i] = (float)(i % 10);
-    for (int i = 0; i < 100; i++) q3n_sampler_sample(s, logits);
+    for (int i = 0; i < 100; i++) sample(s, logits);
     assert_int_equal(allocations, 1);
     q3n_sampler_destroy(s);
     assert_int_equal(frees, 1);
@@ -715,6 +768,55 @@ static void test_memory(void **state)
     assert_null(s);
 }
 
+/* Steps of selecting from candidates are bounded, whatever the logits are. */
+static void test_selection_is_bounded(void **state)
+{
+    (void)state;
+    static const q3n_sampler_options list[] = {
+        { .temperature = 1.0f, .top_k = 20 }, { .temperature = 1.0f, .top_k = 100000 },
+        { .temperature = 1.0f, .top_p = 0.5f }, { .temperature = 1.0f, .top_p = 0.999999f },
+        { .temperature = 1.0f, .top_k = 5000, .top_p = 0.3f }
+    };
+    random_state = 77;
+    for (int kind = 0; kind < 6; kind++) {
+        for (int i = 0; i < BIG_VOCAB; i++)
+            logits[i] = kind == 0 ? 0.0f : kind == 1 ? (float)i * 1e-4f : kind == 2
+                      ? -(float)i * 1e-4f : kind == 3 ? (float)(i % 2) : kind == 4
+                      ? random_normal() : (float)(i % 777) * 1e-7f;
+        for (size_t k = 0; k < COUNT(list); k++) {
+            q3n_sampler *s = create(BIG_VOCAB, list[k]);
+            steps = 0;
+            assert_in_range(sample(s, logits), 0, BIG_VOCAB - 1);
+            assert_in_range(steps, 0, 2 * 8 * BIG_VOCAB);
+            q3n_sampler_destroy(s);
+        }
+    }
+}
+
+/* Choices depend on the logits alone, not on the instruction set. */
+static void test_every_isa_chooses_alike(void **state)
+{
+    (void)state;
+    random_state = 99;
+    for (int round = 0; round < 60; round++) {
+        const int n = round % 10 ? 1 + random_below(5000) : BIG_VOCAB;
+        const q3n_sampler_options o = random_options(n);
+        random_logits(n);
+        int32_t first[20] = { 0 };
+        for (int i = 0; i < Q3N_ISA_COUNT; i++) {
+            if (!q3n_isa_supported((q3n_isa)i)) continue;
+            q3n_sampler *s = create(n, o);
+            q3n__kernels_init(&s->k, (q3n_isa)i);
+            for (size_t k = 0; k < COUNT(first); k++) {
+                const int id = sample(s, logits);
+                if (i == Q3N_ISA_SCALAR) first[k] = id;
+                assert_int_equal(id, first[k]);
+            }
+            q3n_sampler_destroy(s);
+        }
+    }
+}
+
 /* A whole vocabulary, often enough that work of its square would take hours: tests/run.sh ends a
  * suite by the CPU seconds that it used. */
 static void test_linear_work(void **state)
@@ -722,7 +824,8 @@ static void test_linear_work(void **state)
     (void)state;
     static const q3n_sampler_options list[] = {
         { .temperature = 0.0f }, { .temperature = 1.0f, .top_k = 20 },
-        { .temperature = 1.0f, .top_p = 0.95f }, { .temperature = 1.0f }
+        { .temperature = 1.0f, .top_p = 0.95f }, { .temperature = 1.0f },
+        { .temperature = 1.0f, .min_p = 0.05f }
     };
     static float other[BIG_VOCAB];
     random_state = 4;
@@ -732,10 +835,10 @@ static void test_linear_work(void **state)
         q3n_sampler *s = create(BIG_VOCAB, list[k]);
         for (int i = 0; i < 20; i++) {
             q3n__draft d;
-            int32_t id = q3n_sampler_sample(s, logits);
+            int id = sample(s, logits);
             assert_true(id >= 0 && id < BIG_VOCAB);
             q3n__sampler_draft(s, other, &d);
-            id = q3n__sampler_choose(s, logits, &d);     /* rejected, but for chance */
+            id = choose(s, logits, &d);     /* rejected, but for chance */
             assert_true(id >= 0 && id < BIG_VOCAB);
         }
         q3n_sampler_destroy(s);
@@ -755,6 +858,8 @@ int main(void)
         cmocka_unit_test(test_residual), cmocka_unit_test(test_drafts_of_extreme_logits),
         cmocka_unit_test(test_seed), cmocka_unit_test(test_random_numbers),
         cmocka_unit_test(test_option_errors), cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_selection_is_bounded),
+        cmocka_unit_test(test_every_isa_chooses_alike),
         cmocka_unit_test(test_linear_work)
     };
     return cmocka_run_group_tests_name("sampler", tests, NULL, NULL);

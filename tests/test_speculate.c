@@ -8,6 +8,7 @@
 
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
+#include "sample.h"
 #include "failing.h"
 #include "sessions.h"
 
@@ -212,7 +213,7 @@ static void generate_plain(generation *g, int n)
     float *logits = new_floats((size_t)q3n_model_config(g->m)->vocab_size);
     must(s, q3n_session_eval(s, g->prompt, g->n_prompt, logits), Q3N_OK);
     for (int i = 0; i < n; i++) {
-        g->want[i] = q3n_sampler_sample(sampler, logits);
+        g->want[i] = sample(sampler, logits);
         must(s, q3n_session_eval(s, &g->want[i], 1, logits), Q3N_OK);
     }
     g->n = n;
@@ -230,7 +231,7 @@ static void check_generation(const generation *g, const q3n_session_options *o, 
     q3n_sampler *sampler = greedy_sampler(g);
     float *logits = new_floats((size_t)q3n_model_config(g->m)->vocab_size);
     must(s, q3n_session_eval(s, g->prompt, g->n_prompt, logits), Q3N_OK);
-    int32_t token = q3n_sampler_sample(sampler, logits), tokens[16];
+    int32_t token = sample(sampler, logits), tokens[16];
     int at = 0, n_steps = 0;                     /* token is want[at] */
     assert_int_equal(token, g->want[0]);
     while (at + 1 < g->n && !q3n_model_is_eos(g->m, token)) {

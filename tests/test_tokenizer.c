@@ -655,8 +655,7 @@ static int log2_up(size_t n)
 }
 
 /* Opens merges of these pairs and finds each at its lowest rank; no lookup, of pairs that are there
- * or not, takes more steps than the table promises, and a text no more than three lookups a byte.
- */
+ * or not, takes more steps than the table promises, and a text at most three lookups a byte. */
 static void check_crowd(const pairs *p, const char *what)
 {
     fixture f;

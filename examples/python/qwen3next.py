@@ -266,7 +266,8 @@ _FUNCTIONS = {                  # name: (result, arguments...)
     "q3n_decoder_finish": (None, _R(_Decoder), ctypes.c_char_p, _R(_C_SIZE)),
     "q3n_sampler_create": (_C_INT, _R(_P), _P, _R(_SamplerOptions), _R(_Record)),
     "q3n_sampler_destroy": (None, _P),
-    "q3n_sampler_sample": (ctypes.c_int32, _P, _FLOATS),
+    "q3n_sampler_sample": (_C_INT, _P, _FLOATS, _R(ctypes.c_int32)),
+    "q3n_sampler_error": (_R(_Record), _P),
     "q3n_sampler_accept": (None, _P, ctypes.c_int32),
 }
 
@@ -563,7 +564,11 @@ class Sampler(_Owner):
         """The token that is chosen by logits [vocab_size]: float32 in one dimension, or a sequence
         of numbers."""
         c_logits = _logits_array(logits, self._model.vocab_size)
-        return load().q3n_sampler_sample(self.handle, c_logits)
+        lib, token = load(), ctypes.c_int32()
+        code = lib.q3n_sampler_sample(self.handle, c_logits, ctypes.byref(token))
+        if code != _OK:
+            _check(code, lib.q3n_sampler_error(self.handle).contents)
+        return token.value
 
     def accept(self, token):
         load().q3n_sampler_accept(self.handle, token)

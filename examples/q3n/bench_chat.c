@@ -67,7 +67,7 @@ static void write_text(chat_run *r)
         add_prompt(r, i, turn);
         cli_eval(s, turn, r->n_prompt, b->logits);
         for (int t = 0; t < r->n_answer; t++) {
-            answer[t] = q3n_sampler_sample(sampler, b->logits);
+            answer[t] = cli_sample(sampler, b->logits);
             cli_eval(s, answer + t, 1, b->logits);
         }
         cli_bar_update(&bar, i + 1, TURNS, NULL);

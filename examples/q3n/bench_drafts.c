@@ -34,7 +34,7 @@ static double write_behind(draft_run *r, const draft_case *c, const cli_ids *tex
     q3n_session_reset(c->s);
     cli_eval(c->s, text->id, (int)text->n, b->logits);
     q3n_sampler_reset(r->sampler);
-    int32_t chosen[Q3N_MAX_DRAFT + 1] = { q3n_sampler_sample(r->sampler, b->logits) };
+    int32_t chosen[Q3N_MAX_DRAFT + 1] = { cli_sample(r->sampler, b->logits) };
     const double start = cli_clock();
     for (int n = 0, n_chosen = 1; n < b->n_decode; n += n_chosen) {
         const int32_t token = chosen[n_chosen - 1];

@@ -297,6 +297,8 @@ size_t cli_window(int given, const cli_setup *setup, const q3n_model *m);
 /* Ends the program with the session's error if r is one. */
 void cli_check(q3n_result r, const q3n_session *s);
 void cli_eval(q3n_session *s, const int32_t *ids, int n, float *logits);
+/* The token chosen; ends the program if there is none. */
+int32_t cli_sample(q3n_sampler *s, const float *logits);
 
 #define CLI_MAX_PIECES 64
 

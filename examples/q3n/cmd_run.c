@@ -234,11 +234,22 @@ static const char *write_token(writer *w, int32_t id)
     return "end of text";
 }
 
+/* Ends the program where the logits hold nothing to choose from. */
+static void check_choice(const writer *w, q3n_result r, const q3n_error *e)
+{
+    if (r != Q3N_ERR_NUMERIC) return;
+    if (!w->o->json) printf("\n");
+    cli_fail("%s: %s; check the file with q3n verify, and if it is undamaged the checkpoint that "
+             "it was converted from", w->o->setup.model, e->message);
+}
+
 /* Chooses and evaluates up to n tokens; returns why it ended, NULL if all were written. */
 static const char *write_tokens(writer *w, int n)
 {
-    int32_t chosen[Q3N_MAX_DRAFT + 1] = { q3n_sampler_sample(w->sampler, w->logits) };
+    int32_t chosen[Q3N_MAX_DRAFT + 1] = { 0 };
     int n_chosen = 1;
+    check_choice(w, q3n_sampler_sample(w->sampler, w->logits, chosen),
+                 q3n_sampler_error(w->sampler));
     w->last_pending = 1;
     for (;;) {
         for (int i = 0; i < n_chosen; i++) {
@@ -255,6 +266,7 @@ static const char *write_tokens(writer *w, int n)
                                               most < CLI_COUNT(chosen) ? most : CLI_COUNT(chosen),
                                               &n_chosen);
         if (r == Q3N_ERR_CANCELLED) return "interrupted";
+        check_choice(w, r, q3n_session_error(w->session));
         cli_check(r, w->session);
     }
 }
@@ -352,8 +364,8 @@ static void parse_options(run_options *o, int argc, char **argv, cli_words *word
         { "--temp --temperature", "X", CLI_REAL, &o->temperature, 0, 100,
           "0: greedy (0.7)" },
         { "--top-k", "K", CLI_INT, &o->top_k, 0, 1 << 24, "of the K most likely; 0: off (20)" },
-        { "--top-p", "P", CLI_REAL, &o->top_p, 0, 1,
-          "of the most likely that sum to P; 0 or 1: off (0.8)" },
+        { "--top-p", "P", CLI_REAL, &o->top_p, 1e-6, 1,
+          "of the most likely that sum to P; 1: off (0.8)" },
         { "--min-p", "P", CLI_REAL, &o->min_p, 0, 1,
           "at least P times the most likely; 0: off (0)" },
         { "--repeat-penalty --repetition-penalty", "X", CLI_REAL, &o->penalty, 0.01, 100,

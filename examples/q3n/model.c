@@ -148,6 +148,15 @@ void cli_check(q3n_result r, const q3n_session *s)
     cli_fail_with("evaluation", &err);
 }
 
+int32_t cli_sample(q3n_sampler *s, const float *logits)
+{
+    int32_t token = 0;
+    if (q3n_sampler_sample(s, logits, &token) != Q3N_OK) {
+        cli_fail_with("sampler", q3n_sampler_error(s));
+    }
+    return token;
+}
+
 void cli_eval(q3n_session *s, const int32_t *ids, int n, float *logits)
 {
     cli_check(q3n_session_eval(s, ids, n, logits), s);
