@@ -178,9 +178,14 @@ $(B)/tests/replay_%: tests/fuzz_%.c $(TEST_NEEDS)
 	@mkdir -p $(@D)
 	$(COMPILE_TEST) -MF $@.d -DQ3N_FUZZ_REPLAY $< $(B)/obj/exposed.o $(LDFLAGS) $(LIBRARIES) -o $@
 
-$(B)/fuzz_%: tests/fuzz_%.c $(TEST_NEEDS)
+# Sanitizers and the C++ library that libFuzzer wants are linked statically, which takes clang++ to
+# link: the targets also run on another Linux that has this C library or a newer one.
+$(B)/obj/fuzz_%.o: tests/fuzz_%.c $(TEST_NEEDS)
 	@mkdir -p $(@D)
-	$(COMPILE_TEST) -MF $@.d $< $(B)/obj/exposed.o $(LDFLAGS) $(LIBRARIES) -o $@
+	$(COMPILE_TEST) -c $< -o $@
+
+$(B)/fuzz_%: $(B)/obj/fuzz_%.o $(B)/obj/exposed.o
+	$(CC)++ $(MODE_FLAGS) -static-libstdc++ -static-libgcc $^ $(LDFLAGS) $(LIBRARIES) -o $@
 
 -include $(wildcard $(B)/obj/*.d $(B)/obj/q3n/*.d $(B)/tests/*.d $(B)/*.d)
 
