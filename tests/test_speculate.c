@@ -614,12 +614,12 @@ static void test_sampled_speculation(void **state)
 
 /* ---- Steps that fail ---- */
 static int stop_at = -2;         /* layer, -2 = none                                             */
+static int spoil_at = -2;        /* layer whose output becomes NaN: no logit is a number then    */
 
 static void stop_in_hook(void *user, int l, const float *x, int n, int d)
 {
-    (void)x;
-    (void)n;
-    (void)d;
+    for (size_t i = 0; l == spoil_at && i < (size_t)n * (size_t)d; i++)
+        ((float *)(uintptr_t)x)[i] = NAN;
     if (l == stop_at) assert_int_equal(q3n_session_cancel(*(q3n_session **)user), 1);
 }
 
@@ -656,29 +656,32 @@ typedef struct {
     heap        *h;
     q3n_session *s;
     q3n_sampler *sampler;
-    int          n_failed[2];    /* cancelled, without memory                                    */
+    int          n_failed[3];    /* cancelled, without memory, without a number                  */
 } step_case;
 
-/* The step, after it was made to fail for want of memory, where it may need the second page, and in
- * every layer. */
+/* The step, after it was made to fail for want of memory, where it may need the second page, in
+ * every layer, and when tokens are chosen. */
 static void step_after_failures(step_case *c, int32_t token, int32_t *tokens, int max, int *n)
 {
     memory_of_steps *before = remember(c->s, c->sampler);
     const int n_layers = q3n_model_config(c->m)->num_hidden_layers;
-    for (int l = -2; l <= n_layers; l++) {       /* -2: for want of memory */
+    for (int l = -2; l <= n_layers + 1; l++) {   /* -2: for want of memory; the last: of numbers */
+        static const q3n_result why[] = { Q3N_ERR_CANCELLED, Q3N_ERR_MEMORY, Q3N_ERR_NUMERIC };
+        const int kind = l == -2 ? 1 : l <= n_layers ? 0 : 2;
         if (l == -2 && c->s->state.kv.page[1]) continue;
         stop_at = l;
+        spoil_at = kind == 2 ? n_layers : -2;
         c->h->calls = 0;
         c->h->fail_at = l == -2;
         const q3n_result r = q3n_session_next(c->s, c->sampler, token, tokens, max, n);
-        stop_at = -2;
+        stop_at = spoil_at = -2;
         c->h->fail_at = 0;
         if (l == -2 && r == Q3N_OK) {            /* it asked for none */
             free(before);
             return;
         }
-        must(c->s, r, l == -2 ? Q3N_ERR_MEMORY : Q3N_ERR_CANCELLED);
-        c->n_failed[l == -2]++;
+        must(c->s, r, why[kind]);
+        c->n_failed[kind]++;
         assert_int_equal(*n, 0);
         memory_of_steps *after = remember(c->s, c->sampler);
         assert_memory_equal(after, before, sizeof *after);
@@ -723,7 +726,7 @@ static void sampled_with_failures(q3n_speculate how, int draft, int idle)
         q3n_sampler_destroy(c.sampler);
         q3n_session_destroy(c.s);
     }
-    assert_true(c.n_failed[0] > 10 && c.n_failed[1] == 1);
+    assert_true(c.n_failed[0] > 10 && c.n_failed[1] == 1 && c.n_failed[2] > 1);
     if (draft) {
         assert_memory_equal(text[0], text[1], sizeof text[0]);
         assert_memory_equal(&stats[0], &stats[1], sizeof stats[0]);
