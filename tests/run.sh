@@ -14,6 +14,10 @@ set -u
 CPU_SECONDS=${TEST_CPU_SECONDS:-1800}
 CLOCK_SECONDS=14400
 
+# Suites interrupt themselves; a job in the background of a shell without a terminal ignores SIGINT.
+HEED_SIGINT=(env --default-signal=INT)
+"${HEED_SIGINT[@]}" true 2> /dev/null || HEED_SIGINT=()
+
 run_suite() {
     local name=$1 result=$2 log status verdict cpu
     shift 2
@@ -22,7 +26,7 @@ run_suite() {
     printf '==== %s: %s\n' "$name" "$*"
     ulimit -S -t "$CPU_SECONDS"
     TIMEFORMAT='%U %S'
-    cpu=$( { time timeout "$CLOCK_SECONDS" "$@" > "$log" 2>&1; } 2>&1; echo $? )
+    cpu=$( { time timeout "$CLOCK_SECONDS" "${HEED_SIGINT[@]}" "$@" > "$log" 2>&1; } 2>&1; echo $? )
     status=${cpu##*$'\n'}
     cpu=$(awk 'NR == 1 { printf "%.0f", $1 + $2 }' <<< "$cpu")
     cat "$log"
