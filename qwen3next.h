@@ -10837,7 +10837,7 @@ static void q3n__level_at(q3n_sampler *s, q3n__level *level, float floor)
 }
 
 /* Two levels between which the kept weights end: the mass of low reaches the target, that of high
- * does not.  over and short are how far they are from it, halved for the one that stays where it is
+ * does not.  over and under are how far they are from it, halved for the one that stays where it is
  * when the other one has been replaced twice (the Illinois rule, for regula falsi). */
 typedef struct {
     q3n__level *low, *high, *other;
