@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -370,6 +371,62 @@ class Layout(Case):
     def write(self, name, data):
         with open(self.path(name), "wb") as f:
             f.write(data)
+
+    def small_file(self):
+        """Metadata with one of everything, and the bytes of the file."""
+        definitions = q3n_file.Definitions()
+        matrix_, q4 = definitions.types["bf16"], definitions.types["q4"]
+        groups = [[q3n_file.Tensor("norm", definitions.types["f32"], (8,))],
+                  [q3n_file.Tensor("a.weight", matrix_, (4, 8))],
+                  [q3n_file.Tensor("e.%d" % i, q4, (2, 16, 32)) for i in range(3)]]
+        tensors = [t for group in groups for t in group]
+        config = {"vocab_size": 300, "rms_norm_eps": 1e-6, "name": "n", "layer_types": [0, 1],
+                  "labels": ["x", "y"]}
+        tokenizer = q3n_file.pack_tokenizer(q3n_file.Tokenizer(
+            [bytes([b]) for b in range(256)] + [b"ab"], [(97, 98, 256)], [(256, 1)]))
+
+        def meta(file_bytes):
+            return q3n_file.pack_meta(config, tensors, tokenizer, file_bytes, definitions)
+
+        file_bytes = q3n_file.place(groups, len(meta(0)))
+        return bytearray(meta(file_bytes)), file_bytes
+
+    def opens(self, meta, file_bytes):
+        """Whether a file with these metadata, their checksum made right, is read; else why not."""
+        meta[32:36] = bytes(4)
+        meta[32:36] = struct.pack("<I", zlib.crc32(meta[36:], zlib.crc32(meta[:36])))
+        self.write("h.q3n", meta + bytes(file_bytes - len(meta)))
+        try:
+            with q3n_file.File(self.path("h.q3n"), self.definitions) as f:
+                f.verify()
+            return True
+        except q3n_file.ConvertError as e:
+            return str(e)
+
+    def test_reader_of_hostile_metadata(self):
+        """Whatever bytes stand there under a checksum that is right: read, or one error."""
+        self.definitions = q3n_file.Definitions()
+        meta, file_bytes = self.small_file()
+        self.assertIs(self.opens(meta, file_bytes), True)
+        rng = random.Random(4)
+        refused = 0
+        for _ in range(1500):
+            bad = meta[:]
+            for _ in range(rng.choice((1, 1, 2, 4))):
+                at = rng.randrange(36, len(bad))
+                bad[at:at + 1] = rng.choice((b"\0", b"\xff", b"\x01", bytes([rng.randrange(256)])))
+            refused += self.opens(bad, file_bytes) is not True
+        self.assertGreater(refused, 500)
+        records = struct.unpack_from("<Q", meta, 64 + 32 + 8)[0] + 8
+        for at, value, expected in (
+                (records + 12, struct.pack("<I", 0), "norm: dims"),
+                (records + 80 + 16, struct.pack("<Q", 0), "a.weight: dims"),
+                (records + 160 + 56, struct.pack("<Q", 0), "e.0: stride"),
+                (64 + 32, struct.pack("<II", 9, 0), "section 2: found none"),
+                (64 + 3 * 32 + 16, struct.pack("<Q", 1 << 63), "section 4")):
+            bad = meta[:]
+            bad[at:at + len(value)] = value
+            self.assertIn(expected, str(self.opens(bad, file_bytes)))
 
     def test_listing(self):
         f = self.convert(golden("qwen3_dense"))

@@ -209,13 +209,13 @@ def size_text(n):
 
 def print_plan(plan, groups, file_bytes):
     for key, value in plan.config.items():
-        print("config  %-32s %s" % (key, value))
+        print("config  %-32s %s" % (key, files.line(str(value))))
     for outs, tensors in zip(plan.groups, groups):
         for out, t in zip(outs, tensors):
             print("tensor  %-56s %-5s %-20s %12d bytes  <- %s" % (
-                t.name, t.type.name, list(t.dims), t.bytes, out.source))
+                t.name, t.type.name, list(t.dims), t.bytes, files.line(out.source)))
     for name, why in plan.skipped:
-        print("skipped %-56s %s" % (name, why))
+        print("skipped %-56s %s" % (files.line(name), why))
     print("total   %d tensors, %d bytes (%s)" % (
         sum(len(g) for g in groups), file_bytes, size_text(file_bytes)))
 

@@ -367,11 +367,13 @@ class File:
         self.file = files.open_input(path)
         try:
             self._parse()
-        except struct.error:
+        except BaseException as e:
             self.file.close()
-            raise ConvertError("%s: metadata end too early" % path)
-        except ConvertError:
-            self.file.close()
+            if isinstance(e, struct.error):
+                raise ConvertError("%s: metadata end too early" % path)
+            if isinstance(e, UnicodeDecodeError):
+                raise ConvertError("%s: metadata: found the bytes %r in a text, expected %s"
+                                   % (path, e.object[e.start:e.end], e.encoding))
             raise
 
     def __enter__(self):
@@ -407,7 +409,9 @@ class File:
             self._require(kind <= TOKENIZER or not flags & MUST_KNOW, "section kind", kind,
                           "1 .. 4")
             parts[kind] = meta[offset:offset + length]
-        self.config = self._config(parts.get(CONFIG, b""))
+        for kind in (CONFIG, TENSORS, NAMES):
+            self._require(kind in parts, "section %d" % kind, "none", "one")
+        self.config = self._config(parts[CONFIG])
         self.tensors = self._tensors(parts[TENSORS], parts[NAMES])
         self.tokenizer = self._tokenizer(parts[TOKENIZER]) if TOKENIZER in parts else None
 
@@ -419,6 +423,7 @@ class File:
             self._require(end <= len(data) and zero == 0, "CONFIG", "an entry past its end", "none")
             key, raw = data[at + 8:start].decode("ascii"), data[start:end]
             self._require(key not in config, key, "two", "one")
+            self._require(type_ in (1, 2, 3), key + ": type", type_, "1, 2 or 3")
             if type_ == 3:
                 text = raw.decode("utf-8")
                 is_list = EXTRA_KEYS.get(key) == "strings"
@@ -438,9 +443,13 @@ class File:
             v = struct.unpack_from("<IIII3QQQQI", data, 8 + i * record_bytes)
             name = names[v[0]:v[0] + v[1]].decode("utf-8")
             self._require(v[2] in types, name + ": type", v[2], sorted(types))
+            self._require(1 <= v[3] <= 3 and min(v[4:7]) > 0, name + ": dims",
+                          "%d, %s" % (v[3], list(v[4:7])), "1 to 3, none of them 0")
             t = Tensor(name, types[v[2]], v[4:4 + v[3]])
             self._require(t.slice_bytes == v[8], name + ": slice_bytes", v[8], t.slice_bytes)
             t.offset, t.stride, t.crc = v[7], v[9], v[10]
+            self._require(t.stride >= t.slice_bytes if v[3] == 3 else t.stride == 0,
+                          name + ": stride", t.stride, "slice_bytes or more, 0 for a matrix")
             end = t.slice_offset(t.n_slices - 1) + t.slice_bytes
             self._require(t.offset % 64 == 0 and self.meta_bytes <= t.offset
                           and end <= self.file_bytes, name + ": place",
@@ -461,7 +470,9 @@ class File:
         self._require(offsets[-1] == len(text), "TOKENIZER text", len(text), offsets[-1])
         t = Tokenizer([text[offsets[i]:offsets[i + 1]] for i in range(n_tokens)],
                       list(zip(m[0::3], m[1::3], m[2::3])), list(zip(a[0::2], a[1::2])))
-        check_tokenizer(t, self.config["vocab_size"], self.definitions, self.path)
+        vocab_size = self.config.get("vocab_size")
+        self._require(isinstance(vocab_size, int), "vocab_size", vocab_size, "a whole number")
+        check_tokenizer(t, vocab_size, self.definitions, self.path)
         return t
 
     def slices(self, name):
@@ -502,19 +513,21 @@ def main(argv):
     try:
         with File(argv[-1]) as f:
             for key, value in f.config.items():
-                print("%-32s %s" % (key, value))
+                print("%-32s %s" % (key, files.line(str(value))))
             if f.tokenizer:
                 print("%-32s %d tokens, %d merges, %d added" % (
                     ("tokenizer",) + tuple(len(part) for part in f.tokenizer)))
             for t in f.tensors.values():
                 print("%-56s %-5s %-20s offset %-12d bytes %-12d stride %-8d crc %08x" % (
-                    t.name, t.type.name, list(t.dims), t.offset, t.bytes, t.stride, t.crc))
+                    files.line(t.name), t.type.name, list(t.dims), t.offset, t.bytes, t.stride,
+                    t.crc))
             bad = f.verify() if verify else []
     except (ConvertError, OSError) as e:
-        sys.stderr.write("q3n_file.py: error: %s\n" % e)
+        sys.stderr.write("q3n_file.py: error: %s\n" % files.line(str(e)))
         return 1
     for name in bad:
-        sys.stderr.write("q3n_file.py: error: %s: %s: checksum differs\n" % (argv[-1], name))
+        sys.stderr.write("q3n_file.py: error: %s: checksum differs\n"
+                         % files.line("%s: %s" % (argv[-1], name)))
     return 1 if bad else 0
 
 
