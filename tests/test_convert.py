@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -31,8 +32,10 @@ import h5py
 import numpy as np
 
 import convert
+import files
 import hf_config
 import keras_checkpoint
+import lora
 import matrix
 import model_plan
 import q3n_file
@@ -1067,6 +1070,36 @@ class Lora(Case):
             a, b = (t["%s.lora_%s.weight" % (module, x)].astype(float) for x in "AB")
             self.check(f, module[len("model."):] + ".weight",
                        self.base[module + ".weight"] + scale * (b @ a))
+
+    def test_patterns(self):
+        """The first key that is a module's name or its end, as PEFT's get_pattern_key."""
+        keys = {"k_proj": 1, "layers.1.k_proj": 2, r"layers\.[0-9]+\.(q|k)_proj": 3, "proj": 4,
+                "q_proj": 5, "m.layers.2.o_proj": 6, "o_proj": 7, ".*up": 8, "x.*|b": 9}
+        modules = ["m.layers.1.k_proj", "m.layers.1.q_proj", "k_proj", "q_proj", "m.layers.2.o_proj",
+                   "m.layers.3.o_proj", "m.proj", "m.xproj", "xproj.m", "m.b", "m.b.c", "up", ".up",
+                   "", ".", "m.layers.1.k_proj.m"]
+        for order in (list(keys), list(keys)[::-1]):
+            found = lora.Patterns(hf_config.Json({k: keys[k] for k in order}, "w"))
+            for module in modules:
+                want = next((keys[k] for k in order if re.match(r"(.*\.)?(%s)$" % k, module)), 0)
+                self.assertEqual(found.value(module, 0), want, module)
+
+    def test_hostile_patterns(self):
+        """No key takes long: many names are looked up, what could take for ever is refused."""
+        refused = ("a?" * 60 + "b", "(a|a)" * 40 + "b", "(a+)+", "a*" * 20, "a" * 201, "[", "*",
+                   "a{99999999999}", "(" * 99 + ")" * 99)
+        for key in refused:
+            with self.subTest(key):
+                with self.assertRaisesRegex(files.ConvertError, "as key|at most"):
+                    lora.Patterns(hf_config.Json({key: 4}, "w"))
+        many = lora.Patterns(hf_config.Json({"m.%d.proj" % i: i for i in range(20000)}, "w"))
+        self.assertEqual([many.value("x.m.%d.proj" % i, 0) for i in range(20000)],
+                         list(range(20000)))
+        self.assertEqual(many.value("a." * 200000, 7), 7)
+        with self.assertRaisesRegex(files.ConvertError, "at most 16 keys"):
+            lora.Patterns(hf_config.Json({"a.*%d" % i: 4 for i in range(20000)}, "w"))
+        with self.assertRaisesRegex(files.ConvertError, "at most 200"):
+            lora.Patterns(hf_config.Json({"a.*b": 4}, "w")).value("a." * 200000, 7)
 
     def test_embedding_and_whole_tensors(self):
         e, norm = "model.embed_tokens", self.random(32)

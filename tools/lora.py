@@ -4,7 +4,7 @@ import re
 
 import hf_checkpoint
 import matrix
-from files import ConvertError
+from files import ConvertError, shown
 from hf_config import Json
 from hf_names import Names
 from safetensors_file import load_json, read_header
@@ -47,6 +47,63 @@ def check_config(c):
     c.whole("r", 8, least=1)
 
 
+class Patterns:
+    """rank_pattern or alpha_pattern: the first key counts that is, as a regular expression, a
+    module's name or its end after a dot.  PEFT writes a plain name for each of thousands of
+    modules: these are looked up.  Others are followed as far as their time has a bound."""
+
+    NAME = re.compile(r"\w+(?:\.\w+)*")
+    MAX_LENGTH = 200                     # characters of a key, and of a name if there are patterns
+    MAX_PATTERNS = 16                    # that are no plain names
+    MAX_CHOICES = 3                      # repetitions in one, and groups
+
+    def __init__(self, values):
+        self.values, self.numbers = values, [values.real(key) for key in values.values]
+        self.names, self.patterns = {}, []
+        for place, key in enumerate(values.values):
+            if len(key) <= self.MAX_LENGTH and self.NAME.fullmatch(key):
+                self.names[key] = place
+            elif len(self.patterns) < self.MAX_PATTERNS:
+                self.patterns.append((place, self._compile(key)))
+            else:
+                raise ConvertError("%s: found %s, expected at most %d keys that are no plain names"
+                                   % (values.where, shown(key), self.MAX_PATTERNS))
+
+    def _compile(self, key):
+        # Repeated groups, and many choices one after the other, take a time that doubles with each.
+        choices = re.sub(r"\(\?", "(", key)
+        if len(key) > self.MAX_LENGTH or re.search(r"\)[*+?{]", key) \
+                or len(re.findall(r"[*+?{]", choices)) > self.MAX_CHOICES \
+                or choices.count("(") > self.MAX_CHOICES:
+            self.values.bad(key, "a name or a plain pattern of one as key")
+        try:
+            return re.compile(r"(.*\.)?(%s)$" % key)       # as PEFT
+        except (re.error, OverflowError):
+            self.values.bad(key, "a regular expression as key")
+
+    def _place(self, module):
+        """Of the first plain name that counts; their number if none does."""
+        place, at = len(self.numbers), len(module)
+        while at >= 0:
+            at = module.rfind(".", 0, at)
+            end = module[at + 1:]
+            if len(end) > self.MAX_LENGTH:
+                break
+            place = min(place, self.names.get(end, place))
+        return place
+
+    def value(self, module, default):
+        if self.patterns and len(module) > self.MAX_LENGTH:
+            raise ConvertError("%s: found the module %s of %d characters, expected at most %d, or "
+                               "plain names as keys" % (self.values.where, shown(module, 60),
+                                                        len(module), self.MAX_LENGTH))
+        place = self._place(module)
+        for earlier, pattern in self.patterns:
+            if earlier < place and pattern.match(module):
+                place = earlier
+        return self.numbers[place] if place < len(self.numbers) else default
+
+
 class Pair:
     """lora_A [r, in] and lora_B [out, r] of one module (of an embedding [r, V] and [d, r])."""
 
@@ -63,6 +120,7 @@ class Adapter:
         self.path = os.path.join(folder, "adapter_model.safetensors")
         c = self.config = Json(load_json(config_path), config_path)
         check_config(c)
+        self.ranks, self.alphas = (Patterns(c.object(k)) for k in ("rank_pattern", "alpha_pattern"))
         self.pairs, self.whole, self.used, self.loaded = {}, {}, set(), (None, None)
         self.vision = []
         tensors = read_header(self.path)
@@ -177,28 +235,13 @@ class Adapter:
             self.loaded = (pair, (b.T, a.T) if pair.embedding else (a, b))
         return self.loaded[1]
 
-    def _pattern(self, key, module, default):
-        """PEFT's rank_pattern and alpha_pattern: the first key that matches the name's end."""
-        values = self.config.object(key)
-        for pattern in values.values:
-            # what could take a time that grows with a power of the name's length
-            if len(pattern) > 200 or re.search(r"\)[*+?{]", pattern) \
-                    or len(re.findall(r"[*+{]", pattern)) > 3:
-                values.bad(pattern, "a name or a plain pattern of one as key")
-            try:
-                if re.match(r"(.*\.)?(%s)$" % pattern, module):
-                    return values.real(pattern)
-            except re.error:
-                values.bad(pattern, "a regular expression as key")
-        return default
-
     def _scale(self, module, rank):
         c = self.config
-        expected = self._pattern("rank_pattern", module, c.whole("r", 8))
+        expected = self.ranks.value(module, c.whole("r", 8))
         if rank != expected:
             raise ConvertError("%s: %s: found rank %d, expected %d from adapter_config.json"
                                % (self.path, module, rank, expected))
-        alpha = self._pattern("alpha_pattern", module, c.real("lora_alpha", 8.0))
+        alpha = self.alphas.value(module, c.real("lora_alpha", 8.0))
         return alpha / (rank ** 0.5 if c.flag("use_rslora") else rank)
 
     def check_all_used(self):
