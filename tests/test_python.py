@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import unicodedata
 import unittest
 import unittest.mock
 
@@ -197,6 +198,10 @@ class Text(unittest.TestCase):
         plain = self.model.tokenize("<|endoftext|>", special=False)
         self.assertGreater(len(plain), 1)
         self.assertEqual(self.model.detokenize(plain), "<|endoftext|>")
+        notes = 50 * "\U0001D160"            # NFC makes three characters of each
+        ids = self.model.tokenize(notes)
+        self.assertGreater(len(ids), len(notes.encode()) + 32)
+        self.assertEqual(self.model.detokenize(ids), unicodedata.normalize("NFC", notes))
 
     def test_generate(self):
         case = self.greedy[0]
@@ -206,6 +211,15 @@ class Text(unittest.TestCase):
         self.assertGreater(len(pieces), 10)
         text = "<|endoftext|>" + case["prompt"] + "".join(pieces)
         self.assertTrue(case["text"].startswith(text), text)
+        with self.model.session(capacity=64) as session:
+            want = list(session.generate("Once upon", 4))
+            for prompt in (b"Once upon", bytearray(b"Once upon"), self.model.tokenize("Once upon")):
+                session.reset()
+                self.assertEqual(list(session.generate(prompt, 4)), want)
+            session.reset()
+            for prompt in ("Once upon", b"Once upon", [1.0]):
+                with self.assertRaises(TypeError):
+                    list(session.generate_ids(prompt, 4))
 
     def test_seed(self):
         def story(seed):

@@ -326,10 +326,17 @@ def _check(code, record=None):
         raise Error(code, text.decode("utf-8", "replace"), record.offset if record else -1)
 
 
-def _id_array(ids):
-    if isinstance(ids, (str, bytes, bytearray)):
+_TEXT = (str, bytes, bytearray)
+
+
+def _id_list(ids):
+    if isinstance(ids, _TEXT):
         raise TypeError("ids are whole numbers: tokenize(text) gives those of a text")
-    ids = [_integer(i, ctypes.c_int32, "a token id") for i in ids]
+    return [_integer(i, ctypes.c_int32, "a token id") for i in ids]
+
+
+def _id_array(ids):
+    ids = _id_list(ids)
     return (ctypes.c_int32 * max(len(ids), 1))(*ids), len(ids)
 
 
@@ -517,15 +524,17 @@ class Model(_Owner):
         """Ids of a str or bytes; special=False: special tokens in it are plain text.  prefix and
         suffix: with the ids that the tokenizer puts before and after a text; both give those of
         transformers' tokenizer(text)."""
-        if not isinstance(text, (str, bytes, bytearray, memoryview)):
+        if not isinstance(text, _TEXT + (memoryview,)):
             raise TypeError("a text is str or bytes, not %s" % type(text).__name__)
         flags = (0 if special else NO_SPECIAL) | (PREFIX if prefix else 0) | (
             SUFFIX if suffix else 0)
         data = text.encode("utf-8") if isinstance(text, str) else bytes(text)
-        room = len(data) + 32            # a token has a byte, prefix and suffix up to 16 ids
-        ids, n = (ctypes.c_int32 * room)(), _C_SIZE()
-        _check(load().q3n_tokenize(self.handle, data, len(data), flags, ids, room,
-                                   ctypes.byref(n)))
+        n, code = _C_SIZE(len(data) // 3 + 32), _ERR_FULL
+        while code == _ERR_FULL:         # then n is how many there are
+            ids = (ctypes.c_int32 * n.value)()
+            code = load().q3n_tokenize(self.handle, data, len(data), flags, ids, len(ids),
+                                       ctypes.byref(n))
+        _check(code)
         return ids[:n.value]
 
     def probabilities(self, scores):
@@ -743,7 +752,7 @@ class Session(_Owner):
         return chosen[:n.value]
 
     def draft(self, token, n=1):
-        """What the MTP module would draft behind token."""
+        """What the MTP module would draft after token."""
         drafts = (ctypes.c_int32 * _integer(n, _C_INT, "n", 1, MAX_DRAFT))()
         self._evaluate(1, load().q3n_session_draft, token, drafts, n, None)
         return drafts[:n]
@@ -765,7 +774,7 @@ class Session(_Owner):
 
     def classify(self, text):
         """Scores [num_labels] of a whole text or its ids; the session is reset first."""
-        if isinstance(text, str):
+        if isinstance(text, _TEXT):
             text = self.model.tokenize(text, prefix=True, suffix=True)
         c_ids, n = _id_array(text)
         scores, c_scores = _floats(self.model.config["num_labels"])
@@ -778,12 +787,12 @@ class Session(_Owner):
         return counts[:self.model.config["num_experts"]] if counts else None
 
     def generate_ids(self, prompt, max_tokens, stop_at_eos=True, **sampling):
-        """Yield up to max_tokens ids that continue prompt, ids behind what was evaluated before;
+        """Yield up to max_tokens ids that continue prompt, ids after what was evaluated before;
         an empty prompt goes on from there.  With drafts the session may be MAX_DRAFT tokens ahead
         of what was yielded; in the end all but the last are evaluated."""
         if max_tokens < 1:
             return
-        prompt = list(prompt)
+        prompt = _id_list(prompt)
         with self.model.sampler(**sampling) as sampler:
             for token in prompt:
                 sampler.accept(token)
@@ -802,8 +811,8 @@ class Session(_Owner):
     def generate(self, prompt, max_tokens, **sampling):
         """Yield pieces of text, whole characters each, that continue the text or ids prompt."""
         lib, n = load(), _C_SIZE()
-        ids = self.model.tokenize(prompt, prefix=len(self) == 0) if isinstance(prompt, str) \
-            else list(prompt)
+        ids = self.model.tokenize(prompt, prefix=len(self) == 0) if isinstance(prompt, _TEXT) \
+            else prompt
         decoder, text = _Decoder(skip_special=1), ctypes.create_string_buffer(1 << 12)
         for token in self.generate_ids(ids, max_tokens, **sampling):
             _check(lib.q3n_decoder_next(ctypes.byref(decoder), self.model.handle, token, text,
