@@ -1156,6 +1156,13 @@ class Lora(Case):
 
 # ---- Keras ----
 
+def h5_names(h):
+    """Paths of the datasets of an open HDF5 file."""
+    names = []
+    h.visititems(lambda name, item: names.append(name) if hasattr(item, "shape") else None)
+    return names
+
+
 class Keras(Case):
     def tensors(self, name):
         """Datasets of a golden by path, and its configuration."""
@@ -1313,6 +1320,47 @@ class Keras(Case):
         self.fails("expected safetensors for --lora", golden("keras/%s.keras" % KERAS[0]),
                    self.path("out.q3n"), "--lora", self.dir)
 
+    def test_hostile_configurations(self):
+        """Whatever stands under a key of config.json: a file or one error."""
+        _, config = self.tensors("qwen3_head_all_moe")
+        with zipfile.ZipFile(golden("keras/qwen3_head_all_moe.keras")) as archive:
+            weights = archive.read("model.weights.h5")
+        keys = ("num_attention_heads", "num_key_value_heads", "num_experts_per_tok", "moe_config",
+                "norm_eps", "rope_theta", "max_seq_len", "max_position_embeddings",
+                "pooling_strategy")
+        for key in keys:
+            for value in ("x", [], [1], {"gating_config": {"top_k": "a"}}, 1.5, 0, -1, 10 ** 30,
+                          True, float("nan")):
+                changed = json.loads(json.dumps(config))
+                keras_checkpoint.find_model(changed)[key] = value
+                with zipfile.ZipFile(self.path("m.keras"), "w") as archive:
+                    archive.writestr("config.json", json.dumps(changed))
+                    archive.writestr("model.weights.h5", weights)
+                with self.subTest("%s = %r" % (key, value)):
+                    status, _, err = self.run_main(self.path("m.keras"), self.path("out.q3n"), "-q",
+                                                   "--dry-run")
+                    self.assertIn(status, (0, 1))
+                    self.assertEqual(err.count("error: "), status, err)
+
+    def test_damaged_datasets(self):
+        """A block that HDF5 cannot unpack names file and dataset; data elsewhere are not read."""
+        tensors, _ = self.tensors("qwen3_head_all_moe")
+        for part, where in (("w_q", "w_q/vars/0"), ("rope", "rope/vars/0")):
+            with h5py.File(self.path("m.weights.h5"), "w") as h:
+                for key, value in tensors.items():
+                    h.create_dataset(key, data=value, compression="gzip")
+                places = [h[k].id.get_chunk_info(0).byte_offset for k in h5_names(h) if part in k]
+            with open(self.path("m.weights.h5"), "r+b") as f:
+                for place in places:
+                    f.seek(place)
+                    f.write(b"\xff" * 16)
+            self.fails(("m.weights.h5: ", where, "cannot read"), self.path("m.weights.h5"),
+                       self.path("out.q3n"), "--set", "num_experts_per_tok=2")
+        with h5py.File(self.path("m.weights.h5"), "w") as h:
+            h.create_dataset("embeddings/vars/0", (4, 4), "f4", external=[("other", 0, 64)])
+        self.fails(("embeddings/vars/0", "another file"), self.path("m.weights.h5"),
+                   self.path("out.q3n"))
+
     def test_training_state_is_named(self):
         tensors, config = self.tensors("qwen3_head_all_moe")
         tensors.update({"optimizer/vars/0": np.zeros(3, "f4"), "strange/vars/0": np.zeros(3, "f4"),
@@ -1453,7 +1501,7 @@ class Tokenizers(Case):
             (model(vocab=dict(self.vocab, xy=512)),
              "found 512, expected less than vocab_size, 512"),
             (model(vocab=dict(self.vocab, **{"\u4e2d": 300})), "token 300"),
-            (model(merges=["a b c"]), ("merge 0", "two pieces")),
+            (model(merges=["a b c"]), ("merge 0", "two tokens")),
             (model(merges=["h x"]), ("merge 0", "no token 'hx'")),
             (model(merges=3), ("merges", "a list")),
             ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, steps[1]]}},
@@ -1519,6 +1567,9 @@ class Tokenizers(Case):
         self.write("tokenizer_config.json", {"chat_template": [
             {"name": "other", "template": CHATML}, {"name": "default", "template": xml + CHATML}]})
         self.assertEqual(self.convert(self.folder).config["chat"], "qwen3_coder")
+        for value in ([{"name": [], "template": ""}], [{"name": "a", "template": 1}], ["x"], {}, 1):
+            self.write("tokenizer_config.json", {"chat_template": value})
+            self.fails("chat_template", self.folder, self.path("out2.q3n"))
         self.write("chat_template.json", {"chat_template": CHATML})
         self.assertEqual(self.convert(self.folder).config["chat"], "chatml")
         with open(os.path.join(self.folder, "chat_template.jinja"), "w", encoding="utf-8") as f:

@@ -159,6 +159,8 @@ def words(r):
         out["added_tokens.json"] = {a["content"]: a["id"] for a in t["added_tokens"]}
     if r.random() < 0.2:
         out["chat_template.jinja"] = "<|im_start|>"
+    elif r.random() < 0.5:
+        settings["chat_template"] = [{"name": "default", "template": "<|im_start|>"}]
     return out
 
 

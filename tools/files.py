@@ -108,7 +108,7 @@ class Output:
             raise ConvertError("%s: cannot write: %s" % (path, os.strerror(errno.EACCES)))
 
     def _fail(self, e):
-        raise ConvertError("%s: cannot write: %s" % (self.path, e.strerror))
+        raise ConvertError("%s: cannot write: %s" % (self.path, e.strerror or e))
 
     def __enter__(self):
         folder, name = os.path.split(self.target)

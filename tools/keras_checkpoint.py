@@ -23,8 +23,10 @@ except ImportError:
 
 WEIGHTS = "model.weights.h5"
 PREFIXES = ("layers/qwen3_next/", "layers/qwen3/")       # of task models
+POOLINGS = {"cls": "first", "first": "first", "last": "last", "mean": "mean"}
 TABLE_TOLERANCE = 1e-6           # between the file's rotary tables and the formula
 THETAS = (1e4, 1e6, 5e5, 1e7)    # tried after the configuration's
+MIN_ANGLE = 1e-12                # of the slowest pair at position 1: that of any theta in use
 MAX_JSON = 1 << 26               # bytes of config.json inside a .keras file
 WHOLE_BYTES = 1 << 26            # kernels up to this size are read at once
 HELP = "a Keras file needs h5py and numpy: pip install h5py (or apt-get install python3-h5py)"
@@ -207,6 +209,24 @@ def indexed(base, i):
     return base if i == 0 else "%s_%d" % (base, i)
 
 
+class Dataset:
+    """A dataset of HDF5 that says where it is when it cannot be read: its blocks may be damaged."""
+
+    def __init__(self, item, where):
+        self.item, self.where = item, where
+        self.dtype, self.name = item.dtype, item.name
+        self.shape = item.shape or ()        # of an empty one None
+        if item.external or item.is_virtual:
+            raise ConvertError("%s: %s: found its data in another file, expected them here"
+                               % (where, item.name))
+
+    def __getitem__(self, key):
+        try:
+            return self.item[key]
+        except (OSError, RuntimeError) as e:
+            raise ConvertError("%s: %s: cannot read: %s" % (self.where, self.name, e))
+
+
 class Weights:
     """Float datasets by path; taken with the expected shape, and counted."""
 
@@ -220,7 +240,7 @@ class Weights:
 
     def _add(self, name, item):
         if isinstance(item, h5py.Dataset):
-            self.all[name] = item
+            self.all[name] = Dataset(item, self.plan.where)
 
     def has(self, path, i=0):
         return "%s%s/vars/%d" % (self.prefix, path, i) in self.all
@@ -301,14 +321,15 @@ class Geometry:
         q = self.require(attention + "w_q", "[hidden, heads x head_dim]")[1]
         k = self.require(attention + "w_k", "[hidden, kv heads x head_dim]")[1]
         self.table = table
-        self.H = config.get("num_attention_heads")
-        if table is None and not self.H:
+        given = config.has("num_attention_heads")
+        if table is None and not given:
             raise ConvertError("%s: found neither rotary tables nor a configuration, expected "
                                "--set num_attention_heads=N" % self.plan.where)
-        self.D = 2 * table[1] if table is not None else q // self.H
-        if self.H is None:
-            self.H = q // max(self.D, 1)
-        self.K = config.get("num_key_value_heads") or k // max(self.D, 1)
+        H = config.whole("num_attention_heads", least=1) if given else None
+        self.D = 2 * table[1] if table is not None else q // H
+        self.H = H if given else q // max(self.D, 1)
+        self.K = config.whole("num_key_value_heads", least=1) if config.has("num_key_value_heads") \
+            else k // max(self.D, 1)
         if self.D < 2 or self.D % 2 or self.H * self.D != q or self.K * self.D != k \
                 or self.H % self.K:
             raise ConvertError(
@@ -330,41 +351,16 @@ class Geometry:
                 self.dense = self.require(path + "gate_proj", "[hidden, width]")[1]
 
 
-def _whole(config, key, where, default=None):
-    value = config.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConvertError("%s: configuration: %s: found %r, expected a whole number of at least 1"
-                           % (where, key, value))
-    return value
-
-
 def read_config(g, config, plan):
     """The fields of q3n_config, all but RoPE."""
     w, attention = g.w, g.layer(0) + "/attention/"
     expert = g.layer(g.has_experts.index(True)) + "/ffn_layer/" if g.E else ""
-    top_k = config.get("num_experts_per_tok")
-    moe = config.get("moe_config")
-    gating = moe.get("gating_config") if isinstance(moe, dict) else None
-    if top_k is None and isinstance(gating, dict):
-        top_k = gating.get("top_k")
-    if g.E == 1:
-        top_k = 1
-    if g.E and top_k is None:
-        raise ConvertError("%s: found %d experts and no configuration, expected "
-                           "--set num_experts_per_tok=K" % (plan.where, g.E))
-    eps = config.get("norm_eps", 1e-6)
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise ConvertError("%s: configuration: norm_eps: found %r, expected a number"
-                           % (plan.where, eps))
     mlp = expert + "experts/ffn_expert/ffn_block/" if g.E else g.layer(0) + "/ffn_layer/"
     out = {
         "family": "design", "vocab_size": g.V, "hidden_size": g.d, "num_hidden_layers": g.layers,
-        "max_position_embeddings": _positions(g, config, plan), "intermediate_size": g.dense,
+        "max_position_embeddings": _positions(g, config), "intermediate_size": g.dense,
         "num_attention_heads": g.H, "num_key_value_heads": g.K, "head_dim": g.D,
-        "num_experts": g.E,
-        "num_experts_per_tok":
-            _whole({"num_experts_per_tok": top_k}, "num_experts_per_tok", plan.where) if g.E else 0,
+        "num_experts": g.E, "num_experts_per_tok": _top_k(g, config, plan) if g.E else 0,
         "moe_intermediate_size": g.I, "shared_expert_intermediate_size": 0,
         "linear_num_key_heads": 0, "linear_num_value_heads": 0, "linear_key_head_dim": 0,
         "linear_value_head_dim": 0, "linear_conv_kernel_dim": 0, "num_mtp_layers": 0,
@@ -374,19 +370,29 @@ def read_config(g, config, plan):
         "router_bias": int(bool(g.E) and w.has(expert + "gating_network/gate_dense", 1)),
         "causal": int(g.newer), "tie_word_embeddings": int(not w.has("layers/dense")),
         "pooling": "last" if g.newer else "first", "classifier_input": "logits",
-        "rms_norm_eps": float(eps),
+        "rms_norm_eps": config.real("norm_eps", 1e-6),
         "layer_types": [0] * g.layers, "layer_experts": [int(x) for x in g.has_experts],
     }
-    if out["num_experts_per_tok"] > g.E:
-        raise ConvertError("%s: configuration: num_experts_per_tok: found %d, expected at most %d"
-                           % (plan.where, out["num_experts_per_tok"], g.E))
     return out
 
 
-def _positions(g, config, plan):
-    key = "max_seq_len" if config.get("max_seq_len") else "max_position_embeddings"
-    default = g.table[0] if g.table is not None else 8192
-    return _whole(config, key, plan.where, default)
+def _top_k(g, config, plan):
+    key = "num_experts_per_tok"
+    of_gating = config.object("moe_config").object("gating_config").values.get("top_k")
+    if g.E == 1:
+        return 1
+    if of_gating is None and not config.has(key):
+        raise ConvertError("%s: found %d experts and no configuration, expected "
+                           "--set num_experts_per_tok=K" % (plan.where, g.E))
+    top_k = config.whole(key, of_gating, least=1)
+    if top_k > g.E:
+        raise ConvertError("%s: %s: found %d, expected at most %d" % (config.where, key, top_k, g.E))
+    return top_k
+
+
+def _positions(g, config):
+    key = "max_seq_len" if config.has("max_seq_len") else "max_position_embeddings"
+    return config.whole(key, g.table[0] if g.table is not None else 8192, least=1)
 
 
 # ---- Rotary tables ----
@@ -397,7 +403,7 @@ def table_theta(cos, sin, wanted):
     candidates = ([wanted] if wanted else []) + list(THETAS)
     if positions > 1 and half > 1:
         angle = math.atan2(sin[1, -1], cos[1, -1])
-        if angle > 0:
+        if angle > MIN_ANGLE:
             candidates.append(round(angle ** (-half / (half - 1.0))))
     for theta in candidates:
         inverse = float(theta) ** -(np.arange(half) / half)
@@ -410,8 +416,10 @@ def table_theta(cos, sin, wanted):
 
 def set_rope(g, config, out, plan):
     """RoPE fields, and the tables if no theta explains them: the file is followed."""
-    theta = config.get("rope_theta")
-    out.update({"rotary_dim": g.D, "rope_type": "default", "rope_theta": float(theta or 1e6),
+    theta = config.real("rope_theta", 0.0)
+    if theta < 0:
+        config.bad("rope_theta", "a number above 0")
+    out.update({"rotary_dim": g.D, "rope_type": "default", "rope_theta": theta or 1e6,
                 "rope_factor": 1.0, "rope_original_max_position": 0, "rope_beta_fast": 32.0,
                 "rope_beta_slow": 1.0, "rope_attention_factor": 1.0})
     if g.table is None:
@@ -428,10 +436,9 @@ def set_rope(g, config, out, plan):
     found = table_theta(cos, sin, theta)
     if found:
         out["rope_theta"] = found
-        for t, note in ((theta, "configuration"),):
-            if t and abs(t - found) > 1e-9 * found:
-                plan.warnings.append("rotary tables follow theta %g, the %s says %g: the tables "
-                                     "are followed" % (found, note, t))
+        if theta and abs(theta - found) > 1e-9 * found:
+            plan.warnings.append("rotary tables follow theta %g, the configuration says %g: the "
+                                 "tables are followed" % (found, theta))
         return None
     out["rope_type"] = "table"
     out["max_position_embeddings"] = min(out["max_position_embeddings"], g.table[0])
@@ -554,18 +561,18 @@ def fill(p, h5, raw, overrides):
     config = hf_config.Settings(find_model(raw) if raw else {})
     config.update(find_model(overrides) or overrides)
     p.raw = config.with_values(overrides)
+    config = hf_config.Json(config, "%s: configuration" % p.where)
     w = Weights(h5, p)
     g = Geometry(w, config, p)
     if raw is None:
         p.notes.append("no configuration in a .h5 file: geometry from the shapes, norm_eps %s"
-                       % config.get("norm_eps", 1e-6))
+                       % config.real("norm_eps", 1e-6))
     p.config = read_config(g, config, p)
     if not g.newer:
         p.warnings.append("older revision: attention looks both ways, as the file was trained")
-    pooling = {"cls": "first", "first": "first", "last": "last", "mean": "mean"}.get(
-        find_key(raw, "pooling_strategy"))
-    if pooling:
-        p.config["pooling"] = pooling
+    pooling = find_key(raw, "pooling_strategy")
+    if isinstance(pooling, str) and pooling in POOLINGS:
+        p.config["pooling"] = POOLINGS[pooling]
     tables = set_rope(g, config, p.config, p)
     Builder(g, p.config, p).model(tables)
     p.finish()

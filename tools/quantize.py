@@ -88,7 +88,7 @@ class Encoder:
         return first, error.message.decode("utf-8", "replace")
 
     def encode(self, type_, data, rows, cols):
-        """data: f32 rows.  Raises ValueError(row, what is wrong behind it)."""
+        """data: f32 rows.  Raises ValueError(row, what is wrong)."""
         data = bytes(data)
         out = bytearray(q3n_file.matrix_bytes(type_, rows, cols))
         x = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value

@@ -113,7 +113,7 @@ def _pairs(merges, tokenizer):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not (isinstance(pair, list) and len(pair) == 2
                 and all(isinstance(p, str) for p in pair)):
-            tokenizer.bad("merge %d" % rank, repr(merge)[:60], "two pieces")
+            tokenizer.bad("merge %d" % rank, repr(merge)[:60], "the texts of two tokens")
         out.append(tuple(pair))
     return out
 
@@ -457,8 +457,10 @@ def chat_template(folder):
         else _optional(folder, "tokenizer_config.json")
     value = source.values.get("chat_template")
     if isinstance(value, list):          # several, by name
-        named = {v.get("name"): v.get("template") for v in value if isinstance(v, dict)}
-        value = named.get("default") or next(iter(named.values()), None)
+        named = [Json(v, source.where + ": chat_template")
+                 for v in source.items("chat_template", dict)]
+        texts = {v.word("name"): v.word("template") for v in named}
+        value = texts.get("default") or next(iter(texts.values()), None)
     if value is not None and not isinstance(value, str):
         source.bad("chat_template", "a string")
     return value or ""
