@@ -364,6 +364,9 @@ class HostileInputTest(CliTest):
     def test_file_names_stay_on_one_line(self):
         self.run_cli("info", "no\nsuch\tfile\x1b[31m", status=1)
         self.assertNotIn("\x1b", self.error)
+        self.run_cli("info", model("stories"), "--\x9b31m\u00e9", status=2)     # a C1 control
+        self.assertNotIn("\x9b", self.error)
+        self.assertIn("\u00e9", self.error)
 
     def test_json_strings(self):
         for bad in [b'"a', b'a"', b'"\\x"', b'"\\u12"', b'"a" b', b'["a"]', b'"a\x01"', b'{}', b'']:
@@ -969,6 +972,11 @@ class TokenizerTest(CliTest):
                          ["<|endoftext|>Once upon"])
         shown = self.run_cli("tokenize", m, "Once\n", "--show").decode()
         self.assertIn("\\n", shown)
+        shown = self.run_cli("tokenize", model("tokenizer_qwen3"), "\x92\u00e9", "--show").decode()
+        self.assertEqual(shown.split("\t")[1:], ["\\xc2\\x92\n963", "\u00e9\n"])
+        for stdin in (b"[1, 2", b"1 x"):
+            self.run_cli("detokenize", m, stdin=stdin, status=1)
+            self.assertIn("stdin: ", self.error)
 
 
 class FileTest(CliTest):
@@ -1222,7 +1230,7 @@ class FileTest(CliTest):
                             "moe_intermediate_size=32", "--mtp", "-p", "5", "-n", "4", "-t", "1",
                             "-r", "1").decode()
         self.assertRegex(text, r"drafts mtp .* x off .* accepted")
-        self.assertIn("the same 4 tokens behind each of 1 texts", text)
+        self.assertIn("the same 4 tokens after each of 1 texts", text)
 
     def test_bench_session(self):
         for path in (self.make(), model("stories")):

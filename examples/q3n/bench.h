@@ -88,7 +88,7 @@ typedef struct bench {
 
 /* ---- cmd_bench.c: for all modes ---- */
 
-/* Room in each session that decodes behind depth tokens. */
+/* Room in each session that decodes after depth tokens. */
 int          bench_decode_room(const bench *b, int depth);
 /* ids [n] and logits of b. */
 void         bench_make_ids(bench *b, int n);

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* One row: n sessions, each behind depth tokens. */
+/* One row: n sessions, each after depth tokens. */
 typedef struct batch_case {
     int           n, depth, thread;      /* indices of depth and thread in bench's lists */
     bench_samples tok_s;                 /* of all sessions together */
@@ -22,7 +22,7 @@ typedef struct batch_run {
     int             n_cases;
 } batch_run;
 
-/* ---- Sessions behind a text ---- */
+/* ---- Sessions after a text ---- */
 
 /* A stream in memory for q3n_session_save_to and _load_from. */
 typedef struct stream {
@@ -46,7 +46,7 @@ static int read_stream(void *user, void *data, size_t bytes)
     return 0;
 }
 
-/* Sessions behind the same text, with pages of their own: a fork would share the first's, and less
+/* Sessions after the same text, with pages of their own: a fork would share the first's, and less
  * memory would be read than by sessions of different texts. */
 static void make_starts(batch_run *r, int depth)
 {

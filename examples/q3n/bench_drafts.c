@@ -27,7 +27,7 @@ typedef struct draft_run {
 
 /* ---- Measuring ---- */
 
-/* Writes got behind a text; returns seconds.  Nothing stops at the end of a text. */
+/* Writes got after a text; returns seconds.  Nothing stops at the end of a text. */
 static double write_behind(draft_run *r, const draft_case *c, const cli_ids *text)
 {
     const bench *b = r->b;
@@ -50,7 +50,7 @@ static void check_tokens(const draft_run *r, const draft_case *c, int text)
 {
     for (int t = 0; t < r->b->n_decode; t++) {
         if (r->got[t] == r->want[text][t]) continue;
-        cli_fail("drafts (%s) change the text: token %d behind text %d is %ld, without them %ld",
+        cli_fail("drafts (%s) change the text: token %d after text %d is %ld, without them %ld",
                  cli_speculate_name(c->how), t, text, (long)r->got[t], (long)r->want[text][t]);
     }
 }
@@ -166,7 +166,7 @@ static void print_text(const draft_run *r)
         }
         printf("\n");
     }
-    printf("the same %d tokens behind each of %d texts in all of them\n", b->n_decode, r->n_texts);
+    printf("the same %d tokens after each of %d texts in all of them\n", b->n_decode, r->n_texts);
 }
 
 void bench_drafts(bench *b)

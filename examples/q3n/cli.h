@@ -107,7 +107,7 @@ const char *cli_file_name(const char *path);          /* for messages */
 void  cli_close_file(FILE *f);
 void  cli_read_file(cli_buffer *out, const char *path);    /* CLI_TEXT_BYTES at most */
 #define CLI_TEXT_BYTES ((size_t)1 << 30)
-/* One line without its end.  Returns 0 at the end of the file. */
+/* One line without its end, as long at most.  Returns 0 at the end of the file. */
 int   cli_read_line(cli_buffer *out, FILE *f, const char *path);
 
 /* ---- options.c ---- */
@@ -130,7 +130,7 @@ typedef struct cli_option {
 #define CLI_MAX_WORDS 4096
 
 typedef struct cli_syntax {
-    const char       *synopsis;  /* behind "q3n" */
+    const char       *synopsis;  /* after "q3n" */
     const char       *about;
     const cli_option *options;
     int               n_options;

@@ -16,7 +16,7 @@
 
 /* ---- Cases ---- */
 
-/* The run that warms up and the measured ones follow one another behind a depth; from nothing each
+/* The run that warms up and the measured ones follow one another after a depth; from nothing each
  * begins anew. */
 int bench_decode_room(const bench *b, int depth)
 {
@@ -119,7 +119,7 @@ static void make_model(bench *b)
     b->setup.model = b->geometry.preset;
 }
 
-/* From nothing to the logits behind a prompt of one token, with the first number of threads. */
+/* From nothing to the logits after a prompt of one token, with the first number of threads. */
 static void open_and_eval(bench *b, cli_words *words)
 {
     if (b->geometry.preset) make_model(b);

@@ -76,10 +76,8 @@ int cmd_classify(int argc, char **argv)
     float *probability = cli_alloc((size_t)n_labels, sizeof *probability);
     for (size_t i = 0; i < cases.n; i++) {
         const cli_ids *ids = &cases.item[i];
-        if (q3n_session_classify(s, ids->id, (int)ids->n, scores) != Q3N_OK) {
-            cli_fail_with("evaluation", q3n_session_error(s));
-        }
-        q3n_model_probabilities(m, scores, probability);
+        cli_check(q3n_session_classify(s, ids->id, (int)ids->n, scores), s);
+        (void)q3n_model_probabilities(m, scores, probability);   /* fails without labels only */
         if (!json && cases.n > 1) printf("case %zu\n", i + 1);
         if (json) json_scores(m, scores, probability);
         else      print_scores(m, scores, probability);

@@ -113,7 +113,7 @@ int cmd_logits(int argc, char **argv)
     };
     const cli_syntax syntax = {
         "logits MODEL.q3n [TEXT] [options]",
-        "Evaluates token ids or a text and prints the logits behind the last token.  --json adds\n"
+        "Evaluates token ids or a text and prints the logits after the last token.  --json adds\n"
         "the argmax of every position and the log-probability of each next given token; with\n"
         "--all also \"all_logits\".  Several cases (--ids-file) give one object a line.",
         options, CLI_COUNT(options), 3, NULL, NULL,

@@ -14,7 +14,7 @@ typedef struct run_options {
     uint64_t  seed;
     int       ignore_eos, stop_eos, special, echo, json, quiet;
     const char *session_file, *cache_dir;
-    int       append;              /* the prompt goes behind the text of session_file */
+    int       append;              /* the prompt goes after the text of session_file */
     size_t    n_prefix;            /* ids that the tokenizer put before the prompt */
     int       cache_mb, snapshot_every;
 } run_options;
@@ -182,7 +182,7 @@ static void keep_state(writer *w)
 
 /* ---- Writing ---- */
 
-/* The session's text and the prompt behind it, or the prompt alone. */
+/* The session's text and the prompt after it, or the prompt alone. */
 static void whole_text(const writer *w, const cli_ids *prompt, cli_ids *out)
 {
     const size_t before = w->o->append ? (size_t)q3n_session_length(w->session) : 0;
@@ -382,7 +382,7 @@ static void parse_options(run_options *o, int argc, char **argv, cli_words *word
         { "--session", "FILE", CLI_TEXT, &o->session_file, 0, 0,
           "continue the state in FILE if it is there, save the new one in it" },
         { "--append", NULL, CLI_FLAG, &o->append, 0, 0,
-          "the prompt goes behind the text of --session; else it is the whole text" },
+          "the prompt goes after the text of --session; else it is the whole text" },
         { "--cache-dir", "DIR", CLI_TEXT, &o->cache_dir, 0, 0,
           "keep states of prompts there, begin with what is known of a prompt" },
         { "--cache-size", "MB", CLI_INT, &o->cache_mb, 1, 1 << 30,

@@ -30,7 +30,7 @@ static void print_ids(const token_options *o, const q3n_model *m, const cli_ids 
 
 static void tokenize_lines(const token_options *o, const q3n_model *m)
 {
-    const char *path = o->in.file ? o->in.file : "-";
+    const char *path = o->in.file;
     FILE *f = cli_open_file(path);
     cli_buffer line = { 0 }, text = { 0 };
     cli_ids ids = { 0 };
@@ -74,11 +74,13 @@ int cmd_tokenize(int argc, char **argv)
     cli_parse(&syntax, argc, argv, &words);
     q3n_model *m = cli_open_model(&o.setup, &words);
     if (o.jsonl && (o.in.prompt || words.n)) cli_misuse("--jsonl reads a file or stdin");
-    o.in.model = o.setup.model;
-    if (!o.jsonl) cli_input_choose(&o.in, &o.setup, &words);
     if (o.jsonl) {
+        if (!o.in.file) o.in.file = "-";
+        o.in.model  = o.setup.model;
+        o.in.source = cli_file_name(o.in.file);
         tokenize_lines(&o, m);
     } else {
+        cli_input_choose(&o.in, &o.setup, &words);
         cli_buffer text = { 0 };
         cli_ids ids = { 0 };
         if (o.in.prompt) cli_buffer_add(&text, o.in.prompt, strlen(o.in.prompt));
@@ -137,9 +139,11 @@ static void detokenize_lines(const token_options *o, const q3n_model *m)
     cli_close_file(f);
 }
 
-/* The ids of --ids, of the words behind the model, or else of the file. */
+/* The ids of --ids, of the words after the model, or else of the file. */
 static void read_ids(cli_ids *out, const token_options *o, const cli_words *words)
 {
+    const char *path = o->in.file ? o->in.file : "-";
+    const char *where = o->in.ids ? "--ids" : words->n ? "token ids" : cli_file_name(path);
     cli_buffer text = { 0 };
     if (o->in.ids) {
         cli_buffer_add(&text, o->in.ids, strlen(o->in.ids));
@@ -149,10 +153,9 @@ static void read_ids(cli_ids *out, const token_options *o, const cli_words *word
             cli_buffer_add(&text, " ", 1);
         }
     } else {
-        cli_read_file(&text, o->in.file ? o->in.file : "-");
+        cli_read_file(&text, path);
     }
-    cli_ids_parse(out, text.data, text.n,
-                  o->in.ids ? "--ids" : o->in.file ? o->in.file : "token ids");
+    cli_ids_parse(out, text.data, text.n, where);
     cli_buffer_free(&text);
 }
 

@@ -66,6 +66,12 @@ void cli_close_file(FILE *f)
     if (f != stdin) fclose(f);
 }
 
+static void check_length(const cli_buffer *text, const char *path)
+{
+    if (text->n <= CLI_TEXT_BYTES) return;
+    cli_fail("%s: a text of more than %zu bytes", cli_file_name(path), CLI_TEXT_BYTES);
+}
+
 void cli_read_file(cli_buffer *out, const char *path)
 {
     FILE *f = cli_open_file(path);
@@ -75,9 +81,7 @@ void cli_read_file(cli_buffer *out, const char *path)
         cli_buffer_add(out, part, n);
     }
     if (ferror(f)) cli_fail("%s: cannot read it: %s", cli_file_name(path), strerror(errno));
-    if (out->n > CLI_TEXT_BYTES) {
-        cli_fail("%s: a text of more than %zu bytes", cli_file_name(path), CLI_TEXT_BYTES);
-    }
+    check_length(out, path);
     cli_buffer_add(out, "", 0);
     cli_close_file(f);
 }
@@ -86,10 +90,11 @@ int cli_read_line(cli_buffer *out, FILE *f, const char *path)
 {
     out->n = 0;
     int c;
-    while ((c = getc(f)) != EOF && c != '\n') {
+    while ((c = getc(f)) != EOF && c != '\n' && out->n <= CLI_TEXT_BYTES) {
         const char byte = (char)c;
         cli_buffer_add(out, &byte, 1);
     }
+    check_length(out, path);
     if (ferror(f)) cli_fail("%s: cannot read it: %s", cli_file_name(path), strerror(errno));
     if (c == EOF && out->n == 0) return 0;
     cli_buffer_add(out, "", 0);

@@ -14,6 +14,15 @@ void cli_name_command(const char *name)
     command_name = name;
 }
 
+/* Bytes of the character at p [n] if a terminal only shows it: 0 for control characters, those of
+ * U+0080 to U+009F too, and for what is no UTF-8. */
+static size_t shown_length(const unsigned char *p, size_t n)
+{
+    const size_t len = cli_character_length(p, n);
+    const int control = p[0] < 32 || p[0] == 127 || (len == 2 && p[0] == 0xC2 && p[1] < 0xA0);
+    return control ? 0 : len;
+}
+
 /* Prints kind, message and tail as one line, whatever bytes a file name or an option brought. */
 static void print_line(const char *kind, const char *format, va_list args, const char *tail)
 {
@@ -21,8 +30,8 @@ static void print_line(const char *kind, const char *format, va_list args, const
     vsnprintf(text, sizeof text, format, args);
     const size_t n = strlen(text);
     for (size_t i = 0; i < n;) {
-        const size_t len = cli_character_length((const unsigned char *)text + i, n - i);
-        if (len == 0 || (unsigned char)text[i] < 32 || text[i] == 127) text[i] = '?';
+        const size_t len = shown_length((const unsigned char *)text + i, n - i);
+        if (len == 0) text[i] = '?';
         i += len ? len : 1;
     }
     fflush(stdout);
@@ -127,10 +136,10 @@ void cli_print_text(FILE *f, const char *text, size_t n)
 {
     const unsigned char *p = (const unsigned char *)text;
     for (size_t i = 0; i < n;) {
-        const size_t len = cli_character_length(p + i, n - i);
+        const size_t len = shown_length(p + i, n - i);
         if (p[i] == '\n') {
             fputs("\\n", f);
-        } else if (len == 0 || p[i] < 32 || p[i] == 127) {
+        } else if (len == 0) {
             fprintf(f, "\\x%02x", (unsigned)p[i]);
         } else {
             fwrite(p + i, 1, len, f);
