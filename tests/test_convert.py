@@ -979,6 +979,8 @@ class Refused(Case):
 
     def test_places(self):
         self.fails("no such file", self.path("nothing"), self.path("out.q3n"))
+        self.fails(("no such file", "hf download Qwen/Qwen3-0.6B --local-dir"), "Qwen/Qwen3-0.6B",
+                   self.path("out.q3n"))
         os.mkdir(self.path("empty"))
         synthetic.write_json(self.path("empty"), "config.json", synthetic.qwen3_config())
         self.fails("found no weights, expected *.safetensors", self.path("empty"),

@@ -436,7 +436,7 @@ class Set(Case):
         config = load_json(golden("qwen3_moe"), "config.json")
         self.assertIn("num_local_experts", config)
         for key in ("num_experts", "num_local_experts"):
-            c = hf_config.override(config, {key: 2, "num_experts_per_tok": 1})
+            c = hf_config.override(config, {key: 2, "num_experts_per_tok": 1}, "c")
             self.assertEqual(hf_config.read(c, "c", [])["num_experts"], 2)
 
     def test_keras(self):

@@ -6,9 +6,9 @@ usage: bench_table.py [--q3n COMMAND] [--geometries "g1 g2 g3"] [--types "q4 q8 
                       [--peer "[NAME=]PATH ..."] [--peer-models DIR] [--peer-args ARGS] [--rounds N]
 
 Each geometry is made once with random weights (DIR/bench_GEOMETRY_TYPE.q3n) and measured with
-q3n bench: prefill of 512 tokens, 64 decoded tokens, for q4 also behind --depth (4096) tokens.
-A row is a median with the least and the most; the roof: see q3n bench --help.
-What does not fit into memory or on the disk, and types that this build has not, are passed over.
+q3n bench: prefill of 512 tokens, 64 decoded tokens, for q4 also after --depth (4096) tokens.
+A row is a median with minimum and maximum; the roof: see q3n bench --help.
+What does not fit into memory or on the disk, and types that this build does not have, are passed over.
 
 A peer is a llama-bench program (of llama.cpp or a fork).  It runs on the files of --peer-models
 whose name begins as g1-q4, g1-q8, g1-bf16: g1-q4_0.gguf, g1-iq4_nl.gguf.  Ours and the peers take
@@ -33,7 +33,7 @@ import sys
 import q3n_file
 
 PROMPT, TOKENS = 512, 64
-DEPTH_TYPES = ("q4",)            # measured behind a long text too
+DEPTH_TYPES = ("q4",)            # measured after a long text too
 # Weights of the presets, to know what fits before it is made.
 WEIGHTS = {"g1": 0.874e9, "g2": 6.73e9, "g3": 1.19e9}
 SPARE_BYTES = 1 << 30            # memory for the session, the bandwidth's buffer, the system

@@ -8,6 +8,7 @@ FP8 and LoRA need numpy, Keras files need h5py, quantised types the library that
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -79,7 +80,10 @@ def is_keras(path):
 def find_checkpoint(path):
     """A folder that holds one Keras file and no safetensors stands for that file."""
     if not os.path.exists(path):
-        raise ConvertError("%s: no such file or folder" % path)
+        name = re.match(r"[\w-][\w.-]*/[\w.-]+$", path)
+        raise ConvertError("%s: no such file or folder%s" % (path, ": if it is on the Hugging Face "
+                           "hub, download it (hf download %s --local-dir DIR) and give the folder"
+                           % path if name else ""))
     if os.path.isdir(path):
         names = os.listdir(path)
         keras = [n for n in names if is_keras(n)]
@@ -123,8 +127,8 @@ def plan_safetensors(args, path, folder, definitions):
     if args.lora:
         import lora
         adapter = lora.Adapter(args.lora)
-    raw = safetensors_file.load_json(args.config or os.path.join(folder, "config.json"))
-    raw = hf_config.override(raw, args.set)
+    config_path = args.config or os.path.join(folder, "config.json")
+    raw = hf_config.override(safetensors_file.load_json(config_path), args.set, config_path)
     entries, notes = safetensors_file.open_checkpoint(path)
     plan = hf_checkpoint.plan(entries, raw, path, definitions.check_config, adapter, args.no_mtp)
     plan.notes += notes

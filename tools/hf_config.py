@@ -185,13 +185,13 @@ def text_part(raw, where):
     return Json(raw.with_values(merged), where)
 
 
-def override(raw, values):
+def override(raw, values, where):
     """The config with the values of --set, each in the place that counts (see the table)."""
     out = Settings(raw, overrides=dict(values))
     if "text_config" in values:
         out["text_config"] = values["text_config"]
     nested = dict.get(out, "text_config") is not None
-    inner = dict(Json(out, "config").object("text_config").values) if nested else out
+    inner = dict(Json(out, where).object("text_config").values) if nested else out
     for key, value in values.items():
         if key == "text_config":
             continue
