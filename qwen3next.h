@@ -9580,7 +9580,8 @@ static void q3n__unread_drop(q3n_session *s, int n)
 
 /* One public function that evaluates is one call, from q3n__call_begin to q3n__call_end: requests
  * to cancel count between them.  The end comes before the commit, so that a call which took a
- * request never keeps what it did, and once more when the function returns, however it went. */
+ * request is undone, and once more when the function returns, for calls that failed.  A call that
+ * succeeds without it would have answered a request and gone on. */
 static void q3n__call_begin(q3n_session *s)
 {
     q3n__atomic_store(&s->engine->cancel, Q3N__RUNNING);
@@ -10238,13 +10239,10 @@ static q3n_result q3n__session_go_on(q3n_session *s, const int32_t *tokens, int 
 {
     q3n_result r = Q3N_OK;
     const int stored = s->state.kv_valid > from ? s->state.kv_valid : from;
-    const int stays = !s->has_saved && from == n;
-    if (stays) {                                         /* the text is what was asked for */
-        if (out->logits)
-            memcpy(out->logits, q3n__session_last_logits(s),
-                   (size_t)s->shape.vocab_size * sizeof(float));
-        return Q3N_OK;
-    }
+    const int stays = !s->has_saved && from == n;        /* the text is what was asked for */
+    if (stays && out->logits)
+        memcpy(out->logits, q3n__session_last_logits(s),
+               (size_t)s->shape.vocab_size * sizeof(float));
     if (stored < n) r = q3n__session_reserve(s, s->engine, stored, n);
     if (r == Q3N_OK && from < n) r = q3n__session_passes(s, tokens + from, n - from, out);
     if (r == Q3N_OK) r = q3n__call_end(s);
@@ -10252,6 +10250,7 @@ static q3n_result q3n__session_go_on(q3n_session *s, const int32_t *tokens, int 
         q3n__session_rollback(s);
         return r;
     }
+    if (stays) return Q3N_OK;
     const int has_logits = from == n && s->seek_logits;
     const q3n_outputs none = { NULL, NULL, NULL, NULL };
     q3n__session_finish(s, has_logits ? &none : out);
@@ -10275,7 +10274,8 @@ static q3n_result q3n__session_rewind(q3n_session *s, int length)
     if (length < 0 || length > s->length)
         return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "rewind to %d: the session has %d tokens",
                          length, s->length);
-    const q3n_result r = q3n__check_causal(s);
+    q3n_result r = q3n__check_causal(s);
+    if (r == Q3N_OK && (length == s->length || length == 0)) r = q3n__call_end(s);
     if (r != Q3N_OK || length == s->length) return r;
     const q3n_outputs none = { NULL, NULL, NULL, NULL };
     if (length == 0) {
@@ -10290,10 +10290,10 @@ static q3n_result q3n__session_rewind(q3n_session *s, int length)
     const int from = q3n__session_seek(s, text, length, 0);
     int64_t *counts = s->state.expert_counts;             /* evaluating again is not counted */
     s->state.expert_counts = NULL;
-    const q3n_result result = q3n__session_go_on(s, text, from, length, &none);
+    r = q3n__session_go_on(s, text, from, length, &none);
     s->state.expert_counts = counts;
     q3n__free(&s->model->allocator, text);
-    return result;
+    return r;
 }
 
 /* tokens [n] from wherever it costs least; only_reuse: no further than what is there. */
