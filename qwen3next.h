@@ -144,8 +144,9 @@
  * FILES.  Paths are UTF-8, on Windows too.  Files that are read must be regular: nothing waits for
  * a pipe or a device.  A file that is written is called PATH.<16 digits>.part until it is whole and
  * on the disk; then it replaces the one under PATH, or the one that a link there leads to, whose
- * mode it takes.  A call that fails or is stopped removes it and leaves the old file as it was; a
- * process that is killed leaves both.  Windows replaces no file that somebody has open.
+ * mode it takes, and group and owner where the system lets it.  A call that fails or is stopped
+ * removes it and leaves the old file as it was; a process that is killed leaves both.  Windows
+ * replaces no file that somebody has open.
  *
  * DETERMINISM.  Arithmetic is f32 from the stored type, in an order that depends on the
  * instruction set alone; against quantised matrices the activations are bytes in groups of 32, and
@@ -1764,7 +1765,7 @@ static int q3n__file_handle(q3n__file *f, const char *path, DWORD access, DWORD 
     return q3n__file_code(f->handle != INVALID_HANDLE_VALUE);
 }
 
-/* What is there, behind links. */
+/* What is there, after links. */
 static int q3n__file_look(const char *path, q3n__file_info *info)
 {
     q3n__file f;
@@ -1969,7 +1970,7 @@ static int q3n__file_inspect(const struct stat *st, q3n__file_info *info)
          : S_ISDIR(st->st_mode) ? Q3N__FILE_IS_DIRECTORY : Q3N__FILE_NOT_REGULAR;
 }
 
-/* What is there, behind links. */
+/* What is there, after links. */
 static int q3n__file_look(const char *path, q3n__file_info *info)
 {
     struct stat st;
@@ -2008,16 +2009,26 @@ static int q3n__file_create(q3n__file *f, const char *path, int closed)
     return q3n__file_descriptor(f, path, O_WRONLY | O_CREAT | O_EXCL, closed ? 0600 : 0666);
 }
 
-/* Mode and owner of the file that this one replaces; only root may give files away. */
+/* Owner or group, -1 = as it is.  Not being allowed to is no failure; EINVAL: no such id here. */
+static int q3n__file_give(q3n__file *f, unsigned owner, unsigned group)
+{
+    return q3n__file_code(fchown(f->fd, owner, group) == 0 || errno == EPERM || errno == EINVAL);
+}
+
+/* Group, owner and mode of the file that this one replaces.  Only root may give files away, others
+ * can give them to groups that they are in.  A group that was not meant may no more than all may. */
 static int q3n__file_adopt(q3n__file *f, const q3n__file_info *old)
 {
     struct stat st;
+    const unsigned same = (unsigned)-1;
     if (fstat(f->fd, &st) != 0) return errno;
-    if ((st.st_uid != old->owner || st.st_gid != old->group)
-        && fchown(f->fd, old->owner, old->group) != 0
-        && errno != EPERM && errno != EINVAL) return errno;    /* EINVAL: no such id here */
-    return q3n__file_code((st.st_mode & 0777) == old->mode
-                          || fchmod(f->fd, (mode_t)old->mode) == 0);
+    int code = st.st_gid == old->group ? 0 : q3n__file_give(f, same, old->group);
+    if (code == 0 && st.st_uid != old->owner) code = q3n__file_give(f, old->owner, same);
+    if (code == 0) code = q3n__file_code(fstat(f->fd, &st) == 0);
+    if (code) return code;
+    unsigned mode = old->mode;
+    if (st.st_gid != old->group) mode &= 0707u | (mode & 7u) << 3;
+    return q3n__file_code((st.st_mode & 0777) == mode || fchmod(f->fd, (mode_t)mode) == 0);
 }
 
 static int q3n__file_writable(const char *path) { return q3n__file_code(access(path, W_OK) == 0); }
@@ -2648,6 +2659,9 @@ static q3n_result q3n__input_map(q3n__mapping *out, const char *path, q3n_error 
     out->id = in.info.id;
     if (out->bytes == 0) {
         r = q3n__fail(err, Q3N_ERR_FORMAT, 0, "%s: the file is empty", path);
+    } else if ((int64_t)out->bytes != in.info.bytes) {
+        r = q3n__fail(err, Q3N_ERR_MEMORY, -1, "%s: %lld bytes do not fit the address space", path,
+                      (long long)in.info.bytes);
     } else {
         const int code = q3n__file_map(&in.file, out->bytes, &out->data);
         if (code) r = q3n__file_fail(err, Q3N_ERR_IO, path, "cannot map", code);

@@ -21,6 +21,7 @@ int main(void)
 
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,6 +39,7 @@ int main(void)
 #define COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))
 #define PATIENCE 1800                    /* seconds until a test that waits for a pipe is ended  */
 #define NOBODY   65534
+#define SHARED   64999                   /* a group that NOBODY is in                            */
 
 /* ---- The C library, failing ---- */
 enum { NO_FAULT, WRITE, FSYNC, CLOSE, RENAME, FCHMOD, READ, SEEK, N_FAULTS };
@@ -438,15 +440,17 @@ static void test_part_names(void **state)
     }
 }
 
-/* In a process of its own that is not root: returns what fn does. */
+/* In a process of its own that is not root, but in group SHARED: returns what fn does. */
 static int as_nobody(int (*fn)(void))
 {
+    const gid_t shared = SHARED;
     fflush(NULL);
     const pid_t child = fork();
     assert_true(child >= 0);
     if (child == 0) {
         alarm(PATIENCE);
-        if (geteuid() == 0 && (setgid(NOBODY) != 0 || setuid(NOBODY) != 0)) _exit(100);
+        if (geteuid() == 0 && (setgroups(1, &shared) != 0 || setgid(NOBODY) != 0
+                               || setuid(NOBODY) != 0)) _exit(100);
         _exit(fn());
     }
     int status = 0;
@@ -484,6 +488,48 @@ static void test_no_permission(void **state)
     assert_int_equal(count_files(NULL), 2);
     assert_int_equal(chmod(in_folder(path, "closed"), 0755), 0);
     remove(in_folder(path, "closed/there"));
+    assert_int_equal(chmod(folder, 0700), 0);
+}
+
+/* Files over which NOBODY writes, and what has their place then. */
+static const struct { unsigned owner, group, mode, new_group, new_mode; } given[] = {
+    { 0, SHARED, 0660, SHARED, 0660 },   /* it may not give files away, but to its groups        */
+    { NOBODY, SHARED, 0640, SHARED, 0640 },
+    { NOBODY, 0, 0640, NOBODY, 0600 },   /* root's group could read it, NOBODY's could not       */
+    { NOBODY, 0, 0664, NOBODY, 0644 },
+    { NOBODY, 0, 0606, NOBODY, 0606 },
+    { 0, 0, 0666, NOBODY, 0666 },
+};
+
+static int write_given(void)
+{
+    char path[400], name[40];
+    struct stat st;
+    for (int w = 0; w < N_WHOLE; w++)
+        for (int i = 0; i < COUNT(given); i++) {
+            q3n_error err;
+            snprintf(name, sizeof name, "%d-%d", w, i);
+            if (writers[w].write(in_folder(path, name), &err) != Q3N_OK
+                || stat(path, &st) != 0 || st.st_uid != NOBODY || st.st_gid != given[i].new_group
+                || (st.st_mode & 07777) != given[i].new_mode) return 1 + 10 * w + i;
+        }
+    return 0;
+}
+
+static void test_group_is_kept(void **state)
+{
+    (void)state;
+    char path[400], name[40];
+    if (geteuid() != 0) skip();
+    for (int w = 0; w < N_WHOLE; w++)
+        for (int i = 0; i < COUNT(given); i++) {
+            snprintf(name, sizeof name, "%d-%d", w, i);
+            put_file(in_folder(path, name), "old", 0600);
+            assert_int_equal(chown(path, given[i].owner, given[i].group), 0);
+            assert_int_equal(chmod(path, given[i].mode), 0);
+        }
+    assert_int_equal(chmod(folder, 0777), 0);
+    assert_int_equal(as_nobody(write_given), 0);
     assert_int_equal(chmod(folder, 0700), 0);
 }
 
@@ -904,6 +950,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         TEST(test_new_and_again), TEST(test_mode_is_kept), TEST(test_owner_is_kept),
+        TEST(test_group_is_kept),
         TEST(test_links), TEST(test_what_is_no_file), TEST(test_part_names),
         TEST(test_hostile_paths), TEST(test_no_permission), TEST(test_full_disk),
         TEST(test_each_call_fails),
