@@ -1507,14 +1507,16 @@ static void q3n__cond_wait(q3n__cond *c, q3n__mutex *m)
 }
 static void q3n__cond_broadcast(q3n__cond *c) { WakeAllConditionVariable(c); }
 
-/* CPUs that this process may run on. */
+/* CPUs that this process may run on.  The mask is of one group of at most 64, and empty if the
+ * process has CPUs of several: then all of them. */
 static int q3n__cpu_count(void)
 {
-    DWORD_PTR own, all;
+    DWORD_PTR own = 0, all;
     int n = 0;
-    if (!GetProcessAffinityMask(GetCurrentProcess(), &own, &all)) return 1;
+    if (!GetProcessAffinityMask(GetCurrentProcess(), &own, &all)) own = 0;
     for (; own != 0; own &= own - 1) n++;
-    return n > 0 ? n : 1;   /* none: the process has CPUs of several groups */
+    if (n == 0) n = (int)GetActiveProcessorCount(ALL_PROCESSOR_GROUPS);
+    return n < 1 ? 1 : n > 1024 ? 1024 : n;
 }
 #else
 typedef struct { pthread_t handle; void (*fn)(void *); void *arg; } q3n__thread;
