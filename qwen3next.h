@@ -5711,9 +5711,9 @@ static uint32_t q3n__crowded_rank(const q3n__tokenizer *t, uint32_t left, uint32
         if (q3n__compare_merges(&t->crowded[middle], &key) < 0) low = middle + 1;
         else                                                    high = middle;
     }
+    if (low == t->n_crowded) return Q3N__NO_RANK;         /* also if there is no list */
     const q3n__merge_key *found = &t->crowded[low];
-    if (low == t->n_crowded || found->left != left || found->right != right) return Q3N__NO_RANK;
-    return found->rank;
+    return found->left == left && found->right == right ? found->rank : Q3N__NO_RANK;
 }
 
 /* The slot of a pair: that which holds it, else the empty one where it would go; NULL if there is
