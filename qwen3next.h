@@ -8034,8 +8034,8 @@ static q3n_result q3n__session_header_fits(const q3n__session_header *h,
                          q3n__types[h->kv_type].name, q3n__types[want->kv_type].name,
                          q3n__types[h->kv_type].name);
     if (h->has_mtp != want->has_mtp)
-        return q3n__fail(err, Q3N_ERR_FORMAT, 60, "has_mtp is %u, the model has no such module",
-                         h->has_mtp);
+        return q3n__fail(err, Q3N_ERR_FORMAT, 60, "has_mtp is %u, expected 0, or 1 if the model has"
+                         " an MTP module", h->has_mtp);
     return Q3N_OK;
 }
 
