@@ -2017,8 +2017,8 @@ static int q3n__file_give(q3n__file *f, unsigned owner, unsigned group)
     return q3n__file_code(fchown(f->fd, owner, group) == 0 || errno == EPERM || errno == EINVAL);
 }
 
-/* Group, owner and mode of the file that this one replaces.  Only root may give files away, others
- * can give them to groups that they are in.  A group that was not meant may no more than all may. */
+/* Group, owner and mode of the file that this one replaces.  Only root may give files away; others
+ * may give them to groups of theirs.  A group that was not meant may do no more than all may. */
 static int q3n__file_adopt(q3n__file *f, const q3n__file_info *old)
 {
     struct stat st;
@@ -9091,7 +9091,6 @@ typedef struct {
 
 /* ---- Options and memory ---- */
 
-/* Fill in defaults; an error if the options cannot be. */
 /* Sizes of a session are multiplied freely: refuse those that a size_t of 32 bits does not hold.
  * Every array is then at most `limit` bytes, SIZE_MAX / 4 but in tests; with 64 bits
  * (Q3N_CONFIG_LIST) all are.  The arrays: a run's widest activations, pages, states, what attention
@@ -9123,6 +9122,7 @@ static q3n_result q3n__check_sizes(const q3n_config *c, const q3n_session_option
     return Q3N_OK;
 }
 
+/* Fill in defaults; an error if the options cannot be. */
 static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session_options *in,
                                            q3n_session_options *o, q3n_error *err)
 {
