@@ -34,6 +34,7 @@ import numpy as np
 import convert
 import files
 import hf_config
+import hf_names
 import keras_checkpoint
 import lora
 import matrix
@@ -760,6 +761,14 @@ class Checkpoints(Case):
             tensors["model.embed_tokens.weight"]
         self.fails("found also as", self.checkpoint("model", config, tensors), self.path("o.q3n"))
 
+    def test_long_names(self):
+        """A million characters are read once, not once for each of their beginnings."""
+        for name in ("mtp.fc." * 140000 + "\n", "layers.1" * 120000, "layers.0." * 120000 + "\n",
+                     "a.lm_head.weight" * 60000 + ".", "_orig_mod." * 100000 + "x",
+                     "x." * 500000 + "layers.0", ".visual" * 140000, "mtp.layers." + "1" * 1000000,
+                     "lm_head.weight" + "w" * 1000000 + "."):
+            hf_names.Names([name], "w").plain(name)
+
     def test_classification(self):
         f = self.convert(golden("qwen3_next_cls"))
         self.assertEqual((f.config["num_labels"], f.config["pooling"],
@@ -1144,6 +1153,7 @@ class Lora(Case):
              ("model.layers.7.self_attn.q_proj", "expected a matrix of the model")),
             (self.pair("model.layers.0.input_layernorm", 32, 1), {}, "input_layernorm"),
             ({"other.weight": self.random(2)}, {}, ("other.weight", "the checkpoint has not")),
+            (self.pair(q, 32, 32, r=0), dict(rank_pattern={"q_proj": 0}), (q, "[0, 32]")),
             (dict(good, **{q + ".lora_magnitude_vector": self.random(32)}), {},
              "lora_magnitude_vector"),
         )
@@ -1541,6 +1551,14 @@ class Tokenizers(Case):
         self.remove("generation_config.json", "tokenizer_config.json", "tokenizer.json")
         c = self.convert(self.folder).config
         self.assertEqual((c["eos_ids"], "pad_id" in c), ([9], False))
+
+    def test_many_special_ids(self):
+        """Lists of any length are compared once, not each id with each."""
+        n = 300000
+        config = dict(load_json(self.folder, "config.json"), eos_token_id=list(range(n)))
+        self.write("config.json", config)
+        self.write("generation_config.json", {"eos_token_id": list(range(n, 2 * n))})
+        self.assertNotIn("eos_ids", self.convert(self.folder).config)
 
     def test_another_folder(self):
         self.write("tokenizer.json", self.json())

@@ -3,6 +3,7 @@
 
 usage: bench_table.py [--q3n COMMAND] [--geometries "g1 g2 g3"] [--types "q4 q8 bf16"]
                       [--threads LIST] [--repeat N] [--depth N] [--models DIR] [--out DIR]
+                      [--bench-flags FLAGS]
                       [--peer "[NAME=]PATH ..."] [--peer-models DIR] [--peer-args ARGS] [--rounds N]
 
 Each geometry is made once with random weights (DIR/bench_GEOMETRY_TYPE.q3n) and measured with

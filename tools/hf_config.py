@@ -548,7 +548,7 @@ def _layer_experts(c, sizes, family):
         return [0] * layers
     if family == "qwen3_5_moe":
         return [1] * layers
-    dense, step = c.items("mlp_only_layers", int), c.whole("decoder_sparse_step", 1, least=1)
+    dense, step = set(c.items("mlp_only_layers", int)), c.whole("decoder_sparse_step", 1, least=1)
     return [int(l not in dense and (l + 1) % step == 0) for l in range(layers)]
 
 

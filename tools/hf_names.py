@@ -7,10 +7,12 @@ from files import ConvertError
 VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector|audio_tower)\.")
 # Segments that wrappers of torch put before and into names.
 WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+# re.S: what begins as the name of a module is one, whatever bytes follow; trying every beginning of
+# a hostile name to its end would take the square of its length.
 MTP = re.compile(r"(?:|.*?\.)(mtp\.(?:fc|pre_fc_norm_embedding|pre_fc_norm_hidden|norm|layers\.\d+|"
-                 r"embed_tokens|shared_head)\..*)")
-HEAD = re.compile(r"(?:|(?!.*\blayers\.).*\.)((?:lm_head|score)\.(?:weight|bias)\w*)")
-TRUNK = re.compile(r"(|.*?\.)(?:embed_tokens|layers\.\d+)\.")
+                 r"embed_tokens|shared_head)\..*)", re.S)
+HEAD = re.compile(r"(?:|(?!.*\blayers\.).*\.)((?:lm_head|score)\.(?:weight|bias)\w*)", re.S)
+TRUNK = re.compile(r"(|.*?\.)(?:embed_tokens|layers\.\d+)\.", re.S)
 # What transformers writes: taken where a file has one of these and another prefix.
 KNOWN = ("model.", "model.language_model.", "language_model.model.", "")
 

@@ -216,7 +216,8 @@ class Adapter:
     def _shape(self, pair):
         """rank, (columns, rows) of b a."""
         for entry in (pair.a, pair.b):
-            if entry.dtype not in hf_checkpoint.FLOATS or len(entry.shape) != 2:
+            if entry.dtype not in hf_checkpoint.FLOATS or len(entry.shape) != 2 \
+                    or 0 in entry.shape:
                 raise ConvertError("%s: %s: found %s %s, expected a float matrix"
                                    % (self.path, pair.name, entry.dtype, list(entry.shape)))
         (rank, n_in), (n_out, rank_b) = pair.a.shape, pair.b.shape

@@ -401,7 +401,8 @@ def special_ids(folder, plan, tokenizer):
         eos = mine
     elif not eos:
         eos = mine + _named(tokenizer, "eos_token")
-    lost = [i for i in mine if i not in eos]
+    counted = set(eos)
+    lost = [i for i in mine if i not in counted]
     if lost:
         plan.warnings.append("%s: eos_token_id %d is not used: generation_config.json has another"
                              % (config.where, lost[0]))
