@@ -1005,6 +1005,10 @@ class FileTest(CliTest):
         self.assertTrue(all(x is not None and abs(x) < 100 for x in logits))
         self.assertEqual(os.listdir(self.folder), ["made.q3n"])
 
+    def test_strings_of_a_file_stay_on_their_line(self):
+        path = self.make("--name", "a\x1b[31m\nb\u00e9")
+        self.assertIn("made.q3n  a\\x1b[31m\\nb\u00e9\n", self.run_cli("info", path).decode())
+
     def test_init_types(self):
         """Every type; matrices that may not have it have the next finer one."""
         sizes = []

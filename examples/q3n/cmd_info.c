@@ -109,9 +109,19 @@ static void print_tensors(const q3n_model *m)
             n += snprintf(shape + n, sizeof shape - (size_t)n, "%s%lld", d ? ", " : "[",
                           (long long)t.dim[d]);
         }
-        printf("  %-56s %-5s %s]  %s at %lld\n", t.name, q3n_type_name(t.type), shape,
+        const int pad = 56 - (int)strlen(t.name);
+        printf("  ");
+        cli_print_text(stdout, t.name, strlen(t.name));
+        printf("%*s %-5s %s]  %s at %lld\n", pad > 0 ? pad : 0, "", q3n_type_name(t.type), shape,
                cli_format_bytes(size, (double)t.bytes), (long long)t.offset);
     }
+}
+
+/* A string of the file, to the end of the line. */
+static void print_string(const char *text)
+{
+    cli_print_text(stdout, text, strlen(text));
+    printf("\n");
 }
 
 /* What an empty text gets. */
@@ -143,13 +153,12 @@ static void print_text(const q3n_model *m)
     printf("\n");
     print_around(m, Q3N_TOKENIZE_PREFIX, "put before a text");
     print_around(m, Q3N_TOKENIZE_SUFFIX, "put after a text");
-    printf("  %-32s %s\n", "chat template", q3n_model_chat_kind(m));
+    printf("  %-32s ", "chat template");
+    print_string(q3n_model_chat_kind(m));
     if (q3n_model_label(m, 0)) printf("labels\n");
     for (int i = 0; q3n_model_label(m, i); i++) {
-        const char *name = q3n_model_label(m, i);
         printf("  %-32d ", i);
-        cli_print_text(stdout, name, strlen(name));
-        printf("\n");
+        print_string(q3n_model_label(m, i));
     }
 }
 
@@ -359,7 +368,8 @@ int cmd_info(int argc, char **argv)
         json_rest(m, &p);
         printf("}\n");
     } else {
-        printf("%s  %s\n", setup.model, q3n_model_name(m));
+        printf("%s  ", setup.model);
+        print_string(q3n_model_name(m));
         print_config(m);
         print_sizes(m);
         if (tensors) print_tensors(m);
