@@ -517,9 +517,11 @@ class Arguments(unittest.TestCase):
             for logits in bad:
                 with self.subTest(type(logits)), self.assertRaises(TypeError):
                     sampler.sample(logits)
-            for logits in (row[1:], row + [0.0], array.array("f", row[1:]), []):
+            for logits in (row[1:], row + [0.0], array.array("f", row[1:]), [], [1e300] + row[1:],
+                           [10 ** 400] + row[1:]):
                 with self.assertRaises(ValueError):
                     sampler.sample(logits)
+            sampler.sample([float("-inf")] + row[1:])
 
     def test_texts_and_names(self):
         for text in (5, None, 1.5, ["a"], [1]):

@@ -81,6 +81,19 @@ def _checked(function, name, arguments):
     return call
 
 
+def _float_array(values, name):
+    """Numbers as array('f'): none becomes infinite that was not."""
+    values = list(values)
+    try:
+        out = array.array("f", values)
+        lost = [v for x, v in zip(out, values) if math.isinf(x) and not math.isinf(v)]
+    except OverflowError:                # an int that not even a double can hold
+        raise ValueError("%s: more than a float32 can hold" % name) from None
+    if lost:
+        raise ValueError("%s: %r is more than a float32 can hold" % (name, lost[0]))
+    return out
+
+
 def _struct(struct, **values):
     """A struct with these fields: every one must be there and hold its value."""
     types = dict(struct._fields_)
@@ -92,9 +105,7 @@ def _struct(struct, **values):
         elif types[name] is _C_FLOAT:
             if not isinstance(value, numbers.Real):
                 raise TypeError("%s: %r is no number" % (name, value))
-            values[name] = float(value)
-            if math.isinf(_C_FLOAT(values[name]).value) and not math.isinf(value):
-                raise ValueError("%s: %r is more than a float32 can hold" % (name, value))
+            values[name] = _float_array([value], name)[0]
     return struct(**values)
 
 
@@ -340,18 +351,17 @@ def _id_array(ids):
     return (ctypes.c_int32 * max(len(ids), 1))(*ids), len(ids)
 
 
-def _logits_array(logits, n):
+def _floats_of(values, n, name):
     """For a C function: the memory of n float32, or a copy of a sequence of numbers."""
     try:
-        view = memoryview(logits)
+        view = memoryview(values)
     except TypeError:
-        logits = array.array("f", logits)
-        view = memoryview(logits)
+        view = memoryview(_float_array(values, name))
     if view.format.lstrip("<=@") != "f" or view.ndim != 1:
-        raise TypeError("logits are float32 in one dimension, these are %r in %d: convert them"
-                        % (view.format, view.ndim))
+        raise TypeError("%s are float32 in one dimension, these are %r in %d: convert them"
+                        % (name, view.format, view.ndim))
     if len(view) != n:
-        raise ValueError("%d logits, expected %d" % (len(view), n))
+        raise ValueError("%d %s, expected %d" % (len(view), name, n))
     if view.readonly or not view.contiguous:
         view = memoryview(array.array("f", view.tolist()))
     return (_C_FLOAT * n).from_buffer(view)
@@ -540,10 +550,9 @@ class Model(_Owner):
     def probabilities(self, scores):
         """What scores [num_labels] of Session.classify mean, by problem_type."""
         n = self.config["num_labels"]
-        if len(scores) != n:
-            raise ValueError("%d scores, expected %d" % (len(scores), n))
+        c_scores = _floats_of(scores, n, "scores") if n else None
         out, c_out = _floats(n)
-        _check(load().q3n_model_probabilities(self.handle, (_C_FLOAT * n)(*scores), c_out))
+        _check(load().q3n_model_probabilities(self.handle, c_scores, c_out))
         return out
 
     def detokenize(self, ids):
@@ -572,7 +581,7 @@ class Sampler(_Owner):
     def sample(self, logits):
         """The token that is chosen by logits [vocab_size]: float32 in one dimension, or a sequence
         of numbers."""
-        c_logits = _logits_array(logits, self._model.vocab_size)
+        c_logits = _floats_of(logits, self._model.vocab_size, "logits")
         lib, token = load(), ctypes.c_int32()
         code = lib.q3n_sampler_sample(self.handle, c_logits, ctypes.byref(token))
         if code != _OK:
