@@ -439,6 +439,16 @@ class Layout(Case):
         self.assertEqual((run.returncode, run.stderr), (0, b""))
         self.assertIn(b"layers.2.self_attn.q_norm.weight", run.stdout)
 
+    def test_names_that_stdout_cannot_encode(self):
+        f = self.convert(golden("qwen3_dense"), "--name", "caf\u00e9")
+        for command in (["q3n_file.py", f.path], ["convert.py", golden("qwen3_dense"), f.path,
+                                                  "--dry-run", "--name", "caf\u00e9"]):
+            run = subprocess.run([sys.executable, os.path.join(TOOLS, command[0])] + command[1:],
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False,
+                                 env=dict(os.environ, PYTHONIOENCODING="ascii", PYTHONUTF8="0"))
+            self.assertEqual(run.returncode, 0, run.stderr)
+            self.assertIn(b"caf\\xe9", run.stdout)
+
 
 # ---- Values ----
 
@@ -1164,6 +1174,10 @@ class Lora(Case):
                            self.path("lora"))
         self.fails("adapter_config.json", self.path("model"), self.path("out.q3n"), "--lora",
                    self.path("model"))
+        os.rename(self.path("lora", "adapter_model.safetensors"),
+                  self.path("lora", "adapter_model.bin"))
+        self.fails(("adapter_model.bin", "safe_serialization"), self.path("model"),
+                   self.path("out.q3n"), "--lora", self.path("lora"))
 
 
 # ---- Keras ----

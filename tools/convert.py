@@ -399,6 +399,7 @@ def terminate(*_):
 
 
 def main(argv):
+    files.print_any(sys.stdout)
     try:
         definitions = q3n_file.Definitions()
         args = parse_arguments(argv, list(definitions.recipes))

@@ -36,6 +36,12 @@ def line(text, n=600):
     return text if len(text) <= n else text[:n] + "..."
 
 
+def print_any(stream):
+    """What the stream's encoding does not have is escaped, as on stderr."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+
+
 def _check_regular(path, info):
     if not stat.S_ISREG(info.st_mode):
         kind = next((name for is_one, name in KINDS if is_one(info.st_mode)), "something else")

@@ -110,7 +110,7 @@ class Builder:
         self.d = config["hidden_size"]
         self.hybrid = config["family"] in hf_config.HYBRID
 
-    # -- pieces --
+    # -- one tensor --
 
     def mat(self, out, name, rows, cols):
         self.plan.mat(out + ".weight", self.t.mat(name + ".weight", rows, cols))

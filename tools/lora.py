@@ -123,6 +123,9 @@ class Adapter:
         self.ranks, self.alphas = (Patterns(c.object(k)) for k in ("rank_pattern", "alpha_pattern"))
         self.pairs, self.whole, self.used, self.loaded = {}, {}, set(), (None, None)
         self.vision = []
+        if not os.path.exists(self.path) and os.path.exists(self.path[:-11] + "bin"):
+            raise ConvertError("%s: found adapter_model.bin, expected this file: save the adapter "
+                               "with peft's safe_serialization=True" % self.path)
         tensors = read_header(self.path)
         parts = {name: self._split(name) for name in tensors}
         names = Names([tensor for tensor, _, _ in parts.values()], self.path)

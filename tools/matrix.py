@@ -74,27 +74,27 @@ def _f32_to_bf16(data):
         if nan.any():
             y[nan] = (u[nan] >> 16) | 0x40
         return y.tobytes()
-    # All lanes of a piece in one long integer: the same sum, and no lane carries into the next
+    # All lanes of a part in one long integer: the same sum, and no lane carries into the next
     # unless it holds a NaN.
     out = bytearray()
     for at in range(0, len(data), 1 << 16):
-        piece = bytes(data[at:at + (1 << 16)])
-        ones = int.from_bytes(b"\1\0\0\0" * (len(piece) // 4), "little")
-        u = int.from_bytes(piece, "little")
+        part = bytes(data[at:at + (1 << 16)])
+        ones = int.from_bytes(b"\1\0\0\0" * (len(part) // 4), "little")
+        u = int.from_bytes(part, "little")
         if ((u & 0x7F800000 * ones) + 0x00800000 * ones) & 0x80000000 * ones:
-            out += _f32_to_bf16_lanes(piece)
+            out += _f32_to_bf16_lanes(part)
             continue
         u += 0x7FFF * ones + ((u >> 16) & ones)
-        rounded = u.to_bytes(len(piece), "little")
-        low = bytearray(len(piece) // 2)
+        rounded = u.to_bytes(len(part), "little")
+        low = bytearray(len(part) // 2)
         low[0::2] = rounded[2::4]
         low[1::2] = rounded[3::4]
         out += low
     return out
 
 
-def _f32_to_bf16_lanes(piece):
-    values = struct.unpack("<%dI" % (len(piece) // 4), piece)
+def _f32_to_bf16_lanes(part):
+    values = struct.unpack("<%dI" % (len(part) // 4), part)
     return struct.pack("<%dH" % len(values), *(
         (u >> 16) | 0x40 if u & 0x7FFFFFFF > 0x7F800000 else (u + 0x7FFF + ((u >> 16) & 1)) >> 16
         for u in values))

@@ -510,6 +510,7 @@ def main(argv):
     if len(argv) != 1 + verify or argv[-1].startswith("-"):
         sys.stderr.write("usage: q3n_file.py [--verify] FILE\n")
         return 2
+    files.print_any(sys.stdout)
     try:
         with File(argv[-1]) as f:
             for key, value in f.config.items():

@@ -251,14 +251,14 @@ def _pair_id(step, key):
 def _template(step):
     """Ids before and after "A" of a TemplateProcessing for one text."""
     special, parts, here = step.object("special_tokens"), ([], []), 0
-    for piece in step.items("single", dict):
-        piece = Json(piece, step.where + ": single")
-        if "Sequence" in piece.values:
-            if piece.object("Sequence").word("id") != "A" or here:
+    for item in step.items("single", dict):
+        item = Json(item, step.where + ": single")
+        if "Sequence" in item.values:
+            if item.object("Sequence").word("id") != "A" or here:
                 step.bad("single", "the text A once" + WITHOUT)
             here = 1
             continue
-        name = piece.object("SpecialToken").word("id")
+        name = item.object("SpecialToken").word("id")
         if name not in special.values:
             special.bad(name, "the ids of the template's token %r" % name[:40])
         parts[here].extend(special.object(name).items("ids", int))
