@@ -9,7 +9,8 @@ usage: bench_table.py [--q3n COMMAND] [--geometries "g1 g2 g3"] [--types "q4 q8 
 Each geometry is made once with random weights (DIR/bench_GEOMETRY_TYPE.q3n) and measured with
 q3n bench: prefill of 512 tokens, 64 decoded tokens, for q4 also after --depth (4096) tokens.
 A row is a median with minimum and maximum; the roof: see q3n bench --help.
-What does not fit into memory or on the disk, and types that this build does not have, are passed over.
+What does not fit into memory or on the disk, and types that this build does not have, are passed
+over.
 
 A peer is a llama-bench program (of llama.cpp or a fork).  It runs on the files of --peer-models
 whose name begins as g1-q4, g1-q8, g1-bf16: g1-q4_0.gguf, g1-iq4_nl.gguf.  Ours and the peers take

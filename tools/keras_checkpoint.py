@@ -386,7 +386,8 @@ def _top_k(g, config, plan):
                            "--set num_experts_per_tok=K" % (plan.where, g.E))
     top_k = config.whole(key, of_gating, least=1)
     if top_k > g.E:
-        raise ConvertError("%s: %s: found %d, expected at most %d" % (config.where, key, top_k, g.E))
+        raise ConvertError("%s: %s: found %d, expected at most %d"
+                           % (config.where, key, top_k, g.E))
     return top_k
 
 
