@@ -1097,8 +1097,8 @@ class Lora(Case):
         keys = {"k_proj": 1, "layers.1.k_proj": 2, r"layers\.[0-9]+\.(q|k)_proj": 3, "proj": 4,
                 "q_proj": 5, "m.layers.2.o_proj": 6, "o_proj": 7, ".*up": 8, "x.*|b": 9}
         modules = ["m.layers.1.k_proj", "m.layers.1.q_proj", "k_proj", "q_proj",
-                   "m.layers.2.o_proj", "m.layers.3.o_proj", "m.proj", "m.xproj", "xproj.m", "m.b", "m.b.c", "up", ".up",
-                   "", ".", "m.layers.1.k_proj.m"]
+                   "m.layers.2.o_proj", "m.layers.3.o_proj", "m.proj", "m.xproj", "xproj.m",
+                   "m.b", "m.b.c", "up", ".up", "", ".", "m.layers.1.k_proj.m"]
         for order in (list(keys), list(keys)[::-1]):
             found = lora.Patterns(hf_config.Json({k: keys[k] for k in order}, "w"))
             for module in modules:

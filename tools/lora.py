@@ -23,6 +23,8 @@ HARMLESS = ("auto_mapping", "base_model_name_or_path", "corda_config", "eva_conf
             "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
             "velora_config")
 TASKS = ("", "CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
+# What to do with an adapter that is refused.
+MERGE = "; else merge the adapter with peft (merge_and_unload) and convert the result"
 # Ways to begin that leave the base model's weights as they are.
 BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -35,15 +37,12 @@ def check_config(c):
     if c.word("task_type") not in TASKS:
         c.bad("task_type", "one of %s" % ", ".join(TASKS[1:]))
     if c.values.get("init_lora_weights") not in BEGINNINGS:
-        c.bad("init_lora_weights", "one that leaves the base model as it is: merge the adapter "
-              "with peft (merge_and_unload) and convert the result")
+        c.bad("init_lora_weights", "one that leaves the base model as it is" + MERGE)
     if c.values.get("target_parameters"):
-        c.bad("target_parameters", "none: adapters of fused experts are not known here; merge them "
-              "with peft (merge_and_unload) and convert the result")
+        c.bad("target_parameters", "none: adapters of fused experts are not known here" + MERGE)
     for key, value in c.values.items():
         if value and key not in HONOURED + HARMLESS:
-            c.bad(key, "none: merge the adapter with peft (merge_and_unload) and convert the "
-                  "result")
+            c.bad(key, "none" + MERGE)
     c.whole("r", 8, least=1)
 
 
@@ -66,8 +65,8 @@ class Patterns:
             elif len(self.patterns) < self.MAX_PATTERNS:
                 self.patterns.append((place, self._compile(key)))
             else:
-                raise ConvertError("%s: found %s, expected at most %d keys that are no plain names"
-                                   % (values.where, shown(key), self.MAX_PATTERNS))
+                raise ConvertError("%s: found %s, expected at most %d keys that are no plain names%s"
+                                   % (values.where, shown(key), self.MAX_PATTERNS, MERGE))
 
     def _compile(self, key):
         # Repeated groups, and many choices one after the other, take a time that doubles with each.
@@ -75,7 +74,7 @@ class Patterns:
         if len(key) > self.MAX_LENGTH or re.search(r"\)[*+?{]", key) \
                 or len(re.findall(r"[*+?{]", choices)) > self.MAX_CHOICES \
                 or choices.count("(") > self.MAX_CHOICES:
-            self.values.bad(key, "a name or a plain pattern of one as key")
+            self.values.bad(key, "a name or a short pattern of one as key" + MERGE)
         try:
             return re.compile(r"(.*\.)?(%s)$" % key)       # as PEFT
         except (re.error, OverflowError):
@@ -95,8 +94,8 @@ class Patterns:
     def value(self, module, default):
         if self.patterns and len(module) > self.MAX_LENGTH:
             raise ConvertError("%s: found the module %s of %d characters, expected at most %d, or "
-                               "plain names as keys" % (self.values.where, shown(module, 60),
-                                                        len(module), self.MAX_LENGTH))
+                               "plain names as keys%s" % (self.values.where, shown(module, 60),
+                                                          len(module), self.MAX_LENGTH, MERGE))
         place = self._place(module)
         for earlier, pattern in self.patterns:
             if earlier < place and pattern.match(module):
@@ -190,7 +189,7 @@ class Adapter:
             return
         if self.config.flag("ensure_weight_tying"):
             self.config.bad("ensure_weight_tying", "false: an adapter that ties head and embedding "
-                            "is not known here; merge it with peft and convert the result")
+                            "is not known here" + MERGE)
         if HEAD not in tensors:
             tensors.entries[HEAD] = tensors.entries[EMBED]
             tensors.original[HEAD] = tensors.original[EMBED]
