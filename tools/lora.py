@@ -65,8 +65,8 @@ class Patterns:
             elif len(self.patterns) < self.MAX_PATTERNS:
                 self.patterns.append((place, self._compile(key)))
             else:
-                raise ConvertError("%s: found %s, expected at most %d keys that are no plain names%s"
-                                   % (values.where, shown(key), self.MAX_PATTERNS, MERGE))
+                raise ConvertError("%s: found %s, expected at most %d keys that are no plain "
+                                   "names%s" % (values.where, shown(key), self.MAX_PATTERNS, MERGE))
 
     def _compile(self, key):
         # Repeated groups, and many choices one after the other, take a time that doubles with each.
