@@ -1942,6 +1942,11 @@ int     fchmod(int fd, mode_t mode);
 int     fchown(int fd, unsigned owner, unsigned group);
 ssize_t readlink(const char *restrict path, char *restrict to, size_t room);
 #  endif
+#  if defined(O_CLOEXEC) || !defined(__linux__)
+#    define Q3N__O_CLOEXEC O_CLOEXEC
+#  else
+#    define Q3N__O_CLOEXEC 02000000    /* asm-generic/fcntl.h: every machine that is supported */
+#  endif
 
 static int  q3n__file_code(int ok)     { return ok ? 0 : errno; }
 static int  q3n__file_absent(int code) { return code == ENOENT; }
@@ -1982,15 +1987,8 @@ static int q3n__file_look(const char *path, q3n__file_info *info)
 /* open, closed where another program is started; file systems of networks may be interrupted */
 static int q3n__file_descriptor(q3n__file *f, const char *path, int flags, mode_t mode)
 {
-#  ifdef O_CLOEXEC
-    flags |= O_CLOEXEC;
-#  endif
-    do f->fd = open(path, flags, mode); while (f->fd < 0 && errno == EINTR);
-    if (f->fd < 0) return errno;
-#  ifndef O_CLOEXEC                    /* hidden from strict C11 */
-    fcntl(f->fd, F_SETFD, FD_CLOEXEC);
-#  endif
-    return 0;
+    do f->fd = open(path, flags | Q3N__O_CLOEXEC, mode); while (f->fd < 0 && errno == EINTR);
+    return f->fd < 0 ? errno : 0;
 }
 
 /* A regular file, to read; nothing is open on failure.  Opening a pipe or a terminal's line would
