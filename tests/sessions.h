@@ -24,6 +24,11 @@
 #else
 #  define SLOW 0
 #endif
+#ifdef __SANITIZE_THREAD__
+#  define THREADS_ALONE 1     /* what one thread does is tried without this sanitizer */
+#else
+#  define THREADS_ALONE 0
+#endif
 
 /* The models of the published families. */
 #define FAMILIES(X)                                                                     \

@@ -231,7 +231,7 @@ test_mingw() {
     test_cross x86_64-w64-mingw32-gcc
     # MinGW's isfinite narrows doubles, and its printf attribute knows the old runtime only.
     compile_only "x86_64-w64-mingw32-gcc, command line" x86_64-w64-mingw32-gcc -std=c11 \
-        "${STRICT_C[@]}" -O1 -D__USE_MINGW_ANSI_STDIO=1 -Wno-float-conversion -Wno-format \
+        "${STRICT_C[@]}" -O0 -D__USE_MINGW_ANSI_STDIO=1 -Wno-float-conversion -Wno-format \
         examples/q3n/*.c -o "$out/q3n.exe"
 }
 

@@ -251,8 +251,8 @@ static void weight_values(void)
 static void test_sampling(void **state)
 {
     (void)state;
-    for_each_isa(sampling_values);
-    for_each_isa(weight_values);
+    FOR_EACH_ISA(sampling_values);
+    FOR_EACH_ISA(weight_values);
 }
 
 static const q3n_type float_types[] = { Q3N_TYPE_F32, Q3N_TYPE_F16, Q3N_TYPE_BF16 };

@@ -1177,7 +1177,7 @@ static void test_schedules(void **state)
 {
     (void)state;
     const unsigned long seed = (unsigned long)environment("Q3N_SEED", 1);
-    const long n = environment("Q3N_SCHEDULES", SLOW ? 16 : 48);
+    const long n = environment("Q3N_SCHEDULES", THREADS_ALONE ? 6 : SLOW ? 16 : 48);
     for (long i = 0; i < n; i++) {
         run_schedule(seed + (unsigned long)i, 60);
         if (i % 100 == 99) print_message("%ld schedules\n", i + 1);

@@ -1813,9 +1813,17 @@ static void test_snapshots_bf16(void **state)
 /* ---- All of them ---- */
 int main(int argc, char **argv)
 {
+    const struct CMUnitTest threaded[] = {
+        CASE(test_cache, qwen3_next),
+        CASE(test_batch_tokens, qwen3_next),
+        CASE(test_batch_turns, qwen3_next),
+        CASE(test_cancel, qwen3_moe),
+        CASE(test_threads, qwen3_next),
+        CASE(test_threads, qwen3_next_mtp),
+        CASE(test_threads, qwen3_moe),
+    };
     const struct CMUnitTest tests[] = {
         CASE(test_cache_counts, qwen3_next), CASE(test_cache_counts, qwen3_moe),
-        CASE(test_cache, qwen3_next),
         CASE(test_cache, qwen3_moe),
         CASE(test_snapshot_every, qwen3_next),
         CASE(test_snapshot_every, qwen3_next_mtp),
@@ -1836,14 +1844,11 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_classifier),
         cmocka_unit_test(test_expert_counts),
         cmocka_unit_test(test_memory),
-        CASE(test_batch_tokens, qwen3_next),
         CASE(test_batch_tokens, qwen3_moe),
-        CASE(test_batch_turns, qwen3_next),
         CASE(test_batch_few, qwen3_next),
         CASE(test_batch_time, qwen3_next),
         cmocka_unit_test(test_batch_errors),
         CASE(test_cancel, qwen3_next_mtp),
-        CASE(test_cancel, qwen3_moe),
         cmocka_unit_test(test_module_or_not),
         cmocka_unit_test(test_module_memory),
         cmocka_unit_test(test_beyond_the_context),
@@ -1854,11 +1859,9 @@ int main(int argc, char **argv)
         CASE(test_cancel_from_signal, qwen3_moe),
         CASE(test_other_process, qwen3_next_mtp),
         CASE(test_other_process, qwen3_dense),
-        CASE(test_threads, qwen3_next),
-        CASE(test_threads, qwen3_next_mtp),
-        CASE(test_threads, qwen3_moe),
     };
     program = argv[0];
     if (argc == 6 && strcmp(argv[1], OTHER_PROCESS) == 0) return continue_session(argv);
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    const int failed = cmocka_run_group_tests(threaded, NULL, NULL);
+    return failed + (THREADS_ALONE ? 0 : cmocka_run_group_tests(tests, NULL, NULL));
 }
