@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import struct
@@ -238,7 +239,7 @@ class ChoiceTest(CliTest):
     """Options whose value is a name: the table that parses it is the one that --help lists."""
 
     COMMANDS = ["run", "info", "logits", "tokenize", "detokenize", "classify", "perplexity",
-                "experts", "init", "quantize", "bench", "verify"]
+                "experts", "init", "quantize", "bench", "verify", "help"]
 
     def choices(self, command):
         """[option, names] of every option that refuses "no such name" by naming a table."""
@@ -295,6 +296,85 @@ class ChoiceTest(CliTest):
             text = self.run_cli(*args).decode()
             for word in ("0 success", "1 failure", "2 wrong usage", "130 interrupted"):
                 self.assertIn(word, text)
+
+
+class ManualTest(CliTest):
+    """The manual page and the completions have every command and option that --help has."""
+
+    @classmethod
+    def setUpClass(cls):
+        def text(*args):
+            return subprocess.run(COMMAND + list(args), check=True,
+                                  stdout=subprocess.PIPE).stdout.decode("utf-8")
+        cls.text = staticmethod(text)
+        commands = re.findall(r"^  (\w+) +\S", text("--help"), re.M)
+        cls.options = {}
+        for command in commands:
+            lines = text(command, "--help").split("Options:\n")[1].splitlines()
+            names = [re.match(r"  (-[^\s,]+(?:, -[^\s,]+)*)", line) for line in lines]
+            cls.options[command] = [n for m in names if m for n in m.group(1).split(", ")]
+
+    def test_commands(self):
+        self.assertIn("help", self.options)
+        self.assertGreater(len(self.options), 12)
+        self.assertGreater(sum(map(len, self.options.values())), 150)
+
+    def test_man(self):
+        page = self.text("help", "--man")
+        self.assertTrue(page.split("\n")[1].startswith(".TH Q3N 1 "))
+        parts = page.split('\n.SS "q3n ')[1:]
+        self.assertEqual([part.split()[0] for part in parts], list(self.options))
+        for part, (command, names) in zip(parts, self.options.items()):
+            with self.subTest(command):
+                bold = re.findall(r"\\fB(\S+?)\\fR", part)
+                self.assertEqual([name.replace("\\-", "-") for name in bold
+                                  if name.startswith("\\-")][:len(names)], names)
+        for line in page.splitlines():       # the text has no macros but those that were meant
+            self.assertRegex(line, r"^(\.(\\\"|TH|SH|SS|TP|PP|B|BR|br)\b|\.\\\" |[^.'])")
+
+    def complete(self, *words):
+        """What bash offers for the last of the words."""
+        script = self.text("help", "--completion", "bash") + (
+            'COMP_WORDS=("$@")\nCOMP_CWORD=$(($# - 1))\n_q3n\nprintf "%s\\n" "${COMPREPLY[@]}"\n')
+        done = subprocess.run(["bash", "-c", script, "bash"] + list(words), check=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual(done.stderr, b"")
+        return done.stdout.decode().split()
+
+    def test_bash(self):
+        self.assertEqual(self.complete("q3n", ""), ["--help", "--version"] + list(self.options))
+        self.assertEqual(self.complete("q3n", "to"), ["tokenize"])
+        for command, names in self.options.items():
+            self.assertEqual(sorted(self.complete("q3n", command, "-")), sorted(names))
+        snapshots = ["f32", "bf16"]
+        self.assertEqual(self.complete("q3n", "run", "--snapshot-type", ""), snapshots)
+        self.assertEqual(self.complete("q3n", "run", "m", "--snapshot-type", "="), snapshots)
+        self.assertEqual(self.complete("q3n", "run", "--snapshot-type", "=", "b"), ["bf16"])
+        self.assertEqual(self.complete("q3n", "help", "per"), ["perplexity"])
+        self.assertEqual(self.complete("q3n", "help", "--completion", ""), ["bash", "zsh", "fish"])
+        self.assertEqual(self.complete("q3n", "run", "name"), [])     # files: by the shell
+
+    def test_zsh_and_fish(self):
+        for shell in ("zsh", "fish"):
+            text = self.text("help", "--completion", shell)
+            for command, names in self.options.items():
+                for n in names:
+                    words = re.escape(n) if shell == "zsh" else \
+                        "-%s %s" % ("l" if n[:2] == "--" else "s", re.escape(n.lstrip("-")))
+                    self.assertTrue(re.search(r"[ '{,]%s[ ='},[]" % words, text),
+                                    (command, n, shell))
+            if shutil.which(shell):
+                with tempfile.NamedTemporaryFile() as f:
+                    f.write(text.encode())
+                    f.flush()
+                    done = subprocess.run([shell, "-n", f.name], stderr=subprocess.PIPE,
+                                          check=False)
+                self.assertEqual((done.returncode, done.stderr), (0, b""))
+
+    def test_errors(self):
+        for args in (["help", "frobnicate"], ["help", "--completion", "csh"],
+                     ["help", "--man", "run"], ["help", "run", "bench"]):
+            self.run_cli(*args, status=2)
 
 
 class SourceTest(CliTest):

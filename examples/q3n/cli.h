@@ -115,7 +115,7 @@ int   cli_read_line(cli_buffer *out, FILE *f, const char *path);
 /* From CLI_ISA on: one name of a table, which parses the value and is listed after the help. */
 typedef enum cli_kind {
     CLI_FLAG, CLI_INT, CLI_U64, CLI_REAL, CLI_TEXT,
-    CLI_ISA, CLI_TYPE, CLI_KV_TYPE, CLI_STATE_TYPE, CLI_SPECULATE, CLI_RECIPE
+    CLI_ISA, CLI_TYPE, CLI_KV_TYPE, CLI_STATE_TYPE, CLI_SPECULATE, CLI_RECIPE, CLI_SHELL
 } cli_kind;
 
 typedef struct cli_option {
@@ -145,8 +145,16 @@ typedef struct cli_words {
     int         n;
 } cli_words;
 
-/* Fills the options' targets; prints help and exits if asked to. */
-void cli_parse(const cli_syntax *syntax, int argc, char **argv, cli_words *words);
+/* Fills the options' targets.  Returns 0 if --help was asked for and printed: the command ends. */
+int cli_parse(const cli_syntax *syntax, int argc, char **argv, cli_words *words);
+
+/* From now on --help calls fn instead of printing help: manual and completion are made so. */
+typedef void cli_describe_fn(const cli_syntax *syntax);
+void cli_describe_by(cli_describe_fn *fn);
+#define CLI_HELP "print this"               /* what -h and --help do */
+
+/* Name i of the table of a kind, NULL after the last and for kinds without a table. */
+const char *cli_choice_at(cli_kind kind, int i);
 
 /* The name that is meant by the len bytes of typed, if one of names ("--a --b") is near; *best is
  * the distance that must be beaten, and then what it is. */
@@ -329,6 +337,25 @@ void cli_eval_pairs(const cli_side sides[2], const cli_ids *ids, cli_pair_fn fn,
 int    cli_argmax(const float *x, int n);               /* the first of the largest */
 double cli_log_sum_exp(const float *x, int n);
 
+/* ---- main.c ---- */
+
+typedef struct cli_command {
+    const char *name;
+    int       (*run)(int argc, char **argv);
+    const char *about;
+} cli_command;
+
+const cli_command *cli_command_at(int i);        /* NULL after the last */
+void cli_print_usage(FILE *f);                   /* the commands */
+/* The command that argv[0] names; fails if there is none. */
+int  cli_run_command(int argc, char **argv);
+
+/* ---- cmd_help.c, complete.c ---- */
+
+void cli_describe_all(cli_describe_fn *fn);      /* calls fn with every command's table */
+/* What completes the words of q3n in this shell, a name of CLI_SHELL. */
+void cli_print_completion(const char *shell);
+
 /* ---- The commands: argv[0] is the command's name; the exit status is returned ---- */
 
 int cmd_run(int argc, char **argv);
@@ -343,5 +370,6 @@ int cmd_init(int argc, char **argv);
 int cmd_quantize(int argc, char **argv);
 int cmd_bench(int argc, char **argv);
 int cmd_verify(int argc, char **argv);
+int cmd_help(int argc, char **argv);
 
 #endif

@@ -318,7 +318,8 @@ static void set_lists(bench *b, const bench_words *w)
     if (b->n_decode < 0) b->n_decode = defaults[b->mode].n_decode;
 }
 
-static void parse_options(bench *b, int argc, char **argv, cli_words *words)
+/* Returns 0 if the command ends here. */
+static int parse_options(bench *b, int argc, char **argv, cli_words *words)
 {
     bench_words w = { .depths = "0" };
     const cli_option options[] = {
@@ -369,7 +370,7 @@ static void parse_options(bench *b, int argc, char **argv, cli_words *words)
         "load, and the memory that is allocated beside the memory that was planned.",
         options, CLI_COUNT(options), 1, cli_geometry_option, &b->geometry,
     };
-    cli_parse(&syntax, argc, argv, words);
+    if (!cli_parse(&syntax, argc, argv, words)) return 0;
     if (!b->geometry.preset && (b->geometry.n || b->type)) {
         cli_misuse("--%s is for a --preset", b->type ? "type" : b->geometry.field[0]);
     }
@@ -385,6 +386,7 @@ static void parse_options(bench *b, int argc, char **argv, cli_words *words)
     b->mode = w.batches ? BENCH_BATCH : w.mtp ? BENCH_DRAFTS : w.session ? BENCH_CHAT
             : w.read ? BENCH_BANDWIDTH : BENCH_SPEED;
     set_lists(b, &w);
+    return 1;
 }
 
 int cmd_bench(int argc, char **argv)
@@ -400,7 +402,10 @@ int cmd_bench(int argc, char **argv)
     b->limit    = 300.0;
     b->setup.allocator = (q3n_allocator){ heap_alloc, heap_free, &b->heap };
     cli_words words;
-    parse_options(b, argc, argv, &words);
+    if (!parse_options(b, argc, argv, &words)) {
+        free(b);
+        return cli_finish();
+    }
     if (b->mode != BENCH_BANDWIDTH) {
         open_and_eval(b, &words);
         q3n_model_stats_get(b->m, &b->stats);

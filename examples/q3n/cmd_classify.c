@@ -60,7 +60,7 @@ int cmd_classify(int argc, char **argv)
         options, CLI_COUNT(options), 3, NULL, NULL,
     };
     cli_words words;
-    cli_parse(&syntax, argc, argv, &words);
+    if (!cli_parse(&syntax, argc, argv, &words)) return cli_finish();
     q3n_model *m = cli_open_model(&setup, &words);
     const int n_labels = q3n_model_config(m)->num_labels;
     if (n_labels == 0) {

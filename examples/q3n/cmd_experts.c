@@ -147,7 +147,7 @@ int cmd_experts(int argc, char **argv)
         options, CLI_COUNT(options), 3, NULL, NULL,
     };
     cli_words words;
-    cli_parse(&syntax, argc, argv, &words);
+    if (!cli_parse(&syntax, argc, argv, &words)) return cli_finish();
     q3n_model *m = cli_open_model(&setup, &words);
     const q3n_config *c = q3n_model_config(m);
     if (c->num_experts == 0) cli_fail("%s has no experts: there is nothing to count", setup.model);

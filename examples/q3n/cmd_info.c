@@ -354,7 +354,7 @@ int cmd_info(int argc, char **argv)
         options, CLI_COUNT(options), 1, NULL, NULL,
     };
     cli_words words;
-    cli_parse(&syntax, argc, argv, &words);
+    if (!cli_parse(&syntax, argc, argv, &words)) return cli_finish();
     q3n_model *m = cli_open_model(&setup, &words);
     const q3n_session_options o = cli_session_options(&setup);
     const plan p = make_plan(m, &o, snapshots);

@@ -58,7 +58,7 @@ int cmd_init(int argc, char **argv)
         options, CLI_COUNT(options), 1, cli_geometry_option, &geometry,
     };
     cli_words words;
-    cli_parse(&syntax, argc, argv, &words);
+    if (!cli_parse(&syntax, argc, argv, &words)) return cli_finish();
     if (list) {
         print_presets();
         return cli_finish();

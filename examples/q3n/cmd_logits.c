@@ -119,7 +119,7 @@ int cmd_logits(int argc, char **argv)
         options, CLI_COUNT(options), 3, NULL, NULL,
     };
     cli_words words;
-    cli_parse(&syntax, argc, argv, &words);
+    if (!cli_parse(&syntax, argc, argv, &words)) return cli_finish();
     cli_pieces pieces = { .n = 0 };
     if (piece_list) {
         pieces.n = cli_parse_list("--pieces", piece_list, 1, pieces.size, CLI_MAX_PIECES);

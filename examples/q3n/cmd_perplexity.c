@@ -240,7 +240,7 @@ int cmd_perplexity(int argc, char **argv)
         options, CLI_COUNT(options), 3, NULL, NULL,
     };
     cli_words words;
-    cli_parse(&syntax, argc, argv, &words);
+    if (!cli_parse(&syntax, argc, argv, &words)) return cli_finish();
     cli_setup setups[2] = { setup, setup };
     cli_side sides[2] = { { NULL, NULL, 0 } };
     q3n_model *models[2] = { cli_open_model(&setups[0], &words), NULL };

@@ -67,7 +67,7 @@ int cmd_quantize(int argc, char **argv)
         options, CLI_COUNT(options), 2, NULL, NULL,
     };
     cli_words words;
-    cli_parse(&syntax, argc, argv, &words);
+    if (!cli_parse(&syntax, argc, argv, &words)) return cli_finish();
     if (words.n < 2) cli_misuse("give the model and the name of the file to write");
     q3n_model *m = open_model(words.word[0]);
     q3n_model_stats written;

@@ -352,7 +352,8 @@ static void write_cases(run_options *o, const q3n_model *m, const cli_cases *pro
 
 /* ---- Options ---- */
 
-static void parse_options(run_options *o, int argc, char **argv, cli_words *words)
+/* Returns 0 if the command ends here. */
+static int parse_options(run_options *o, int argc, char **argv, cli_words *words)
 {
     const uint64_t drawn = o->seed;
     const cli_option options[] = {
@@ -402,7 +403,7 @@ static void parse_options(run_options *o, int argc, char **argv, cli_words *word
         "is saved; the second one ends the program at once.",
         options, CLI_COUNT(options), 3, NULL, NULL,
     };
-    cli_parse(&syntax, argc, argv, words);
+    if (!cli_parse(&syntax, argc, argv, words)) return 0;
     if (o->ignore_eos && o->stop_eos) cli_misuse("give one of --ignore-eos and --stop-eos");
     if ((o->in.ids || o->in.ids_file) && o->n >= 0) o->ignore_eos = 1;
     if (o->n == NOT_GIVEN) o->n = DEFAULT_N;
@@ -411,6 +412,7 @@ static void parse_options(run_options *o, int argc, char **argv, cli_words *word
     const int any_text = o->greedy || o->seed == drawn || o->setup.draft;
     if (!o->setup.speculate) o->setup.speculate = any_text ? "auto" : "off";
     if (o->append && !o->session_file) cli_misuse("--append is for a --session");
+    return 1;
 }
 
 static size_t count_prefix(const q3n_model *m)
@@ -429,7 +431,7 @@ int cmd_run(int argc, char **argv)
         .snapshot_every = DEFAULT_EVERY,
     };
     cli_words words;
-    parse_options(&o, argc, argv, &words);
+    if (!parse_options(&o, argc, argv, &words)) return cli_finish();
 
     const double start = cli_clock();
     q3n_model *m = cli_open_model(&o.setup, &words);

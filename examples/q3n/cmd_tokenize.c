@@ -71,7 +71,7 @@ int cmd_tokenize(int argc, char **argv)
         options, CLI_COUNT(options), 3, NULL, NULL,
     };
     cli_words words;
-    cli_parse(&syntax, argc, argv, &words);
+    if (!cli_parse(&syntax, argc, argv, &words)) return cli_finish();
     q3n_model *m = cli_open_model(&o.setup, &words);
     if (o.jsonl && (o.in.prompt || words.n)) cli_misuse("--jsonl reads a file or stdin");
     if (o.jsonl) {
@@ -177,7 +177,7 @@ int cmd_detokenize(int argc, char **argv)
         options, CLI_COUNT(options), CLI_MAX_WORDS, NULL, NULL,
     };
     cli_words words;
-    cli_parse(&syntax, argc, argv, &words);
+    if (!cli_parse(&syntax, argc, argv, &words)) return cli_finish();
     q3n_model *m = cli_open_model(&o.setup, &words);
     if (!!o.in.ids + !!o.in.file + (words.n > 0) > 1) cli_misuse("give the ids once");
     if (o.jsonl && (o.in.ids || words.n)) cli_misuse("--jsonl reads a file or stdin");

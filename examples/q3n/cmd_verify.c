@@ -11,7 +11,7 @@ int cmd_verify(int argc, char **argv)
         options, CLI_COUNT(options), 1, NULL, NULL,
     };
     cli_words words;
-    cli_parse(&syntax, argc, argv, &words);
+    if (!cli_parse(&syntax, argc, argv, &words)) return cli_finish();
     q3n_model *m = cli_open_model(&setup, &words);
     cli_catch_interrupt();
     cli_bar bar = cli_bar_begin("verify", "B");

@@ -3,16 +3,13 @@
  *     q3n COMMAND MODEL.q3n [options]
  *     q3n --help              the commands
  *     q3n COMMAND --help      what one takes
+ *     q3n help --man          all of it as a manual page
  */
 #include "cli.h"
 
 #include <string.h>
 
-static const struct {
-    const char *name;
-    int       (*run)(int argc, char **argv);
-    const char *about;
-} commands[] = {
+static const cli_command commands[] = {
     { "run",        cmd_run,        "write text from a prompt" },
     { "info",       cmd_info,       "configuration, types, sizes, memory plan" },
     { "logits",     cmd_logits,     "logits, argmax and log-probabilities for token ids" },
@@ -25,9 +22,15 @@ static const struct {
     { "quantize",   cmd_quantize,   "copy a model in smaller types" },
     { "bench",      cmd_bench,      "tokens per second, bytes per token, share of the bandwidth" },
     { "verify",     cmd_verify,     "compare the checksums of all tensors" },
+    { "help",       cmd_help,       "options of a command, the manual page, shell completion" },
 };
 
-static void print_usage(FILE *f)
+const cli_command *cli_command_at(int i)
+{
+    return i < CLI_COUNT(commands) ? &commands[i] : NULL;
+}
+
+void cli_print_usage(FILE *f)
 {
     fprintf(f, "Usage: q3n COMMAND MODEL.q3n [options]\n\n");
     for (int i = 0; i < CLI_COUNT(commands); i++) {
@@ -37,7 +40,7 @@ static void print_usage(FILE *f)
                CLI_EXIT_STATUS "\n");
 }
 
-static int run_command(int argc, char **argv)
+int cli_run_command(int argc, char **argv)
 {
     for (int i = 0; i < CLI_COUNT(commands); i++) {
         if (strcmp(argv[0], commands[i].name) == 0) {
@@ -59,17 +62,11 @@ int main(int argc, char **argv)
 {
     cli_prepare(&argc, &argv);
     if (argc < 2) {
-        print_usage(stderr);
+        cli_print_usage(stderr);
         return CLI_MISUSE;
     }
-    const int help = strcmp(argv[1], "help") == 0;
-    if (help && argc > 2) {
-        char  option[] = "--help";
-        char *asked[]  = { argv[2], option, NULL };
-        return run_command(2, asked);
-    }
-    if (help || strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) {
-        print_usage(stdout);
+    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) {
+        cli_print_usage(stdout);
         return cli_finish();
     }
     if (strcmp(argv[1], "--version") == 0) {
@@ -77,5 +74,5 @@ int main(int argc, char **argv)
         printf("q3n %d.%d.%d\n", v / 10000, v / 100 % 100, v % 100);
         return cli_finish();
     }
-    return run_command(argc - 1, argv + 1);
+    return cli_run_command(argc - 1, argv + 1);
 }

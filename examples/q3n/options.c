@@ -87,8 +87,13 @@ static const char *state_type_at(int i)
     return i < CLI_COUNT(types) ? q3n_type_name(types[i]) : NULL;
 }
 
-/* Name i of the table of a kind, NULL after the last and for kinds without a table. */
-static const char *choice_at(cli_kind kind, int i)
+static const char *shell_at(int i)
+{
+    static const char *const shells[] = { "bash", "zsh", "fish" };
+    return i < CLI_COUNT(shells) ? shells[i] : NULL;
+}
+
+const char *cli_choice_at(cli_kind kind, int i)
 {
     switch (kind) {
     case CLI_ISA:        return isa_at(i);
@@ -97,6 +102,7 @@ static const char *choice_at(cli_kind kind, int i)
     case CLI_STATE_TYPE: return state_type_at(i);
     case CLI_SPECULATE:  return cli_speculate_name(i);
     case CLI_RECIPE:     return q3n_recipe_name(i);
+    case CLI_SHELL:      return shell_at(i);
     default:             return NULL;
     }
 }
@@ -109,7 +115,7 @@ static const char *choice_names(cli_kind kind, char text[CHOICES_ROOM])
     size_t n = 0;
     const char *name;
     text[0] = 0;
-    for (int i = 0; (name = choice_at(kind, i)) != NULL && n < CHOICES_ROOM; i++) {
+    for (int i = 0; (name = cli_choice_at(kind, i)) != NULL && n < CHOICES_ROOM; i++) {
         n += (size_t)snprintf(text + n, CHOICES_ROOM - n, "%s%s", i ? ", " : "", name);
     }
     return text;
@@ -119,7 +125,7 @@ static const char *parse_choice(cli_kind kind, const char *option, const char *v
 {
     char names[CHOICES_ROOM];
     const char *name;
-    for (int i = 0; (name = choice_at(kind, i)) != NULL; i++) {
+    for (int i = 0; (name = cli_choice_at(kind, i)) != NULL; i++) {
         if (strcmp(name, value) == 0) return name;
     }
     cli_misuse("%s: '%s' is none of %s", option, value, choice_names(kind, names));
@@ -139,15 +145,21 @@ static void print_option(const cli_option *o)
     if (o->value) snprintf(left + n, sizeof left - n, " %s", o->value);
     if (strlen(left) > 28) printf("  %s\n  %-28s %s\n", left, "", o->help);
     else                   printf("  %-28s %s\n", left, o->help);
-    if (choice_at(o->kind, 0)) printf("  %-28s %s\n", "", choice_names(o->kind, names));
+    if (cli_choice_at(o->kind, 0)) printf("  %-28s %s\n", "", choice_names(o->kind, names));
 }
 
-static _Noreturn void print_help(const cli_syntax *syntax)
+static void print_help(const cli_syntax *syntax)
 {
     printf("Usage: q3n %s\n\n%s\n\nOptions:\n", syntax->synopsis, syntax->about);
     for (int i = 0; i < syntax->n_options; i++) print_option(&syntax->options[i]);
-    printf("  %-28s %s\n\n" CLI_EXIT_STATUS "\n", "-h, --help", "print this");
-    exit(cli_finish());
+    printf("  %-28s %s\n\n" CLI_EXIT_STATUS "\n", "-h, --help", CLI_HELP);
+}
+
+static cli_describe_fn *describe = print_help;
+
+void cli_describe_by(cli_describe_fn *fn)
+{
+    describe = fn;
 }
 
 /* ---- Parsing ---- */
@@ -285,7 +297,7 @@ static int take_option(const cli_syntax *syntax, int argc, char **argv, int i)
     return equal ? i : i + 1;
 }
 
-void cli_parse(const cli_syntax *syntax, int argc, char **argv, cli_words *words)
+int cli_parse(const cli_syntax *syntax, int argc, char **argv, cli_words *words)
 {
     int only_words = 0;
     words->n = 0;
@@ -294,7 +306,8 @@ void cli_parse(const cli_syntax *syntax, int argc, char **argv, cli_words *words
         if (!only_words && strcmp(arg, "--") == 0) {
             only_words = 1;
         } else if (!only_words && (strcmp(arg, "--help") == 0 || strcmp(arg, "-h") == 0)) {
-            print_help(syntax);
+            describe(syntax);
+            return 0;
         } else if (!only_words && arg[0] == '-' && arg[1]) {
             i = take_option(syntax, argc, argv, i);
         } else {
@@ -304,4 +317,5 @@ void cli_parse(const cli_syntax *syntax, int argc, char **argv, cli_words *words
             words->word[words->n++] = arg;
         }
     }
+    return 1;
 }
