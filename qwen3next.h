@@ -31,12 +31,12 @@
  *                          &n_ids)) return 1;
  *
  *         q3n_result r = q3n_session_eval(session, ids, (int)n_ids, logits);
- *         q3n_decoder dec = { 0 };
+ *         q3n_detokenizer dec = { 0 };
  *         for (char text[512]; r == Q3N_OK; r = q3n_session_eval(session, &best, 1, logits)) {
  *             best = 0;
  *             for (int i = 1; i < vocab; i++) if (logits[i] > logits[best]) best = i;
  *             if (q3n_model_is_eos(model, best)) break;
- *             if (q3n_decoder_next(&dec, model, best, text, sizeof text, &n) == Q3N_OK)
+ *             if (q3n_detokenizer_next(&dec, model, best, text, sizeof text, &n) == Q3N_OK)
  *                 fwrite(text, 1, n, stdout);
  *         }
  *         if (r != Q3N_OK) fprintf(stderr, "%s\n", q3n_session_error(session)->message);
@@ -247,7 +247,7 @@
  *   expert.
  *
  *   QUANTISED TYPES.  Rows are taken in tiles of 16, columns in blocks of 64 made of two groups of
- *   32; what is missing behind the last row or column is zero weights.  A weight is scale x level;
+ *   32; what is missing after the last row or column is zero weights.  A weight is scale x level;
  *   a group of one row has one scale.  Tiles follow one another, in a tile its blocks from left to
  *   right, and a block is
  *       f16[2][16]   scales of the first group's 16 rows, then the second's
@@ -315,7 +315,7 @@
  *
  * SESSION FILE FORMAT, version 1
  *
- * The state behind a text, as a stream: written and read once, from the first byte to the last.
+ * The state after a text, as a stream: written and read once, from the first byte to the last.
  * All numbers are little-endian.  One state has one sequence of bytes.
  *
  *   HEADER, 128 bytes
@@ -342,19 +342,19 @@
  *                                and without the module
  *    124  u32    zero
  *
- *   PARTS, one behind another, each padded with zeros to a multiple of 64 bytes
+ *   SECTIONS, one after another, each padded with zeros to a multiple of 64 bytes
  *      delta_type[delta_len]     DeltaNet matrices: [DeltaNet layer][Hv][dk, dv]
  *      f32[conv_len]             inputs of the convolutions: [DeltaNet layer][width - 1, C]
- *      f32[hidden_size]          if has_hidden: last token, behind the final norm
+ *      f32[hidden_size]          if has_hidden: last token, after the final norm
  *      f32[vocab_size]           if has_logits
  *      pages                     length / page_tokens of them, rounded up:
  *          i32[page_tokens]      tokens
  *          [layer][kv head]      keys [D, page_tokens] of kv_type, values [page_tokens, D]; of type
- *                                q8 signed bytes and behind keys and values f32[page_tokens] scales
- *                                What lies behind the last token is zero.
+ *                                q8 signed bytes and after keys and values f32[page_tokens] scales
+ *                                What lies after the last token is zero.
  *
  *   END
- *      u64       parts_hash      of all parts, seeded with header_hash
+ *      u64       sections_hash      of all sections, seeded with header_hash
  *
  *   HASH.  Words of 64 bits, K = 0x9E3779B97F4A7C15, all arithmetic modulo 2^64.
  *      lane[i] = mix(seed + K (i + 1))                         i = 0 .. 7
@@ -780,13 +780,13 @@ typedef struct q3n_cache    q3n_cache;
 typedef struct q3n_batch    q3n_batch;
 
 /* Called after each layer during evaluation, on the thread that called eval: x [n, d] is the
- * residual stream behind layer l (l = -1: the embeddings; l = layers: after the final norm). */
+ * residual stream after layer l (l = -1: the embeddings; l = layers: after the final norm). */
 typedef struct q3n_layer_hook {
     void (*layer)(void *user, int l, const float *x, int n, int d);
     void  *user;
 } q3n_layer_hook;
 
-/* Where q3n_session_next takes its drafts from. */
+/* Where q3n_session_decode takes its drafts from. */
 typedef enum q3n_speculate {
     Q3N_SPECULATE_OFF,
     Q3N_SPECULATE_AUTO,    /* whichever of the two below pays                                    */
@@ -807,7 +807,7 @@ typedef struct q3n_session_options {     /* all zero = defaults                 
                                             and one scale for each head's key and value          */
     q3n_executor   executor;             /* run = NULL: the session makes its own threads        */
     int            count_experts;        /* 1 = keep counts for q3n_session_expert_counts; then
-                                            q3n_session_next drafts nothing                      */
+                                            q3n_session_decode drafts nothing                    */
     q3n_layer_hook layer_hook;
     q3n_batch     *shared;               /* evaluate with the threads and scratch of this batch:
                                             batch, n_threads, isa and executor are its own.  Batch
@@ -817,7 +817,8 @@ typedef struct q3n_session_options {     /* all zero = defaults                 
     size_t         snapshot_bytes;       /* without a cache: > 0 = a cache of the session's own
                                             that holds at most so many bytes                     */
     int            snapshot_every;       /* tokens between snapshots put into the cache; 0 = at
-                                            marked points only: ends of feeds, q3n_session_keep  */
+                                            marked points only: ends of q3n_session_prefill,
+                                            q3n_session_checkpoint                               */
     q3n_type       snapshot_type;        /* DeltaNet matrices in snapshots and the cache: f32 (0),
                                             which is exact, or bf16, half the bytes and nearly so;
                                             forks and files are exact                            */
@@ -832,7 +833,7 @@ typedef struct q3n_session_options {     /* all zero = defaults                 
 /* Where a session's memory goes, in bytes. */
 typedef struct q3n_session_memory {
     size_t kv_cache;                     /* pages of `capacity` tokens: keys, values, ids        */
-    size_t delta_state;                  /* DeltaNet matrices, before and behind a call          */
+    size_t delta_state;                  /* DeltaNet matrices, before and after a call           */
     size_t conv_state;                   /* last columns before each convolution, the same       */
     size_t scratch;                      /* activations of one batch, logits                     */
     size_t other;                        /* bookkeeping                                          */
@@ -885,7 +886,7 @@ Q3N_DEF q3n_result q3n_session_eval_outputs(q3n_session *s, const int32_t *token
 Q3N_DEF q3n_result q3n_session_classify(q3n_session *s, const int32_t *tokens, int n,
                                         float *scores);
 
-/* The logits [vocab] behind the session's last token once more: a copy if they were asked of eval,
+/* The logits [vocab] after the session's last token once more: a copy if they were asked of eval,
  * else the head alone is evaluated.  Q3N_ERR_ARG at length 0. */
 Q3N_DEF q3n_result       q3n_session_logits(q3n_session *s, float *logits);
 
@@ -894,10 +895,10 @@ Q3N_DEF q3n_result       q3n_session_tokens(const q3n_session *s, int first, int
                                             int32_t *tokens);
 
 /* Stop the evaluation under way, and nothing later: the call of q3n_session_eval, _eval_outputs,
- * _classify, _feed, _reuse, _rewind, _next, _draft or q3n_batch_eval that the session takes part in
- * ends within the time of one layer, or of one step's drafts, with Q3N_ERR_CANCELLED (unless
- * something else fails first), and the session is as before it.  A batch stops as a whole, after
- * the pass under way if that has no tokens of the session.
+ * _classify, _prefill, _reuse, _rewind, _decode, _draft or q3n_batch_eval that the session takes
+ * part in ends within the time of one layer, or of one step's drafts, with Q3N_ERR_CANCELLED
+ * (unless something else fails first), and the session is as before it.  A batch stops as a whole,
+ * after the pass under way if that has no tokens of the session.
  *
  * Returns 1 if this request stops such a call, else 0: one that comes too early, too late or once
  * more does nothing.  Who must not miss a request between two calls keeps a flag of its own and
@@ -942,25 +943,25 @@ Q3N_DEF q3n_result q3n_session_fork(q3n_session **out, q3n_session *s,
  * evaluate what is between.  Errors: as q3n_session_eval. */
 Q3N_DEF q3n_result q3n_session_rewind(q3n_session *s, int length);
 
-/* Make the session's text tokens [n], from wherever that costs least: what it has already, a
- * snapshot of the cache, or nothing; evaluate the rest, and mark the end (q3n_session_keep).  A
- * model that attends both ways reuses nothing.
+/* Make the session's text tokens [n], a prompt as a whole, from wherever that costs least: what it
+ * has already, a snapshot of the cache, or nothing; evaluate the rest, and mark the end
+ * (q3n_session_checkpoint).  A model that attends both ways reuses nothing.
  *
  *   logits    [vocab]  out, NULL = not wanted
  *   n_reused  out: tokens that are not evaluated, NULL = not wanted; set before the first layer, so
  *             that a layer_hook can tell how much is done
  *
  * Errors: as q3n_session_eval. */
-Q3N_DEF q3n_result q3n_session_feed(q3n_session *s, const int32_t *tokens, int n, float *logits,
+Q3N_DEF q3n_result q3n_session_prefill(q3n_session *s, const int32_t *tokens, int n, float *logits,
                                     int *n_reused);
 
-/* The first step of q3n_session_feed alone: afterwards the session's text is the *n_reused first of
- * tokens [n].  For callers that evaluate the rest in bounded steps (q3n_batch_eval). */
+/* The first step of q3n_session_prefill alone: afterwards the session's text is the *n_reused first
+ * of tokens [n].  For callers that evaluate the rest in bounded steps (q3n_batch_eval). */
 Q3N_DEF q3n_result q3n_session_reuse(q3n_session *s, const int32_t *tokens, int n, int *n_reused);
 
 /* Put a snapshot of the state into the cache; marked ones outlive those of snapshot_every.  Does
  * nothing without a cache. */
-Q3N_DEF q3n_result q3n_session_keep(q3n_session *s);
+Q3N_DEF q3n_result q3n_session_checkpoint(q3n_session *s);
 
 /* ---- Session files ---- */
 
@@ -1010,7 +1011,7 @@ typedef struct q3n_cache_stats {
     int     n_entries;
     int     n_files;                     /* in the directory                                     */
     int64_t file_bytes;
-    int64_t n_hits, n_misses;            /* calls of q3n_session_feed, _reuse and _rewind that
+    int64_t n_hits, n_misses;            /* calls of q3n_session_prefill, _reuse and _rewind that
                                             began at a snapshot of the cache; at the empty text  */
     int64_t n_evicted;
     int64_t n_own;                       /* such calls that went on from the session's own text,
@@ -1093,19 +1094,19 @@ Q3N_DEF const char *q3n_token_text(const q3n_model *m, int32_t id, size_t *bytes
 Q3N_DEF int         q3n_token_is_special(const q3n_model *m, int32_t id);
 
 /* Ids to text as it comes: whole UTF-8 characters only.  Start from a zeroed struct. */
-typedef struct q3n_decoder {
+typedef struct q3n_detokenizer {
     unsigned char pending[4];
     int           n_pending;
     int           skip_special;   /* 1 = special tokens give no text */
-} q3n_decoder;
+} q3n_detokenizer;
 
 /* Append the text of one token to out [max], without terminator; *n bytes are written.  Bytes that
  * can never become a character give U+FFFD, as everyone does.  *n is at most 3 (token bytes + 3).
  * Errors: Q3N_ERR_ARG (no such id), Q3N_ERR_FULL (nothing was taken in; *n is what is needed). */
-Q3N_DEF q3n_result q3n_decoder_next(q3n_decoder *dec, const q3n_model *m, int32_t id, char *out,
-                                    size_t max, size_t *n);
+Q3N_DEF q3n_result q3n_detokenizer_next(q3n_detokenizer *dec, const q3n_model *m, int32_t id,
+                                        char *out, size_t max, size_t *n);
 /* What is left at the end: an unfinished character gives U+FFFD.  out has room for 3 bytes. */
-Q3N_DEF void       q3n_decoder_finish(q3n_decoder *dec, char *out, size_t *n);
+Q3N_DEF void       q3n_detokenizer_finish(q3n_detokenizer *dec, char *out, size_t *n);
 
 /* Ids to text at once.  *n is the length of the whole text; Q3N_ERR_FULL if it is > max. */
 Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t n_ids,
@@ -1159,19 +1160,19 @@ Q3N_DEF void       q3n_sampler_reset(q3n_sampler *s);    /* forget tokens, seed 
  * drafts the same tokens for a seed; the module's drafts use up random numbers of their own.
  * Errors: as q3n_session_eval, and Q3N_ERR_NUMERIC (no logit is a number above -inf); then session
  * and sampler are as before. */
-Q3N_DEF q3n_result q3n_session_next(q3n_session *s, q3n_sampler *sampler, int32_t token,
+Q3N_DEF q3n_result q3n_session_decode(q3n_session *s, q3n_sampler *sampler, int32_t token,
                                     int32_t *tokens, int max, int *n);
 
-/* What the MTP module would draft behind `token`: drafts [n], n in 1 .. Q3N_MAX_DRAFT, each the
+/* What the MTP module would draft after `token`: drafts [n], n in 1 .. Q3N_MAX_DRAFT, each the
  * most probable one; logits [vocab] of the first (NULL = not wanted).  The session stays as it is.
  * Errors: Q3N_ERR_UNSUPPORTED (no module, or speculate is not AUTO or MTP), Q3N_ERR_FULL.
- * After steps of q3n_session_next the module may know the end of the text alone: one whose drafts
- * did not pay was left behind. */
+ * After steps of q3n_session_decode the module may know the end of the text alone: one whose drafts
+ * did not pay was left after. */
 Q3N_DEF q3n_result q3n_session_draft(q3n_session *s, int32_t token, int32_t *drafts, int n,
                                      float *logits);
 
 typedef struct q3n_speculation {
-    int64_t n_steps;                     /* calls of q3n_session_next                            */
+    int64_t n_steps;                     /* calls of q3n_session_decode                          */
     int64_t n_tokens;                    /* that they returned                                   */
     int64_t n_drafted, n_accepted;
     int     draft;                       /* drafts of the last step                              */
@@ -1865,8 +1866,8 @@ static int q3n__file_write(q3n__file *f, const void *data, size_t bytes)
 {
     for (const uint8_t *p = (const uint8_t *)data; bytes > 0; ) {
         DWORD n = 0;
-        const DWORD some = (DWORD)(bytes < Q3N__FILE_STEP ? bytes : Q3N__FILE_STEP);
-        if (!WriteFile(f->handle, p, some, &n, NULL)) return q3n__file_code(0);
+        const DWORD count = (DWORD)(bytes < Q3N__FILE_STEP ? bytes : Q3N__FILE_STEP);
+        if (!WriteFile(f->handle, p, count, &n, NULL)) return q3n__file_code(0);
         if (n == 0) return ERROR_WRITE_FAULT;
         p += n;
         bytes -= n;
@@ -1878,8 +1879,8 @@ static int q3n__file_read(q3n__file *f, void *data, size_t bytes)
 {
     for (uint8_t *p = (uint8_t *)data; bytes > 0; ) {
         DWORD n = 0;
-        const DWORD some = (DWORD)(bytes < Q3N__FILE_STEP ? bytes : Q3N__FILE_STEP);
-        if (!ReadFile(f->handle, p, some, &n, NULL)) return q3n__file_code(0);
+        const DWORD count = (DWORD)(bytes < Q3N__FILE_STEP ? bytes : Q3N__FILE_STEP);
+        if (!ReadFile(f->handle, p, count, &n, NULL)) return q3n__file_code(0);
         if (n == 0) return Q3N__FILE_ENDS;
         p += n;
         bytes -= n;
@@ -2364,7 +2365,7 @@ static uint32_t q3n__crc32_with(const q3n__crc_table *c, uint32_t crc, const voi
 }
 
 /* The table is made anew each call (about 10 microseconds): there is no writable global to keep it
- * in.  Long runs of small pieces make it once and use q3n__crc32_with. */
+ * in.  Long runs of small blocks make it once and use q3n__crc32_with. */
 static uint32_t q3n__crc32(uint32_t crc, const void *data, size_t bytes)
 {
     q3n__crc_table c;
@@ -2416,7 +2417,7 @@ static void q3n__hash_blocks(q3n__hash *h, const uint8_t *p, size_t n)   /* n of
     memcpy(h->lane, lane, sizeof lane);
 }
 
-/* In pieces of multiples of 64 bytes, but for the last one. */
+/* In blocks of multiples of 64 bytes, but for the last one. */
 static void q3n__hash_add(q3n__hash *h, const void *data, size_t bytes)
 {
     Q3N_ASSERT(h->bytes % 64 == 0);
@@ -2479,7 +2480,7 @@ static int q3n__is_printable(uint32_t cp)
         && !(cp >= 0x2066 && cp <= 0x2069);
 }
 
-/* What a message shows of the character at *p < end, which *p leaves behind: itself, or \xNN for
+/* What a message shows of the character at *p < end, which *p leaves after: itself, or \xNN for
  * each of its bytes if it is not printable or no UTF-8.  A backslash stays: what was shown before
  * is shown the same again.  Returns the bytes of shown, without terminator. */
 static int q3n__show_char(const uint8_t **p, const uint8_t *end, char shown[16])
@@ -2701,7 +2702,7 @@ static q3n_result q3n__input_list(const char *path, const char *prefix, q3n__fil
 }
 
 /* ---- Writing ---- */
-#define Q3N__PART_ATTEMPTS 100
+#define Q3N__MODULE_ATTEMPTS 100
 #define Q3N__PART_NAME     200           /* bytes of the file's name in the part's, of 255       */
 
 /* Where the path leads, and what is there; info is zeros if nothing is. */
@@ -2734,7 +2735,7 @@ static int q3n__output_create(q3n__output *o, const q3n__file_info *old)
     const int replaces = old->id.volume || old->id.number;
     const uint64_t seed = (uint64_t)q3n__now() ^ q3n__process_id() << 40 ^ (uintptr_t)o;
     int code = 0;
-    for (uint64_t i = 0; i < Q3N__PART_ATTEMPTS; i++) {
+    for (uint64_t i = 0; i < Q3N__MODULE_ATTEMPTS; i++) {
         code = q3n__output_name(o, q3n__mix64(seed + i));
         if (code == 0) code = q3n__file_create(&o->file, o->part, replaces);
         if (!q3n__file_exists(code)) break;
@@ -2863,21 +2864,21 @@ static q3n_result q3n__input_list(const char *path, const char *prefix, q3n__fil
 /* =====================================================================================
  * [6] PARALLEL                                                             >>parallel
  *
- * One primitive: q3n__parallel runs a task over [0, n) in pieces and waits.  Threads claim pieces
+ * One primitive: q3n__parallel runs a task over [0, n) in ranges and waits.  Threads claim ranges
  * from a counter, so a thread that the system has put aside delays nobody; which thread computes a
- * piece never changes its result.  Kernels and model know nothing else of threads.
+ * range never changes its result.  Kernels and model know nothing else of threads.
  * ===================================================================================== */
 typedef void (*q3n__task)(void *arg, int begin, int end);
 
 typedef struct q3n__pool {
-    q3n__atomic  ticket;        /* generation << 32 | pieces not yet claimed                     */
-    q3n__atomic  n_done;        /* pieces finished in this generation                            */
+    q3n__atomic  ticket;        /* generation << 32 | ranges not yet claimed                     */
+    q3n__atomic  n_done;        /* ranges finished in this generation                            */
     q3n__atomic  n_sleeping;    /* workers asleep                                                */
     q3n__atomic  caller_sleeps;
     q3n__atomic  stop;
-    q3n__task    fn;            /* the job: fixed from the ticket's store to the last piece      */
+    q3n__task    fn;            /* the job: fixed from the ticket's store to the last range      */
     void        *arg;
-    int          n, n_pieces;
+    int          n, n_ranges;
     int          n_threads;     /* the calling thread counts                                     */
     int          n_started;     /* threads that this pool made                                   */
     int          has_locks;
@@ -2892,23 +2893,23 @@ typedef struct q3n__pool {
  * regions of a layer, shorter than anything a person or a battery would notice. */
 #define Q3N__SPINS 2000
 
-/* Claim a piece of generation gen; -1 when none is left or another generation runs. */
+/* Claim a range of generation gen; -1 when none is left or another generation runs. */
 static int q3n__pool_claim(q3n__pool *p, int64_t gen)
 {
     for (;;) {
         const int64_t t = q3n__atomic_load(&p->ticket);
         if (t >> 32 != gen || (t & 0xffffffff) == 0) return -1;
-        if (q3n__atomic_cas(&p->ticket, t, t - 1)) return p->n_pieces - (int)(t & 0xffffffff);
+        if (q3n__atomic_cas(&p->ticket, t, t - 1)) return p->n_ranges - (int)(t & 0xffffffff);
     }
 }
 
 static void q3n__pool_work(q3n__pool *p, int64_t gen)
 {
-    int piece;
-    while ((piece = q3n__pool_claim(p, gen)) >= 0) {
-        const int begin = (int)((int64_t)p->n * piece / p->n_pieces);
-        const int end   = (int)((int64_t)p->n * (piece + 1) / p->n_pieces);
-        const int last  = p->n_pieces - 1;
+    int range;
+    while ((range = q3n__pool_claim(p, gen)) >= 0) {
+        const int begin = (int)((int64_t)p->n * range / p->n_ranges);
+        const int end   = (int)((int64_t)p->n * (range + 1) / p->n_ranges);
+        const int last  = p->n_ranges - 1;
         p->fn(p->arg, begin, end);
         if (q3n__atomic_add(&p->n_done, 1) == last && q3n__atomic_load(&p->caller_sleeps)) {
             q3n__mutex_lock(&p->mutex);
@@ -2948,7 +2949,7 @@ static void q3n__pool_main(void *arg)
 
 static void q3n__pool_wait(q3n__pool *p)
 {
-    const int n = p->n_pieces;
+    const int n = p->n_ranges;
     for (int i = 0; i < Q3N__SPINS; i++) {
         if (q3n__atomic_load(&p->n_done) == n) return;
         q3n__pause();
@@ -2967,24 +2968,24 @@ static void q3n__pool_executor_task(void *arg, int i)
     q3n__pool_work(p, q3n__atomic_load(&p->ticket) >> 32);
 }
 
-/* Run fn over [0, n) in pieces of at least grain items and wait.  Runs inline when one piece is all
+/* Run fn over [0, n) in ranges of at least grain items and wait.  Runs inline when one range is all
  * there is.  The split depends on n, grain and the thread count, never on timing. */
 static void q3n__parallel(q3n__pool *p, int n, int grain, q3n__task fn, void *arg)
 {
     if (n <= 0) return;
-    int pieces = n / (grain < 1 ? 1 : grain);
-    if (pieces > p->n_threads * 4) pieces = p->n_threads * 4;
-    if (pieces <= 1 || p->n_threads == 1) {
+    int ranges = n / (grain < 1 ? 1 : grain);
+    if (ranges > p->n_threads * 4) ranges = p->n_threads * 4;
+    if (ranges <= 1 || p->n_threads == 1) {
         fn(arg, 0, n);
         return;
     }
     p->fn = fn;
     p->arg = arg;
     p->n = n;
-    p->n_pieces = pieces;
+    p->n_ranges = ranges;
     q3n__atomic_store(&p->n_done, 0);
     const int64_t gen = ((q3n__atomic_load(&p->ticket) >> 32) + 1) & 0x7fffffff;
-    q3n__atomic_store(&p->ticket, (gen << 32) | pieces);
+    q3n__atomic_store(&p->ticket, (gen << 32) | ranges);
     if (p->executor.run) {
         p->executor.run(p->executor.user, p->n_threads, q3n__pool_executor_task, p);
         return;
@@ -3050,7 +3051,7 @@ static q3n_result q3n__pool_open(q3n__pool *p, int n_threads, const q3n_executor
  * What a tensor type is, and the kernel table: every function that the model needs from an
  * instruction set.  The scalar section defines what each entry computes; the model knows only this
  * struct.  Whatever the ISA, one output element depends on its own row and its own token, never on
- * how many tokens or rows a call covers: splitting work in other pieces changes no bit.
+ * how many tokens or rows a call covers: splitting work in other ranges changes no bit.
  * ===================================================================================== */
 typedef struct {
     const char *name;
@@ -3213,7 +3214,7 @@ static void q3n__dequantize_row(q3n_type t, float *y, const void *w, int row, in
 /* ---- Operands of the kernels ---- */
 
 /* Activations against quantised weights: 64 of them as bytes, q scale ~ x, in groups of 32.  They
- * are quantised once per token, whatever else is in the batch.  Behind the last column: zeros. */
+ * are quantised once per token, whatever else is in the batch.  After the last column: zeros. */
 typedef struct {
     int8_t  q[2 * Q3N__GROUP];   /* -127 .. 127                                                  */
     float   scale[2];
@@ -3250,7 +3251,7 @@ static const q3n__x8 *q3n__matmul_xq(const q3n__matmul *m, int t)
 /* Keys of one KV block: one layer, one KV head.  Both parts have the KV cache's type:
  *   k [D, Q3N__KV_BLOCK]   transposed: dimension i of key j at i * Q3N__KV_BLOCK + j
  *   v [Q3N__KV_BLOCK, D]
- * In a cache of type q8 these are signed bytes, and behind each part lie its scales, one for every
+ * In a cache of type q8 these are signed bytes, and after each part lie its scales, one for every
  * key or value: f32 [Q3N__KV_BLOCK]. */
 #define Q3N__KV_BLOCK 256
 
@@ -3267,7 +3268,7 @@ static size_t q3n__kv_scales_at(q3n_type t, int dim)
 }
 
 /* Bytes of the keys of a block, scales included; the values take as many. */
-static size_t q3n__kv_part_bytes(q3n_type t, int dim)
+static size_t q3n__kv_side_bytes(q3n_type t, int dim)
 {
     return q3n__kv_scales_at(t, dim) + (q3n__is_quantised(t) ? Q3N__KV_BLOCK * sizeof(float) : 0);
 }
@@ -3275,7 +3276,7 @@ static size_t q3n__kv_part_bytes(q3n_type t, int dim)
 /* Softmax attention of n queries over one block, not yet normalised:
  *   s_j = <q, k_j>,  m = max_j s_j,  l = sum_j e^(s_j - m),  o = sum_j e^(s_j - m) v_j
  * over the first n_keys[i] keys for query i.  With n_keys 0: m = -FLT_MAX, l = 0, o = 0.  What
- * the block holds behind the last visible key is not looked at: it may be any bytes. */
+ * the block holds after the last visible key is not looked at: it may be any bytes. */
 typedef struct {
     const void  *k, *v;
     const float *k_scale, *v_scale;   /* [Q3N__KV_BLOCK], of q8                                  */
@@ -3299,8 +3300,8 @@ typedef struct {
 /* The gated delta rule over n tokens for one value head, columns [col0, col1) of its state; see
  * q3n__delta_scalar for the equations.  Strides are in floats from token to token.
  *
- * The stored state may lag behind the tokens: S_out becomes the state behind the first n_store of
- * them.  States behind later tokens pass through `scratch`, the last one is not kept at all.  S is
+ * The stored state may lag after the tokens: S_out becomes the state after the first n_store of
+ * them.  States after later tokens pass through `scratch`, the last one is not kept at all.  S is
  * not written unless S_out is the same. */
 typedef struct {
     const float *S;              /* [dk, dv]: the state before                                   */
@@ -3308,10 +3309,10 @@ typedef struct {
     float       *scratch;        /* [dk, col1 - col0]; not used if n <= n_store + 1              */
     const float *q, *k;          /* [n][dk] of the head's key head                               */
     const float *v;              /* [n][dv]                                                      */
-    float       *o;              /* [n][dv] out; rows < n_quiet are not written; NULL = none are */
+    float       *o;              /* [n][dv] out; rows < n_skip are not written; NULL = none are */
     const float *g, *beta;       /* [n]: log decay <= 0, write strength in (0, 1)                */
     int          qk_stride, v_stride, o_stride, gb_stride;
-    int          n, n_store, n_quiet;   /* tokens; n_store and n_quiet are 0 to n                */
+    int          n, n_store, n_skip;    /* tokens; n_store and n_skip are 0 to n                 */
     int          dk, dv, col0, col1;
 } q3n__delta;
 
@@ -3435,7 +3436,7 @@ typedef struct q3n__plan_item {
     size_t    field;             /* offset in q3n__layer, or in q3n__weights without a layer     */
 } q3n__plan_item;
 
-/* Rows of the two lists below: role, init, the part of the model that has it, name, field, dims. */
+/* Rows of the two lists below: role, init, the module that has it, name, field, dims. */
 #define Q3N__GLOBAL_LIST(X)                                                             \
     X(MAT, NORMAL, ALWAYS,     "embed_tokens.weight", embed_tokens, V, d, ONE)          \
     X(VEC, ONES,   ALWAYS,     "norm.weight",         norm,         d, ONE, ONE)        \
@@ -3490,14 +3491,15 @@ typedef struct q3n__plan_item {
     X(MAT, NORMAL, SHARED,  "mlp.shared_expert.down_proj.weight", shared_down_proj, d, IS, ONE)   \
     X(ROUTER, NORMAL, SHARED, "mlp.shared_expert_gate.weight", shared_expert_gate, ROW, d, ONE)
 
-/* Parts of a model or of a layer, as bits. */
+/* Modules of a model or of a layer, as bits. */
 enum {
-    Q3N__PART_ALWAYS = 1, Q3N__PART_HEAD = 1 << 1, Q3N__PART_SCORE = 1 << 2,
-    Q3N__PART_SCORE_BIAS = 1 << 3, Q3N__PART_ROPE_TABLE = 1 << 4, Q3N__PART_MTP = 1 << 5,
-    Q3N__PART_ATTENTION = 1 << 6, Q3N__PART_ATTENTION_BIAS = 1 << 7, Q3N__PART_QK_NORM = 1 << 8,
-    Q3N__PART_DELTA = 1 << 9, Q3N__PART_DENSE = 1 << 10, Q3N__PART_DENSE_BIAS = 1 << 11,
-    Q3N__PART_EXPERTS = 1 << 12, Q3N__PART_ROUTER_BIAS = 1 << 13,
-    Q3N__PART_EXPERTS_BIAS = 1 << 14, Q3N__PART_SHARED = 1 << 15
+    Q3N__MODULE_ALWAYS = 1, Q3N__MODULE_HEAD = 1 << 1, Q3N__MODULE_SCORE = 1 << 2,
+    Q3N__MODULE_SCORE_BIAS = 1 << 3, Q3N__MODULE_ROPE_TABLE = 1 << 4, Q3N__MODULE_MTP = 1 << 5,
+    Q3N__MODULE_ATTENTION = 1 << 6, Q3N__MODULE_ATTENTION_BIAS = 1 << 7,
+    Q3N__MODULE_QK_NORM = 1 << 8, Q3N__MODULE_DELTA = 1 << 9,
+    Q3N__MODULE_DENSE = 1 << 10, Q3N__MODULE_DENSE_BIAS = 1 << 11,
+    Q3N__MODULE_EXPERTS = 1 << 12, Q3N__MODULE_ROUTER_BIAS = 1 << 13,
+    Q3N__MODULE_EXPERTS_BIAS = 1 << 14, Q3N__MODULE_SHARED = 1 << 15
 };
 
 /* Lengths of dimensions; ONE closes the list of a tensor's dimensions, ROW is a length of 1. */
@@ -3539,14 +3541,14 @@ typedef struct {
     const char *name;
     q3n__role   role;
     q3n__init   init;
-    unsigned    part;
+    unsigned    module;
     q3n__dim    dim[3];
     size_t      field;
 } q3n__plan_row;
 
 static const q3n__plan_row q3n__global_rows[] = {
-#define Q3N__X(role, init, part, name, field, d0, d1, d2)                               \
-    { name, Q3N__ROLE_##role, Q3N__INIT_##init, Q3N__PART_##part,                       \
+#define Q3N__X(role, init, module, name, field, d0, d1, d2)                             \
+    { name, Q3N__ROLE_##role, Q3N__INIT_##init, Q3N__MODULE_##module,                   \
       { Q3N__DIM_##d0, Q3N__DIM_##d1, Q3N__DIM_##d2 }, offsetof(q3n__weights, field) },
     Q3N__GLOBAL_LIST(Q3N__X)
 };
@@ -3555,8 +3557,8 @@ static const q3n__plan_row q3n__mtp_rows[] = {
 #undef Q3N__X
 };
 static const q3n__plan_row q3n__layer_rows[] = {
-#define Q3N__X(role, init, part, name, field, d0, d1, d2)                               \
-    { name, Q3N__ROLE_##role, Q3N__INIT_##init, Q3N__PART_##part,                       \
+#define Q3N__X(role, init, module, name, field, d0, d1, d2)                             \
+    { name, Q3N__ROLE_##role, Q3N__INIT_##init, Q3N__MODULE_##module,                   \
       { Q3N__DIM_##d0, Q3N__DIM_##d1, Q3N__DIM_##d2 }, offsetof(q3n__layer, field) },
     Q3N__LAYER_LIST(Q3N__X)
 #undef Q3N__X
@@ -3580,27 +3582,28 @@ static int64_t q3n__config_dim(const q3n_config *c, q3n__dim id)
     return 0;
 }
 
-/* The parts that layer l has, or the model besides its layers. */
-static unsigned q3n__config_parts(const q3n_config *c, int l)
+/* The modules that layer l has, or the model besides its layers. */
+static unsigned q3n__config_modules(const q3n_config *c, int l)
 {
     if (l == Q3N__LAYER_NONE)
-        return Q3N__PART_ALWAYS
-             | (c->tie_word_embeddings ? 0u : Q3N__PART_HEAD)
-             | (c->num_labels > 0 ? Q3N__PART_SCORE | Q3N__PART_SCORE_BIAS : 0u)
-             | (c->rope_type == Q3N_ROPE_TABLE ? Q3N__PART_ROPE_TABLE : 0u)
-             | (c->num_mtp_layers > 0 ? Q3N__PART_MTP : 0u);
+        return Q3N__MODULE_ALWAYS
+             | (c->tie_word_embeddings ? 0u : Q3N__MODULE_HEAD)
+             | (c->num_labels > 0 ? Q3N__MODULE_SCORE | Q3N__MODULE_SCORE_BIAS : 0u)
+             | (c->rope_type == Q3N_ROPE_TABLE ? Q3N__MODULE_ROPE_TABLE : 0u)
+             | (c->num_mtp_layers > 0 ? Q3N__MODULE_MTP : 0u);
     const int mtp = l == Q3N__LAYER_MTP;
     const int delta   = mtp ? 0 : c->layer_types[l];
     const int experts = mtp ? c->num_experts > 0 : c->layer_experts[l];
-    unsigned parts = Q3N__PART_ALWAYS;
-    if (delta) parts |= Q3N__PART_DELTA;
-    else       parts |= Q3N__PART_ATTENTION | (c->attention_bias ? Q3N__PART_ATTENTION_BIAS : 0u)
-                                            | (c->qk_norm ? Q3N__PART_QK_NORM : 0u);
-    if (experts) parts |= Q3N__PART_EXPERTS | (c->router_bias ? Q3N__PART_ROUTER_BIAS : 0u)
-                        | (c->mlp_bias ? Q3N__PART_EXPERTS_BIAS : 0u)
-                        | (c->shared_expert_intermediate_size > 0 ? Q3N__PART_SHARED : 0u);
-    else         parts |= Q3N__PART_DENSE | (c->mlp_bias ? Q3N__PART_DENSE_BIAS : 0u);
-    return parts;
+    unsigned modules = Q3N__MODULE_ALWAYS;
+    if (delta) modules |= Q3N__MODULE_DELTA;
+    else       modules |= Q3N__MODULE_ATTENTION
+                        | (c->attention_bias ? Q3N__MODULE_ATTENTION_BIAS : 0u)
+                        | (c->qk_norm ? Q3N__MODULE_QK_NORM : 0u);
+    if (experts) modules |= Q3N__MODULE_EXPERTS | (c->router_bias ? Q3N__MODULE_ROUTER_BIAS : 0u)
+                          | (c->mlp_bias ? Q3N__MODULE_EXPERTS_BIAS : 0u)
+                          | (c->shared_expert_intermediate_size > 0 ? Q3N__MODULE_SHARED : 0u);
+    else         modules |= Q3N__MODULE_DENSE | (c->mlp_bias ? Q3N__MODULE_DENSE_BIAS : 0u);
+    return modules;
 }
 
 /* Types that an item may have: the rules of the file format, so that no file can be made in which a
@@ -3610,13 +3613,13 @@ static unsigned q3n__plan_types(const q3n_config *c, const q3n__plan_row *row, i
 {
     const unsigned floats = 1u << Q3N_TYPE_F32 | 1u << Q3N_TYPE_F16 | 1u << Q3N_TYPE_BF16;
     const unsigned fine = floats | 1u << Q3N_TYPE_Q8 | 1u << Q3N_TYPE_Q6;
-    const int is_head = row->part == Q3N__PART_HEAD
+    const int is_head = row->module == Q3N__MODULE_HEAD
                      || (layer == Q3N__LAYER_NONE && c->tie_word_embeddings
                          && row->field == offsetof(q3n__weights, embed_tokens));
     if (row->role == Q3N__ROLE_VEC) return 1u << Q3N_TYPE_F32;
     if (row->role == Q3N__ROLE_ROUTER) return floats;
-    if (is_head || layer == Q3N__LAYER_MTP || row->part == Q3N__PART_MTP) return fine;
-    return fine | 1u << Q3N_TYPE_Q4 | (row->part == Q3N__PART_EXPERTS ? 1u << Q3N_TYPE_Q3 : 0u);
+    if (is_head || layer == Q3N__LAYER_MTP || row->module == Q3N__MODULE_MTP) return fine;
+    return fine | 1u << Q3N_TYPE_Q4 | (row->module == Q3N__MODULE_EXPERTS ? 1u << Q3N_TYPE_Q3 : 0u);
 }
 
 /* "f32, f16 or bf16" */
@@ -3647,11 +3650,11 @@ static void q3n__plan_item_make(const q3n_config *c, const q3n__plan_row *row, i
     item->init = row->init;
     item->layer = l;
     item->field = row->field;
-    item->experts = row->part == Q3N__PART_EXPERTS && row->role == Q3N__ROLE_MAT;
+    item->experts = row->module == Q3N__MODULE_EXPERTS && row->role == Q3N__ROLE_MAT;
     item->types = q3n__plan_types(c, row, l);
     /* A classifier of hidden states has no use for lm_head, and its checkpoints have none. */
-    item->optional = row->part == Q3N__PART_SCORE_BIAS
-                  || (row->part == Q3N__PART_HEAD && c->num_labels > 0
+    item->optional = row->module == Q3N__MODULE_SCORE_BIAS
+                  || (row->module == Q3N__MODULE_HEAD && c->num_labels > 0
                       && c->classifier_input == Q3N_CLASSIFIER_HIDDEN);
     for (int k = 0; k < 3; k++) {
         item->dim[k] = q3n__config_dim(c, row->dim[k]);
@@ -3664,9 +3667,9 @@ typedef q3n_result (*q3n__plan_fn)(void *user, const q3n__plan_item *item);
 static q3n_result q3n__plan_visit_rows(const q3n_config *c, const q3n__plan_row *rows, size_t n,
                                        int l, q3n__plan_fn fn, void *user)
 {
-    const unsigned parts = q3n__config_parts(c, l);
+    const unsigned modules = q3n__config_modules(c, l);
     for (size_t i = 0; i < n; i++) {
-        if (!(rows[i].part & parts)) continue;
+        if (!(rows[i].module & modules)) continue;
         q3n__plan_item item;
         q3n__plan_item_make(c, &rows[i], l, &item);
         const q3n_result r = fn(user, &item);
@@ -3698,12 +3701,12 @@ typedef struct q3n__config_row {
     const char *name;
     char        kind;            /* 'I' int, 'B' 0 or 1, 'E' enum (all int), 'F' double          */
     size_t      offset;          /* in q3n_config                                                */
-    double      least, most;
+    double      min, max;
 } q3n__config_row;
 
 static const q3n__config_row q3n__config_rows[] = {
-#define Q3N__X(kind, name, least, most)                                                 \
-    { #name, #kind[0], offsetof(q3n_config, name), least, most },
+#define Q3N__X(kind, name, min, max)                                                    \
+    { #name, #kind[0], offsetof(q3n_config, name), min, max },
     Q3N_CONFIG_LIST(Q3N__X)
 #undef Q3N__X
 };
@@ -4039,9 +4042,9 @@ Q3N_DEF q3n_result q3n_config_set(q3n_config *c, const char *field, const char *
     else if (!q3n__parse_number(value, &v))
         return q3n__fail(err, Q3N_ERR_ARG, -1, "%s: '%s' is not %s", row->name, value,
                          row->kind == 'E' ? "one of its words" : "a number");
-    if (!(v >= row->least && v <= row->most) || (row->kind != 'F' && v != (double)(int)v))
+    if (!(v >= row->min && v <= row->max) || (row->kind != 'F' && v != (double)(int)v))
         return q3n__fail(err, Q3N_ERR_ARG, -1, "%s: '%s' is not a %snumber in [%.15g, %.15g]",
-                         row->name, value, row->kind == 'F' ? "" : "whole ", row->least, row->most);
+                         row->name, value, row->kind == 'F' ? "" : "whole ", row->min, row->max);
     if (row->offset == offsetof(q3n_config, num_hidden_layers)) q3n__config_set_layers(c, (int)v);
     else                                                        q3n__config_store(c, row, v);
     return Q3N_OK;
@@ -4071,22 +4074,22 @@ static q3n_result q3n__check_item(void *user, const q3n__plan_item *item)
 
 static q3n_result q3n__check_layer(const q3n_config *c, int l, q3n_error *err)
 {
-    const unsigned parts = q3n__config_parts(c, l);
+    const unsigned modules = q3n__config_modules(c, l);
     char name[32];
     if (l == Q3N__LAYER_MTP) snprintf(name, sizeof name, "mtp.layers.0");
     else                     snprintf(name, sizeof name, "layer %d", l);
-    if ((parts & Q3N__PART_DENSE) && c->intermediate_size == 0)
+    if ((modules & Q3N__MODULE_DENSE) && c->intermediate_size == 0)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "%s has a dense FFN, but intermediate_size is 0",
                          name);
-    if ((parts & Q3N__PART_EXPERTS)
+    if ((modules & Q3N__MODULE_EXPERTS)
         && (c->num_experts == 0 || c->num_experts_per_tok == 0 || c->moe_intermediate_size == 0))
         return q3n__fail(err, Q3N_ERR_ARG, -1, "%s has experts, but num_experts is %d,"
                          " num_experts_per_tok %d and moe_intermediate_size %d", name,
                          c->num_experts, c->num_experts_per_tok, c->moe_intermediate_size);
-    if ((parts & Q3N__PART_EXPERTS) && c->num_experts_per_tok > c->num_experts)
+    if ((modules & Q3N__MODULE_EXPERTS) && c->num_experts_per_tok > c->num_experts)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "num_experts_per_tok %d is more than num_experts %d",
                          c->num_experts_per_tok, c->num_experts);
-    if (!(parts & Q3N__PART_DELTA)) return Q3N_OK;
+    if (!(modules & Q3N__MODULE_DELTA)) return Q3N_OK;
     if (c->linear_num_key_heads == 0 || c->linear_num_value_heads == 0
         || c->linear_key_head_dim == 0 || c->linear_value_head_dim == 0
         || c->linear_conv_kernel_dim == 0)
@@ -4125,9 +4128,9 @@ Q3N_DEF q3n_result q3n_config_check(const q3n_config *c, q3n_error *err)
     for (size_t i = 0; i < Q3N__N_CONFIG_ROWS; i++) {
         const q3n__config_row *row = &q3n__config_rows[i];
         const double v = q3n__config_value(c, row);
-        if (!(v >= row->least && v <= row->most))
+        if (!(v >= row->min && v <= row->max))
             return q3n__fail(err, Q3N_ERR_ARG, -1, "%s is %.15g, not in [%.15g, %.15g]", row->name,
-                             v, row->least, row->most);
+                             v, row->min, row->max);
     }
     if (c->num_attention_heads % c->num_key_value_heads != 0)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "num_attention_heads %d is not a multiple of"
@@ -4188,7 +4191,7 @@ typedef struct q3n__tokenizer {
     uint32_t          pairs_shift;     /* slot = hash >> shift; 2^(64 - shift) slots */
     uint32_t          n_crowded;
     q3n__merge_key   *crowded;         /* [n_crowded] sorted: merges that found no slot near home */
-    q3n__added       *added;           /* [n_added] behind both indexes */
+    q3n__added       *added;           /* [n_added] after both indexes */
     uint8_t          *added_text;      /* texts of `normalized` tokens, where NFC changes them */
     uint8_t          *flags;           /* [n_tokens] Q3N__TOKEN_*, 0 unless added */
     q3n__added_index  raw;             /* searched in the text as given */
@@ -4245,7 +4248,7 @@ struct q3n_model {
     int            nfc;
     int            n_tensors;
     q3n_tensor    *tensors;              /* [n_tensors], in the order of the file                */
-    char          *names;                /* their names, each with a 0 behind                    */
+    char          *names;                /* their names, each with a 0 after                     */
     const q3n_tensor **by_name;          /* [n_tensors], sorted by name                          */
     q3n__weights   weights;
     q3n__layer    *layers;               /* [num_hidden_layers + num_mtp_layers], trunk first    */
@@ -4482,9 +4485,9 @@ static q3n_result q3n__load_field(q3n__load *ld, const q3n__entry *e, const q3n_
         if (e->type != Q3N__VALUE_FLOAT || e->n_values != 1)
             return q3n__entry_error(ld, e, "one float");
         const double v = q3n__load_f64(e->value);
-        if (!(v >= row->least && v <= row->most))
+        if (!(v >= row->min && v <= row->max))
             return q3n__fail(ld->err, Q3N_ERR_FORMAT, e->offset, "configuration '%s': %g is not in "
-                             "[%g, %g]", e->key, v, row->least, row->most);
+                             "[%g, %g]", e->key, v, row->min, row->max);
         memcpy(field, &v, sizeof v);
         return Q3N_OK;
     }
@@ -4503,9 +4506,9 @@ static q3n_result q3n__load_field(q3n__load *ld, const q3n__entry *e, const q3n_
             return q3n__entry_error(ld, e, "one int");
         v = q3n__load_i64(e->value);
     }
-    if (v < (int64_t)row->least || v > (int64_t)row->most)
+    if (v < (int64_t)row->min || v > (int64_t)row->max)
         return q3n__fail(ld->err, Q3N_ERR_FORMAT, e->offset, "configuration '%s': %lld is not in "
-                         "[%.0f, %.0f]", e->key, (long long)v, row->least, row->most);
+                         "[%.0f, %.0f]", e->key, (long long)v, row->min, row->max);
     const int value = (int)v;
     memcpy(field, &value, sizeof value);
     return Q3N_OK;
@@ -5213,7 +5216,7 @@ static uint32_t q3n__unpack(const char **p)
 }
 
 static uint32_t q3n__hash_char(uint32_t cp) { return cp * 0x9E3779B1u >> 20; }
-static uint32_t q3n__hash_parts(uint32_t first, uint32_t second)
+static uint32_t q3n__hash_sections(uint32_t first, uint32_t second)
 {
     return (first * 0x9E3779B1u ^ second * 0x85EBCA77u) * 0xC2B2AE3Du >> 20;
 }
@@ -5248,7 +5251,7 @@ static void q3n__unicode_init(q3n__unicode *u)
         u->second[i] = second ? second + 0x2FF : 0;
         q3n__hash_put(u->by_composed, q3n__hash_char(composed), i);
         if (second && !(step & 1))
-            q3n__hash_put(u->by_parts, q3n__hash_parts(first, u->second[i]), i);
+            q3n__hash_put(u->by_parts, q3n__hash_sections(first, u->second[i]), i);
     }
 }
 
@@ -5403,7 +5406,7 @@ static uint32_t q3n__compose(const q3n__unicode *u, uint32_t first, uint32_t sec
     if (first - Q3N__HANGUL_S < 11172 && (first - Q3N__HANGUL_S) % 28 == 0
         && second - Q3N__HANGUL_T - 1 < 27)
         return first + second - Q3N__HANGUL_T;
-    uint32_t slot = q3n__hash_parts(first, second);
+    uint32_t slot = q3n__hash_sections(first, second);
     for (; u->by_parts[slot]; slot = (slot + 1) % Q3N__HASH_SIZE) {
         const uint32_t entry = u->by_parts[slot] - 1u;
         if (u->first[entry] == first && u->second[entry] == second) return u->composed[entry];
@@ -5509,7 +5512,7 @@ static void q3n__normalizer_end(q3n__normalizer *z)
  *
  * Byte-level BPE.  Text goes through four steps, each a subsection: added tokens are cut out, the
  * rest is brought to NFC and cut into words by the pattern, each word's bytes are merged pair by
- * pair in order of rank.  Text passes in pieces: memory grows with the longest word only, time with
+ * pair in order of rank.  Text passes in chunks: memory grows with the longest word only, time with
  * the length of the text (times its logarithm within one word).  Both the section of the file and
  * the text are hostile.  Of the model it knows the tokenizer and the allocator.
  * ===================================================================================== */
@@ -5872,15 +5875,16 @@ static q3n_result q3n__encode_long(q3n__encoder *e, const uint8_t *p, size_t byt
 
 /* ---- Encoding ---- */
 
-#define Q3N__PIECE 4096          /* bytes of text that are normalised at once, if a cut is found */
+#define Q3N__TEXT_CHUNK 4096     /* bytes of text that are normalised at once, if a cut is found */
 
-/* Where a piece of about Q3N__PIECE bytes may end: before white space that follows something else,
- * or between a line end and something else.  No word of either pattern reaches across such a place,
- * and none looks across it. */
-static const uint8_t *q3n__piece_end(const q3n__unicode *u, const uint8_t *p, const uint8_t *end)
+/* Where a chunk of about Q3N__TEXT_CHUNK bytes may end: before white space that follows something
+ * else, or between a line end and something else.  No word of either pattern reaches across such a
+ * place, and none looks across it. */
+static const uint8_t *q3n__text_chunk_end(const q3n__unicode *u, const uint8_t *p,
+                                          const uint8_t *end)
 {
-    if (end - p <= Q3N__PIECE) return end;
-    p += Q3N__PIECE;
+    if (end - p <= Q3N__TEXT_CHUNK) return end;
+    p += Q3N__TEXT_CHUNK;
     while (p < end && (*p & 0xC0) == 0x80) p++;
     q3n__char before = q3n__char_at(u, p, end);
     while ((p += before.bytes) < end) {
@@ -5927,7 +5931,7 @@ static q3n_result q3n__encode_plain(q3n__encoder *e, const uint8_t *p, const uin
     const q3n__tokenizer *t = e->t;
     const int whole = !t->nfc || t->normalized.first[256] > 0;
     while (p < end) {
-        const uint8_t *q = whole ? end : q3n__piece_end(t->unicode, p, end);
+        const uint8_t *q = whole ? end : q3n__text_chunk_end(t->unicode, p, end);
         if (!t->nfc || q3n__find_unstable(t->unicode, p, q) == q) {
             if (q3n__encode_normal(e, p, q) != Q3N_OK) return Q3N_ERR_MEMORY;
         } else {
@@ -5979,7 +5983,7 @@ static size_t q3n__put(char *out, size_t at, const void *bytes, size_t n)   /* o
 /* Feed bytes to the decoder.  Returns what it writes to out (NULL = only count).  The longest part
  * that could have become a character is replaced by one U+FFFD, as Unicode 3.9 recommends and
  * Python's errors="replace" does. */
-static size_t q3n__decode_bytes(q3n_decoder *dec, const uint8_t *p, size_t bytes, char *out)
+static size_t q3n__decode_bytes(q3n_detokenizer *dec, const uint8_t *p, size_t bytes, char *out)
 {
     size_t n = 0;
     for (size_t i = 0; i < bytes; i++) {
@@ -6019,7 +6023,7 @@ static size_t q3n__token_bytes(const q3n__tokenizer *t, uint32_t id, const uint8
 }
 
 /* The bytes that id adds to the text.  0 = id lies outside the vocabulary. */
-static int q3n__decoder_input(const q3n__tokenizer *t, const q3n_decoder *dec, int32_t id,
+static int q3n__decoder_input(const q3n__tokenizer *t, const q3n_detokenizer *dec, int32_t id,
                               const uint8_t **text, size_t *bytes)
 {
     if (id < 0 || (uint32_t)id >= t->vocab_size) return 0;
@@ -6320,8 +6324,8 @@ Q3N_DEF int q3n_token_is_special(const q3n_model *m, int32_t id)
         && (m->tokenizer.flags[id] & Q3N__TOKEN_SPECIAL);
 }
 
-Q3N_DEF q3n_result q3n_decoder_next(q3n_decoder *dec, const q3n_model *m, int32_t id, char *out,
-                                    size_t max, size_t *n)
+Q3N_DEF q3n_result q3n_detokenizer_next(q3n_detokenizer *dec, const q3n_model *m, int32_t id,
+                                        char *out, size_t max, size_t *n)
 {
     const uint8_t *text;
     size_t bytes;
@@ -6329,14 +6333,14 @@ Q3N_DEF q3n_result q3n_decoder_next(q3n_decoder *dec, const q3n_model *m, int32_
     if (!dec || !m || !n || (!out && max) || dec->n_pending < 0 || dec->n_pending > 3)
         return Q3N_ERR_ARG;
     if (!q3n__decoder_input(&m->tokenizer, dec, id, &text, &bytes)) return Q3N_ERR_ARG;
-    q3n_decoder trial = *dec;
+    q3n_detokenizer trial = *dec;
     *n = q3n__decode_bytes(&trial, text, bytes, NULL);
     if (*n > max) return Q3N_ERR_FULL;
     q3n__decode_bytes(dec, text, bytes, out);
     return Q3N_OK;
 }
 
-Q3N_DEF void q3n_decoder_finish(q3n_decoder *dec, char *out, size_t *n)
+Q3N_DEF void q3n_detokenizer_finish(q3n_detokenizer *dec, char *out, size_t *n)
 {
     if (n) *n = 0;
     if (!dec || !out || !n) return;
@@ -6351,7 +6355,7 @@ Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t
     if (n) *n = 0;
     if (!m || !n || (!ids && n_ids) || (!out && max)) return Q3N_ERR_ARG;
     for (int writing = 0; writing < 2; writing++) {
-        q3n_decoder dec = { { 0 }, 0, 0 };
+        q3n_detokenizer dec = { { 0 }, 0, 0 };
         size_t total = 0;
         for (size_t i = 0; i < n_ids; i++) {
             const uint8_t *text;
@@ -6374,7 +6378,7 @@ Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t
  * [12] OPS                                                                      >>ops
  *
  * Portable drivers over the kernel table: linear layers, rotary embedding, the KV cache.  Each is
- * one parallel region or less.  They know shapes and pieces of work, not the model.
+ * one parallel region or less.  They know shapes and items of work, not the model.
  * ===================================================================================== */
 
 /* ---- Linear layers: y = x W' (+ bias) ---- */
@@ -6442,19 +6446,19 @@ static void q3n__linear_task(void *arg, int begin, int end)
     }
 }
 
-/* Multiply-adds below which a piece of work costs more to hand out than to do: about 2 microseconds
+/* Multiply-adds below which a range costs more to hand out than to do: about 2 microseconds
  * of one core, as long as waking a spinning thread and waiting for it. */
-#define Q3N__PIECE_WORK 32768
+#define Q3N__RANGE_WORK 32768
 
-/* Rows of one piece: enough pieces for every thread, none smaller than Q3N__PIECE_WORK for n
+/* Rows of one range: enough ranges for every thread, none smaller than Q3N__RANGE_WORK for n
  * tokens, a multiple of 16. */
 static int q3n__rows_per_block(const q3n__pool *p, int64_t n_rows, int n_cols, int n)
 {
     const int64_t row_work = (int64_t)n_cols * (n > 0 ? n : 1);
-    const int least = (int)((Q3N__PIECE_WORK + row_work - 1) / row_work);
+    const int min = (int)((Q3N__RANGE_WORK + row_work - 1) / row_work);
     const int64_t wanted = n_rows / (p->n_threads * 4);
     int rows = wanted > 256 ? 256 : (int)wanted;
-    if (rows < least) rows = least;
+    if (rows < min) rows = min;
     return (rows + 15) / 16 * 16;
 }
 
@@ -6527,10 +6531,10 @@ typedef struct {
     int         skip;            /* leading tokens that have no key, as in the MTP module        */
 } q3n__kv_cache;
 
-/* Bytes of one layer and head: the keys, and behind them as many of values. */
+/* Bytes of one layer and head: the keys, and after them as many of values. */
 static size_t q3n__kv_block_bytes(q3n_type type, int dim)
 {
-    return 2 * q3n__kv_part_bytes(type, dim);
+    return 2 * q3n__kv_side_bytes(type, dim);
 }
 
 static uint8_t *q3n__page_block(q3n__page *page, const q3n__kv_cache *kv, int layer, int head)
@@ -6546,9 +6550,9 @@ static uint8_t *q3n__kv_block(const q3n__kv_cache *kv, int layer, int block, int
 
 /* Add one block's softmax (m, l, o) to the running one (M, L, O), both relative to their maximum
  * (online softmax; [FA] algorithm 1). */
-typedef struct { float m, l; } q3n__softmax_part;
+typedef struct { float m, l; } q3n__softmax_partial;
 
-static void q3n__attend_merge(q3n__softmax_part *run, float *O, q3n__softmax_part part,
+static void q3n__attend_merge(q3n__softmax_partial *run, float *O, q3n__softmax_partial part,
                               const float *o, int dim)
 {
     if (part.l == 0.0f) return;
@@ -6567,8 +6571,8 @@ static void q3n__attend_merge(q3n__softmax_part *run, float *O, q3n__softmax_par
  * session or of several: a run is a list of token rows, cut into segments of one session each.
  * ===================================================================================== */
 
-/* DeltaNet's matrices lag behind the text: reading and writing them is most of what they cost, so a
- * run of few tokens stores the state behind the tokens of the call before, and keeps what its own
+/* DeltaNet's matrices lag after the text: reading and writing them is most of what they cost, so a
+ * run of few tokens stores the state after the tokens of the call before, and keeps what its own
  * tokens do to it.  That takes no more traffic than storing at once; and until the next run these
  * tokens can be taken back, all or the last of them (cancelled calls, rejected drafts). */
 typedef struct {
@@ -6579,7 +6583,7 @@ typedef struct {
     int    now;                  /* 0 or 1: where the rows of the call before are                */
     int    first, n;             /* rows that the matrices do not hold yet                       */
     int    max;
-} q3n__trail;
+} q3n__pending;
 
 /* What a session, and an engine, is doing.  A request to cancel turns RUNNING into CANCELLED and
  * nothing else, and every call ends at IDLE: no request outlives the call that it meant. */
@@ -6603,13 +6607,13 @@ static int q3n__leave(q3n__atomic *a)       /* the call ends; 1 = it was cancell
 /* State of one session that the layers read and write. */
 typedef struct {
     q3n__kv_cache kv;
-    float        *delta;         /* [DeltaNet layer][Hv][dk, dv] behind all tokens but n_trail   */
-    float        *delta_out;     /* behind this run, if it does not trail; may be delta          */
+    float        *delta;         /* [DeltaNet layer][Hv][dk, dv] after all tokens but n_pending  */
+    float        *delta_out;     /* after this run, unless that is lazy; may be delta             */
     const float  *conv;          /* [DeltaNet layer][width - 1, C]                               */
-    float        *conv_out;      /* behind this run; may be conv                                 */
-    q3n__trail    trail;
-    int           trailing;      /* 1 = this run leaves its tokens in the trail                  */
-    int           n_trail;       /* rows of the trail that come before this run: trail.n or 0    */
+    float        *conv_out;      /* after this run; may be conv                                  */
+    q3n__pending    pending;
+    int           lazy;          /* 1 = this run leaves its tokens pending                       */
+    int           n_pending;     /* pending rows that come before this run: pending.n or 0       */
     q3n__atomic  *cancel;        /* Q3N__CANCELLED: stop after the layer under way               */
     int           length;        /* tokens before this run                                       */
     int           kv_valid;      /* tokens whose keys and values the pages hold already          */
@@ -6631,7 +6635,7 @@ typedef struct {
     size_t       first;          /* its rows of r->ffn_gate and r->ffn_up begin here             */
     size_t       first_q;        /* its blocks of r->ffn_q begin here                            */
     int          n;
-    int          first_block;    /* its pieces of work begin here                                */
+    int          first_block;    /* its items begin here                                         */
 } q3n__ffn;
 
 /* Activations of a run of at most `max` tokens; [max, width] each unless said otherwise. */
@@ -6649,13 +6653,13 @@ typedef struct {
     float *q;                    /* [K][max][H / K, D]: queries of a kv head together            */
     float *attn;                 /* the same for the attention's output                          */
     float *rope_cos, *rope_sin;  /* [R / 2]                                                      */
-    float *u;                    /* [C] behind the convolution: q, k, v                          */
+    float *u;                    /* [C] after the convolution: q, k, v                           */
     float *ba;                   /* [2 Hv]: b, a; then beta, g                                   */
     float *mixed;                /* [H D] or [Hv dv]: input of the last projection               */
     q3n__x8 *mixed_q;
-    float *part_o;               /* split attention: [queries][blocks][D]                        */
-    q3n__softmax_part *part;     /* split attention: [queries][blocks]                           */
-    int    part_blocks;          /* blocks that both have room for                               */
+    float *partial_o;            /* split attention: [queries][blocks][D]                        */
+    q3n__softmax_partial *partial;   /* split attention: [queries][blocks]                       */
+    int    partial_blocks;       /* blocks that both have room for                               */
     float *router;               /* [E] probabilities                                            */
     int   *top;                  /* [k] experts, ascending                                       */
     float *top_weight;           /* [k]                                                          */
@@ -6823,7 +6827,7 @@ static void q3n__attention_prepare_task(void *arg, int begin, int end)
             if (position < s->state->kv_valid) continue;
             const q3n__kv_cache *kv = &s->state->kv;
             uint8_t *k = q3n__kv_block(kv, j->layer, position / Q3N__KV_BLOCK, h);
-            uint8_t *v = k + q3n__kv_part_bytes(kv->type, D);
+            uint8_t *v = k + q3n__kv_side_bytes(kv->type, D);
             const size_t scales = q3n__kv_scales_at(kv->type, D);
             const q3n__store_kv store = {
                 .k = k, .v = v, .k_scale = (float *)(void *)(k + scales),
@@ -6876,9 +6880,9 @@ static int q3n__n_visible(const q3n__run *r, const q3n__tile *tile, int i)
     return s->state->length + (tile->first + i) / g - s->row0 + 1;
 }
 
-/* A tile against one block: part [n], o [n, D] with rows o_stride floats apart. */
+/* A tile against one block: partial [n], o [n, D] with rows o_stride floats apart. */
 static void q3n__attend_block(const q3n__attention_arg *j, const q3n__tile *tile, int block,
-                              q3n__softmax_part *part, float *o, int o_stride)
+                              q3n__softmax_partial *partial, float *o, int o_stride)
 {
     const q3n__run *r = j->r;
     const q3n__kv_cache *kv = &tile->s->state->kv;
@@ -6888,7 +6892,7 @@ static void q3n__attend_block(const q3n__attention_arg *j, const q3n__tile *tile
     int skip = kv->skip - block * Q3N__KV_BLOCK;
     skip = skip < 0 ? 0 : skip;
     if (skip >= Q3N__KV_BLOCK) {                         /* the page may have no such layer */
-        for (int i = 0; i < tile->n; i++) part[i] = (q3n__softmax_part){ -FLT_MAX, 0.0f };
+        for (int i = 0; i < tile->n; i++) partial[i] = (q3n__softmax_partial){ -FLT_MAX, 0.0f };
         return;
     }
     for (int i = 0; i < tile->n; i++) {
@@ -6897,7 +6901,7 @@ static void q3n__attend_block(const q3n__attention_arg *j, const q3n__tile *tile
     }
     const uint8_t *keys = q3n__kv_block(kv, j->layer, block, tile->head);
     const size_t query = (size_t)tile->head * (size_t)r->n * (size_t)g + (size_t)tile->first;
-    const uint8_t *values = keys + q3n__kv_part_bytes(kv->type, D);
+    const uint8_t *values = keys + q3n__kv_side_bytes(kv->type, D);
     const size_t scales = q3n__kv_scales_at(kv->type, D), e = q3n__kv_element(kv->type);
     const q3n__attend call = {
         .k = keys + (size_t)skip * e, .v = values + (size_t)skip * (size_t)D * e,
@@ -6908,10 +6912,10 @@ static void q3n__attend_block(const q3n__attention_arg *j, const q3n__tile *tile
         .q_stride = D, .o_stride = o_stride, .n = tile->n, .dim = D,
     };
     r->k->attend[kv->type](&call);
-    for (int i = 0; i < tile->n; i++) part[i] = (q3n__softmax_part){ m[i], l[i] };
+    for (int i = 0; i < tile->n; i++) partial[i] = (q3n__softmax_partial){ m[i], l[i] };
 }
 
-/* Pieces are (tile, kv head): all blocks one after another, merged as they come.  r->mixed, which
+/* Items are (tile, kv head): all blocks one after another, merged as they come.  r->mixed, which
  * is written after all of them, has room for a block's outputs. */
 static void q3n__attend_task(void *arg, int begin, int end)
 {
@@ -6921,23 +6925,23 @@ static void q3n__attend_task(void *arg, int begin, int end)
     const int K = c->num_key_value_heads, g = c->num_attention_heads / K, D = c->head_dim;
     for (int i = begin; i < end; i++) {
         const q3n__tile tile = q3n__tile_get(r, i / K, i % K);
-        q3n__softmax_part run[Q3N__QUERY_TILE], part[Q3N__QUERY_TILE];
+        q3n__softmax_partial run[Q3N__QUERY_TILE], partial[Q3N__QUERY_TILE];
         const size_t query = (size_t)tile.head * (size_t)r->n * (size_t)g + (size_t)tile.first;
         float *O = r->attn + query * (size_t)D, *o = r->mixed + query * (size_t)D;
         memset(O, 0, (size_t)tile.n * (size_t)D * sizeof *O);
-        for (int q = 0; q < tile.n; q++) run[q] = (q3n__softmax_part){ -FLT_MAX, 0.0f };
+        for (int q = 0; q < tile.n; q++) run[q] = (q3n__softmax_partial){ -FLT_MAX, 0.0f };
         const int last = (q3n__n_visible(r, &tile, tile.n - 1) - 1) / Q3N__KV_BLOCK;
         for (int block = 0; block <= last; block++) {
-            q3n__attend_block(j, &tile, block, part, o, D);
+            q3n__attend_block(j, &tile, block, partial, o, D);
             for (int q = 0; q < tile.n; q++)
-                q3n__attend_merge(&run[q], O + (size_t)q * (size_t)D, part[q], o + q * D, D);
+                q3n__attend_merge(&run[q], O + (size_t)q * (size_t)D, partial[q], o + q * D, D);
         }
         for (int q = 0; q < tile.n; q++)
             for (int x = 0; x < D; x++) O[(size_t)q * (size_t)D + (size_t)x] /= run[q].l;
     }
 }
 
-/* Pieces are (tile, kv head, block), for few tokens and long texts: partial results, merged by the
+/* Items are (tile, kv head, block), for few tokens and long texts: partial results, merged by the
  * next region in the same order and so to the same bits. */
 static void q3n__attend_split_task(void *arg, int begin, int end)
 {
@@ -6949,11 +6953,11 @@ static void q3n__attend_split_task(void *arg, int begin, int end)
         const int block = i % j->n_blocks, rest = i / j->n_blocks;
         const q3n__tile tile = q3n__tile_get(r, rest / K, rest % K);
         if (block > (q3n__n_visible(r, &tile, tile.n - 1) - 1) / Q3N__KV_BLOCK) continue;
-        q3n__softmax_part part[Q3N__QUERY_TILE];
+        q3n__softmax_partial partial[Q3N__QUERY_TILE];
         const size_t query = (size_t)tile.head * (size_t)r->n * (size_t)g + (size_t)tile.first;
         const size_t at = query * (size_t)j->n_blocks + (size_t)block;
-        q3n__attend_block(j, &tile, block, part, r->part_o + at * (size_t)D, j->n_blocks * D);
-        for (int q = 0; q < tile.n; q++) r->part[at + (size_t)(q * j->n_blocks)] = part[q];
+        q3n__attend_block(j, &tile, block, partial, r->partial_o + at * (size_t)D, j->n_blocks * D);
+        for (int q = 0; q < tile.n; q++) r->partial[at + (size_t)(q * j->n_blocks)] = partial[q];
     }
 }
 
@@ -6968,12 +6972,12 @@ static void q3n__attend_merge_task(void *arg, int begin, int end)
         const q3n__segment *s = q3n__segment_of(r, t);
         const int visible = r->model->config.causal ? s->state->length + t - s->row0 + 1
                                                     : s->state->length + s->n;
-        q3n__softmax_part run = { -FLT_MAX, 0.0f };
+        q3n__softmax_partial run = { -FLT_MAX, 0.0f };
         float *O = r->attn + (size_t)q * (size_t)D;
         memset(O, 0, (size_t)D * sizeof *O);
         for (int block = 0; block <= (visible - 1) / Q3N__KV_BLOCK; block++) {
             const size_t at = (size_t)q * (size_t)j->n_blocks + (size_t)block;
-            q3n__attend_merge(&run, O, r->part[at], r->part_o + at * (size_t)D, D);
+            q3n__attend_merge(&run, O, r->partial[at], r->partial_o + at * (size_t)D, D);
         }
         for (int x = 0; x < D; x++) O[x] /= run.l;
     }
@@ -7029,7 +7033,7 @@ static void q3n__attention(q3n__run *r, const q3n__layer *w, int layer)
         if (blocks > arg.n_blocks) arg.n_blocks = blocks;
     }
     const int split = r->n <= Q3N__SPLIT_TOKENS && arg.n_blocks > 1 && r->pool->n_threads > 1
-                   && arg.n_blocks <= r->part_blocks;
+                   && arg.n_blocks <= r->partial_blocks;
     if (split) {
         q3n__parallel(r->pool, arg.n_tiles * K * arg.n_blocks, 1, q3n__attend_split_task, &arg);
         q3n__parallel(r->pool, r->n * K * g, 1, q3n__attend_merge_task, &arg);
@@ -7047,58 +7051,58 @@ static void q3n__attention(q3n__run *r, const q3n__layer *w, int layer)
  * [15] DELTANET                                                            >>deltanet
  *
  * The gated delta rule with its convolution (q3n__deltanet, at the end), for runs that store their
- * states and for runs that leave them in the trail.
+ * states and for runs that leave them pending.
  * ===================================================================================== */
 typedef struct {
     const q3n__run   *r;
     const q3n__layer *w;
     int               layer;         /* number among the DeltaNet layers                         */
     int               channels;      /* C                                                        */
-    int               n_cols;        /* columns of a piece of the delta rule                     */
+    int               n_cols;        /* columns of an item of the delta rule                     */
 } q3n__delta_arg;
 
-/* Channels of one piece of the convolution, columns of one piece of the delta rule: a state tile of
+/* Channels of one item of the convolution, columns of one item of the delta rule: a state tile of
  * 128 x 32 floats stays in the first-level cache for all tokens. */
 #define Q3N__CONV_TILE  128
 #define Q3N__DELTA_TILE 32
 
-/* Floats of one head's state that a piece may have on the stack beside the stored one: a tile of
+/* Floats of one head's state that an item may have on the stack beside the stored one: a tile of
  * 128 keys, 16 KiB.  More keys, up to 1024 (Q3N_CONFIG_LIST), have narrower tiles. */
 #define Q3N__DELTA_SCRATCH 4096
 
-/* One segment's rows of u and beta, g: in the trail, behind the n_trail that it holds already, or
- * in the run's scratch.  Both begin with the rows of the trail, if the run trails. */
+/* One segment's rows of u and beta, g: among the pending ones, after the n_pending there already,
+ * or in the run's scratch.  Both begin with the pending rows, if the run is lazy. */
 typedef struct { float *u, *ba; } q3n__delta_rows;
 
 static q3n__delta_rows q3n__delta_rows_of(const q3n__delta_arg *j, const q3n__segment *s)
 {
     const size_t C = (size_t)j->channels;
     const size_t heads2 = 2 * (size_t)j->r->model->config.linear_num_value_heads;
-    const q3n__trail *trail = &s->state->trail;
-    const size_t at = (size_t)j->layer * (size_t)trail->max;
-    if (s->state->trailing)
-        return (q3n__delta_rows){ trail->u[!trail->now] + at * C,
-                                  trail->ba[!trail->now] + at * heads2 };
+    const q3n__pending *pending = &s->state->pending;
+    const size_t at = (size_t)j->layer * (size_t)pending->max;
+    if (s->state->lazy)
+        return (q3n__delta_rows){ pending->u[!pending->now] + at * C,
+                                  pending->ba[!pending->now] + at * heads2 };
     return (q3n__delta_rows){ j->r->u + (size_t)s->row0 * C, j->r->ba + (size_t)s->row0 * heads2 };
 }
 
 /* The rows that the matrices do not hold yet. */
-static q3n__delta_rows q3n__trail_rows(const q3n__delta_arg *j, const q3n__state *s)
+static q3n__delta_rows q3n__pending_rows(const q3n__delta_arg *j, const q3n__state *s)
 {
-    const q3n__trail *trail = &s->trail;
-    const size_t at = (size_t)j->layer * (size_t)trail->max + (size_t)trail->first;
+    const q3n__pending *pending = &s->pending;
+    const size_t at = (size_t)j->layer * (size_t)pending->max + (size_t)pending->first;
     const size_t heads2 = 2 * (size_t)j->r->model->config.linear_num_value_heads;
-    return (q3n__delta_rows){ trail->u[trail->now] + at * (size_t)j->channels,
-                              trail->ba[trail->now] + at * heads2 };
+    return (q3n__delta_rows){ pending->u[pending->now] + at * (size_t)j->channels,
+                              pending->ba[pending->now] + at * heads2 };
 }
 
 /* Rows of u that stand before the segment's own. */
 static int q3n__delta_before(const q3n__segment *s)
 {
-    return s->state->trailing ? s->state->n_trail : 0;
+    return s->state->lazy ? s->state->n_pending : 0;
 }
 
-/* u = silu(conv(q | k | v)): pieces are channel tiles. */
+/* u = silu(conv(q | k | v)): items are channel tiles. */
 static void q3n__conv_task(void *arg, int begin, int end)
 {
     const q3n__delta_arg *j = (const q3n__delta_arg *)arg;
@@ -7121,12 +7125,12 @@ static void q3n__conv_task(void *arg, int begin, int end)
             .n = s->n, .width = width, .n_channels = C, .c0 = c0, .c1 = c1,
         };
         if (before > 0) {
-            const float *from = q3n__trail_rows(j, st).u;
+            const float *from = q3n__pending_rows(j, st).u;
             for (int t = 0; t < before; t++)
                 memcpy(u + (size_t)t * (size_t)C + c0, from + (size_t)t * (size_t)C + c0, bytes);
         }
-        if (st->trailing && s->n > 1) {
-            float *x = st->trail.x + (size_t)j->layer * (size_t)st->trail.max * (size_t)C;
+        if (st->lazy && s->n > 1) {
+            float *x = st->pending.x + (size_t)j->layer * (size_t)st->pending.max * (size_t)C;
             for (int t = 0; t < s->n; t++)
                 memcpy(x + (size_t)t * (size_t)C + c0, call.x + (size_t)t * (size_t)rows + c0,
                        bytes);
@@ -7151,7 +7155,7 @@ static void q3n__delta_prepare_task(void *arg, int begin, int end)
         const int before = q3n__delta_before(s);
         const size_t row = (size_t)(before + t - s->row0);
         if (t == s->row0 && before > 0)
-            memcpy(rows.ba, q3n__trail_rows(j, s->state).ba,
+            memcpy(rows.ba, q3n__pending_rows(j, s->state).ba,
                    (size_t)before * 2 * (size_t)Hv * sizeof *rows.ba);
         for (int h = 0; h < 2 * Hk; h++) {                   /* the q heads, then the k heads */
             float *x = rows.u + row * (size_t)j->channels + (size_t)h * (size_t)dk;
@@ -7194,16 +7198,16 @@ static q3n__delta q3n__delta_call(const q3n__delta_arg *j, const q3n__delta_rows
     };
 }
 
-/* The trail's rows into the matrices in place. */
+/* The pending rows into the matrices in place. */
 static void q3n__delta_catch_up(const q3n__delta_arg *j, const q3n__state *s, int h, int col0)
 {
     const q3n_config *c = &j->r->model->config;
-    const q3n__delta_rows rows = q3n__trail_rows(j, s);
+    const q3n__delta_rows rows = q3n__pending_rows(j, s);
     q3n__delta call = q3n__delta_call(j, &rows, h, col0);
     call.S = call.S_out = s->delta
         + ((size_t)j->layer * (size_t)c->linear_num_value_heads + (size_t)h)
           * (size_t)call.dk * (size_t)call.dv;
-    call.n = call.n_store = s->trail.n;
+    call.n = call.n_store = s->pending.n;
     j->r->k->delta(&call);
 }
 
@@ -7212,7 +7216,7 @@ static int q3n__delta_tiles(const q3n__delta_arg *j)
     return (j->r->model->config.linear_value_head_dim + j->n_cols - 1) / j->n_cols;
 }
 
-/* Pieces are (segment, value head, column tile), each over all of the segment's tokens. */
+/* Items are (segment, value head, column tile), each over all of the segment's tokens. */
 static void q3n__delta_task(void *arg, int begin, int end)
 {
     const q3n__delta_arg *j = (const q3n__delta_arg *)arg;
@@ -7228,12 +7232,12 @@ static void q3n__delta_task(void *arg, int begin, int end)
         const size_t at = ((size_t)j->layer * (size_t)Hv + (size_t)h)
                         * (size_t)call.dk * (size_t)call.dv;
         const int before = q3n__delta_before(s);
-        if (!st->trailing && st->n_trail > 0) q3n__delta_catch_up(j, st, h, col0);
+        if (!st->lazy && st->n_pending > 0) q3n__delta_catch_up(j, st, h, col0);
         call.S = st->delta + at;
-        call.S_out = (st->trailing ? st->delta : st->delta_out) + at;
+        call.S_out = (st->lazy ? st->delta : st->delta_out) + at;
         call.n = before + s->n;
-        call.n_store = st->trailing ? before : call.n;
-        call.n_quiet = before;
+        call.n_store = st->lazy ? before : call.n;
+        call.n_skip = before;
         call.scratch = scratch;
         call.o = r->mixed + ((size_t)s->row0 * (size_t)Hv + (size_t)h) * (size_t)call.dv
                - (size_t)before * (size_t)call.o_stride;
@@ -7241,47 +7245,47 @@ static void q3n__delta_task(void *arg, int begin, int end)
     }
 }
 
-/* Columns of a piece: a tile that stays in the cache for all tokens; whole rows for one token: it
+/* Columns of an item: a tile that stays in the cache for all tokens; whole rows for one token: it
  * needs no scratch, and memory is read in longer stretches (AVX-512: 5.5 microseconds a head, in
  * tiles 6.5). */
-static int q3n__delta_columns(const q3n__run *r, int pieces)
+static int q3n__delta_columns(const q3n__run *r, int items)
 {
     const q3n_config *c = &r->model->config;
     const int dk = c->linear_key_head_dim, dv = c->linear_value_head_dim;
     int n = Q3N__DELTA_TILE;
     while (n * dk > Q3N__DELTA_SCRATCH) n /= 2;
-    return r->n == r->n_segments && pieces >= 4 * r->pool->n_threads ? dv : n;
+    return r->n == r->n_segments && items >= 4 * r->pool->n_threads ? dv : n;
 }
 
-/* Pieces are (DeltaNet layer, value head): the trail of segment 0 into the matrices. */
-static void q3n__settle_task(void *arg, int begin, int end)
+/* Items are (DeltaNet layer, value head): the pending rows of segment 0 into the matrices. */
+static void q3n__flush_task(void *arg, int begin, int end)
 {
     q3n__delta_arg j = *(const q3n__delta_arg *)arg;
     const int Hv = j.r->model->config.linear_num_value_heads;
     const q3n__state *s = j.r->segments[0].state;
     for (int i = begin; i < end; i++) {
         j.layer = i / Hv;
-        if (s->trail.applied[j.layer]) continue;
+        if (s->pending.applied[j.layer]) continue;
         for (int tile = 0; tile < q3n__delta_tiles(&j); tile++)
             q3n__delta_catch_up(&j, s, i % Hv, tile * j.n_cols);
     }
 }
 
-/* Make the matrices hold the whole text: nothing trails afterwards. */
-static void q3n__settle(q3n__run *r, q3n__state *s, int n_delta)
+/* Make the matrices hold the whole text: no row is pending afterwards. */
+static void q3n__flush(q3n__run *r, q3n__state *s, int n_delta)
 {
-    if (s->trail.n == 0) return;
+    if (s->pending.n == 0) return;
     const q3n__segment segment = { s, 0, 0 };
     const q3n_config *c = &r->model->config;
     q3n__delta_arg arg = { r, NULL, 0, (int)q3n__config_channels(c), Q3N__DELTA_TILE };
     r->segments = &segment;
-    q3n__parallel(r->pool, n_delta * c->linear_num_value_heads, 1, q3n__settle_task, &arg);
+    q3n__parallel(r->pool, n_delta * c->linear_num_value_heads, 1, q3n__flush_task, &arg);
     r->segments = NULL;
-    s->trail.n = 0;
-    memset(s->trail.applied, 0, (size_t)n_delta);
+    s->pending.n = 0;
+    memset(s->pending.applied, 0, (size_t)n_delta);
 }
 
-/* The convolution's columns behind the first n tokens of a run that trailed, to conv_out. */
+/* The convolution's columns after the first n tokens of a lazy run, to conv_out. */
 static void q3n__conv_rewind(const q3n__run *r, q3n__state *s, int n_delta, int n)
 {
     const q3n_config *c = &r->model->config;
@@ -7289,7 +7293,7 @@ static void q3n__conv_rewind(const q3n__run *r, q3n__state *s, int n_delta, int 
     const int back = c->linear_conv_kernel_dim - 1;
     for (int l = 0; l < n_delta; l++) {
         const float *before = s->conv + (size_t)l * (size_t)back * C;
-        const float *x = s->trail.x + (size_t)l * (size_t)s->trail.max * C;
+        const float *x = s->pending.x + (size_t)l * (size_t)s->pending.max * C;
         float *out = s->conv_out + (size_t)l * (size_t)back * C;
         for (int i = 0; i < back; i++)
             memcpy(out + (size_t)i * C, i + n < back ? before + (size_t)(i + n) * C
@@ -7348,8 +7352,8 @@ static void q3n__deltanet(q3n__run *r, const q3n__layer *w, int layer)
     q3n__parallel(r->pool, r->n_segments * Hv * q3n__delta_tiles(&arg), arg.n_cols > 64 ? 1 : 4,
                   q3n__delta_task, &arg);
     for (int i = 0; i < r->n_segments; i++)
-        if (r->segments[i].state->n_trail > 0)
-            r->segments[i].state->trail.applied[layer] = 1;
+        if (r->segments[i].state->n_pending > 0)
+            r->segments[i].state->pending.applied[layer] = 1;
     q3n__parallel(r->pool, r->n, 1, q3n__delta_gate_task, &arg);
 
     const q3n__linear out = { &w->out_proj, NULL, r->mixed, r->mixed_q, r->b,
@@ -7467,9 +7471,9 @@ static void q3n__ffn_half(const q3n__ffn_arg *j, const q3n__ffn *f, int is_up, i
     q3n__matmul_tiled(j->r->k, w->type, &m);
 }
 
-/* up = up(x) * silu(gate(x)): pieces are row blocks of all FFNs, multiples of the columns of a
+/* up = up(x) * silu(gate(x)): items are row blocks of all FFNs, multiples of the columns of a
  * q3n__x8.  Rows of FFNs of one width lie together; the shared expert's, of another width, lie
- * behind, at a multiple of its own width. */
+ * after, at a multiple of its own width. */
 static void q3n__ffn_up_task(void *arg, int begin, int end)
 {
     const q3n__ffn_arg *j = (const q3n__ffn_arg *)arg;
@@ -7494,11 +7498,11 @@ static void q3n__ffn_up_task(void *arg, int begin, int end)
     }
 }
 
-/* With few tokens long pieces of one expert are read: where reading jumps, it stops. */
+/* With few tokens long ranges of one expert are read: where reading jumps, it stops. */
 #define Q3N__FEW_TOKENS   4
 #define Q3N__FEW_ROW_TILE (Q3N__TOKEN_TILE * Q3N__ROW_TILE / Q3N__FEW_TOKENS)
 
-/* y[row] = sum over FFNs, in their order, of weight * down(up): pieces are blocks of output
+/* y[row] = sum over FFNs, in their order, of weight * down(up): items are blocks of output
  * columns, so each output is summed by one thread in one order. */
 static void q3n__ffn_down_task(void *arg, int begin, int end)
 {
@@ -7716,7 +7720,7 @@ static void q3n__mtp_input_task(void *arg, int begin, int end)
  *
  *     x = fc [norm(embed(token[p])); norm(h[p - 1])]     one decoder layer;  norm
  *
- * Row p is about the token behind token[p]; its key lies in slot p of the module's layer, so slot 0
+ * Row p is about the token after token[p]; its key lies in slot p of the module's layer, so slot 0
  * has none (kv.skip).  tokens [n] are those at the rows' positions, hidden [n, d] the trunk's final
  * norm of the positions before, or the module's own output there.  Afterwards r->a holds the
  * module's output. */
@@ -7823,7 +7827,7 @@ static void q3n__page_copy(const q3n__shape *shape, q3n__page *to, q3n__page *fr
 {
     const q3n__kv_cache kv = { NULL, shape->kv_type, shape->n_kv_heads, shape->head_dim, 0 };
     const size_t D = (size_t)shape->head_dim, e = q3n__kv_element(shape->kv_type);
-    const size_t part = q3n__kv_part_bytes(kv.type, kv.dim);
+    const size_t side = q3n__kv_side_bytes(kv.type, kv.dim);
     const size_t scales = q3n__kv_scales_at(kv.type, kv.dim);
     const int n_layers = from->n_layers < to->n_layers ? from->n_layers : to->n_layers;
     memcpy(to->tokens, from->tokens, (size_t)n * sizeof *to->tokens);
@@ -7832,10 +7836,10 @@ static void q3n__page_copy(const q3n__shape *shape, q3n__page *to, q3n__page *fr
         const uint8_t *x = q3n__page_block(from, &kv, 0, i);
         for (size_t d = 0; d < D; d++)
             memcpy(y + d * Q3N__KV_BLOCK * e, x + d * Q3N__KV_BLOCK * e, (size_t)n * e);
-        memcpy(y + part, x + part, (size_t)n * D * e);
+        memcpy(y + side, x + side, (size_t)n * D * e);
         if (!q3n__is_quantised(kv.type)) continue;
         memcpy(y + scales, x + scales, (size_t)n * sizeof(float));
-        memcpy(y + part + scales, x + part + scales, (size_t)n * sizeof(float));
+        memcpy(y + side + scales, x + side + scales, (size_t)n * sizeof(float));
     }
     to->n_used = n;
 }
@@ -7856,8 +7860,8 @@ struct q3n_snapshot {
     q3n__page      **page;       /* [n_pages]                                                    */
     void            *delta;      /* [shape.delta_len] of delta_type                              */
     float           *conv;       /* [shape.conv_len]                                             */
-    float           *hidden;     /* [d] of the last token, behind the final norm                 */
-    float           *logits;     /* [vocab] behind the last token                                */
+    float           *hidden;     /* [d] of the last token, after the final norm                  */
+    float           *logits;     /* [vocab] after the last token                                 */
 };
 
 static void q3n__snapshot_layout(q3n__arena *a, q3n_snapshot *s)
@@ -7919,22 +7923,22 @@ static void q3n__snapshot_release(q3n_snapshot *s)   /* NULL is allowed */
 /* How many of tokens [n] the snapshot's text begins with. */
 static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t *tokens, int n)
 {
-    const int most = length < n ? length : n;
-    for (int i = 0; i < most; i += Q3N__KV_BLOCK) {
+    const int max = length < n ? length : n;
+    for (int i = 0; i < max; i += Q3N__KV_BLOCK) {
         const int32_t *x = page[i / Q3N__KV_BLOCK]->tokens;
-        const int some = most - i < Q3N__KV_BLOCK ? most - i : Q3N__KV_BLOCK;
-        if (memcmp(x, tokens + i, (size_t)some * sizeof *x) == 0) continue;
+        const int count = max - i < Q3N__KV_BLOCK ? max - i : Q3N__KV_BLOCK;
+        if (memcmp(x, tokens + i, (size_t)count * sizeof *x) == 0) continue;
         int t = 0;
         while (x[t] == tokens[i + t]) t++;
         return i + t;
     }
-    return most;
+    return max;
 }
 
 /* =====================================================================================
  * [18] SESSION FILES                                                  >>session-files
  *
- * A snapshot to bytes and back (SESSION FILE FORMAT).  One walk over its parts serves both ways.
+ * A snapshot to bytes and back (SESSION FILE FORMAT).  One walk over its sections serves both ways.
  * What is read is hostile: sizes come from the shape, pages are made as their bytes arrive, and
  * nothing is handed out before the last hash is right.
  * ===================================================================================== */
@@ -8118,12 +8122,12 @@ static q3n_result q3n__session_header_check(const q3n__session_header *h, const 
     return q3n__session_header_numbers(h, &want, err);
 }
 
-/* ---- Parts: the same walk writes and reads ---- */
+/* ---- Sections: the same walk writes and reads ---- */
 typedef struct {
     const q3n_sink   *sink;      /* NULL = read from source                                      */
     const q3n_source *source;
     int64_t           size;      /* of the file that is read, -1 = not known                     */
-    q3n__hash         hash;      /* of the parts so far                                          */
+    q3n__hash         hash;      /* of the sections so far                                       */
     uint64_t          at, bytes; /* so far, in all                                               */
     size_t            kv_bytes;  /* of one page's keys and values                                */
     q3n_error        *err;
@@ -8153,14 +8157,14 @@ static q3n_result q3n__stream_blocks(q3n__stream *s, void *data, size_t bytes)
 /* Bytes are hashed in steps that stay in the processor's cache between file and hash. */
 #define Q3N__STREAM_STEP ((size_t)128 << 10)
 
-static q3n_result q3n__stream_part(q3n__stream *s, void *data, size_t bytes)
+static q3n_result q3n__stream_section(q3n__stream *s, void *data, size_t bytes)
 {
     uint8_t *p = (uint8_t *)data, last[64] = { 0 };
     const size_t tail = bytes % sizeof last;
     q3n_result r = Q3N_OK;
-    for (size_t left = bytes - tail, some; left > 0 && r == Q3N_OK; left -= some, p += some) {
-        some = left < Q3N__STREAM_STEP ? left : Q3N__STREAM_STEP;
-        r = q3n__stream_blocks(s, p, some);
+    for (size_t left = bytes - tail, count; left > 0 && r == Q3N_OK; left -= count, p += count) {
+        count = left < Q3N__STREAM_STEP ? left : Q3N__STREAM_STEP;
+        r = q3n__stream_blocks(s, p, count);
     }
     if (tail == 0 || r != Q3N_OK) return r;
     if (s->sink) memcpy(last, p, tail);
@@ -8173,15 +8177,15 @@ static q3n_result q3n__stream_part(q3n__stream *s, void *data, size_t bytes)
 static q3n_result q3n__stream_arrays(q3n__stream *s, const q3n_snapshot *snap)
 {
     const q3n__shape *h = &snap->shape;
-    const struct { void *data; size_t bytes; } part[] = {
+    const struct { void *data; size_t bytes; } section[] = {
         { snap->delta, h->delta_len * (size_t)q3n__types[snap->delta_type].block_bytes },
         { snap->conv, h->conv_len * sizeof(float) },
         { snap->hidden, snap->has_hidden ? (size_t)h->hidden_size * sizeof(float) : 0 },
         { snap->logits, snap->has_logits ? (size_t)h->vocab_size * sizeof(float) : 0 },
     };
     q3n_result r = Q3N_OK;
-    for (size_t i = 0; i < sizeof part / sizeof *part && r == Q3N_OK; i++)
-        r = q3n__stream_part(s, part[i].data, part[i].bytes);
+    for (size_t i = 0; i < sizeof section / sizeof *section && r == Q3N_OK; i++)
+        r = q3n__stream_section(s, section[i].data, section[i].bytes);
     return r;
 }
 
@@ -8191,9 +8195,9 @@ static q3n_result q3n__stream_gap(q3n__stream *s, size_t bytes)
 {
     uint8_t zeros[1024] = { 0 };
     q3n_result r = Q3N_OK;
-    for (size_t some; bytes > 0 && r == Q3N_OK; bytes -= some) {
-        some = bytes < sizeof zeros ? bytes : sizeof zeros;
-        r = q3n__stream_blocks(s, zeros, some);
+    for (size_t count; bytes > 0 && r == Q3N_OK; bytes -= count) {
+        count = bytes < sizeof zeros ? bytes : sizeof zeros;
+        r = q3n__stream_blocks(s, zeros, count);
     }
     return r;
 }
@@ -8203,14 +8207,14 @@ static q3n_result q3n__stream_page(q3n__stream *s, const q3n__shape *shape, q3n_
 {
     const size_t room = q3n__page_bytes(shape, page->n_layers) - Q3N__PAGE_HEAD;
     const size_t bytes = room < s->kv_bytes ? room : s->kv_bytes;
-    q3n_result r = q3n__stream_part(s, page->tokens, sizeof page->tokens);
-    if (r == Q3N_OK) r = q3n__stream_part(s, (uint8_t *)page + Q3N__PAGE_HEAD, bytes);
+    q3n_result r = q3n__stream_section(s, page->tokens, sizeof page->tokens);
+    if (r == Q3N_OK) r = q3n__stream_section(s, (uint8_t *)page + Q3N__PAGE_HEAD, bytes);
     return r == Q3N_OK ? q3n__stream_gap(s, s->kv_bytes - bytes) : r;
 }
 
 /* ---- Writing ---- */
 
-/* The used slots of a snapshot's last page, zeros behind them; NULL without memory. */
+/* The used slots of a snapshot's last page, zeros after them; NULL without memory. */
 static q3n__page *q3n__snapshot_last_page(const q3n_snapshot *s)
 {
     q3n__page *p = q3n__page_alloc(s->model, &s->shape);
@@ -8346,7 +8350,7 @@ static q3n_result q3n__snapshot_save(const q3n_snapshot *s, const char *path, q3
     return q3n__output_close(&out, r, err);
 }
 
-/* As q3n__snapshot_read; a file that goes on behind its end is refused. */
+/* As q3n__snapshot_read; a file that goes on after its end is refused. */
 static q3n_result q3n__snapshot_open(q3n_snapshot **out, const q3n_model *m,
                                      const q3n__shape *shape, int capacity, const char *path,
                                      q3n_error *err)
@@ -8430,7 +8434,7 @@ static void q3n__cache_keys(const q3n_cache *c, const q3n__shape *shape, q3n_typ
     key[1] = q3n__cache_key(c, &other, delta_type);
 }
 
-/* Takes up the chain behind tokens that are in it; q3n__mix64 makes it a hash. */
+/* Takes up the chain after tokens that are in it; q3n__mix64 makes it a hash. */
 #define Q3N__TEXT_START Q3N__GOLDEN
 
 static uint64_t q3n__text_chain(uint64_t chain, const int32_t *tokens, int n)
@@ -8567,7 +8571,7 @@ static int q3n__cache_pages_reserve(q3n_cache *c, size_t n)
     return 1;
 }
 
-/* Free a slot; those behind it move up to where they are looked for. */
+/* Free a slot; those after it move up to where they are looked for. */
 static void q3n__cache_page_remove(q3n_cache *c, size_t hole)
 {
     const size_t mask = c->page_room - 1;
@@ -8928,11 +8932,11 @@ static int q3n__cache_touch(q3n_cache *c, const q3n__shape *shape, q3n_type delt
  * of equals the one under the first key; -1 = none.  One pass over the tokens, as far as there are
  * items. */
 static int q3n__cache_longest(const q3n_cache *c, const uint64_t key[2], const int32_t *tokens,
-                              int n, int least)
+                              int n, int min)
 {
     uint64_t chain = Q3N__TEXT_START;
     int longest = -1, done = 0;
-    for (int i = q3n__cache_lower(c, least + 1, 0, 0); i < c->n_items; i++) {
+    for (int i = q3n__cache_lower(c, min + 1, 0, 0); i < c->n_items; i++) {
         const q3n__cache_item *e = &c->items[i];
         if (e->length > n) break;
         if ((e->key != key[0] && e->key != key[1]) || (!e->snap && !e->has_file)) continue;
@@ -8952,15 +8956,15 @@ static int q3n__cache_longest(const q3n_cache *c, const uint64_t key[2], const i
  * they are longer than what is in memory.  Counts a hit, or without one whether the caller begins
  * at `least` tokens of its own or at none. */
 static q3n_snapshot *q3n__cache_find(q3n_cache *c, const q3n__shape *shape, q3n_type delta_type,
-                                     const int32_t *tokens, int n, int least)
+                                     const int32_t *tokens, int n, int min)
 {
     uint64_t key[2];
     q3n_snapshot *snap = NULL;
     q3n__cache_keys(c, shape, delta_type, key);
-    for (int most = n, tries = 0; !snap && tries < Q3N__CACHE_TRIES; tries++) {
+    for (int max = n, tries = 0; !snap && tries < Q3N__CACHE_TRIES; tries++) {
         q3n__cache_item e;
         q3n__mutex_lock(&c->mutex);
-        const int i = q3n__cache_longest(c, key, tokens, most, least);
+        const int i = q3n__cache_longest(c, key, tokens, max, min);
         if (i >= 0) {
             e = c->items[i];
             if (e.snap && q3n__snapshot_is_prefix(e.snap, tokens, n)) {
@@ -8971,7 +8975,7 @@ static q3n_snapshot *q3n__cache_find(q3n_cache *c, const q3n__shape *shape, q3n_
         }
         q3n__mutex_unlock(&c->mutex);
         if (i < 0) break;
-        most = e.length - 1;
+        max = e.length - 1;
         if (!snap && e.has_file) {
             snap = q3n__cache_load(c, &e, shape, tokens);
             if (snap) q3n__cache_put(c, snap, e.marked);
@@ -8979,7 +8983,7 @@ static q3n_snapshot *q3n__cache_find(q3n_cache *c, const q3n__shape *shape, q3n_
     }
     q3n__mutex_lock(&c->mutex);
     if (snap)           c->n_hits++;
-    else if (least > 0) c->n_own++;
+    else if (min > 0) c->n_own++;
     else                c->n_misses++;
     q3n__mutex_unlock(&c->mutex);
     return snap;
@@ -9257,7 +9261,7 @@ static void q3n__run_layout(q3n__arena *a, q3n__engine *e)
     if (e->model->has_quantised) q3n__run_layout_quantised(a, e);
 }
 
-/* Everything behind the engine's struct; threads come last: *threads gets their bytes. */
+/* Everything after the engine's struct; threads come last: *threads gets their bytes. */
 static void q3n__engine_layout(q3n__arena *a, q3n__engine *e, size_t *threads)
 {
     const size_t n = (size_t)e->options.batch, d = (size_t)e->model->config.hidden_size;
@@ -9286,7 +9290,7 @@ static size_t q3n__split_bytes(const q3n__engine *e, int n_blocks)
 {
     const size_t D = (size_t)e->model->config.head_dim;
     return q3n__split_queries(e) * (size_t)n_blocks * (sizeof(float) * D
-                                                       + sizeof(q3n__softmax_part));
+                                                       + sizeof(q3n__softmax_partial));
 }
 
 /* Blocks that the scratch is made for when a text has n: it doubles, so that it seldom grows. */
@@ -9302,13 +9306,13 @@ static int q3n__split_room(const q3n__engine *e, int n_blocks)
 static void q3n__engine_reserve(q3n__engine *e, int n_blocks)
 {
     const int room = q3n__split_room(e, n_blocks);
-    if (room <= e->run.part_blocks) return;
+    if (room <= e->run.partial_blocks) return;
     q3n__free(&e->model->allocator, e->split);
     e->split = q3n__alloc(&e->model->allocator, q3n__split_bytes(e, room));
-    e->run.part_blocks = e->split ? room : 0;
-    e->run.part_o = (float *)e->split;
-    e->run.part = e->split ? (q3n__softmax_part *)(void *)(e->run.part_o + q3n__split_queries(e)
-                             * (size_t)room * (size_t)e->model->config.head_dim) : NULL;
+    e->run.partial_blocks = e->split ? room : 0;
+    e->run.partial_o = (float *)e->split;
+    const size_t at = q3n__split_queries(e) * (size_t)room * (size_t)e->model->config.head_dim;
+    e->run.partial = e->split ? (q3n__softmax_partial *)(void *)(e->run.partial_o + at) : NULL;
 }
 
 static q3n_result q3n__engine_open(q3n__engine *e, q3n_error *err)
@@ -9373,7 +9377,7 @@ static void q3n__engine_learn(q3n__engine *e, int rows, int64_t us)
  * [21] SESSION                                                              >>session
  *
  * Evaluation as transactions.  Between calls a session holds its text; a call works beside it -
- * in a second set of matrices, in slots of pages behind the text, in the trail - and ends with
+ * in a second set of matrices, in slots of pages after the text, in pending rows - and ends with
  * q3n__session_commit, or with q3n__session_rollback, which takes no more than forgetting.
  * ===================================================================================== */
 
@@ -9412,7 +9416,7 @@ struct q3n_session {
     unsigned char      *owned;        /* [n_blocks] 1 = no other session appends to the page      */
     float              *hidden;       /* [Q3N__HIDDEN_ROWS, d], without a module [1, d]           */
     q3n__unread         unread;
-    float              *logits;       /* [vocab] behind the last token                            */
+    float              *logits;       /* [vocab] after the last token                             */
     int                 has_logits;
     int64_t            *counts;       /* of experts: [layer][E]                                   */
 
@@ -9442,11 +9446,11 @@ static q3n__engine *q3n__batch_engine(q3n_batch *b);
 
 /* ---- Memory ---- */
 
-/* The trail's rows: two calls' of one token each, or of a token and its drafts. */
-static void q3n__trail_layout(q3n__arena *a, q3n_session *s)
+/* The pending rows: two calls' of one token each, or of a token and its drafts. */
+static void q3n__pending_layout(q3n__arena *a, q3n_session *s)
 {
     const q3n_config *c = &s->model->config;
-    q3n__trail *t = &s->state.trail;
+    q3n__pending *t = &s->state.pending;
     t->max = s->options.speculate ? 2 * (Q3N_MAX_DRAFT + 1) : 2;
     const size_t n = (size_t)s->n_delta * (size_t)t->max;
     for (int i = 0; i < 2; i++) {
@@ -9459,7 +9463,7 @@ static void q3n__trail_layout(q3n__arena *a, q3n_session *s)
     t->applied = (unsigned char *)q3n__arena_take(a, (size_t)s->n_delta, 1);
 }
 
-/* Measure (a->base NULL) or hand out everything behind the session struct; own: its own engine. */
+/* Measure (a->base NULL) or hand out everything after the session struct; own: its own engine. */
 static void q3n__session_layout(q3n__arena *a, q3n_session *s, q3n__engine *own,
                                 q3n_session_memory *m)
 {
@@ -9473,7 +9477,7 @@ static void q3n__session_layout(q3n__arena *a, q3n_session *s, q3n__engine *own,
     for (int i = 0; i < 2; i++) s->conv[i] = (float *)q3n__arena_take(a, s->shape.conv_len, f);
     m->conv_state = a->used - at;
     at = a->used;
-    if (s->n_delta > 0) q3n__trail_layout(a, s);
+    if (s->n_delta > 0) q3n__pending_layout(a, s);
     s->hidden = (float *)q3n__arena_take(a, s->shape.has_mtp ? Q3N__HIDDEN_ROWS : 1, f * d);
     s->work_hidden = (float *)q3n__arena_take(a, d, f);
     s->logits = (float *)q3n__arena_take(a, V, f);
@@ -9650,9 +9654,9 @@ static void q3n__session_clear(q3n_session *s)
 {
     s->length = s->has_logits = 0;
     s->unread = (q3n__unread){ 0, 0, 0, 1 };
-    s->state.trail.n = 0;
+    s->state.pending.n = 0;
     if (s->n_delta) {
-        memset(s->state.trail.applied, 0, (size_t)s->n_delta);
+        memset(s->state.pending.applied, 0, (size_t)s->n_delta);
         memset(s->delta[s->delta_now], 0, s->shape.delta_len * sizeof(float));
         memset(s->conv[s->conv_now], 0, s->shape.conv_len * sizeof(float));
     }
@@ -9671,24 +9675,24 @@ static int q3n__first_within(int first, int length)
     return first < length ? first : length > 0 ? length : 1;
 }
 
-static void q3n__session_settle(q3n_session *s, q3n__engine *e)
+static void q3n__session_flush(q3n_session *s, q3n__engine *e)
 {
     s->state.delta = s->delta[s->delta_now];
-    q3n__settle(&e->run, &s->state, s->n_delta);
+    q3n__flush(&e->run, &s->state, s->n_delta);
 }
 
 static void q3n__mtp_flush(q3n_session *s, q3n__engine *e);
 
-/* Begin a call behind the session's text.  What a cancelled call did to the matrices is finished
+/* Begin a call after the session's text.  What a cancelled call did to the matrices is finished
  * first: it changes nothing that can be seen. */
 static void q3n__session_begin(q3n_session *s, q3n__engine *e)
 {
     const size_t d = (size_t)s->shape.hidden_size;
-    if (s->n_delta && memchr(s->state.trail.applied, 1, (size_t)s->n_delta))
-        q3n__session_settle(s, e);
+    if (s->n_delta && memchr(s->state.pending.applied, 1, (size_t)s->n_delta))
+        q3n__session_flush(s, e);
     s->state.length = s->length;
     s->state.kv_valid = 0;
-    s->state.trailing = 0;
+    s->state.lazy = 0;
     s->begun = s->deferred = 0;
     s->work_mtp = s->unread.mtp_length;
     s->work_first = s->unread.mtp_first;
@@ -9702,25 +9706,25 @@ static void q3n__session_begin(q3n_session *s, q3n__engine *e)
                * (size_t)s->model->config.num_experts * sizeof *s->counts);
 }
 
-/* The text becomes what was evaluated: its first n tokens if the call trailed, else all (n < 0). */
+/* The text becomes what was evaluated: its first n tokens if the call was lazy, all if n < 0. */
 static void q3n__session_commit(q3n_session *s, q3n__engine *e, int n)
 {
     q3n__state *st = &s->state;
     const int ran = st->length - s->length;
     const size_t d = (size_t)s->shape.hidden_size;
     if (n >= 0) st->length = s->length + n;
-    if (st->trailing) {
+    if (st->lazy) {
         if (n >= 0 && n < ran) q3n__conv_rewind(&e->run, st, s->n_delta, n);
         s->conv_now ^= 1;
-        st->trail.now ^= 1;
-        st->trail.first = st->trail.n;
-        st->trail.n = n < 0 ? ran : n;
+        st->pending.now ^= 1;
+        st->pending.first = st->pending.n;
+        st->pending.n = n < 0 ? ran : n;
     } else if (s->begun) {
         s->conv_now ^= 1;
         s->delta_now ^= 1;
-        st->trail.n = 0;
+        st->pending.n = 0;
     }
-    if (s->n_delta) memset(st->trail.applied, 0, (size_t)s->n_delta);
+    if (s->n_delta) memset(st->pending.applied, 0, (size_t)s->n_delta);
     if (s->has_saved) q3n__session_drop(s, s->saved_page);
     if (s->counts && st->expert_counts) {               /* not in q3n__session_rewind */
         const size_t n_counts = (size_t)s->model->config.num_hidden_layers
@@ -9732,7 +9736,7 @@ static void q3n__session_commit(q3n_session *s, q3n__engine *e, int n)
         st->kv.page[b]->n_used = q3n__slots_of(st->length, b);
         for (int i = b + 1; i < q3n__blocks_of(s->length + ran); i++) st->kv.page[i]->n_used = 0;
     }
-    s->has_saved = s->begun = st->trailing = s->has_logits = 0;
+    s->has_saved = s->begun = st->lazy = s->has_logits = 0;
     s->length = st->length;
     s->unread.mtp_first = q3n__first_within(s->work_first, s->length);
     if (s->deferred) {
@@ -9754,7 +9758,7 @@ static void q3n__session_rollback(q3n_session *s)
         memcpy(s->state.kv.page, s->saved_page, (size_t)s->n_blocks * sizeof *s->saved_page);
         memcpy(s->owned, s->saved_owned, (size_t)s->n_blocks);
     }
-    s->has_saved = s->begun = s->deferred = s->state.trailing = 0;
+    s->has_saved = s->begun = s->deferred = s->state.lazy = 0;
     s->state.length = s->length;
 }
 
@@ -9765,7 +9769,7 @@ typedef struct {
     q3n_session   *s;
     const int32_t *tokens;
     int            n, last;
-} q3n__part;
+} q3n__chunk;
 
 /* Point the layers at the state that the pass reads and at the one that it writes. */
 static void q3n__session_point(q3n_session *s, int n, int last)
@@ -9773,9 +9777,9 @@ static void q3n__session_point(q3n_session *s, int n, int last)
     q3n__state *st = &s->state;
     const int from_delta = s->begun ? !s->delta_now : s->delta_now;
     const int from_conv = s->begun ? !s->conv_now : s->conv_now;
-    st->n_trail = s->begun ? 0 : st->trail.n;
-    st->trailing = s->n_delta > 0 && last && !s->begun && 2 * n <= st->trail.max
-                 && (n == 1 || st->trail.x);
+    st->n_pending = s->begun ? 0 : st->pending.n;
+    st->lazy = s->n_delta > 0 && last && !s->begun && 2 * n <= st->pending.max
+                 && (n == 1 || st->pending.x);
     st->delta = s->delta[from_delta];
     st->delta_out = s->delta[!s->delta_now];
     st->conv = s->conv[from_conv];
@@ -9794,18 +9798,18 @@ static const float *q3n__mtp_run(q3n_session *s, q3n__engine *e, const int32_t *
     st.kv.skip = s->work_first;
     st.kv_valid = 0;
     st.expert_counts = NULL;
-    int some = 0;
-    for (int i = 0; i < n; i += some) {
-        some = n - i < e->options.batch ? n - i : e->options.batch;
+    int count = 0;
+    for (int i = 0; i < n; i += count) {
+        count = n - i < e->options.batch ? n - i : e->options.batch;
         st.length = first + i;
-        const q3n__segment segment = { &st, 0, some };
+        const q3n__segment segment = { &st, 0, count };
         e->run.segments = &segment;
         e->run.n_segments = 1;
-        e->run.n = some;
+        e->run.n = count;
         q3n__mtp_forward(&e->run, tokens + i, hidden + (size_t)i * d);
     }
     e->run.segments = NULL;
-    return e->run.a + (size_t)(some - 1) * d;
+    return e->run.a + (size_t)(count - 1) * d;
 }
 
 /* Keys of the module for all tokens of the text: afterwards one row of hidden is left. */
@@ -9832,7 +9836,7 @@ static void q3n__mtp_follow(q3n_session *s, q3n__engine *e, const int32_t *token
     int first = s->work_mtp > p ? s->work_mtp : p;
     if (first < 1) first = 1;
     if (first < p + n) {
-        float *before = e->hidden + (size_t)row0 * d;  /* the row before row0: of another part */
+        float *before = e->hidden + (size_t)row0 * d;  /* the row before row0: of another chunk */
         memcpy(e->row, before, d * sizeof(float));
         memcpy(before, s->work_hidden, d * sizeof(float));
         q3n__mtp_run(s, e, tokens + (first - p), before + (size_t)(first - p) * d, first,
@@ -9870,37 +9874,37 @@ static void q3n__session_advance(q3n_session *s, q3n__engine *e, const int32_t *
     s->begun = 1;
 }
 
-/* One pass over all parts, at most `batch` tokens together; the sessions have begun and have pages.
- * Afterwards q3n__engine_rows has the rows of all parts, one after another.  Q3N_ERR_CANCELLED
- * leaves the work undone: roll back. */
-static q3n_result q3n__engine_pass(q3n__engine *e, const q3n__part *part, int n_parts)
+/* One pass over all chunks, at most `batch` tokens together; the sessions have begun and have
+ * pages.  Afterwards q3n__engine_rows has the rows of all chunks, one after another.
+ * Q3N_ERR_CANCELLED leaves the work undone: roll back. */
+static q3n_result q3n__engine_pass(q3n__engine *e, const q3n__chunk *chunk, int n_chunks)
 {
     q3n__run *r = &e->run;
     int rows = 0;
     const int64_t start = q3n__now();
-    for (int i = 0; i < n_parts; i++) {
-        q3n_session *s = part[i].s;
-        q3n__session_point(s, part[i].n, part[i].last);
+    for (int i = 0; i < n_chunks; i++) {
+        q3n_session *s = chunk[i].s;
+        q3n__session_point(s, chunk[i].n, chunk[i].last);
         if (!s->deferred && !s->begun && !s->has_saved && s->unread.n > 1) {
             q3n__mtp_flush(s, e);
             s->work_mtp = s->unread.mtp_length;
         }
     }
-    for (int i = 0; i < n_parts; i++) {
-        e->segments[i] = (q3n__segment){ &part[i].s->state, rows, part[i].n };
-        memcpy(e->tokens + rows, part[i].tokens, (size_t)part[i].n * sizeof *e->tokens);
-        rows += part[i].n;
+    for (int i = 0; i < n_chunks; i++) {
+        e->segments[i] = (q3n__segment){ &chunk[i].s->state, rows, chunk[i].n };
+        memcpy(e->tokens + rows, chunk[i].tokens, (size_t)chunk[i].n * sizeof *e->tokens);
+        rows += chunk[i].n;
     }
     r->segments = e->segments;
-    r->n_segments = n_parts;
+    r->n_segments = n_chunks;
     r->n = rows;
     const int done = q3n__forward(r, e->tokens, &e->options.layer_hook);
     r->segments = NULL;
     if (!done) return Q3N_ERR_CANCELLED;
     const size_t d = (size_t)e->model->config.hidden_size;
     if (e->hidden) memcpy(e->hidden + d, r->a, (size_t)rows * d * sizeof(float));
-    for (int i = 0, row0 = 0; i < n_parts; row0 += part[i++].n)
-        q3n__session_advance(part[i].s, e, part[i].tokens, row0, part[i].n);
+    for (int i = 0, row0 = 0; i < n_chunks; row0 += chunk[i++].n)
+        q3n__session_advance(chunk[i].s, e, chunk[i].tokens, row0, chunk[i].n);
     q3n__engine_learn(e, rows, q3n__now() - start);
     return Q3N_OK;
 }
@@ -9943,7 +9947,7 @@ static q3n_snapshot *q3n__session_take(q3n_session *s, q3n__engine *e, q3n_type 
 {
     const q3n__shape *h = &s->shape;
     if (!in_call) {
-        q3n__session_settle(s, e);
+        q3n__session_flush(s, e);
         q3n__mtp_flush(s, e);
     }
     q3n_snapshot *snap = q3n__snapshot_alloc(s->model, h, delta_type,
@@ -10024,11 +10028,11 @@ static q3n_result q3n__session_restore(q3n_session *s, const q3n_snapshot *snap)
 
 static void q3n__session_copy_tokens(const q3n_session *s, int first, int n, int32_t *tokens)
 {
-    for (int i = 0, some; i < n; i += some) {
+    for (int i = 0, count; i < n; i += count) {
         const int slot = (first + i) % Q3N__KV_BLOCK;
-        some = n - i < Q3N__KV_BLOCK - slot ? n - i : Q3N__KV_BLOCK - slot;
+        count = n - i < Q3N__KV_BLOCK - slot ? n - i : Q3N__KV_BLOCK - slot;
         memcpy(tokens + i, s->state.kv.page[(first + i) / Q3N__KV_BLOCK]->tokens + slot,
-               (size_t)some * sizeof *tokens);
+               (size_t)count * sizeof *tokens);
     }
 }
 
@@ -10061,7 +10065,7 @@ static int q3n__session_put(q3n_session *s, q3n__engine *e, int in_call, int mar
     return 1;
 }
 
-/* Where snapshot_every wants one: in a call at its multiples, behind a call that passed any. */
+/* Where snapshot_every wants one: in a call at its multiples, after a call that passed any. */
 static void q3n__session_put_due(q3n_session *s, q3n__engine *e, int in_call, int before)
 {
     const int every = s->options.snapshot_every;
@@ -10101,10 +10105,10 @@ static q3n_result q3n__check_head(q3n_session *s, int wanted)
 
 /* How many of the next n tokens go into one pass: at most `most`, and no further than the next
  * point of snapshot_every. */
-static int q3n__session_stride(const q3n_session *s, int n, int most)
+static int q3n__session_stride(const q3n_session *s, int n, int max)
 {
     const int every = s->cache && s->model->config.causal ? s->options.snapshot_every : 0;
-    if (n > most) n = most;
+    if (n > max) n = max;
     if (every > 0 && n > every - s->state.length % every) n = every - s->state.length % every;
     return n;
 }
@@ -10115,20 +10119,20 @@ static q3n_result q3n__session_passes(q3n_session *s, const int32_t *tokens, int
 {
     q3n__engine *e = s->engine;
     const size_t d = (size_t)s->shape.hidden_size, V = (size_t)s->shape.vocab_size;
-    for (int i = 0, some; i < n; i += some) {
-        some = q3n__session_stride(s, n - i, e->options.batch);
-        const q3n__part part = { s, tokens + i, some, i + some == n };
-        if (q3n__engine_pass(e, &part, 1) != Q3N_OK) return q3n__cancelled(&s->error);
+    for (int i = 0, count; i < n; i += count) {
+        count = q3n__session_stride(s, n - i, e->options.batch);
+        const q3n__chunk chunk = { s, tokens + i, count, i + count == n };
+        if (q3n__engine_pass(e, &chunk, 1) != Q3N_OK) return q3n__cancelled(&s->error);
         const float *rows = q3n__engine_rows(e);
         if (out->all_hidden)
-            memcpy(out->all_hidden + (size_t)i * d, rows, (size_t)some * d * sizeof *rows);
-        if (out->all_logits) q3n__logits(&e->run, rows, some, out->all_logits + (size_t)i * V);
-        if (i + some < n) q3n__session_put_due(s, e, 1, 0);
+            memcpy(out->all_hidden + (size_t)i * d, rows, (size_t)count * d * sizeof *rows);
+        if (out->all_logits) q3n__logits(&e->run, rows, count, out->all_logits + (size_t)i * V);
+        if (i + count < n) q3n__session_put_due(s, e, 1, 0);
     }
     return Q3N_OK;
 }
 
-/* The logits behind the text, from what is kept of its last token. */
+/* The logits after the text, from what is kept of its last token. */
 static const float *q3n__session_last_logits(q3n_session *s)
 {
     if (!s->has_logits)
@@ -10180,11 +10184,11 @@ static q3n_result q3n__classify_passes(q3n_session *s, const int32_t *tokens, in
     const size_t d = (size_t)c->hidden_size;
     memset(s->pooled, 0, d * sizeof *s->pooled);
     const int last = q3n__last_token(s->model, tokens, n);
-    for (int i = 0, some; i < n; i += some) {
-        some = n - i < e->options.batch ? n - i : e->options.batch;
-        const q3n__part part = { s, tokens + i, some, i + some == n };
-        if (q3n__engine_pass(e, &part, 1) != Q3N_OK) return q3n__cancelled(&s->error);
-        for (int t = 0; t < some; t++) {
+    for (int i = 0, count; i < n; i += count) {
+        count = n - i < e->options.batch ? n - i : e->options.batch;
+        const q3n__chunk chunk = { s, tokens + i, count, i + count == n };
+        if (q3n__engine_pass(e, &chunk, 1) != Q3N_OK) return q3n__cancelled(&s->error);
+        for (int t = 0; t < count; t++) {
             const int wanted = c->pooling == Q3N_POOLING_MEAN
                             || (c->pooling == Q3N_POOLING_FIRST && i + t == 0)
                             || (c->pooling == Q3N_POOLING_LAST && i + t == last);
@@ -10235,7 +10239,7 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
 /* Begin a call at the longest beginning of tokens [n] that costs nothing: the text itself, a
  * snapshot, or without DeltaNet any part of the text, of which the last token is evaluated again.
  * What the text's pages hold of tokens [0, kv_valid) is not stored again.  only_reuse: nothing is
- * evaluated behind that.  Returns how many tokens are there.  Nothing is lost: the call can be
+ * evaluated after that.  Returns how many tokens are there.  Nothing is lost: the call can be
  * rolled back. */
 static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n, int only_reuse)
 {
@@ -10248,9 +10252,9 @@ static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n, int o
     int cut = m < n - 1 ? m : n - 1;
     if ((s->shape.has_mtp || only_reuse) && cut == m && cut > 0)
         cut--;                            /* token m, or the caller, needs the row of token m - 1 */
-    const int least = stay ? s->length : any ? cut : 0;
+    const int min = stay ? s->length : any ? cut : 0;
     q3n_snapshot *snap = s->cache ? q3n__cache_find(s->cache, &s->shape, s->options.snapshot_type,
-                                                    tokens, n, least) : NULL;
+                                                    tokens, n, min) : NULL;
     if (!snap && stay) return s->length;
     const int own = !snap || snap->length <= m;
     if (snap || !any) q3n__session_load_work(s, e, snap);
@@ -10335,7 +10339,7 @@ static q3n_result q3n__session_rewind(q3n_session *s, int length)
 }
 
 /* tokens [n] from wherever it costs least; only_reuse: no further than what is there. */
-static q3n_result q3n__session_feed(q3n_session *s, const int32_t *tokens, int n, float *logits,
+static q3n_result q3n__session_prefill(q3n_session *s, const int32_t *tokens, int n, float *logits,
                                     int only_reuse, int *n_reused)
 {
     q3n_result r = q3n__session_check(s, tokens, n, 0);
@@ -10359,7 +10363,7 @@ static q3n_result q3n__session_feed(q3n_session *s, const int32_t *tokens, int n
 struct q3n_batch {
     q3n__engine engine;
     q3n_error   error;
-    q3n__part  *parts;            /* [batch] of a pass                                            */
+    q3n__chunk  *chunks;          /* [batch] of a pass                                            */
     int         turn;             /* item whose turn is first if a pass has no room for all       */
 };
 
@@ -10395,8 +10399,8 @@ static q3n_result q3n__batch_begin(q3n_batch *b, q3n_batch_item *it, int i)
     return Q3N_OK;
 }
 
-/* Fill b->parts with at most `rows` tokens: one of every item that is not done, then more of each
- * in their order.  Returns the number of parts. */
+/* Fill b->chunks with at most `rows` tokens: one of every item that is not done, then more of each
+ * in their order.  Returns the number of chunks. */
 static int q3n__batch_plan(q3n_batch *b, q3n_batch_item *items, int n_items, int rows)
 {
     int n = 0, k = 0;
@@ -10406,19 +10410,19 @@ static int q3n__batch_plan(q3n_batch *b, q3n_batch_item *items, int n_items, int
         if (q3n__item_left(&items[i]) == 0) continue;
         const int done = items[i].done + s->taken;
         if (done == items[i].n) continue;
-        b->parts[n++] = (q3n__part){ s, items[i].tokens + done, 1, items[i].n - done == 1 };
+        b->chunks[n++] = (q3n__chunk){ s, items[i].tokens + done, 1, items[i].n - done == 1 };
         s->item = i;
     }
     b->turn = k < n_items ? (b->turn + k) % n_items : 0;    /* the others' turn comes next */
     rows -= n;
     for (k = 0; k < n && rows > 0; k++) {
-        q3n__part *p = &b->parts[k];
+        q3n__chunk *p = &b->chunks[k];
         const q3n_batch_item *it = &items[p->s->item];
         const int left = it->n - it->done - p->s->taken;
-        const int some = q3n__session_stride(p->s, left, rows + 1);
-        p->n = some;
-        p->last = some == left;
-        rows -= some - 1;
+        const int count = q3n__session_stride(p->s, left, rows + 1);
+        p->n = count;
+        p->last = count == left;
+        rows -= count - 1;
     }
     return n;
 }
@@ -10436,47 +10440,47 @@ static int q3n__batch_rows(const q3n__engine *e, const q3n_limit *limit, int tak
     return rows;
 }
 
-/* The logits of parts that end their items, a few rows at a time, to their sessions. */
-static void q3n__batch_logits(q3n_batch *b, const q3n_batch_item *items, int n_parts)
+/* The logits of chunks that end their items, a few rows at a time, to their sessions. */
+static void q3n__batch_logits(q3n_batch *b, const q3n_batch_item *items, int n_chunks)
 {
     q3n__engine *e = &b->engine;
     const size_t d = (size_t)e->model->config.hidden_size, V = (size_t)e->model->config.vocab_size;
     const float *row = q3n__engine_rows(e) - d;
-    for (int i = 0, first = 0, n = 0; i <= n_parts; i++) {
-        if (i == n_parts || n == e->logit_rows) {
+    for (int i = 0, first = 0, n = 0; i <= n_chunks; i++) {
+        if (i == n_chunks || n == e->logit_rows) {
             if (n > 0) q3n__logits(&e->run, e->gathered, n, e->logits);
             for (int k = 0; first < i; first++) {
-                q3n_session *s = b->parts[first].s;
-                if (!b->parts[first].last || !items[s->item].logits) continue;
+                q3n_session *s = b->chunks[first].s;
+                if (!b->chunks[first].last || !items[s->item].logits) continue;
                 memcpy(s->logits, e->logits + (size_t)k++ * V, V * sizeof(float));
                 s->has_logits = 0;                  /* not the text's, until the call ends well */
             }
             n = 0;
         }
-        if (i == n_parts) break;
-        row += (size_t)b->parts[i].n * d;
-        if (b->parts[i].last && items[b->parts[i].s->item].logits)
+        if (i == n_chunks) break;
+        row += (size_t)b->chunks[i].n * d;
+        if (b->chunks[i].last && items[b->chunks[i].s->item].logits)
             memcpy(e->gathered + (size_t)n++ * d, row, d * sizeof(float));
     }
 }
 
 /* Pages, the pass, and the logits of items that it ends: q3n__engine_rows still has their rows, for
  * an engine whose MTP module has run since keeps them in e->hidden. */
-static q3n_result q3n__batch_pass(q3n_batch *b, q3n_batch_item *items, int n_parts)
+static q3n_result q3n__batch_pass(q3n_batch *b, q3n_batch_item *items, int n_chunks)
 {
     q3n__engine *e = &b->engine;
-    for (int i = 0; i < n_parts; i++) {
-        q3n_session *s = b->parts[i].s;
+    for (int i = 0; i < n_chunks; i++) {
+        q3n_session *s = b->chunks[i].s;
         const int from = s->state.length;
-        if (q3n__session_reserve(s, e, from, from + b->parts[i].n) != Q3N_OK)
+        if (q3n__session_reserve(s, e, from, from + b->chunks[i].n) != Q3N_OK)
             return q3n__batch_fail(b, &s->error, s->item);
     }
-    if (q3n__engine_pass(e, b->parts, n_parts) != Q3N_OK) return q3n__cancelled(&b->error);
-    q3n__batch_logits(b, items, n_parts);
-    for (int i = 0; i < n_parts; i++) {
-        q3n_session *s = b->parts[i].s;
-        s->taken += b->parts[i].n;
-        if (!b->parts[i].last) q3n__session_put_due(s, e, 1, 0);
+    if (q3n__engine_pass(e, b->chunks, n_chunks) != Q3N_OK) return q3n__cancelled(&b->error);
+    q3n__batch_logits(b, items, n_chunks);
+    for (int i = 0; i < n_chunks; i++) {
+        q3n_session *s = b->chunks[i].s;
+        s->taken += b->chunks[i].n;
+        if (!b->chunks[i].last) q3n__session_put_due(s, e, 1, 0);
     }
     return Q3N_OK;
 }
@@ -10488,13 +10492,13 @@ static q3n_result q3n__batch_passes(q3n_batch *b, q3n_batch_item *items, int n_i
     int taken = 0;
     for (;;) {
         const int rows = q3n__batch_rows(&b->engine, limit, taken, q3n__now() - start);
-        const int n_parts = q3n__batch_plan(b, items, n_items, rows);
-        if (n_parts == 0) return Q3N_OK;
-        for (int i = 0; i < n_parts; i++) taken += b->parts[i].n;
+        const int n_chunks = q3n__batch_plan(b, items, n_items, rows);
+        if (n_chunks == 0) return Q3N_OK;
+        for (int i = 0; i < n_chunks; i++) taken += b->chunks[i].n;
         for (int i = 0; i < n_items; i++)               /* also those that this pass leaves out */
             if (q3n__item_left(&items[i]) > 0 && q3n__is_cancelled(&items[i].session->cancel))
                 return q3n__cancelled(&b->error);
-        const q3n_result r = q3n__batch_pass(b, items, n_parts);
+        const q3n_result r = q3n__batch_pass(b, items, n_chunks);
         if (r != Q3N_OK) return r;
     }
 }
@@ -11257,7 +11261,7 @@ static void q3n__draft_logits(const q3n__run *r, const float *hidden, float *log
     for (int i = n; i < V; i++) logits[i] = -Q3N__INFINITY;
 }
 
-/* The module's drafts behind token, which follows the text: the first from the trunk's rows, the
+/* The module's drafts after token, which follows the text: the first from the trunk's rows, the
  * others from the module's own output.  sampler NULL = the most probable of the whole vocabulary.
  * Pages must reach n tokens beyond the text. */
 static void q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, q3n__draft *draft,
@@ -11360,11 +11364,11 @@ static double q3n__step_cost(const q3n__learned *k, int n)
 
 /* Tokens per unit of time with the best number of drafts, 1 .. most, of a source; *n is it.  A step
  * without has 1. */
-static double q3n__best_length(const q3n__learned *k, q3n_speculate source, int most, int *n)
+static double q3n__best_length(const q3n__learned *k, q3n_speculate source, int max, int *n)
 {
     double tokens = 1.0, p = 1.0, draft = 0.0, best = 0.0;
     *n = 0;
-    for (int i = 1; i <= most; i++) {
+    for (int i = 1; i <= max; i++) {
         p *= k->acceptance[source].accept[i - 1];
         tokens += p;
         if (source == Q3N_SPECULATE_MTP) draft += k->draft_cost[i > 1];
@@ -11408,27 +11412,27 @@ static int q3n__try_drafts(q3n__learned *k, double rate, int mtp)
 #define Q3N__PLAIN_GAP   16
 
 /* Choose source and number of drafts: at most `most`, fixed by the options or by what pays. */
-static void q3n__drafts_plan(q3n_session *s, int32_t token, int most, q3n__drafts *plan)
+static void q3n__drafts_plan(q3n_session *s, int32_t token, int max, q3n__drafts *plan)
 {
     const q3n_speculate want = s->options.speculate;
     q3n__drafts *p = plan;
     p->n = 0;
     p->source = Q3N_SPECULATE_LOOKUP;
-    if (most < 1) return;
+    if (max < 1) return;
     const int fixed = s->options.draft, mtp = s->shape.has_mtp && s->unread.n > 0;
     if (want != Q3N_SPECULATE_MTP)
-        p->n = q3n__draft_lookup(s, token, p->draft, fixed && fixed < most ? fixed : most);
+        p->n = q3n__draft_lookup(s, token, p->draft, fixed && fixed < max ? fixed : max);
     if (fixed) {
         if (p->n > 0 || !mtp) return;
-        p->n = fixed < most ? fixed : most;
+        p->n = fixed < max ? fixed : max;
         p->source = Q3N_SPECULATE_MTP;
         return;
     }
-    if (s->learned.spec.n_steps < 3 || ++s->learned.since_plain > Q3N__PLAIN_GAP) p->n = most = 0;
-    if (most < 1) return;                               /* what a plain step costs comes first */
+    if (s->learned.spec.n_steps < 3 || ++s->learned.since_plain > Q3N__PLAIN_GAP) p->n = max = 0;
+    if (max < 1) return;                                /* what a plain step costs comes first */
     int by_lookup = 0, by_mtp = 0;
     const double lookup = q3n__best_length(&s->learned, Q3N_SPECULATE_LOOKUP, p->n, &by_lookup);
-    const double module = q3n__best_length(&s->learned, Q3N_SPECULATE_MTP, mtp ? most : 0, &by_mtp);
+    const double module = q3n__best_length(&s->learned, Q3N_SPECULATE_MTP, mtp ? max : 0, &by_mtp);
     const double rate = module > lookup ? module : lookup;
     p->n = by_lookup;
     if (module > lookup) {
@@ -11535,8 +11539,8 @@ static q3n_result q3n__step(q3n_session *s, q3n_sampler *sampler, const int32_t 
         q3n__mtp_flush(s, e);
         s->work_mtp = s->unread.mtp_length;
     }
-    const q3n__part part = { s, rows, p->n + 1, 1 };
-    if (q3n__engine_pass(e, &part, 1) != Q3N_OK) return q3n__cancelled(&s->error);
+    const q3n__chunk chunk = { s, rows, p->n + 1, 1 };
+    if (q3n__engine_pass(e, &chunk, 1) != Q3N_OK) return q3n__cancelled(&s->error);
     float *logits = p->n > 0 ? s->draft_logits : s->logits;
     if (p->n == 0) s->has_logits = 0;                   /* not the text's, until the commit */
     q3n__logits(&e->run, q3n__engine_rows(e), p->n + 1, logits);
@@ -11552,14 +11556,14 @@ static q3n_result q3n__step(q3n_session *s, q3n_sampler *sampler, const int32_t 
     return Q3N_OK;
 }
 
-static int q3n__most_drafts(const q3n_session *s, int max)
+static int q3n__max_drafts(const q3n_session *s, int max)
 {
-    int most = Q3N_MAX_DRAFT;
+    int n = Q3N_MAX_DRAFT;
     if (s->options.speculate == Q3N_SPECULATE_OFF || s->counts) return 0;
-    if (most > max - 1) most = max - 1;
-    if (most > s->options.capacity - s->length - 1) most = s->options.capacity - s->length - 1;
-    if (most > s->engine->options.batch - 1) most = s->engine->options.batch - 1;
-    return most;
+    if (n > max - 1) n = max - 1;
+    if (n > s->options.capacity - s->length - 1) n = s->options.capacity - s->length - 1;
+    if (n > s->engine->options.batch - 1) n = s->engine->options.batch - 1;
+    return n;
 }
 
 /* What a step changes before it is sure to succeed, beside the text. */
@@ -11581,7 +11585,7 @@ static q3n_result q3n__session_next(q3n_session *s, q3n_sampler *sampler, int32_
     q3n__drafts plan;
     q3n__session_begin(s, s->engine);
     const q3n__step_mark mark = { s->learned, s->unread, q3n__sampler_save(sampler) };
-    q3n__drafts_plan(s, token, q3n__most_drafts(s, max), &plan);
+    q3n__drafts_plan(s, token, q3n__max_drafts(s, max), &plan);
     q3n__mtp_restart(s, &plan);
     r = q3n__session_reserve(s, s->engine, s->length, s->length + 1 + plan.n);
     if (r == Q3N_OK) {
@@ -11666,7 +11670,7 @@ Q3N_DEF int64_t q3n_type_bytes(q3n_type type, int64_t rows, int64_t cols)
 
 typedef struct {
     q3n_type type;
-    float    divisor[Q3N__MAX_DIVISORS];         /* 0 behind the last                            */
+    float    divisor[Q3N__MAX_DIVISORS];         /* 0 after the last                             */
     float    level[Q3N__CELLS];                  /* nearest level, and its code                  */
     uint8_t  code[Q3N__CELLS];
 } q3n__quantiser;
@@ -11723,20 +11727,20 @@ static float q3n__group_fit(const q3n__quantiser *e, const float *u, const float
 static uint16_t q3n__group_scale(const q3n__quantiser *e, const float *x, const float *w)
 {
     float m = 0.0f, u[Q3N__GROUP], best = 0.0f;
-    double most = 0.0, gain;
+    double max = 0.0, gain;
     for (int i = 0; i < Q3N__GROUP; i++) if (fabsf(x[i]) > fabsf(m)) m = x[i];
     if (m == 0.0f) return 0;
     for (int i = 0; i < Q3N__GROUP; i++) u[i] = x[i] / m;
     for (int k = 0; k < Q3N__MAX_DIVISORS && e->divisor[k] != 0.0f; k++) {
         const float s = q3n__group_fit(e, u, w, e->divisor[k], &gain);
-        if (gain > most) {
-            most = gain;
+        if (gain > max) {
+            max = gain;
             best = s;
         }
     }
     if (best != 0.0f) {
         const float s = q3n__group_fit(e, u, w, 1.0f / best, &gain);
-        if (gain > most) best = s;
+        if (gain > max) best = s;
     } else {
         best = 1.0f / e->divisor[0];     /* the weights w are 0, or nearly */
     }
@@ -11829,10 +11833,10 @@ typedef struct {
     float   value;
 } q3n__fault;
 
-static int q3n__first_bad(const float *x, int n, float most)     /* n = none */
+static int q3n__first_bad(const float *x, int n, float max)      /* n = none */
 {
     int i = 0;
-    while (i < n && fabsf(x[i]) <= most) i++;
+    while (i < n && fabsf(x[i]) <= max) i++;
     return i;
 }
 
@@ -12459,8 +12463,8 @@ static q3n_result q3n__writer_memory(q3n__writer *w)
     for (int i = 0; i < w->n_tensors; i++) {
         const q3n__writer_tensor *t = &w->tensors[i];
         const int64_t rows = q3n__stored_rows(t->type, q3n__writer_rows(t)),
-                      some = q3n__writer_piece_rows(t),
-                      bytes = (rows < some ? rows : some) * q3n__writer_row_bytes(t);
+                      count = q3n__writer_piece_rows(t),
+                      bytes = (rows < count ? rows : count) * q3n__writer_row_bytes(t);
         if ((size_t)bytes > w->room) w->room = (size_t)bytes;
     }
     w->room = (size_t)q3n__align_up((int64_t)w->room, Q3N__ALIGN);
@@ -13163,10 +13167,10 @@ Q3N_DEF q3n_result q3n_model_verify(const q3n_model *m, const q3n_progress *prog
         uint32_t crc = 0;
         for (size_t k = 0; k < n_slices; k++)
             for (size_t at = 0; at < slice; at += Q3N__VERIFY_STEP) {
-                const size_t some = slice - at < Q3N__VERIFY_STEP ? slice - at : Q3N__VERIFY_STEP;
+                const size_t count = slice - at < Q3N__VERIFY_STEP ? slice - at : Q3N__VERIFY_STEP;
                 crc = q3n__crc32_with(&table, crc, (const uint8_t *)t->data + k * t->stride + at,
-                                      some);
-                done += (int64_t)some;
+                                      count);
+                done += (int64_t)count;
                 if (progress && progress->report && progress->report(progress->user, done, total))
                     return q3n__fail(err, Q3N_ERR_CANCELLED, -1, "cancelled");
             }
@@ -13418,7 +13422,7 @@ Q3N_DEF q3n_result q3n_session_rewind(q3n_session *s, int length)
     return q3n__call_done(s, q3n__session_rewind(s, length));
 }
 
-Q3N_DEF q3n_result q3n_session_keep(q3n_session *s)
+Q3N_DEF q3n_result q3n_session_checkpoint(q3n_session *s)
 {
     if (!s) return Q3N_ERR_ARG;
     const q3n_result r = q3n__check_causal(s);
@@ -13432,12 +13436,12 @@ static q3n_result q3n__session_reuse_call(q3n_session *s, const int32_t *tokens,
     if (n_reused) *n_reused = 0;
     if (!s) return Q3N_ERR_ARG;
     q3n__call_begin(s);
-    const q3n_result r = q3n__session_feed(s, tokens, n, logits, only_reuse, n_reused);
+    const q3n_result r = q3n__session_prefill(s, tokens, n, logits, only_reuse, n_reused);
     if (r != Q3N_OK && n_reused) *n_reused = 0;
     return q3n__call_done(s, r);
 }
 
-Q3N_DEF q3n_result q3n_session_feed(q3n_session *s, const int32_t *tokens, int n, float *logits,
+Q3N_DEF q3n_result q3n_session_prefill(q3n_session *s, const int32_t *tokens, int n, float *logits,
                                     int *n_reused)
 {
     const q3n_result r = q3n__session_reuse_call(s, tokens, n, logits, 0, n_reused);
@@ -13512,7 +13516,8 @@ static void q3n__batch_layout(q3n__arena *a, q3n_batch *b)
 {
     size_t threads;
     q3n__arena_take(a, 1, sizeof *b);
-    b->parts = (q3n__part *)q3n__arena_take(a, (size_t)b->engine.options.batch, sizeof *b->parts);
+    b->chunks = (q3n__chunk *)q3n__arena_take(a, (size_t)b->engine.options.batch,
+                                              sizeof *b->chunks);
     q3n__engine_layout(a, &b->engine, &threads);
 }
 
@@ -13591,7 +13596,7 @@ Q3N_DEF const q3n_error *q3n_batch_error(const q3n_batch *b)
 }
 
 /* ---- Drafts ---- */
-Q3N_DEF q3n_result q3n_session_next(q3n_session *s, q3n_sampler *sampler, int32_t token,
+Q3N_DEF q3n_result q3n_session_decode(q3n_session *s, q3n_sampler *sampler, int32_t token,
                                     int32_t *tokens, int max, int *n)
 {
     if (n) *n = 0;
@@ -13823,8 +13828,8 @@ Q3N_QUANT_TYPE_LIST(Q3N__X)
 
 /* ---- DeltaNet ---- */
 
-/* Where the state behind token t goes, from column j on; NULL: nobody reads it. */
-static float *q3n__delta_behind(const q3n__delta *h, int t, int j)
+/* Where the state after token t goes, from column j on; NULL: nobody reads it. */
+static float *q3n__delta_after(const q3n__delta *h, int t, int j)
 {
     return t < h->n_store ? h->S_out + j : t + 1 < h->n ? h->scratch + (j - h->col0) : NULL;
 }
@@ -13835,7 +13840,7 @@ static size_t q3n__delta_stride(const q3n__delta *h, int t)
     return (size_t)(t < 0 || t < h->n_store ? h->dv : h->col1 - h->col0);
 }
 
-static int q3n__delta_speaks(const q3n__delta *h, int t) { return h->o && t >= h->n_quiet; }
+static int q3n__delta_has_output(const q3n__delta *h, int t) { return h->o && t >= h->n_skip; }
 
 /* The gated delta rule ([HF] torch_recurrent_gated_delta_rule; [GDN] eq. 10), for each token:
  *
@@ -13855,8 +13860,8 @@ static void q3n__delta_scalar(const q3n__delta *h)
         const float decay = expf(h->g[(size_t)t * (size_t)h->gb_stride]);
         const size_t from_stride = q3n__delta_stride(h, t - 1), to_stride = q3n__delta_stride(h, t);
         for (int j = h->col0; j < h->col1; j++) {
-            const float *from = t == 0 ? h->S + j : q3n__delta_behind(h, t - 1, j);
-            float *to = q3n__delta_behind(h, t, j);
+            const float *from = t == 0 ? h->S + j : q3n__delta_after(h, t - 1, j);
+            float *to = q3n__delta_after(h, t, j);
             float read = 0.0f, o = 0.0f;
             for (int i = 0; i < h->dk; i++) read += from[(size_t)i * from_stride] * k[i];
             const float d = beta * (v[j] - decay * read);
@@ -13865,7 +13870,7 @@ static void q3n__delta_scalar(const q3n__delta *h)
                 if (to) to[(size_t)i * to_stride] = s;
                 o += s * q[i];
             }
-            if (q3n__delta_speaks(h, t)) h->o[(size_t)t * (size_t)h->o_stride + (size_t)j] = o;
+            if (q3n__delta_has_output(h, t)) h->o[(size_t)t * (size_t)h->o_stride + (size_t)j] = o;
         }
     }
 }
@@ -14036,7 +14041,7 @@ static void q3n__bind_scalar(q3n__kernels *k)
  * [30] KERNELS, AVX2                                                   >>kernels-avx2
  *
  * How all three ISA sections work.  An element of a product has one accumulator vector that walks
- * the columns in steps of one vector; a shorter last step reads zeros behind the end; then one
+ * the columns in steps of one vector; a shorter last step reads zeros after the end; then one
  * order of horizontal sums.  Tiles of several rows and tokens only put independent elements next
  * to each other, so no tile shape changes a bit.  Loops over constants, marked Q3N__UNROLL, unroll
  * completely and their arrays live in registers.
@@ -14087,10 +14092,10 @@ typedef void (*q3n__mix_fn)(const q3n__mix *p);
  * 64 rows, 22.5 with 16, Zen 4). */
 #define Q3N__MIX_AHEAD 64
 
-/* Tokens of the next tile: at most `most`, and no tile of one behind a full one. */
-static Q3N__UNUSED int q3n__tile_tokens(int left, int most)
+/* Tokens of the next tile: at most `most`, and no tile of one after a full one. */
+static Q3N__UNUSED int q3n__tile_tokens(int left, int max)
 {
-    return left <= most ? left : left < 2 * most ? (left + 1) / 2 : most;
+    return left <= max ? left : left < 2 * max ? (left + 1) / 2 : max;
 }
 
 /* Tokens whose inputs stay in L2 while all rows pass, a multiple of a tile. */
@@ -14108,7 +14113,7 @@ static Q3N__UNUSED const float *q3n__conv_input(const q3n__conv *c, int i)
                     : c->x + (size_t)(i - back) * (size_t)c->x_stride;
 }
 
-/* The new state is the last width - 1 rows of the input.  In place a row comes from one behind it
+/* The new state is the last width - 1 rows of the input.  In place a row comes from one after it
  * that is not written yet. */
 static Q3N__UNUSED void q3n__conv_shift(const q3n__conv *c)
 {
@@ -14245,7 +14250,7 @@ Q3N__INLINE void q3n__store_rows_avx2(const q3n__matmul *m, int r, int t, __m128
     _mm_maskstore_ps(y, k, v);
 }
 
-/* Rows behind the last are computed as copies of it and dropped: every output takes one path.  The
+/* Rows after the last are computed as copies of it and dropped: every output takes one path.  The
  * first tile of a row fetches the next R rows into L2, a line more than once: the hardware's
  * prefetch stops at each row's end (bf16 from memory, rows of 512: 24 instead of 11 GB/s, Zen 4;
  * into L1, or each line once, it gains less). */
@@ -14361,14 +14366,14 @@ Q3N__INLINE void q3n__mix_avx2(q3n_type type, const q3n__mix *p)
 /* max(-FLT_MAX, x_0, ...) */
 static float q3n__max_avx2(const float *x, int n)
 {
-    const __m256 least = _mm256_set1_ps(-FLT_MAX);
-    __m256 m = least;
+    const __m256 min = _mm256_set1_ps(-FLT_MAX);
+    __m256 m = min;
     int i = 0;
     for (; i + 8 <= n; i += 8) m = _mm256_max_ps(_mm256_loadu_ps(x + i), m);
     if (i < n) {
         const __m256i k = q3n__mask_avx2(n - i);
         const __m256 v = _mm256_maskload_ps(x + i, k);
-        m = _mm256_max_ps(_mm256_blendv_ps(least, v, _mm256_castsi256_ps(k)), m);
+        m = _mm256_max_ps(_mm256_blendv_ps(min, v, _mm256_castsi256_ps(k)), m);
     }
     __m128 s = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
@@ -14401,15 +14406,15 @@ static void q3n__attend_scale_avx2(float *s, const float *scale, int n)
 static void q3n__attend_group_avx2(const q3n__attend *a, int i, int T, q3n__mix_fn mix,
                                    int has_scales)
 {
-    int least = Q3N__KV_BLOCK, most = 0;
+    int min = Q3N__KV_BLOCK, max = 0;
     for (int t = i; t < i + T; t++) {
-        if (a->n_keys[t] < least) least = a->n_keys[t];
-        if (a->n_keys[t] > most)  most  = a->n_keys[t];
+        if (a->n_keys[t] < min) min = a->n_keys[t];
+        if (a->n_keys[t] > max)  max  = a->n_keys[t];
     }
     float *scores = a->scores + (size_t)i * Q3N__KV_BLOCK;
     float *o = a->o + (size_t)i * (size_t)a->o_stride;
     const q3n__mix qk = { a->k, a->q + (size_t)i * (size_t)a->q_stride, scores, Q3N__KV_BLOCK,
-                          (size_t)a->q_stride, Q3N__KV_BLOCK, T, 0, a->dim, (most + 7) / 8 * 8 };
+                          (size_t)a->q_stride, Q3N__KV_BLOCK, T, 0, a->dim, (max + 7) / 8 * 8 };
     mix(&qk);
     for (int t = 0; t < T; t++) {
         float *s = scores + t * Q3N__KV_BLOCK;
@@ -14419,13 +14424,13 @@ static void q3n__attend_group_avx2(const q3n__attend *a, int i, int T, q3n__mix_
         if (has_scales) q3n__attend_scale_avx2(s, a->v_scale, a->n_keys[i + t]);
     }
     q3n__mix pv = { a->v, scores, o, (size_t)a->dim, Q3N__KV_BLOCK, (size_t)a->o_stride, T, 0,
-                    least, a->dim };
+                    min, a->dim };
     mix(&pv);
     for (int t = 0; t < T; t++) {
-        if (a->n_keys[i + t] == least) continue;
+        if (a->n_keys[i + t] == min) continue;
         const q3n__mix rest = { a->v, scores + t * Q3N__KV_BLOCK,
                                 o + (size_t)t * (size_t)a->o_stride, (size_t)a->dim, 0, 0, 1,
-                                least, a->n_keys[i + t], a->dim };
+                                min, a->n_keys[i + t], a->dim };
         mix(&rest);
     }
 }
@@ -14532,16 +14537,16 @@ Q3N__INLINE void q3n__delta_block_avx2(int V, const q3n__delta *h, int j, int n)
             const __m256 x = q3n__loadf_avx2(values + 8 * v, n);
             p.d[v] = _mm256_mul_ps(beta, _mm256_fnmadd_ps(_mm256_set1_ps(p.decay), p.read[v], x));
         }
-        const int speaks = q3n__delta_speaks(h, t);
-        p.to = q3n__delta_behind(h, t, j);
+        const int has_output = q3n__delta_has_output(h, t);
+        p.to = q3n__delta_after(h, t, j);
         p.to_stride = q3n__delta_stride(h, t);
-        if (t + 1 < h->n && speaks) q3n__delta_step_avx2(V, &p, 1, q, k, k + h->qk_stride);
+        if (t + 1 < h->n && has_output) q3n__delta_step_avx2(V, &p, 1, q, k, k + h->qk_stride);
         else if (t + 1 < h->n)      q3n__delta_step_avx2(V, &p, 1, NULL, k, k + h->qk_stride);
         else if (p.to)              q3n__delta_step_avx2(V, &p, 1, q, k, NULL);
-        else if (speaks)            q3n__delta_step_avx2(V, &p, 0, q, k, NULL);
+        else if (has_output)            q3n__delta_step_avx2(V, &p, 0, q, k, NULL);
         p.from = p.to;
         p.from_stride = p.to_stride;
-        if (!speaks) continue;
+        if (!has_output) continue;
         float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) q3n__storef_avx2(o + 8 * v, p.o[v], n);
@@ -14686,14 +14691,14 @@ static void q3n__block_weights_avx2(float *y, float *sum, const float *x, int n_
 static void q3n__block_sums_avx2(float *sum, int32_t *count, const float *y, int n_blocks,
                                  float floor)
 {
-    const __m256 least = _mm256_set1_ps(floor);
+    const __m256 min = _mm256_set1_ps(floor);
     for (int b = 0; b < n_blocks; b++, y += Q3N__SAMPLER_BLOCK) {
         __m256 s[2] = { _mm256_setzero_ps(), _mm256_setzero_ps() };
         __m256i n = _mm256_setzero_si256();
         for (int i = 0; i < Q3N__SAMPLER_BLOCK; i += 16)
             for (int k = 0; k < 2; k++) {
                 const __m256 w = _mm256_loadu_ps(y + i + 8 * k);
-                const __m256 counts = _mm256_cmp_ps(w, least, _CMP_GE_OQ);
+                const __m256 counts = _mm256_cmp_ps(w, min, _CMP_GE_OQ);
                 s[k] = _mm256_add_ps(s[k], _mm256_and_ps(w, counts));
                 n = _mm256_sub_epi32(n, _mm256_castps_si256(counts));
             }
@@ -14879,13 +14884,13 @@ Q3N__INLINE void q3n__quantize_x_group_avx2(q3n__x8 *y, int g, const float *x, i
 {
     const __m256i no_sign = _mm256_set1_epi32(0x7fffffff);
     __m256 v[4];
-    __m256i most = _mm256_setzero_si256(), sum = most, q[4];
+    __m256i max = _mm256_setzero_si256(), sum = max, q[4];
     Q3N__UNROLL
     for (int i = 0; i < 4; i++) {
         v[i] = q3n__loadf_avx2(x + 8 * i, n < 8 * i ? 0 : n - 8 * i);
-        most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(v[i]), no_sign));
+        max = _mm256_max_epi32(max, _mm256_and_si256(_mm256_castps_si256(v[i]), no_sign));
     }
-    __m128i top = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    __m128i top = _mm_max_epi32(_mm256_castsi256_si128(max), _mm256_extracti128_si256(max, 1));
     top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0x4e));
     top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0xb1));
     const float m = q3n__bits_f32((uint32_t)_mm_cvtsi128_si32(top));
@@ -15081,7 +15086,7 @@ Q3N__INLINE void q3n__store_rows_avx512(const q3n__matmul *m, int r, int t, __m1
     _mm_mask_storeu_ps(y, k, v);
 }
 
-/* Rows behind the last are computed as copies of it and dropped: every output takes one path.  The
+/* Rows after the last are computed as copies of it and dropped: every output takes one path.  The
  * first tile of a row fetches the next R rows into L2, a line four times: the hardware's prefetch
  * stops at each row's end (bf16 from memory, rows of 2048: 26 GB/s where a plain loop reads 24 and
  * asking for each line twice gives 21, on a core of Zen 4; into L1 it gains less). */
@@ -15199,13 +15204,13 @@ Q3N__INLINE void q3n__mix_avx512(q3n_type type, const q3n__mix *p)
 /* max(-FLT_MAX, x_0, ...) */
 static float q3n__max_avx512(const float *x, int n)
 {
-    const __m512 least = _mm512_set1_ps(-FLT_MAX);
-    __m512 m = least;
+    const __m512 min = _mm512_set1_ps(-FLT_MAX);
+    __m512 m = min;
     int i = 0;
     for (; i + 16 <= n; i += 16) m = _mm512_max_ps(_mm512_loadu_ps(x + i), m);
     if (i < n) {
         const __mmask16 k = q3n__mask_avx512(n - i);
-        m = _mm512_max_ps(_mm512_mask_loadu_ps(least, k, x + i), m);
+        m = _mm512_max_ps(_mm512_mask_loadu_ps(min, k, x + i), m);
     }
     return _mm512_reduce_max_ps(m);
 }
@@ -15236,15 +15241,15 @@ static void q3n__attend_scale_avx512(float *s, const float *scale, int n)
 static void q3n__attend_group_avx512(const q3n__attend *a, int i, int T, q3n__mix_fn mix,
                                      int has_scales)
 {
-    int least = Q3N__KV_BLOCK, most = 0;
+    int min = Q3N__KV_BLOCK, max = 0;
     for (int t = i; t < i + T; t++) {
-        if (a->n_keys[t] < least) least = a->n_keys[t];
-        if (a->n_keys[t] > most)  most  = a->n_keys[t];
+        if (a->n_keys[t] < min) min = a->n_keys[t];
+        if (a->n_keys[t] > max)  max  = a->n_keys[t];
     }
     float *scores = a->scores + (size_t)i * Q3N__KV_BLOCK;
     float *o = a->o + (size_t)i * (size_t)a->o_stride;
     const q3n__mix qk = { a->k, a->q + (size_t)i * (size_t)a->q_stride, scores, Q3N__KV_BLOCK,
-                          (size_t)a->q_stride, Q3N__KV_BLOCK, T, 0, a->dim, (most + 15) / 16 * 16 };
+                          (size_t)a->q_stride, Q3N__KV_BLOCK, T, 0, a->dim, (max + 15) / 16 * 16 };
     mix(&qk);
     for (int t = 0; t < T; t++) {
         float *s = scores + t * Q3N__KV_BLOCK;
@@ -15254,13 +15259,13 @@ static void q3n__attend_group_avx512(const q3n__attend *a, int i, int T, q3n__mi
         if (has_scales) q3n__attend_scale_avx512(s, a->v_scale, a->n_keys[i + t]);
     }
     q3n__mix pv = { a->v, scores, o, (size_t)a->dim, Q3N__KV_BLOCK, (size_t)a->o_stride, T, 0,
-                    least, a->dim };
+                    min, a->dim };
     mix(&pv);
     for (int t = 0; t < T; t++) {
-        if (a->n_keys[i + t] == least) continue;
+        if (a->n_keys[i + t] == min) continue;
         const q3n__mix rest = { a->v, scores + t * Q3N__KV_BLOCK,
                                 o + (size_t)t * (size_t)a->o_stride, (size_t)a->dim, 0, 0, 1,
-                                least, a->n_keys[i + t], a->dim };
+                                min, a->n_keys[i + t], a->dim };
         mix(&rest);
     }
 }
@@ -15367,16 +15372,16 @@ Q3N__INLINE void q3n__delta_block_avx512(int V, const q3n__delta *h, int j, int 
             const __m512 x = q3n__loadf_avx512(values + 16 * v, n);
             p.d[v] = _mm512_mul_ps(beta, _mm512_fnmadd_ps(_mm512_set1_ps(p.decay), p.read[v], x));
         }
-        const int speaks = q3n__delta_speaks(h, t);
-        p.to = q3n__delta_behind(h, t, j);
+        const int has_output = q3n__delta_has_output(h, t);
+        p.to = q3n__delta_after(h, t, j);
         p.to_stride = q3n__delta_stride(h, t);
-        if (t + 1 < h->n && speaks) q3n__delta_step_avx512(V, &p, 1, q, k, k + h->qk_stride);
+        if (t + 1 < h->n && has_output) q3n__delta_step_avx512(V, &p, 1, q, k, k + h->qk_stride);
         else if (t + 1 < h->n)      q3n__delta_step_avx512(V, &p, 1, NULL, k, k + h->qk_stride);
         else if (p.to)              q3n__delta_step_avx512(V, &p, 1, q, k, NULL);
-        else if (speaks)            q3n__delta_step_avx512(V, &p, 0, q, k, NULL);
+        else if (has_output)            q3n__delta_step_avx512(V, &p, 0, q, k, NULL);
         p.from = p.to;
         p.from_stride = p.to_stride;
-        if (!speaks) continue;
+        if (!has_output) continue;
         float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) q3n__storef_avx512(o + 16 * v, p.o[v], n);
@@ -15517,13 +15522,13 @@ static void q3n__block_weights_avx512(float *y, float *sum, const float *x, int 
 static void q3n__block_sums_avx512(float *sum, int32_t *count, const float *y, int n_blocks,
                                    float floor)
 {
-    const __m512 least = _mm512_set1_ps(floor);
+    const __m512 min = _mm512_set1_ps(floor);
     for (int b = 0; b < n_blocks; b++, y += Q3N__SAMPLER_BLOCK) {
         __m512 s = _mm512_setzero_ps();
         __m512i n = _mm512_setzero_si512();
         for (int i = 0; i < Q3N__SAMPLER_BLOCK; i += 16) {
             const __m512 w = _mm512_loadu_ps(y + i);
-            const __mmask16 counts = _mm512_cmp_ps_mask(w, least, _CMP_GE_OQ);
+            const __mmask16 counts = _mm512_cmp_ps_mask(w, min, _CMP_GE_OQ);
             s = _mm512_add_ps(s, _mm512_maskz_mov_ps(counts, w));
             n = _mm512_mask_add_epi32(n, counts, n, _mm512_set1_epi32(1));
         }
@@ -15775,9 +15780,9 @@ Q3N__INLINE void q3n__quantize_x_group_avx512vnni(q3n__x8 *y, int g, const float
     const __m512 a = q3n__loadf_avx512(x, n < 0 ? 0 : n);
     const __m512 b = q3n__loadf_avx512(x + 16, n < 16 ? 0 : n - 16);
     const __m512i sign = _mm512_set1_epi32(0x7fffffff);    /* |x| as integers: NaN is the largest */
-    const __m512i most = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a), sign),
+    const __m512i max = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a), sign),
                                           _mm512_and_si512(_mm512_castps_si512(b), sign));
-    const float m = q3n__bits_f32((uint32_t)_mm512_reduce_max_epi32(most));
+    const float m = q3n__bits_f32((uint32_t)_mm512_reduce_max_epi32(max));
     const int usable = m >= Q3N__X8_LEAST && m <= FLT_MAX;
     const __m512 inverse = _mm512_set1_ps(usable ? 127.0f / m : 0.0f);
     const __mmask16 all = usable ? 0xffff : 0;
@@ -15863,7 +15868,7 @@ Q3N__INLINE float32x4_t q3n__load_neon(q3n_type type, const void *row, size_t i,
     return vreinterpretq_f32_u16(vzip1q_u16(vdupq_n_u16(0), high));
 }
 
-/* v with zeros behind the first n */
+/* v with zeros after the first n */
 Q3N__INLINE float32x4_t q3n__first_neon(float32x4_t v, int n)
 {
     static const int32_t lane[4] = { 0, 1, 2, 3 };
@@ -15944,7 +15949,7 @@ Q3N__INLINE void q3n__store_rows_neon(const q3n__matmul *m, int r, int t, float3
     q3n__storef_neon(m->y + (size_t)t * (size_t)m->y_stride + r, v, n);
 }
 
-/* Rows behind the last are computed as copies of it and dropped: every output takes one path. */
+/* Rows after the last are computed as copies of it and dropped: every output takes one path. */
 Q3N__INLINE void q3n__tile_neon(q3n_type type, int R, int T, const q3n__matmul *m, int r0, int t0)
 {
     const size_t row_bytes = q3n__row_bytes(type, m->n_cols);
@@ -16085,15 +16090,15 @@ static void q3n__attend_scale_neon(float *s, const float *scale, int n)
 static void q3n__attend_group_neon(const q3n__attend *a, int i, int T, q3n__mix_fn mix,
                                    int has_scales)
 {
-    int least = Q3N__KV_BLOCK, most = 0;
+    int min = Q3N__KV_BLOCK, max = 0;
     for (int t = i; t < i + T; t++) {
-        if (a->n_keys[t] < least) least = a->n_keys[t];
-        if (a->n_keys[t] > most)  most  = a->n_keys[t];
+        if (a->n_keys[t] < min) min = a->n_keys[t];
+        if (a->n_keys[t] > max)  max  = a->n_keys[t];
     }
     float *scores = a->scores + (size_t)i * Q3N__KV_BLOCK;
     float *o = a->o + (size_t)i * (size_t)a->o_stride;
     const q3n__mix qk = { a->k, a->q + (size_t)i * (size_t)a->q_stride, scores, Q3N__KV_BLOCK,
-                          (size_t)a->q_stride, Q3N__KV_BLOCK, T, 0, a->dim, (most + 3) / 4 * 4 };
+                          (size_t)a->q_stride, Q3N__KV_BLOCK, T, 0, a->dim, (max + 3) / 4 * 4 };
     mix(&qk);
     for (int t = 0; t < T; t++) {
         float *s = scores + t * Q3N__KV_BLOCK;
@@ -16103,13 +16108,13 @@ static void q3n__attend_group_neon(const q3n__attend *a, int i, int T, q3n__mix_
         if (has_scales) q3n__attend_scale_neon(s, a->v_scale, a->n_keys[i + t]);
     }
     q3n__mix pv = { a->v, scores, o, (size_t)a->dim, Q3N__KV_BLOCK, (size_t)a->o_stride, T, 0,
-                    least, a->dim };
+                    min, a->dim };
     mix(&pv);
     for (int t = 0; t < T; t++) {
-        if (a->n_keys[i + t] == least) continue;
+        if (a->n_keys[i + t] == min) continue;
         float *to = o + (size_t)t * (size_t)a->o_stride;
         const q3n__mix rest = { a->v, scores + t * Q3N__KV_BLOCK, to,
-                                (size_t)a->dim, 0, 0, 1, least, a->n_keys[i + t], a->dim };
+                                (size_t)a->dim, 0, 0, 1, min, a->n_keys[i + t], a->dim };
         mix(&rest);
     }
 }
@@ -16213,16 +16218,16 @@ Q3N__INLINE void q3n__delta_block_neon(int V, const q3n__delta *h, int j, int n)
             const float32x4_t x = q3n__loadf_neon(values + 4 * v, n);
             p.d[v] = vmulq_f32(beta, vfmsq_f32(x, vdupq_n_f32(p.decay), p.read[v]));
         }
-        const int speaks = q3n__delta_speaks(h, t);
-        p.to = q3n__delta_behind(h, t, j);
+        const int has_output = q3n__delta_has_output(h, t);
+        p.to = q3n__delta_after(h, t, j);
         p.to_stride = q3n__delta_stride(h, t);
-        if (t + 1 < h->n && speaks) q3n__delta_step_neon(V, &p, 1, q, k, k + h->qk_stride);
+        if (t + 1 < h->n && has_output) q3n__delta_step_neon(V, &p, 1, q, k, k + h->qk_stride);
         else if (t + 1 < h->n)      q3n__delta_step_neon(V, &p, 1, NULL, k, k + h->qk_stride);
         else if (p.to)              q3n__delta_step_neon(V, &p, 1, q, k, NULL);
-        else if (speaks)            q3n__delta_step_neon(V, &p, 0, q, k, NULL);
+        else if (has_output)            q3n__delta_step_neon(V, &p, 0, q, k, NULL);
         p.from = p.to;
         p.from_stride = p.to_stride;
-        if (!speaks) continue;
+        if (!has_output) continue;
         float *o = h->o + (size_t)t * (size_t)h->o_stride + j;
         Q3N__UNROLL
         for (int v = 0; v < V; v++) q3n__storef_neon(o + 4 * v, p.o[v], n);
@@ -16370,14 +16375,14 @@ static void q3n__block_weights_neon(float *y, float *sum, const float *x, int n_
 static void q3n__block_sums_neon(float *sum, int32_t *count, const float *y, int n_blocks,
                                  float floor)
 {
-    const float32x4_t least = vdupq_n_f32(floor), zero = vdupq_n_f32(0.0f);
+    const float32x4_t min = vdupq_n_f32(floor), zero = vdupq_n_f32(0.0f);
     for (int b = 0; b < n_blocks; b++, y += Q3N__SAMPLER_BLOCK) {
         float32x4_t s[4] = { zero, zero, zero, zero };
         uint32x4_t n = vdupq_n_u32(0);
         for (int i = 0; i < Q3N__SAMPLER_BLOCK; i += 16)
             for (int k = 0; k < 4; k++) {
                 const float32x4_t w = vld1q_f32(y + i + 4 * k);
-                const uint32x4_t counts = vcgeq_f32(w, least);
+                const uint32x4_t counts = vcgeq_f32(w, min);
                 s[k] = vaddq_f32(s[k], vreinterpretq_f32_u32(
                                            vandq_u32(vreinterpretq_u32_f32(w), counts)));
                 n = vsubq_u32(n, counts);
@@ -16530,13 +16535,13 @@ Q3N_QUANT_TYPE_LIST(Q3N__X)
 Q3N__INLINE void q3n__quantize_x_group_neon(q3n__x8 *y, int g, const float *x, int n)
 {
     float32x4_t a[8];
-    int32x4_t q[8], most = vdupq_n_s32(0), sum = most;
+    int32x4_t q[8], max = vdupq_n_s32(0), sum = max;
     Q3N__UNROLL
     for (int v = 0; v < 8; v++) {
         a[v] = n > 4 * v ? q3n__loadf_neon(x + 4 * v, n - 4 * v) : vdupq_n_f32(0.0f);
-        most = vmaxq_s32(most, vreinterpretq_s32_f32(vabsq_f32(a[v])));
+        max = vmaxq_s32(max, vreinterpretq_s32_f32(vabsq_f32(a[v])));
     }
-    const float m = q3n__bits_f32((uint32_t)vmaxvq_s32(most));
+    const float m = q3n__bits_f32((uint32_t)vmaxvq_s32(max));
     const int usable = m >= Q3N__X8_LEAST && m <= FLT_MAX;
     const float32x4_t inverse = vdupq_n_f32(usable ? 127.0f / m : 0.0f);
     Q3N__UNROLL

@@ -37,19 +37,19 @@ int main(int argc, char **argv)
 
     float *logits = malloc((size_t)q3n_model_config(model)->vocab_size * sizeof *logits);
     if (!logits) return fail("logits", "out of memory");
-    q3n_decoder decoder = { .skip_special = 1 };
+    q3n_detokenizer decoder = { .skip_special = 1 };
     char text[1024];
     r = q3n_session_eval(session, ids, (int)n, logits);
     for (int i = 0; i < 200 && !r; i++) {
         int32_t id = 0;
         r = q3n_sampler_sample(sampler, logits, &id);
         if (r || q3n_model_is_eos(model, id)) break;
-        r = q3n_decoder_next(&decoder, model, id, text, sizeof text, &n);
+        r = q3n_detokenizer_next(&decoder, model, id, text, sizeof text, &n);
         if (!r) fwrite(text, 1, n, stdout);
         fflush(stdout);
         if (!r) r = q3n_session_eval(session, &id, 1, logits);
     }
-    q3n_decoder_finish(&decoder, text, &n);
+    q3n_detokenizer_finish(&decoder, text, &n);
     printf("%.*s\n", (int)n, text);
     if (r) fail("evaluation", q3n_session_error(session)->message);
     free(logits);

@@ -77,7 +77,7 @@ void tell(const std::string &path, const std::string &prompt, float temperature)
 
     std::vector<int32_t> ids = tokenize(*model, prompt);
     std::vector<float> logits(static_cast<size_t>(q3n_model_config(model.get())->vocab_size));
-    q3n_decoder decoder = q3n_decoder();
+    q3n_detokenizer decoder = q3n_detokenizer();
     decoder.skip_special = 1;
     char text[1024];
     size_t n = 0;
@@ -88,11 +88,11 @@ void tell(const std::string &path, const std::string &prompt, float temperature)
         check(q3n_sampler_sample(sampler.get(), logits.data(), &id),
               q3n_sampler_error(sampler.get())->message);
         if (q3n_model_is_eos(model.get(), id)) break;
-        check(q3n_decoder_next(&decoder, model.get(), id, text, sizeof text, &n));
+        check(q3n_detokenizer_next(&decoder, model.get(), id, text, sizeof text, &n));
         std::cout.write(text, static_cast<std::streamsize>(n)).flush();
         ids.assign(1, id);
     }
-    q3n_decoder_finish(&decoder, text, &n);
+    q3n_detokenizer_finish(&decoder, text, &n);
     std::cout.write(text, static_cast<std::streamsize>(n)) << '\n';
 }
 

@@ -47,7 +47,7 @@ static void *work(void *arg)
     for (int i = 0; w->n_wrong == 0 && i < N_ROUNDS; i++) {
         const int text = (w->first + i) % N_TEXTS;
         make_text(w->model, text, tokens);
-        w->n_wrong += q3n_session_feed(s, tokens, TEXT_LEN, logits, NULL) != Q3N_OK
+        w->n_wrong += q3n_session_prefill(s, tokens, TEXT_LEN, logits, NULL) != Q3N_OK
                    || memcmp(logits, w->want[text], w->logits_bytes) != 0;
         q3n_session_reset(s);
         q3n_cache_stats_get(w->cache, &stats);

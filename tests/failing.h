@@ -1,4 +1,4 @@
-/* failing.h - allocators that count and can fail, for tests of what is left behind.  Include after
+/* failing.h - allocators that count and can fail, for tests of what is left after.  Include after
  * cmocka.h. */
 #ifndef Q3N_TESTS_FAILING_H
 #define Q3N_TESTS_FAILING_H
@@ -25,7 +25,7 @@ static inline void counted_free(void *user, void *memory, size_t bytes)
 
 /* ---- One that also checks sizes and fills memory with rubbish ---- */
 typedef struct {
-    int    calls, fail_at;       /* call number fail_at (from 1) and all behind it fail; 0 = none */
+    int    calls, fail_at;       /* call number fail_at (from 1) and all after it fail; 0 = none */
     int    once;                 /* 1 = only that one fails                                      */
     int    live;                 /* blocks not yet freed                                         */
     size_t live_bytes, last_bytes, total;

@@ -313,7 +313,7 @@ static void call_eval(world *w, q3n_session *s)
     int reused = 0;
     q3n_result r = kind % 4 == 0 ? q3n_session_eval(s, tokens, n, kind & 4 ? w->row : NULL)
                  : kind % 4 == 1 ? q3n_session_eval_outputs(s, tokens, n, &out)
-                 : kind % 4 == 2 ? q3n_session_feed(s, tokens, n, w->row, &reused)
+                 : kind % 4 == 2 ? q3n_session_prefill(s, tokens, n, w->row, &reused)
                                  : q3n_session_reuse(s, tokens, n, &reused);
     if (kind % 4 < 2 && r == Q3N_OK)
         require(q3n_session_length(s) == length + n, "a call that went well has another length");
@@ -327,7 +327,7 @@ static void call_next(world *w, q3n_session *s)
     const int length = q3n_session_length(s), max = 1 + take_int(w->in, 8);
     if (!w->sampler || w->tokens_left < 16) return;
     w->tokens_left -= 9;
-    const q3n_result r = q3n_session_next(s, w->sampler, w->last, tokens, max, &n);
+    const q3n_result r = q3n_session_decode(s, w->sampler, w->last, tokens, max, &n);
     check_session(s, r, length);
     if (r != Q3N_OK) return;
     require(n >= 1 && n <= max && q3n_session_length(s) == length + n, "drafts miscounted");
@@ -355,7 +355,7 @@ static void call_state(world *w, q3n_session *s)
                 require(q3n_snapshot_bytes(w->snap) > 0, "a snapshot of nothing");
             }
             break;
-    case 3: r = q3n_session_keep(s); break;
+    case 3: r = q3n_session_checkpoint(s); break;
     case 4: q3n_session_reset(s); break;
     case 5: r = q3n_session_logits(s, w->row); break;
     case 6: r = q3n_session_tokens(s, n, 5, tokens); break;
@@ -511,13 +511,13 @@ static void call_text(world *w)
     for (size_t i = 0; i < n; i++)
         require(ids[i] >= 0 && ids[i] < q3n_model_n_tokens(w->m), "an id without a text");
     q3n_detokenize(w->m, ids, n, back, sizeof back, &n_back);
-    q3n_decoder decoder = { { 0 }, 0, take_int(w->in, 2) };
+    q3n_detokenizer decoder = { { 0 }, 0, take_int(w->in, 2) };
     for (size_t i = 0; i < n; i++) {
-        q3n_decoder_next(&decoder, w->m, ids[i], back, sizeof back, &n_back);
+        q3n_detokenizer_next(&decoder, w->m, ids[i], back, sizeof back, &n_back);
         q3n_token_is_special(w->m, ids[i]);
     }
-    q3n_decoder_next(&decoder, w->m, (int32_t)take2(w->in) - 9, back, take(w->in), &n_back);
-    q3n_decoder_finish(&decoder, back, &n_back);
+    q3n_detokenizer_next(&decoder, w->m, (int32_t)take2(w->in) - 9, back, take(w->in), &n_back);
+    q3n_detokenizer_finish(&decoder, back, &n_back);
 }
 
 static void call_open_others(world *w)

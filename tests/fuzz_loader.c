@@ -151,7 +151,7 @@ static void replay(const uint8_t *data, size_t bytes)
     require(copy != NULL, "out of memory");
     LLVMFuzzerTestOneInput(data, bytes);
     for (size_t cut = 0; cut < bytes && cut < 4096; cut += 61) LLVMFuzzerTestOneInput(data, cut);
-    uint64_t meta = 0;      /* header and sections: the tensors behind them are only numbers */
+    uint64_t meta = 0;      /* header and sections: the tensors after them are only numbers */
     if (bytes >= 64) memcpy(&meta, data + 24, sizeof meta);
     if (meta == 0 || meta > bytes) meta = bytes;
     uint32_t state = 1;

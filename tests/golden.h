@@ -16,7 +16,7 @@
 
 static inline const char *golden_blank(const char *p) { return p + strspn(p, " \t\r\n"); }
 
-/* Behind the value at p. */
+/* After the value at p. */
 static inline const char *golden_skip(const char *p)
 {
     p = golden_blank(p);
@@ -97,7 +97,7 @@ static inline int32_t *golden_ids(const char *array, int *n)
     return ids;
 }
 
-/* The text of a file, with a 0 behind.  Free it. */
+/* The text of a file, with a 0 after.  Free it. */
 static inline char *golden_read(const char *path)
 {
     FILE *f = fopen(path, "rb");

@@ -42,7 +42,7 @@ static struct {
     q3n_cache_stats   cache_stats;
     q3n_speculation   speculation;
     q3n_error         err;
-    q3n_decoder       decoder;
+    q3n_detokenizer       detokenizer;
     q3n_outputs       outputs;
     q3n_session_memory memory;
     char              text[400];
@@ -235,9 +235,9 @@ DO(q3n_snapshot_free, q3n_snapshot_free(P(0)))
 CALL(q3n_session_restore, q3n_session_restore(P(0), P(1)))
 CALL(q3n_session_fork, q3n_session_fork(P(0), P(1), P(2), P(3)))
 CALL(q3n_session_rewind, q3n_session_rewind(P(0), N(1)))
-CALL(q3n_session_feed, q3n_session_feed(P(0), P(1), N(2), P(3), P(4)))
+CALL(q3n_session_prefill, q3n_session_prefill(P(0), P(1), N(2), P(3), P(4)))
 CALL(q3n_session_reuse, q3n_session_reuse(P(0), P(1), N(2), P(3)))
-CALL(q3n_session_keep, q3n_session_keep(P(0)))
+CALL(q3n_session_checkpoint, q3n_session_checkpoint(P(0)))
 CALL(q3n_session_save, q3n_session_save(P(0), P(1)))
 CALL(q3n_session_save_to, q3n_session_save_to(P(0), P(1)))
 CALL(q3n_session_load, q3n_session_load(P(0), P(1)))
@@ -257,14 +257,14 @@ CALL(q3n_model_n_tokens, q3n_model_n_tokens(P(0)))
 CALL(q3n_tokenize, q3n_tokenize(P(0), P(1), SIZE(2), N(3), P(4), SIZE(5), P(6)))
 CALL(q3n_token_text, q3n_token_text(P(0), N(1), P(2)) != NULL)
 CALL(q3n_token_is_special, q3n_token_is_special(P(0), N(1)))
-CALL(q3n_decoder_next, q3n_decoder_next(P(0), P(1), N(2), P(3), SIZE(4), P(5)))
-DO(q3n_decoder_finish, q3n_decoder_finish(P(0), P(1), P(2)))
+CALL(q3n_detokenizer_next, q3n_detokenizer_next(P(0), P(1), N(2), P(3), SIZE(4), P(5)))
+DO(q3n_detokenizer_finish, q3n_detokenizer_finish(P(0), P(1), P(2)))
 CALL(q3n_detokenize, q3n_detokenize(P(0), P(1), SIZE(2), P(3), SIZE(4), P(5)))
 CALL(q3n_sampler_create, q3n_sampler_create(P(0), P(1), P(2), P(3)))
 DO(q3n_sampler_destroy, q3n_sampler_destroy(P(0)))
 DO(q3n_sampler_accept, q3n_sampler_accept(P(0), N(1)))
 DO(q3n_sampler_reset, q3n_sampler_reset(P(0)))
-CALL(q3n_session_next, q3n_session_next(P(0), P(1), N(2), P(3), N(4), P(5)))
+CALL(q3n_session_decode, q3n_session_decode(P(0), P(1), N(2), P(3), N(4), P(5)))
 CALL(q3n_session_draft, q3n_session_draft(P(0), N(1), P(2), N(3), P(4)))
 DO(q3n_session_speculation, q3n_session_speculation(P(0), P(1)))
 CALL(q3n_type_bytes, q3n_type_bytes((q3n_type)N(0), a[1].i, a[2].i))
@@ -356,11 +356,11 @@ static const row table[] = {
     ROW(q3n_session_fork, RESULT, destroy_session, DRAFTS, NEW(&to.session), THE(SESSION),
         MAY(&session_options), MAY(&to.err)),
     ROW(q3n_session_rewind, RESULT, NULL, DRAFTS, THE(SESSION), NUM(3, 0, LENGTH)),
-    ROW(q3n_session_feed, RESULT, NULL, DRAFTS, THE(SESSION), IN(five_ids), NUM(9, 1, CAPACITY),
+    ROW(q3n_session_prefill, RESULT, NULL, DRAFTS, THE(SESSION), IN(five_ids), NUM(9, 1, CAPACITY),
         MAY(to.floats), CNT_OR_NULL(&to.i)),
     ROW(q3n_session_reuse, RESULT, NULL, DRAFTS, THE(SESSION), IN(five_ids), NUM(9, 1, CAPACITY),
         CNT_OR_NULL(&to.i)),
-    ROW(q3n_session_keep, RESULT, NULL, DRAFTS, THE(SESSION)),
+    ROW(q3n_session_checkpoint, RESULT, NULL, DRAFTS, THE(SESSION)),
     ROW(q3n_session_save, RESULT, NULL, DRAFTS, THE(SESSION), IN(to.path)),
     ROW(q3n_session_save_to, RESULT, NULL, DRAFTS, THE(SESSION), IN(&sink)),
     ROW(q3n_session_load, RESULT, NULL, DRAFTS, THE(SESSION), IN(to.path)),
@@ -383,9 +383,11 @@ static const row table[] = {
         NUM(0, 0, FLAGS), ARR(to.ids, 5), LEN(64), CNT(&to.n)),
     ROW(q3n_token_text, ANSWER, NULL, STORIES, THE(MODEL), NUM(1, 0, MAX_VOCAB), CNT(&to.n)),
     ROW(q3n_token_is_special, ANSWER, NULL, STORIES, THE(MODEL), NUM(1, 0, MAX_VOCAB)),
-    ROW(q3n_decoder_next, RESULT, NULL, STORIES, IN(&to.decoder), THE(MODEL), NUM(1, 0, LAST_ID),
+    ROW(q3n_detokenizer_next, RESULT, NULL, STORIES, IN(&to.detokenizer), THE(MODEL),
+        NUM(1, 0, LAST_ID),
         ARR(to.text, 4), LEN(400), CNT(&to.n)),
-    ROW(q3n_decoder_finish, NOTHING, NULL, STORIES, IN(&to.decoder), IN(to.text), CNT(&to.n)),
+    ROW(q3n_detokenizer_finish, NOTHING, NULL, STORIES, IN(&to.detokenizer), IN(to.text),
+        CNT(&to.n)),
     ROW(q3n_detokenize, RESULT, NULL, STORIES, THE(MODEL), ARR(five_ids, 2), LEN(5),
         ARR(to.text, 4), LEN(400), CNT(&to.n)),
     ROW(q3n_sampler_create, RESULT, destroy_sampler, DRAFTS, NEW(&to.sampler), THE(MODEL),
@@ -393,7 +395,7 @@ static const row table[] = {
     ROW(q3n_sampler_destroy, NOTHING, NULL, DRAFTS, MAY(NULL)),
     ROW(q3n_sampler_accept, NOTHING, NULL, DRAFTS, THE(SAMPLER), NUM(1, INT_MIN, INT_MAX)),
     ROW(q3n_sampler_reset, NOTHING, NULL, DRAFTS, THE(SAMPLER)),
-    ROW(q3n_session_next, RESULT, NULL, DRAFTS, THE(SESSION), THE(SAMPLER), NUM(1, 0, DRAFTS_ID),
+    ROW(q3n_session_decode, RESULT, NULL, DRAFTS, THE(SESSION), THE(SAMPLER), NUM(1, 0, DRAFTS_ID),
         IN(to.ids), NUM(4, 1, INT_MAX), CNT(&to.i)),
     ROW(q3n_session_draft, RESULT, NULL, DRAFTS, THE(SESSION), NUM(1, 0, DRAFTS_ID), IN(to.ids),
         NUM(2, 1, Q3N_MAX_DRAFT), MAY(to.floats)),

@@ -1324,7 +1324,7 @@ class FileTest(CliTest):
             self.assertEqual([(t["tokens"], t["reused"]) for t in got["turns"]],
                              [(46 * i + 40, 46 * i) for i in range(10)])
             for turn in got["turns"]:
-                for key in ("feed_s", "read_s", "ratio"):
+                for key in ("prefill_s", "read_s", "ratio"):
                     self.check_samples(turn, key, 1)
                 # An allocation has a head, which the plan leaves to the allocator.
                 self.assertAlmostEqual(turn["allocated"], turn["planned"],

@@ -325,13 +325,13 @@ static void test_check_ranges(void **state)
         const q3n__config_row *row = &q3n__config_rows[i];
         q3n_config c = preset("tiny");
         if (row->kind == 'F') {
-            const double bad[] = { row->least - 1, row->most * 2, NAN, INFINITY, -INFINITY };
+            const double bad[] = { row->min - 1, row->max * 2, NAN, INFINITY, -INFINITY };
             for (size_t k = 0; k < COUNT(bad); k++) {
                 memcpy((uint8_t *)&c + row->offset, &bad[k], sizeof bad[k]);
                 check_fails(&c, row->name);
             }
         } else {
-            const int bad[] = { (int)row->least - 1, (int)row->most + 1, INT_MIN, INT_MAX };
+            const int bad[] = { (int)row->min - 1, (int)row->max + 1, INT_MIN, INT_MAX };
             for (size_t k = 0; k < COUNT(bad); k++) {
                 memcpy((uint8_t *)&c + row->offset, &bad[k], sizeof bad[k]);
                 check_fails(&c, row->name);

@@ -933,7 +933,7 @@ static void test_cache(void **state)
         assert_int_equal(q3n_cache_create(&cache, model, &o, &err), Q3N_OK);
         const q3n_session_options so = { .n_threads = 1, .cache = cache };
         assert_int_equal(q3n_session_create(&s, model, &so, &err), Q3N_OK);
-        assert_int_equal(q3n_session_feed(s, ids, 300, NULL, &n_reused), Q3N_OK);
+        assert_int_equal(q3n_session_prefill(s, ids, 300, NULL, &n_reused), Q3N_OK);
         q3n_session_destroy(s);
         fail_call(calls[i], 0, ENOSPC);
         q3n_cache_destroy(cache);        /* writes what it holds */

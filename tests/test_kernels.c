@@ -13,7 +13,7 @@
 #include "qwen3next.h"
 #include "isas.h"
 
-/* ---- Memory: a page that nobody may read behind each input, guard bytes around outputs ---- */
+/* ---- Memory: a page that nobody may read after each input, guard bytes around outputs ---- */
 #define GUARD      64
 #define MAX_BLOCKS 96
 #define SLOT       (1 << 20)     /* bytes of the largest input */
@@ -646,7 +646,7 @@ static void check_attention(const attention *p)
     double s[Q3N__KV_BLOCK];
     for (int i = 0; i < a->n; i++) {
         const float *q = a->q + i * a->q_stride, *o = a->o + i * a->o_stride;
-        double m = -FLT_MAX, least = FLT_MAX, l = 0.0, e = 0.0;
+        double m = -FLT_MAX, min = FLT_MAX, l = 0.0, e = 0.0;
         for (int j = 0; j < a->n_keys[i]; j++) {
             double sum = 0.0;
             s[j] = 0.0;
@@ -656,13 +656,13 @@ static void check_attention(const attention *p)
                 sum += fabs(term);
             }
             m = fmax(m, s[j]);
-            least = fmin(least, s[j]);
+            min = fmin(min, s[j]);
             e = fmax(e, (a->dim + 1 + scaled) * U * sum);  /* of a score: one chain over dim */
         }
         check(a->m[i], m, e, "attend: m");
         for (int j = 0; j < a->n_keys[i]; j++) l += s[j] = exp(s[j] - m);
         /* a weight: errors of s and m, of their difference, e^x to 2 ulp */
-        const double weight = 2.0 * e + (m - least) * U + 4.0 * U;
+        const double weight = 2.0 * e + (m - min) * U + 4.0 * U;
         check(a->l[i], l, l * (weight + a->n_keys[i] * U), "attend: l");
         for (int c = 0; c < a->o_stride; c++) {
             double sum = 0.0, abs_sum = 0.0;
@@ -680,7 +680,7 @@ static void check_attention(const attention *p)
     }
 }
 
-/* Query i alone, with NaN behind its own last key, gives the bits it got in company. */
+/* Query i alone, with NaN after its own last key, gives the bits it got in company. */
 static void check_alone(q3n_type type, const attention *p, int i)
 {
     const q3n__attend *a = &p->a;
@@ -875,7 +875,7 @@ static void check_columns(const float *out, const float *want, int n_rows, int n
     }
 }
 
-/* The call's tokens one by one, each in place: S_out becomes the state behind n_store of them. */
+/* The call's tokens one by one, each in place: S_out becomes the state after n_store of them. */
 static void delta_alone(const q3n__delta *h, const float *before, float *S_out, float *o)
 {
     const size_t bytes = (size_t)(h->dk * h->dv) * 4;
@@ -885,11 +885,11 @@ static void delta_alone(const q3n__delta *h, const float *before, float *S_out, 
     one.S = one.S_out = S;
     one.scratch = NULL;
     one.n = one.n_store = 1;
-    one.n_quiet = 0;
+    one.n_skip = 0;
     for (int t = 0; t <= h->n; t++) {
         if (t == h->n_store) memcpy(S_out, S, bytes);
         if (t == h->n) return;
-        one.o = t < h->n_quiet ? NULL : o + t * h->o_stride;
+        one.o = t < h->n_skip ? NULL : o + t * h->o_stride;
         kernels.delta(&one);
         one.q += h->qk_stride;
         one.k += h->qk_stride;
@@ -899,14 +899,14 @@ static void delta_alone(const q3n__delta *h, const float *before, float *S_out, 
     }
 }
 
-/* One call whose stored state lags behind, in place and apart, with and without outputs. */
-static void check_lag(const memory *p, int n_store, int n_quiet)
+/* One call whose stored state lags after, in place and apart, with and without outputs. */
+static void check_lag(const memory *p, int n_store, int n_skip)
 {
     const int keep = n_blocks, range[2] = { p->d.col0, n_store ? p->d.col1 : p->d.col0 };
     const size_t len = (size_t)(p->d.dk * p->d.dv), o_len = (size_t)(p->d.n * p->d.o_stride);
     q3n__delta d = p->d;
     d.n_store = n_store;
-    d.n_quiet = n_quiet;
+    d.n_skip = n_skip;
     float *S = new_out(len), *o = new_out(o_len), *old = new_in(len), *S_place = new_out(len);
     delta_alone(&d, p->before, S, o);
     memcpy(old, p->before, len * 4);
@@ -947,7 +947,7 @@ static void delta_lag(void)
                 p.d.col1 = p.d.col0 + random_int(dv - p.d.col0 + 1);
             }
             for (int n_store = 0; n_store <= n; n_store++)
-                for (int n_quiet = 0; n_quiet <= n; n_quiet++) check_lag(&p, n_store, n_quiet);
+                for (int n_skip = 0; n_skip <= n; n_skip++) check_lag(&p, n_store, n_skip);
             release();
         }
 }

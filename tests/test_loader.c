@@ -224,7 +224,7 @@ static image with_section(const image *f, uint32_t kind, uint32_t flags, const v
     return g;
 }
 
-/* The file with more configuration entries behind its own. */
+/* The file with more configuration entries after its own. */
 static image with_entries(const image *f, const void *more, size_t bytes)
 {
     const size_t own = (size_t)u64(f, section_record(f, 1) + 16);
@@ -513,9 +513,9 @@ static void test_fields(void **state)
         }
         for (int k = 0; k < 2; k++) {
             f = fresh();
-            if (row->kind == 'F') put_entry_f64(&f, row->name, k ? row->most * 2 : row->least - 1);
+            if (row->kind == 'F') put_entry_f64(&f, row->name, k ? row->max * 2 : row->min - 1);
             else put_entry_u64(&f, row->name,
-                               (uint64_t)(int64_t)(k ? row->most + 1 : row->least - 1));
+                               (uint64_t)(int64_t)(k ? row->max + 1 : row->min - 1));
             expect(f, Q3N_ERR_FORMAT, at, quoted);
         }
         f = fresh();
@@ -723,7 +723,7 @@ static void test_table(void **state)
     put_u64(&f, section_record(&f, 2) + 16, u64(&f, section_record(&f, 2) + 16) - 1);
     expect(f, Q3N_ERR_FORMAT, (int64_t)head, "do not fit");
 
-    /* larger records: what lies behind the known 80 bytes is passed over */
+    /* larger records: what lies after the known 80 bytes is passed over */
     const uint32_t n = u32(&good, head);
     uint8_t *wide = (uint8_t *)malloc(8 + (size_t)n * 96);
     assert_non_null(wide);
@@ -785,8 +785,8 @@ static void test_messages(void **state)
     uint32_t random = 1;
     for (int round = 0; round < 20000; round++) {
         static char text[6000];
-        const uint32_t kind = next_random(&random) % 5, most = next_random(&random) % 8;
-        const size_t n = next_random(&random) % (most == 0 ? 5990 : most < 4 ? 600 : 100);
+        const uint32_t kind = next_random(&random) % 5, max = next_random(&random) % 8;
+        const size_t n = next_random(&random) % (max == 0 ? 5990 : max < 4 ? 600 : 100);
         for (size_t i = 0; i < n; i++) {
             const uint32_t r = next_random(&random) >> 8;
             text[i] = (char)(kind == 0 ? 1 + r % 255 : kind == 1 ? 1 + r % 31
@@ -1094,7 +1094,7 @@ static void test_paths(void **state)
 
 /* ---- Damage ---- */
 
-/* Cut at every byte of the metadata and just behind: as it is; with a header that agrees; with a
+/* Cut at every byte of the metadata and just after: as it is; with a header that agrees; with a
  * header that says the metadata end there too, and a checksum that is right. */
 static void test_truncation(void **state)
 {
@@ -1283,7 +1283,7 @@ static void evaluate_nonsense(const image *f, q3n_isa isa, int n_threads)
     assert_int_equal(q3n_session_rewind(r.s, length), Q3N_OK);
     for (int i = numbers = 0; i < COUNT(next); i++) numbers += next[i] > -INFINITY;
     const uint64_t rng = sampler->rng;
-    const q3n_result step = q3n_session_next(r.s, sampler, token, &token, 1, &n_chosen);
+    const q3n_result step = q3n_session_decode(r.s, sampler, token, &token, 1, &n_chosen);
     assert_int_equal(step, numbers ? Q3N_OK : Q3N_ERR_NUMERIC);
     assert_int_equal(q3n_session_length(r.s), length + (step == Q3N_OK));
     if (step != Q3N_OK) {

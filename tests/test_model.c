@@ -104,7 +104,7 @@ static void check_hidden(const q3n_model *m, const trace *t, const char *want, c
         const char *row = golden_next(&want);
         double *x = golden_numbers(row, &n);
         assert_int_equal(n, t->d);
-        const int behind = i < layers ? i : layers + 1;   /* the last: behind the final norm */
+        const int behind = i < layers ? i : layers + 1;   /* the last: after the final norm */
         snprintf(text, sizeof text, "%s: hidden state %d of %d", what, i, layers);
         check_near(t->rows + (size_t)behind * (size_t)t->d, x, n, HIDDEN_BOUND(largest(x, n)),
                    text);
@@ -484,7 +484,7 @@ typedef struct {
     int          n_layers, n_attention, checked;
 } attention_check;
 
-/* Behind the last layer, which is an attention layer, the run still has its queries (scaled) and
+/* After the last layer, which is an attention layer, the run still has its queries (scaled) and
  * outputs: [kv head][token][head of the group][D].  Each is compared with softmax(q k') v in double
  * precision over all keys of the cache.  A score is off by a few eps times the products it sums, a
  * weight by as much of itself, an output by a few times that of the largest value: 1e-6 is eight

@@ -344,7 +344,7 @@ static void test_pools_side_by_side(void **state)
 typedef struct {
     int   n_calls, n_tasks;
     int   order;                     /* 0 forwards, 1 backwards, 2 the second one first */
-    int   most;
+    int   max;
 } executor_log;
 
 static void run_serially(void *user, int n, void (*task)(void *arg, int i), void *arg)
@@ -352,7 +352,7 @@ static void run_serially(void *user, int n, void (*task)(void *arg, int i), void
     executor_log *log = (executor_log *)user;
     log->n_calls++;
     log->n_tasks += n;
-    if (n > log->most) log->most = n;
+    if (n > log->max) log->max = n;
     for (int i = 0; i < n; i++)
         task(arg, log->order == 1 ? n - 1 - i : log->order == 2 ? (i + 1) % n : i);
 }
@@ -396,7 +396,7 @@ static void test_executor(void **state)
         for (int n = 0; n < 200; n++) check_region(&p, &t, n, 1 + n % 3);
         run_chain(&p, 200, 0);
         assert_int_equal(p.n_started, 0);
-        assert_true(log.n_calls > 100 && log.most <= 5);
+        assert_true(log.n_calls > 100 && log.max <= 5);
         q3n__pool_close(&p);
     }
     q3n_executor e = { run_on_threads, NULL, 4 };

@@ -82,7 +82,7 @@ static void test_names(void **state)
         assert_int_equal(q3n_cache_create(&cache, m, &co, &err), Q3N_OK);
         const q3n_session_options so = { .n_threads = 1, .cache = cache };
         assert_int_equal(q3n_session_create(&s, m, &so, &err), Q3N_OK);
-        assert_int_equal(q3n_session_feed(s, ids, 300, NULL, &n_reused), Q3N_OK);
+        assert_int_equal(q3n_session_prefill(s, ids, 300, NULL, &n_reused), Q3N_OK);
         assert_int_equal(n_reused, round ? 300 : 0);
         q3n_cache_stats_get(cache, &stats);
         assert_int_equal(stats.n_files, round);

@@ -817,28 +817,28 @@ static void test_decoder(void **state)
 {
     (void)state;
     q3n_model *m = open_model(STORIES);
-    q3n_decoder dec = { .skip_special = 1 };
+    q3n_detokenizer dec = { .skip_special = 1 };
     char out[64];
     size_t n = 99;
     /* U+20AC in three tokens comes when it is whole. */
     const int32_t euro[] = { byte_token(m, 0xe2), byte_token(m, 0x82), byte_token(m, 0xac) };
     for (int i = 0; i < 2; i++) {
-        assert_int_equal(q3n_decoder_next(&dec, m, euro[i], out, sizeof out, &n), Q3N_OK);
+        assert_int_equal(q3n_detokenizer_next(&dec, m, euro[i], out, sizeof out, &n), Q3N_OK);
         assert_int_equal(n, 0);
     }
-    assert_int_equal(q3n_decoder_next(&dec, m, euro[2], out, 2, &n), Q3N_ERR_FULL);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, euro[2], out, 2, &n), Q3N_ERR_FULL);
     assert_int_equal(n, 3);
-    assert_int_equal(q3n_decoder_next(&dec, m, euro[2], out, sizeof out, &n), Q3N_OK);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, euro[2], out, sizeof out, &n), Q3N_OK);
     assert_int_equal(n, 3);
     assert_memory_equal(out, "\xe2\x82\xac", 3);
-    assert_int_equal(q3n_decoder_next(&dec, m, 4093, out, sizeof out, &n), Q3N_OK);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, 4093, out, sizeof out, &n), Q3N_OK);
     assert_int_equal(n, 0);
-    assert_int_equal(q3n_decoder_next(&dec, m, -1, out, sizeof out, &n), Q3N_ERR_ARG);
-    assert_int_equal(q3n_decoder_next(&dec, m, 4096, out, sizeof out, &n), Q3N_ERR_ARG);
-    q3n_decoder_finish(&dec, out, &n);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, -1, out, sizeof out, &n), Q3N_ERR_ARG);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, 4096, out, sizeof out, &n), Q3N_ERR_ARG);
+    q3n_detokenizer_finish(&dec, out, &n);
     assert_int_equal(n, 0);
-    assert_int_equal(q3n_decoder_next(&dec, m, euro[0], out, sizeof out, &n), Q3N_OK);
-    q3n_decoder_finish(&dec, out, &n);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, euro[0], out, sizeof out, &n), Q3N_OK);
+    q3n_detokenizer_finish(&dec, out, &n);
     assert_int_equal(n, 3);
     assert_memory_equal(out, "\xef\xbf\xbd", 3);
 

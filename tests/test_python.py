@@ -258,12 +258,12 @@ class Sessions(unittest.TestCase):
         self.assertEqual((len(session), session.tokens()), (n, self.ids[:n]))
         self.assertEqual(session.logits(), self.want[n])
 
-    def test_feed_and_rewind(self):
+    def test_prefill_and_rewind(self):
         for options in ({}, {"snapshot_bytes": 1 << 24}):
             with self.subTest(options), self.model.session(**options) as session:
-                self.assertEqual(session.feed(self.ids[:280]), 0)
+                self.assertEqual(session.prefill(self.ids[:280]), 0)
                 self.check(session, 280)
-                self.assertEqual(session.feed(self.ids), 280)
+                self.assertEqual(session.prefill(self.ids), 280)
                 self.check(session, 330)
                 session.rewind(280)
                 self.check(session, 280)
@@ -311,7 +311,7 @@ class Sessions(unittest.TestCase):
         with self.model.session() as session:
             session.load(path)
             self.check(session, 280)
-            self.assertEqual(session.feed(self.ids), 280)
+            self.assertEqual(session.prefill(self.ids), 280)
             self.check(session, 330)
             path.write_bytes(path.read_bytes()[:-1])
             with self.assertRaises(qwen3next.Error):
@@ -352,12 +352,12 @@ class Sessions(unittest.TestCase):
     def test_cache(self):
         with self.model.cache(1 << 26, directory=self.folder) as cache:
             with self.model.session(cache=cache) as session:
-                self.assertEqual(session.feed(self.ids[:280]), 0)
+                self.assertEqual(session.prefill(self.ids[:280]), 0)
             with self.model.session(cache=cache) as session:
                 self.assertEqual(session.reuse(self.ids), 280)
-                self.assertEqual(session.feed(self.ids), 280)
+                self.assertEqual(session.prefill(self.ids), 280)
                 self.check(session, 330)
-                session.keep()
+                session.checkpoint()
             stats = cache.stats()
             self.assertGreater(stats["n_hits"], 0)
             self.assertTrue(0 < stats["bytes"] <= 1 << 26)
@@ -368,7 +368,7 @@ class Sessions(unittest.TestCase):
         with self.model.cache(1 << 26, directory=self.folder) as cache:
             self.assertGreater(cache.stats()["n_files"], 0)
             with self.model.session(cache=cache) as session:
-                self.assertEqual(session.feed(self.ids), 330)
+                self.assertEqual(session.prefill(self.ids), 330)
                 self.check(session, 330)
             cache.clear()
             self.assertEqual(cache.stats()["bytes"], 0)
@@ -454,9 +454,9 @@ class Arguments(unittest.TestCase):
                 lambda i: self.model.sampler(top_k=i), lambda i: self.model.sampler(seed=i << 32),
                 lambda i: self.model.sampler(penalty_window=i),
                 sampler.accept, session.rewind, session.expert_counts,
-                lambda i: session.next(sampler, i), lambda i: session.draft(i),
-                lambda i: session.next(sampler, 1, i), lambda i: session.draft(1, i),
-                lambda i: session.logits([i]), lambda i: session.feed([i]),
+                lambda i: session.decode(sampler, i), lambda i: session.draft(i),
+                lambda i: session.decode(sampler, 1, i), lambda i: session.draft(1, i),
+                lambda i: session.logits([i]), lambda i: session.prefill([i]),
                 lambda i: self.model.detokenize([i]), lambda i: session.all_logits([i]),
                 lambda i: batch.eval([], max_tokens=i),
                 lambda i: batch.eval([], max_microseconds=i << 32)]
@@ -602,7 +602,7 @@ class Interrupts(unittest.TestCase):
 
     def test_every_call_that_evaluates(self):
         with self.model.session(**self.options) as session:
-            for call in (session.logits, session.feed, session.all_logits,
+            for call in (session.logits, session.prefill, session.all_logits,
                          lambda ids: next(session.generate_ids(ids, 5))):
                 session.reset()
                 session._pace = qwen3next._Pace()

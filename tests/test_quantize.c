@@ -160,7 +160,7 @@ static void test_search(void **state)
     for (size_t k = 0; k < COUNT(quantised); k++) {
         q3n__quantiser e;
         q3n__quantiser_make(&e, quantised[k]);
-        double found = 0.0, least = 0.0;
+        double found = 0.0, min = 0.0;
         float one[Q3N__GROUP];
         for (int i = 0; i < Q3N__GROUP; i++) one[i] = 1.0f;
         for (int trial = 0; trial < 64; trial++) {
@@ -179,10 +179,10 @@ static void test_search(void **state)
                 if (error < best) best = error;
             }
             found += error;
-            least += best;
+            min += best;
             free(x);
         }
-        assert_true(found < (quantised[k] == Q3N_TYPE_Q8 ? 1.25 : 1.04) * least);
+        assert_true(found < (quantised[k] == Q3N_TYPE_Q8 ? 1.25 : 1.04) * min);
     }
 }
 
@@ -201,7 +201,7 @@ static void test_shapes(void **state)
             assert_int_equal(bytes, (rows + 15) / 16 * 16 * ((cols + 63) / 64)
                                     * q3n__types[t].block_bytes);
             assert_true(error_of(t, y, x, rows, cols, NULL) < 0.25);
-            float beyond[128];                  /* rows behind the last are zero */
+            float beyond[128];                  /* rows after the last are zero */
             for (int r = rows; r < (rows + 15) / 16 * 16; r++) {
                 q3n__dequantize_row(t, beyond, y, r, cols);
                 for (int c = 0; c < cols; c++) assert_true(beyond[c] == 0.0f);

@@ -89,7 +89,7 @@ static void reference_extend(reference *r, int i, const text *t)
     text_append(own, t->ids + own->n, n);
 }
 
-/* The logits behind t; valid until the next call. */
+/* The logits after t; valid until the next call. */
 static const float *reference_logits(reference *r, const text *t)
 {
     uint64_t h = 0;
@@ -109,7 +109,7 @@ static const float *reference_logits(reference *r, const text *t)
     return r->rows + (size_t)(r->n_rows - 1) * (size_t)r->vocab;
 }
 
-/* What a session that evaluated t in one call drafts behind token. */
+/* What a session that evaluated t in one call drafts after token. */
 static void reference_draft(reference *r, const text *t, int32_t token, int32_t *drafts, int n,
                             float *logits)
 {
@@ -151,7 +151,7 @@ typedef struct {
     q3n_model   *m;
     q3n_session_options base;    /* kv type, instruction set and hook of all                     */
     int          vocab, capacity, has_delta, has_mtp;
-    int          idle;           /* 1 = modules fall behind their texts, as if they did not pay  */
+    int          idle;           /* 1 = modules fall after their texts, as if they did not pay   */
     reference    ref;
     q3n_batch   *batch[2];
     q3n_cache   *cache;
@@ -307,7 +307,7 @@ static void refused(world *w, slot *s, q3n_result r, q3n_result want)
     verify(w, s);
 }
 
-/* n tokens to put behind t: of a text that others follow too, what followed before, or any. */
+/* n tokens to put after t: of a text that others follow too, what followed before, or any. */
 static void continuation(world *w, const text *t, int32_t *ids, int n)
 {
     const int kind = below(w, 3), period = 1 + below(w, 9);
@@ -523,9 +523,9 @@ static void op_outputs(world *w)
 {
     slot *s = any_session(w);
     int32_t ids[50];
-    const int room = s->capacity - s->t.n, most = room < 50 ? room : 50;
-    if (most == 0) return;
-    const int n = 1 + below(w, most);
+    const int room = s->capacity - s->t.n, max = room < 50 ? room : 50;
+    if (max == 0) return;
+    const int n = 1 + below(w, max);
     continuation(w, &s->t, ids, n);
     note(w, "eval_outputs %d: %d behind %d", number(w, s), n, s->t.n);
     arm(w, s);
@@ -558,33 +558,35 @@ static text other_text(world *w, const slot *s)
     return t;
 }
 
-static void op_feed(world *w)
+static void op_prefill(world *w)
 {
     slot *s = any_session(w);
     text t = other_text(w, s);
     const int n_common = common_prefix(&t, &s->t);
     int n_reused = -1;
-    note(w, "feed %d: %d tokens, %d of them in the %d there", number(w, s), t.n, n_common, s->t.n);
+    note(w, "prefill %d: %d tokens, %d of them in the %d there", number(w, s), t.n, n_common,
+         s->t.n);
     if (chance(w, 5)) {
         const int32_t good = t.ids[t.n - 1];
         t.ids[t.n - 1] = w->vocab;
-        refused(w, s, q3n_session_feed(s->s, t.ids, t.n, NULL, &n_reused), Q3N_ERR_ARG);
+        refused(w, s, q3n_session_prefill(s->s, t.ids, t.n, NULL, &n_reused), Q3N_ERR_ARG);
         t.ids[t.n - 1] = good;
         if (t.n + s->t.n > s->capacity && t.n + s->t.n <= MOST) {
             text more = t;
             text_append(&more, s->t.ids, s->t.n);
-            refused(w, s, q3n_session_feed(s->s, more.ids, more.n, NULL, NULL), Q3N_ERR_FULL);
+            refused(w, s, q3n_session_prefill(s->s, more.ids, more.n, NULL, NULL), Q3N_ERR_FULL);
         }
     }
     arm(w, s);
     const int wanted = chance(w, 50);
-    const q3n_result r = q3n_session_feed(s->s, t.ids, t.n, wanted ? w->logits : NULL, &n_reused);
+    const q3n_result r = q3n_session_prefill(s->s, t.ids, t.n, wanted ? w->logits : NULL,
+                                             &n_reused);
     if (!successful(w, s, r)) return;
     if (n_reused < 0 || n_reused > t.n || (n_common == s->t.n && n_reused < s->t.n))
         world_fail(w, "%d tokens reused", n_reused);
     note(w, ", %d reused", n_reused);
     s->t = t;
-    if (wanted) compare_logits(w, w->logits, &s->t, "q3n_session_feed");
+    if (wanted) compare_logits(w, w->logits, &s->t, "q3n_session_prefill");
     verify(w, s);
 }
 
@@ -632,12 +634,12 @@ static void op_reset(world *w)
     verify(w, s);
 }
 
-static void op_keep(world *w)
+static void op_checkpoint(world *w)
 {
     slot *s = any_session(w);
-    note(w, "keep %d", number(w, s));
+    note(w, "checkpoint %d", number(w, s));
     arm(w, s);
-    if (successful(w, s, q3n_session_keep(s->s))) verify(w, s);
+    if (successful(w, s, q3n_session_checkpoint(s->s))) verify(w, s);
 }
 
 /* Pages that others share are as they were: a fork goes on from them. */
@@ -903,7 +905,7 @@ static int among_best(const float *logits, int vocab, int32_t id, int k)
     return before < k;
 }
 
-/* The chosen tokens, behind their texts, are the largest logits, or among the top_k largest. */
+/* The chosen tokens, after their texts, are the largest logits, or among the top_k largest. */
 static void check_chosen(world *w, slot *s, const int32_t *tokens, int n, int top_k)
 {
     for (int i = 0; i < n; i++) {
@@ -935,13 +937,13 @@ static void op_next(world *w)
         const int room = s->capacity - s->t.n;
         int max = 1 + below(w, 16), n = -1;
         if (room == 0) {
-            refused(w, s, q3n_session_next(s->s, sampler, token, tokens, max, &n), Q3N_ERR_FULL);
+            refused(w, s, q3n_session_decode(s->s, sampler, token, tokens, max, &n), Q3N_ERR_FULL);
             break;
         }
         if (max > room) max = room;
         if (w->idle && chance(w, 30)) s->s->learned.mtp_idle = Q3N__MTP_IDLE;
         arm(w, s);
-        const q3n_result r = q3n_session_next(s->s, sampler, token, tokens, max, &n);
+        const q3n_result r = q3n_session_decode(s->s, sampler, token, tokens, max, &n);
         if (!successful(w, s, r)) continue;
         note(w, " %d", n);
         if (n < 1 || n > max) world_fail(w, "%d tokens, asked for %d", n, max);
@@ -1013,7 +1015,7 @@ static q3n_model *open_named(world *w)
     return m;
 }
 
-/* A cache in memory alone, or with a directory behind it. */
+/* A cache in memory alone, or with a directory after it. */
 static void world_cache(world *w)
 {
     q3n_cache_options o = { .max_bytes = (size_t)1 << (14 + below(w, 12)) };
@@ -1135,8 +1137,8 @@ typedef struct {
 } operation;
 
 static const operation operations[] = {
-    { op_eval, 14 }, { op_outputs, 2 }, { op_feed, 10 }, { op_reuse, 4 }, { op_rewind, 9 },
-    { op_reset, 1 }, { op_keep, 4 }, { op_probe, 4 }, { op_snapshot, 7 }, { op_restore, 8 },
+    { op_eval, 14 }, { op_outputs, 2 }, { op_prefill, 10 }, { op_reuse, 4 }, { op_rewind, 9 },
+    { op_reset, 1 }, { op_checkpoint, 4 }, { op_probe, 4 }, { op_snapshot, 7 }, { op_restore, 8 },
     { op_free_snapshot, 3 }, { op_fork, 7 }, { op_create, 2 }, { op_destroy, 2 }, { op_save, 3 },
     { op_load, 4 }, { op_batch, 8 }, { op_next, 8 }, { op_draft, 4 },
 };

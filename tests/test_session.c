@@ -72,16 +72,16 @@ static q3n_result run_eval(q3n_session *s, q3n_batch *b, const int32_t *ids)
     return q3n_session_eval(s, ids + 40, 20, NULL);
 }
 
-static q3n_result run_feed(q3n_session *s, q3n_batch *b, const int32_t *ids)
+static q3n_result run_prefill(q3n_session *s, q3n_batch *b, const int32_t *ids)
 {
     (void)b;
-    return q3n_session_feed(s, ids + 7, 30, NULL, NULL);
+    return q3n_session_prefill(s, ids + 7, 30, NULL, NULL);
 }
 
-static q3n_result run_feed_more(q3n_session *s, q3n_batch *b, const int32_t *ids)
+static q3n_result run_prefill_more(q3n_session *s, q3n_batch *b, const int32_t *ids)
 {
     (void)b;
-    return q3n_session_feed(s, ids, 60, NULL, NULL);
+    return q3n_session_prefill(s, ids, 60, NULL, NULL);
 }
 
 static q3n_result run_rewind(q3n_session *s, q3n_batch *b, const int32_t *ids)
@@ -91,14 +91,14 @@ static q3n_result run_rewind(q3n_session *s, q3n_batch *b, const int32_t *ids)
     return q3n_session_rewind(s, 25);
 }
 
-static q3n_result run_next(q3n_session *s, q3n_batch *b, const int32_t *ids)
+static q3n_result run_decode(q3n_session *s, q3n_batch *b, const int32_t *ids)
 {
     int32_t tokens[8];
     int n;
     q3n_sampler *sampler = NULL;
     (void)b;
     assert_int_equal(q3n_sampler_create(&sampler, q3n_session_model(s), NULL, NULL), Q3N_OK);
-    const q3n_result r = q3n_session_next(s, sampler, ids[40], tokens, 8, &n);
+    const q3n_result r = q3n_session_decode(s, sampler, ids[40], tokens, 8, &n);
     q3n_sampler_destroy(sampler);
     return r;
 }
@@ -112,8 +112,9 @@ static q3n_result run_batch(q3n_session *s, q3n_batch *b, const int32_t *ids)
 }
 
 static const cancellable cancellables[] = {
-    { "eval", run_eval }, { "feed of another text", run_feed }, { "feed of more", run_feed_more },
-    { "rewind", run_rewind }, { "next", run_next }, { "batch_eval", run_batch },
+    { "eval", run_eval }, { "prefill of another text", run_prefill },
+    { "prefill of more", run_prefill_more }, { "rewind", run_rewind }, { "decode", run_decode },
+    { "batch_eval", run_batch },
 };
 
 typedef struct {
@@ -293,11 +294,11 @@ static q3n_result run_draft(q3n_session *s, q3n_batch *b, const int32_t *ids)
 }
 
 /* Nothing to evaluate: the MTP module alone works, over what it has not read. */
-static q3n_result run_feed_same(q3n_session *s, q3n_batch *b, const int32_t *ids)
+static q3n_result run_prefill_same(q3n_session *s, q3n_batch *b, const int32_t *ids)
 {
     (void)b;
     float *logits = new_floats((size_t)q3n_model_config(q3n_session_model(s))->vocab_size);
-    const q3n_result r = q3n_session_feed(s, ids, 40, logits, NULL);
+    const q3n_result r = q3n_session_prefill(s, ids, 40, logits, NULL);
     free(logits);
     return r;
 }
@@ -352,7 +353,8 @@ static void test_cancel_from_signal(void **state)
 {
     q3n_model *m = open_model((const char *)*state, NULL);
     const size_t V = (size_t)q3n_model_config(m)->vocab_size;
-    const cancellable draft = { "draft", run_draft }, same = { "feed of its text", run_feed_same };
+    const cancellable draft = { "draft", run_draft };
+    const cancellable same = { "prefill of its text", run_prefill_same };
     struct sigaction action = { .sa_handler = on_signal }, before;
     assert_int_equal(sigaction(SIGUSR1, &action, &before), 0);
     int32_t ids[60];
@@ -484,14 +486,14 @@ static void worker_rewind(worker *k)
     worker_check(k, k->s, k->n, "rewind");
 }
 
-static void worker_feed(worker *k)
+static void worker_prefill(worker *k)
 {
     const int line = random_below(&k->rng, N_LINES), n = LINE - random_below(&k->rng, 60);
     const int32_t *ids = k->all->ids[line];
-    while (worker_cancelled(k, q3n_session_feed(k->s, ids, n, NULL, NULL), "feed")) { }
+    while (worker_cancelled(k, q3n_session_prefill(k->s, ids, n, NULL, NULL), "prefill")) { }
     k->line = line;
     k->n = n;
-    worker_check(k, k->s, k->n, "feed");
+    worker_check(k, k->s, k->n, "prefill");
 }
 
 static void worker_snapshot(worker *k)
@@ -555,7 +557,8 @@ static void worker_next(worker *k)
     const int32_t token = k->all->ids[k->line][k->n];
     if (k->drafts)
         worker_cancelled(k, q3n_session_draft(k->s, token, drafts, 3, NULL), "draft");
-    while (worker_cancelled(k, q3n_session_next(k->s, k->greedy, token, tokens, 4, &n), "next")) { }
+    while (worker_cancelled(k, q3n_session_decode(k->s, k->greedy, token, tokens, 4, &n),
+                            "decode")) { }
     k->n++;
     while (!k->why[0]) {
         const q3n_result r = q3n_session_rewind(k->s, k->n);
@@ -573,7 +576,7 @@ static void *worker_main(void *memory)
         __atomic_fetch_add(&k->all->n_ops[k->number], 1, __ATOMIC_SEQ_CST);
         switch (random_below(&k->rng, 9)) {
         case 0:  worker_rewind(k);   break;
-        case 1:  worker_feed(k);     break;
+        case 1:  worker_prefill(k);     break;
         case 2:  worker_snapshot(k); break;
         case 3:  worker_restore(k);  break;
         case 4:  worker_fork(k);     break;
@@ -799,14 +802,14 @@ static void wander(q3n_session *s, q3n_sampler *sampler, const int32_t *ids, int
     int got = 0;
     within(s, q3n_session_rewind(s, n / 2), k);
     for (int i = 0; i < 5; i++)
-        within(s, q3n_session_next(s, sampler, ids[i], tokens, 8, &got), k);
-    within(s, q3n_session_feed(s, ids, n / 3, NULL, NULL), k);
-    within(s, q3n_session_feed(s, ids, n, NULL, NULL), k);
-    within(s, q3n_session_feed(s, ids + 1, n - 1, NULL, NULL), k);
-    within(s, q3n_session_feed(s, ids, n, NULL, NULL), k);
+        within(s, q3n_session_decode(s, sampler, ids[i], tokens, 8, &got), k);
+    within(s, q3n_session_prefill(s, ids, n / 3, NULL, NULL), k);
+    within(s, q3n_session_prefill(s, ids, n, NULL, NULL), k);
+    within(s, q3n_session_prefill(s, ids + 1, n - 1, NULL, NULL), k);
+    within(s, q3n_session_prefill(s, ids, n, NULL, NULL), k);
     within(s, q3n_session_rewind(s, n - 1), k);
-    within(s, q3n_session_next(s, sampler, ids[n - 1], tokens, 1, &got), k);
-    must(s, q3n_session_next(s, sampler, ids[0], tokens, 1, &got), Q3N_ERR_FULL);
+    within(s, q3n_session_decode(s, sampler, ids[n - 1], tokens, 1, &got), k);
+    must(s, q3n_session_decode(s, sampler, ids[0], tokens, 1, &got), Q3N_ERR_FULL);
 }
 
 static void check_memory(const memory_case *k, q3n_type kv_type)
@@ -1131,7 +1134,7 @@ static q3n_session *pass_on(const either *e, q3n_session *from, q3n_session_opti
     if (way == BY_FILE) must(from, save_to(&b, from, SIZE_MAX), Q3N_OK);
     if (way == BY_SNAPSHOT) must(from, q3n_session_snapshot(from, &snap), Q3N_OK);
     if (way == BY_FORK) assert_int_equal(q3n_session_fork(&to, from, o, NULL), Q3N_OK);
-    if (way >= BY_CACHE) must(from, q3n_session_keep(from), Q3N_OK);
+    if (way >= BY_CACHE) must(from, q3n_session_checkpoint(from), Q3N_OK);
     q3n_session_destroy(from);
     if (way == BY_DIRECTORY) {                   /* as another process would find it */
         q3n_cache_destroy(o->cache);
@@ -1167,7 +1170,7 @@ static int64_t steps_from(const either *e, q3n_session *s, int n)
     must(plain, q3n_session_eval(plain, e->ids, n, NULL), Q3N_OK);
     q3n_session_speculation(s, &before);
     for (int i = 0; i < 5; i++) {
-        must(s, q3n_session_next(s, greedy, token, tokens, COUNT(tokens), &chosen), Q3N_OK);
+        must(s, q3n_session_decode(s, greedy, token, tokens, COUNT(tokens), &chosen), Q3N_OK);
         for (int k = 0; k < chosen; k++) {
             must(plain, q3n_session_eval(plain, &token, 1, logits), Q3N_OK);
             token = tokens[k];
@@ -1289,7 +1292,7 @@ static void test_beyond_the_context(void **state)
     assert_non_null(ids);
     for (int call = 0; call < 3; call++) {
         const q3n_result r = call == 0 ? q3n_session_eval(s, ids, n, NULL)
-                           : call == 1 ? q3n_session_feed(s, ids, n, NULL, NULL)
+                           : call == 1 ? q3n_session_prefill(s, ids, n, NULL, NULL)
                                        : q3n_session_reuse(s, ids, n, NULL);
         must(s, r, Q3N_ERR_FULL);
         for (int k = n - 1; k <= n; k++) {
@@ -1404,9 +1407,9 @@ static void test_both_ways(void **state)
     must(s, q3n_session_logits(s, got), Q3N_OK);
     check_same(got, want, V, "both ways");
     int n_reused = 0;
-    must(s, q3n_session_feed(s, ids + 1, 8, NULL, &n_reused), Q3N_OK);
+    must(s, q3n_session_prefill(s, ids + 1, 8, NULL, &n_reused), Q3N_OK);
     assert_int_equal(n_reused, 0);
-    must(s, q3n_session_feed(s, ids, 7, got, NULL), Q3N_OK);
+    must(s, q3n_session_prefill(s, ids, 7, got, NULL), Q3N_OK);
     check_same(got, want, V, "both ways, fed");
     n_reused = -1;
     must(s, q3n_session_reuse(s, ids, 5, &n_reused), Q3N_OK);
@@ -1447,7 +1450,7 @@ static void test_classifier(void **state)
     must(s, q3n_session_eval_outputs(s, ids, COUNT(ids), &last), Q3N_OK);
     must(s, save_to(&f, s, SIZE_MAX), Q3N_OK);
     must(s, q3n_session_rewind(s, 290), Q3N_OK);
-    must(s, q3n_session_feed(s, ids, 200, NULL, NULL), Q3N_OK);
+    must(s, q3n_session_prefill(s, ids, 200, NULL, NULL), Q3N_OK);
     must(s, q3n_session_eval_outputs(s, ids + 200, 100, &again), Q3N_OK);
     check_same(got, want, d, "fed and on");
     must(s, load_from(&f, s, SIZE_MAX), Q3N_OK);
@@ -1488,7 +1491,7 @@ static void test_expert_counts(void **state)
     c.at = c.calls + 2;
     must(s, q3n_session_eval(s, ids + 30, 10, NULL), Q3N_ERR_CANCELLED);
     must(s, q3n_session_rewind(s, 20), Q3N_OK);
-    must(s, q3n_session_next(s, sampler, ids[20], tokens, 8, &n), Q3N_OK);
+    must(s, q3n_session_decode(s, sampler, ids[20], tokens, 8, &n), Q3N_OK);
     assert_int_equal(n, 1);                      /* nothing is drafted where experts are counted */
     int64_t sum = 0;
     int l = 0;
@@ -1515,7 +1518,7 @@ static void test_cache_counts(void **state)
     q3n_session *a = create_session(m, &o), *b = create_session(m, &o);
     int n_reused = -1;
     for (int n = 10; n <= 50; n += 10) {             /* a chat that only grows */
-        must(a, q3n_session_feed(a, ids, n, NULL, &n_reused), Q3N_OK);
+        must(a, q3n_session_prefill(a, ids, n, NULL, &n_reused), Q3N_OK);
         assert_int_equal(n_reused, n - 10);
         assert_int_equal(stats_of(o.cache).n_own, n / 10 - 1);
     }
@@ -1550,17 +1553,17 @@ static void test_cache(void **state)
     q3n_session *a = create_session(m, &o), *b = create_session(m, &o);
     float *want = new_floats(2 * (size_t)vocab);
     int n_reused = -1;
-    must(a, q3n_session_feed(a, ids, 270, want, &n_reused), Q3N_OK);
+    must(a, q3n_session_prefill(a, ids, 270, want, &n_reused), Q3N_OK);
     assert_int_equal(n_reused, 0);
     assert_int_equal(stats_of(cache).n_entries, 1);
     assert_int_equal(stats_of(cache).n_hits, 0);
     assert_int_equal(stats_of(cache).n_misses, 1);
-    must(b, q3n_session_feed(b, ids, 270, want + vocab, &n_reused), Q3N_OK);
+    must(b, q3n_session_prefill(b, ids, 270, want + vocab, &n_reused), Q3N_OK);
     assert_int_equal(n_reused, 270);
     check_same(want, want + vocab, (size_t)vocab, "all from the cache");
     assert_int_equal(stats_of(cache).n_hits, 1);
     q3n_session_reset(a);
-    must(a, q3n_session_feed(a, ids, 300, want, &n_reused), Q3N_OK);
+    must(a, q3n_session_prefill(a, ids, 300, want, &n_reused), Q3N_OK);
     assert_int_equal(n_reused, 270);
     q3n_session_reset(b);
     must(b, q3n_session_eval(b, ids, 300, want + vocab), Q3N_OK);
@@ -1597,7 +1600,7 @@ static void test_reuse(void **state)
         int n_reused = -1;
         memcpy(other, ids, sizeof ids);
         other[at] = (ids[at] + 1) % vocab;
-        must(s, q3n_session_feed(s, ids, COUNT(ids), NULL, NULL), Q3N_OK);
+        must(s, q3n_session_prefill(s, ids, COUNT(ids), NULL, NULL), Q3N_OK);
         must(s, q3n_session_reuse(s, other, COUNT(ids), &n_reused), Q3N_OK);
         assert_in_range(n_reused, 0, at);
         assert_int_equal(q3n_session_length(s), n_reused);
@@ -1726,7 +1729,7 @@ static void test_many_pages(void **state)
     q3n_model_close(m);
 }
 
-/* The cache keeps to its bound; what feeds have marked outlives what snapshot_every put there. */
+/* The cache keeps to its bound; what prefills marked outlives what snapshot_every put there. */
 static void test_cache_bound(void **state)
 {
     heap h = { 0 };
@@ -1745,7 +1748,7 @@ static void test_cache_bound(void **state)
     const size_t live = h.live_bytes;
     int32_t marked[40], ids[300];
     random_tokens(&rng, marked, COUNT(marked), vocab);
-    must(s, q3n_session_feed(s, marked, COUNT(marked), NULL, NULL), Q3N_OK);
+    must(s, q3n_session_prefill(s, marked, COUNT(marked), NULL, NULL), Q3N_OK);
     for (int i = 0; i < 6; i++) {
         random_tokens(&rng, ids, COUNT(ids), vocab);
         q3n_session_reset(s);

@@ -14,7 +14,7 @@
 
 /* ---- Drafts against the reference implementation ---- */
 
-/* What the module drafts behind each token but the last, by a session that evaluates one token at a
+/* What the module drafts after each token but the last, by a session that evaluates one token at a
  * time: [n - 1] ids, and logits [n - 1, vocab] that other ways must give to the bit. */
 static void drafts_one_by_one(q3n_session *s, const int32_t *ids, int n, int32_t *drafts,
                               float *logits)
@@ -62,7 +62,7 @@ static void check_draft_paths(const q3n_model *m, const q3n_session_options *o, 
     check_draft(other, ids, logits, "restored elsewhere");
     assert_int_equal(q3n_session_fork(&fork, other, NULL, NULL), Q3N_OK);
     check_draft(fork, ids, logits, "forked");
-    must(other, q3n_session_feed(other, ids, n / 2, NULL, NULL), Q3N_OK);
+    must(other, q3n_session_prefill(other, ids, n / 2, NULL, NULL), Q3N_OK);
     check_draft(other, ids, logits, "fed");
     q3n_session_reset(other);
     must(other, load_from(&b, other, SIZE_MAX), Q3N_OK);
@@ -222,9 +222,9 @@ static void generate_plain(generation *g, int n)
     q3n_session_destroy(s);
 }
 
-/* Generate with q3n_session_next, in calls of at most `most` tokens (0 = of changing sizes), up to
- * the session's capacity, the end of the text or of what is known. */
-static void check_generation(const generation *g, const q3n_session_options *o, int most,
+/* Generate with q3n_session_decode, in calls of at most `step` tokens (0 = of changing sizes), up
+ * to the session's capacity, the end of the text or of what is known. */
+static void check_generation(const generation *g, const q3n_session_options *o, int step,
                              q3n_speculation *stats)
 {
     q3n_session *s = create_session(g->m, o);
@@ -236,17 +236,17 @@ static void check_generation(const generation *g, const q3n_session_options *o, 
     assert_int_equal(token, g->want[0]);
     while (at + 1 < g->n && !q3n_model_is_eos(g->m, token)) {
         const int room = q3n_session_capacity(s) - q3n_session_length(s);
-        int max = most ? most : 1 + (5 * n_steps + 2) % 16, n = -1;
+        int max = step ? step : 1 + (5 * n_steps + 2) % 16, n = -1;
         if (room == 0) break;
         if (max > room) max = room;
         if (max > g->n - 1 - at) max = g->n - 1 - at;
-        must(s, q3n_session_next(s, sampler, token, tokens, max, &n), Q3N_OK);
+        must(s, q3n_session_decode(s, sampler, token, tokens, max, &n), Q3N_OK);
         assert_in_range(n, 1, max);
         n_steps++;
         for (int i = 0; i < n; i++) {
             if (tokens[i] != g->want[++at])
                 fail_msg("speculate %d, %d drafts, at most %d: token %d is %d, plain greedy gives "
-                         "%d", (int)o->speculate, o->draft, max, at, tokens[i], g->want[at]);
+                         "%d", (int)o->speculate, o->draft, step, at, tokens[i], g->want[at]);
             if (q3n_model_is_eos(g->m, tokens[i])) assert_int_equal(i, n - 1);
         }
         token = tokens[n - 1];
@@ -254,7 +254,7 @@ static void check_generation(const generation *g, const q3n_session_options *o, 
     }
     if (q3n_session_length(s) == q3n_session_capacity(s)) {
         int n = 0;
-        must(s, q3n_session_next(s, sampler, token, tokens, 1, &n), Q3N_ERR_FULL);
+        must(s, q3n_session_decode(s, sampler, token, tokens, 1, &n), Q3N_ERR_FULL);
         assert_int_equal(at, q3n_session_capacity(s) - g->n_prompt);
     } else if (!q3n_model_is_eos(g->m, token)) {
         assert_int_equal(at, g->n - 1);
@@ -263,7 +263,7 @@ static void check_generation(const generation *g, const q3n_session_options *o, 
     assert_int_equal(stats->n_steps, n_steps);
     assert_int_equal(stats->n_tokens, at);
     assert_in_range(stats->n_accepted, stats->n_tokens - stats->n_steps, stats->n_drafted);
-    if (most == 1 || o->speculate == Q3N_SPECULATE_OFF) assert_int_equal(stats->n_drafted, 0);
+    if (step == 1 || o->speculate == Q3N_SPECULATE_OFF) assert_int_equal(stats->n_drafted, 0);
     free(logits);
     q3n_sampler_destroy(sampler);
     q3n_session_destroy(s);
@@ -330,7 +330,7 @@ static void check_step_drafts(q3n_model *m, q3n_speculate source, const int32_t 
     q3n_speculation stats;
     must(s, q3n_session_eval(s, text, n - 1, NULL), Q3N_OK);
     rows = 0;
-    must(s, q3n_session_next(s, sampler, text[n - 1], tokens, 8, &n), Q3N_OK);
+    must(s, q3n_session_decode(s, sampler, text[n - 1], tokens, 8, &n), Q3N_OK);
     q3n_session_speculation(s, &stats);
     if (stats.n_drafted != n_want || stats.draft != n_want || rows != 1 + n_want)
         fail_msg("source %d: %d drafts, %d rows; expected %d drafts", (int)source,
@@ -449,7 +449,7 @@ static void choices_of(const float *logits, int vocab, int32_t *ids, double *p)
     for (int k = 0; k < CHOICES; k++) p[k] /= sum;
 }
 
-/* Probabilities of all triples behind the token, from plain runs. */
+/* Probabilities of all triples after the token, from plain runs. */
 static void draw_expect(draw *d)
 {
     const q3n_session_options o = plain_options(d->n + 4);
@@ -505,7 +505,7 @@ static void check_counts(const draw *d, const int *counts, int n, const char *wh
                  chi_square_bound(degrees));
 }
 
-/* Draw n triples through q3n_session_next. */
+/* Draw n triples through q3n_session_decode. */
 static void check_draws(const draw *d, q3n_speculate speculate, int draft, int n)
 {
     char what[100];
@@ -525,7 +525,7 @@ static void check_draws(const draw *d, q3n_speculate speculate, int draft, int n
         int have = 0, some = 0, k = 0;
         must(s, q3n_session_restore(s, snap), Q3N_OK);
         for (; have < CHOICES; have += some)
-            must(s, q3n_session_next(s, sampler, have ? out[have - 1] : d->token, out + have,
+            must(s, q3n_session_decode(s, sampler, have ? out[have - 1] : d->token, out + have,
                                      CHOICES - have, &some), Q3N_OK);
         while (k < TRIPLES && memcmp(out, d->choice[k], sizeof out) != 0) k++;
         if (k == TRIPLES) fail_msg("%d %d %d is not to be chosen", out[0], out[1], out[2]);
@@ -543,7 +543,7 @@ static void check_draws(const draw *d, q3n_speculate speculate, int draft, int n
     q3n_session_destroy(s);
 }
 
-/* A random text behind which the module's draft is among the choices. */
+/* A random text after which the module's draft is among the choices. */
 static void draw_for_module(draw *d, uint64_t *rng)
 {
     q3n_session_options o = plain_options(40);
@@ -576,7 +576,7 @@ static void draw_for_lookup(draw *d, uint64_t *rng)
     int32_t ids[CHOICES];
     double p[CHOICES];
     for (int found = 0; !found; ) {
-        d->n = 26;                               /* 6 tokens, 5 behind them, and 6 again */
+        d->n = 26;                               /* 6 tokens, 5 after them, and 6 again */
         random_tokens(rng, d->ids, d->n, d->vocab);
         memcpy(d->ids + 20, d->ids + 3, 6 * sizeof *d->ids);
         d->token = d->ids[9];
@@ -673,7 +673,7 @@ static void step_after_failures(step_case *c, int32_t token, int32_t *tokens, in
         spoil_at = kind == 2 ? n_layers : -2;
         c->h->calls = 0;
         c->h->fail_at = l == -2;
-        const q3n_result r = q3n_session_next(c->s, c->sampler, token, tokens, max, n);
+        const q3n_result r = q3n_session_decode(c->s, c->sampler, token, tokens, max, n);
         stop_at = spoil_at = -2;
         c->h->fail_at = 0;
         if (l == -2 && r == Q3N_OK) {            /* it asked for none */
@@ -688,7 +688,7 @@ static void step_after_failures(step_case *c, int32_t token, int32_t *tokens, in
         free(after);
     }
     free(before);
-    must(c->s, q3n_session_next(c->s, c->sampler, token, tokens, max, n), Q3N_OK);
+    must(c->s, q3n_session_decode(c->s, c->sampler, token, tokens, max, n), Q3N_OK);
 }
 
 /* A text whose steps all fail first is the undisturbed text, with as many drafts.  draft 0: how
@@ -719,7 +719,8 @@ static void sampled_with_failures(q3n_speculate how, int draft, int idle)
             const int max = COUNT(text[0]) - at;
             if (idle) c.s->learned.mtp_idle = Q3N__MTP_IDLE + 1, c.s->learned.try_credit = 8.0;
             if (i) step_after_failures(&c, token, text[i] + at, max, &n);
-            else must(c.s, q3n_session_next(c.s, c.sampler, token, text[i] + at, max, &n), Q3N_OK);
+            else must(c.s, q3n_session_decode(c.s, c.sampler, token, text[i] + at, max, &n),
+                      Q3N_OK);
             token = text[i][at + n - 1];
         }
         q3n_session_speculation(c.s, &stats[i]);
@@ -768,7 +769,7 @@ static void test_sampled_lookup(void **state)
         must(s, q3n_session_eval(s, prompt, COUNT(prompt) - 1, NULL), Q3N_OK);
         int32_t token = prompt[COUNT(prompt) - 1];
         for (int at = 0, n = 0; at < COUNT(text[0]); at += n) {
-            must(s, q3n_session_next(s, sampler, token, text[i] + at, COUNT(text[0]) - at, &n),
+            must(s, q3n_session_decode(s, sampler, token, text[i] + at, COUNT(text[0]) - at, &n),
                  Q3N_OK);
             token = text[i][at + n - 1];
         }

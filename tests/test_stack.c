@@ -51,7 +51,7 @@ static void evaluate(q3n_session *s, const q3n_model *m, float *logits)
     must(s, q3n_session_eval(s, tokens, 4, logits), Q3N_OK);
     assert_int_equal(q3n_sampler_create(&sampler, m, &o, NULL), Q3N_OK);
     for (int i = 0, n; i < 20; i++, last = out[n - 1])
-        must(s, q3n_session_next(s, sampler, last, out, COUNT(out), &n), Q3N_OK);
+        must(s, q3n_session_decode(s, sampler, last, out, COUNT(out), &n), Q3N_OK);
     q3n_sampler_destroy(sampler);
 }
 

@@ -129,7 +129,7 @@ static void tokens_of(int text, int32_t *tokens, int n)
     for (int i = 0; i < n; i++) tokens[i] = token_at(text, i);
 }
 
-/* Every number follows from the text; what lies behind the last token is `rubbish`.  Full pages are
+/* Every number follows from the text; what lies after the last token is `rubbish`.  Full pages are
  * shared with `from`, if that is not NULL: a snapshot of the same text. */
 static q3n_snapshot *make_snapshot(const q3n_model *m, const q3n__shape *shape, q3n_type delta_type,
                                    int text, int length, const q3n_snapshot *from)
@@ -286,14 +286,14 @@ static int file_count(const char *directory)
 }
 
 /* Paths of the directory's files, in order of their names. */
-static int list_files(const char *directory, char path[][300], int most)
+static int list_files(const char *directory, char path[][300], int max)
 {
     int n = 0;
     struct dirent **names;
     const int found = scandir(directory, &names, NULL, alphasort);
     assert_true(found >= 0);
     for (int i = 0; i < found; i++) {
-        if (names[i]->d_name[0] != '.' && n < most)
+        if (names[i]->d_name[0] != '.' && n < max)
             snprintf(path[n++], 300, "%.30s/%.255s", directory, names[i]->d_name);
         free(names[i]);
     }
@@ -445,7 +445,7 @@ static void test_round_trip_small(void **state)
     close_model(&h, m);
 }
 
-/* A page that is shared may be written behind the snapshot's end: nothing of that is in the file,
+/* A page that is shared may be written after the snapshot's end: nothing of that is in the file,
  * and what is there is not even read (a shared page of a sanitizer's eyes: test_threads). */
 static void test_same_bytes(void **state)
 {
@@ -690,7 +690,7 @@ static void test_failing(void **state)
     assert_int_equal(k, 6);      /* a snapshot and three pages failed */
     char path[300], *directory = new_directory();
     snprintf(path, sizeof path, "%s/state", directory);
-    h.fail_at = h.calls + 1;             /* the last page, with zeros behind its tokens */
+    h.fail_at = h.calls + 1;             /* the last page, with zeros after its tokens */
     assert_int_equal(q3n__snapshot_save(s, path, &err), Q3N_ERR_MEMORY);
     assert_int_equal(file_count(directory), 0);
     assert_int_equal(h.live, live);
@@ -783,15 +783,15 @@ static void put(q3n_cache *c, const q3n__shape *shape, int text, int length, int
 }
 
 /* The length that is found of the first n tokens of a text, -1 = none; what is found is right. */
-static int find(q3n_cache *c, const q3n__shape *shape, int text, int n, int least)
+static int find(q3n_cache *c, const q3n__shape *shape, int text, int n, int min)
 {
     int32_t tokens[2000];
     assert_true(n <= COUNT(tokens));
     tokens_of(text, tokens, n);
-    q3n_snapshot *s = q3n__cache_find(c, shape, Q3N_TYPE_F32, tokens, n, least);
+    q3n_snapshot *s = q3n__cache_find(c, shape, Q3N_TYPE_F32, tokens, n, min);
     if (!s) return -1;
     const int length = s->length;
-    assert_true(length > least && length <= n);
+    assert_true(length > min && length <= n);
     assert_int_equal(q3n__common_prefix(s->page, length, tokens, n), length);
     q3n_snapshot *want = new_snapshot(c->model, shape, Q3N_TYPE_F32, text, length);
     check_same(s, want);
@@ -847,12 +847,12 @@ static void test_longest(void **state)
     for (int text = 10; text < 60; text += 5)    /* other texts, some with 300 tokens in common */
         for (int i = 0; i < COUNT(lengths); i++) put(c, &shape, text, lengths[i], 0);
     for (int n = 0; n <= 1100; n += n < 10 || n % 256 > 250 || n % 256 < 3 ? 1 : 7)
-        for (int least = 0; least <= n; least += 1 + n / 5) {
+        for (int min = 0; min <= n; min += 1 + n / 5) {
             int want = -1;
             for (int i = 0; i < COUNT(lengths); i++)
-                if (lengths[i] <= n && lengths[i] > least) want = lengths[i];
-            assert_int_equal(find(c, &shape, 0, n, least), want);
-            assert_int_equal(find(c, &other, 0, n, least), -1);
+                if (lengths[i] <= n && lengths[i] > min) want = lengths[i];
+            assert_int_equal(find(c, &shape, 0, n, min), want);
+            assert_int_equal(find(c, &other, 0, n, min), -1);
         }
     assert_int_equal(find(c, &shape, 1, 1000, 0), 257);      /* 300 tokens in common */
     assert_int_equal(find(c, &shape, 15, 1000, 0), 1000);
@@ -1383,7 +1383,7 @@ static void cache_job(void *arg)
     }
 }
 
-/* Appends behind the shared snapshot's end, as a session would. */
+/* Appends after the shared snapshot's end, as a session would. */
 static void append_job(void *arg)
 {
     job *j = (job *)arg;

@@ -495,14 +495,14 @@ static void test_pieces(void **state)
         }
         t.pattern = round % 4 < 2 ? Q3N__PATTERN_QWEN2 : Q3N__PATTERN_QWEN3_5;
         const uint8_t *p = (const uint8_t *)text, *end = p + n;
-        const uint8_t *piece = q3n__piece_end(&unicode, p, end);
+        const uint8_t *piece = q3n__text_chunk_end(&unicode, p, end);
         while (p < end) {
             const uint8_t *next = q3n__word_end(&t, p, end);
             assert_ptr_equal(q3n__word_end(&t, p, piece), next);
             p = next;
             if (p < piece || p == end) continue;
             cuts++;
-            piece = q3n__piece_end(&unicode, p, end);
+            piece = q3n__text_chunk_end(&unicode, p, end);
         }
     }
     assert_true(cuts > 100);
@@ -989,13 +989,13 @@ static void test_arguments(void **state)
  * once. */
 static void check_decode(const q3n_model *m, const char *bytes, size_t n, const char *want)
 {
-    q3n_decoder dec = { { 0 }, 0, 0 };
+    q3n_detokenizer dec = { { 0 }, 0, 0 };
     int32_t ids[64];
     char got[256], whole[256];
     size_t total = 0, part;
     for (size_t i = 0; i < n; i++) {
         ids[i] = (uint8_t)bytes[i];
-        assert_int_equal(q3n_decoder_next(&dec, m, ids[i], got + total, 6, &part), Q3N_OK);
+        assert_int_equal(q3n_detokenizer_next(&dec, m, ids[i], got + total, 6, &part), Q3N_OK);
         for (const uint8_t *p = (uint8_t *)got + total, *end = p + part; p < end;) {
             uint32_t cp;
             const int length = q3n__utf8_decode(p, end, &cp);
@@ -1004,11 +1004,11 @@ static void check_decode(const q3n_model *m, const char *bytes, size_t n, const 
         }
         total += part;
     }
-    q3n_decoder_finish(&dec, got + total, &part);
+    q3n_detokenizer_finish(&dec, got + total, &part);
     total += part;
     if (total != strlen(want) || memcmp(got, want, total) != 0)
         fail_msg("decoded \"%.*s\", expected \"%s\"", (int)total, got, want);
-    q3n_decoder_finish(&dec, whole, &part);
+    q3n_detokenizer_finish(&dec, whole, &part);
     assert_int_equal((int)part, 0);
     assert_int_equal(q3n_detokenize(m, ids, n, whole, sizeof whole, &part), Q3N_OK);
     assert_int_equal((int)part, (int)total);
@@ -1050,32 +1050,32 @@ static void test_decode(void **state)
     CHECK_DECODE(m, "\xE2\x28\xA1", FFFD "(" FFFD);
     CHECK_DECODE(m, "\xE1\x80\xE1\x80\x80", FFFD "\u1000");
 
-    q3n_decoder dec = { { 0 }, 0, 0 };
+    q3n_detokenizer dec = { { 0 }, 0, 0 };
     char out[16];
     size_t n;
-    assert_int_equal(q3n_decoder_next(&dec, m, half, out, sizeof out, &n), Q3N_OK);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, half, out, sizeof out, &n), Q3N_OK);
     assert_int_equal((int)n, 1);                         /* x; the rest waits */
-    assert_int_equal(q3n_decoder_next(&dec, m, special, out, 5, &n), Q3N_ERR_FULL);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, special, out, 5, &n), Q3N_ERR_FULL);
     assert_int_equal((int)n, 6);
     assert_int_equal(dec.n_pending, 2);                  /* nothing was taken in */
-    assert_int_equal(q3n_decoder_next(&dec, m, special, out, 6, &n), Q3N_OK);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, special, out, 6, &n), Q3N_OK);
     assert_memory_equal(out, FFFD "<s>", 6);
-    assert_int_equal(q3n_decoder_next(&dec, m, half, out, sizeof out, &n), Q3N_OK);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, half, out, sizeof out, &n), Q3N_OK);
     dec.skip_special = 1;                                /* then bytes join across the token */
-    assert_int_equal(q3n_decoder_next(&dec, m, special, NULL, 0, &n), Q3N_OK);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, special, NULL, 0, &n), Q3N_OK);
     assert_int_equal((int)n, 0);
-    assert_int_equal(q3n_decoder_next(&dec, m, 0x98, NULL, 0, &n), Q3N_OK);
-    assert_int_equal(q3n_decoder_next(&dec, m, 0x80, out, 3, &n), Q3N_ERR_FULL);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, 0x98, NULL, 0, &n), Q3N_OK);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, 0x80, out, 3, &n), Q3N_ERR_FULL);
     assert_int_equal((int)n, 4);
-    assert_int_equal(q3n_decoder_next(&dec, m, 0x80, out, 4, &n), Q3N_OK);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, 0x80, out, 4, &n), Q3N_OK);
     assert_memory_equal(out, "\U0001F600", 4);
-    assert_int_equal(q3n_decoder_next(&dec, m, hole, NULL, 0, &n), Q3N_OK);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, hole, NULL, 0, &n), Q3N_OK);
     assert_int_equal((int)n, 0);
-    assert_int_equal(q3n_decoder_next(&dec, m, 511, NULL, 0, &n), Q3N_OK);   /* < vocab_size */
-    assert_int_equal(q3n_decoder_next(&dec, m, 512, out, 16, &n), Q3N_ERR_ARG);
-    assert_int_equal(q3n_decoder_next(&dec, m, -1, out, 16, &n), Q3N_ERR_ARG);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, 511, NULL, 0, &n), Q3N_OK);  /* < vocab_size */
+    assert_int_equal(q3n_detokenizer_next(&dec, m, 512, out, 16, &n), Q3N_ERR_ARG);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, -1, out, 16, &n), Q3N_ERR_ARG);
     dec.n_pending = 5;
-    assert_int_equal(q3n_decoder_next(&dec, m, 'a', out, 16, &n), Q3N_ERR_ARG);
+    assert_int_equal(q3n_detokenizer_next(&dec, m, 'a', out, 16, &n), Q3N_ERR_ARG);
     close_section(&f);
 }
 

@@ -1,6 +1,6 @@
 /* test_writer.c - files written by q3n_init_file and the writer under it, read back byte by byte
  * without the loader: layout, checksums, configuration; the same bytes on every machine; how the
- * random weights are distributed; stopped and failing runs leave nothing behind. */
+ * random weights are distributed; stopped and failing runs leave nothing after. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -320,7 +320,7 @@ static void test_config_entries(void **state)
     for (int l = 0; l < 4; l++) assert_int_equal(number(v + 8 * l, 8), l < 2);
     assert_null(config_value(&f, "name", 3, &n));
     static const char *const fields[] = {
-#define Q3N__X(kind, name, least, most) #name,
+#define Q3N__X(kind, name, min, max) #name,
         Q3N_CONFIG_LIST(Q3N__X)
 #undef Q3N__X
     };
@@ -520,21 +520,21 @@ static void test_normal_weights(void **state)
         float *x = malloc((size_t)n * sizeof *x);
         assert_non_null(x);
         memcpy(x, f.data + t->offset, (size_t)n * sizeof *x);
-        double sum = 0.0, square = 0.0, lag = 0.0, down = 0.0, most = 0.0;
+        double sum = 0.0, square = 0.0, lag = 0.0, down = 0.0, max = 0.0;
         for (int i = 0; i < n; i++) {
             const double z = x[i] / sigma;
             sum += z;
             square += z * z;
             if (i > 0)   lag  += z * x[i - 1] / sigma;
             if (i >= 24) down += z * x[i - 24] / sigma;
-            if (fabs(z) > most) most = fabs(z);
+            if (fabs(z) > max) max = fabs(z);
         }
         /* The variance of the truncated distribution: 1 - 4 phi(2) / (2 Phi(2) - 1). */
         const double variance = 1.0 - 4.0 * exp(-2.0) / sqrt(2 * 3.14159265358979) / 0.954499736;
         assert_true(fabs(sum / n) < 4.0 * sqrt(variance / n));
         assert_true(fabs(square / n - variance) < 4.0 * sqrt(2.0 / n));
         assert_true(fabs(lag / n) < 4.0 / sqrt(n) && fabs(down / n) < 4.0 / sqrt(n));
-        assert_true(most <= 2.0000002 && most > 1.999);
+        assert_true(max <= 2.0000002 && max > 1.999);
         assert_true(distance(x, n, sigma, truncated_cdf) < 1.95 / sqrt(n));   /* 0.1 % level */
         free(x);
         free_parsed(&f);
@@ -616,7 +616,7 @@ static void test_quantised_types(void **state)
     }
 }
 
-/* Mean and deviation of the weights are those of the float types; behind the last row: zeros. */
+/* Mean and deviation of the weights are those of the float types; after the last row: zeros. */
 static void test_quantised_weights(void **state)
 {
     (void)state;

@@ -12,7 +12,7 @@ Run as a program it does just that:
 
 A session goes back, is copied, saved and continued:
 
-    session.feed(ids)                  # evaluates what is not known yet, returns how many were
+    session.prefill(ids)                  # evaluates what is not known yet, returns how many were
     start = session.snapshot()
     other = session.fork()
     session.rewind(len(session) - 1)
@@ -183,7 +183,7 @@ class _Speculation(ctypes.Structure):
                 ("n_steps", "n_tokens", "n_drafted", "n_accepted")] + [("draft", _C_INT)]
 
 
-class _Decoder(ctypes.Structure):
+class _Detokenizer(ctypes.Structure):
     _fields_ = [("pending", ctypes.c_ubyte * 4), ("n_pending", _C_INT), ("skip_special", _C_INT)]
 
 
@@ -216,7 +216,8 @@ STRUCTS = {"q3n_error": _Record, "q3n_allocator": _Allocator, "q3n_logger": _Log
            "q3n_session_memory": _SessionMemory, "q3n_outputs": _Outputs,
            "q3n_cache_options": _CacheOptions, "q3n_cache_stats": _CacheStats,
            "q3n_batch_item": _BatchItem, "q3n_limit": _Limit, "q3n_speculation": _Speculation,
-           "q3n_decoder": _Decoder, "q3n_sampler_options": _SamplerOptions, "q3n_config": _Config}
+           "q3n_detokenizer": _Detokenizer, "q3n_sampler_options": _SamplerOptions,
+           "q3n_config": _Config}
 
 _R = ctypes.POINTER
 _FUNCTIONS = {                  # name: (result, arguments...)
@@ -253,12 +254,12 @@ _FUNCTIONS = {                  # name: (result, arguments...)
     "q3n_session_restore": (_C_INT, _P, _P),
     "q3n_session_fork": (_C_INT, _R(_P), _P, _R(_SessionOptions), _R(_Record)),
     "q3n_session_rewind": (_C_INT, _P, _C_INT),
-    "q3n_session_feed": (_C_INT, _P, _IDS, _C_INT, _FLOATS, _R(_C_INT)),
+    "q3n_session_prefill": (_C_INT, _P, _IDS, _C_INT, _FLOATS, _R(_C_INT)),
     "q3n_session_reuse": (_C_INT, _P, _IDS, _C_INT, _R(_C_INT)),
-    "q3n_session_keep": (_C_INT, _P),
+    "q3n_session_checkpoint": (_C_INT, _P),
     "q3n_session_save": (_C_INT, _P, ctypes.c_char_p),
     "q3n_session_load": (_C_INT, _P, ctypes.c_char_p),
-    "q3n_session_next": (_C_INT, _P, _P, ctypes.c_int32, _IDS, _C_INT, _R(_C_INT)),
+    "q3n_session_decode": (_C_INT, _P, _P, ctypes.c_int32, _IDS, _C_INT, _R(_C_INT)),
     "q3n_session_draft": (_C_INT, _P, ctypes.c_int32, _IDS, _C_INT, _FLOATS),
     "q3n_session_speculation": (None, _P, _R(_Speculation)),
     "q3n_cache_create": (_C_INT, _R(_P), _P, _R(_CacheOptions), _R(_Record)),
@@ -272,9 +273,9 @@ _FUNCTIONS = {                  # name: (result, arguments...)
     "q3n_batch_error": (_R(_Record), _P),
     "q3n_tokenize": (_C_INT, _P, ctypes.c_char_p, _C_SIZE, _C_INT, _IDS, _C_SIZE, _R(_C_SIZE)),
     "q3n_detokenize": (_C_INT, _P, _IDS, _C_SIZE, ctypes.c_char_p, _C_SIZE, _R(_C_SIZE)),
-    "q3n_decoder_next": (_C_INT, _R(_Decoder), _P, ctypes.c_int32, ctypes.c_char_p, _C_SIZE,
+    "q3n_detokenizer_next": (_C_INT, _R(_Detokenizer), _P, ctypes.c_int32, ctypes.c_char_p, _C_SIZE,
                          _R(_C_SIZE)),
-    "q3n_decoder_finish": (None, _R(_Decoder), ctypes.c_char_p, _R(_C_SIZE)),
+    "q3n_detokenizer_finish": (None, _R(_Detokenizer), ctypes.c_char_p, _R(_C_SIZE)),
     "q3n_sampler_create": (_C_INT, _R(_P), _P, _R(_SamplerOptions), _R(_Record)),
     "q3n_sampler_destroy": (None, _P),
     "q3n_sampler_sample": (_C_INT, _P, _FLOATS, _R(ctypes.c_int32)),
@@ -704,21 +705,21 @@ class Session(_Owner):
             self._check(load().q3n_session_tokens(self.handle, 0, n, ids))
         return ids[:n]
 
-    def feed(self, ids):
+    def prefill(self, ids):
         """Make ids the session's text, from what costs least; how many were not evaluated."""
         (c_ids, n), reused = _id_array(ids), _C_INT()
-        self._evaluate(n, load().q3n_session_feed, c_ids, n, None, ctypes.byref(reused))
+        self._evaluate(n, load().q3n_session_prefill, c_ids, n, None, ctypes.byref(reused))
         return reused.value
 
     def reuse(self, ids):
-        """The first step of feed: go to the longest known beginning of ids; its length."""
+        """The first step of prefill: go to the longest known beginning of ids; its length."""
         (c_ids, n), reused = _id_array(ids), _C_INT()
         self._evaluate(n, load().q3n_session_reuse, c_ids, n, ctypes.byref(reused))
         return reused.value
 
-    def keep(self):
+    def checkpoint(self):
         """Put the state into the cache."""
-        self._check(load().q3n_session_keep(self.handle))
+        self._check(load().q3n_session_checkpoint(self.handle))
 
     def rewind(self, length):
         """Go back to the first length tokens."""
@@ -752,11 +753,11 @@ class Session(_Owner):
         """From any thread: stop the evaluation under way, which raises Error; False if none is."""
         return bool(load().q3n_session_cancel(self.handle))
 
-    def next(self, sampler, token, max_tokens=MAX_DRAFT + 1):
+    def decode(self, sampler, token, max_tokens=MAX_DRAFT + 1):
         """Evaluate token and choose 1 .. max_tokens that follow; all but the last are evaluated."""
         max_tokens = min(_integer(max_tokens, _C_INT, "max_tokens", 1), MAX_DRAFT + 1)
         chosen, n = (ctypes.c_int32 * max_tokens)(), _C_INT()
-        self._evaluate(1, load().q3n_session_next, sampler.handle, token, chosen, max_tokens,
+        self._evaluate(1, load().q3n_session_decode, sampler.handle, token, chosen, max_tokens,
                        ctypes.byref(n))
         return chosen[:n.value]
 
@@ -815,20 +816,20 @@ class Session(_Owner):
                 if max_tokens < 1:
                     return
                 room = self.capacity - len(self)
-                chosen = self.next(sampler, token, max(1, min(max_tokens, room, MAX_DRAFT + 1)))
+                chosen = self.decode(sampler, token, max(1, min(max_tokens, room, MAX_DRAFT + 1)))
 
     def generate(self, prompt, max_tokens, **sampling):
         """Yield pieces of text, whole characters each, that continue the text or ids prompt."""
         lib, n = load(), _C_SIZE()
         ids = self.model.tokenize(prompt, prefix=len(self) == 0) if isinstance(prompt, _TEXT) \
             else prompt
-        decoder, text = _Decoder(skip_special=1), ctypes.create_string_buffer(1 << 12)
+        decoder, text = _Detokenizer(skip_special=1), ctypes.create_string_buffer(1 << 12)
         for token in self.generate_ids(ids, max_tokens, **sampling):
-            _check(lib.q3n_decoder_next(ctypes.byref(decoder), self.model.handle, token, text,
+            _check(lib.q3n_detokenizer_next(ctypes.byref(decoder), self.model.handle, token, text,
                                         len(text), ctypes.byref(n)))
             if n.value:
                 yield text.raw[:n.value].decode("utf-8")
-        lib.q3n_decoder_finish(ctypes.byref(decoder), text, ctypes.byref(n))
+        lib.q3n_detokenizer_finish(ctypes.byref(decoder), text, ctypes.byref(n))
         if n.value:
             yield text.raw[:n.value].decode("utf-8")
 

@@ -25,7 +25,7 @@ typedef struct bench_samples {
 } bench_samples;
 
 typedef struct bench_spread {
-    double median, least, most;
+    double median, min, max;
 } bench_spread;
 
 /* Bytes that threads read: of a token, or from memory alone. */
@@ -115,7 +115,7 @@ void bench_text(const bench *b, int i, int n, cli_ids *out);
 
 /* ---- bench_read.c ---- */
 
-bench_buffer *bench_buffer_create(int most_threads);
+bench_buffer *bench_buffer_create(int max_threads);
 void          bench_buffer_destroy(bench_buffer *buffer);
 size_t        bench_buffer_half(const bench_buffer *buffer);      /* bytes; no cache holds them */
 double        bench_read(const bench_buffer *buffer, const bench_reading *what,

@@ -13,7 +13,7 @@ typedef struct batch_case {
 
 typedef struct batch_run {
     bench          *b;
-    int             most;                /* sessions */
+    int             max;                 /* sessions */
     q3n_batch      *batch[BENCH_LIST];   /* by threads */
     q3n_session   **session[BENCH_LIST]; /* by threads: [most] */
     q3n_snapshot  **start[BENCH_LIST];   /* by depths: [most], NULL = an empty session */
@@ -55,13 +55,13 @@ static void make_starts(batch_run *r, int depth)
     stream copy = { .at = 0 };
     const q3n_sink sink = { write_stream, &copy };
     const q3n_source source = { read_stream, &copy };
-    r->start[depth] = cli_alloc((size_t)r->most, sizeof *r->start[depth]);
+    r->start[depth] = cli_alloc((size_t)r->max, sizeof *r->start[depth]);
     if (b->depths.value[depth] == 0) return;
 
     q3n_session_reset(s[0]);
     cli_eval(s[0], b->ids, b->depths.value[depth], b->logits);
-    if (r->most > 1) cli_check(q3n_session_save_to(s[0], &sink), s[0]);
-    for (int i = 0; i < r->most; i++) {
+    if (r->max > 1) cli_check(q3n_session_save_to(s[0], &sink), s[0]);
+    for (int i = 0; i < r->max; i++) {
         copy.at = 0;
         if (i) cli_check(q3n_session_load_from(s[i], &source), s[i]);
         cli_check(q3n_session_snapshot(s[i], &r->start[depth][i]), s[i]);
@@ -78,8 +78,8 @@ static void make_sessions(batch_run *r, int thread, int room)
         cli_fail_with(b->setup.model, &err);
     }
     o.shared = r->batch[thread];
-    r->session[thread] = cli_alloc((size_t)r->most, sizeof *r->session[thread]);
-    for (int i = 0; i < r->most; i++) {
+    r->session[thread] = cli_alloc((size_t)r->max, sizeof *r->session[thread]);
+    for (int i = 0; i < r->max; i++) {
         r->session[thread][i] = cli_create_session(&b->setup, b->m, &o);
     }
 }
@@ -176,20 +176,20 @@ static void print_text(const batch_run *r)
         const bench_spread tok_s = bench_spread_of(&c->tok_s);
         printf("decode at %6d  %3d threads  %4d sessions  %10.2f tokens/s (%.2f .. %.2f)"
                "  %8.2f each  %.2f x one\n", b->depths.value[c->depth],
-               b->threads.value[c->thread], c->n, tok_s.median, tok_s.least, tok_s.most,
+               b->threads.value[c->thread], c->n, tok_s.median, tok_s.min, tok_s.max,
                tok_s.median / c->n, bench_median(&c->ratio));
     }
 }
 
 void bench_batch(bench *b)
 {
-    batch_run r = { .b = b, .most = bench_largest(&b->batches) };
-    const int n_ids = r.most * (b->n_decode + 1), depth = bench_largest(&b->depths);
+    batch_run r = { .b = b, .max = bench_largest(&b->batches) };
+    const int n_ids = r.max * (b->n_decode + 1), depth = bench_largest(&b->depths);
     if (b->n_decode == 0) cli_misuse("--batch: there must be tokens to decode (-n)");
     bench_make_ids(b, n_ids > depth ? n_ids : depth);
     const size_t vocab = (size_t)q3n_model_config(b->m)->vocab_size;
-    r.items = cli_alloc((size_t)r.most, sizeof *r.items);
-    for (int i = 0; i < r.most; i++) r.items[i].logits = cli_alloc(vocab, sizeof(float));
+    r.items = cli_alloc((size_t)r.max, sizeof *r.items);
+    for (int i = 0; i < r.max; i++) r.items[i].logits = cli_alloc(vocab, sizeof(float));
     for (int t = 0; t < b->threads.n; t++) make_sessions(&r, t, depth + b->n_decode + 1);
     for (int d = 0; d < b->depths.n; d++)  make_starts(&r, d);
     make_cases(&r);
@@ -198,15 +198,15 @@ void bench_batch(bench *b)
     else         print_text(&r);
 
     for (int d = 0; d < b->depths.n; d++) {
-        for (int i = 0; i < r.most; i++) q3n_snapshot_free(r.start[d][i]);
+        for (int i = 0; i < r.max; i++) q3n_snapshot_free(r.start[d][i]);
         free(r.start[d]);
     }
     for (int t = 0; t < b->threads.n; t++) {
-        for (int i = 0; i < r.most; i++) q3n_session_destroy(r.session[t][i]);
+        for (int i = 0; i < r.max; i++) q3n_session_destroy(r.session[t][i]);
         q3n_batch_destroy(r.batch[t]);
         free(r.session[t]);
     }
-    for (int i = 0; i < r.most; i++) free(r.items[i].logits);
+    for (int i = 0; i < r.max; i++) free(r.items[i].logits);
     free(r.items);
     free(r.cases);
 }

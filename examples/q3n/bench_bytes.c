@@ -72,7 +72,7 @@ double bench_prompt_macs(const bench *b, int n)
 double bench_bits_per_weight(const bench *b, const char **type)
 {
     double bytes = 0.0, weights = 0.0, by_type[Q3N_TYPE_COUNT] = { 0.0 };
-    int most = 0;
+    int max = 0;
     for (int i = 0; i < q3n_model_n_tensors(b->m); i++) {
         q3n_tensor t;
         if (q3n_model_tensor(b->m, i, &t) != Q3N_OK) continue;
@@ -82,8 +82,8 @@ double bench_bits_per_weight(const bench *b, const char **type)
         by_type[t.type] += n;
     }
     for (int i = 1; i < Q3N_TYPE_COUNT; i++) {
-        if (by_type[i] > by_type[most]) most = i;
+        if (by_type[i] > by_type[max]) max = i;
     }
-    *type = q3n_type_name((q3n_type)most);
+    *type = q3n_type_name((q3n_type)max);
     return weights > 0.0 ? 8.0 * bytes / weights : 0.0;
 }

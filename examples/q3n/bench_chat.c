@@ -10,7 +10,7 @@ enum { TURNS = 10, BACK = 300 };
 typedef struct chat_turn {
     int           n;             /* tokens of the text up to the end of the turn's prompt */
     int           n_reused;
-    bench_samples feed;          /* seconds to the first logits, from what the session knows */
+    bench_samples prefill;       /* seconds to the first logits, from what the session knows */
     bench_samples read;          /* from nothing */
     bench_samples ratio;
     size_t        allocated, planned;    /* bytes of a session with so many tokens */
@@ -139,8 +139,8 @@ static void measure_turn(chat_run *r, int i, int record)
     const size_t vocab = (size_t)q3n_model_config(b->m)->vocab_size;
 
     double start = cli_clock();
-    cli_check(q3n_session_feed(r->fed, r->ids, t->n, b->logits, &t->n_reused), r->fed);
-    const double feed = cli_clock() - start;
+    cli_check(q3n_session_prefill(r->fed, r->ids, t->n, b->logits, &t->n_reused), r->fed);
+    const double prefill = cli_clock() - start;
 
     start = cli_clock();
     q3n_session_reset(r->fresh);
@@ -152,9 +152,9 @@ static void measure_turn(chat_run *r, int i, int record)
     }
     cli_eval(r->fed, r->ids + t->n, r->n_answer, NULL);
     if (!record) return;
-    bench_add(&t->feed, feed);
+    bench_add(&t->prefill, prefill);
     bench_add(&t->read, read);
-    bench_add(&t->ratio, read / feed);
+    bench_add(&t->ratio, read / prefill);
 }
 
 /* Seconds of one thing done with the state of the whole chat. */
@@ -229,7 +229,7 @@ static void print_json(const chat_run *r)
     for (int i = 0; i < TURNS; i++) {
         const chat_turn *t = &r->turn[i];
         printf("%s{\"tokens\": %d, \"reused\": %d, ", i ? ", " : "", t->n, t->n_reused);
-        bench_json_samples("feed_s", &t->feed);
+        bench_json_samples("prefill_s", &t->prefill);
         printf(", ");
         bench_json_samples("read_s", &t->read);
         printf(", ");
@@ -252,7 +252,7 @@ static void print_json(const chat_run *r)
 static void print_seconds(const bench_samples *samples)
 {
     const bench_spread s = bench_spread_of(samples);
-    printf("%10.3f ms (%.3f .. %.3f)", 1e3 * s.median, 1e3 * s.least, 1e3 * s.most);
+    printf("%10.3f ms (%.3f .. %.3f)", 1e3 * s.median, 1e3 * s.min, 1e3 * s.max);
 }
 
 static void print_ops(const chat_run *r)
@@ -287,7 +287,7 @@ static void print_text(const chat_run *r)
     for (int i = 0; i < TURNS; i++) {
         const chat_turn *t = &r->turn[i];
         printf("turn %2d  %6d tokens, %6d reused", i + 1, t->n, t->n_reused);
-        print_seconds(&t->feed);
+        print_seconds(&t->prefill);
         printf("  all again");
         print_seconds(&t->read);
         printf("  %.2f x\n", bench_median(&t->ratio));

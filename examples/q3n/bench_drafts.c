@@ -39,8 +39,8 @@ static double write_behind(draft_run *r, const draft_case *c, const cli_ids *tex
     for (int n = 0, n_chosen = 1; n < b->n_decode; n += n_chosen) {
         const int32_t token = chosen[n_chosen - 1];
         const int left = b->n_decode - n;
-        const int most = left < CLI_COUNT(chosen) ? left : CLI_COUNT(chosen);
-        cli_check(q3n_session_next(c->s, r->sampler, token, chosen, most, &n_chosen), c->s);
+        const int max = left < CLI_COUNT(chosen) ? left : CLI_COUNT(chosen);
+        cli_check(q3n_session_decode(c->s, r->sampler, token, chosen, max, &n_chosen), c->s);
         memcpy(r->got + n, chosen, (size_t)n_chosen * sizeof *chosen);
     }
     return cli_clock() - start;
@@ -156,8 +156,8 @@ static void print_text(const draft_run *r)
         const draft_case *c = &r->cases[i];
         const bench_spread tok_s = bench_spread_of(&c->tok_s);
         printf("drafts %-6s  %3d threads  %10.2f tokens/s (%.2f .. %.2f)",
-               cli_speculate_name(c->how), b->threads.value[c->thread], tok_s.median, tok_s.least,
-               tok_s.most);
+               cli_speculate_name(c->how), b->threads.value[c->thread], tok_s.median, tok_s.min,
+               tok_s.max);
         if (c->how != Q3N_SPECULATE_OFF) {
             printf("  %.2f x off  %lld of %lld accepted, %.2f drafts and %.2f tokens a step",
                    bench_median(&c->ratio), (long long)c->sum.n_accepted,

@@ -56,7 +56,7 @@ double bench_json_samples(const char *key, const bench_samples *samples)
 {
     const bench_spread s = bench_spread_of(samples);
     printf("\"%s\": %.6g, \"%s_min\": %.6g, \"%s_max\": %.6g, \"%s_samples\": [", key, s.median,
-           key, s.least, key, s.most, key);
+           key, s.min, key, s.max, key);
     for (int i = 0; i < samples->n; i++) printf("%s%.6g", i ? ", " : "", samples->x[i]);
     printf("]");
     return s.median;
@@ -197,7 +197,7 @@ static void print_case(const bench *b, const bench_case *c)
     const bench_spread tok_s = bench_spread_of(&c->tok_s);
     printf("%s %6d  %3d threads  %10.2f tokens/s (%.2f .. %.2f)  ",
            c->decode ? "decode at" : "prefill  ", c->value, b->threads.value[c->thread],
-           tok_s.median, tok_s.least, tok_s.most);
+           tok_s.median, tok_s.min, tok_s.max);
     if (!c->decode) {
         printf("%8.1f GMAC/s\n", 1e-9 * bench_prompt_macs(b, c->value) / c->value * tok_s.median);
         return;
@@ -224,7 +224,7 @@ void bench_print(const bench *b)
     for (int i = 0; i < b->threads.n; i++) {
         const bench_spread gb_s = bench_spread_of(&b->read[i]);
         printf("from memory       %3d threads  %10.2f GB/s     (%.2f .. %.2f)\n",
-               b->threads.value[i], gb_s.median, gb_s.least, gb_s.most);
+               b->threads.value[i], gb_s.median, gb_s.min, gb_s.max);
     }
     for (int i = 0; i < b->n_cases; i++) print_case(b, &b->cases[i]);
 }

@@ -150,19 +150,19 @@ static void fill_slice(void *arg, int i)
     for (size_t k = (size_t)i * n; k < end; k++) p[k] = k;
 }
 
-bench_buffer *bench_buffer_create(int most_threads)
+bench_buffer *bench_buffer_create(int max_threads)
 {
-    const size_t least = (size_t)256 << 20, physical = cli_physical_memory();
-    const size_t parts = ((size_t)32 << 20) * (size_t)most_threads;
+    const size_t min = (size_t)256 << 20, physical = cli_physical_memory();
+    const size_t parts = ((size_t)32 << 20) * (size_t)max_threads;
     size_t half = 4 * cli_cache_bytes();
     if (half < parts) half = parts;
-    if (half < least) half = least;
+    if (half < min) half = min;
     if (physical && half > physical / 8) half = physical / 8;
     bench_buffer *buffer = cli_alloc(1, sizeof *buffer);
     buffer->half = half / UNIT * UNIT;
     buffer->data = cli_alloc_pages(2 * buffer->half + UNIT);
-    fill_job job = { buffer, most_threads };
-    cli_run_threads(most_threads, fill_slice, &job);
+    fill_job job = { buffer, max_threads };
+    cli_run_threads(max_threads, fill_slice, &job);
     return buffer;
 }
 
@@ -197,21 +197,21 @@ typedef struct read_cursor {
     uint64_t    random;
 } read_cursor;
 
-static size_t whole_units(double bytes, size_t most)
+static size_t whole_units(double bytes, size_t max)
 {
-    const size_t n = bytes < (double)most ? (size_t)bytes : most;
+    const size_t n = bytes < (double)max ? (size_t)bytes : max;
     return n < UNIT ? (n ? UNIT : 0) : n / UNIT * UNIT;
 }
 
 /* The slice of thread i of a region of `bytes`, runs of `run` bytes, all threads together. */
 static read_cursor cursor_of(const read_job *job, int i, size_t offset, double bytes, double run)
 {
-    const size_t most = job->buffer->half / (size_t)job->what->threads;
+    const size_t max = job->buffer->half / (size_t)job->what->threads;
     const double share = 1.0 / job->what->threads;
-    read_cursor c = { .n = whole_units(bytes * share, most) };
+    read_cursor c = { .n = whole_units(bytes * share, max) };
     c.random = 88172645463325252u + (uint64_t)i;
     c.run  = whole_units(run * share, c.n);
-    c.base = job->buffer->data + offset + (size_t)i * (most / UNIT * UNIT);
+    c.base = job->buffer->data + offset + (size_t)i * (max / UNIT * UNIT);
     c.end  = c.run;
     return c;
 }

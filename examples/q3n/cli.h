@@ -123,7 +123,7 @@ typedef struct cli_option {
     const char *value;           /* what --help calls the value; NULL for a flag */
     cli_kind    kind;
     void       *target;          /* int, int, uint64_t, double or else const char * */
-    double      least, most;     /* of CLI_INT and CLI_REAL */
+    double      min, max;        /* of CLI_INT and CLI_REAL */
     const char *help;
 } cli_option;
 
@@ -160,10 +160,10 @@ const char *cli_choice_at(cli_kind kind, int i);
  * the distance that must be beaten, and then what it is. */
 const char *cli_nearest(const char *names, const char *typed, size_t len, int *best);
 
-int64_t  cli_parse_int(const char *name, const char *text, int64_t least, int64_t most);
-double   cli_parse_real(const char *name, const char *text, double least, double most);
+int64_t  cli_parse_int(const char *name, const char *text, int64_t min, int64_t max);
+double   cli_parse_real(const char *name, const char *text, double min, double max);
 /* "1,2,4" or "1 2 4" to values [max]; returns how many, at least 1. */
-int      cli_parse_list(const char *name, const char *text, int least, int *values, int max);
+int      cli_parse_list(const char *name, const char *text, int min, int *values, int max);
 
 /* ---- geometry.c ---- */
 
@@ -262,8 +262,8 @@ void cli_cases_free(cli_cases *cases);
     { "-m --model", "FILE", CLI_TEXT, &(s).model, 0, 0, "the model, if not the first word" },     \
     { "-v --verbose", NULL, CLI_FLAG, &(s).verbose, 0, 0, "print the library's notes" }
 
-#define CLI_WINDOW_OPTION(window, least)                                                          \
-    { "--window", "N", CLI_INT, &(window), least, 1 << 24,                                        \
+#define CLI_WINDOW_OPTION(window, min)                                                            \
+    { "--window", "N", CLI_INT, &(window), min, 1 << 24,                                          \
       "tokens evaluated together (1024, or the model's context)" }
 
 /* names_of_batch: q3n bench has another --batch. */

@@ -25,11 +25,11 @@ int bench_decode_room(const bench *b, int depth)
 
 int bench_largest(const bench_list *list)
 {
-    int most = 0;
+    int max = 0;
     for (int i = 0; i < list->n; i++) {
-        if (list->value[i] > most) most = list->value[i];
+        if (list->value[i] > max) max = list->value[i];
     }
-    return most;
+    return max;
 }
 
 q3n_session_options bench_options(const bench *b, int thread, int n)
@@ -348,7 +348,7 @@ static int parse_options(bench *b, int argc, char **argv, cli_words *words)
     };
     const cli_syntax syntax = {
         "bench MODEL.q3n | --preset NAME [--FIELD VALUE ...] [options]",
-        "Measures prefill and decode: the median of the repetitions with the least and the most,\n"
+        "Measures prefill and decode: the median of the repetitions with their min and max,\n"
         "the bytes that a decoded token reads, how many of them must come from memory, and the\n"
         "share of the roof.  Before that, one run warms up; the time to the first token is from\n"
         "opening the file, with the first number of threads; the resident memory is that of all\n"

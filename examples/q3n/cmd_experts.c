@@ -61,24 +61,24 @@ static void print_bar(double share, int width, int ascii)
 }
 
 /* One row an expert, its count and a bar. */
-static void print_rows(const int64_t *count, int n, int64_t most, int64_t sum, int ascii)
+static void print_rows(const int64_t *count, int n, int64_t max, int64_t sum, int ascii)
 {
     for (int e = 0; e < n; e++) {
         printf("  %4d %10lld %5.1f %%  ", e, (long long)count[e],
                sum ? 100.0 * (double)count[e] / (double)sum : 0.0);
-        print_bar(most ? (double)count[e] / (double)most : 0.0, 44, ascii);
+        print_bar(max ? (double)count[e] / (double)max : 0.0, 44, ascii);
         printf("\n");
     }
 }
 
 /* One cell an expert, 64 a row: for layers with hundreds. */
-static void print_cells(const int64_t *count, int n, int64_t most, int ascii)
+static void print_cells(const int64_t *count, int n, int64_t max, int ascii)
 {
     static const char *const level[] = { "▁", "▂", "▃", "▄", "▅", "▆", "▇", "█" };
     static const char ascii_level[] = ".:-=+*%#";
     for (int e = 0; e < n; e++) {
         if (e % 64 == 0) printf("  %4d  ", e);
-        const int i = count[e] ? (int)(7.0 * (double)count[e] / (double)most) : -1;
+        const int i = count[e] ? (int)(7.0 * (double)count[e] / (double)max) : -1;
         if (i < 0)      putchar(' ');
         else if (ascii) putchar(ascii_level[i]);
         else            fputs(level[i], stdout);
@@ -89,13 +89,13 @@ static void print_cells(const int64_t *count, int n, int64_t most, int ascii)
 static void print_layer(const usage *u, int l, int rows, int ascii)
 {
     const int64_t *count = u->count + (size_t)l * (size_t)u->experts;
-    int64_t sum = 0, most = 0;
+    int64_t sum = 0, max = 0;
     int busiest = 0, used = 0;
     for (int e = 0; e < u->experts; e++) {
         sum += count[e];
         used += count[e] > 0;
-        if (count[e] > most) {
-            most = count[e];
+        if (count[e] > max) {
+            max = count[e];
             busiest = e;
         }
     }
@@ -107,9 +107,9 @@ static void print_layer(const usage *u, int l, int rows, int ascii)
     }
     const double even = u->experts > 1 ? log((double)u->experts) : 1.0;
     printf("layer %d: %d of %d used, busiest %d with %.1f %%, evenness %.3f\n", l, used, u->experts,
-           busiest, sum ? 100.0 * (double)most / (double)sum : 0.0, entropy / even);
-    if (rows) print_rows(count, u->experts, most, sum, ascii);
-    else      print_cells(count, u->experts, most, ascii);
+           busiest, sum ? 100.0 * (double)max / (double)sum : 0.0, entropy / even);
+    if (rows) print_rows(count, u->experts, max, sum, ascii);
+    else      print_cells(count, u->experts, max, ascii);
 }
 
 static void print_layers(const usage *u, int layer, size_t tokens, int ascii)

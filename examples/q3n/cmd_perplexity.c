@@ -256,8 +256,8 @@ int cmd_perplexity(int argc, char **argv)
         setups[1].kv = NULL;
         models[1] = cli_open_model(&setups[1], &words);
         check_vocabularies(models[0], models[1], base);
-        const size_t most = cli_window(given_window, &setups[1], models[1]);
-        if (most < window) window = most;
+        const size_t max = cli_window(given_window, &setups[1], models[1]);
+        if (max < window) window = max;
         s.kl = cli_alloc(text.n, sizeof *s.kl);
     }
     if (window < 2) cli_fail("a window of one token scores nothing: at least 2 are needed");

@@ -33,7 +33,7 @@ typedef struct writer {
     q3n_cache   *cache;            /* NULL = none */
     q3n_session *session;
     q3n_sampler *sampler;
-    q3n_decoder  decoder;
+    q3n_detokenizer  decoder;
     float       *logits;           /* [vocab] */
     size_t       n_loaded;         /* tokens that the session file had */
     size_t       n_prompt, n_reused, n_output;
@@ -90,7 +90,7 @@ static void emit_token(writer *w, int32_t id)
     char *out = bytes + 3 <= sizeof small / 3 ? small : cli_alloc(3 * (bytes + 3), 1);
     size_t n = 0;
     /* An id without a text gives none. */
-    if (q3n_decoder_next(&w->decoder, w->m, id, out, 3 * (bytes + 3), &n) == Q3N_OK) {
+    if (q3n_detokenizer_next(&w->decoder, w->m, id, out, 3 * (bytes + 3), &n) == Q3N_OK) {
         emit_text(w, out, n);
     }
     if (out != small) free(out);
@@ -100,7 +100,7 @@ static void emit_end(writer *w)
 {
     char rest[4];
     size_t n = 0;
-    q3n_decoder_finish(&w->decoder, rest, &n);
+    q3n_detokenizer_finish(&w->decoder, rest, &n);
     emit_text(w, rest, n);
     if (!w->o->json) {
         printf("\n");
@@ -173,7 +173,7 @@ static void keep_state(writer *w)
         cli_eval(w->session, &w->output.id[w->output.n - 1], 1, NULL);
     }
     if (q3n_session_length(w->session) == 0) return;
-    cli_check(q3n_session_keep(w->session), w->session);
+    cli_check(q3n_session_checkpoint(w->session), w->session);
     const char *path = w->o->session_file;
     if (path && q3n_session_save(w->session, path) != Q3N_OK) {
         cli_fail_with(path, q3n_session_error(w->session));
@@ -206,7 +206,7 @@ static int read_prompt(writer *w, const cli_ids *prompt)
     const int drawn = !w->o->quiet && !(w->o->echo && cli_is_terminal(stdout));
     w->progress = (prompt_progress){ .bar = cli_bar_begin("prompt", "tokens"), .shown = drawn,
                                      .n_text = (int)text.n };
-    const q3n_result r = q3n_session_feed(w->session, text.id, (int)text.n, w->logits,
+    const q3n_result r = q3n_session_prefill(w->session, text.id, (int)text.n, w->logits,
                                           &w->progress.n_reused);
     w->progress.shown = 0;
     cli_bar_end(&w->progress.bar);
@@ -261,10 +261,11 @@ static const char *write_tokens(writer *w, int n)
         if (left == 0 && n >= 0) return NULL;
         if (cli_interrupted())   return "interrupted";
         if (room == 0)           return "the context is full";
-        const int most = left < room ? left : room;
-        const q3n_result r = q3n_session_next(w->session, w->sampler, chosen[n_chosen - 1], chosen,
-                                              most < CLI_COUNT(chosen) ? most : CLI_COUNT(chosen),
-                                              &n_chosen);
+        const int max = left < room ? left : room;
+        const q3n_result r = q3n_session_decode(w->session, w->sampler, chosen[n_chosen - 1],
+                                                chosen, max < CLI_COUNT(chosen) ? max
+                                                                                : CLI_COUNT(chosen),
+                                                &n_chosen);
         if (r == Q3N_ERR_CANCELLED) return "interrupted";
         check_choice(w, r, q3n_session_error(w->session));
         cli_check(r, w->session);
@@ -304,7 +305,7 @@ static void print_speed(const writer *w, double load_s, const char *why)
 static const char *write_case(writer *w, const cli_ids *prompt)
 {
     const char *why = "interrupted";
-    w->decoder  = (q3n_decoder){ .skip_special = !w->o->special };
+    w->decoder  = (q3n_detokenizer){ .skip_special = !w->o->special };
     w->output.n = 0;
     w->text.n   = 0;
     w->n_printed    = 0;
@@ -360,7 +361,7 @@ static int parse_options(run_options *o, int argc, char **argv, cli_words *words
         CLI_MODEL_OPTIONS(o->setup),
         CLI_INPUT_OPTIONS(o->in),
         { "-n --n-predict --tokens", "N", CLI_INT, &o->n, -1, 1 << 30,
-          "most tokens to write (256); -1: until the text or the context ends" },
+          "maximum number of tokens to write (256); -1: until the text or the context ends" },
         { "--greedy", NULL, CLI_FLAG, &o->greedy, 0, 0, "always the most likely token" },
         { "--temp --temperature", "X", CLI_REAL, &o->temperature, 0, 100,
           "0: greedy (0.7)" },

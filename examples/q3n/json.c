@@ -118,7 +118,7 @@ static long read_hex(reader *r)
     return x;
 }
 
-/* Behind "\u".  A surrogate without its other half becomes U+FFFD. */
+/* After "\u".  A surrogate without its other half becomes U+FFFD. */
 static const char *read_unicode(reader *r)
 {
     const long c = read_hex(r);

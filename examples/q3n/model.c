@@ -133,9 +133,9 @@ q3n_session *cli_open_session(const cli_setup *setup, const q3n_model *m, size_t
 
 size_t cli_window(int given, const cli_setup *setup, const q3n_model *m)
 {
-    const int most = setup->ctx ? setup->ctx : q3n_model_config(m)->max_position_embeddings;
+    const int max = setup->ctx ? setup->ctx : q3n_model_config(m)->max_position_embeddings;
     if (given) return (size_t)given;
-    return most < 1024 ? (size_t)most : 1024;
+    return max < 1024 ? (size_t)max : 1024;
 }
 
 /* ---- Evaluation ---- */
@@ -216,18 +216,18 @@ void cli_eval_pairs(const cli_side sides[2], const cli_ids *ids, cli_pair_fn fn,
 {
     const int n = (int)ids->n;
     const size_t vocab = (size_t)q3n_model_config(sides[0].m)->vocab_size;
-    int most = 0;
+    int max = 0;
     float *rows[2];
     for (int k = 0; k < 2; k++) {
         const int piece = default_piece(q3n_model_config(sides[k].m), n);
-        if (piece > most) most = piece;       /* one that attends both ways takes all */
+        if (piece > max) max = piece;         /* one that attends both ways takes all */
         q3n_session_reset(sides[k].s);
     }
     for (int k = 0; k < 2; k++) {
-        if (sides[k].restore > 0 && sides[k].restore < most) most = sides[k].restore;
+        if (sides[k].restore > 0 && sides[k].restore < max) max = sides[k].restore;
     }
-    for (int k = 0; k < 2; k++) rows[k] = cli_alloc((size_t)most * vocab, sizeof *rows[k]);
-    for (int done = 0, piece = most; done < n; done += piece) {
+    for (int k = 0; k < 2; k++) rows[k] = cli_alloc((size_t)max * vocab, sizeof *rows[k]);
+    for (int done = 0, piece = max; done < n; done += piece) {
         if (piece > n - done) piece = n - done;
         for (int k = 0; k < 2; k++) {
             eval_piece(sides[k].s, ids->id + done, piece, rows[k]);

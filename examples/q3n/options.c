@@ -8,15 +8,15 @@
 
 /* ---- Values ---- */
 
-int64_t cli_parse_int(const char *name, const char *text, int64_t least, int64_t most)
+int64_t cli_parse_int(const char *name, const char *text, int64_t min, int64_t max)
 {
     char *end = NULL;
     errno = 0;
     const long long x = strtoll(text, &end, 10);
     if (end == text || *end) cli_misuse("%s: '%s' is not a whole number", name, text);
-    if (errno == ERANGE || x < least || x > most) {
-        cli_misuse("%s: %s is not between %lld and %lld", name, text, (long long)least,
-                   (long long)most);
+    if (errno == ERANGE || x < min || x > max) {
+        cli_misuse("%s: %s is not between %lld and %lld", name, text, (long long)min,
+                   (long long)max);
     }
     return x;
 }
@@ -33,18 +33,18 @@ static uint64_t parse_u64(const char *name, const char *text)
     return x;
 }
 
-double cli_parse_real(const char *name, const char *text, double least, double most)
+double cli_parse_real(const char *name, const char *text, double min, double max)
 {
     char *end = NULL;
     const double x = strtod(text, &end);
     if (end == text || *end || !isfinite(x)) cli_misuse("%s: '%s' is not a number", name, text);
-    if (x < least || x > most) {
-        cli_misuse("%s: %s is not between %g and %g", name, text, least, most);
+    if (x < min || x > max) {
+        cli_misuse("%s: %s is not between %g and %g", name, text, min, max);
     }
     return x;
 }
 
-int cli_parse_list(const char *name, const char *text, int least, int *values, int max)
+int cli_parse_list(const char *name, const char *text, int min, int *values, int max)
 {
     int n = 0;
     for (const char *p = text; *p;) {
@@ -55,7 +55,7 @@ int cli_parse_list(const char *name, const char *text, int least, int *values, i
         item[len] = 0;
         if (len) {
             if (n == max) cli_misuse("%s: at most %d numbers", name, max);
-            values[n++] = (int)cli_parse_int(name, item, least, 1 << 30);
+            values[n++] = (int)cli_parse_int(name, item, min, 1 << 30);
         }
         p += len + (p[len] != 0);
     }
@@ -255,13 +255,13 @@ static void set_option(const cli_option *o, const char *name, const char *value)
         *(int *)o->target = 1;
         break;
     case CLI_INT:
-        *(int *)o->target = (int)cli_parse_int(name, value, (int64_t)o->least, (int64_t)o->most);
+        *(int *)o->target = (int)cli_parse_int(name, value, (int64_t)o->min, (int64_t)o->max);
         break;
     case CLI_U64:
         *(uint64_t *)o->target = parse_u64(name, value);
         break;
     case CLI_REAL:
-        *(double *)o->target = cli_parse_real(name, value, o->least, o->most);
+        *(double *)o->target = cli_parse_real(name, value, o->min, o->max);
         break;
     case CLI_TEXT:
         *(const char **)o->target = value;
