@@ -3,7 +3,8 @@
 #   make [config=release|debug|sanitize|thread|scalar|coverage] [CC=clang] [CFLAGS=...] [TARGET]
 #
 # The release is built in build/, every other configuration in build/<config>/.  Yours: CC, CXX,
-# CPPFLAGS, CFLAGS, CXXFLAGS, LDFLAGS (they come last, so they win), PYTHON, PREFIX, DESTDIR.
+# CPPFLAGS, CFLAGS, CXXFLAGS, LDFLAGS (they come last, so they win), PYTHON, and where to install:
+# DESTDIR, PREFIX, BINDIR, LIBDIR, INCLUDEDIR, DATADIR, MANDIR (see "Installing").
 
 config ?= release
 B      := $(if $(filter release,$(config)),build,build/$(config))
@@ -38,6 +39,7 @@ RUN         =
 AARCH64 := build/aarch64
 ifeq ($(config),aarch64)
   override CC := aarch64-linux-gnu-gcc
+  AR      := aarch64-linux-gnu-ar
   SYSROOT := $(CURDIR)/$(AARCH64)/sysroot/usr
   CMOCKA  := -isystem $(SYSROOT)/include -L$(SYSROOT)/lib/aarch64-linux-gnu -lcmocka \
              -Wl,-rpath,$(SYSROOT)/lib/aarch64-linux-gnu
@@ -47,6 +49,7 @@ endif
 WINDOWS := build/windows
 ifeq ($(config),windows)
   override CC := x86_64-w64-mingw32-gcc
+  AR := x86_64-w64-mingw32-ar
   # Its printf attribute knows the old runtime only.
   TEST_FLAGS := -include tests/windows/posix.h -Itests/windows -isystem $(WINDOWS)/cmocka \
                 -Wno-format -Wno-format-extra-args
@@ -58,6 +61,34 @@ ifeq ($(config),fuzz)
   override CC := clang
 endif
 WASM := build/wasm
+
+# ---- Names of the libraries ----
+#
+# The shared library's name carries what changes when programs must be linked again: the major
+# version.  In build/ the file has the name that is linked; make install adds the version.
+VERSION := $(shell sed -n 's/^\#define Q3N_VERSION_[MP][A-Z]* *\([0-9]*\)$$/\1/p' qwen3next.h)
+MAJOR   := $(word 1,$(VERSION))
+VERSION := $(subst $() ,.,$(VERSION))
+MACHINE := $(shell $(CC) -dumpmachine 2>/dev/null)
+STATIC  := libqwen3next.a
+EXPORT  := __attribute__((visibility("default")))
+ifneq ($(findstring darwin,$(MACHINE)),)
+  SHARED       := libqwen3next.dylib
+  SHARED_NAME  := libqwen3next.$(MAJOR).dylib
+  SHARED_FILE  := libqwen3next.$(VERSION).dylib
+  SHARED_FLAGS  = -Wl,-install_name,$(LIBDIR)/$(SHARED_NAME) -Wl,-current_version,$(VERSION)
+else ifneq ($(findstring mingw,$(MACHINE)),)
+  SHARED       := qwen3next.dll
+  IMPORTS      := libqwen3next.dll.a
+  SHARED_FLAGS  = -Wl,--out-implib,$(B)/$(IMPORTS)
+  EXPORT       := __declspec(dllexport)
+  EXE          := .exe
+else
+  SHARED       := libqwen3next.so
+  SHARED_NAME  := libqwen3next.so.$(MAJOR)
+  SHARED_FILE  := libqwen3next.so.$(VERSION)
+  SHARED_FLAGS  = -Wl,-soname,$(SHARED_NAME) -Wl,--version-script,tools/qwen3next.map
+endif
 
 # ---- What is made of what ----
 # library.c serves who compiles examples/q3n/*.c alone; here the implementation is an object.
@@ -77,7 +108,7 @@ STORIES       := build/models/stories.q3n
 TOKENIZER     := build/models/tokenizer_qwen3.q3n
 MODELS        := $(patsubst %,build/models/%.q3n,$(HF_GOLDENS) $(KERAS_GOLDENS)) \
                  $(STORIES) $(TOKENIZER)
-PROGRAMS      := $(B)/q3n $(B)/libqwen3next.so $(B)/embed $(B)/embed_cpp
+PROGRAMS      := $(B)/q3n $(B)/$(SHARED) $(B)/$(STATIC) $(B)/embed $(B)/embed_cpp
 
 # Without -j on the command line every CPU is used.
 ifeq ($(MAKELEVEL),0)
@@ -97,8 +128,8 @@ PY = $(eval PY := $(shell $(FIND_PYTHON)))$(PY)
 .SUFFIXES:
 DEPS := deps deps-aarch64 deps-windows deps-wasm
 .PHONY: all help $(DEPS) demo test test-aarch64 test-windows test-wasm stress fuzz bench
-.PHONY: bench-sessions lint coverage models mutate install clean suites suite-inputs always
-.PHONY: list-suites
+.PHONY: bench-sessions lint coverage models mutate install uninstall clean suites suite-inputs
+.PHONY: always list-suites
 
 # ---- deps together with other targets: those start afresh when everything is installed ----
 LATER := $(filter-out $(DEPS),$(MAKECMDGOALS))
@@ -127,14 +158,19 @@ $(B)/obj/q3n/%.o: examples/q3n/%.c $(B)/flags
 # The implementation as an object: all hidden but the API.
 $(B)/obj/qwen3next.o: qwen3next.h $(B)/flags
 	@mkdir -p $(@D)
-	$(COMPILE_C) -fPIC -fvisibility=hidden '-DQ3N_DEF=__attribute__((visibility("default")))' \
-	    -DQ3N_IMPLEMENTATION -x c -c $< -o $@
+	$(COMPILE_C) -fPIC -fvisibility=hidden '-DQ3N_DEF=$(EXPORT)' -DQ3N_IMPLEMENTATION \
+	    -x c -c $< -o $@
 
 $(B)/q3n: $(CLI_OBJECTS)
 	$(CC) $(MODE_FLAGS) $(CFLAGS) $(LDFLAGS) $^ $(LIBRARIES) -o $@
 
-$(B)/libqwen3next.so: $(B)/obj/qwen3next.o
-	$(CC) -shared $(MODE_FLAGS) $(CFLAGS) $(LDFLAGS) $^ $(LIBRARIES) -o $@
+$(B)/$(SHARED): $(B)/obj/qwen3next.o tools/qwen3next.map
+	$(CC) -shared $(MODE_FLAGS) $(SHARED_FLAGS) $(CFLAGS) $(LDFLAGS) $< $(LIBRARIES) -o $@
+	$(if $(SHARED_NAME),ln -sf $(SHARED) $(B)/$(SHARED_NAME))
+
+$(B)/$(STATIC): $(B)/obj/qwen3next.o
+	@rm -f $@
+	$(AR) rcs $@ $^
 
 $(B)/embed: examples/embed.c $(B)/flags
 	@mkdir -p $(@D) $(B)/obj
@@ -248,6 +284,7 @@ C_SUITES.aarch64  := $(C_TESTS)
 C_SUITES.windows  := $(C_TESTS)
 SUITES := $(C_SUITES.$(config):%=$(RESULTS)/test_%)
 SUITES.release   := $(addprefix $(RESULTS)/build_,gcc clang musl mingw aarch64) $(RESULTS)/lint \
+                    $(RESULTS)/install \
                     $(PYTHON_TESTS:%=$(RESULTS)/test_%.py)
 SUITES.sanitize  := $(FUZZ_TARGETS:%=$(RESULTS)/replay_%)
 SUITES.coverage  := $(RESULTS)/test_cli.py $(FUZZ_TARGETS:%=$(RESULTS)/replay_%)
@@ -266,7 +303,7 @@ $(RESULTS)/test_%: $(B)/tests/test_% $(SUITE_INPUTS) always
 	@tests/run.sh $(SHOWN) $@ $(RUN) $<
 
 $(RESULTS)/test_%.py: tests/test_%.py $(PROGRAMS) $(SUITE_INPUTS) always
-	@Q3N='$(RUN) $(B)/q3n' QWEN3NEXT_LIB=$(B)/libqwen3next.so PYTHONDONTWRITEBYTECODE=1 \
+	@Q3N='$(RUN) $(B)/q3n' QWEN3NEXT_LIB=$(B)/$(SHARED) PYTHONDONTWRITEBYTECODE=1 \
 	    tests/run.sh $(SHOWN) $@ $(PY) -m unittest discover -v -s tests -p test_$*.py
 
 $(RESULTS)/replay_%: $(B)/tests/replay_% $(SUITE_INPUTS) always
@@ -278,6 +315,10 @@ $(addprefix $(WINDOWS)/results/test_,files storage): always
 
 $(RESULTS)/build_%: tests/test_build.sh $(SUITE_INPUTS) always
 	@tests/run.sh $(SHOWN) $@ tests/test_build.sh $* build/matrix
+
+# With + for the make in it, which takes what is built here.
+$(RESULTS)/install: tests/test_install.sh $(PROGRAMS) $(SUITE_INPUTS) always
+	+@MAKE='$(MAKE)' CC='$(CC)' tests/run.sh $(SHOWN) $@ tests/test_install.sh build/install
 
 $(RESULTS)/lint: build/obj/lint.o always
 	@tests/run.sh $(SHOWN) $@ $(PY) tools/lint.py --object $<
@@ -376,14 +417,85 @@ bench-sessions: $(B)/q3n $(STORIES)   ## Measure many sessions, drafts, states
 	$(B)/q3n bench $(SESSIONS) --mtp
 	$(B)/q3n bench $(SESSIONS) --session
 
-# ---- The rest ----
+# ---- Installing ----
+#
+# DESTDIR is put before every path and is in no file: packages are made so.
+PREFIX      ?= /usr/local
+BINDIR      ?= $(PREFIX)/bin
+LIBDIR      ?= $(PREFIX)/lib
+INCLUDEDIR  ?= $(PREFIX)/include
+DATADIR     ?= $(PREFIX)/share
+MANDIR      ?= $(DATADIR)/man
+BASHDIR     ?= $(DATADIR)/bash-completion/completions
+ZSHDIR      ?= $(DATADIR)/zsh/site-functions
+FISHDIR     ?= $(DATADIR)/fish/vendor_completions.d
+# Nobody else's: these are removed with what is in them.
+CMAKEDIR    := $(LIBDIR)/cmake/qwen3next
+TOOLDIR     := $(DATADIR)/qwen3next
+INSTALL     ?= install
+# The q3n that writes its manual page: another one where this one does not run.
+HOST_Q3N    ?= $(RUN) $(B)/q3n
 
-PREFIX ?= /usr/local
-install: all   ## Copy header, command line and shared library to PREFIX=/usr/local
-	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib
-	install -m 644 qwen3next.h $(DESTDIR)$(PREFIX)/include/
-	install -m 755 $(B)/q3n $(DESTDIR)$(PREFIX)/bin/
-	install -m 755 $(B)/libqwen3next.so $(DESTDIR)$(PREFIX)/lib/
+P := $(B)/package
+HEADERS := qwen3next.h
+# FOLDER:FILE, with the file's own name; a program is what lies in BINDIR.
+INSTALLED := $(BINDIR):$(B)/q3n$(EXE) $(BINDIR):$(P)/q3n-convert \
+    $(HEADERS:%=$(INCLUDEDIR):%) $(LIBDIR):$(B)/$(STATIC) \
+    $(if $(IMPORTS),$(BINDIR):$(B)/$(SHARED) $(LIBDIR):$(B)/$(IMPORTS)) \
+    $(if $(SHARED_FILE),$(LIBDIR):$(P)/$(SHARED_FILE)) $(LIBDIR)/pkgconfig:$(P)/qwen3next.pc \
+    $(CMAKEDIR):$(P)/qwen3next-config.cmake $(CMAKEDIR):$(P)/qwen3next-config-version.cmake \
+    $(MANDIR)/man1:$(P)/q3n.1 $(BASHDIR):$(P)/q3n $(ZSHDIR):$(P)/_q3n $(FISHDIR):$(P)/q3n.fish \
+    $(CONVERTER:%=$(TOOLDIR):%)
+folder_of = $(firstword $(subst :, ,$(1)))
+file_of   = $(lastword $(subst :, ,$(1)))
+GENERATED := $(filter $(P)/%,$(foreach i,$(INSTALLED),$(call file_of,$(i))))
+
+# Paths may be others than the last time.
+in_prefix  = $(patsubst $(PREFIX)/%,$${prefix}/%,$(1))
+SUBSTITUTE = sed -e 's|@VERSION@|$(VERSION)|g' -e 's|@PREFIX@|$(PREFIX)|g' \
+    -e 's|@LIBDIR@|$(LIBDIR)|g' -e 's|@INCLUDEDIR@|$(INCLUDEDIR)|g' \
+    -e 's|@TOOLDIR@|$(TOOLDIR)|g' -e 's|@SHARED_NAME@|$(or $(SHARED_NAME),$(SHARED))|g' \
+    -e 's|@PC_LIBDIR@|$(call in_prefix,$(LIBDIR))|g' \
+    -e 's|@PC_INCLUDEDIR@|$(call in_prefix,$(INCLUDEDIR))|g'
+
+$(P)/qwen3next.pc $(P)/q3n-convert: $(P)/%: tools/%.in always
+	@mkdir -p $(@D)
+	@$(SUBSTITUTE) $< > $@
+
+$(P)/%.cmake: tools/cmake/%.cmake.in always
+	@mkdir -p $(@D)
+	@$(SUBSTITUTE) $< > $@
+
+$(P)/$(SHARED_FILE): $(B)/$(SHARED)
+	@mkdir -p $(@D)
+	@cp $< $@
+
+WRITE_HELP = @mkdir -p $(@D); $(HOST_Q3N) help
+$(P)/q3n.1:    $(B)/q3n ; $(WRITE_HELP) --man > $@
+$(P)/q3n:      $(B)/q3n ; $(WRITE_HELP) --completion bash > $@
+$(P)/_q3n:     $(B)/q3n ; $(WRITE_HELP) --completion zsh > $@
+$(P)/q3n.fish: $(B)/q3n ; $(WRITE_HELP) --completion fish > $@
+
+INSTALL_ONE = $(INSTALL) -m $(if $(filter $(BINDIR):%,$(1)),755,644) $(call file_of,$(1)) \
+    $(DESTDIR)$(call folder_of,$(1))/
+define NEWLINE
+
+
+endef
+
+install: all $(GENERATED)   ## Copy programs, headers, libraries, manual to PREFIX=/usr/local
+	@$(INSTALL) -d $(addprefix $(DESTDIR),$(sort $(foreach i,$(INSTALLED),$(call folder_of,$(i)))))
+	$(foreach i,$(INSTALLED),@$(call INSTALL_ONE,$(i))$(NEWLINE)	)
+	$(if $(SHARED_FILE),@ln -sf $(SHARED_FILE) $(DESTDIR)$(LIBDIR)/$(SHARED_NAME))
+	$(if $(SHARED_FILE),@ln -sf $(SHARED_NAME) $(DESTDIR)$(LIBDIR)/$(SHARED))
+	@echo 'installed in $(DESTDIR)$(PREFIX)'
+
+uninstall:   ## Remove what install copied, by the same PREFIX
+	@rm -f $(foreach i,$(INSTALLED),$(DESTDIR)$(call folder_of,$(i))/$(notdir $(call file_of,$(i))))
+	$(if $(SHARED_FILE),@rm -f $(DESTDIR)$(LIBDIR)/$(SHARED_NAME) $(DESTDIR)$(LIBDIR)/$(SHARED))
+	@rm -rf $(DESTDIR)$(CMAKEDIR) $(DESTDIR)$(TOOLDIR)
+
+# ---- The rest ----
 
 clean:   ## Remove build/
 	rm -rf build

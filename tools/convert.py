@@ -28,12 +28,13 @@ from q3n_file import ConvertError
 
 BLOCK_BYTES = 8 << 20            # of a matrix as f32, in memory at once
 VERSION = "convert.py 1"
+NAME = "convert.py"              # of the command
 
 
 # ---- Arguments ----
 
 def parse_arguments(argv, recipes):
-    p = argparse.ArgumentParser(prog="convert.py", description=__doc__,
+    p = argparse.ArgumentParser(prog=NAME, description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", metavar="CHECKPOINT")
     p.add_argument("out", metavar="OUT.q3n")
@@ -203,6 +204,10 @@ def choose_types(plan, wanted, definitions):
 
 # ---- Reports ----
 
+def say(text):
+    sys.stderr.write("%s: %s\n" % (NAME, text))
+
+
 def size_text(n):
     for unit in ("bytes", "KiB", "MiB"):
         if n < 1024:
@@ -227,16 +232,16 @@ def print_plan(plan, groups, file_bytes):
 def report(plan):
     """Warnings, notes and what was skipped, on stderr."""
     for text in plan.warnings:
-        sys.stderr.write("convert.py: warning: %s\n" % files.line(text))
+        say("warning: %s" % files.line(text))
     for text in plan.notes:
-        sys.stderr.write("convert.py: note: %s\n" % files.line(text))
+        say("note: %s" % files.line(text))
     reasons = {}
     for name, why in plan.skipped:
         reasons.setdefault(why, []).append(name)
     for why, names in reasons.items():
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-        sys.stderr.write("convert.py: skipped %d tensor%s (%s): %s\n" % (
-            len(names), "" if len(names) == 1 else "s", why, files.line(shown)))
+        say("skipped %d tensor%s (%s): %s" % (len(names), "" if len(names) == 1 else "s", why,
+                                              files.line(shown)))
 
 
 class Progress:
@@ -264,7 +269,7 @@ class Progress:
                 and now - max(self.shown, self.start) > self.LINE_SECONDS:
             self.shown = now
             self.quarter = 4 * self.done // self.total + 1
-            sys.stderr.write("convert.py: " + self.line(now, False) + "\n")
+            say(self.line(now, False))
 
     def line(self, now, bar):
         part, rate = self.done / self.total, self.done / max(now - self.start, 1e-3)
@@ -330,7 +335,7 @@ class Writer:
             m.source, n, m.rows * m.cols, where)
         if not self.allow_nan:
             raise ConvertError(text + ", expected finite numbers (--allow-nan goes on)")
-        sys.stderr.write("convert.py: warning: %s\n" % text)
+        say("warning: %s" % text)
 
     def plan(self, plan, groups, meta, file_bytes):
         """Everything: room for the metadata, data in the order of their offsets, then meta()."""
@@ -390,8 +395,7 @@ def write_plan(plan, args, definitions):
     finally:
         progress.end()
     if not args.quiet:
-        sys.stderr.write("convert.py: wrote %s: %d tensors, %s\n"
-                         % (args.out, len(tensors), size_text(file_bytes)))
+        say("wrote %s: %d tensors, %s" % (args.out, len(tensors), size_text(file_bytes)))
 
 
 def terminate(*_):
@@ -410,17 +414,16 @@ def main(argv):
         convert(args, definitions)
     except ConvertError as e:
         for text in str(e).split("\n"):
-            sys.stderr.write("convert.py: error: %s\n" % files.line(text))
+            say("error: %s" % files.line(text))
         return 1
     except OSError as e:
-        sys.stderr.write("convert.py: error: %s: %s\n" % (e.filename or "file", e.strerror or e))
+        say("error: %s: %s" % (e.filename or "file", e.strerror or e))
         return 1
     except UnicodeEncodeError as e:
-        sys.stderr.write("convert.py: error: found the text %a, expected valid Unicode\n"
-                         % e.object[:60])
+        say("error: found the text %a, expected valid Unicode" % e.object[:60])
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("convert.py: interrupted: nothing was written\n")
+        say("interrupted: nothing was written")
         return 130
     finally:
         safetensors_file.Store.close_all()

@@ -5,7 +5,8 @@
 # usage: deps.sh build|aarch64|windows|wasm DIRECTORY
 #
 #   build     C and C++ compiler, cmocka, a Python with numpy and h5py (the latter in
-#             DIRECTORY/venv where the system's Python cannot have them)
+#             DIRECTORY/venv where the system's Python cannot have them); cmake and pkg-config for
+#             the tests of what is installed, if they can be had
 #   aarch64   cross compiler, qemu-user, and cmocka for arm64, unpacked into DIRECTORY/sysroot
 #   windows   MinGW-w64, wine, and cmocka compiled from Debian's source in DIRECTORY/cmocka
 #   wasm      zig cc and wasmtime from PyPI in DIRECTORY/venv
@@ -88,6 +89,12 @@ deps_build() {
     has_cmocka || fail "'$CC' still does not find cmocka"
     python_found "$1" || python_install "$1"
     python_found "$1" || fail "still no Python with numpy and h5py"
+    packages=()
+    has cmake || packages+=(cmake)
+    has pkg-config || packages+=(pkg-config)
+    if [ ${#packages[@]} -gt 0 ]; then
+        (apt_install "${packages[@]}") || say "without ${packages[*]}: tests will be skipped"
+    fi
     say "compiler, cmocka, Python with numpy and h5py are there"
 }
 

@@ -40,7 +40,8 @@ CONDITIONAL = ("platform", None) + KERNELS_SIMD
 
 SOURCES = ("qwen3next.h", "Makefile", ".ci/run", "examples/**/*.c", "examples/**/*.cpp",
            "examples/**/*.h", "examples/**/*.py", "tests/*.[ch]", "tests/*.py",
-           "tests/*.sh", "tests/*.awk", "tools/*.py", "tools/*.sh")
+           "tests/*.sh", "tests/*.awk", "tools/*.py", "tools/*.sh", "tools/*.in", "tools/*.map",
+           "tools/cmake/*")
 
 
 class Function:

@@ -17,7 +17,10 @@ import zlib
 import files
 from files import ConvertError
 
-HEADER = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "qwen3next.h")
+# The folder of the headers: that of the checkout, or where they are installed.
+INCLUDE = os.environ.get("QWEN3NEXT_INCLUDE") or os.path.join(
+    os.path.dirname(os.path.abspath(__file__)), os.pardir)
+HEADER = os.path.join(INCLUDE, "qwen3next.h")
 
 MAGIC = b"\x89Q3N\r\n\x1a\n"
 VERSION = 1
@@ -50,7 +53,7 @@ class Definitions:
         try:
             text = files.read_text(path, MAX_HEADER)
         except ConvertError as e:
-            raise ConvertError("%s (the tools need the header beside them)" % e)
+            raise ConvertError("%s (the converter reads the header)" % e)
         self.types, self.fields = {}, collections.OrderedDict()
         for macro in ("Q3N_FLOAT_TYPE_LIST", "Q3N_QUANT_TYPE_LIST"):
             for _, name, number, length, size in self._rows(text, macro, 5, path):
