@@ -6378,10 +6378,21 @@ Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t
  * [12] OPS                                                                      >>ops
  *
  * Portable drivers over the kernel table: linear layers, rotary embedding, the KV cache.  Each is
- * one parallel region or less.  They know shapes and items of work, not the model.
+ * one parallel region or less.  They know shapes and items of work, not the model's layers, and no
+ * session.  Later code may assume that an output element has the same bits however its rows and
+ * tokens are cut into ranges and tiles, and for any number of threads.
  * ===================================================================================== */
 
 /* ---- Linear layers: y = x W' (+ bias) ---- */
+
+/* W is [n_rows, n_cols], as a PyTorch Linear stores it.  Layers that read the same x (q, k and v;
+ * qkvz and ba; router and shared gate) go into one parallel region as jobs, whose blocks of rows
+ * are numbered through:
+ *
+ *     job 0, 100 rows      job 1, 40 rows          rows_per_block 32
+ *     [ 0 | 1 | 2 | 3 ]    [ 4 | 5 ]               first_block = 0, 4, 6
+ *
+ * A range of blocks may end in one job and begin in the one before it. */
 typedef struct {
     const q3n__mat *w;
     const float    *bias;        /* [n_rows] or NULL                                             */
@@ -6401,11 +6412,15 @@ typedef struct {
     int first_block[Q3N__MAX_LINEARS + 1]; /* blocks of all jobs, one after another */
 } q3n__linear_run;
 
-/* Tokens and rows of one kernel call in a long run: 48 tokens of 2048 floats and 64 rows of bf16
- * fit a 1 MiB second-level cache together. */
+/* Tokens and rows of one kernel call in a long run: 48 tokens of 2048 floats (384 KiB) and 64 rows
+ * of bf16 (256 KiB) fit a 1 MiB second-level cache together.  Rows are a multiple of the 16 of a
+ * quantised tile. */
 #define Q3N__TOKEN_TILE 48
 #define Q3N__ROW_TILE   64
 
+/* whole, cut into tiles for the cache.  Rows are the outer loop: weights, of which there are more
+ * than any cache holds, are read from memory once, and the tokens' inputs again for every 64 rows.
+ * In decode there is one tile of tokens and this is a pass over the rows. */
 static void q3n__matmul_tiled(const q3n__kernels *k, q3n_type type, const q3n__matmul *whole)
 {
     q3n__matmul m = *whole;
@@ -6427,6 +6442,8 @@ static void q3n__matmul_tiled(const q3n__kernels *k, q3n_type type, const q3n__m
     }
 }
 
+/* Items are blocks of rows, numbered over all jobs.  A block is a multiple of 16 rows, as quantised
+ * matrices want it; only the last one of a matrix may be shorter. */
 static void q3n__linear_task(void *arg, int begin, int end)
 {
     const q3n__linear_run *run = (const q3n__linear_run *)arg;
@@ -6476,12 +6493,18 @@ static void q3n__linear_all(q3n__pool *p, const q3n__kernels *k, const q3n__line
     q3n__parallel(p, run.first_block[n_jobs], 1, q3n__linear_task, &run);
 }
 
+/* 0 and 1 for -inf and +inf, without NaN: expf may be infinite. */
 static float q3n__sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 /* ---- Rotary position embedding ---- */
 
-/* cos and sin [rotary_dim / 2] at a position.  Angles in double: at position 200,000 a float angle
- * is off by 0.01. */
+/* cos and sin [R / 2] at a position, R = rotary_dim ([HF] Qwen3NextRotaryEmbedding; [YaRN]):
+ *
+ *     angle_j = position theta^(-2j / R)        j = 0 .. R / 2 - 1; scaled types: m->inv_freq
+ *
+ * cos and sin are multiplied by the attention factor rope_scale, 1 without YaRN.  Angles in double:
+ * at position 200,000 a float angle is off by 0.01.  Tables of the model replace the formula where
+ * its file has them; they have D / 2 columns, of which the first R / 2 are used. */
 static void q3n__rope_at(const q3n_model *m, int position, float *cosines, float *sines)
 {
     const int half = m->config.rotary_dim / 2;
@@ -6498,7 +6521,10 @@ static void q3n__rope_at(const q3n_model *m, int position, float *cosines, float
     }
 }
 
-/* Rotate pairs (j, j + R/2) of one head ([HF] rotate_half). */
+/* Rotate pairs (j, j + R/2) of one head, half = R / 2 ([HF] apply_rotary_pos_emb):
+ *
+ *     x_j          <- x_j cos_j - x_{j+R/2} sin_j
+ *     x_{j + R/2}  <- x_{j+R/2} cos_j + x_j sin_j       elements from R on stay */
 static void q3n__rope_rotate(float *x, const float *cosines, const float *sines, int half)
 {
     for (int j = 0; j < half; j++) {
@@ -6508,7 +6534,20 @@ static void q3n__rope_rotate(float *x, const float *cosines, const float *sines,
     }
 }
 
-/* ---- KV cache: pages of Q3N__KV_BLOCK tokens ---- */
+/* ---- KV cache: pages of Q3N__KV_BLOCK tokens ----
+ *
+ *     position p of a text is slot p % 256 of page p / 256
+ *
+ *     page    n_refs, n_used, n_layers, tokens[256] | block | block | ... | block
+ *             (Q3N__PAGE_HEAD bytes)                  layer 0,      ...    last layer,
+ *                                                     kv head 0            last kv head
+ *     block   k [D, 256]   scales f32[256] if q8      one "side"
+ *             v [256, D]   scales f32[256] if q8      the other, of as many bytes
+ *
+ * Layers are those with attention, counted among themselves.  Sides are multiples of 256 bytes and
+ * pages aligned to 64, so both begin on a cache line.  Keys are transposed so that neighbouring
+ * lanes of a vector are the scores of neighbouring keys and nothing is summed across lanes; values
+ * are not, for an output is a sum of whole rows of v. */
 
 /* Tokens of a text with what all attention layers keep of them: [layer][kv head], of each keys and
  * then values.  The MTP module's layer is the last, if the session drafts with it.  Sessions and
@@ -6537,6 +6576,7 @@ static size_t q3n__kv_block_bytes(q3n_type type, int dim)
     return 2 * q3n__kv_side_bytes(type, dim);
 }
 
+/* Where a layer's keys of one head begin in a page; its values are q3n__kv_side_bytes further. */
 static uint8_t *q3n__page_block(q3n__page *page, const q3n__kv_cache *kv, int layer, int head)
 {
     const size_t i = (size_t)layer * (size_t)kv->n_kv_heads + (size_t)head;
@@ -6548,10 +6588,20 @@ static uint8_t *q3n__kv_block(const q3n__kv_cache *kv, int layer, int block, int
     return q3n__page_block(kv->page[block], kv, layer, head);
 }
 
-/* Add one block's softmax (m, l, o) to the running one (M, L, O), both relative to their maximum
- * (online softmax; [FA] algorithm 1). */
+/* ---- Attention over blocks: merging partial softmaxes ----
+ *
+ * A block gives (m, l, o), relative to its own maximum (see q3n__attend).  What is known of all
+ * blocks so far is (M, L, O), and one more changes it to ([FA] algorithm 1)
+ *
+ *     M' = max(M, m)
+ *     L' = L e^(M - M') + l e^(m - M')
+ *     O' = O e^(M - M') + o e^(m - M')              at the end: softmax(q k') v = O / L
+ *
+ * Empty is (-FLT_MAX, 0, 0): merging into it multiplies by 0 and 1 and leaves the bits of the
+ * block.  f32 rounds, so the order counts: it is by rising block, everywhere. */
 typedef struct { float m, l; } q3n__softmax_partial;
 
+/* Merge one block's part and o [dim] into run and O [dim]; a part without keys changes nothing. */
 static void q3n__attend_merge(q3n__softmax_partial *run, float *O, q3n__softmax_partial part,
                               const float *o, int dim)
 {
@@ -6566,15 +6616,40 @@ static void q3n__attend_merge(q3n__softmax_partial *run, float *O, q3n__softmax_
 /* =====================================================================================
  * [13] RUN                                                                      >>run
  *
- * What one pass over some tokens works with: the sessions' states, activations,
- * and the small steps that go over all rows.  One path serves one token and five hundred, of one
- * session or of several: a run is a list of token rows, cut into segments of one session each.
+ * What one pass over some tokens works with: the sessions' states, activations, and the small steps
+ * that go over all rows.  One path serves one token and five hundred, of one session or of several:
+ * a run is a list of token rows, cut into segments of one session each.
+ *
+ *     row        0    1    2    3    4    5    6      n = 7, three segments
+ *     session    A    A    A    B    C    C    C
+ *     position  40   41   42    7    0    1    2      their states' lengths are 40, 7, 0
+ *
+ * Prefill is one segment of many rows, decode one of a single row, verifying drafts one of a token
+ * and its drafts; a batch mixes them.  Norms and matrices see rows alone; positions,
+ * mixers and counts of experts ask which segment a row belongs to.  A row's numbers depend on its
+ * own session's text and on nothing else in the run: batches, drafts and cuts of a text change no
+ * bit.
+ *
+ * Knows the shapes of states, not who owns them: sessions point them at their memory before a run
+ * and decide after it whether they count.
  * ===================================================================================== */
 
 /* DeltaNet's matrices lag after the text: reading and writing them is most of what they cost, so a
  * run of few tokens stores the state after the tokens of the call before, and keeps what its own
  * tokens do to it.  That takes no more traffic than storing at once; and until the next run these
- * tokens can be taken back, all or the last of them (cancelled calls, rejected drafts). */
+ * tokens can be taken back, all or the last of them (cancelled calls, rejected drafts).
+ *
+ *     text       t0 .. t9  | t10 t11 t12 | t13         the last call evaluated t10 .. t12,
+ *     delta      after t9                               this one evaluates t13
+ *     u[now]                 rows 10 11 12              n = 3 pending rows from `first` on
+ *     u[!now]                rows 10 11 12   13         made by this run; its first n are copies
+ *
+ * The run stores the state after t12 in place and leaves row 13 pending: commit sets now = !now,
+ * first = 3, n = 1.  To take t13 back is to leave `now` alone.  A second copy of the matrices, one
+ * to read and one to write, took 12 microseconds a head from memory in place of 6.
+ *
+ * A run that is cancelled has stored the old rows in some layers and not in others: `applied` says
+ * in which, and q3n__flush does the rest before the next call.  That changes no text. */
 typedef struct {
     float *u[2];                 /* [layer][max, C] q, k, v: of the call before, of this call    */
     float *ba[2];                /* [layer][max, 2 Hv] beta, g                                   */
@@ -6604,7 +6679,9 @@ static int q3n__leave(q3n__atomic *a)       /* the call ends; 1 = it was cancell
     return cancelled;
 }
 
-/* State of one session that the layers read and write. */
+/* State of one session that the layers read and write.  What a call began with stays until it
+ * commits: its first pass reads matrices and columns in one place and writes them in another, later
+ * ones work in the second.  Pages are written only in slots from `length` on. */
 typedef struct {
     q3n__kv_cache kv;
     float        *delta;         /* [DeltaNet layer][Hv][dk, dv] after all tokens but n_pending  */
@@ -6626,7 +6703,9 @@ typedef struct {
     int         row0, n;
 } q3n__segment;
 
-/* One feed-forward network applied to some rows: an expert, the shared expert or a dense FFN. */
+/* One feed-forward network applied to some rows: an expert, the shared expert or a dense FFN.
+ * gate, up [I, d], down [d, I]; all FFNs of a layer have the same d, the shared one may have
+ * another I. */
 typedef struct {
     q3n__mat     gate, up, down; /* of one expert: data points at its slice                      */
     const float *gate_bias, *up_bias, *down_bias;
@@ -6638,7 +6717,9 @@ typedef struct {
     int          first_block;    /* its items begin here                                         */
 } q3n__ffn;
 
-/* Activations of a run of at most `max` tokens; [max, width] each unless said otherwise. */
+/* Activations of a run of at most `max` tokens; [max, width] each unless said otherwise.  Arrays
+ * are disjoint.  From layer to layer go x, and cos and sin of the rows; all others are scratch of
+ * one mixer or FFN. */
 typedef struct {
     const q3n_model   *model;
     const q3n__kernels *k;
@@ -6650,7 +6731,7 @@ typedef struct {
     q3n__x8 *a_q;                /* a, quantised; this and the two below: NULL if no matrix is   */
     float *proj;                 /* [Q] or [QKVZ]                                                */
     float *key, *value;          /* [K D]                                                        */
-    float *q;                    /* [K][max][H / K, D]: queries of a kv head together            */
+    float *q;                    /* [K][n][H / K, D]: queries of a kv head together              */
     float *attn;                 /* the same for the attention's output                          */
     float *rope_cos, *rope_sin;  /* [R / 2]                                                      */
     float *u;                    /* [C] after the convolution: q, k, v                           */
@@ -6676,7 +6757,11 @@ typedef struct {
     int    max;
 } q3n__run;
 
-/* ---- Small steps over all rows ---- */
+/* ---- Small steps over all rows ----
+ *
+ * Items are rows, 8 or more to a range.  Whoever writes the input of a quantised matrix also writes
+ * its bytes (q3n__quantize_row), while the row is in the cache: once for all matrices that read
+ * it. */
 typedef struct {
     const q3n__run *r;
     float          *y;
@@ -6715,6 +6800,7 @@ static void q3n__quantize_task(void *arg, int begin, int end)
     for (int t = begin; t < end; t++) q3n__quantize_row(j->r, j->q, j->x, t, j->dim);
 }
 
+/* The first n rows of x [.., dim] to q, for inputs that no step of a run wrote. */
 static void q3n__quantize_rows(const q3n__run *r, q3n__x8 *q, const float *x, int n, int dim)
 {
     q3n__rows_arg arg = { r, NULL, q, x, NULL, dim };
@@ -6730,13 +6816,15 @@ static void q3n__add_task(void *arg, int begin, int end)
                       j->x + at + (size_t)(t - begin) * (size_t)j->dim, j->dim);
 }
 
+/* y += x for all rows [n, d]: the residual connection. */
 static void q3n__add(const q3n__run *r, float *y, const float *x)
 {
     q3n__rows_arg arg = { r, y, NULL, x, NULL, r->model->config.hidden_size };
     q3n__parallel(r->pool, r->n, 8, q3n__add_task, &arg);
 }
 
-/* The segment of row t; position in the text is the segment's length + t - row0. */
+/* The segment of row t; position in the text is the segment's length + t - row0.  Segments are few
+ * and in order of rows. */
 static const q3n__segment *q3n__segment_of(const q3n__run *r, int t)
 {
     int i = 0;
@@ -6755,7 +6843,8 @@ typedef struct {
     const int32_t  *tokens;
 } q3n__embed_arg;
 
-/* A token's embedding to x [d], and cos and sin of the position of row t. */
+/* A token's embedding to x [d], and cos and sin of the position of row t: these are the same for
+ * all heads and layers, so they are made once for a run. */
 static void q3n__embed_row(const q3n__run *r, int32_t token, int t, float *x)
 {
     const q3n__mat *w = &r->model->weights.embed_tokens;
@@ -6777,6 +6866,7 @@ static void q3n__embed_task(void *arg, int begin, int end)
     for (int t = begin; t < end; t++) q3n__embed_row(j->r, j->tokens[t], t, x + (size_t)t * d);
 }
 
+/* r->x = rows of the embedding, for tokens [n]; 0 <= id < vocab was checked before. */
 static void q3n__embed(const q3n__run *r, const int32_t *tokens)
 {
     q3n__embed_arg arg = { r, tokens };
