@@ -64,9 +64,9 @@
  *    [18] SESSION FILES                   >>session-files
  *    [19] CACHE                           >>cache
  *    [20] ENGINE                          >>engine
- *    [21] SESSION                         >>session
- *    [22] BATCH                           >>batch
- *    [23] SAMPLER                         >>sampler
+ *    [21] SAMPLER                         >>sampler
+ *    [22] SESSION                         >>session
+ *    [23] BATCH                           >>batch
  *    [24] SPECULATION                     >>speculation
  *    [25] QUANTISE                        >>quantise
  *    [26] WRITER                          >>writer
@@ -9464,7 +9464,669 @@ static void q3n__engine_learn(q3n__engine *e, int rows, int64_t us)
 }
 
 /* =====================================================================================
- * [21] SESSION                                                              >>session
+ * [21] SAMPLER                                                              >>sampler
+ *
+ * Chooses the next token from logits.  Each filter keeps the tokens ranked before some place in
+ * the order "larger first, lower id among equals", so finding that place takes a selection, not a
+ * sort.  Logits and weights lie in blocks of 64 with their maxima and sums: whole vocabularies are
+ * passed over by kernels, and scalar code looks into few blocks.  A draft, proposed by whatever
+ * guesses ahead, changes what is computed and not the distribution.  Allocates nothing after
+ * create.
+ * ===================================================================================== */
+
+/* ---- Random numbers: SplitMix64 of Steele, Lea and Flood (2014) ---- */
+static double q3n__random_unit(uint64_t *state)   /* [0, 1) in steps of 2^-53 */
+{
+    *state += Q3N__GOLDEN;
+    return (double)(q3n__mix64(*state) >> 11) * 0x1p-53;
+}
+
+/* ---- Selection ---- */
+typedef struct {
+    float   v;           /* logit, or probability relative to the largest */
+    int32_t id;
+} q3n__candidate;
+
+static int q3n__ranks_before(q3n__candidate a, q3n__candidate b)
+{
+    return a.v > b.v || (a.v == b.v && a.id < b.id);
+}
+
+static void q3n__candidate_swap(q3n__candidate *a, q3n__candidate *b)
+{
+    const q3n__candidate t = *a;
+    *a = *b;
+    *b = t;
+}
+
+/* A number that is the larger the earlier the candidate ranks; no two are equal. */
+static uint64_t q3n__candidate_key(q3n__candidate c)
+{
+    uint32_t bits = q3n__f32_bits(c.v + 0.0f);             /* -0 ranks with 0 */
+    bits ^= bits >> 31 ? 0xFFFFFFFFu : 0x80000000u;
+    return (uint64_t)bits << 32 | (uint32_t)~c.id;
+}
+
+/* Reorder [*lo, *hi): those whose byte of the key at shift is larger come first, then the equal
+ * ones, which [*lo, *hi) become. */
+static void q3n__partition(q3n__candidate *c, int *lo, int *hi, int shift, unsigned byte)
+{
+    int first = *lo, end = *hi;
+    for (int i = first; i < end;) {
+        const unsigned k = q3n__candidate_key(c[i]) >> shift & 255;
+        if (k > byte)      q3n__candidate_swap(&c[i++], &c[first++]);
+        else if (k < byte) q3n__candidate_swap(&c[i], &c[--end]);
+        else               i++;
+    }
+    *lo = first;
+    *hi = end;
+}
+
+/* The fewest first candidates, by rank, that together have the target > 0 (their number, or with
+ * by_mass the sum of their v): moves them to the front and returns how many they are, n if all of
+ * them do not reach it.  Byte by byte of the keys, most significant first, by what candidates with
+ * each value have together: at most 16 passes whatever the logits are, mostly over few. */
+static int q3n__select(q3n__candidate *c, int n, double target, int by_mass)
+{
+    int lo = 0, hi = n;
+    double before = 0.0;
+    for (int shift = 56; shift >= 0 && hi - lo > 1; shift -= 8) {
+        double mass[256] = { 0 };
+        int k = 255;
+        for (int i = lo; i < hi; i++) {
+            Q3N__STEP();
+            mass[q3n__candidate_key(c[i]) >> shift & 255] += by_mass ? (double)c[i].v : 1.0;
+        }
+        while (k > 0 && before + mass[k] < target) before += mass[k--];
+        q3n__partition(c, &lo, &hi, shift, (unsigned)k);
+    }
+    return hi;
+}
+
+/* ---- The sampler ---- */
+#define Q3N__SAMPLER_MAX_WINDOW (1 << 24)
+
+/* What every block of weights has from a floor on. */
+typedef struct {
+    float   *sum;        /* [n_blocks] */
+    int32_t *count;      /* [n_blocks] */
+    float    floor;
+    double   mass;       /* of all of them, and how many */
+    int      n;
+} q3n__level;
+
+struct q3n_sampler {
+    q3n_allocator       allocator;
+    q3n_sampler_options o;           /* top_p and repetition_penalty are 1 when off              */
+    int                 vocab, n_blocks;
+    uint64_t            rng;
+    q3n_error           error;
+    q3n__kernels        k;           /* the best: all of them give the same weights              */
+    float               scale;       /* log2(e) / temperature                                    */
+    int32_t            *window;      /* [o.penalty_window] ring of the last tokens               */
+    int                 n_window, next;
+    float              *weights;     /* [n_blocks, 64] penalised logits, then weights: e^(logit /
+                                        temperature), the largest 1                              */
+    float              *block_max;   /* [n_blocks] of the logits                                 */
+    float              *block_sum;   /* [n_blocks] of the weights kept; where it is 0 `weights`
+                                        is not to be read                                        */
+    uint8_t            *exact;       /* [n_blocks] 1 = weights that are not kept are 0           */
+    float               floor;       /* kept are weights above it, and equal ones up to this id  */
+    int32_t             floor_id;
+    double              kept;        /* sum of block_sum                                         */
+    q3n__level          level[3];    /* scratch of top-p                                         */
+    q3n__candidate     *candidates;  /* [vocab]                                                  */
+};
+
+static q3n_result q3n__sampler_check(const q3n_sampler_options *o, q3n_error *err)
+{
+    const float r = o->repetition_penalty;
+    if (!(o->temperature >= 0.0f && o->temperature <= FLT_MAX))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "temperature %g must be 0 or more",
+                         (double)o->temperature);
+    if (o->top_k < 0)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "top_k %d must be 0 or more", o->top_k);
+    if (!(o->top_p >= 0.0f && o->top_p <= 1.0f))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "top_p %g is not in (0, 1], and not 0 for off",
+                         (double)o->top_p);
+    if (!(o->min_p >= 0.0f && o->min_p <= 1.0f))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "min_p %g is not in [0, 1]", (double)o->min_p);
+    if (!(r == 0.0f || (r > 0.0f && r <= FLT_MAX)))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "repetition_penalty %g must be 0 or more",
+                         (double)r);
+    if (o->penalty_window < 0 || o->penalty_window > Q3N__SAMPLER_MAX_WINDOW)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "penalty_window %d is not in [0, %d]",
+                         o->penalty_window, Q3N__SAMPLER_MAX_WINDOW);
+    return Q3N_OK;
+}
+
+static size_t q3n__sampler_layout(q3n_sampler *s, uint8_t *base)   /* bytes of the allocation */
+{
+    q3n__arena a = { base, 0, 0 };
+    const size_t vocab = (size_t)s->vocab, n_blocks = (size_t)s->n_blocks;
+    q3n__arena_take(&a, 1, sizeof *s);
+    s->window     = (int32_t *)q3n__arena_take(&a, (size_t)s->o.penalty_window, sizeof(int32_t));
+    s->weights    = (float *)q3n__arena_take(&a, n_blocks * Q3N__SAMPLER_BLOCK, sizeof(float));
+    s->block_max  = (float *)q3n__arena_take(&a, n_blocks, sizeof(float));
+    s->block_sum  = (float *)q3n__arena_take(&a, n_blocks, sizeof(float));
+    s->exact      = (uint8_t *)q3n__arena_take(&a, n_blocks, 1);
+    s->candidates = (q3n__candidate *)q3n__arena_take(&a, vocab, sizeof(q3n__candidate));
+    for (int i = 0; i < 3; i++) {
+        s->level[i].sum   = (float *)q3n__arena_take(&a, n_blocks, sizeof(float));
+        s->level[i].count = (int32_t *)q3n__arena_take(&a, n_blocks, sizeof(int32_t));
+    }
+    return a.overflow ? SIZE_MAX : a.used;
+}
+
+Q3N_DEF q3n_result q3n_sampler_create(q3n_sampler **out, const q3n_model *m,
+                                      const q3n_sampler_options *o, q3n_error *err)
+{
+    if (!out) return q3n__fail(err, Q3N_ERR_ARG, -1, "no place for the sampler");
+    *out = NULL;
+    if (!m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model");
+    q3n_sampler s;
+    memset(&s, 0, sizeof s);
+    if (o) s.o = *o;
+    const q3n_result r = q3n__sampler_check(&s.o, err);
+    if (r != Q3N_OK) return r;
+    s.allocator = m->allocator;
+    s.vocab = q3n_model_config(m)->vocab_size;
+    s.n_blocks = (s.vocab + Q3N__SAMPLER_BLOCK - 1) / Q3N__SAMPLER_BLOCK;
+    q3n__kernels_init(&s.k, q3n_isa_best());
+    if (s.o.penalty_window == 0) s.o.penalty_window = 64;
+    if (s.o.repetition_penalty == 0.0f) s.o.repetition_penalty = 1.0f;
+    if (s.o.top_p == 0.0f) s.o.top_p = 1.0f;
+    if (s.o.temperature > 0.0f) s.scale = 1.44269504f / s.o.temperature;
+    if (s.scale > FLT_MAX) s.scale = FLT_MAX;              /* the temperature is denormal */
+    s.rng = s.o.seed;
+    uint8_t *memory = (uint8_t *)q3n__alloc(&s.allocator, q3n__sampler_layout(&s, NULL));
+    if (!memory) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a sampler");
+    q3n__sampler_layout(&s, memory);
+    memset(s.window, 0, (size_t)s.o.penalty_window * sizeof *s.window);
+    memcpy(memory, &s, sizeof s);
+    *out = (q3n_sampler *)(void *)memory;
+    return Q3N_OK;
+}
+
+Q3N_DEF void q3n_sampler_destroy(q3n_sampler *s)
+{
+    if (!s) return;
+    const q3n_allocator a = s->allocator;
+    q3n__free(&a, s);
+}
+
+Q3N_DEF void q3n_sampler_reset(q3n_sampler *s)
+{
+    if (!s) return;
+    s->n_window = s->next = 0;
+    s->rng = s->o.seed;
+}
+
+Q3N_DEF void q3n_sampler_accept(q3n_sampler *s, int32_t id)
+{
+    if (!s || id < 0 || id >= s->vocab) return;
+    s->window[s->next] = id;
+    if (++s->next == s->o.penalty_window) s->next = 0;
+    if (s->n_window < s->o.penalty_window) s->n_window++;
+}
+
+/* What arithmetic can stand: NaN is -inf (never chosen), +inf the largest float. */
+static float q3n__clean_logit(float x)
+{
+    if (x > FLT_MAX) return FLT_MAX;
+    return x == x ? x : -Q3N__INFINITY;
+}
+
+/* The logits to choose from: the given ones, or a copy with the penalty.  A token counts once,
+ * however often it stands in the window: each is set from the given logits. */
+static const float *q3n__sampler_prepare(q3n_sampler *s, const float *logits)
+{
+    const float r = s->o.repetition_penalty;
+    if (r == 1.0f || s->n_window == 0) return logits;
+    memcpy(s->weights, logits, (size_t)s->vocab * sizeof *logits);
+    for (int i = 0; i < s->n_window; i++) {
+        const int32_t id = s->window[i];
+        const float x = q3n__clean_logit(logits[id]);
+        s->weights[id] = q3n__clean_logit(x > 0.0f ? x / r : x * r);
+    }
+    return s->weights;
+}
+
+/* Block b of x [vocab]: where it lies, or the last tokens and -inf in tail. */
+static const float *q3n__sampler_logits(const q3n_sampler *s, const float *x, int b,
+                                        float tail[Q3N__SAMPLER_BLOCK])
+{
+    const int first = b * Q3N__SAMPLER_BLOCK, left = s->vocab - first;
+    if (left >= Q3N__SAMPLER_BLOCK) return x + first;
+    for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++) tail[i] = i < left ? x[first + i] : -Q3N__INFINITY;
+    return tail;
+}
+
+/* Sets the maximum of every block of x [vocab] and returns the largest: below -FLT_MAX if no logit
+ * is a number above -inf. */
+static float q3n__sampler_maxima(q3n_sampler *s, const float *x)
+{
+    float tail[Q3N__SAMPLER_BLOCK], max = -Q3N__INFINITY;
+    const int last = s->n_blocks - 1;
+    s->k.block_max(s->block_max, x, last);
+    s->k.block_max(s->block_max + last, q3n__sampler_logits(s, x, last, tail), 1);
+    for (int b = 0; b <= last; b++) if (s->block_max[b] > max) max = s->block_max[b];
+    return max;
+}
+
+/* Weights and their sums of blocks [b0, b1). */
+static void q3n__sampler_weigh(q3n_sampler *s, const float *x, float max, int b0, int b1)
+{
+    float tail[Q3N__SAMPLER_BLOCK];
+    const int last = s->n_blocks - 1, whole = b1 > last ? last : b1;
+    float *y = s->weights + b0 * Q3N__SAMPLER_BLOCK;
+    s->k.block_weights(y, s->block_sum + b0, x + b0 * Q3N__SAMPLER_BLOCK, whole - b0, max,
+                       s->scale);
+    if (b1 > last)
+        s->k.block_weights(s->weights + last * Q3N__SAMPLER_BLOCK, s->block_sum + last,
+                           q3n__sampler_logits(s, x, last, tail), 1, max, s->scale);
+}
+
+static double q3n__block_total(const float *sum, int n_blocks)
+{
+    double total = 0.0;
+    for (int b = 0; b < n_blocks; b++) total += sum[b];
+    return total;
+}
+
+/* The first token whose logit is the largest, which max is. */
+static int32_t q3n__sampler_best(const q3n_sampler *s, const float *x, float max)
+{
+    int b = 0;
+    while (s->block_max[b] != max) b++;
+    int32_t id = b * Q3N__SAMPLER_BLOCK;
+    while (!(x[id] >= max)) id++;   /* +inf counts as max */
+    return id;
+}
+
+/* The k largest of x as candidates.  The k-th largest of the blocks' maxima bounds the k-th largest
+ * logit from below, so few blocks are looked into. */
+static int q3n__sampler_top_k(q3n_sampler *s, const float *x, int k)
+{
+    q3n__candidate *c = s->candidates;
+    const int n_blocks = s->n_blocks;
+    float bound = -FLT_MAX;
+    if (k < n_blocks) {
+        for (int b = 0; b < n_blocks; b++) c[b] = (q3n__candidate){ s->block_max[b], b };
+        q3n__select(c, n_blocks, k, 0);
+        bound = c[0].v;
+        for (int i = 1; i < k; i++) if (c[i].v < bound) bound = c[i].v;
+        if (bound < -FLT_MAX) bound = -FLT_MAX;
+    }
+    int n = 0;
+    for (int b = 0; b < n_blocks; b++) {
+        if (s->block_max[b] < bound) continue;
+        const int first = b * Q3N__SAMPLER_BLOCK, left = s->vocab - first;
+        const int end = first + (left < Q3N__SAMPLER_BLOCK ? left : Q3N__SAMPLER_BLOCK);
+        for (int i = first; i < end; i++)
+            if (x[i] >= bound) c[n++] = (q3n__candidate){ q3n__clean_logit(x[i]), i };
+    }
+    return q3n__select(c, n, k, 0);
+}
+
+/* ---- Top-p of the whole vocabulary ----
+ *
+ * Where the kept weights end is found by their sums above a floor, one pass of a kernel each, until
+ * few lie between a floor that keeps enough and one that does not; those are selected from. */
+#define Q3N__LEVEL_FEW 128
+
+static void q3n__level_at(q3n_sampler *s, q3n__level *level, float floor)
+{
+    s->k.block_sums(level->sum, level->count, s->weights, s->n_blocks, floor);
+    level->floor = floor;
+    level->mass = q3n__block_total(level->sum, s->n_blocks);
+    level->n = 0;
+    for (int b = 0; b < s->n_blocks; b++) level->n += level->count[b];
+}
+
+/* Two levels between which the kept weights end: the mass of low reaches the target, that of high
+ * does not.  over and under are how far they are from it, halved for the one that stays where it is
+ * when the other one has been replaced twice (the Illinois rule, for regula falsi). */
+typedef struct {
+    q3n__level *low, *high, *other;
+    double      target, over, under;
+    int         last;            /* what was replaced last: 1 = low, -1 = high                   */
+} q3n__bracket;
+
+/* Try a floor between the two.  The bits of positive floats are in their order, and nearly in that
+ * of their logarithms, over which mass is even enough; the middle after so many turns. */
+#define Q3N__BRACKET_TURNS 12
+
+static void q3n__bracket_narrow(q3n_sampler *s, q3n__bracket *k, int turn)
+{
+    const uint32_t a = q3n__f32_bits(k->low->floor), b = q3n__f32_bits(k->high->floor);
+    const double at = turn < Q3N__BRACKET_TURNS ? k->over / (k->over + k->under) : 0.5;
+    uint32_t middle = a + (uint32_t)(at * (b - a));
+    if (middle <= a) middle = a + 1;
+    if (middle >= b) middle = b - 1;
+    q3n__level *level = k->other;
+    q3n__level_at(s, level, q3n__bits_f32(middle));
+    const int side = level->mass >= k->target ? 1 : -1;
+    q3n__level **place = side > 0 ? &k->low : &k->high;
+    k->other = *place;
+    *place = level;
+    if (side > 0) k->over = level->mass - k->target;
+    else          k->under = k->target - level->mass;
+    if (side == k->last && side > 0) k->under *= 0.5;
+    if (side == k->last && side < 0) k->over *= 0.5;
+    k->last = side;
+}
+
+/* Candidates in [low->floor, high->floor); returns how many. */
+static int q3n__level_gather(q3n_sampler *s, const q3n__level *low, const q3n__level *high)
+{
+    int n = 0;
+    for (int b = 0; b < s->n_blocks; b++) {
+        if (low->count[b] == high->count[b]) continue;
+        const int first = b * Q3N__SAMPLER_BLOCK;
+        for (int i = first; i < first + Q3N__SAMPLER_BLOCK; i++)
+            if (s->weights[i] >= low->floor && s->weights[i] < high->floor)
+                s->candidates[n++] = (q3n__candidate){ s->weights[i], i };
+    }
+    return n;
+}
+
+/* Find where top-p ends among all weights, which sum to total: sets floor, floor_id and block_sum.
+ * Those below (1 - top_p) total / vocab have less than (1 - top_p) total together, so the others
+ * hold what is wanted. */
+static void q3n__sampler_top_p(q3n_sampler *s, double total)
+{
+    q3n__bracket k = { &s->level[0], &s->level[1], &s->level[2], (double)s->o.top_p * total, 0, 0,
+                       0 };
+    const size_t n_blocks = (size_t)s->n_blocks;
+    q3n__level_at(s, k.low, (float)((1.0 - (double)s->o.top_p) * total / s->vocab * 0.999));
+    if (k.low->floor < FLT_MIN || k.low->mass < k.target) q3n__level_at(s, k.low, FLT_MIN);
+    memset(k.high->sum, 0, n_blocks * sizeof *k.high->sum);      /* no weight is above 1 */
+    memset(k.high->count, 0, n_blocks * sizeof *k.high->count);
+    k.high->floor = 2.0f;
+    k.high->mass = 0.0;
+    k.high->n = 0;
+    k.over = k.low->mass - k.target;
+    k.under = k.target;
+    for (int turn = 0; k.low->n - k.high->n > Q3N__LEVEL_FEW
+                       && q3n__f32_bits(k.high->floor) - q3n__f32_bits(k.low->floor) > 1; turn++)
+        q3n__bracket_narrow(s, &k, turn);
+    q3n__candidate *c = s->candidates;
+    const int n = q3n__level_gather(s, k.low, k.high);
+    const int kept = q3n__select(c, n, k.target - k.high->mass, 1);
+    q3n__candidate last = c[0];
+    memcpy(s->block_sum, k.high->sum, n_blocks * sizeof *s->block_sum);
+    for (int i = 0; i < kept; i++) {
+        if (q3n__ranks_before(last, c[i])) last = c[i];
+        s->block_sum[c[i].id / Q3N__SAMPLER_BLOCK] += c[i].v;
+    }
+    s->floor = last.v;
+    s->floor_id = last.id;
+}
+
+/* ---- Filters ---- */
+
+/* Block b with zeros for what is not kept. */
+static float *q3n__sampler_block(q3n_sampler *s, int b)
+{
+    float *y = s->weights + b * Q3N__SAMPLER_BLOCK;
+    for (int i = 0; i < Q3N__SAMPLER_BLOCK && !s->exact[b]; i++) {
+        const int id = b * Q3N__SAMPLER_BLOCK + i;
+        if (!(y[i] > s->floor || (y[i] == s->floor && id <= s->floor_id))) y[i] = 0.0f;
+    }
+    s->exact[b] = 1;
+    return y;
+}
+
+/* Weights of the k largest logits, or of those of them that top-p and min-p leave. */
+static void q3n__sampler_few(q3n_sampler *s, const float *x, float max, int k)
+{
+    q3n__candidate *c = s->candidates;
+    int n = q3n__sampler_top_k(s, x, k);
+    double total = 0.0;
+    for (int i = 0; i < n; i++) {
+        c[i].v = q3n__weight(c[i].v, max, s->scale);
+        total += c[i].v;
+    }
+    if (s->o.top_p < 1.0f) n = q3n__select(c, n, (double)s->o.top_p * total, 1);
+    memset(s->block_sum, 0, (size_t)s->n_blocks * sizeof *s->block_sum);
+    for (int i = 0; i < n; i++) {
+        const int b = c[i].id / Q3N__SAMPLER_BLOCK;
+        if (c[i].v < s->o.min_p || c[i].v == 0.0f) continue;
+        if (s->block_sum[b] == 0.0f)
+            memset(s->weights + b * Q3N__SAMPLER_BLOCK, 0, Q3N__SAMPLER_BLOCK * sizeof(float));
+        s->weights[c[i].id] = c[i].v;
+        s->block_sum[b] += c[i].v;
+        s->exact[b] = 1;
+    }
+}
+
+/* Weights in blocks whose largest logit is cut or more; the sums of the others become 0. */
+static void q3n__sampler_weigh_from(q3n_sampler *s, const float *x, float max, float cut)
+{
+    for (int b = 0, first = 0; b <= s->n_blocks; b++) {
+        if (b < s->n_blocks && s->block_max[b] >= cut) continue;
+        if (b > first) q3n__sampler_weigh(s, x, max, first, b);
+        if (b < s->n_blocks) s->block_sum[b] = 0.0f;
+        first = b + 1;
+    }
+}
+
+/* Raise the floor to min-p: new sums for the blocks that have any. */
+static void q3n__sampler_min_p(q3n_sampler *s)
+{
+    int32_t count;
+    s->floor = s->o.min_p;
+    s->floor_id = INT32_MAX;
+    for (int b = 0; b < s->n_blocks; b++)
+        if (s->block_sum[b] > 0.0f)
+            s->k.block_sums(&s->block_sum[b], &count, s->weights + b * Q3N__SAMPLER_BLOCK, 1,
+                            s->floor);
+}
+
+/* Top-p and min-p of all tokens.  Without top-p nothing is weighed far below what min-p drops. */
+static void q3n__sampler_many(q3n_sampler *s, const float *x, float max)
+{
+    const float p = s->o.min_p;
+    if (s->o.top_p < 1.0f) {
+        q3n__sampler_weigh(s, x, max, 0, s->n_blocks);
+        q3n__sampler_top_p(s, q3n__block_total(s->block_sum, s->n_blocks));
+    } else {
+        const double cut = p > 0.0f ? max + (log2((double)p) - 1e-3) / s->scale : -(double)FLT_MAX;
+        q3n__sampler_weigh_from(s, x, max, cut > -(double)FLT_MAX ? (float)cut : -FLT_MAX);
+    }
+    if (p > s->floor) q3n__sampler_min_p(s);
+}
+
+/* What top-k with this k (0 = all) and the other filters leave of x, as weights in blocks.  The
+ * largest logit is among them. */
+static void q3n__sampler_filter(q3n_sampler *s, const float *x, float max, int k)
+{
+    memset(s->exact, 0, (size_t)s->n_blocks);
+    s->floor = 0.0f;
+    s->floor_id = -1;
+    if (k > 0 && k < s->vocab) q3n__sampler_few(s, x, max, k);
+    else                       q3n__sampler_many(s, x, max);
+    s->kept = q3n__block_total(s->block_sum, s->n_blocks);
+}
+
+/* A token kept, with its probability: the blocks, then within one, in order of ids. */
+static int32_t q3n__sampler_draw(q3n_sampler *s)
+{
+    double u = q3n__random_unit(&s->rng) * s->kept;
+    int b = -1;
+    for (int i = 0; i < s->n_blocks; i++) {
+        if (s->block_sum[i] == 0.0f) continue;
+        b = i;
+        if (u < (double)s->block_sum[i]) break;
+        u -= (double)s->block_sum[i];
+    }
+    const float *y = q3n__sampler_block(s, b);
+    int last = 0;
+    for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++) {
+        if (y[i] == 0.0f) continue;
+        last = i;
+        u -= (double)y[i];
+        if (u < 0.0) break;
+    }
+    return b * Q3N__SAMPLER_BLOCK + last;
+}
+
+/* ---- Undoing ---- */
+
+/* What a sampler was before the tokens of one step, which choosing them overwrites. */
+typedef struct {
+    uint64_t rng;
+    int      n_window, next;
+    int32_t  window[Q3N_MAX_DRAFT + 1];  /* from `next` on, round and round                      */
+} q3n__sampler_mark;
+
+static q3n__sampler_mark q3n__sampler_save(const q3n_sampler *s)
+{
+    q3n__sampler_mark m = { s->rng, s->n_window, s->next, { 0 } };
+    for (int i = 0; i <= Q3N_MAX_DRAFT; i++)
+        m.window[i] = s->window[(s->next + i) % s->o.penalty_window];
+    return m;
+}
+
+static void q3n__sampler_restore(q3n_sampler *s, const q3n__sampler_mark *m)
+{
+    s->rng = m->rng;
+    s->n_window = m->n_window;
+    s->next = m->next;
+    for (int i = 0; i <= Q3N_MAX_DRAFT; i++)
+        s->window[(m->next + i) % s->o.penalty_window] = m->window[i];
+}
+
+/* ---- Drafts ---- */
+#define Q3N__DRAFT_MAX 64
+
+/* A token proposed as the next one and what it was drawn from: 1 <= n tokens of the vocabulary,
+ * each once, and their probabilities, which sum to 1.  A point mass has n = 1, p = 1. */
+typedef struct {
+    int32_t id;
+    int     n;
+    int32_t ids[Q3N__DRAFT_MAX];
+    float   p[Q3N__DRAFT_MAX];
+} q3n__draft;
+
+static void q3n__draft_point(q3n__draft *d, int32_t id)   /* greedy or looked up */
+{
+    d->id = d->ids[0] = id;
+    d->n = 1;
+    d->p[0] = 1.0f;
+}
+
+/* Draw a draft from a draft model's logits [vocab] with the sampler's filters, of the
+ * Q3N__DRAFT_MAX largest: any distribution will do (see below), and top-k needs few exponentials.
+ * Greedy: the largest; token 0 if no logit is a number.  The window is left as it is, for the draft
+ * is not accepted yet. */
+static Q3N__UNUSED void q3n__sampler_draft(q3n_sampler *s, const float *logits, q3n__draft *d)
+{
+    const float *x = q3n__sampler_prepare(s, logits);
+    const float max = q3n__sampler_maxima(s, x);
+    if (s->o.temperature == 0.0f || max < -FLT_MAX) {
+        q3n__draft_point(d, max < -FLT_MAX ? 0 : q3n__sampler_best(s, x, max));
+        return;
+    }
+    const int k = s->o.top_k > 0 && s->o.top_k < Q3N__DRAFT_MAX ? s->o.top_k : Q3N__DRAFT_MAX;
+    q3n__sampler_filter(s, x, max, k);
+    d->n = 0;
+    for (int b = 0; b < s->n_blocks; b++) {
+        if (s->block_sum[b] == 0.0f) continue;
+        const float *y = q3n__sampler_block(s, b);
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++) {
+            if (y[i] == 0.0f) continue;
+            d->ids[d->n] = b * Q3N__SAMPLER_BLOCK + i;
+            d->p[d->n++] = (float)(y[i] / s->kept);
+        }
+    }
+    d->id = q3n__sampler_draw(s);
+}
+
+/* Leaves max(0, p - q) of the weights p, with q the draft's.  p stays if rounding leaves none. */
+static void q3n__sampler_residual(q3n_sampler *s, const q3n__draft *d)
+{
+    float before[Q3N__DRAFT_MAX];
+    const double kept = s->kept;
+    for (int i = 0; i < d->n; i++) {
+        const int b = d->ids[i] / Q3N__SAMPLER_BLOCK, at = d->ids[i] % Q3N__SAMPLER_BLOCK;
+        before[i] = 0.0f;
+        if (s->block_sum[b] == 0.0f) continue;
+        float *y = q3n__sampler_block(s, b);
+        const float left = (float)(y[at] - d->p[i] * kept);
+        before[i] = y[at];
+        y[at] = left > 0.0f ? left : 0.0f;
+    }
+    for (int back = 0; back < 2; back++) {
+        for (int i = 0; i < d->n; i++) {
+            const int b = d->ids[i] / Q3N__SAMPLER_BLOCK;
+            int32_t count;
+            if (before[i] == 0.0f) continue;
+            if (back) s->weights[d->ids[i]] = before[i];
+            s->k.block_sums(&s->block_sum[b], &count, s->weights + b * Q3N__SAMPLER_BLOCK, 1,
+                            0.0f);
+        }
+        s->kept = q3n__block_total(s->block_sum, s->n_blocks);
+        if (s->kept > 0.0) return;
+    }
+}
+
+/* Draw from the weights p, given a draft drawn from q ([SPEC]): it is kept with probability
+ * min(1, p / q), else a token is drawn from max(0, p - q) / (1 - a), a = sum min(p, q) being the
+ * probability that it is kept.  A token comes with min(p, q) + (1 - a) max(0, p - q) / (1 - a) = p,
+ * whatever q is.  The draft does not come back: u q >= p and u < 1 leave nothing of it. */
+static int32_t q3n__sampler_verify(q3n_sampler *s, const q3n__draft *d)
+{
+    const int b = d->id / Q3N__SAMPLER_BLOCK;
+    double p = 0.0, q = 0.0;   /* of the draft, times kept */
+    if (s->block_sum[b] > 0.0f) p = q3n__sampler_block(s, b)[d->id % Q3N__SAMPLER_BLOCK];
+    for (int i = 0; i < d->n; i++) if (d->ids[i] == d->id) q = d->p[i] * s->kept;
+    if (q3n__random_unit(&s->rng) * q < p) return d->id;
+    q3n__sampler_residual(s, d);
+    return q3n__sampler_draw(s);
+}
+
+/* Choose the token that follows from the target's logits [vocab], given a draft or NULL, and
+ * remember it: it has the sampler's distribution, and the draft is accepted if it is d->id.
+ *
+ * One random number is used for each token drawn, so that a text can be continued from its seed and
+ * length.  That holds with a point mass: to keep it with probability p and to draw from the others
+ * otherwise is to draw from p, so it is not looked at and the text is the same as without.  Drafts
+ * from a distribution use more. */
+static q3n_result q3n__sampler_choose(q3n_sampler *s, const float *logits, const q3n__draft *d,
+                                      int32_t *token)
+{
+    const float *x = q3n__sampler_prepare(s, logits);
+    const float max = q3n__sampler_maxima(s, x);
+    if (max < -FLT_MAX)
+        return q3n__fail(&s->error, Q3N_ERR_NUMERIC, -1, "none of %d logits is a number above -inf:"
+                         " the weights hold NaN or infinities, or all tokens are masked", s->vocab);
+    if (s->o.temperature > 0.0f) {
+        q3n__sampler_filter(s, x, max, s->o.top_k);
+        *token = d && d->n > 1 ? q3n__sampler_verify(s, d) : q3n__sampler_draw(s);
+    } else {
+        *token = q3n__sampler_best(s, x, max);
+    }
+    q3n_sampler_accept(s, *token);
+    return Q3N_OK;
+}
+
+Q3N_DEF q3n_result q3n_sampler_sample(q3n_sampler *s, const float *logits, int32_t *token)
+{
+    if (!s) return Q3N_ERR_ARG;
+    if (!logits || !token)
+        return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no logits, or no place for the token");
+    return q3n__sampler_choose(s, logits, NULL, token);
+}
+
+Q3N_DEF const q3n_error *q3n_sampler_error(const q3n_sampler *s)
+{
+    return s ? &s->error : &q3n__no_object;
+}
+
+/* =====================================================================================
+ * [22] SESSION                                                              >>session
  *
  * Evaluation as transactions.  Between calls a session holds its text; a call works beside it -
  * in a second set of matrices, in slots of pages after the text, in pending rows - and ends with
@@ -10446,7 +11108,7 @@ static q3n_result q3n__session_prefill(q3n_session *s, const int32_t *tokens, in
 }
 
 /* =====================================================================================
- * [22] BATCH                                                                  >>batch
+ * [23] BATCH                                                                  >>batch
  *
  * Many sessions at once: passes over tokens of several, as one transaction of all.
  * ===================================================================================== */
@@ -10645,668 +11307,6 @@ static q3n_result q3n__batch_eval(q3n_batch *b, q3n_batch_item *items, int n_ite
     if (r == Q3N_OK) r = end;
     q3n__batch_end(b, items, begun, r == Q3N_OK);
     return r;
-}
-
-/* =====================================================================================
- * [23] SAMPLER                                                              >>sampler
- *
- * Chooses the next token from logits.  Each filter keeps the tokens ranked before some place in
- * the order "larger first, lower id among equals", so finding that place takes a selection, not a
- * sort.  Logits and weights lie in blocks of 64 with their maxima and sums: whole vocabularies are
- * passed over by kernels, and scalar code looks into few blocks.  A draft, proposed by whatever
- * guesses ahead, changes what is computed and not the distribution.  Allocates nothing after
- * create.
- * ===================================================================================== */
-
-/* ---- Random numbers: SplitMix64 of Steele, Lea and Flood (2014) ---- */
-static double q3n__random_unit(uint64_t *state)   /* [0, 1) in steps of 2^-53 */
-{
-    *state += Q3N__GOLDEN;
-    return (double)(q3n__mix64(*state) >> 11) * 0x1p-53;
-}
-
-/* ---- Selection ---- */
-typedef struct {
-    float   v;           /* logit, or probability relative to the largest */
-    int32_t id;
-} q3n__candidate;
-
-static int q3n__ranks_before(q3n__candidate a, q3n__candidate b)
-{
-    return a.v > b.v || (a.v == b.v && a.id < b.id);
-}
-
-static void q3n__candidate_swap(q3n__candidate *a, q3n__candidate *b)
-{
-    const q3n__candidate t = *a;
-    *a = *b;
-    *b = t;
-}
-
-/* A number that is the larger the earlier the candidate ranks; no two are equal. */
-static uint64_t q3n__candidate_key(q3n__candidate c)
-{
-    uint32_t bits = q3n__f32_bits(c.v + 0.0f);             /* -0 ranks with 0 */
-    bits ^= bits >> 31 ? 0xFFFFFFFFu : 0x80000000u;
-    return (uint64_t)bits << 32 | (uint32_t)~c.id;
-}
-
-/* Reorder [*lo, *hi): those whose byte of the key at shift is larger come first, then the equal
- * ones, which [*lo, *hi) become. */
-static void q3n__partition(q3n__candidate *c, int *lo, int *hi, int shift, unsigned byte)
-{
-    int first = *lo, end = *hi;
-    for (int i = first; i < end;) {
-        const unsigned k = q3n__candidate_key(c[i]) >> shift & 255;
-        if (k > byte)      q3n__candidate_swap(&c[i++], &c[first++]);
-        else if (k < byte) q3n__candidate_swap(&c[i], &c[--end]);
-        else               i++;
-    }
-    *lo = first;
-    *hi = end;
-}
-
-/* The fewest first candidates, by rank, that together have the target > 0 (their number, or with
- * by_mass the sum of their v): moves them to the front and returns how many they are, n if all of
- * them do not reach it.  Byte by byte of the keys, most significant first, by what candidates with
- * each value have together: at most 16 passes whatever the logits are, mostly over few. */
-static int q3n__select(q3n__candidate *c, int n, double target, int by_mass)
-{
-    int lo = 0, hi = n;
-    double before = 0.0;
-    for (int shift = 56; shift >= 0 && hi - lo > 1; shift -= 8) {
-        double mass[256] = { 0 };
-        int k = 255;
-        for (int i = lo; i < hi; i++) {
-            Q3N__STEP();
-            mass[q3n__candidate_key(c[i]) >> shift & 255] += by_mass ? (double)c[i].v : 1.0;
-        }
-        while (k > 0 && before + mass[k] < target) before += mass[k--];
-        q3n__partition(c, &lo, &hi, shift, (unsigned)k);
-    }
-    return hi;
-}
-
-/* ---- The sampler ---- */
-#define Q3N__SAMPLER_MAX_WINDOW (1 << 24)
-
-/* What every block of weights has from a floor on. */
-typedef struct {
-    float   *sum;        /* [n_blocks] */
-    int32_t *count;      /* [n_blocks] */
-    float    floor;
-    double   mass;       /* of all of them, and how many */
-    int      n;
-} q3n__level;
-
-struct q3n_sampler {
-    q3n_allocator       allocator;
-    q3n_sampler_options o;           /* top_p and repetition_penalty are 1 when off              */
-    int                 vocab, n_blocks;
-    uint64_t            rng;
-    q3n_error           error;
-    q3n__kernels        k;           /* the best: all of them give the same weights              */
-    float               scale;       /* log2(e) / temperature                                    */
-    int32_t            *window;      /* [o.penalty_window] ring of the last tokens               */
-    int                 n_window, next;
-    float              *weights;     /* [n_blocks, 64] penalised logits, then weights: e^(logit /
-                                        temperature), the largest 1                              */
-    float              *block_max;   /* [n_blocks] of the logits                                 */
-    float              *block_sum;   /* [n_blocks] of the weights kept; where it is 0 `weights`
-                                        is not to be read                                        */
-    uint8_t            *exact;       /* [n_blocks] 1 = weights that are not kept are 0           */
-    float               floor;       /* kept are weights above it, and equal ones up to this id  */
-    int32_t             floor_id;
-    double              kept;        /* sum of block_sum                                         */
-    q3n__level          level[3];    /* scratch of top-p                                         */
-    q3n__candidate     *candidates;  /* [vocab]                                                  */
-};
-
-static q3n_result q3n__sampler_check(const q3n_sampler_options *o, q3n_error *err)
-{
-    const float r = o->repetition_penalty;
-    if (!(o->temperature >= 0.0f && o->temperature <= FLT_MAX))
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "temperature %g must be 0 or more",
-                         (double)o->temperature);
-    if (o->top_k < 0)
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "top_k %d must be 0 or more", o->top_k);
-    if (!(o->top_p >= 0.0f && o->top_p <= 1.0f))
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "top_p %g is not in (0, 1], and not 0 for off",
-                         (double)o->top_p);
-    if (!(o->min_p >= 0.0f && o->min_p <= 1.0f))
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "min_p %g is not in [0, 1]", (double)o->min_p);
-    if (!(r == 0.0f || (r > 0.0f && r <= FLT_MAX)))
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "repetition_penalty %g must be 0 or more",
-                         (double)r);
-    if (o->penalty_window < 0 || o->penalty_window > Q3N__SAMPLER_MAX_WINDOW)
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "penalty_window %d is not in [0, %d]",
-                         o->penalty_window, Q3N__SAMPLER_MAX_WINDOW);
-    return Q3N_OK;
-}
-
-static size_t q3n__sampler_layout(q3n_sampler *s, uint8_t *base)   /* bytes of the allocation */
-{
-    q3n__arena a = { base, 0, 0 };
-    const size_t vocab = (size_t)s->vocab, n_blocks = (size_t)s->n_blocks;
-    q3n__arena_take(&a, 1, sizeof *s);
-    s->window     = (int32_t *)q3n__arena_take(&a, (size_t)s->o.penalty_window, sizeof(int32_t));
-    s->weights    = (float *)q3n__arena_take(&a, n_blocks * Q3N__SAMPLER_BLOCK, sizeof(float));
-    s->block_max  = (float *)q3n__arena_take(&a, n_blocks, sizeof(float));
-    s->block_sum  = (float *)q3n__arena_take(&a, n_blocks, sizeof(float));
-    s->exact      = (uint8_t *)q3n__arena_take(&a, n_blocks, 1);
-    s->candidates = (q3n__candidate *)q3n__arena_take(&a, vocab, sizeof(q3n__candidate));
-    for (int i = 0; i < 3; i++) {
-        s->level[i].sum   = (float *)q3n__arena_take(&a, n_blocks, sizeof(float));
-        s->level[i].count = (int32_t *)q3n__arena_take(&a, n_blocks, sizeof(int32_t));
-    }
-    return a.overflow ? SIZE_MAX : a.used;
-}
-
-Q3N_DEF q3n_result q3n_sampler_create(q3n_sampler **out, const q3n_model *m,
-                                      const q3n_sampler_options *o, q3n_error *err)
-{
-    if (!out) return q3n__fail(err, Q3N_ERR_ARG, -1, "no place for the sampler");
-    *out = NULL;
-    if (!m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model");
-    q3n_sampler s;
-    memset(&s, 0, sizeof s);
-    if (o) s.o = *o;
-    const q3n_result r = q3n__sampler_check(&s.o, err);
-    if (r != Q3N_OK) return r;
-    s.allocator = m->allocator;
-    s.vocab = q3n_model_config(m)->vocab_size;
-    s.n_blocks = (s.vocab + Q3N__SAMPLER_BLOCK - 1) / Q3N__SAMPLER_BLOCK;
-    q3n__kernels_init(&s.k, q3n_isa_best());
-    if (s.o.penalty_window == 0) s.o.penalty_window = 64;
-    if (s.o.repetition_penalty == 0.0f) s.o.repetition_penalty = 1.0f;
-    if (s.o.top_p == 0.0f) s.o.top_p = 1.0f;
-    if (s.o.temperature > 0.0f) s.scale = 1.44269504f / s.o.temperature;
-    if (s.scale > FLT_MAX) s.scale = FLT_MAX;              /* the temperature is denormal */
-    s.rng = s.o.seed;
-    uint8_t *memory = (uint8_t *)q3n__alloc(&s.allocator, q3n__sampler_layout(&s, NULL));
-    if (!memory) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a sampler");
-    q3n__sampler_layout(&s, memory);
-    memset(s.window, 0, (size_t)s.o.penalty_window * sizeof *s.window);
-    memcpy(memory, &s, sizeof s);
-    *out = (q3n_sampler *)(void *)memory;
-    return Q3N_OK;
-}
-
-Q3N_DEF void q3n_sampler_destroy(q3n_sampler *s)
-{
-    if (!s) return;
-    const q3n_allocator a = s->allocator;
-    q3n__free(&a, s);
-}
-
-Q3N_DEF void q3n_sampler_reset(q3n_sampler *s)
-{
-    if (!s) return;
-    s->n_window = s->next = 0;
-    s->rng = s->o.seed;
-}
-
-Q3N_DEF void q3n_sampler_accept(q3n_sampler *s, int32_t id)
-{
-    if (!s || id < 0 || id >= s->vocab) return;
-    s->window[s->next] = id;
-    if (++s->next == s->o.penalty_window) s->next = 0;
-    if (s->n_window < s->o.penalty_window) s->n_window++;
-}
-
-/* What arithmetic can stand: NaN is -inf (never chosen), +inf the largest float. */
-static float q3n__clean_logit(float x)
-{
-    if (x > FLT_MAX) return FLT_MAX;
-    return x == x ? x : -Q3N__INFINITY;
-}
-
-/* The logits to choose from: the given ones, or a copy with the penalty.  A token counts once,
- * however often it stands in the window: each is set from the given logits. */
-static const float *q3n__sampler_prepare(q3n_sampler *s, const float *logits)
-{
-    const float r = s->o.repetition_penalty;
-    if (r == 1.0f || s->n_window == 0) return logits;
-    memcpy(s->weights, logits, (size_t)s->vocab * sizeof *logits);
-    for (int i = 0; i < s->n_window; i++) {
-        const int32_t id = s->window[i];
-        const float x = q3n__clean_logit(logits[id]);
-        s->weights[id] = q3n__clean_logit(x > 0.0f ? x / r : x * r);
-    }
-    return s->weights;
-}
-
-/* Block b of x [vocab]: where it lies, or the last tokens and -inf in tail. */
-static const float *q3n__sampler_logits(const q3n_sampler *s, const float *x, int b,
-                                        float tail[Q3N__SAMPLER_BLOCK])
-{
-    const int first = b * Q3N__SAMPLER_BLOCK, left = s->vocab - first;
-    if (left >= Q3N__SAMPLER_BLOCK) return x + first;
-    for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++) tail[i] = i < left ? x[first + i] : -Q3N__INFINITY;
-    return tail;
-}
-
-/* Sets the maximum of every block of x [vocab] and returns the largest: below -FLT_MAX if no logit
- * is a number above -inf. */
-static float q3n__sampler_maxima(q3n_sampler *s, const float *x)
-{
-    float tail[Q3N__SAMPLER_BLOCK], max = -Q3N__INFINITY;
-    const int last = s->n_blocks - 1;
-    s->k.block_max(s->block_max, x, last);
-    s->k.block_max(s->block_max + last, q3n__sampler_logits(s, x, last, tail), 1);
-    for (int b = 0; b <= last; b++) if (s->block_max[b] > max) max = s->block_max[b];
-    return max;
-}
-
-/* Weights and their sums of blocks [b0, b1). */
-static void q3n__sampler_weigh(q3n_sampler *s, const float *x, float max, int b0, int b1)
-{
-    float tail[Q3N__SAMPLER_BLOCK];
-    const int last = s->n_blocks - 1, whole = b1 > last ? last : b1;
-    float *y = s->weights + b0 * Q3N__SAMPLER_BLOCK;
-    s->k.block_weights(y, s->block_sum + b0, x + b0 * Q3N__SAMPLER_BLOCK, whole - b0, max,
-                       s->scale);
-    if (b1 > last)
-        s->k.block_weights(s->weights + last * Q3N__SAMPLER_BLOCK, s->block_sum + last,
-                           q3n__sampler_logits(s, x, last, tail), 1, max, s->scale);
-}
-
-static double q3n__block_total(const float *sum, int n_blocks)
-{
-    double total = 0.0;
-    for (int b = 0; b < n_blocks; b++) total += sum[b];
-    return total;
-}
-
-/* The first token whose logit is the largest, which max is. */
-static int32_t q3n__sampler_best(const q3n_sampler *s, const float *x, float max)
-{
-    int b = 0;
-    while (s->block_max[b] != max) b++;
-    int32_t id = b * Q3N__SAMPLER_BLOCK;
-    while (!(x[id] >= max)) id++;   /* +inf counts as max */
-    return id;
-}
-
-/* The k largest of x as candidates.  The k-th largest of the blocks' maxima bounds the k-th largest
- * logit from below, so few blocks are looked into. */
-static int q3n__sampler_top_k(q3n_sampler *s, const float *x, int k)
-{
-    q3n__candidate *c = s->candidates;
-    const int n_blocks = s->n_blocks;
-    float bound = -FLT_MAX;
-    if (k < n_blocks) {
-        for (int b = 0; b < n_blocks; b++) c[b] = (q3n__candidate){ s->block_max[b], b };
-        q3n__select(c, n_blocks, k, 0);
-        bound = c[0].v;
-        for (int i = 1; i < k; i++) if (c[i].v < bound) bound = c[i].v;
-        if (bound < -FLT_MAX) bound = -FLT_MAX;
-    }
-    int n = 0;
-    for (int b = 0; b < n_blocks; b++) {
-        if (s->block_max[b] < bound) continue;
-        const int first = b * Q3N__SAMPLER_BLOCK, left = s->vocab - first;
-        const int end = first + (left < Q3N__SAMPLER_BLOCK ? left : Q3N__SAMPLER_BLOCK);
-        for (int i = first; i < end; i++)
-            if (x[i] >= bound) c[n++] = (q3n__candidate){ q3n__clean_logit(x[i]), i };
-    }
-    return q3n__select(c, n, k, 0);
-}
-
-/* ---- Top-p of the whole vocabulary ----
- *
- * Where the kept weights end is found by their sums above a floor, one pass of a kernel each, until
- * few lie between a floor that keeps enough and one that does not; those are selected from. */
-#define Q3N__LEVEL_FEW 128
-
-static void q3n__level_at(q3n_sampler *s, q3n__level *level, float floor)
-{
-    s->k.block_sums(level->sum, level->count, s->weights, s->n_blocks, floor);
-    level->floor = floor;
-    level->mass = q3n__block_total(level->sum, s->n_blocks);
-    level->n = 0;
-    for (int b = 0; b < s->n_blocks; b++) level->n += level->count[b];
-}
-
-/* Two levels between which the kept weights end: the mass of low reaches the target, that of high
- * does not.  over and under are how far they are from it, halved for the one that stays where it is
- * when the other one has been replaced twice (the Illinois rule, for regula falsi). */
-typedef struct {
-    q3n__level *low, *high, *other;
-    double      target, over, under;
-    int         last;            /* what was replaced last: 1 = low, -1 = high                   */
-} q3n__bracket;
-
-/* Try a floor between the two.  The bits of positive floats are in their order, and nearly in that
- * of their logarithms, over which mass is even enough; the middle after so many turns. */
-#define Q3N__BRACKET_TURNS 12
-
-static void q3n__bracket_narrow(q3n_sampler *s, q3n__bracket *k, int turn)
-{
-    const uint32_t a = q3n__f32_bits(k->low->floor), b = q3n__f32_bits(k->high->floor);
-    const double at = turn < Q3N__BRACKET_TURNS ? k->over / (k->over + k->under) : 0.5;
-    uint32_t middle = a + (uint32_t)(at * (b - a));
-    if (middle <= a) middle = a + 1;
-    if (middle >= b) middle = b - 1;
-    q3n__level *level = k->other;
-    q3n__level_at(s, level, q3n__bits_f32(middle));
-    const int side = level->mass >= k->target ? 1 : -1;
-    q3n__level **place = side > 0 ? &k->low : &k->high;
-    k->other = *place;
-    *place = level;
-    if (side > 0) k->over = level->mass - k->target;
-    else          k->under = k->target - level->mass;
-    if (side == k->last && side > 0) k->under *= 0.5;
-    if (side == k->last && side < 0) k->over *= 0.5;
-    k->last = side;
-}
-
-/* Candidates in [low->floor, high->floor); returns how many. */
-static int q3n__level_gather(q3n_sampler *s, const q3n__level *low, const q3n__level *high)
-{
-    int n = 0;
-    for (int b = 0; b < s->n_blocks; b++) {
-        if (low->count[b] == high->count[b]) continue;
-        const int first = b * Q3N__SAMPLER_BLOCK;
-        for (int i = first; i < first + Q3N__SAMPLER_BLOCK; i++)
-            if (s->weights[i] >= low->floor && s->weights[i] < high->floor)
-                s->candidates[n++] = (q3n__candidate){ s->weights[i], i };
-    }
-    return n;
-}
-
-/* Find where top-p ends among all weights, which sum to total: sets floor, floor_id and block_sum.
- * Those below (1 - top_p) total / vocab have less than (1 - top_p) total together, so the others
- * hold what is wanted. */
-static void q3n__sampler_top_p(q3n_sampler *s, double total)
-{
-    q3n__bracket k = { &s->level[0], &s->level[1], &s->level[2], (double)s->o.top_p * total, 0, 0,
-                       0 };
-    const size_t n_blocks = (size_t)s->n_blocks;
-    q3n__level_at(s, k.low, (float)((1.0 - (double)s->o.top_p) * total / s->vocab * 0.999));
-    if (k.low->floor < FLT_MIN || k.low->mass < k.target) q3n__level_at(s, k.low, FLT_MIN);
-    memset(k.high->sum, 0, n_blocks * sizeof *k.high->sum);      /* no weight is above 1 */
-    memset(k.high->count, 0, n_blocks * sizeof *k.high->count);
-    k.high->floor = 2.0f;
-    k.high->mass = 0.0;
-    k.high->n = 0;
-    k.over = k.low->mass - k.target;
-    k.under = k.target;
-    for (int turn = 0; k.low->n - k.high->n > Q3N__LEVEL_FEW
-                       && q3n__f32_bits(k.high->floor) - q3n__f32_bits(k.low->floor) > 1; turn++)
-        q3n__bracket_narrow(s, &k, turn);
-    q3n__candidate *c = s->candidates;
-    const int n = q3n__level_gather(s, k.low, k.high);
-    const int kept = q3n__select(c, n, k.target - k.high->mass, 1);
-    q3n__candidate last = c[0];
-    memcpy(s->block_sum, k.high->sum, n_blocks * sizeof *s->block_sum);
-    for (int i = 0; i < kept; i++) {
-        if (q3n__ranks_before(last, c[i])) last = c[i];
-        s->block_sum[c[i].id / Q3N__SAMPLER_BLOCK] += c[i].v;
-    }
-    s->floor = last.v;
-    s->floor_id = last.id;
-}
-
-/* ---- Filters ---- */
-
-/* Block b with zeros for what is not kept. */
-static float *q3n__sampler_block(q3n_sampler *s, int b)
-{
-    float *y = s->weights + b * Q3N__SAMPLER_BLOCK;
-    for (int i = 0; i < Q3N__SAMPLER_BLOCK && !s->exact[b]; i++) {
-        const int id = b * Q3N__SAMPLER_BLOCK + i;
-        if (!(y[i] > s->floor || (y[i] == s->floor && id <= s->floor_id))) y[i] = 0.0f;
-    }
-    s->exact[b] = 1;
-    return y;
-}
-
-/* Weights of the k largest logits, or of those of them that top-p and min-p leave. */
-static void q3n__sampler_few(q3n_sampler *s, const float *x, float max, int k)
-{
-    q3n__candidate *c = s->candidates;
-    int n = q3n__sampler_top_k(s, x, k);
-    double total = 0.0;
-    for (int i = 0; i < n; i++) {
-        c[i].v = q3n__weight(c[i].v, max, s->scale);
-        total += c[i].v;
-    }
-    if (s->o.top_p < 1.0f) n = q3n__select(c, n, (double)s->o.top_p * total, 1);
-    memset(s->block_sum, 0, (size_t)s->n_blocks * sizeof *s->block_sum);
-    for (int i = 0; i < n; i++) {
-        const int b = c[i].id / Q3N__SAMPLER_BLOCK;
-        if (c[i].v < s->o.min_p || c[i].v == 0.0f) continue;
-        if (s->block_sum[b] == 0.0f)
-            memset(s->weights + b * Q3N__SAMPLER_BLOCK, 0, Q3N__SAMPLER_BLOCK * sizeof(float));
-        s->weights[c[i].id] = c[i].v;
-        s->block_sum[b] += c[i].v;
-        s->exact[b] = 1;
-    }
-}
-
-/* Weights in blocks whose largest logit is cut or more; the sums of the others become 0. */
-static void q3n__sampler_weigh_from(q3n_sampler *s, const float *x, float max, float cut)
-{
-    for (int b = 0, first = 0; b <= s->n_blocks; b++) {
-        if (b < s->n_blocks && s->block_max[b] >= cut) continue;
-        if (b > first) q3n__sampler_weigh(s, x, max, first, b);
-        if (b < s->n_blocks) s->block_sum[b] = 0.0f;
-        first = b + 1;
-    }
-}
-
-/* Raise the floor to min-p: new sums for the blocks that have any. */
-static void q3n__sampler_min_p(q3n_sampler *s)
-{
-    int32_t count;
-    s->floor = s->o.min_p;
-    s->floor_id = INT32_MAX;
-    for (int b = 0; b < s->n_blocks; b++)
-        if (s->block_sum[b] > 0.0f)
-            s->k.block_sums(&s->block_sum[b], &count, s->weights + b * Q3N__SAMPLER_BLOCK, 1,
-                            s->floor);
-}
-
-/* Top-p and min-p of all tokens.  Without top-p nothing is weighed far below what min-p drops. */
-static void q3n__sampler_many(q3n_sampler *s, const float *x, float max)
-{
-    const float p = s->o.min_p;
-    if (s->o.top_p < 1.0f) {
-        q3n__sampler_weigh(s, x, max, 0, s->n_blocks);
-        q3n__sampler_top_p(s, q3n__block_total(s->block_sum, s->n_blocks));
-    } else {
-        const double cut = p > 0.0f ? max + (log2((double)p) - 1e-3) / s->scale : -(double)FLT_MAX;
-        q3n__sampler_weigh_from(s, x, max, cut > -(double)FLT_MAX ? (float)cut : -FLT_MAX);
-    }
-    if (p > s->floor) q3n__sampler_min_p(s);
-}
-
-/* What top-k with this k (0 = all) and the other filters leave of x, as weights in blocks.  The
- * largest logit is among them. */
-static void q3n__sampler_filter(q3n_sampler *s, const float *x, float max, int k)
-{
-    memset(s->exact, 0, (size_t)s->n_blocks);
-    s->floor = 0.0f;
-    s->floor_id = -1;
-    if (k > 0 && k < s->vocab) q3n__sampler_few(s, x, max, k);
-    else                       q3n__sampler_many(s, x, max);
-    s->kept = q3n__block_total(s->block_sum, s->n_blocks);
-}
-
-/* A token kept, with its probability: the blocks, then within one, in order of ids. */
-static int32_t q3n__sampler_draw(q3n_sampler *s)
-{
-    double u = q3n__random_unit(&s->rng) * s->kept;
-    int b = -1;
-    for (int i = 0; i < s->n_blocks; i++) {
-        if (s->block_sum[i] == 0.0f) continue;
-        b = i;
-        if (u < (double)s->block_sum[i]) break;
-        u -= (double)s->block_sum[i];
-    }
-    const float *y = q3n__sampler_block(s, b);
-    int last = 0;
-    for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++) {
-        if (y[i] == 0.0f) continue;
-        last = i;
-        u -= (double)y[i];
-        if (u < 0.0) break;
-    }
-    return b * Q3N__SAMPLER_BLOCK + last;
-}
-
-/* ---- Undoing ---- */
-
-/* What a sampler was before the tokens of one step, which choosing them overwrites. */
-typedef struct {
-    uint64_t rng;
-    int      n_window, next;
-    int32_t  window[Q3N_MAX_DRAFT + 1];  /* from `next` on, round and round                      */
-} q3n__sampler_mark;
-
-static q3n__sampler_mark q3n__sampler_save(const q3n_sampler *s)
-{
-    q3n__sampler_mark m = { s->rng, s->n_window, s->next, { 0 } };
-    for (int i = 0; i <= Q3N_MAX_DRAFT; i++)
-        m.window[i] = s->window[(s->next + i) % s->o.penalty_window];
-    return m;
-}
-
-static void q3n__sampler_restore(q3n_sampler *s, const q3n__sampler_mark *m)
-{
-    s->rng = m->rng;
-    s->n_window = m->n_window;
-    s->next = m->next;
-    for (int i = 0; i <= Q3N_MAX_DRAFT; i++)
-        s->window[(m->next + i) % s->o.penalty_window] = m->window[i];
-}
-
-/* ---- Drafts ---- */
-#define Q3N__DRAFT_MAX 64
-
-/* A token proposed as the next one and what it was drawn from: 1 <= n tokens of the vocabulary,
- * each once, and their probabilities, which sum to 1.  A point mass has n = 1, p = 1. */
-typedef struct {
-    int32_t id;
-    int     n;
-    int32_t ids[Q3N__DRAFT_MAX];
-    float   p[Q3N__DRAFT_MAX];
-} q3n__draft;
-
-static void q3n__draft_point(q3n__draft *d, int32_t id)   /* greedy or looked up */
-{
-    d->id = d->ids[0] = id;
-    d->n = 1;
-    d->p[0] = 1.0f;
-}
-
-/* Draw a draft from a draft model's logits [vocab] with the sampler's filters, of the
- * Q3N__DRAFT_MAX largest: any distribution will do (see below), and top-k needs few exponentials.
- * Greedy: the largest; token 0 if no logit is a number.  The window is left as it is, for the draft
- * is not accepted yet. */
-static Q3N__UNUSED void q3n__sampler_draft(q3n_sampler *s, const float *logits, q3n__draft *d)
-{
-    const float *x = q3n__sampler_prepare(s, logits);
-    const float max = q3n__sampler_maxima(s, x);
-    if (s->o.temperature == 0.0f || max < -FLT_MAX) {
-        q3n__draft_point(d, max < -FLT_MAX ? 0 : q3n__sampler_best(s, x, max));
-        return;
-    }
-    const int k = s->o.top_k > 0 && s->o.top_k < Q3N__DRAFT_MAX ? s->o.top_k : Q3N__DRAFT_MAX;
-    q3n__sampler_filter(s, x, max, k);
-    d->n = 0;
-    for (int b = 0; b < s->n_blocks; b++) {
-        if (s->block_sum[b] == 0.0f) continue;
-        const float *y = q3n__sampler_block(s, b);
-        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++) {
-            if (y[i] == 0.0f) continue;
-            d->ids[d->n] = b * Q3N__SAMPLER_BLOCK + i;
-            d->p[d->n++] = (float)(y[i] / s->kept);
-        }
-    }
-    d->id = q3n__sampler_draw(s);
-}
-
-/* Leaves max(0, p - q) of the weights p, with q the draft's.  p stays if rounding leaves none. */
-static void q3n__sampler_residual(q3n_sampler *s, const q3n__draft *d)
-{
-    float before[Q3N__DRAFT_MAX];
-    const double kept = s->kept;
-    for (int i = 0; i < d->n; i++) {
-        const int b = d->ids[i] / Q3N__SAMPLER_BLOCK, at = d->ids[i] % Q3N__SAMPLER_BLOCK;
-        before[i] = 0.0f;
-        if (s->block_sum[b] == 0.0f) continue;
-        float *y = q3n__sampler_block(s, b);
-        const float left = (float)(y[at] - d->p[i] * kept);
-        before[i] = y[at];
-        y[at] = left > 0.0f ? left : 0.0f;
-    }
-    for (int back = 0; back < 2; back++) {
-        for (int i = 0; i < d->n; i++) {
-            const int b = d->ids[i] / Q3N__SAMPLER_BLOCK;
-            int32_t count;
-            if (before[i] == 0.0f) continue;
-            if (back) s->weights[d->ids[i]] = before[i];
-            s->k.block_sums(&s->block_sum[b], &count, s->weights + b * Q3N__SAMPLER_BLOCK, 1,
-                            0.0f);
-        }
-        s->kept = q3n__block_total(s->block_sum, s->n_blocks);
-        if (s->kept > 0.0) return;
-    }
-}
-
-/* Draw from the weights p, given a draft drawn from q ([SPEC]): it is kept with probability
- * min(1, p / q), else a token is drawn from max(0, p - q) / (1 - a), a = sum min(p, q) being the
- * probability that it is kept.  A token comes with min(p, q) + (1 - a) max(0, p - q) / (1 - a) = p,
- * whatever q is.  The draft does not come back: u q >= p and u < 1 leave nothing of it. */
-static int32_t q3n__sampler_verify(q3n_sampler *s, const q3n__draft *d)
-{
-    const int b = d->id / Q3N__SAMPLER_BLOCK;
-    double p = 0.0, q = 0.0;   /* of the draft, times kept */
-    if (s->block_sum[b] > 0.0f) p = q3n__sampler_block(s, b)[d->id % Q3N__SAMPLER_BLOCK];
-    for (int i = 0; i < d->n; i++) if (d->ids[i] == d->id) q = d->p[i] * s->kept;
-    if (q3n__random_unit(&s->rng) * q < p) return d->id;
-    q3n__sampler_residual(s, d);
-    return q3n__sampler_draw(s);
-}
-
-/* Choose the token that follows from the target's logits [vocab], given a draft or NULL, and
- * remember it: it has the sampler's distribution, and the draft is accepted if it is d->id.
- *
- * One random number is used for each token drawn, so that a text can be continued from its seed and
- * length.  That holds with a point mass: to keep it with probability p and to draw from the others
- * otherwise is to draw from p, so it is not looked at and the text is the same as without.  Drafts
- * from a distribution use more. */
-static q3n_result q3n__sampler_choose(q3n_sampler *s, const float *logits, const q3n__draft *d,
-                                      int32_t *token)
-{
-    const float *x = q3n__sampler_prepare(s, logits);
-    const float max = q3n__sampler_maxima(s, x);
-    if (max < -FLT_MAX)
-        return q3n__fail(&s->error, Q3N_ERR_NUMERIC, -1, "none of %d logits is a number above -inf:"
-                         " the weights hold NaN or infinities, or all tokens are masked", s->vocab);
-    if (s->o.temperature > 0.0f) {
-        q3n__sampler_filter(s, x, max, s->o.top_k);
-        *token = d && d->n > 1 ? q3n__sampler_verify(s, d) : q3n__sampler_draw(s);
-    } else {
-        *token = q3n__sampler_best(s, x, max);
-    }
-    q3n_sampler_accept(s, *token);
-    return Q3N_OK;
-}
-
-Q3N_DEF q3n_result q3n_sampler_sample(q3n_sampler *s, const float *logits, int32_t *token)
-{
-    if (!s) return Q3N_ERR_ARG;
-    if (!logits || !token)
-        return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no logits, or no place for the token");
-    return q3n__sampler_choose(s, logits, NULL, token);
-}
-
-Q3N_DEF const q3n_error *q3n_sampler_error(const q3n_sampler *s)
-{
-    return s ? &s->error : &q3n__no_object;
 }
 
 /* =====================================================================================
