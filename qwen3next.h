@@ -6876,7 +6876,23 @@ static void q3n__embed(const q3n__run *r, const int32_t *tokens)
 /* =====================================================================================
  * [14] ATTENTION                                                          >>attention
  *
- * Grouped-query attention over pages of keys and values (q3n__attention, at the end).
+ * Grouped-query attention over pages of keys and values (q3n__attention, at the end).  g = H / K
+ * query heads share a kv head, so their queries lie together and read each key and value once:
+ *
+ *     r->proj    [n, H, D] or [n, H, 2 D]    query, or query and gate, head by head
+ *     r->q       [K, n, g, D]                queries by kv head, normed, rotated, / sqrt(D)
+ *     r->attn    [K, n, g, D]                outputs
+ *     r->mixed   [n, H, D]                   by token again, gated: input of o_proj
+ *
+ * A block of 256 keys gives a partial softmax (OPS); two ways lead to their sum, of the same bits:
+ *
+ *     many queries: one item is a tile of queries of one kv head
+ *         block 0, 1, ... last: partial, merged at once
+ *     few queries, long text: one item is a tile of queries and one block
+ *         partials to r->partial and r->partial_o; then, one item a query, merged from block 0 on
+ *
+ * With one token there are K tiles (2 in the 80B), fewer than threads: the blocks are what is left
+ * to share out.  Knows pages by q3n__kv_block alone and writes none but the slots of its own rows.
  * ===================================================================================== */
 typedef struct {
     const q3n__run   *r;
@@ -6886,7 +6902,9 @@ typedef struct {
     int               n_blocks;      /* split attention: blocks of the longest segment           */
 } q3n__attention_arg;
 
-/* Per token: norm and rotate the heads of q and k, scale q, lay q out by kv head, store k and v. */
+/* Items are rows: norm and rotate the heads of q and k, scale q, lay q out by kv head, store k and
+ * v.  The region ends before the first query is answered: rows of a run see one another's keys.
+ * Below kv_valid the pages have them already, and may be shared: they are not written again. */
 static void q3n__attention_prepare_task(void *arg, int begin, int end)
 {
     const q3n__attention_arg *j = (const q3n__attention_arg *)arg;
@@ -6930,7 +6948,8 @@ static void q3n__attention_prepare_task(void *arg, int begin, int end)
 }
 
 /* Queries of one kv head that are answered together: enough to share each load of keys and values,
- * few enough for scores, which are on the stack, and outputs to stay in the first-level cache. */
+ * few enough for scores, which are on the stack (32 x 256 floats, 32 KiB: most of what a thread
+ * needs), and outputs, 8192 floats, to stay near the core.  Heads of up to 256 have 32 queries. */
 #define Q3N__QUERY_TILE   32
 #define Q3N__TILE_OUTPUTS 8192
 
@@ -6946,6 +6965,8 @@ static int q3n__query_tile(const q3n_config *c)
     return n < Q3N__QUERY_TILE ? n : Q3N__QUERY_TILE;
 }
 
+/* Tile i of the run's tiles of one kv head: those of segment 0, then of 1, and so on.  A tile has
+ * queries of one segment, for others have other pages; (token, head) pairs are numbered t g + h. */
 static q3n__tile q3n__tile_get(const q3n__run *r, int i, int head)
 {
     const q3n_config *c = &r->model->config;
@@ -6960,7 +6981,8 @@ static q3n__tile q3n__tile_get(const q3n__run *r, int i, int head)
     return (q3n__tile){ s, head, s->row0 * g + i * size, left < size ? left : size };
 }
 
-/* Keys that query i of the kv head may see: those of its own and earlier tokens, or all. */
+/* Keys that query i of the tile may see: those of its own and earlier tokens, or all.  Its token is
+ * row (first + i) / g; the count is that token's position + 1. */
 static int q3n__n_visible(const q3n__run *r, const q3n__tile *tile, int i)
 {
     const q3n_config *c = &r->model->config;
@@ -6970,7 +6992,9 @@ static int q3n__n_visible(const q3n__run *r, const q3n__tile *tile, int i)
     return s->state->length + (tile->first + i) / g - s->row0 + 1;
 }
 
-/* A tile against one block: partial [n], o [n, D] with rows o_stride floats apart. */
+/* A tile against one block: partial [n], o [n, D] with rows o_stride floats apart.  Keys of the
+ * first kv.skip positions do not exist (MTP): pointers begin after them and the counts are lower,
+ * so kernels know nothing of it.  A query that sees nothing of the block gets l = 0. */
 static void q3n__attend_block(const q3n__attention_arg *j, const q3n__tile *tile, int block,
                               q3n__softmax_partial *partial, float *o, int o_stride)
 {
@@ -7005,8 +7029,9 @@ static void q3n__attend_block(const q3n__attention_arg *j, const q3n__tile *tile
     for (int i = 0; i < tile->n; i++) partial[i] = (q3n__softmax_partial){ m[i], l[i] };
 }
 
-/* Items are (tile, kv head): all blocks one after another, merged as they come.  r->mixed, which
- * is written after all of them, has room for a block's outputs. */
+/* Items are (tile, kv head): all blocks one after another, merged as they come, then divided by L.
+ * r->mixed, which is written after all of them, has room for a block's outputs: each tile takes the
+ * rows there that its queries have in r->attn, so threads do not meet. */
 static void q3n__attend_task(void *arg, int begin, int end)
 {
     const q3n__attention_arg *j = (const q3n__attention_arg *)arg;
@@ -7032,7 +7057,11 @@ static void q3n__attend_task(void *arg, int begin, int end)
 }
 
 /* Items are (tile, kv head, block), for few tokens and long texts: partial results, merged by the
- * next region in the same order and so to the same bits. */
+ * next region in the same order and so to the same bits.
+ *
+ *     partial_o [query][n_blocks][D], partial [query][n_blocks]     query: as in r->q, all kv heads
+ *
+ * Blocks after the last visible one of a tile have no result and are not looked at. */
 static void q3n__attend_split_task(void *arg, int begin, int end)
 {
     const q3n__attention_arg *j = (const q3n__attention_arg *)arg;
@@ -7051,6 +7080,8 @@ static void q3n__attend_split_task(void *arg, int begin, int end)
     }
 }
 
+/* Items are queries of all kv heads: query q belongs to kv head q / g / n and to row q / g mod n.
+ * A tile's earlier queries may see fewer blocks than its last: each merges those that it sees. */
 static void q3n__attend_merge_task(void *arg, int begin, int end)
 {
     const q3n__attention_arg *j = (const q3n__attention_arg *)arg;
@@ -7073,7 +7104,8 @@ static void q3n__attend_merge_task(void *arg, int begin, int end)
     }
 }
 
-/* Back to rows of tokens, times the gate: mixed = attn * sigmoid(gate). */
+/* Back to rows of tokens, times the gate: mixed = attn * sigmoid(gate), elementwise, before o_proj.
+ * Of the 2 D elements that q_proj gives a head the gate is the second half. */
 static void q3n__attention_gate_task(void *arg, int begin, int end)
 {
     const q3n__attention_arg *j = (const q3n__attention_arg *)arg;
@@ -7101,6 +7133,12 @@ static void q3n__attention_gate_task(void *arg, int begin, int end)
  *     q, gate = x Wq';  k = x Wk';  v = x Wv'        q_proj holds both, head by head
  *     q = rope(norm(q)) / sqrt(D);  k = rope(norm(k))
  *     y = (softmax(q k') v * sigmoid(gate)) Wo'       query head h reads kv head h / (H / K)
+ *
+ *   r->a [n, d] in, r->b [n, d] out     w: this layer's weights     layer: its number in pages
+ *
+ * Norms, gate and biases are the family's: w->q_norm, w->k_norm and biases may be NULL.  The keys
+ * and values of the n rows are in the pages afterwards.  Splitting is a matter of time alone, and
+ * where there is no room for partial results (no memory) nothing is split.
  */
 static void q3n__attention(q3n__run *r, const q3n__layer *w, int layer)
 {
@@ -7142,6 +7180,28 @@ static void q3n__attention(q3n__run *r, const q3n__layer *w, int layer)
  *
  * The gated delta rule with its convolution (q3n__deltanet, at the end), for runs that store their
  * states and for runs that leave them pending.
+ *
+ *     region    items                                   from, to
+ *     in_proj   blocks of rows                          a [n, d] -> proj [n, C + Hv dv], ba
+ *     conv      tiles of channels                       proj -> u [n, C], columns of the state
+ *     prepare   rows                                    unit q and k in u;  ba -> beta, g
+ *     delta     (segment, value head, tile of columns)  u, beta, g, S -> mixed [n, Hv dv], S
+ *     gate      rows                                    mixed, z in proj -> mixed
+ *     out_proj  blocks of rows                          mixed -> b [n, d]
+ *
+ * u = q [Hk, dk] | k [Hk, dk] | v [Hv, dv] has C elements.  The recurrence over tokens is a loop
+ * within an item; parallel is what it does not mix: heads, and columns of S.
+ *
+ *                    a run that stores               a lazy run (decode, a token and drafts)
+ *     first          pending rows -> delta,          nothing
+ *                    in place
+ *     rows of u      r->u: n                         pending.u[!now]: the pending ones, then n
+ *     states         delta -> delta_out, after       delta -> delta, in place, after the pending
+ *                    all n                           rows; states of the n pass through scratch
+ *     outputs        of all n                        of the n, not of the pending ones again
+ *
+ * A token's output has the same bits both ways: S is f32 in memory and in scratch, and the kernel
+ * does the same operations.  Which way a run goes is the session's decision (state.lazy).
  * ===================================================================================== */
 typedef struct {
     const q3n__run   *r;
@@ -7152,7 +7212,9 @@ typedef struct {
 } q3n__delta_arg;
 
 /* Channels of one item of the convolution, columns of one item of the delta rule: a state tile of
- * 128 x 32 floats stays in the first-level cache for all tokens. */
+ * 128 x 32 floats, 16 KiB, stays in the first-level cache for all tokens.  Tiles are read where
+ * they lie, rows 4 dv bytes apart: copied together first, the delta rule was 10 % faster in a
+ * prefill of 512 tokens and 20 % slower in one of 16 (two cores). */
 #define Q3N__CONV_TILE  128
 #define Q3N__DELTA_TILE 32
 
@@ -7192,7 +7254,16 @@ static int q3n__delta_before(const q3n__segment *s)
     return s->state->lazy ? s->state->n_pending : 0;
 }
 
-/* u = silu(conv(q | k | v)): items are channel tiles. */
+/* u = silu(conv(q | k | v)), depthwise and causal, with columns of the state before the first row:
+ *
+ *     u[t][c] = silu(sum_j w[j][c] x[t - width + 1 + j][c])        j = 0 .. width - 1
+ *
+ * Items are channel tiles, each over all segments: no other item touches these channels, of rows or
+ * of states.
+ *
+ * A lazy run also copies the pending rows before its own, convolved as they are, and saves its
+ * inputs: with them q3n__conv_rewind finds the columns after fewer tokens.  A single token needs no
+ * inputs, for taken back it leaves the columns of before. */
 static void q3n__conv_task(void *arg, int begin, int end)
 {
     const q3n__delta_arg *j = (const q3n__delta_arg *)arg;
@@ -7229,9 +7300,16 @@ static void q3n__conv_task(void *arg, int begin, int end)
     }
 }
 
+/* log(1 + e^x); above 20 the difference to x is below half a unit in x's last place. */
 static float q3n__softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
-/* Per token: unit q and k, q also by 1 / sqrt(dk); b, a become beta, g. */
+/* Items are rows:
+ *
+ *     q, k = x / sqrt(sum x^2 + 1e-6) per key head;  q /= sqrt(dk)      ([HF] l2norm: no mean)
+ *     beta = sigmoid(b), in (0, 1);  g = -exp(A_log) softplus(a + dt_bias) <= 0, per value head
+ *
+ * In place where nothing is pending; a lazy run's row goes after the pending ones, which the first
+ * row of a segment copies.  g stays a logarithm here: kernels take e^g. */
 static void q3n__delta_prepare_task(void *arg, int begin, int end)
 {
     const q3n__delta_arg *j = (const q3n__delta_arg *)arg;
@@ -7263,7 +7341,8 @@ static void q3n__delta_prepare_task(void *arg, int begin, int end)
 }
 
 /* The delta rule of value head h over the first n of rows, columns from col0; what is left to fill
- * in: where states and outputs go. */
+ * in: n, where states and outputs go.  Operands are strided views of u [.., C] and ba [.., 2 Hv]:
+ * value head h reads q and k of key head h / (Hv / Hk) and its own v. */
 static q3n__delta q3n__delta_call(const q3n__delta_arg *j, const q3n__delta_rows *rows, int h,
                                   int col0)
 {
@@ -7288,7 +7367,8 @@ static q3n__delta q3n__delta_call(const q3n__delta_arg *j, const q3n__delta_rows
     };
 }
 
-/* The pending rows into the matrices in place. */
+/* The pending rows of s into its matrices in place: head h, n_cols columns from col0, no outputs.
+ * All n states are stored, so no scratch is needed. */
 static void q3n__delta_catch_up(const q3n__delta_arg *j, const q3n__state *s, int h, int col0)
 {
     const q3n_config *c = &j->r->model->config;
@@ -7306,7 +7386,10 @@ static int q3n__delta_tiles(const q3n__delta_arg *j)
     return (j->r->model->config.linear_value_head_dim + j->n_cols - 1) / j->n_cols;
 }
 
-/* Items are (segment, value head, column tile), each over all of the segment's tokens. */
+/* Items are (segment, value head, column tile), each over all of the segment's tokens, in order.
+ * n_skip: rows before the segment's own have no place in r->mixed; row `before` of the call is the
+ * segment's first there.  Columns do not mix, so a tile's pending rows may be stored right before
+ * its own rows are computed. */
 static void q3n__delta_task(void *arg, int begin, int end)
 {
     const q3n__delta_arg *j = (const q3n__delta_arg *)arg;
@@ -7361,7 +7444,8 @@ static void q3n__flush_task(void *arg, int begin, int end)
     }
 }
 
-/* Make the matrices hold the whole text: no row is pending afterwards. */
+/* Make the matrices hold the whole text: no row is pending afterwards.  For what needs the state
+ * itself (snapshots, files, forks), and after a cancelled run, whose layers stand at two places. */
 static void q3n__flush(q3n__run *r, q3n__state *s, int n_delta)
 {
     if (s->pending.n == 0) return;
@@ -7375,7 +7459,8 @@ static void q3n__flush(q3n__run *r, q3n__state *s, int n_delta)
     memset(s->pending.applied, 0, (size_t)n_delta);
 }
 
-/* The convolution's columns after the first n tokens of a lazy run, to conv_out. */
+/* The convolution's columns after the first n tokens of a lazy run, to conv_out: the last width - 1
+ * columns of [columns before the run | inputs of its tokens 0 .. n - 1].  0 <= n < tokens of it. */
 static void q3n__conv_rewind(const q3n__run *r, q3n__state *s, int n_delta, int n)
 {
     const q3n_config *c = &r->model->config;
@@ -7392,7 +7477,8 @@ static void q3n__conv_rewind(const q3n__run *r, q3n__state *s, int n_delta, int 
     }
 }
 
-/* mixed = norm(o) * silu(z) per head, for each token: the norm comes before the gate. */
+/* mixed = norm(o) w * silu(z), for each token: the norm, over each head's dv with w [dv] shared by
+ * all, comes before the gate ([HF] Qwen3NextRMSNormGated).  z are proj's columns from C on. */
 static void q3n__delta_gate_task(void *arg, int begin, int end)
 {
     const q3n__delta_arg *j = (const q3n__delta_arg *)arg;
@@ -7423,6 +7509,10 @@ static void q3n__delta_gate_task(void *arg, int begin, int end)
  * the first-level cache.  The chunked form ([GDN] 3.3) saves no multiplications on a CPU: with
  * chunks of 64 tokens and dk = dv = 128 it needs 3 dk dv + 2 x 64 (dk + dv) = 82 k a token and
  * head, against 4 dk dv = 66 k here; and here the result does not depend on how a text is cut.
+ *
+ *   r->a [n, d] in, r->b [n, d] out     layer: number among the DeltaNet layers, of which
+ *   delta is [layer][Hv][dk, dv], conv [layer][width - 1, C]: 2 MiB and 96 KiB in the 80B
+ *   (Hk 16, Hv 32, dk = dv = 128, width 4), whatever the length of the text
  */
 static void q3n__deltanet(q3n__run *r, const q3n__layer *w, int layer)
 {
@@ -7456,15 +7546,49 @@ static void q3n__deltanet(q3n__run *r, const q3n__layer *w, int layer)
  *
  * The forward pass, in the words and letters of the reference: feed-forward networks and experts,
  * layers, the trunk, multi-token prediction.  Knows no type, no instruction set, no file.
+ *
+ *     token -> embed -> x [d]
+ *     each layer          x -> norm -> a -> attention or DeltaNet -> b,   x += b
+ *                         x -> norm -> a -> experts or dense FFN  -> b,   x += b
+ *     x -> norm -> a -> lm_head -> logits [vocab]                  only for rows that want them
+ *
+ * Prefill and decode are this same code; what differs is what the steps find:
+ *
+ *                    one row                               hundreds of rows
+ *     matrices       read once for one token: as fast      read once for all rows, in tiles of 48:
+ *                    as memory gives them                  as fast as multiply-adds go
+ *     attention      shared out by blocks of keys          by tiles of queries
+ *     DeltaNet       state read and written once a token   once for all rows, in the cache between
+ *     experts        k of E, one row each                  most of E, about n k / E rows each
+ *
+ * After q3n__forward the engine owns r->a; the states it wrote are the session's to commit or not.
  * ===================================================================================== */
 
-/* ---- Feed-forward networks and experts ---- */
+/* ---- Feed-forward networks and experts ----
+ *
+ * A dense FFN, an expert with the rows that chose it and the shared expert are the same job
+ * (q3n__ffn); a layer is a list of jobs, done in two regions.  E = 8, k = 2, three rows:
+ *
+ *     top            row 0: 3 7    row 1: 1 3    row 2: 3 6       ascending within a row
+ *     expert_first   0 0 1 1 4 4 4 5 6                            [E + 1]
+ *     expert_row     1 | 0 1 2 | 2 | 0                            of experts 1, 3, 6, 7
+ *     jobs           4 with 1, 3, 1, 1 rows, then the shared expert's with all 3
+ *
+ *     region 1   items: blocks of I, of all jobs    up = up(x) * silu(gate(x))   [rows of job, I]
+ *     region 2   items: blocks of d                 y[row] += weight * down(up), job after job
+ *
+ * So an expert's weights are read once for all its rows; and an element of y is summed by one
+ * thread in one order, experts by rising number and the shared one last, whatever else is in the
+ * run. */
 typedef struct {
     const q3n__run   *r;
     int               n_ffn, rows_per_block, n_blocks;
 } q3n__ffn_arg;
 
-/* Softmax over all experts, the k largest, ascending by number; a NaN never wins a comparison. */
+/* Items are rows ([HF] Qwen3NextTopKRouter): p = softmax over all E experts, the k largest, divided
+ * by their sum if norm_topk_prob; written ascending by number, for sums of outputs go by number.
+ * Of equals the lower number is taken.  A NaN never wins a comparison, so hostile weights give k
+ * different experts all the same. */
 static void q3n__route_task(void *arg, int begin, int end)
 {
     const q3n__ffn_arg *j = (const q3n__ffn_arg *)arg;
@@ -7501,7 +7625,9 @@ static void q3n__route_task(void *arg, int begin, int end)
     }
 }
 
-/* Rows and weights by expert: counting sort over (row, choice), rows ascending within an expert. */
+/* Rows and weights by expert: counting sort over (row, choice), rows ascending within an expert;
+ * see the picture above.  By the calling thread: n k steps.  l >= 0: each session counts the
+ * choices of its own rows. */
 static void q3n__group_by_expert(const q3n__run *r, int l)
 {
     const int E = r->model->config.num_experts, k = r->model->config.num_experts_per_tok;
@@ -7524,6 +7650,7 @@ static void q3n__group_by_expert(const q3n__run *r, int l)
     }
 }
 
+/* Matrix e of a tensor [E, rows, cols], whose slices lie w->stride bytes apart. */
 static q3n__mat q3n__slice(const q3n__mat *w, int e)
 {
     q3n__mat one = *w;
@@ -7538,7 +7665,8 @@ static q3n__x8 *q3n__ffn_row_q(const q3n__run *r, const q3n__ffn *f, int t)
     return r->ffn_q + f->first_q + (size_t)t * (size_t)q3n__x8_blocks(f->up.n_rows);
 }
 
-/* Rows [row0, row1) of the gate's or the up projection of one FFN's tokens. */
+/* Rows [row0, row1) of the gate's or the up projection of one FFN's tokens: x is r->a, picked by
+ * f->rows; y is [f->n, I] in r->ffn_gate or r->ffn_up from row f->first on. */
 static void q3n__ffn_half(const q3n__ffn_arg *j, const q3n__ffn *f, int is_up, int row0, int row1)
 {
     const q3n__mat *w = is_up ? &f->up : &f->gate;
@@ -7562,8 +7690,9 @@ static void q3n__ffn_half(const q3n__ffn_arg *j, const q3n__ffn *f, int is_up, i
 }
 
 /* up = up(x) * silu(gate(x)): items are row blocks of all FFNs, multiples of the columns of a
- * q3n__x8.  Rows of FFNs of one width lie together; the shared expert's, of another width, lie
- * after, at a multiple of its own width. */
+ * q3n__x8 (64), so that a thread quantises what it computed and no two write one block.  Gate and
+ * up of the same rows are one item: silu needs no other region.  Rows of FFNs of one width lie
+ * together; the shared expert's, of another width, lie after, at a multiple of its own width. */
 static void q3n__ffn_up_task(void *arg, int begin, int end)
 {
     const q3n__ffn_arg *j = (const q3n__ffn_arg *)arg;
@@ -7588,12 +7717,14 @@ static void q3n__ffn_up_task(void *arg, int begin, int end)
     }
 }
 
-/* With few tokens long ranges of one expert are read: where reading jumps, it stops. */
+/* With few tokens long ranges of one expert are read: where reading jumps, it stops.  768 rows at a
+ * time instead of 64: 31 GB/s instead of 25, where reading gives 33 (Zen 4). */
 #define Q3N__FEW_TOKENS   4
 #define Q3N__FEW_ROW_TILE (Q3N__TOKEN_TILE * Q3N__ROW_TILE / Q3N__FEW_TOKENS)
 
-/* y[row] = sum over FFNs, in their order, of weight * down(up): items are blocks of output
- * columns, so each output is summed by one thread in one order. */
+/* y[row] = sum over FFNs, in their order, of weight * down(up): items are blocks of the d outputs,
+ * so each output is summed by one thread in one order.  `out` holds a job's products for a tile of
+ * tokens and outputs before they are weighted and added: 48 x 64 floats, or 4 x 768. */
 static void q3n__ffn_down_task(void *arg, int begin, int end)
 {
     const q3n__ffn_arg *j = (const q3n__ffn_arg *)arg;
@@ -7636,7 +7767,9 @@ static void q3n__ffn_down_task(void *arg, int begin, int end)
     }
 }
 
-/* r->b = the FFNs of r->ffn, n_ffn of them, of r->a: two parallel regions. */
+/* r->b = the FFNs of r->ffn, n_ffn of them, of r->a: two parallel regions, for down needs all of
+ * up.  Blocks are sized by the work in them: in the first region two matrices (2 d columns) times
+ * the rows that a job has on average, in the second the rows of all jobs. */
 static void q3n__ffn_all(q3n__run *r, int n_ffn)
 {
     q3n__ffn_arg arg = { r, n_ffn, 0, 0 };
@@ -7660,7 +7793,7 @@ static void q3n__ffn_all(q3n__run *r, int n_ffn)
                   &arg);
 }
 
-/* y = down(silu(gate(x)) * up(x)) ([HF] Qwen3NextMLP.forward) */
+/* Dense FFN: y = down(silu(gate(x)) * up(x)), one job of all rows ([HF] Qwen3NextMLP.forward) */
 static void q3n__mlp(q3n__run *r, const q3n__layer *w)
 {
     r->ffn[0] = (q3n__ffn){.gate = w->gate,
@@ -7678,7 +7811,9 @@ static void q3n__mlp(q3n__run *r, const q3n__layer *w)
  *     p = softmax(x Wgate') over all experts, the k largest, divided by their sum if norm_topk_prob
  *     y = sum_e p_e expert_e(x) + sigmoid(x wg') shared(x)
  *
- * summed by rising e.  l is the layer's number for the counts, -1 = not counted. */
+ * summed by rising e, then the shared expert.  l is the layer's number for the counts, -1 = not
+ * counted.  Router and shared gate are float matrices of f32 inputs: a choice of experts does not
+ * hang on how activations are quantised within this layer. */
 static void q3n__moe(q3n__run *r, const q3n__layer *w, int l)
 {
     const q3n_config *c = &r->model->config;
@@ -7749,6 +7884,8 @@ static void q3n__layer_forward(q3n__run *r, const q3n__layer *w, int l, int kind
     q3n__add(r, r->x, r->b);
 }
 
+/* The host's layer hook, if it has one: x [n, d] is the residual stream after layer l, the
+ * embedding with l = -1, the final norm with l = the number of layers. */
 static void q3n__hook(const q3n__run *r, const q3n_layer_hook *hook, int l, const float *x)
 {
     if (hook->layer) hook->layer(hook->user, l, x, r->n, r->model->config.hidden_size);
@@ -7762,8 +7899,11 @@ static int q3n__run_cancelled(const q3n__run *r)   /* the engine, or one of the 
     return 0;
 }
 
-/* Tokens through the trunk: afterwards r->a holds the final norm of every row.  The segments'
- * states are advanced; their lengths are not.  0 = cancelled on the way. */
+/* Tokens [r->n] through the trunk: afterwards r->a holds the final norm of every row.  States of
+ * segments are advanced; their lengths are not.  0 = cancelled on the way, between two layers:
+ * then slots after the text, delta_out and conv_out hold anything, and pending.applied says which
+ * layers stored their pending rows.  n_kind counts layers of each kind: states are numbered within
+ * one. */
 static int q3n__forward(q3n__run *r, const int32_t *tokens, const q3n_layer_hook *hook)
 {
     const q3n_model *m = r->model;
@@ -7788,7 +7928,8 @@ typedef struct {
     const float    *hidden;      /* [n, d]                                                       */
 } q3n__mtp_arg;
 
-/* Per row: both halves of the input, and cos and sin of the token's position. */
+/* Items are rows: both halves of the input [2 d], embedding first, each with a norm of its own, and
+ * cos and sin of the token's position. */
 static void q3n__mtp_input_task(void *arg, int begin, int end)
 {
     const q3n__mtp_arg *j = (const q3n__mtp_arg *)arg;
@@ -7828,7 +7969,9 @@ static void q3n__mtp_forward(q3n__run *r, const int32_t *tokens, const float *hi
     q3n__rms_norm(r, m->weights.mtp_norm);
 }
 
-/* logits [n, vocab] of n rows of normed hidden states */
+/* logits [n, vocab] = hidden lm_head', of n rows [n, d] of normed hidden states.  lm_head is the
+ * embedding where the file ties them.  r->mixed_q is free after the last layer and has room for a
+ * row of d; logits must not be part of the run's activations. */
 static void q3n__logits(const q3n__run *r, const float *hidden, int n, float *logits)
 {
     const q3n__mat *w = &r->model->weights.lm_head;
