@@ -1,5 +1,6 @@
 """The example programs, run as their first comment says."""
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -9,8 +10,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 STORIES = "build/models/stories.q3n"
 
 
+PYTHON = [sys.executable, "-m", "qwen3next"]
+
+
 def run(*command):
-    return subprocess.run(command, cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environment = dict(os.environ, PYTHONPATH=str(ROOT / "examples" / "python"))
+    return subprocess.run(command, cwd=str(ROOT), env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE)
 
 
 class Examples(unittest.TestCase):
@@ -29,8 +35,7 @@ class Examples(unittest.TestCase):
                 self.assertTrue(text.startswith(self.case["text"]), text)
 
     def test_sampled_text(self):
-        programs = (["build/embed"], ["build/embed_cpp"],
-                    [sys.executable, "examples/python/qwen3next.py"])
+        programs = (["build/embed"], ["build/embed_cpp"], PYTHON)
         texts = []
         for program in programs:
             done = run(*program, STORIES, "Once upon a time")
@@ -40,8 +45,7 @@ class Examples(unittest.TestCase):
         self.assertEqual(texts[1:], texts[:1] * 2)      # the same seed tells the same story
 
     def test_errors(self):
-        programs = (["build/embed"], ["build/embed_cpp"],
-                    [sys.executable, "examples/python/qwen3next.py"])
+        programs = (["build/embed"], ["build/embed_cpp"], PYTHON)
         for program in programs:
             for arguments in (["no-such-file", "text"], ["LICENSE", "text"], []):
                 with self.subTest((program, arguments)):

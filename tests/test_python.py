@@ -1,6 +1,7 @@
-"""examples/python/qwen3next.py: golden numbers, tokens, text and errors as Python sees them."""
+"""examples/python/qwen3next: golden numbers, tokens, text and errors as Python sees them."""
 import array
 import ctypes
+import inspect
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import typing
 import unicodedata
 import unittest
 import unittest.mock
@@ -95,6 +97,31 @@ class Layout(unittest.TestCase):
         mirrored = [name for name, _ in qwen3next._Config._fields_]
         self.assertGreater(len(names), 30)
         self.assertEqual(sorted(names + ["layer_types", "layer_experts"]), sorted(mirrored))
+
+
+class Types(unittest.TestCase):
+    """Every public function says what it takes and gives, as py.typed promises."""
+
+    def public_functions(self):
+        yield "load", qwen3next.load
+        for name, c in inspect.getmembers(qwen3next, inspect.isclass):
+            if c.__module__ != "qwen3next" or name.startswith("_"):
+                continue
+            for method, f in inspect.getmembers(c):
+                f = f.fget if isinstance(f, property) else f
+                if inspect.isfunction(f) and (method in ("__init__", "__len__", "__enter__")
+                                              or not method.startswith("_")):
+                    yield "%s.%s" % (name, method), f
+
+    def test_every_public_function(self):
+        self.assertTrue((ROOT / "examples" / "python" / "qwen3next" / "py.typed").exists())
+        n = 0
+        for name, f in self.public_functions():
+            hints = typing.get_type_hints(f)             # every name in them exists
+            want = set(inspect.signature(f).parameters) - {"self"} | {"return"}
+            self.assertEqual(set(hints) - {"self"}, want, name)
+            n += 1
+        self.assertGreater(n, 50)
 
 
 class Golden(unittest.TestCase):

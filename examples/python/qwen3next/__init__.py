@@ -1,4 +1,4 @@
-"""qwen3next.h from Python: ctypes over the shared library that `make` builds, no other module.
+"""qwen3next.h from Python: ctypes over the shared library, no other module.
 
     import qwen3next
     with qwen3next.Model("build/models/stories.q3n") as model:
@@ -8,7 +8,7 @@
 
 Run as a program it does just that:
 
-    python3 examples/python/qwen3next.py build/models/stories.q3n "Once upon a time"
+    python3 -m qwen3next build/models/stories.q3n "Once upon a time"
 
 A session goes back, is copied, saved and continued:
 
@@ -19,14 +19,17 @@ A session goes back, is copied, saved and continued:
     session.restore(start)
     session.save("chat.q3s")
 
-The library is looked for at $QWEN3NEXT_LIB, beside this file, in build/ of this checkout, and where
-the system keeps its libraries; load(path) names it.  Logits are array('f'), which numpy.asarray
-takes without a copy.  Ids and numbers must be what they stand for: nothing is rounded or cut off to
-fit, and an option that does not exist is a TypeError.
+`pip install ./examples/python` compiles the library and puts it into the package.  The library is
+looked for at $QWEN3NEXT_LIB, in the package, in build/ of this checkout, and where the system keeps
+its libraries; load(path) names it.  Logits are array('f'), which numpy.asarray takes without a
+copy.  Ids and numbers must be what they stand for: nothing is rounded or cut off to fit, and an
+option that does not exist is a TypeError.
 
 Ctrl-C (or any signal whose handler raises) stops an evaluation that the main thread waits for: the
 session is as before the call.
 """
+from __future__ import annotations
+
 import array
 import ctypes
 import ctypes.util
@@ -40,6 +43,9 @@ import sys
 import threading
 import time
 import weakref
+from types import TracebackType
+from typing import (TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Optional, Sequence,
+                    SupportsIndex, Tuple, Type, TypeVar, Union)
 
 VERSION = (0, 1)                # of the library: it must agree in both numbers
 NO_SPECIAL, PREFIX, SUFFIX = 1, 2, 4    # flags of q3n_tokenize
@@ -48,6 +54,19 @@ PROBLEM_TYPES = ("none", "regression", "single_label_classification",
 MAX_DRAFT = 8                   # most tokens that are drafted in a step
 SPECULATE = ("off", "auto", "mtp", "lookup")    # q3n_speculate in order
 _OK, _ERR_FULL = 0, -7
+
+# ---- Types of arguments and results ----
+
+if TYPE_CHECKING:
+    Floats = array.array[float]                  # array('f')
+    Path = Union[str, bytes, os.PathLike[str], os.PathLike[bytes]]
+else:                                            # older Pythons cannot subscribe these
+    Floats = array.array
+    Path = Union[str, bytes, os.PathLike]
+Ids = Iterable[SupportsIndex]
+Text = Union[str, bytes, bytearray]
+# Numbers, or memory of float32 in one dimension: array('f'), numpy.ndarray, memoryview, ...
+Logits = Union[Sequence[float], Any]
 
 _P = ctypes.c_void_p
 _C_INT, _C_SIZE, _C_FLOAT = ctypes.c_int, ctypes.c_size_t, ctypes.c_float
@@ -283,32 +302,35 @@ _FUNCTIONS = {                  # name: (result, arguments...)
     "q3n_sampler_accept": (None, _P, ctypes.c_int32),
 }
 
-_lib, _lib_path = None, None
+_lib: Optional[ctypes.CDLL] = None
+_lib_path: Optional[str] = None
+LIBRARY_NAMES = ("libqwen3next.so", "libqwen3next.dylib", "qwen3next.dll")
 
 
 class Error(Exception):
     """A failure the library reports: its message, and its q3n_result as code."""
 
-    def __init__(self, code, message, offset=-1):
+    def __init__(self, code: int, message: str, offset: int = -1) -> None:
         super().__init__(message)
         self.code, self.offset = code, offset
 
 
-def load(path=None):
+def load(path: Optional[Path] = None) -> ctypes.CDLL:
     """Load the shared library; the first call decides which.  Returns it as a ctypes library."""
     global _lib, _lib_path
     if _lib is None:
         here = pathlib.Path(__file__).resolve().parent
-        places = [here / "libqwen3next.so", here.parent.parent / "build" / "libqwen3next.so"]
-        found = path or os.environ.get("QWEN3NEXT_LIB")
+        checkout = here.parent.parent.parent
+        places = [folder / name for folder in (here, checkout / "build") for name in LIBRARY_NAMES]
+        found = os.fsdecode(path) if path else os.environ.get("QWEN3NEXT_LIB")
         found = found or next((str(p) for p in places if p.exists()), None)
         found = found or ctypes.util.find_library("qwen3next")
         if not found:
-            raise OSError("libqwen3next.so not found: run make, or set QWEN3NEXT_LIB")
-        _lib = _prepare(ctypes.CDLL(os.fspath(found)), found)
+            raise OSError("libqwen3next not found: run make, or set QWEN3NEXT_LIB")
+        _lib = _prepare(ctypes.CDLL(found), found)
         _lib_path = found
-    elif path and os.fspath(path) != os.fspath(_lib_path):
-        raise OSError("%s is loaded already, %s cannot be" % (_lib_path, path))
+    elif path and os.fsdecode(path) != _lib_path:
+        raise OSError("%s is loaded already, %s cannot be" % (_lib_path, os.fsdecode(path)))
     return _lib
 
 
@@ -434,8 +456,8 @@ def _interruptible(cancel, call, *args):
                 cancel()
     finally:
         signal.signal(signal.SIGINT, handler)
-    for e in raised + failed:
-        raise e
+    for error in raised + failed:
+        raise error
     return result[0]
 
 
@@ -460,44 +482,59 @@ class _Pace:
         return code
 
 
+_Self = TypeVar("_Self", bound="_Owner")
+
+
 class _Owner:
     """Holds a C object; with-statement and close() give it back, after those that depend on it."""
 
     def __init__(self, handle, destroy, *depends_on):
-        self._handle, self._destroy = handle, destroy
+        self._handle: Optional[int] = handle
+        self._destroy = destroy
         self._users = weakref.WeakSet()
         for owner in depends_on:
             if owner is not None:
                 owner._users.add(self)
 
     @property
-    def handle(self):
+    def handle(self) -> int:
         if not self._handle:
             raise ValueError("%s is closed" % type(self).__name__)
         return self._handle
 
-    def close(self):
+    def close(self) -> None:
         for user in list(getattr(self, "_users", ())):
             user.close()
         handle, self._handle = self._handle, None
         if handle:
             self._destroy(handle)
 
-    def __enter__(self):
+    def __enter__(self: _Self) -> _Self:
         return self
 
-    def __exit__(self, *unused):
+    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+                 trace: Optional[TracebackType]) -> None:
         self.close()
 
-    def __del__(self):
+    def __del__(self) -> None:
         if getattr(self, "_handle", None):
             self.close()
 
 
 class Model(_Owner):
-    """An open model file.  Closing it closes everything made with it first."""
+    """An open model file.  Closing it closes everything made with it first.
 
-    def __init__(self, path, skip_checksum=False):
+    config: the fields of q3n_config by name; problem_type: one of PROBLEM_TYPES; labels: names of
+    the classes, None if the file has none."""
+
+    name: str
+    vocab_size: int
+    config: Dict[str, Any]
+    eos_ids: List[int]
+    problem_type: str
+    labels: Optional[List[str]]
+
+    def __init__(self, path: Path, skip_checksum: bool = False) -> None:
         lib = load()
         handle, record = _P(), _Record()
         options = _struct(_ModelOptions, skip_checksum=bool(skip_checksum))
@@ -506,7 +543,7 @@ class Model(_Owner):
                                   ctypes.byref(options), ctypes.byref(record)), record)
         super().__init__(handle.value, lib.q3n_model_close)
         fields = lib.q3n_model_config(self.handle).contents
-        self.config = {name: getattr(fields, name) for name, _ in _Config._fields_}
+        self.config = _fields(fields)
         for name in ("layer_types", "layer_experts"):
             self.config[name] = list(self.config[name])[:fields.num_hidden_layers]
         self.vocab_size = fields.vocab_size
@@ -519,19 +556,20 @@ class Model(_Owner):
         named = labels and None not in labels
         self.labels = [b.decode("utf-8", "replace") for b in labels] if named else None
 
-    def session(self, **options):
+    def session(self, **options: Any) -> Session:
         return Session(self, **options)
 
-    def cache(self, max_bytes, **options):
+    def cache(self, max_bytes: int, **options: Any) -> Cache:
         return Cache(self, max_bytes, **options)
 
-    def batch(self, **options):
+    def batch(self, **options: Any) -> Batch:
         return Batch(self, **options)
 
-    def sampler(self, **options):
+    def sampler(self, **options: float) -> Sampler:
         return Sampler(self, **options)
 
-    def tokenize(self, text, special=True, prefix=False, suffix=False):
+    def tokenize(self, text: Union[Text, memoryview], special: bool = True, prefix: bool = False,
+                 suffix: bool = False) -> List[int]:
         """Ids of a str or bytes; special=False: special tokens in it are plain text.  prefix and
         suffix: with the ids that the tokenizer puts before and after a text; both give those of
         transformers' tokenizer(text)."""
@@ -548,7 +586,7 @@ class Model(_Owner):
         _check(code)
         return ids[:n.value]
 
-    def probabilities(self, scores):
+    def probabilities(self, scores: Logits) -> Floats:
         """What scores [num_labels] of Session.classify mean, by problem_type."""
         n = self.config["num_labels"]
         c_scores = _floats_of(scores, n, "scores") if n else None
@@ -556,7 +594,7 @@ class Model(_Owner):
         _check(load().q3n_model_probabilities(self.handle, c_scores, c_out))
         return out
 
-    def detokenize(self, ids):
+    def detokenize(self, ids: Ids) -> str:
         lib, n = load(), _C_SIZE()
         c_ids, n_ids = _id_array(ids)
         code = lib.q3n_detokenize(self.handle, c_ids, n_ids, None, 0, ctypes.byref(n))
@@ -570,7 +608,7 @@ class Model(_Owner):
 class Sampler(_Owner):
     """Chooses tokens: temperature (0 = greedy), top_k, top_p, min_p, repetition_penalty, ..."""
 
-    def __init__(self, model, **options):
+    def __init__(self, model: Model, **options: float) -> None:
         lib = load()
         handle, record = _P(), _Record()
         self._handle, self._model = None, model
@@ -579,7 +617,7 @@ class Sampler(_Owner):
                                       ctypes.byref(record)), record)
         super().__init__(handle.value, lib.q3n_sampler_destroy, model)
 
-    def sample(self, logits):
+    def sample(self, logits: Logits) -> int:
         """The token that is chosen by logits [vocab_size]: float32 in one dimension, or a sequence
         of numbers."""
         c_logits = _floats_of(logits, self._model.vocab_size, "logits")
@@ -589,14 +627,15 @@ class Sampler(_Owner):
             _check(code, lib.q3n_sampler_error(self.handle).contents)
         return token.value
 
-    def accept(self, token):
+    def accept(self, token: int) -> None:
         load().q3n_sampler_accept(self.handle, token)
 
 
 class Cache(_Owner):
     """States by the tokens that led to them, for sessions of one model: session(cache=...)."""
 
-    def __init__(self, model, max_bytes, directory=None, max_directory_bytes=0):
+    def __init__(self, model: Model, max_bytes: int, directory: Optional[Path] = None,
+                 max_directory_bytes: int = 0) -> None:
         lib = load()
         self._handle = None
         handle, record = _P(), _Record()
@@ -607,11 +646,11 @@ class Cache(_Owner):
                                     ctypes.byref(record)), record)
         super().__init__(handle.value, lib.q3n_cache_destroy, model)
 
-    def clear(self):
+    def clear(self) -> None:
         """Forget what is in memory."""
         load().q3n_cache_clear(self.handle)
 
-    def stats(self):
+    def stats(self) -> Dict[str, int]:
         stats = _CacheStats()
         load().q3n_cache_stats_get(self.handle, ctypes.byref(stats))
         return _fields(stats)
@@ -620,14 +659,14 @@ class Cache(_Owner):
 class Snapshot(_Owner):
     """A state that a session was in: len() tokens, bytes beside the pages that it shares."""
 
-    def __init__(self, model, handle):
+    def __init__(self, model: Model, handle: Optional[int]) -> None:
         super().__init__(handle, load().q3n_snapshot_free, model)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return load().q3n_snapshot_length(self.handle)
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         return load().q3n_snapshot_bytes(self.handle)
 
 
@@ -646,8 +685,15 @@ class Session(_Owner):
     longer gives one text) by name, draft, count_experts; cache=Cache or snapshot_bytes,
     snapshot_every; shared=Batch."""
 
-    def __init__(self, model, isa=None, kv_type=None, snapshot_type=None, speculate="off",
-                 count_experts=False, cache=None, shared=None, **options):
+    model: Model
+    memory: Dict[str, int]               # planned bytes, by part
+    cache: Optional[Cache]
+    shared: Optional[Batch]
+
+    def __init__(self, model: Model, isa: Optional[str] = None, kv_type: Optional[str] = None,
+                 snapshot_type: Optional[str] = None, speculate: str = "off",
+                 count_experts: bool = False, cache: Optional[Cache] = None,
+                 shared: Optional[Batch] = None, **options: int) -> None:
         lib = load()
         self._handle = None
         if speculate not in SPECULATE:
@@ -668,14 +714,14 @@ class Session(_Owner):
         self._pace = _Pace()
         super().__init__(handle, load().q3n_session_destroy, model, cache, shared)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return load().q3n_session_length(self.handle)
 
     @property
-    def capacity(self):
+    def capacity(self) -> int:
         return load().q3n_session_capacity(self.handle)
 
-    def reset(self):
+    def reset(self) -> None:
         load().q3n_session_reset(self.handle)
 
     def _check(self, code):
@@ -686,7 +732,7 @@ class Session(_Owner):
         """A call that evaluates about n tokens."""
         self._check(self._pace.call(self.cancel, n, function, self.handle, *args))
 
-    def logits(self, ids=None):
+    def logits(self, ids: Optional[Ids] = None) -> Floats:
         """Append tokens; the logits [vocab_size] that follow the last of them.  Without ids those
         of the last token once more."""
         logits, c_logits = _floats(self.model.vocab_size)
@@ -697,7 +743,7 @@ class Session(_Owner):
         self._evaluate(n, load().q3n_session_eval, c_ids, n, c_logits)
         return logits
 
-    def tokens(self):
+    def tokens(self) -> List[int]:
         """The session's text."""
         n = len(self)
         ids = (ctypes.c_int32 * max(n, 1))()
@@ -705,35 +751,35 @@ class Session(_Owner):
             self._check(load().q3n_session_tokens(self.handle, 0, n, ids))
         return ids[:n]
 
-    def prefill(self, ids):
+    def prefill(self, ids: Ids) -> int:
         """Make ids the session's text, from what costs least; how many were not evaluated."""
         (c_ids, n), reused = _id_array(ids), _C_INT()
         self._evaluate(n, load().q3n_session_prefill, c_ids, n, None, ctypes.byref(reused))
         return reused.value
 
-    def reuse(self, ids):
+    def reuse(self, ids: Ids) -> int:
         """The first step of prefill: go to the longest known beginning of ids; its length."""
         (c_ids, n), reused = _id_array(ids), _C_INT()
         self._evaluate(n, load().q3n_session_reuse, c_ids, n, ctypes.byref(reused))
         return reused.value
 
-    def checkpoint(self):
+    def checkpoint(self) -> None:
         """Put the state into the cache."""
         self._check(load().q3n_session_checkpoint(self.handle))
 
-    def rewind(self, length):
+    def rewind(self, length: int) -> None:
         """Go back to the first length tokens."""
         self._evaluate(max(len(self), 1), load().q3n_session_rewind, length)
 
-    def snapshot(self):
+    def snapshot(self) -> Snapshot:
         handle = _P()
         self._check(load().q3n_session_snapshot(self.handle, ctypes.byref(handle)))
         return Snapshot(self.model, handle.value)
 
-    def restore(self, snapshot):
+    def restore(self, snapshot: Snapshot) -> None:
         self._check(load().q3n_session_restore(self.handle, snapshot.handle))
 
-    def fork(self):
+    def fork(self) -> Session:
         """A new session with the same text and options."""
         handle, record = _P(), _Record()
         _check(load().q3n_session_fork(ctypes.byref(handle), self.handle, None,
@@ -742,18 +788,19 @@ class Session(_Owner):
         other._adopt(self.model, handle.value, dict(self.memory), self.cache, self.shared)
         return other
 
-    def save(self, path):
+    def save(self, path: Path) -> None:
         self._check(load().q3n_session_save(self.handle, _text(os.fsencode(path), "path")))
 
-    def load(self, path):
+    def load(self, path: Path) -> None:
         """Continue a saved session."""
         self._check(load().q3n_session_load(self.handle, _text(os.fsencode(path), "path")))
 
-    def cancel(self):
+    def cancel(self) -> bool:
         """From any thread: stop the evaluation under way, which raises Error; False if none is."""
         return bool(load().q3n_session_cancel(self.handle))
 
-    def decode(self, sampler, token, max_tokens=MAX_DRAFT + 1):
+    def decode(self, sampler: Sampler, token: int,
+               max_tokens: int = MAX_DRAFT + 1) -> List[int]:
         """Evaluate token and choose 1 .. max_tokens that follow; all but the last are evaluated."""
         max_tokens = min(_integer(max_tokens, _C_INT, "max_tokens", 1), MAX_DRAFT + 1)
         chosen, n = (ctypes.c_int32 * max_tokens)(), _C_INT()
@@ -761,19 +808,19 @@ class Session(_Owner):
                        ctypes.byref(n))
         return chosen[:n.value]
 
-    def draft(self, token, n=1):
+    def draft(self, token: int, n: int = 1) -> List[int]:
         """What the MTP module would draft after token."""
         drafts = (ctypes.c_int32 * _integer(n, _C_INT, "n", 1, MAX_DRAFT))()
         self._evaluate(1, load().q3n_session_draft, token, drafts, n, None)
         return drafts[:n]
 
-    def speculation(self):
+    def speculation(self) -> Dict[str, int]:
         """Steps of next, tokens that they gave, drafted and accepted ones."""
         s = _Speculation()
         load().q3n_session_speculation(self.handle, ctypes.byref(s))
         return _fields(s)
 
-    def all_logits(self, ids):
+    def all_logits(self, ids: Ids) -> List[Floats]:
         """Append tokens; the logits that follow each of them, a list of array('f')."""
         c_ids, n = _id_array(ids)
         vocab = self.model.vocab_size
@@ -782,7 +829,7 @@ class Session(_Owner):
         self._evaluate(n, load().q3n_session_eval_outputs, c_ids, n, ctypes.byref(outputs))
         return [flat[i * vocab:(i + 1) * vocab] for i in range(n)]
 
-    def classify(self, text):
+    def classify(self, text: Union[Text, Ids]) -> Floats:
         """Scores [num_labels] of a whole text or its ids; the session is reset first."""
         if isinstance(text, _TEXT):
             text = self.model.tokenize(text, prefix=True, suffix=True)
@@ -791,22 +838,23 @@ class Session(_Owner):
         self._evaluate(n, load().q3n_session_classify, c_ids, n, c_scores)
         return scores
 
-    def expert_counts(self, layer):
+    def expert_counts(self, layer: int) -> Optional[List[int]]:
         """How often each expert of a layer was chosen; None without experts or count_experts."""
         counts = load().q3n_session_expert_counts(self.handle, layer)
         return counts[:self.model.config["num_experts"]] if counts else None
 
-    def generate_ids(self, prompt, max_tokens, stop_at_eos=True, **sampling):
+    def generate_ids(self, prompt: Ids, max_tokens: int, stop_at_eos: bool = True,
+                     **sampling: float) -> Iterator[int]:
         """Yield up to max_tokens ids that continue prompt, ids after what was evaluated before;
         an empty prompt goes on from there.  With drafts the session may be MAX_DRAFT tokens ahead
         of what was yielded; in the end all but the last are evaluated."""
         if max_tokens < 1:
             return
-        prompt = _id_list(prompt)
+        ids = _id_list(prompt)
         with self.model.sampler(**sampling) as sampler:
-            for token in prompt:
+            for token in ids:
                 sampler.accept(token)
-            chosen = [sampler.sample(self.logits(prompt or None))]
+            chosen = [sampler.sample(self.logits(ids or None))]
             while True:
                 for token in chosen:
                     if stop_at_eos and token in self.model.eos_ids:
@@ -818,7 +866,8 @@ class Session(_Owner):
                 room = self.capacity - len(self)
                 chosen = self.decode(sampler, token, max(1, min(max_tokens, room, MAX_DRAFT + 1)))
 
-    def generate(self, prompt, max_tokens, **sampling):
+    def generate(self, prompt: Union[Text, Ids], max_tokens: int,
+                 **sampling: Any) -> Iterator[str]:
         """Yield pieces of text, whole characters each, that continue the text or ids prompt."""
         lib, n = load(), _C_SIZE()
         ids = self.model.tokenize(prompt, prefix=len(self) == 0) if isinstance(prompt, _TEXT) \
@@ -838,7 +887,7 @@ class BatchItem:
     """Ids to append to a session in Batch.eval: done of them are evaluated; logits [vocab_size]
     are there when all are, None before or if they were not wanted."""
 
-    def __init__(self, session, ids, logits=True):
+    def __init__(self, session: Session, ids: Ids, logits: bool = True) -> None:
         self.session, self._wanted = session, logits
         self._ids, self.n = _id_array(ids)
         self._logits, c_logits = _floats(session.model.vocab_size if logits else 0)
@@ -846,11 +895,11 @@ class BatchItem:
                                 logits=c_logits and ctypes.cast(c_logits, _FLOATS))
 
     @property
-    def done(self):
+    def done(self) -> int:
         return self._item.done
 
     @property
-    def logits(self):
+    def logits(self) -> Optional[Floats]:
         return self._logits if self._wanted and self.done == self.n else None
 
 
@@ -858,7 +907,7 @@ class Batch(_Owner):
     """Evaluates several sessions, made with shared=batch, together.  Options: batch, n_threads,
     isa."""
 
-    def __init__(self, model, isa=None, **options):
+    def __init__(self, model: Model, isa: Optional[str] = None, **options: int) -> None:
         lib = load()
         self._handle = None
         handle, record = _P(), _Record()
@@ -868,42 +917,24 @@ class Batch(_Owner):
         self._pace = _Pace()
         super().__init__(handle.value, lib.q3n_batch_destroy, model)
 
-    def eval(self, items, max_tokens=0, max_microseconds=0):
+    def eval(self, items: Iterable[Union[BatchItem, Tuple[Session, Ids]]], max_tokens: int = 0,
+             max_microseconds: int = 0) -> List[BatchItem]:
         """Evaluate BatchItems or (session, ids) until all are done, or the limit (0 = none) is
         reached; returns the BatchItems, with which the next call goes on."""
-        items = [i if isinstance(i, BatchItem) else BatchItem(*i) for i in items]
-        for item in items:
+        all_items = [i if isinstance(i, BatchItem) else BatchItem(*i) for i in items]
+        for item in all_items:
             item._item.session = item.session.handle
-        c_items = (_BatchItem * max(len(items), 1))(*(item._item for item in items))
+        c_items = (_BatchItem * max(len(all_items), 1))(*(item._item for item in all_items))
         limit = _struct(_Limit, max_tokens=max_tokens, max_microseconds=max_microseconds)
-        n = sum(item.n - item.done for item in items)
+        n = sum(item.n - item.done for item in all_items)
         code = self._pace.call(self.cancel, n, load().q3n_batch_eval, self.handle, c_items,
-                               len(items), ctypes.byref(limit))
-        for item, c_item in zip(items, c_items):
+                               len(all_items), ctypes.byref(limit))
+        for item, c_item in zip(all_items, c_items):
             item._item.done = c_item.done
         if code != _OK:
             _check(code, load().q3n_batch_error(self.handle).contents)
-        return items
+        return all_items
 
-    def cancel(self):
+    def cancel(self) -> bool:
         """As Session.cancel."""
         return bool(load().q3n_batch_cancel(self.handle))
-
-
-def _main(argv):
-    if len(argv) != 3:
-        print("usage: qwen3next.py MODEL.q3n PROMPT", file=sys.stderr)
-        return 2
-    try:
-        with Model(argv[1]) as model, model.session(capacity=1024) as session:
-            for piece in session.generate(argv[2], 200, temperature=0.8, top_p=0.95, seed=1):
-                print(piece, end="", flush=True)
-            print()
-    except (Error, OSError) as e:
-        print("qwen3next.py: %s" % e, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main(sys.argv))
