@@ -7985,9 +7985,19 @@ static void q3n__logits(const q3n__run *r, const float *hidden, int n, float *lo
  *
  * What a session knows of its text, as things that can be kept and passed on: pages, which are
  * counted and shared, and snapshots, which do not change.  Knows nothing of evaluation.
+ *
+ *     session A, 700 tokens     page 0 --- page 1 --- page 2 (188 slots)
+ *     snapshot at 600           page 0 --- page 1 --- page 2, of which it knows 88
+ *     session B, from it        page 0 --- page 1 --- a copy of its 88 slots, as soon as B appends
+ *
+ * Full pages are never written again.  The last one is appended to by one session alone; who shares
+ * it reads no slot beyond its own length, so the two need no lock.  Counts of references are atomic
+ * and the last holder frees: any thread may release.  Memory comes from the model's allocator,
+ * which outlives all of them.
  * ===================================================================================== */
 
-/* Sizes that follow from the model and a session's options: states of one shape fit each other. */
+/* Sizes that follow from the model and a session's options: states of one shape fit each other, and
+ * those that differ in has_mtp alone too, for the module's layer is a page's last. */
 typedef struct {
     q3n_type kv_type;
     int      has_mtp;            /* pages hold the MTP module's layer too                        */
@@ -7997,6 +8007,7 @@ typedef struct {
     int      hidden_size, vocab_size;
 } q3n__shape;
 
+/* Pages of n tokens: n / 256, rounded up; n up to INT_MAX. */
 static int q3n__blocks_of(int n_tokens)
 {
     return n_tokens / Q3N__KV_BLOCK + (n_tokens % Q3N__KV_BLOCK != 0);
@@ -8008,6 +8019,9 @@ static size_t q3n__page_bytes(const q3n__shape *shape, int n_layers)
                             * q3n__kv_block_bytes(shape->kv_type, shape->head_dim);
 }
 
+/* The shape of a session of m.  has_mtp: the session runs the MTP module, whose keys and values are
+ * one more attention layer.  Lengths do not overflow: the loader bounds the configuration, and
+ * q3n__check_sizes the rest on 32 bits. */
 static void q3n__shape_make(const q3n_model *m, q3n_type kv_type, int has_mtp, q3n__shape *s)
 {
     const q3n_config *c = &m->config;
@@ -8029,6 +8043,7 @@ static void q3n__shape_make(const q3n_model *m, q3n_type kv_type, int has_mtp, q
     s->vocab_size = c->vocab_size;
 }
 
+/* The same with the module's layer, or without it. */
 static void q3n__shape_set_mtp(q3n__shape *s, int has_mtp)
 {
     s->n_kv_layers += has_mtp - s->has_mtp;
@@ -8037,6 +8052,8 @@ static void q3n__shape_set_mtp(q3n__shape *s, int has_mtp)
 }
 
 /* ---- Pages ---- */
+
+/* A page with one reference and room for the shape's layers; NULL without memory. */
 static q3n__page *q3n__page_alloc(const q3n_model *m, const q3n__shape *shape)
 {
     q3n__page *p = (q3n__page *)q3n__alloc(&m->allocator, shape->page_bytes);
@@ -8055,7 +8072,8 @@ static void q3n__page_release(const q3n_model *m, q3n__page *p)   /* NULL is all
 }
 
 /* The first n slots of a page, in the layers that both have, and not a byte of the others, which
- * someone may be writing. */
+ * someone may be writing.  Slot j of the keys is element j of each of D rows of 256 (they are
+ * transposed), of the values row j.  Both pages are of the shape's kv_type. */
 static void q3n__page_copy(const q3n__shape *shape, q3n__page *to, q3n__page *from, int n)
 {
     const q3n__kv_cache kv = { NULL, shape->kv_type, shape->n_kv_heads, shape->head_dim, 0 };
@@ -8077,7 +8095,13 @@ static void q3n__page_copy(const q3n__shape *shape, q3n__page *to, q3n__page *fr
     to->n_used = n;
 }
 
-/* ---- Snapshots: one allocation each, and a hold on pages ---- */
+/* ---- Snapshots: one allocation each, and a hold on pages ----
+ *
+ * What it takes to go on after `length` tokens without evaluating one again: keys and values (the
+ * pages), DeltaNet's matrices and convolution columns with nothing pending, the last hidden state
+ * (the MTP module reads it with the next token), and logits if there were any.  Its maker fills it
+ * in before anyone else sees it; from then on it is read alone, by any thread.  Matrices of bf16
+ * take half the memory and are no longer exact. */
 struct q3n_snapshot {
     q3n__atomic      n_refs;
     const q3n_model *model;
@@ -8097,6 +8121,7 @@ struct q3n_snapshot {
     float           *logits;     /* [vocab] after the last token                                 */
 };
 
+/* Arrays after the struct, measured or handed out: all but the pages have the shape's sizes. */
 static void q3n__snapshot_layout(q3n__arena *a, q3n_snapshot *s)
 {
     const q3n__shape *h = &s->shape;
@@ -8107,6 +8132,7 @@ static void q3n__snapshot_layout(q3n__arena *a, q3n_snapshot *s)
     s->logits = (float *)q3n__arena_take(a, (size_t)h->vocab_size, sizeof(float));
 }
 
+/* Bytes of the allocation, without pages; 0 = more than a size_t holds. */
 static size_t q3n__snapshot_measure(const q3n__shape *shape, q3n_type delta_type, int length)
 {
     q3n_snapshot s;
@@ -8153,7 +8179,8 @@ static void q3n__snapshot_release(q3n_snapshot *s)   /* NULL is allowed */
     q3n__free(&m->allocator, s);
 }
 
-/* How many of tokens [n] the snapshot's text begins with. */
+/* How many of tokens [n] the text of `length` tokens in page begins with: whole pages are compared,
+ * and the first that differs is looked into. */
 static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t *tokens, int n)
 {
     const int max = length < n ? length : n;
@@ -8171,12 +8198,26 @@ static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t 
 /* =====================================================================================
  * [18] SESSION FILES                                                  >>session-files
  *
- * A snapshot to bytes and back (SESSION FILE FORMAT).  One walk over its sections serves both ways.
- * What is read is hostile: sizes come from the shape, pages are made as their bytes arrive, and
- * nothing is handed out before the last hash is right.
+ * A snapshot to bytes and back (SESSION FILE FORMAT).  One walk over its sections serves both ways:
+ *
+ *     header            q3n__stream_raw       128 bytes, hashed by itself
+ *     delta, conv,      q3n__stream_arrays    each a section: hashed, padded to 64 bytes
+ *     hidden, logits
+ *     every page        q3n__stream_page      tokens; then keys and values of all layers
+ *     hash of sections  q3n__stream_raw       8 bytes
+ *
+ * A snapshot's arrays lie in memory as they lie in the file: nothing is converted.  What is read is
+ * hostile: sizes come from the shape, which comes from the model; the file's numbers are compared
+ * with those and believed in nothing but length and flags.  Arrays are made after the header has
+ * passed, pages as their bytes arrive, and nothing is handed out before the last hash is right.
+ * Hashes find damage, not forgery: what a made-up state computes is its maker's affair, but every
+ * token in it is checked to be one.
+ * Knows models by their hash and size, and nothing of sessions but shape and capacity.
  * ===================================================================================== */
+/* Not text: the first byte is above 127, and copying as text changes the line ends that follow. */
 static const uint8_t q3n__session_magic[8] = { 0x89, 'Q', '3', 'S', '\r', '\n', 0x1a, '\n' };
 
+/* The 128 bytes of the header as they are; fields are described with the format. */
 typedef struct {
     uint8_t  magic[8];
     uint32_t version, header_bytes;
@@ -8189,7 +8230,8 @@ typedef struct {
 
 typedef char q3n__session_header_is_128[sizeof(q3n__session_header) == 128 ? 1 : -1];
 
-/* What a model is: its metadata, which hold the checksum of every tensor. */
+/* What a model is: its metadata, which hold the checksum of every tensor.  Byte 24 of the file is
+ * meta_bytes, which the loader has checked; tensors are not read, so this is quick. */
 static uint64_t q3n__model_hash(const q3n_model *m)
 {
     return q3n__hash_of(0, m->data, (size_t)q3n__load_u64(m->data + 24));
@@ -8198,6 +8240,8 @@ static uint64_t q3n__model_hash(const q3n_model *m)
 /* ---- Sizes ---- */
 static uint64_t q3n__padded(uint64_t len, size_t element) { return (len * element + 63) / 64 * 64; }
 
+/* Of one page in the file: tokens, keys and values, but no counts.  All are multiples of 64 bytes,
+ * so nothing of a page is padded. */
 static uint64_t q3n__page_file_bytes(const q3n__shape *shape)
 {
     return sizeof ((q3n__page *)0)->tokens + (shape->page_bytes - Q3N__PAGE_HEAD);
@@ -8222,7 +8266,8 @@ static uint64_t q3n__session_header_hash(q3n__session_header h)
     return q3n__hash_of(0, &h, sizeof h);
 }
 
-/* Of model m and a snapshot's shape, types, length and flags. */
+/* Of model m and a snapshot's shape, types, length and flags.  One snapshot has one header, so a
+ * reader can make the one that it expects and compare. */
 static void q3n__session_header_make(q3n__session_header *h, const q3n_model *m,
                                      const q3n_snapshot *s)
 {
@@ -8253,7 +8298,8 @@ static void q3n__session_header_make(q3n__session_header *h, const q3n_model *m,
     h->header_hash = q3n__session_header_hash(*h);
 }
 
-/* Whether this is a header at all, undamaged, of this version. */
+/* Whether this is a header at all, undamaged, of this version: magic before version before hash,
+ * so that a file of a later version is told apart from a damaged one. */
 static q3n_result q3n__session_header_open(const q3n__session_header *h, q3n_error *err)
 {
     if (memcmp(h->magic, q3n__session_magic, sizeof h->magic) != 0)
@@ -8272,7 +8318,8 @@ static q3n_result q3n__session_header_open(const q3n__session_header *h, q3n_err
     return Q3N_OK;
 }
 
-/* Whether a session of this model and shape can take the file, all its numbers aside. */
+/* Whether a session of this model and shape can take the file, all its numbers aside: what the user
+ * can do something about, in words that say what. */
 static q3n_result q3n__session_header_fits(const q3n__session_header *h,
                                            const q3n__session_header *want, q3n_error *err)
 {
@@ -8298,7 +8345,9 @@ static q3n_result q3n__session_header_fits(const q3n__session_header *h,
     return Q3N_OK;
 }
 
-/* Numbers that follow from the model, and from what the file says of itself. */
+/* Numbers that follow from the model, and from what the file says of itself: equal in a header
+ * that this library writes, so any other file is none of its own.  file_bytes stands last, for it
+ * follows from the others. */
 static q3n_result q3n__session_header_numbers(const q3n__session_header *h,
                                               const q3n__session_header *want, q3n_error *err)
 {
@@ -8321,7 +8370,10 @@ static q3n_result q3n__session_header_numbers(const q3n__session_header *h,
 }
 
 /* Fill `like`, a snapshot without arrays, from a header that a session of like->shape can take; it
- * gets the shape of the file, which may have an MTP module where the session has none. */
+ * gets the shape of the file, which may have an MTP module where the session has none.  `want` is
+ * the header that this library would have written; it is made twice as far as it is needed: the
+ * file's size is known when length and flags have been found to be possible.  After Q3N_OK: length
+ * 0 .. capacity, mtp_first 1 .. length (1 without the module), and every size is the model's. */
 static q3n_result q3n__session_header_check(const q3n__session_header *h, const q3n_model *m,
                                             int capacity, q3n_snapshot *like, q3n_error *err)
 {
@@ -8356,6 +8408,9 @@ static q3n_result q3n__session_header_check(const q3n__session_header *h, const 
 }
 
 /* ---- Sections: the same walk writes and reads ---- */
+
+/* One direction of it.  In memory sections have no padding; on the way through they have.  The
+ * host's sink or source sees the bytes in order, each once, and need not be able to seek. */
 typedef struct {
     const q3n_sink   *sink;      /* NULL = read from source                                      */
     const q3n_source *source;
@@ -8366,6 +8421,7 @@ typedef struct {
     q3n_error        *err;
 } q3n__stream;
 
+/* Bytes to or from the host, as they are: not hashed, not padded. */
 static q3n_result q3n__stream_raw(q3n__stream *s, void *data, size_t bytes)
 {
     const int failed = s->sink ? (s->sink->write)(s->sink->user, data, bytes)
@@ -8379,6 +8435,7 @@ static q3n_result q3n__stream_raw(q3n__stream *s, void *data, size_t bytes)
     return Q3N_OK;
 }
 
+/* A multiple of 64 bytes that counts for the hash: before it is written, after it is read. */
 static q3n_result q3n__stream_blocks(q3n__stream *s, void *data, size_t bytes)
 {
     if (s->sink) q3n__hash_add(&s->hash, data, bytes);
@@ -8390,6 +8447,8 @@ static q3n_result q3n__stream_blocks(q3n__stream *s, void *data, size_t bytes)
 /* Bytes are hashed in steps that stay in the processor's cache between file and hash. */
 #define Q3N__STREAM_STEP ((size_t)128 << 10)
 
+/* A section of bytes at data.  What is beyond a multiple of 64 goes through `last`, whose zeros are
+ * the padding: data has no room for it. */
 static q3n_result q3n__stream_section(q3n__stream *s, void *data, size_t bytes)
 {
     uint8_t *p = (uint8_t *)data, last[64] = { 0 };
@@ -8406,7 +8465,7 @@ static q3n_result q3n__stream_section(q3n__stream *s, void *data, size_t bytes)
     return r;
 }
 
-/* All of a snapshot but the pages. */
+/* All of a snapshot but the pages, in the file's order; sections of 0 bytes are not there. */
 static q3n_result q3n__stream_arrays(q3n__stream *s, const q3n_snapshot *snap)
 {
     const q3n__shape *h = &snap->shape;
@@ -8435,7 +8494,8 @@ static q3n_result q3n__stream_gap(q3n__stream *s, size_t bytes)
     return r;
 }
 
-/* The MTP module's layer, the last, may be in the file alone. */
+/* One page: tokens, then what memory and file both have of keys and values.  The MTP module's
+ * layer, the last, may be in the file alone. */
 static q3n_result q3n__stream_page(q3n__stream *s, const q3n__shape *shape, q3n__page *page)
 {
     const size_t room = q3n__page_bytes(shape, page->n_layers) - Q3N__PAGE_HEAD;
@@ -8447,7 +8507,8 @@ static q3n_result q3n__stream_page(q3n__stream *s, const q3n__shape *shape, q3n_
 
 /* ---- Writing ---- */
 
-/* The used slots of a snapshot's last page, zeros after them; NULL without memory. */
+/* The used slots of a snapshot's last page, zeros after them; NULL without memory.  The page itself
+ * may hold more: a session that shares it writes its later tokens there, perhaps right now. */
 static q3n__page *q3n__snapshot_last_page(const q3n_snapshot *s)
 {
     q3n__page *p = q3n__page_alloc(s->model, &s->shape);
@@ -8457,6 +8518,8 @@ static q3n__page *q3n__snapshot_last_page(const q3n_snapshot *s)
     return p;
 }
 
+/* The whole stream to sink, in order.  The hash of the sections is seeded with the header's, so a
+ * header put before the sections of another file does not go unseen. */
 static q3n_result q3n__snapshot_write(const q3n_snapshot *s, const q3n_sink *sink, q3n_error *err)
 {
     q3n__session_header h;
@@ -8479,6 +8542,9 @@ static q3n_result q3n__snapshot_write(const q3n_snapshot *s, const q3n_sink *sin
 }
 
 /* ---- Reading ---- */
+
+/* All pages of s, made one by one: a file that says more than it has takes one page more than its
+ * bytes.  On error those that are there belong to s all the same. */
 static q3n_result q3n__stream_pages(q3n__stream *in, q3n_snapshot *s)
 {
     q3n_result r = Q3N_OK;
@@ -8494,6 +8560,8 @@ static q3n_result q3n__stream_pages(q3n__stream *in, q3n_snapshot *s)
     return r;
 }
 
+/* The hash of all sections, and every token within the vocabulary: later code takes ids of pages
+ * for rows of the embedding. */
 static q3n_result q3n__stream_end(q3n__stream *in, const q3n_snapshot *s)
 {
     uint64_t expected = 0;
@@ -8514,6 +8582,15 @@ static q3n_result q3n__stream_end(q3n__stream *in, const q3n_snapshot *s)
     return Q3N_OK;
 }
 
+/* Header, checks, arrays, pages, hash.  Pages have the module's layer if file and session have it:
+ *
+ *     in the file   in the session   pages      keys of the module
+ *     no            no               without    none
+ *     yes           no               without    read and dropped
+ *     no            yes              without    begin after the text, when the session takes it
+ *     yes           yes              with       from mtp_first on
+ *
+ * *out is set on success alone. */
 static q3n_result q3n__stream_read(q3n__stream *in, q3n_snapshot **out, const q3n_model *m,
                                    const q3n__shape *shape, int capacity)
 {
@@ -8549,7 +8626,8 @@ static q3n_result q3n__stream_read(q3n__stream *in, q3n_snapshot **out, const q3
     return r;
 }
 
-/* What a session of that shape and capacity can take; *out is NULL on error. */
+/* What a session of that shape and capacity can take, from a host's stream; *out is NULL on error.
+ * Reads to the last hash and no further: what follows in the stream is the host's. */
 static q3n_result q3n__snapshot_read(q3n_snapshot **out, const q3n_model *m,
                                      const q3n__shape *shape, int capacity,
                                      const q3n_source *source, q3n_error *err)
@@ -8560,6 +8638,7 @@ static q3n_result q3n__snapshot_read(q3n_snapshot **out, const q3n_model *m,
 }
 
 /* ---- Files ---- */
+/* A file as a sink or source: both return 0 for success, as hosts' functions do. */
 static int q3n__sink_output(void *user, const void *data, size_t bytes)
 {
     return !q3n__output_write((q3n__output *)user, data, bytes);
@@ -8570,7 +8649,8 @@ static int q3n__source_input(void *user, void *data, size_t bytes)
     return !q3n__input_read((q3n__input *)user, data, bytes);
 }
 
-/* The file has another name until it is complete; on failure nothing is left. */
+/* To the file under path, which has another name until it is complete; on failure nothing is left
+ * of it and the old file is as it was.  Messages get the path in front. */
 static q3n_result q3n__snapshot_save(const q3n_snapshot *s, const char *path, q3n_error *err)
 {
     q3n__output out;
@@ -8583,7 +8663,8 @@ static q3n_result q3n__snapshot_save(const q3n_snapshot *s, const char *path, q3
     return q3n__output_close(&out, r, err);
 }
 
-/* As q3n__snapshot_read; a file that goes on after its end is refused. */
+/* As q3n__snapshot_read, from the file under path.  Its size is known, so that one cut off, or one
+ * that goes on after its end, is refused before anything is allocated. */
 static q3n_result q3n__snapshot_open(q3n_snapshot **out, const q3n_model *m,
                                      const q3n__shape *shape, int capacity, const char *path,
                                      q3n_error *err)
@@ -8605,9 +8686,34 @@ static q3n_result q3n__snapshot_open(q3n_snapshot **out, const q3n_model *m,
  *
  * Snapshots by the text that led to them, for any number of threads.  An item is a text, in memory,
  * in a file, or both; items are sorted by length, so that one pass over a text finds the longest
- * that it begins with.  Texts are compared, hashes only point.  Files are read and written without
- * the lock; what a directory holds may be hostile, or gone the next moment.
+ * that it begins with.  Texts are compared, hashes only point.
+ *
+ *     items, sorted          300 tokens       512 tokens        900 tokens
+ *     by (length, key, text) in memory        a file            both
+ *                                |                |                 |
+ *     prompt, 1000 tokens    t0 .. t299 ..... t511 ............ t899 .. t999
+ *     chained hash           equal: found     equal: longer     not equal
+ *
+ *     chain(0) = Q3N__TEXT_START;  chain(i + 1) = step(chain(i), t_i);  text = mix(chain(length))
+ *
+ * One multiplication a token, as far as the longest item that could be found; the state after 512
+ * tokens serves.  The way of an item:
+ *
+ *     put            -> memory: its bytes count, a page that several snapshots hold counts once
+ *     over max_bytes -> leaving: unmarked before marked, then the least recently used first
+ *     drain          -> file, if there is a directory that has room; else gone
+ *     find           -> a file is read, compared, put into memory again, and stays
+ *     directory full -> the oldest file is deleted
+ *
+ * Eviction promises: whenever the lock is free, bytes <= max_bytes; a state that could never fit is
+ * not taken, so it drives out no other; who has found a snapshot holds it, whatever leaves
+ * meanwhile.  One lock is over everything but snapshots, which do not change: it is never held
+ * while a file is read, written or deleted.  What a directory holds may be hostile, of another
+ * program, or gone the next moment: a file that does not serve is forgotten with a warning, and is
+ * never an error of the session.  Knows snapshots and their shapes, and no session.
  * ===================================================================================== */
+/* One text of one kind of state: in memory (snap), on its way out (leaving), in a file (has_file),
+ * any of them together; in none of them it is removed (q3n__cache_item_tidy). */
 typedef struct {
     uint64_t      key;           /* of model, kv_type, MTP and type of the matrices              */
     uint64_t      text;          /* hash of the tokens                                           */
@@ -8621,11 +8727,15 @@ typedef struct {
     uint64_t      file_order;    /* among files of one second                                    */
 } q3n__cache_item;
 
+/* A slot of the hash table of pages, which is there for the account alone: linear probing from the
+ * mixed address. */
 typedef struct {
     q3n__page *page;             /* NULL = free slot                                             */
     int        n;                /* snapshots that hold it                                       */
 } q3n__cache_page;
 
+/* What is above the mutex and the directory's name do not change after create.  The model outlives
+ * the cache and the cache the sessions that use it; memory is from the model's allocator. */
 struct q3n_cache {
     const q3n_model  *model;
     uint64_t          model_hash;      /* for the names of files; 0 without a directory           */
@@ -8649,6 +8759,10 @@ struct q3n_cache {
 #define Q3N__CACHE_HEAD (Q3N__ALIGN + sizeof(q3n__block_head))
 
 /* ---- Texts ---- */
+
+/* States of one key can take one another's place: same model, type of keys and values, MTP layer or
+ * not, and, where there is DeltaNet, type of the matrices.  A cache without a directory is of one
+ * model alone (model_hash is 0). */
 static uint64_t q3n__cache_key(const q3n_cache *c, const q3n__shape *shape, q3n_type delta_type)
 {
     const int type = shape->delta_len ? (int)delta_type : 0;
@@ -8657,7 +8771,8 @@ static uint64_t q3n__cache_key(const q3n_cache *c, const q3n__shape *shape, q3n_
 }
 
 /* The keys under which states for this shape may be: its own, and with the MTP module or without it
- * where the shape is otherwise (the same again if the model has no module). */
+ * where the shape is otherwise (the same again if the model has no module).  A session takes states
+ * of both; where both are as long, the first key's serves it without beginning the module anew. */
 static void q3n__cache_keys(const q3n_cache *c, const q3n__shape *shape, q3n_type delta_type,
                             uint64_t key[2])
 {
@@ -8667,7 +8782,8 @@ static void q3n__cache_keys(const q3n_cache *c, const q3n__shape *shape, q3n_typ
     key[1] = q3n__cache_key(c, &other, delta_type);
 }
 
-/* Takes up the chain after tokens that are in it; q3n__mix64 makes it a hash. */
+/* Takes up the chain after tokens that are in it; q3n__mix64 makes it a hash.  So the hashes of all
+ * beginnings of a text cost one pass over it; one of q3n__hash for each would cost a pass each. */
 #define Q3N__TEXT_START Q3N__GOLDEN
 
 static uint64_t q3n__text_chain(uint64_t chain, const int32_t *tokens, int n)
@@ -8676,6 +8792,7 @@ static uint64_t q3n__text_chain(uint64_t chain, const int32_t *tokens, int n)
     return chain;
 }
 
+/* The hash of a snapshot's text, as an item has it. */
 static uint64_t q3n__snapshot_text(const q3n_snapshot *s)
 {
     uint64_t chain = Q3N__TEXT_START;
@@ -8689,6 +8806,7 @@ static int q3n__snapshot_is_prefix(const q3n_snapshot *s, const int32_t *tokens,
     return s->length <= n && q3n__common_prefix(s->page, s->length, tokens, n) == s->length;
 }
 
+/* Whether two snapshots are of one text; pages that they share need no comparing. */
 static int q3n__snapshot_same_text(const q3n_snapshot *a, const q3n_snapshot *b)
 {
     if (a->length != b->length) return 0;
@@ -8700,7 +8818,9 @@ static int q3n__snapshot_same_text(const q3n_snapshot *a, const q3n_snapshot *b)
     return 1;
 }
 
-/* ---- Items ---- */
+/* ---- Items: a sorted array; an index is good while the lock is held and none is added ---- */
+
+/* Length first: a search for the longest beginning of a text goes up the array with the chain. */
 static int q3n__cache_compare(const void *left, const void *right)
 {
     const q3n__cache_item *a = (const q3n__cache_item *)left, *b = (const q3n__cache_item *)right;
@@ -8709,7 +8829,8 @@ static int q3n__cache_compare(const void *left, const void *right)
     return a->text == b->text ? 0 : a->text < b->text ? -1 : 1;
 }
 
-/* The first item that does not come before (length, key, text). */
+/* The first item that does not come before (length, key, text); n_items if all do.  With text 0, or
+ * key and text 0, the first of a length and key, or of a length. */
 static int q3n__cache_lower(const q3n_cache *c, int length, uint64_t key, uint64_t text)
 {
     q3n__cache_item at;
@@ -8726,12 +8847,13 @@ static int q3n__cache_lower(const q3n_cache *c, int length, uint64_t key, uint64
     return low;
 }
 
+/* Whether item i is there and of this length and key. */
 static int q3n__cache_is(const q3n_cache *c, int i, int length, uint64_t key)
 {
     return i < c->n_items && c->items[i].length == length && c->items[i].key == key;
 }
 
-/* Room for one more; 0 = no memory. */
+/* Room for one more item; 0 = no memory, and everything is as it was. */
 static int q3n__cache_items_reserve(q3n_cache *c)
 {
     if (c->n_items < c->items_room) return 1;
@@ -8747,7 +8869,8 @@ static int q3n__cache_items_reserve(q3n_cache *c)
     return 1;
 }
 
-/* The item of a text, a new one if there is none; -1 = no memory. */
+/* The item of a text, a new one, which is nowhere yet, if there is none; -1 = no memory.  Items
+ * after it move: indices from before are void. */
 static int q3n__cache_item_at(q3n_cache *c, int length, uint64_t key, uint64_t text)
 {
     const int i = q3n__cache_lower(c, length, key, text);
@@ -8771,12 +8894,18 @@ static void q3n__cache_item_tidy(q3n_cache *c, int i)
     memmove(c->items + i, c->items + i + 1, (size_t)(c->n_items - i) * sizeof *c->items);
 }
 
-/* ---- Pages, each counted once ---- */
+/* ---- Pages, each counted once ----
+ *
+ * The snapshots of a chat share their full pages.  The cache has to know what it would
+ * give back by dropping one: the pages that no other of its snapshots holds. */
+
+/* Where a page is looked for first; page_room is a power of two. */
 static size_t q3n__cache_page_home(const q3n_cache *c, const q3n__page *page)
 {
     return (size_t)q3n__mix64((uint64_t)(uintptr_t)page) & (c->page_room - 1);
 }
 
+/* The slot of a page, or the free one where it would go.  Ends, as half of the slots are free. */
 static size_t q3n__cache_page_slot(const q3n_cache *c, const q3n__page *page)
 {
     size_t i = q3n__cache_page_home(c, page);
@@ -8784,7 +8913,8 @@ static size_t q3n__cache_page_slot(const q3n_cache *c, const q3n__page *page)
     return i;
 }
 
-/* Room for n more; 0 = no memory. */
+/* Room for n more pages with half of the slots free; 0 = no memory, and the table is as it was.
+ * Called before anything is put on the account: q3n__cache_hold cannot fail. */
 static int q3n__cache_pages_reserve(q3n_cache *c, size_t n)
 {
     size_t room = c->page_room ? c->page_room : 64, bytes;
@@ -8804,7 +8934,9 @@ static int q3n__cache_pages_reserve(q3n_cache *c, size_t n)
     return 1;
 }
 
-/* Free a slot; those after it move up to where they are looked for. */
+/* Free a slot without leaving a mark: those after it move up to where they are looked for.  Entry i
+ * may go to the hole unless its home lies after the hole, cyclically: then a search for it would
+ * begin beyond. */
 static void q3n__cache_page_remove(q3n_cache *c, size_t hole)
 {
     const size_t mask = c->page_room - 1;
@@ -8818,7 +8950,8 @@ static void q3n__cache_page_remove(q3n_cache *c, size_t hole)
     c->n_pages--;
 }
 
-/* Put a snapshot's pages and bytes on the account; room for its pages is there. */
+/* Put a snapshot's pages and bytes on the account; room for its pages is there.  A page costs what
+ * was allocated for it, by the layers that it has room for, which the shape need not know. */
 static void q3n__cache_hold(q3n_cache *c, const q3n_snapshot *s)
 {
     c->bytes += s->bytes + Q3N__CACHE_HEAD;
@@ -8834,6 +8967,7 @@ static void q3n__cache_hold(q3n_cache *c, const q3n_snapshot *s)
     }
 }
 
+/* Take them off again: a page when the last snapshot that holds it goes. */
 static void q3n__cache_unhold(q3n_cache *c, const q3n_snapshot *s)
 {
     c->bytes -= s->bytes + Q3N__CACHE_HEAD;
@@ -8845,7 +8979,11 @@ static void q3n__cache_unhold(q3n_cache *c, const q3n_snapshot *s)
     }
 }
 
-/* ---- Directory ---- */
+/* ---- Directory ----
+ *
+ * A file's name is its item: q3n-<key>-<text>-<length>.session, numbers of 16 hexadecimal digits
+ * and one of decimal ones; nothing else is kept there, so several processes may use one directory.
+ * A name is a claim: key, length and every token are checked when the file is read. */
 #define Q3N__CACHE_PATH      4096
 #define Q3N__CACHE_NAME      64
 #define Q3N__CACHE_MOST_FILES 65536      /* that are taken note of                               */
@@ -8858,12 +8996,14 @@ static void q3n__cache_name(const q3n__cache_item *e, char name[Q3N__CACHE_NAME]
              (unsigned long long)e->text, e->length);
 }
 
+/* Always whole: q3n__cache_scan refuses directories whose name leaves no room for a file's. */
 static void q3n__cache_path(const q3n_cache *c, const char *name, char path[Q3N__CACHE_PATH])
 {
     snprintf(path, Q3N__CACHE_PATH, "%s/%s", c->directory, name);
 }
 
-/* The item of a file's name: 0 if q3n__cache_name does not make it. */
+/* The item of a file's name: 0 if q3n__cache_name does not make it.  What strtoull lets pass
+ * (signs, blanks, overflow) makes another name and is refused by that. */
 static int q3n__cache_parse(const char *name, q3n__cache_item *e)
 {
     char again[Q3N__CACHE_NAME];
@@ -8878,6 +9018,7 @@ static int q3n__cache_parse(const char *name, q3n__cache_item *e)
     return strcmp(name, again) == 0;
 }
 
+/* The item's file does not count any more; the item goes if that was all of it. */
 static void q3n__cache_file_forget(q3n_cache *c, int i)
 {
     q3n__cache_item *e = &c->items[i];
@@ -8887,7 +9028,8 @@ static void q3n__cache_file_forget(q3n_cache *c, int i)
     q3n__cache_item_tidy(c, i);
 }
 
-/* The item's file is there now; 0 = no memory to take note of it. */
+/* The item's file is there now; 0 = no memory to take note of it.  The item may have gone while the
+ * file was written, or have been found meanwhile: it is looked for again. */
 static int q3n__cache_file_note(q3n_cache *c, const q3n__cache_item *file)
 {
     const int i = q3n__cache_item_at(c, file->length, file->key, file->text);
@@ -8912,6 +9054,7 @@ static int q3n__cache_compare_age(const void *left, const void *right)
     return a->file_order == b->file_order ? 0 : a->file_order < b->file_order ? -1 : 1;
 }
 
+/* -1 = none.  One pass over all items. */
 static int q3n__cache_oldest_file(const q3n_cache *c)
 {
     int oldest = -1;
@@ -8922,6 +9065,7 @@ static int q3n__cache_oldest_file(const q3n_cache *c)
     return oldest;
 }
 
+/* Delete the item's file, if it is still there.  e is a copy: called without the lock. */
 static void q3n__cache_file_remove(const q3n_cache *c, const q3n__cache_item *e)
 {
     char name[Q3N__CACHE_NAME], path[Q3N__CACHE_PATH];
@@ -8930,8 +9074,9 @@ static void q3n__cache_file_remove(const q3n_cache *c, const q3n__cache_item *e)
     q3n__file_remove(path);
 }
 
-/* Delete the oldest files until `bytes` more fit, and reserve these; 0 = they do not.  Called
- * without the lock. */
+/* Delete the oldest files until `bytes` more fit, and reserve these in pending_bytes, so that
+ * threads that write at once do not count on the same room; 0 = they do not fit at all.  One file a
+ * turn: forgotten under the lock, deleted without it.  Called without the lock. */
 static int q3n__cache_make_room(q3n_cache *c, int64_t bytes)
 {
     const int64_t max = c->max_directory_bytes > 0 ? c->max_directory_bytes : INT64_MAX;
@@ -8951,7 +9096,8 @@ static int q3n__cache_make_room(q3n_cache *c, int64_t bytes)
     }
 }
 
-/* Write a snapshot that has left the memory. */
+/* Write a snapshot that has left the memory; e, a copy of its item, gets size and time.  What
+ * cannot be written is a warning and a lost state.  Called without the lock. */
 static void q3n__cache_store(q3n_cache *c, q3n__cache_item *e, const q3n_snapshot *s)
 {
     char name[Q3N__CACHE_NAME], path[Q3N__CACHE_PATH];
@@ -8971,7 +9117,9 @@ static void q3n__cache_store(q3n_cache *c, q3n__cache_item *e, const q3n_snapsho
 }
 
 /* Read the file of an item, whose text tokens [length] should be.  NULL = there is none any more,
- * or it holds something else: then it is forgotten.  Called without the lock. */
+ * or it holds something else: then it is forgotten.  Damaged files are deleted; those of another
+ * model or version stay, for somebody else may want them.  Without memory nothing is forgotten.
+ * Called without the lock, so the item is looked for again before it is changed. */
 static q3n_snapshot *q3n__cache_load(q3n_cache *c, const q3n__cache_item *e,
                                      const q3n__shape *shape, const int32_t *tokens)
 {
@@ -9002,7 +9150,9 @@ static q3n_snapshot *q3n__cache_load(q3n_cache *c, const q3n__cache_item *e,
     return NULL;
 }
 
-/* A file of the directory: appended; q3n__cache_scan sorts. */
+/* A file of the directory: appended; q3n__cache_scan sorts.  Names do not say whether a state was
+ * marked, so all that are found count as marked.  Unfinished files of processes that were killed
+ * are deleted when they are a day old; younger ones may be under way. */
 static void q3n__cache_found(void *user, const char *name, int64_t bytes, int64_t when)
 {
     q3n_cache *c = (q3n_cache *)user;
@@ -9028,7 +9178,9 @@ static void q3n__cache_found(void *user, const char *name, int64_t bytes, int64_
     }
 }
 
-/* Take note of the directory's files; one that cannot be read is done without. */
+/* Take note of the directory's files, before the cache has other items; a directory that cannot be
+ * read is done without.  First the oldest are deleted that exceed the bound, so they are sorted by
+ * age, and then as items are. */
 static void q3n__cache_scan(q3n_cache *c)
 {
     q3n_error err;
@@ -9057,7 +9209,9 @@ static void q3n__cache_scan(q3n_cache *c)
 
 /* ---- What leaves the memory ---- */
 
-/* Take an item's snapshot off the account. */
+/* Take an item's snapshot off the account, under the lock; q3n__cache_drain writes and releases it.
+ * Until then the item does not serve, unless it has a file.  One that is leaving already gives way
+ * to the newer state of its text. */
 static void q3n__cache_drop(q3n_cache *c, int i)
 {
     q3n__cache_item *e = &c->items[i];
@@ -9068,7 +9222,8 @@ static void q3n__cache_drop(q3n_cache *c, int i)
     e->snap = NULL;
 }
 
-/* The item in memory that goes first, -1 = none. */
+/* The item in memory that goes first, -1 = none: unmarked before marked, among equals the one that
+ * was not used for the longest.  One pass over all items. */
 static int q3n__cache_victim(const q3n_cache *c)
 {
     int first = -1;
@@ -9081,7 +9236,9 @@ static int q3n__cache_victim(const q3n_cache *c)
     return first;
 }
 
-/* Write and release what was dropped, oldest first.  Called without the lock. */
+/* Write and release what was dropped, oldest first.  Called without the lock, by whoever dropped
+ * it: the thread that put a state pays for what had to go.  Several may drain at once, for each
+ * takes its items out under the lock.  A text that has a file already is not written again. */
 static void q3n__cache_drain(q3n_cache *c)
 {
     for (;;) {
@@ -9106,7 +9263,10 @@ static void q3n__cache_drain(q3n_cache *c)
 
 /* ---- For sessions ---- */
 
-/* Take in a snapshot, unless its text is there; takes its own reference. */
+/* Take in a snapshot, unless its text is there; takes its own reference.  Where another text has
+ * the same hash the newer one stays.  Any thread; fails silently without memory, or if it alone is
+ * more than max_bytes: a cache is no promise to remember.  The loop ends: with everything but this
+ * snapshot dropped, bytes is `alone`; and it is dropped itself if all others are marked. */
 static void q3n__cache_put(q3n_cache *c, q3n_snapshot *snap, int marked)
 {
     const uint64_t key = q3n__cache_key(c, &snap->shape, snap->delta_type);
@@ -9129,6 +9289,7 @@ static void q3n__cache_put(q3n_cache *c, q3n_snapshot *snap, int marked)
             e->snap = snap;
             q3n__cache_hold(c, snap);
         }
+        /* There is a victim: without any in memory bytes is 0. */
         while (c->bytes > c->max_bytes) {
             q3n__cache_drop(c, q3n__cache_victim(c));
             c->n_evicted++;
@@ -9138,7 +9299,9 @@ static void q3n__cache_put(q3n_cache *c, q3n_snapshot *snap, int marked)
     q3n__cache_drain(c);
 }
 
-/* Whether exactly this text is in memory; then it counts as used, and is marked if marked. */
+/* Whether exactly this text is in memory; then it counts as used, and is marked if marked.  Spares
+ * a session the making of a snapshot that the cache has.  Hashes the tokens only if there is an
+ * item of that length. */
 static int q3n__cache_touch(q3n_cache *c, const q3n__shape *shape, q3n_type delta_type,
                             const int32_t *tokens, int n, int marked)
 {
@@ -9161,9 +9324,9 @@ static int q3n__cache_touch(q3n_cache *c, const q3n__shape *shape, q3n_type delt
     return found;
 }
 
-/* The longest item whose hash is that of the first tokens, more than least and at most n of them,
- * of equals the one under the first key; -1 = none.  One pass over the tokens, as far as there are
- * items. */
+/* The longest item whose hash is that of the first tokens, more than min and at most n of them, of
+ * equals the one under the first key; -1 = none.  One pass over the tokens, as far as there are
+ * items.  Under the lock. */
 static int q3n__cache_longest(const q3n_cache *c, const uint64_t key[2], const int32_t *tokens,
                               int n, int min)
 {
@@ -9184,10 +9347,11 @@ static int q3n__cache_longest(const q3n_cache *c, const uint64_t key[2], const i
 /* Files that a search looks into: those of a hostile directory may all hold something else. */
 #define Q3N__CACHE_TRIES 8
 
-/* The longest snapshot for this shape, of more than least and at most n tokens, whose text is a
+/* The longest snapshot for this shape, of more than min and at most n tokens, whose text is a
  * prefix of tokens [n], with a reference for the caller; NULL = none.  Files are looked into where
- * they are longer than what is in memory.  Counts a hit, or without one whether the caller begins
- * at `least` tokens of its own or at none. */
+ * they are longer than what is in memory; one that does not serve makes the search go on with
+ * shorter items.  Counts a hit, or without one whether the caller begins at `min` tokens of its own
+ * or at none.  The snapshot's shape may differ in has_mtp. */
 static q3n_snapshot *q3n__cache_find(q3n_cache *c, const q3n__shape *shape, q3n_type delta_type,
                                      const int32_t *tokens, int n, int min)
 {
@@ -9254,6 +9418,7 @@ Q3N_DEF q3n_result q3n_cache_create(q3n_cache **out, const q3n_model *m,
     return Q3N_OK;
 }
 
+/* One state at a time: a directory gets those that have no file yet, and memory is not needed. */
 Q3N_DEF void q3n_cache_clear(q3n_cache *c)
 {
     if (!c) return;
