@@ -483,7 +483,8 @@ define NEWLINE
 
 endef
 
-install: all $(GENERATED)   ## Copy programs, headers, libraries, manual to PREFIX=/usr/local
+install: $(B)/q3n $(B)/$(SHARED) $(B)/$(STATIC)
+install: $(GENERATED)   ## Copy programs, headers, libraries, manual to PREFIX=/usr/local
 	@$(INSTALL) -d $(addprefix $(DESTDIR),$(sort $(foreach i,$(INSTALLED),$(call folder_of,$(i)))))
 	$(foreach i,$(INSTALLED),@$(call INSTALL_ONE,$(i))$(NEWLINE)	)
 	$(if $(SHARED_FILE),@ln -sf $(SHARED_FILE) $(DESTDIR)$(LIBDIR)/$(SHARED_NAME))

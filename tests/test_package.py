@@ -37,11 +37,10 @@ def quick_environment():
                 PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_CACHE_DIR="1")
 
 
+@unittest.skipUnless(importlib.util.find_spec("ensurepip"), "python3-venv is not installed")
 class Installed(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        if importlib.util.find_spec("ensurepip") is None:
-            raise unittest.SkipTest("this Python makes no venv: python3-venv is not installed")
         cls.folder = tempfile.TemporaryDirectory()
         cls.venv = pathlib.Path(cls.folder.name, "venv")
         subprocess.run([sys.executable, "-m", "venv", str(cls.venv)], check=True)

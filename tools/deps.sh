@@ -5,8 +5,8 @@
 # usage: deps.sh build|aarch64|windows|wasm DIRECTORY
 #
 #   build     C and C++ compiler, cmocka, a Python with numpy and h5py (the latter in
-#             DIRECTORY/venv where the system's Python cannot have them); cmake and pkg-config for
-#             the tests of what is installed, if they can be had
+#             DIRECTORY/venv where the system's Python cannot have them); cmake, pkg-config and
+#             python3-venv for the tests of what is installed, if they can be had
 #   aarch64   cross compiler, qemu-user, and cmocka for arm64, unpacked into DIRECTORY/sysroot
 #   windows   MinGW-w64, wine, and cmocka compiled from Debian's source in DIRECTORY/cmocka
 #   wasm      zig cc and wasmtime from PyPI in DIRECTORY/venv
@@ -92,6 +92,7 @@ deps_build() {
     packages=()
     has cmake || packages+=(cmake)
     has pkg-config || packages+=(pkg-config)
+    python3 -c 'import ensurepip' 2> /dev/null || packages+=(python3-venv)
     if [ ${#packages[@]} -gt 0 ]; then
         (apt_install "${packages[@]}") || say "without ${packages[*]}: tests will be skipped"
     fi
