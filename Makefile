@@ -91,8 +91,9 @@ else
 endif
 
 # ---- What is made of what ----
-# library.c serves who compiles examples/q3n/*.c alone; here the implementation is an object.
-CLI_SOURCES   := $(filter-out %/library.c,$(wildcard examples/q3n/*.c))
+# library.c is the implementation, of both headers.
+LIBRARY       := examples/q3n/library.c
+CLI_SOURCES   := $(filter-out $(LIBRARY),$(wildcard examples/q3n/*.c))
 CLI_OBJECTS   := $(CLI_SOURCES:examples/q3n/%.c=$(B)/obj/q3n/%.o) $(B)/obj/qwen3next.o
 C_TESTS       := $(patsubst tests/test_%.c,%,$(wildcard tests/test_*.c))
 # The longest begin first.
@@ -156,10 +157,9 @@ $(B)/obj/q3n/%.o: examples/q3n/%.c $(B)/flags
 	$(COMPILE_C) -c $< -o $@
 
 # The implementation as an object: all hidden but the API.
-$(B)/obj/qwen3next.o: qwen3next.h $(B)/flags
+$(B)/obj/qwen3next.o: $(LIBRARY) $(B)/flags
 	@mkdir -p $(@D)
-	$(COMPILE_C) -fPIC -fvisibility=hidden '-DQ3N_DEF=$(EXPORT)' -DQ3N_IMPLEMENTATION \
-	    -x c -c $< -o $@
+	$(COMPILE_C) -fPIC -fvisibility=hidden '-DQ3N_DEF=$(EXPORT)' -c $< -o $@
 
 $(B)/q3n: $(CLI_OBJECTS)
 	$(CC) $(MODE_FLAGS) $(CFLAGS) $(LDFLAGS) $^ $(LIBRARIES) -o $@
@@ -183,27 +183,34 @@ $(B)/embed_cpp: examples/embed.cpp $(B)/obj/qwen3next.o $(B)/flags
 # ---- Test programs ----
 #
 # The implementation is compiled once a configuration.  tests/expose.awk makes two headers of
-# qwen3next.h: one whose private functions are not static, which becomes exposed.o, and one without
-# function bodies, which the tests include.  A test file reads
+# qwen3next.h and of tools/q3n_make.h: one whose private functions are not static, which becomes
+# exposed.o, and one without function bodies, which the tests include.  A test file reads
 #
 #     #define Q3N_IMPLEMENTATION          (not where the public API is enough)
 #     #include "qwen3next.h"              (not "../qwen3next.h": that has the bodies too)
+#     #include "q3n_make.h"               (where it makes models; Q3N_MAKE_IMPLEMENTATION as above)
 #
 # and links the object; a new tests/test_NAME.c is found by its name.
-PARTS := $(B)/obj/bodies/qwen3next.h $(B)/obj/names/qwen3next.h
+BODIES := $(B)/obj/bodies/q3n_make.h $(B)/obj/bodies/qwen3next.h
+NAMES  := $(B)/obj/names/q3n_make.h $(B)/obj/names/qwen3next.h
+PARTS  := $(BODIES) $(NAMES)
+EXPOSE  = @mkdir -p $(@D); awk -v part=$* -f tests/expose.awk $< > $@
 
-$(PARTS): $(B)/obj/%/qwen3next.h: qwen3next.h tests/expose.awk
-	@mkdir -p $(@D)
-	awk -v part=$* -f tests/expose.awk $< > $@
+$(filter %/qwen3next.h,$(PARTS)): $(B)/obj/%/qwen3next.h: qwen3next.h tests/expose.awk
+	$(EXPOSE)
 
-$(B)/obj/exposed.o: $(B)/obj/bodies/qwen3next.h tests/steps.h $(B)/flags
+$(filter %/q3n_make.h,$(PARTS)): $(B)/obj/%/q3n_make.h: tools/q3n_make.h tests/expose.awk
+	$(EXPOSE)
+
+# q3n_make.h includes the qwen3next.h beside it.
+$(B)/obj/exposed.o: $(BODIES) tests/steps.h $(B)/flags
 	$(COMPILE_C) -Wno-missing-prototypes -DSTEPS_COUNTED -include tests/steps.h \
-	    -DQ3N_IMPLEMENTATION -x c -c $< -o $@
+	    -DQ3N_IMPLEMENTATION -DQ3N_MAKE_IMPLEMENTATION -x c -c $< -o $@
 
 COMPILE_TEST = $(COMPILE_C) $(TEST_FLAGS) -I$(B)/obj/names
 # The compiler for Windows appends .exe whether asked or not.
 NO_EXE       = @if [ -e $@.exe ]; then mv $@.exe $@; fi
-TEST_NEEDS  := $(B)/obj/names/qwen3next.h $(B)/obj/exposed.o $(B)/flags
+TEST_NEEDS  := $(NAMES) $(B)/obj/exposed.o $(B)/flags
 
 $(B)/tests/test_%: tests/test_%.c $(TEST_NEEDS)
 	@mkdir -p $(@D)
@@ -384,9 +391,9 @@ fuzz: build/corpus.made   ## Fuzz what reads files with libFuzzer (clang) for FU
 	    || exit 1; done
 
 # Not position-independent: tables of pointers are then constant data, as they are in a program.
-build/obj/lint.o: qwen3next.h
+build/obj/lint.o: $(LIBRARY) qwen3next.h tools/q3n_make.h
 	@mkdir -p $(@D)
-	$(CC) -std=c11 -O1 -fno-pic -DQ3N_IMPLEMENTATION -x c -c $< -o $@
+	$(CC) -std=c11 -O1 -fno-pic -c $< -o $@
 
 lint: build/obj/lint.o   ## Check the style: tools/lint.py
 	@$(PY) tools/lint.py --sections --object $<
@@ -437,7 +444,7 @@ INSTALL     ?= install
 HOST_Q3N    ?= $(RUN) $(B)/q3n
 
 P := $(B)/package
-HEADERS := qwen3next.h
+HEADERS := qwen3next.h tools/q3n_make.h
 # FOLDER:FILE, with the file's own name; a program is what lies in BINDIR.
 INSTALLED := $(BINDIR):$(B)/q3n$(EXE) $(BINDIR):$(P)/q3n-convert \
     $(HEADERS:%=$(INCLUDEDIR):%) $(LIBDIR):$(B)/$(STATIC) \

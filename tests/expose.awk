@@ -1,5 +1,5 @@
-# Makes two headers of qwen3next.h, line by line, so that tests reach its private functions without
-# compiling them again:
+# Makes two headers of one of the library's, line by line, so that tests reach its private functions
+# without compiling them again:
 #
 #   awk -v part=bodies   the implementation, its functions no longer static: makes one object
 #   awk -v part=names    the same without function bodies: what the tests include
@@ -8,7 +8,9 @@
 # numbers of the lines.  Relies on the header's layout: a function begins in column 0, and its
 # braces stand there too or all is on one line.
 BEGIN {
-    print "#line 1 \"qwen3next.h\""
+    header = ARGV[1]
+    sub(/.*\//, "", header)
+    print "#line 1 \"" header "\""
     if (part == "names") print "#pragma GCC diagnostic push\n" \
         "#pragma GCC diagnostic ignored \"-Wunused-function\"\n#line 1"
 }

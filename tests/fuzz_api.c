@@ -10,6 +10,7 @@
  */
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
+#include "q3n_make.h"
 #include "messages.h"
 
 #include <stdint.h>

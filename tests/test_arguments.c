@@ -11,6 +11,7 @@
 #include <cmocka.h>
 
 #include "qwen3next.h"
+#include "q3n_make.h"
 
 #include <limits.h>
 #include <stdio.h>
@@ -574,20 +575,18 @@ static void test_members(void **state)
     fixture_close();
 }
 
-/* ---- Every function of the header has its row, and every row its function ---- */
-static void test_every_function(void **state)
+/* ---- Every function of the headers has its row, and every row its function ---- */
+static void count_functions(const char *path, const char *end, int found[COUNT(table)])
 {
-    (void)state;
     static char text[200000];
-    int found[COUNT(table)] = { 0 };
-    FILE *header = fopen("qwen3next.h", "rb");
+    FILE *header = fopen(path, "rb");
     assert_non_null(header);
     const size_t n = fread(text, 1, sizeof text - 1, header);
     fclose(header);
     text[n] = 0;
-    char *end = strstr(text, "\n#endif /* QWEN3NEXT_H */");
-    assert_non_null(end);
-    *end = 0;
+    char *api_end = strstr(text, end);
+    assert_non_null(api_end);
+    *api_end = 0;
     for (char *p = text; (p = strstr(p, "\nQ3N_DEF ")) != NULL; p++) {
         const char *stop = strchr(p, '('), *start = stop;
         while (start[-1] == '_' || (start[-1] >= 'a' && start[-1] <= 'z')
@@ -599,8 +598,16 @@ static void test_every_function(void **state)
         if (k == COUNT(table)) fail_msg("%.*s has no row", (int)(stop - start), start);
         found[k]++;
     }
+}
+
+static void test_every_function(void **state)
+{
+    (void)state;
+    int found[COUNT(table)] = { 0 };
+    count_functions("qwen3next.h", "\n#endif /* QWEN3NEXT_H */", found);
+    count_functions("tools/q3n_make.h", "\n#endif /* Q3N_MAKE_H */", found);
     for (int k = 0; k < COUNT(table); k++)
-        if (found[k] != 1) fail_msg("%s: %d times in the header", table[k].name, found[k]);
+        if (found[k] != 1) fail_msg("%s: %d times in the headers", table[k].name, found[k]);
 }
 
 int main(void)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Compiles the header every way it says it can be compiled, without a warning, and runs the result.
+# Compiles both headers every way they say they can be compiled, without a warning, and runs the
+# result.
 #
 # usage: test_build.sh gcc|clang|musl|mingw|aarch64|wasm DIRECTORY
 #
@@ -10,6 +11,7 @@
 #   wasm            compiled without files and threads, and run (make deps-wasm test-wasm)
 #
 # Code is made where it is run or where warnings come of it; for the rest the syntax is checked.
+# Programs that only run models see no q3n_make.h: nothing of qwen3next.h may be unused there.
 # Ends with status 77 if there is no such compiler.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,6 +21,7 @@ STRICT_C=("${STRICT[@]}" -Wstrict-prototypes -Wmissing-prototypes)
 # The largest frame: the manual says what the stack comes to, tests/test_stack.c measures it.
 FRAME=-Wframe-larger-than=34816
 MODEL=build/models/qwen3_next.q3n
+BOTH=(-I. -DQ3N_IMPLEMENTATION -DQ3N_MAKE_IMPLEMENTATION)    # with -x c tools/q3n_make.h
 checks=0
 
 ok() {
@@ -123,21 +126,38 @@ test_macros() {    # COMPILER
     compile_and_run "$cc, all Q3N_NO_*" "$cc" -O0 -DQ3N_IMPLEMENTATION \
         $(build_macros | sed 's/^/-D/')
     compile_and_run "$cc -DQ3N_STATIC" "$cc" -O0 -DQ3N_IMPLEMENTATION -DQ3N_STATIC
-    compile_only "$cc, own Q3N_ASSERT" "$cc" "${STRICT_C[@]}" -std=c11 -DQ3N_IMPLEMENTATION \
-        -fsyntax-only '-DQ3N_ASSERT(x)=((void)sizeof(x))' -x c qwen3next.h
+    compile_only "$cc, own Q3N_ASSERT" "$cc" "${STRICT_C[@]}" -std=c11 "${BOTH[@]}" \
+        -fsyntax-only '-DQ3N_ASSERT(x)=((void)sizeof(x))' -x c tools/q3n_make.h
+}
+
+# What makes files: with every macro, and run.
+test_make() {    # COMPILER
+    local cc=$1 macro
+    local implementation=("$cc" "${STRICT_C[@]}" -std=c11 "${BOTH[@]}" -fsyntax-only)
+    for macro in Q3N_STATIC $(build_macros); do
+        compile_only "$cc -D$macro, q3n_make.h" "${implementation[@]}" "-D$macro" -x c \
+            tools/q3n_make.h
+    done
+    # shellcheck disable=SC2046
+    compile_only "$cc, all Q3N_NO_*, q3n_make.h" "${implementation[@]}" \
+        $(build_macros | sed 's/^/-D/') -x c tools/q3n_make.h
+    "$cc" -std=c11 "${STRICT_C[@]}" -O0 "${BOTH[@]}" tests/build_make.c -o "$out/make" -lm -lpthread
+    [ "$("$out/make")" = "2008 127" ] || fail "$cc: q3n_make.h"
+    ok "$cc, q3n_make.h"
 }
 
 # As C and as C++ of every year, the API also twice and behind every header.
 test_standards() {    # C_COMPILER CXX_COMPILER
     local cc=$1 cxx=$2 std before
-    local implementation=("$cc" "${STRICT_C[@]}" -DQ3N_IMPLEMENTATION -fsyntax-only -x c)
+    local implementation=("$cc" "${STRICT_C[@]}" "${BOTH[@]}" -fsyntax-only -x c)
     printf '%s\n' '#include "qwen3next.h"' '#include "qwen3next.h"' \
+        '#include "tools/q3n_make.h"' '#include "tools/q3n_make.h"' \
         'int main(void) { return q3n_version() == 0; }' > "$out/api.c"
     # Strict modes hide much once any header is in, and all of them define much.
     for std in c99 c11 c17 c2x gnu17; do
         for before in stdio.h "$out/headers.h"; do
             compile_only "$cc -std=$std behind $before" "${implementation[@]}" -std=$std \
-                -include $before qwen3next.h
+                -include $before tools/q3n_make.h
             compile_only "$cc -std=$std behind $before, API" "$cc" -std=$std "${STRICT_C[@]}" -I. \
                 -fsyntax-only -include $before "$out/api.c"
         done
@@ -177,6 +197,15 @@ test_refusals() {    # C_COMPILER CXX_COMPILER
             --target=powerpc64-linux-gnu
     fi
     check_refused "$cxx" 'C file' "$cxx" -std=c++11 -DQ3N_IMPLEMENTATION -x c++ qwen3next.h
+    check_refused "$cxx, q3n_make.h" 'C file' "$cxx" -std=c++11 "${BOTH[@]}" -x c++ tools/q3n_make.h
+    check_refused "$cc -Ofast, q3n_make.h" ffast-math "$cc" -std=c11 "${BOTH[@]}" -Ofast -x c \
+        tools/q3n_make.h
+    check_refused "$cc, q3n_make.h alone" Q3N_IMPLEMENTATION "$cc" -std=c11 -I. \
+        -DQ3N_MAKE_IMPLEMENTATION -x c tools/q3n_make.h
+    mkdir -p "$out/other"
+    sed 's/\(define Q3N_VERSION_PATCH\) .*/\1 99/' qwen3next.h > "$out/other/qwen3next.h"
+    check_refused "$cc, headers of two versions" 'different versions' "$cc" -std=c11 \
+        -I"$out/other" -x c tools/q3n_make.h
 }
 
 # The library without threads in a program with threads.
@@ -195,6 +224,7 @@ test_compiler() {    # C_COMPILER CXX_COMPILER
     test_standards "$cc" "$cxx"
     test_headers "$cc"
     test_macros "$cc"
+    test_make "$cc"
     compile_only "$cc -march=native" "$cc" "${STRICT_C[@]}" -std=c11 -O0 -march=native \
         -DQ3N_IMPLEMENTATION -c -x c qwen3next.h -o "$out/object.o"
     "$cc" -std=c11 "-DPROMPT=$prompt" -I. tests/build_golden.c "$out/object.o" -o "$out/program" \
@@ -206,9 +236,9 @@ test_gcc() {
     test_compiler gcc g++
     write_function_macros
     compile_only "gcc, every function of the C library a macro" gcc -std=c11 -D_GNU_SOURCE \
-        -DQ3N_IMPLEMENTATION -fsyntax-only -include "$out/functions.h" -x c qwen3next.h
+        "${BOTH[@]}" -fsyntax-only -include "$out/functions.h" -x c tools/q3n_make.h
     # gcc finds some mistakes only where it optimises.
-    compile_and_run "gcc -O3" gcc -O3 "$FRAME" -DQ3N_IMPLEMENTATION
+    compile_and_run "gcc -O3" gcc -O3 "$FRAME" "${BOTH[@]}" -include tools/q3n_make.h
     test_host_threads gcc
 }
 
@@ -216,7 +246,7 @@ test_musl() {
     write_headers musl-gcc
     compile_and_run "musl-gcc" musl-gcc -O1 "$FRAME" -static -DQ3N_IMPLEMENTATION
     compile_only "musl-gcc -std=c99 behind every header" musl-gcc "${STRICT_C[@]}" -std=c99 \
-        -DQ3N_IMPLEMENTATION -fsyntax-only -include "$out/headers.h" -x c qwen3next.h
+        "${BOTH[@]}" -fsyntax-only -include "$out/headers.h" -x c tools/q3n_make.h
 }
 
 test_cross() {    # COMPILER
@@ -224,7 +254,7 @@ test_cross() {    # COMPILER
     compile_only "$1" "$1" -std=c11 "${STRICT_C[@]}" -O1 "$FRAME" -DQ3N_IMPLEMENTATION -x c -c \
         qwen3next.h -o "$out/object.o"
     compile_only "$1 -std=c99 behind every header" "$1" "${STRICT_C[@]}" -std=c99 \
-        -DQ3N_IMPLEMENTATION -fsyntax-only -include "$out/headers.h" -x c qwen3next.h
+        "${BOTH[@]}" -fsyntax-only -include "$out/headers.h" -x c tools/q3n_make.h
 }
 
 test_mingw() {
@@ -237,15 +267,14 @@ test_mingw() {
 
 test_wasm() {
     local python=build/wasm/venv/bin/python std
-    local flags=(-target wasm32-wasi "${STRICT_C[@]}" -DQ3N_IMPLEMENTATION -DQ3N_NO_STDIO
-                 -DQ3N_NO_THREADS -I.)
+    local flags=(-target wasm32-wasi "${STRICT_C[@]}" "${BOTH[@]}" -DQ3N_NO_STDIO -DQ3N_NO_THREADS)
     if ! "$python" -c 'import ziglang, wasmtime' 2> /dev/null; then
         echo "zig cc and wasmtime are not installed: make deps-wasm"
         exit 77
     fi
     for std in c99 c11; do
         compile_only "wasm32-wasi -std=$std behind time.h" "$python" -m ziglang cc "${flags[@]}" \
-            -std=$std -include time.h -c -x c qwen3next.h -o "$out/object.o"
+            -std=$std -include time.h -c -x c tools/q3n_make.h -o "$out/object.o"
     done
     "$python" -m ziglang cc "${flags[@]}" -std=c11 -O2 "-DPROMPT=$prompt" tests/build_golden.c \
         -o "$out/program.wasm"

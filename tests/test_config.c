@@ -8,6 +8,7 @@
 
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
+#include "q3n_make.h"
 
 #define COUNT(a) (sizeof(a) / sizeof(a)[0])
 

@@ -34,6 +34,7 @@ int main(void)
 
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
+#include "q3n_make.h"
 #include "folder.h"
 
 #define COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))

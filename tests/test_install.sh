@@ -63,8 +63,8 @@ api_of() {    # HEADER...
 
 test_files() {
     local file
-    for file in bin/q3n bin/q3n-convert include/qwen3next.h lib/libqwen3next.a \
-        "lib/libqwen3next.so.$version" lib/pkgconfig/qwen3next.pc \
+    for file in bin/q3n bin/q3n-convert include/qwen3next.h include/q3n_make.h \
+        lib/libqwen3next.a "lib/libqwen3next.so.$version" lib/pkgconfig/qwen3next.pc \
         lib/cmake/qwen3next/qwen3next-config.cmake share/man/man1/q3n.1 \
         share/bash-completion/completions/q3n share/zsh/site-functions/_q3n \
         share/fish/vendor_completions.d/q3n.fish share/qwen3next/convert.py; do

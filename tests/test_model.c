@@ -9,6 +9,7 @@
 
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
+#include "q3n_make.h"
 #include "failing.h"
 #include "isas.h"
 #include "sessions.h"

@@ -2,6 +2,7 @@
  * object of it.  Every function's errors, what the host supplies, and that an evaluation allocates
  * nothing but its pages. */
 #include "qwen3next.h"
+#include "q3n_make.h"
 #include "sample.h"
 
 #include <pthread.h>

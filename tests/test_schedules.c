@@ -12,6 +12,7 @@
 
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
+#include "q3n_make.h"
 #include "failing.h"
 #include "sessions.h"
 

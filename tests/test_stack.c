@@ -11,6 +11,7 @@
 #include <cmocka.h>
 
 #include "qwen3next.h"
+#include "q3n_make.h"
 
 #include "failing.h"
 #include "sessions.h"

@@ -11,6 +11,8 @@
 
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
+#define Q3N_MAKE_IMPLEMENTATION
+#include "q3n_make.h"
 #include "failing.h"
 #include "folder.h"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the tests reach of qwen3next.h, by section: sums the gcov data of every program.
+"""What the tests reach of the two headers, by section: sums the gcov data of every program.
 
 usage: coverage.py BUILD_DIR [--missed]
 
@@ -15,19 +15,20 @@ import sys
 import lint
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+NAMES = [os.path.basename(header) for header in lint.HEADERS]
 
 
 def line_counts(data_file):
-    """{line: times run} of qwen3next.h in one program."""
+    """{(header's name, line): times run} in one program."""
     done = subprocess.run(["gcov", "--json-format", "--stdout", str(data_file)], check=True,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=str(ROOT))
     counts = {}
     for text in done.stdout.decode("utf-8").splitlines():
         for source in json.loads(text)["files"]:
-            if os.path.basename(source["file"]) == "qwen3next.h":
-                for line in source["lines"]:
-                    n = line["line_number"]
-                    counts[n] = counts.get(n, 0) + line["count"]
+            name = os.path.basename(source["file"])
+            for line in source["lines"] if name in NAMES else ():
+                place = name, line["line_number"]
+                counts[place] = counts.get(place, 0) + line["count"]
     return counts
 
 
@@ -39,22 +40,26 @@ def main():
     data_files = sorted(args.build_dir.resolve().rglob("*.gcda"))
     total = {}
     for data_file in data_files:
-        for n, count in line_counts(data_file).items():
-            total[n] = total.get(n, 0) + count
+        for place, count in line_counts(data_file).items():
+            total[place] = total.get(place, 0) + count
     if not total:
-        sys.exit("coverage.py: no data of qwen3next.h under %s" % args.build_dir)
+        sys.exit("coverage.py: no data of the headers under %s" % args.build_dir)
 
-    lines = (ROOT / "qwen3next.h").read_text(encoding="utf-8").split("\n")
+    lines = {name: (ROOT / header).read_text(encoding="utf-8").split("\n")
+             for name, header in zip(NAMES, lint.HEADERS)}
     print("%-16s %7s %7s" % ("section", "lines", "reached"))
-    for tag, first, last in lint.sections(lines):
-        mine = [count for n, count in total.items() if first <= n <= last]
-        if mine:
-            print("%-16s %7d %6.1f%%" % (tag, len(mine), 100.0 * sum(map(bool, mine)) / len(mine)))
+    for name in NAMES:
+        for tag, first, last in lint.sections(lines[name]):
+            mine = [count for (where, n), count in total.items()
+                    if where == name and first <= n <= last]
+            if mine:
+                print("%-16s %7d %6.1f%%"
+                      % (tag, len(mine), 100.0 * sum(map(bool, mine)) / len(mine)))
     reached = sum(map(bool, total.values()))
     print("%-16s %7d %6.1f%%" % ("all", len(total), 100.0 * reached / len(total)))
     if args.missed:
-        for n in sorted(n for n, count in total.items() if not count):
-            print("%5d: %s" % (n, lines[n - 1]))
+        for name, n in sorted(place for place, count in total.items() if not count):
+            print("%s:%5d: %s" % (name, n, lines[name][n - 1]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Which faults would the tests not notice?  Plants one at a time in a section of qwen3next.h.
+"""Which faults would the tests not notice?  Plants one at a time in a section of the headers.
 
 usage: mutate.py TAG SUITE... [--cc CC] [--build DIR] [--function NAME] [--list]
 
@@ -27,6 +27,8 @@ CONDITION = re.compile(r"^(\s*(?:\} )?(?:else )?(?:if|while) \()(.*)$")
 LOOP = re.compile(r"^(\s*for \([^;]*; )([^;]+)(;.*)$")
 VALUE = re.compile(r"^(\s+(?:return |[^=(]*[^=!<>(] = ))([^={][^;{]*)(;.*)$")
 CALL = re.compile(r"^\s+(?:\(void\))?[a-z_]\w*\(.*\);\s*(/\*.*)?$")
+# After qwen3next.h, if that is mutated.
+MAKE = '\n#include "q3n_make.h"\n'
 MAIN = """
 #include <stdlib.h>
 int q3n__mutant;
@@ -95,17 +97,21 @@ def plant(lines, places, skip):
     return out, mutants
 
 
-def compile_mutants(args, lines, places):
+def compile_mutants(args, name, lines, places):
     """Lines on which some mutant does not compile keep what they say."""
     source, skip = args.build / "mutants.c", set()
+    rest = MAKE if name == "qwen3next.h" else ""
     while True:
         out, mutants = plant(lines, places, skip)
-        source.write_text("extern int q3n__mutant;\n" + "\n".join(out) + MAIN, encoding="utf-8")
+        source.write_text("extern int q3n__mutant;\n" + "\n".join(out) + rest + MAIN,
+                          encoding="utf-8")
         done = subprocess.run(
-            [args.cc, "-std=gnu11", "-O1", "-w", "-ffp-contract=off", "-DQ3N_IMPLEMENTATION", "-c",
-             str(source), "-o", str(args.build / "mutants.o")], stderr=subprocess.PIPE,
-            check=False, universal_newlines=True)
-        bad = {int(n) - 1 for n in re.findall(r"qwen3next\.h:(\d+):\d+: error", done.stderr)}
+            [args.cc, "-std=gnu11", "-O1", "-w", "-ffp-contract=off", "-DQ3N_IMPLEMENTATION",
+             "-DQ3N_MAKE_IMPLEMENTATION", "-I", str(args.build / "obj/bodies"), "-c", str(source),
+             "-o", str(args.build / "mutants.o")], stderr=subprocess.PIPE, check=False,
+            universal_newlines=True)
+        error = r"\b%s:(\d+):\d+: error" % re.escape(name)
+        bad = {int(n) - 1 for n in re.findall(error, done.stderr)}
         if not done.returncode:
             return mutants
         if not bad - skip:
@@ -141,14 +147,21 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     args = parser.parse_args()
 
-    header = (ROOT / "qwen3next.h").read_text(encoding="utf-8").split("\n")
-    lines = (args.build / "obj/bodies/qwen3next.h").read_text(encoding="utf-8").split("\n")
+    for path in lint.HEADERS:
+        header = (ROOT / path).read_text(encoding="utf-8").split("\n")
+        parts = [(a, b) for tag, a, b in lint.sections(header) if tag == args.tag]
+        if parts:
+            break
+    else:
+        sys.exit("mutate.py: no section >>%s" % args.tag)
+    first, last = parts[0]
+    name = os.path.basename(path)
+    lines = (args.build / "obj/bodies" / name).read_text(encoding="utf-8").split("\n")
     lines[0] += "\n"                                    # the #line directive stands before line 1
     lines[:2] = [lines[0] + lines[1]]
-    first, last = next((a, b) for tag, a, b in lint.sections(header) if tag == args.tag)
     places = [n for f in lint.functions(header) if first <= f.first <= last
               and re.search(args.function, f.head) for n in range(f.first - 1, f.last)]
-    mutants = compile_mutants(args, lines, places)
+    mutants = compile_mutants(args, name, lines, places)
     if args.list:
         for i, (n, text) in enumerate(mutants, 1):
             print("%4d  %d: %s\n      %s" % (i, n + 1, header[n].strip(), text))

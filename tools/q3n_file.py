@@ -2,7 +2,7 @@
 """The .q3n model file: laid out, written, read and listed.
 
 The FILE FORMAT comment of qwen3next.h defines every byte; type numbers and configuration fields
-are read out of that header, so that the two cannot drift.
+are read out of that header, recipes out of q3n_make.h, so that they cannot drift.
 
 usage: q3n_file.py FILE              list configuration, tensors and tokenizer
        q3n_file.py --verify FILE     also compare every tensor's checksum
@@ -17,10 +17,11 @@ import zlib
 import files
 from files import ConvertError
 
-# The folder of the headers: that of the checkout, or where they are installed.
-INCLUDE = os.environ.get("QWEN3NEXT_INCLUDE") or os.path.join(
-    os.path.dirname(os.path.abspath(__file__)), os.pardir)
-HEADER = os.path.join(INCLUDE, "qwen3next.h")
+# The headers of the checkout, or where they are installed.
+TOOLS = os.path.dirname(os.path.abspath(__file__))
+INCLUDE = os.environ.get("QWEN3NEXT_INCLUDE")
+HEADER = os.path.join(INCLUDE or os.path.join(TOOLS, os.pardir), "qwen3next.h")
+MAKE_HEADER = os.path.join(INCLUDE or TOOLS, "q3n_make.h")
 
 MAGIC = b"\x89Q3N\r\n\x1a\n"
 VERSION = 1
@@ -30,7 +31,7 @@ RECORD_BYTES = 80
 DATA_ALIGN = 64
 EXPERT_ALIGN = 4096
 READ_BYTES = 1 << 22         # at once, when checksums are computed
-MAX_HEADER = 1 << 24         # bytes of qwen3next.h
+MAX_HEADER = 1 << 24         # bytes of a C header
 
 # Keys of CONFIG beside the fields of Q3N_CONFIG_LIST, with their kind.
 EXTRA_KEYS = {
@@ -47,20 +48,21 @@ Field = collections.namedtuple("Field", "name kind least most")
 
 
 class Definitions:
-    """What qwen3next.h says: types by name, fields by name, words of the enums."""
+    """What the headers say: types by name, fields by name, words of the enums, recipes."""
 
-    def __init__(self, path=HEADER):
+    def __init__(self, path=HEADER, make_path=MAKE_HEADER):
         try:
             text = files.read_text(path, MAX_HEADER)
+            make_text = files.read_text(make_path, MAX_HEADER)
         except ConvertError as e:
-            raise ConvertError("%s (the converter reads the header)" % e)
+            raise ConvertError("%s (the converter reads the headers)" % e)
         self.types, self.fields = {}, collections.OrderedDict()
         for macro in ("Q3N_FLOAT_TYPE_LIST", "Q3N_QUANT_TYPE_LIST"):
             for _, name, number, length, size in self._rows(text, macro, 5, path):
                 self.types[name] = Type(name, int(number), int(length), int(size))
         self.recipes = collections.OrderedDict(
             (row[0], Recipe(row[0], *(name.lower() for name in row[1:])))
-            for row in self._rows(text, "Q3N_RECIPE_LIST", 5, path))
+            for row in self._rows(make_text, "Q3N_RECIPE_LIST", 5, make_path))
         # Bounds of the loader, by their names in the header: MAX_ADDED, MAX_IDS, ...
         self.limits = {
             n: int(v) << int(by or 0) for n, v, by in

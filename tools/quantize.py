@@ -1,4 +1,4 @@
-"""Quantised types, encoded by the C library: the rules and the search live in qwen3next.h alone.
+"""Quantised types, encoded by the C library: the search lives in q3n_make.h alone.
 
 The library is looked for at $QWEN3NEXT_LIB and in build/ beside the header, where `make` puts it.
 """

@@ -10,6 +10,7 @@
  * are comparable.  The other modes, in bench_*.c, do the same with what they compare.
  */
 #include "bench.h"
+#include "../../tools/q3n_make.h"
 
 #include <stdlib.h>
 #include <string.h>

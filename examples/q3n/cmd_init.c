@@ -1,5 +1,6 @@
 /* q3n init: a model file of any geometry with random weights. */
 #include "cli.h"
+#include "../../tools/q3n_make.h"
 
 static void print_presets(void)
 {

@@ -1,5 +1,6 @@
 /* q3n quantize: a copy of a model in smaller types. */
 #include "cli.h"
+#include "../../tools/q3n_make.h"
 
 static q3n_model *open_model(const char *path)
 {

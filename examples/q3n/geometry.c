@@ -1,5 +1,6 @@
 /* Geometries by name with fields overridden, and weight types by name. */
 #include "cli.h"
+#include "../../tools/q3n_make.h"
 
 #include <string.h>
 

@@ -1,3 +1,5 @@
-/* The library itself: this is all that a program has to do for qwen3next.h. */
+/* The library as one object: what runs models, and what makes their files. */
 #define Q3N_IMPLEMENTATION
 #include "../../qwen3next.h"
+#define Q3N_MAKE_IMPLEMENTATION
+#include "../../tools/q3n_make.h"

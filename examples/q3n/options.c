@@ -1,5 +1,6 @@
 /* Options: one table per command parses them and prints the help. */
 #include "cli.h"
+#include "../../tools/q3n_make.h"
 
 #include <errno.h>
 #include <math.h>
