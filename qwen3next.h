@@ -2111,8 +2111,17 @@ static int q3n__cpu_has(q3n_isa isa) { return Q3N__ARM64 && isa == Q3N_ISA_NEON;
  *
  * Sizes that cannot wrap, unaligned little-endian reads, the host's allocator, an arena that lays
  * out one allocation, sorting, CRC-32, a hash of 64 bits.
+ *
+ * Later code may assume that what q3n__alloc or an arena gives starts at a multiple of 64 bytes,
+ * and that nothing here is global: any thread may call any of it.  Knows nothing of files, models
+ * or error records: it answers NULL or 0 and the caller finds words.
  * ===================================================================================== */
-static int q3n__mul_size(size_t a, size_t b, size_t *out)   /* 0 = overflow */
+
+/* ---- Sizes and reads ----
+ *
+ * Both return 0, and leave *out alone, where size_t does not hold the result.  The loads exist
+ * because the numbers of a file may lie at any byte: a cast would be undefined there. */
+static int q3n__mul_size(size_t a, size_t b, size_t *out)
 {
     if (b != 0 && a > SIZE_MAX / b) return 0;
     *out = a * b;
@@ -2132,7 +2141,17 @@ static uint64_t q3n__load_u64(const void *p) { uint64_t v; memcpy(&v, p, 8); ret
 static int64_t  q3n__load_i64(const void *p) { int64_t  v; memcpy(&v, p, 8); return v; }
 static double   q3n__load_f64(const void *p) { double   v; memcpy(&v, p, 8); return v; }
 
-/* ---- Allocation: the base pointer and size lie before the aligned block ---- */
+/* ---- Allocation ----
+ *
+ * Hosts promise malloc's alignment only, kernels want 64 bytes; a block therefore knows where it
+ * began:
+ *
+ *     base          p - 16              p, a multiple of 64
+ *     | 0 .. 63     | base, total       | bytes that were asked for ...
+ *                     q3n__block_head
+ *
+ * total is what the host's free is told, as q3n_allocator promises.  80 bytes a block are the price
+ * (64-bit machines): no caller allocates by the token. */
 #define Q3N__ALIGN 64
 
 typedef struct {
@@ -2140,6 +2159,8 @@ typedef struct {
     size_t bytes;
 } q3n__block_head;
 
+/* NULL = no memory, or a size that cannot be.  The bytes are not zeroed.  a NULL or without
+ * functions: malloc. */
 static void *q3n__alloc(const q3n_allocator *a, size_t bytes)
 {
     size_t total;
@@ -2154,6 +2175,7 @@ static void *q3n__alloc(const q3n_allocator *a, size_t bytes)
     return p;
 }
 
+/* memory from q3n__alloc with the same allocator, or NULL. */
 static void q3n__free(const q3n_allocator *a, void *memory)
 {
     if (!memory) return;
@@ -2163,7 +2185,16 @@ static void q3n__free(const q3n_allocator *a, void *memory)
     else               free(head.base);
 }
 
-/* ---- Arena: the same code first measures (base NULL), then hands out ---- */
+/* ---- Arena: one allocation, laid out by the code that uses it ----
+ *
+ * The same function runs twice, so that size and layout cannot differ:
+ *
+ *     q3n__arena a = { NULL, 0, 0 };  layout(s, &a);     every pointer NULL; a.used is the size
+ *     a.base = q3n__alloc(..., a.used);  a.used = 0;
+ *     layout(s, &a);                                     the pointers are real
+ *
+ * overflow stays set once a size did not fit: it is asked after the first run, not after each take.
+ */
 typedef struct {
     uint8_t *base;       /* NULL = only measure */
     size_t   used;
@@ -2186,7 +2217,8 @@ static void *q3n__arena_take(q3n__arena *a, size_t count, size_t elem)
 
 /* ---- Sorting and searching what comes from files ---- */
 
-/* Steps of searches that hostile input could make long; tests define it to count them. */
+/* Steps of searches and sorts that hostile input could make long.  Tests define the macro to count
+ * them and hold the count against n log n: time would depend on the machine. */
 #ifndef Q3N__STEP
 #  define Q3N__STEP() ((void)0)
 #endif
@@ -2204,6 +2236,8 @@ static void q3n__swap(uint8_t *a, uint8_t *b, size_t bytes)
     }
 }
 
+/* Restore the heap (no parent below a child, the largest first) for n elements of which only i may
+ * be too small for its place. */
 static void q3n__sift_down(uint8_t *x, size_t i, size_t n, size_t size, q3n__compare compare)
 {
     for (size_t child; (child = 2 * i + 1) < n; i = child) {
@@ -2214,7 +2248,8 @@ static void q3n__sift_down(uint8_t *x, size_t i, size_t n, size_t size, q3n__com
 }
 
 /* Heap sort of n elements: in place, at most 2 n log2 n comparisons whatever their order.  qsort is
- * quadratic in some C libraries, for orders that a file may have, and allocates in others. */
+ * quadratic in some C libraries, for orders that a file may have, and allocates in others.  Not
+ * stable: comparisons that must be add the place as their last key. */
 static void q3n__sort(void *base, size_t n, size_t size, q3n__compare compare)
 {
     uint8_t *x = (uint8_t *)base;
@@ -2228,7 +2263,9 @@ static void q3n__sort(void *base, size_t n, size_t size, q3n__compare compare)
 
 /* ---- CRC-32 (IEEE 802.3, reflected 0xEDB88320; zlib's), eight bytes a step ---- */
 
-/* table[k][b]: the CRC of byte b followed by k zero bytes ([CRC]: "slicing by 8"). */
+/* table[k][b]: the CRC of byte b followed by k zero bytes ([CRC]: "slicing by 8").  A CRC is
+ * linear, so eight bytes contribute eight independent lookups that are XORed; byte by byte each
+ * lookup would wait for the one before.  2.1 GB/s a core (EPYC). */
 typedef struct { uint32_t t[8][256]; } q3n__crc_table;
 
 static void q3n__crc_table_make(q3n__crc_table *c)
@@ -2243,6 +2280,8 @@ static void q3n__crc_table_make(q3n__crc_table *c)
             c->t[k][i] = (c->t[k - 1][i] >> 8) ^ c->t[0][c->t[k - 1][i] & 255];
 }
 
+/* zlib's convention: crc is 0 at first, then the result so far, so that a checksum passes over any
+ * cuts ("123456789" gives CBF43926, in one call or in nine). */
 static uint32_t q3n__crc32_with(const q3n__crc_table *c, uint32_t crc, const void *data,
                                 size_t bytes)
 {
@@ -2267,7 +2306,12 @@ static uint32_t q3n__crc32(uint32_t crc, const void *data, size_t bytes)
     return q3n__crc32_with(&c, crc, data, bytes);
 }
 
-/* ---- Hash of 64 bits: SESSION FILE FORMAT, HASH ---- */
+/* ---- Hash of 64 bits: SESSION FILE FORMAT, HASH ----
+ *
+ * For damage and for finding equal texts, not against forgery: who writes a file can make its hash.
+ * Eight lanes, because a step is a multiplication that waits for the one before it in its lane: 17
+ * GB/s in plain C on one core, 14 with four lanes (gcc 12 -O2); CRC-32 above is an eighth of that.
+ * The lanes are local variables in q3n__hash_blocks so that they stay in registers. */
 #define Q3N__GOLDEN 0x9E3779B97F4A7C15ull
 
 /* A bijection of 64-bit words whose outputs for consecutive inputs look independent. */
@@ -2325,6 +2369,8 @@ static void q3n__hash_add(q3n__hash *h, const void *data, size_t bytes)
     h->bytes += bytes;
 }
 
+/* The lanes in order, so that words which changed lanes do not cancel.  bytes tells texts apart
+ * that differ only in zeros at their end, which the last block is filled up with. */
 static uint64_t q3n__hash_end(const q3n__hash *h)
 {
     uint64_t x = q3n__mix64(h->bytes ^ h->seed);
@@ -2345,10 +2391,22 @@ static uint64_t q3n__hash_of(uint64_t seed, const void *data, size_t bytes)
  *
  * Error records and notes.  Names, words and paths in them may be hostile, so every message is made
  * here, and is valid UTF-8 without control characters whatever went into it.
+ *
+ * The path of a message, which q3n__fail and q3n__log share:
+ *
+ *     format, args -> vsnprintf, 5000 bytes -> q3n__show: \xNN for what must not be printed,
+ *                                              the middle left out if it is too long -> record
+ *
+ * Later code may assume that %s takes any bytes of a file up to a 0, and that what it says first
+ * and last arrives.  Knows nothing of files and models.
  * ===================================================================================== */
 
-/* Decode the character at p < end.  Returns its bytes, or 0 if there is no valid UTF-8: overlong
- * forms, surrogates, numbers beyond U+10FFFF and unfinished characters are not. */
+/* Decode the character at p < end.  Returns its bytes, 1 to 4, or 0 if there is no valid UTF-8:
+ * overlong forms, surrogates, numbers beyond U+10FFFF and unfinished characters are not.  *cp is
+ * then the byte itself.  Valid are the sequences of Unicode 3.9, table 3-7:
+ *
+ *     lead    00-7F   C2-DF   E0 (A0-BF)  E1-EC  ED (80-9F)  EE-EF   F0 (90-BF)  F1-F3  F4 (80-8F)
+ *     bytes   1       2       3, second byte within brackets, else 80-BF   4, the same */
 static int q3n__utf8_decode(const uint8_t *p, const uint8_t *end, uint32_t *cp)
 {
     *cp = p[0];
@@ -2367,7 +2425,9 @@ static int q3n__utf8_decode(const uint8_t *p, const uint8_t *end, uint32_t *cp)
     return n;
 }
 
-/* Neither a control character, nor one that breaks lines or turns the direction of text round. */
+/* Neither a control character (C0, DEL, C1: terminals obey them), nor a line or paragraph separator
+ * (U+2028, 2029), nor one that overrides or isolates the direction of text (U+202A to 202E, 2066 to
+ * 2069; Unicode Annex 9), which could make a name read as another. */
 static int q3n__is_printable(uint32_t cp)
 {
     return cp >= 0x20 && !(cp >= 0x7F && cp < 0xA0) && !(cp >= 0x2028 && cp <= 0x202E)
@@ -2411,7 +2471,7 @@ static const uint8_t *q3n__show_some(char *out, size_t *n, size_t room, const ui
 
 /* Write text [bytes] as it is shown to out [size], ended by 0.  If it does not fit, what lies
  * between its first fifth and its end is left out: a message begins with where and ends with what
- * was expected. */
+ * was expected.  For the 500 bytes of a record: up to 99, " [...] ", up to 393. */
 static void q3n__show(char *out, size_t size, const char *text, size_t bytes)
 {
     static const char gap[] = " [...] ";
@@ -2433,7 +2493,8 @@ static void q3n__show(char *out, size_t size, const char *text, size_t bytes)
 
 #define Q3N__MESSAGE_BYTES 5000   /* before they are shown: a path and what is the matter with it */
 
-/* Make a message of at most size - 1 bytes. */
+/* Make a message of at most size - 1 bytes.  What vsnprintf cut off loses its last character too:
+ * half of one would be shown as \xNN. */
 static void q3n__message(char *out, size_t size, const char *format, va_list args)
 {
     char text[Q3N__MESSAGE_BYTES];
@@ -2462,6 +2523,8 @@ q3n_result q3n__fail(q3n_error *err, q3n_result code, int64_t offset, const char
     return code;
 }
 
+/* A note to the host's logger, in the thread of the call that it is about; without a logger nothing
+ * is made. */
 static Q3N__PRINTF(3, 4)
 void q3n__log(const q3n_logger *l, q3n_log_level level, const char *format, ...)
 {
@@ -2496,6 +2559,16 @@ Q3N_DEF int q3n_version(void) { return Q3N_VERSION; }
  * One way to read a file and one to write it, for models, sessions and caches.  What is read is a
  * regular file, and opening never waits.  What is written has a name of its own until it is whole:
  * a writer that fails, is stopped or killed leaves what stood under the path as it was.
+ *
+ *     q3n__input_open    read ...             close(r)      close adds the system's reason to r
+ *     q3n__input_map     -> data, bytes                     a whole file, for models
+ *     q3n__output_open   write ... (rewind)   close(r)      only close(Q3N_OK) shows the file
+ *
+ * Reads and writes return 0 on failure and store the system's code; open and close make the
+ * message, "PATH: cannot write: REASON".  After a failed write the others do nothing: a writer may
+ * go on and look once, at the end.
+ * Later code may assume that all of this links with Q3N_NO_STDIO too, where opening fails.  Knows
+ * no format: bytes alone.
  * ===================================================================================== */
 typedef struct {
     q3n__file      file;
@@ -2560,14 +2633,17 @@ static int q3n__input_read(q3n__input *in, void *data, size_t bytes)
     return in->code == 0;
 }
 
-/* r is how things went.  Returns r. */
+/* r is how things went.  Returns r; if the system refused a read (code > 0), with its reason as the
+ * message.  That the file ended (code < 0) the caller has put into words of the format already. */
 static q3n_result q3n__input_close(q3n__input *in, q3n_result r, q3n_error *err)
 {
     q3n__file_close(&in->file);
     return in->code > 0 ? q3n__file_fail(err, r, in->path, "cannot read", in->code) : r;
 }
 
-/* A whole file in memory, as the system reads it when it is used. */
+/* A whole file in memory, as the system reads it when it is used.  The mapping outlives the file's
+ * handle; q3n__file_unmap ends it.  Errors: Q3N_ERR_NO_FILE, _IO; _FORMAT (nothing can be mapped of
+ * an empty file); _MEMORY (wasm32: size_t is narrower than a file). */
 static q3n_result q3n__input_map(q3n__mapping *out, const char *path, q3n_error *err)
 {
     q3n__input in;
@@ -2588,6 +2664,7 @@ static q3n_result q3n__input_map(q3n__mapping *out, const char *path, q3n_error 
     return q3n__input_close(&in, r, err);
 }
 
+/* found is called for each regular file of the directory, in the system's order. */
 static q3n_result q3n__input_list(const char *path, const char *prefix, q3n__file_found found,
                                   void *user, q3n_error *err)
 {
@@ -2595,11 +2672,22 @@ static q3n_result q3n__input_list(const char *path, const char *prefix, q3n__fil
     return code ? q3n__file_fail(err, Q3N_ERR_IO, path, "cannot read", code) : Q3N_OK;
 }
 
-/* ---- Writing ---- */
+/* ---- Writing ----
+ *
+ *     q3n__output_open(path)      target = where links of the path lead, part = TARGET.<hex>.part,
+ *                                 made with O_EXCL: no other writer has it, no link is followed
+ *     q3n__output_write ...       into the part
+ *     q3n__output_close(Q3N_OK)   fsync(part), close, rename(part, target), fsync(directory)
+ *     q3n__output_close(other)    unlink(part)
+ *
+ * The part lies beside the target because rename(2) replaces within one file system only, and at
+ * once: who opens the path finds the old file or the new one, whole.  fsync comes first, or a power
+ * failure could leave the new name without the new bytes.  A killed process leaves its part. */
 #define Q3N__MODULE_ATTEMPTS 100
 #define Q3N__PART_NAME     200           /* bytes of the file's name in the part's, of 255       */
 
-/* Where the path leads, and what is there; info is zeros if nothing is. */
+/* Where the path leads, and what is there; info is zeros if nothing is.  A file that may not be
+ * written is not replaced either: rename asks for the permission of the directory alone. */
 static int q3n__output_target(q3n__output *o, q3n__file_info *info)
 {
     const size_t bytes = strlen(o->path);
@@ -2624,6 +2712,9 @@ static int q3n__output_name(q3n__output *o, uint64_t number)
     return n > 0 && n < (int)sizeof o->part ? 0 : Q3N__FILE_BAD_PATH;
 }
 
+/* Make the part.  The number is a guess that need not be good: a name that is taken is answered by
+ * the next one, 100 times.  Beside an old file the part is closed to others (0600) until it has
+ * that file's owner, group and mode: it may be a secret.  On failure no part is left. */
 static int q3n__output_create(q3n__output *o, const q3n__file_info *old)
 {
     const int replaces = old->id.volume || old->id.number;
@@ -2644,7 +2735,8 @@ static int q3n__output_create(q3n__output *o, const q3n__file_info *old)
 }
 
 /* Begin a file that q3n__output_close puts under path.  A link is followed: the file that it leads
- * to is replaced, its mode is kept.  input (NULL, zeros = none): the file that is read then. */
+ * to is replaced, its mode is taken over.  input (NULL, zeros = none): the file that is being read
+ * meanwhile; to write over it is Q3N_ERR_ARG, however its path is spelt. */
 static q3n_result q3n__output_open(q3n__output *o, const char *path, const q3n__file_id *input,
                                    q3n_error *err)
 {
@@ -2692,6 +2784,10 @@ static q3n_result q3n__output_close(q3n__output *o, q3n_result r, q3n_error *err
     return code ? q3n__file_fail(err, Q3N_ERR_IO, o->path, "cannot write", code) : r;
 }
 #else
+/* ---- Without files (Q3N_NO_STDIO) ----
+ *
+ * The same functions, so that no caller has an #if: opening fails, and so nothing else is reached.
+ */
 static q3n_result q3n__no_files(const char *path, q3n_error *err)
 {
     return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "%s: built without files (Q3N_NO_STDIO)",
@@ -2762,6 +2858,24 @@ static q3n_result q3n__input_list(const char *path, const char *prefix, q3n__fil
  * One primitive: q3n__parallel runs a task over [0, n) in ranges and waits.  Threads claim ranges
  * from a counter, so a thread that the system has put aside delays nobody; which thread computes a
  * range never changes its result.  Kernels and model know nothing else of threads.
+ *
+ * A pool has one caller at a time.  Its workers wait between jobs; with an executor of the host's
+ * there are none, and the host's threads call q3n__pool_work.  The word `ticket` holds all that a
+ * claim depends on, generation << 32 | unclaimed ranges, so that one compare-and-swap decides it:
+ *
+ *     caller      writes fn, arg, n, n_ranges; n_done = 0; then ticket = (gen + 1, 12)
+ *     any thread  ticket (gen + 1, 12) -> (gen + 1, 11): range 12 - 12 = 0 is its own
+ *                 ticket (gen + 1, 11) -> (gen + 1, 10): range 1 ...
+ *     caller      returns when n_done is 12
+ *
+ * A thread that wakes late holds an old generation: its claim fails, so it never runs a range of a
+ * job that it does not know.  Generations have 31 bits: a ticket is never negative.
+ *
+ * No wake-up is lost.  Whoever wants to sleep says so first (n_sleeping, caller_sleeps) and then
+ * looks once more at what it waits for; whoever makes that true does so first and then looks for
+ * sleepers.  All four are sequentially consistent, so at least one sees the other: either nobody
+ * sleeps, or the waker finds a sleeper and takes the mutex to broadcast.  The sleeper holds the
+ * mutex from its word until the condition variable has it, so the broadcast cannot fall between.
  * ===================================================================================== */
 typedef void (*q3n__task)(void *arg, int begin, int end);
 
@@ -2798,6 +2912,8 @@ static int q3n__pool_claim(q3n__pool *p, int64_t gen)
     }
 }
 
+/* Run ranges of generation gen until none is left.  Everything of the job is read before n_done
+ * counts the range: after the last one the caller may be writing the next job. */
 static void q3n__pool_work(q3n__pool *p, int64_t gen)
 {
     int range;
@@ -2831,6 +2947,7 @@ static int64_t q3n__pool_next(q3n__pool *p, int64_t seen)
     return q3n__atomic_load(&p->ticket) >> 32;
 }
 
+/* A worker.  It need not see every generation: those that others finished meanwhile are skipped. */
 static void q3n__pool_main(void *arg)
 {
     q3n__pool *p = (q3n__pool *)arg;
@@ -2842,6 +2959,7 @@ static void q3n__pool_main(void *arg)
     }
 }
 
+/* The caller has no range left to claim; wait for those that workers still run. */
 static void q3n__pool_wait(q3n__pool *p)
 {
     const int n = p->n_ranges;
@@ -2856,6 +2974,8 @@ static void q3n__pool_wait(q3n__pool *p)
     q3n__mutex_unlock(&p->mutex);
 }
 
+/* What the host's executor calls n_threads times.  The ticket cannot move to another job meanwhile:
+ * the caller is inside `run`, which returns after all of these, and they leave no range undone. */
 static void q3n__pool_executor_task(void *arg, int i)
 {
     q3n__pool *p = (q3n__pool *)arg;
@@ -2864,7 +2984,13 @@ static void q3n__pool_executor_task(void *arg, int i)
 }
 
 /* Run fn over [0, n) in ranges of at least grain items and wait.  Runs inline when one range is all
- * there is.  The split depends on n, grain and the thread count, never on timing. */
+ * there is.  The split depends on n, grain and the thread count, never on timing.
+ *
+ *     n 100, grain 8, 3 threads: 100 / 8 = 12 ranges, [0, 8), [8, 16), [16, 25), ... [91, 100)
+ *
+ * Up to four ranges a thread: fewer would leave all waiting for the slowest, more cost claims.
+ * What tasks wrote is visible to the caller on return.  fn must not call q3n__parallel on the same
+ * pool. */
 static void q3n__parallel(q3n__pool *p, int n, int grain, q3n__task fn, void *arg)
 {
     if (n <= 0) return;
@@ -2895,6 +3021,8 @@ static void q3n__parallel(q3n__pool *p, int n, int grain, q3n__task fn, void *ar
     q3n__pool_wait(p);
 }
 
+/* Stop and join the workers; no job may run.  A pool without threads of its own has nothing to
+ * close. */
 static void q3n__pool_close(q3n__pool *p)
 {
     if (!p->has_locks) return;
@@ -2909,7 +3037,9 @@ static void q3n__pool_close(q3n__pool *p)
     p->has_locks = 0;
 }
 
-/* p is zeroed, threads has room for n_threads - 1 and neither moves while the pool is open. */
+/* p is zeroed, threads has room for n_threads - 1 and neither moves while the pool is open.
+ * n_threads 1, or an executor: no thread is started.  On failure the workers that did start are
+ * joined. */
 static q3n_result q3n__pool_open(q3n__pool *p, int n_threads, const q3n_executor *executor,
                                  q3n__thread *threads, q3n_error *err)
 {
