@@ -3112,7 +3112,8 @@ Q3N_DEF q3n_result q3n_type_from_name(const char *name, q3n_type *out)
 static int q3n__is_quantised(q3n_type t) { return q3n__types[t].block_len > 1; }
 
 /* Bytes of one row of n elements, or of its share of a tile: rows that are a multiple of 16 start
- * at r * row_bytes in every type. */
+ * at r * row_bytes in every type.  2048 elements: f32 8192, bf16 4096, q8 2176, q6 1664, q4 1152,
+ * q3 896. */
 static size_t q3n__row_bytes(q3n_type t, int n)
 {
     const int len = q3n__types[t].block_len;
@@ -3169,7 +3170,24 @@ static uint16_t q3n__f32_to_f16(float f)
     return (uint16_t)(sign | ((a - 0x38000000u + 0xfffu + ((a >> 13) & 1)) >> 13));
 }
 
-/* ---- Quantised weights: see QUANTISED TYPES in the file format ---- */
+/* ---- Quantised weights: see QUANTISED TYPES in the file format ----
+ *
+ * A tile is 16 rows, a block of it 64 columns: scales, then the codes of two groups of 32 columns.
+ *
+ *     q4     0      32      64            320           576           bytes in a block of a tile
+ *            | s0   | s1    | codes 0     | codes 1     |   next block of the same 16 rows
+ *     s      f16 [16], one a row          codes: 4 lines of 64 bytes = 16 rows x 4 columns
+ *
+ * Where is row 21, column 75 of a q4 matrix of 2048 columns?  A row's share is 2048 / 64 x 36 =
+ * 1152 bytes, so its tile (rows 16 to 31) begins at 16 x 1152 = 18432 and block 75 / 64 = 1 at +
+ * 576.  In the tile r = 5; in the block column 11, of group 0: s = 11 / 4 = 2, j = 3, b = 4 r + j =
+ * 23.
+ *
+ *     scale  18432 + 576 + 2 x 5             = 19018
+ *     code   18432 + 576 + 64 + 64 x 2 + 23  = 19223, low half; its high half is column 91
+ *
+ * A line of 64 bytes is one vector: 16 lanes of 32 bits, a row each, 4 columns in a lane, which is
+ * what dot products of bytes take.  Nothing is summed across lanes. */
 
 #define Q3N__Q8_ZERO 128         /* level = code - zero                                          */
 #define Q3N__Q6_ZERO 32
@@ -3988,6 +4006,20 @@ static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a);
  * Turns the bytes of a file into a q3n_model: header, sections, configuration, tensor table, then
  * binds every tensor of the plan to its field, checking type, shape and place.  After q3n__bind
  * succeeds nothing looks up a name or checks a shape again.  Its input is hostile.
+ *
+ *     header     sizes, version, checksum                       every section then lies in the file
+ *     sections   where CONFIG, TENSORS, NAMES, TOKENIZER are
+ *     config     keys -> q3n_config                             and numbers that fit together
+ *     tensors    records -> m->tensors, names sorted            every tensor then lies in the file
+ *     weights    the plan of the config -> m->weights, layers   type and shape are the plan's
+ *     rope       frequencies;  tokenizer: tables
+ *
+ * The order is the argument: each step may use what those before it have proved, and no number of
+ * the file is used before.  Sections and tensors may overlap: nothing is ever written to them.
+ * Errors name the byte where they were noticed and what was expected there; Q3N_ERR_UNSUPPORTED
+ * means a later library may read the file, Q3N_ERR_FORMAT that none will.  Tensor data are not
+ * looked at, but for tables of rope: opening reads no weights.  Knows nothing of sessions, threads
+ * and kernels.
  * ===================================================================================== */
 #define Q3N__MAX_SECTIONS 64
 #define Q3N__MAX_TENSORS  (1 << 16)
@@ -4010,6 +4042,9 @@ typedef struct {
     int     n;
 } q3n__ids;
 
+/* An open file.  Written while it is loaded, constant afterwards.  What points into `data`:
+ * tensors, layers, weights, labels, the tokenizer's lists.  What is allocated: see q3n__model_free.
+ */
 struct q3n_model {
     q3n_allocator  allocator;
     q3n_logger     logger;
@@ -4050,7 +4085,7 @@ static const char *const q3n__other_keys[Q3N__N_OTHER_KEYS] = {
     "tokenizer_prefix", "tokenizer_suffix", "pad_id", "labels", "tokenizer_pattern"
 };
 
-/* What the parser carries along. */
+/* What the parser carries along; it is gone when the model is open. */
 typedef struct {
     q3n_model   *m;
     q3n__section section[Q3N__SECTION_COUNT];
@@ -4062,6 +4097,11 @@ typedef struct {
 } q3n__load;
 
 /* ---- Header and sections ---- */
+
+/* What the file is, that it is whole, and that its metadata are undamaged: in this order, so that
+ * the message says what a person can do.  The magic begins with a byte above 7F and has line ends
+ * of both kinds: transfers as text spoil it.  file_bytes finds downloads that were cut off, which
+ * the checksum of the metadata would not. */
 static q3n_result q3n__load_header(q3n__load *ld, int skip_checksum)
 {
     const q3n_model *m = ld->m;
@@ -4101,6 +4141,9 @@ static q3n_result q3n__load_header(q3n__load *ld, int skip_checksum)
     return Q3N_OK;
 }
 
+/* Each section lies after the table and inside the metadata.  Unknown kinds are passed over unless
+ * their flag says that a reader must know them: so later versions can add what older ones may
+ * ignore. */
 static q3n_result q3n__load_sections(q3n__load *ld)
 {
     const uint8_t *p = ld->m->data;
@@ -4149,7 +4192,13 @@ typedef struct {
     int64_t        offset;               /* of the entry in the file                             */
 } q3n__entry;
 
-/* Read the entry at *at and move on.  0 = the section is over; -1 = error. */
+/* Read the entry at *at and move on.  0 = the section is over; -1 = error.
+ *
+ *     byte   0          1     4            8    8 + key_bytes
+ *            key_bytes  type  value_bytes  key  value, at any address    zeros to a multiple of 8
+ *
+ * The lengths are held against what is left one after the other, so that their sum cannot wrap.
+ * The last entry may lack its padding. */
 static int q3n__entry_next(q3n__load *ld, size_t *at, q3n__entry *e)
 {
     const q3n__section *s = &ld->section[Q3N__SECTION_CONFIG];
@@ -4185,6 +4234,7 @@ static int q3n__entry_next(q3n__load *ld, size_t *at, q3n__entry *e)
     return 1;
 }
 
+/* "configuration 'eos_ids': expected at most 16 ints", at the byte where the entry begins. */
 static q3n_result q3n__entry_error(q3n__load *ld, const q3n__entry *e, const char *expected)
 {
     return q3n__fail(ld->err, Q3N_ERR_FORMAT, e->offset, "configuration '%s': expected %s", e->key,
@@ -4201,6 +4251,8 @@ static int q3n__entry_string(const q3n__entry *e, char *out, size_t size)
     return 1;
 }
 
+/* A list of 0 and 1, one a layer.  That it has as many as there are layers is checked when all keys
+ * are read: they come in any order. */
 static q3n_result q3n__load_layer_kinds(q3n__load *ld, const q3n__entry *e, unsigned char *out,
                                         int *n)
 {
@@ -4215,6 +4267,8 @@ static q3n_result q3n__load_layer_kinds(q3n__load *ld, const q3n__entry *e, unsi
     return Q3N_OK;
 }
 
+/* Up to 16 ids.  Those around a text must be in the vocabulary (q3n__load_config): a session
+ * evaluates them.  An end-of-text id that is not is never met. */
 static q3n_result q3n__load_ids(q3n__load *ld, const q3n__entry *e, q3n__ids *out)
 {
     if (e->type != Q3N__VALUE_INT || e->n_values > Q3N__MAX_IDS)
@@ -4237,7 +4291,7 @@ static q3n_result q3n__load_pad_id(q3n__load *ld, const q3n__entry *e)
     return Q3N_OK;
 }
 
-/* The names stay where they are in the file. */
+/* Names with a byte 0 after each, "negative\0positive\0": m->labels points at them in the file. */
 static q3n_result q3n__load_labels(q3n__load *ld, const q3n__entry *e)
 {
     q3n_model *m = ld->m;
@@ -4254,7 +4308,8 @@ static q3n_result q3n__load_labels(q3n__load *ld, const q3n__entry *e)
     return Q3N_OK;
 }
 
-/* One of q3n_config's fields. */
+/* One of q3n_config's fields, inside the range of its row in Q3N_CONFIG_LIST.  A word that is not
+ * known is Q3N_ERR_UNSUPPORTED: a later version may know another family. */
 static q3n_result q3n__load_field(q3n__load *ld, const q3n__entry *e, const q3n__config_row *row)
 {
     q3n_config *c = &ld->m->config;
@@ -4304,6 +4359,7 @@ static q3n_result q3n__load_pattern(q3n__load *ld, const q3n__entry *e)
     return Q3N_OK;
 }
 
+/* Keys that are no fields of q3n_config; key is Q3N__KEY_*. */
 static q3n_result q3n__load_other(q3n__load *ld, const q3n__entry *e, size_t key)
 {
     q3n_model *m = ld->m;
@@ -4351,6 +4407,8 @@ static q3n_result q3n__load_entry(q3n__load *ld, const q3n__entry *e)
     return row ? q3n__load_field(ld, e, row) : q3n__load_other(ld, e, key);
 }
 
+/* All entries, then what needs more than one of them.  Keys that are missing have the values of
+ * q3n__config_defaults, or 0, which the ranges of necessary ones refuse. */
 static q3n_result q3n__load_config(q3n__load *ld)
 {
     q3n__entry e;
@@ -4392,7 +4450,8 @@ static q3n_result q3n__load_config(q3n__load *ld)
 /* ---- Tensor table ---- */
 
 /* By name, then as in the file.  Sorted, so that no choice of names makes a search long: at most
- * 17 comparisons of 255 bytes for Q3N__MAX_TENSORS. */
+ * 17 comparisons of 255 bytes for Q3N__MAX_TENSORS.  A hash table in its place took 34 to 120 s to
+ * open a file of 65,536 names that share one slot. */
 static int q3n__compare_names(const void *left, const void *right)
 {
     const q3n_tensor *a = *(const q3n_tensor *const *)left;
@@ -4453,7 +4512,15 @@ static q3n_result q3n__load_tensor_shape(q3n__load *ld, const uint8_t *p, int64_
     return Q3N_OK;
 }
 
-/* Where the tensor lies, and that it lies inside the file. */
+/* Where the tensor lies, and that it lies inside the file.
+ *
+ *     two dimensions or one   offset [ slice ]                   stride 0
+ *     three, an expert each   offset [ slice ] ... [ slice ] ... [ slice ]
+ *                                    |<- stride ->|              between them other tensors
+ *
+ * A slice is rows x bytes of a row; quantised types store whole tiles, so rows are rounded up to
+ * 16.  The last slice must end inside the file: (n - 1) x stride is held against what is left after
+ * one. */
 static q3n_result q3n__load_tensor_place(q3n__load *ld, const uint8_t *p, int64_t at, q3n_tensor *t)
 {
     const q3n__type_info *ty = &q3n__types[t->type];
@@ -4495,6 +4562,8 @@ static q3n_result q3n__load_tensor_place(q3n__load *ld, const uint8_t *p, int64_
     return Q3N_OK;
 }
 
+/* A record, a pointer and 256 bytes of name each: at most 25 MB for 65,536 tensors.  One more than
+ * n, so that no size is 0. */
 static q3n_result q3n__load_table_alloc(q3n__load *ld, uint32_t n)
 {
     q3n_model *m = ld->m;
@@ -4522,6 +4591,8 @@ static q3n_result q3n__load_names(q3n__load *ld, int64_t at, uint32_t record)
     return Q3N_OK;
 }
 
+/* All records.  n_tensors counts those that are whole.  Larger records than 80 bytes are read as
+ * far as this version knows them. */
 static q3n_result q3n__load_tensors(q3n__load *ld)
 {
     q3n_model *m = ld->m;
@@ -4547,7 +4618,18 @@ static q3n_result q3n__load_tensors(q3n__load *ld)
     return r == Q3N_OK ? q3n__load_names(ld, (int64_t)s->offset + 8, record) : r;
 }
 
-/* ---- Binding ---- */
+/* ---- Binding ----
+ *
+ * The plan (section >>config) says which tensors this configuration has; each is looked up by name
+ * and its address stored at the plan's offset in q3n__layer or q3n__weights:
+ *
+ *     plan  "layers.3.self_attn.k_proj.weight"  MAT  [KD, d]  offsetof(q3n__layer, k_proj)
+ *     file   the same name, bf16, [512, 2048], at byte 4096
+ *     ->     layers[3].k_proj = { data + 4096, 0, BF16, 512, 2048 }
+ *
+ * Tensors that the plan does not name are no error: later versions may add some. */
+
+/* "[8192, 2048]"; a length of 0 is "any". */
 static const char *q3n__dims_string(const int64_t *dim, int n, char text[80])
 {
     int at = snprintf(text, 80, "[");
@@ -4558,6 +4640,7 @@ static const char *q3n__dims_string(const int64_t *dim, int n, char text[80])
     return text;
 }
 
+/* Shape and type of t are what the item allows; the message has both. */
 static q3n_result q3n__bind_check(q3n__load *ld, const q3n__plan_item *item, const q3n_tensor *t)
 {
     char found[80], expected[80];
@@ -4573,6 +4656,9 @@ static q3n_result q3n__bind_check(q3n__load *ld, const q3n__plan_item *item, con
     return Q3N_OK;
 }
 
+/* Bind one item of the plan (q3n__plan_fn; user is the q3n__load).  A vector becomes a pointer: its
+ * type is f32 and its place a multiple of 64, so that it is used as it lies.  A matrix has two
+ * dimensions or three; the last two are those of a slice. */
 static q3n_result q3n__bind(void *user, const q3n__plan_item *item)
 {
     q3n__load *ld = (q3n__load *)user;
@@ -4603,6 +4689,8 @@ static q3n_result q3n__bind(void *user, const q3n__plan_item *item)
     return Q3N_OK;
 }
 
+/* Layers first, then the plan.  With tied embeddings lm_head is the embedding's matrix itself.
+ * Tables of rope may have any number of positions, cos and sin the same. */
 static q3n_result q3n__load_weights(q3n__load *ld)
 {
     q3n_model *m = ld->m;
@@ -4634,7 +4722,8 @@ static q3n_result q3n__load_weights(q3n__load *ld)
 
 /* ---- Rotary frequencies ---- */
 
-/* Dimension at which a wave turns `rotations` times within the original context ([YaRN] 3.2). */
+/* Dimension j (of R / 2, as a real number) whose wave turns `rotations` times within the original
+ * context ([YaRN] 3.2): theta^(-2 j / R) L = 2 pi rotations, solved for j. */
 static double q3n__yarn_dim(const q3n_config *c, double rotations)
 {
     const double two_pi = 6.283185307179586;
@@ -4642,8 +4731,14 @@ static double q3n__yarn_dim(const q3n_config *c, double rotations)
          / (2.0 * log(c->rope_theta));
 }
 
-/* inv_freq[j] = theta^(-2j / R); "linear" divides all by the factor, "yarn" those that turn slowly,
- * with a ramp between beta_fast and beta_slow rotations ([HF] modeling_rope_utils). */
+/* inv_freq[j] = theta^(-2j / R), in radians a token, j = 0 .. R / 2 - 1; "linear" divides all by
+ * the factor, "yarn" those that turn slowly, with a ramp between beta_fast and beta_slow rotations
+ * ([HF] modeling_rope_utils).  Doubles: at position 10^6 rounding to a float turns the angle by
+ * 0.06.
+ *
+ *     ramp   0 up to low: turns often, distances between near tokens: as it is
+ *            1 from high on: turned less than beta_slow times in training: stretched by the factor
+ */
 static q3n_result q3n__load_rope(q3n__load *ld)
 {
     q3n_model *m = ld->m;
@@ -4686,6 +4781,7 @@ static q3n_result q3n__load_tokenizer(q3n__load *ld)
     return q3n__tokenizer_open(&m->tokenizer, &p, &m->allocator, ld->err);
 }
 
+/* What is odd and yet as the checkpoint has it: said to the host's logger, no error. */
 static void q3n__load_warnings(const q3n_model *m)
 {
     if (m->config.rope_type == Q3N_ROPE_TABLE) {
@@ -4703,8 +4799,9 @@ static void q3n__load_warnings(const q3n_model *m)
                  "the model attends both ways: a text is evaluated whole");
 }
 
-/* Count a tensor.  Every expert of a token's k is read once, a row of the embedding, all of the
- * rest. */
+/* Count a tensor.  decode_bytes is what one token reads at batch 1: k of E experts, a row of the
+ * embedding (unless it is the head too), all of the rest.  The MTP module counts apart: plain
+ * decoding does not read it. */
 static void q3n__stats_add(q3n_model_stats *out, const q3n_config *c, const q3n_tensor *t)
 {
     int64_t n = t->dim[0] * t->dim[1] * t->dim[2], bytes = t->bytes;
@@ -4728,6 +4825,7 @@ static void q3n__stats_add(q3n_model_stats *out, const q3n_config *c, const q3n_
     out->decode_bytes += bytes;
 }
 
+/* The steps of the banner.  On failure the caller frees m, whatever it has by then. */
 static q3n_result q3n__model_load(q3n_model *m, int skip_checksum, q3n_error *err)
 {
     q3n__load ld;
@@ -4745,6 +4843,7 @@ static q3n_result q3n__model_load(q3n_model *m, int skip_checksum, q3n_error *er
     return r;
 }
 
+/* Of a model in any state of loading: what it has not got is NULL. */
 static void q3n__model_free(q3n_model *m)
 {
     const q3n_allocator a = m->allocator;
@@ -4759,6 +4858,8 @@ static void q3n__model_free(q3n_model *m)
     q3n__free(&a, m);
 }
 
+/* An empty model with the host's hooks and the values of keys that a file may leave out.  The
+ * caller sets data and bytes. */
 static q3n_result q3n__model_create(q3n_model **out, const q3n_model_options *o, q3n_error *err)
 {
     *out = NULL;
@@ -5293,9 +5394,20 @@ static void q3n__normalizer_end(q3n__normalizer *z)
  * pair in order of rank.  Text passes in chunks: memory grows with the longest word only, time with
  * the length of the text (times its logarithm within one word).  Both the section of the file and
  * the text are hostile.  Of the model it knows the tokenizer and the allocator.
+ *
+ *     "<|im_start|>It's cafe\u0301"
+ *      q3n__encode_text     <|im_start|>  is an added token: its id;  the rest is plain
+ *      q3n__encode_plain    "It's caf\u00E9"                          NFC, where the model wants it
+ *      q3n__encode_normal   added tokens that are searched after NFC
+ *      q3n__encode_words    "It" | "'s" | " caf\u00E9"
+ *      q3n__encode_short    each word's bytes, merged, become ids
+ *
+ * A q3n__tokenizer is written by q3n__tokenizer_open alone: any number of threads may use it.  What
+ * it has checked nothing checks again: token offsets ascend within the text, ids of merges and of
+ * added tokens are below n_tokens, every single byte has a token.
  * ===================================================================================== */
 
-/* What one call of q3n_tokenize keeps. */
+/* ---- What one call of q3n_tokenize holds ---- */
 typedef struct {
     const q3n__tokenizer *t;
     int                   no_special;   /* special tokens in the text are plain text */
@@ -5305,6 +5417,7 @@ typedef struct {
     size_t                max, n;       /* n counts on beyond max */
 } q3n__encoder;
 
+/* An id that does not fit is counted all the same: the caller learns the room that it needs. */
 static void q3n__emit(q3n__encoder *e, uint32_t id)
 {
     if (e->n < e->max) e->ids[e->n] = (int32_t)id;
@@ -5323,7 +5436,20 @@ static void q3n__emit_ids(q3n__encoder *e, const q3n__ids *ids)
  *
  * (the fourth alternative begins with an optional blank); the qwen3_5 pattern writes [\p{L}\p{M}]+
  * in the second and [^\s\p{L}\p{M}\p{N}]+ in the fourth.  The first alternative that matches wins,
- * and one of them does at every character. */
+ * and one of them does at every character.  In words, with what each makes of a text:
+ *
+ *     contraction         It|'s      also where a word goes on: 's|ilent
+ *     letters             naive,  " naive"    one other character before them goes along, if it is
+ *                                             neither a line end nor a number: a|(b|)
+ *     one number          4|2
+ *     others              " (",  ")!!\n\n"    after a blank; line ends after them go along
+ *     white space         "  \n\n"            up to the last line end of a run
+ *                         "  "| end           else all but the last, which a word may take along
+ *
+ *     "It's 42, a   (b)!!\n\n  end"  ->  It 's ' ' 4 2 , ' a' '  ' ' (' b ')!!\n\n' ' ' ' end'
+ *
+ * Written out instead of run as an expression: no state but p, one look ahead, so that time is
+ * linear in the text whatever it is. */
 
 /* Bytes of the contraction at p, 0 if there is none. */
 static int q3n__contraction(const uint8_t *p, const uint8_t *end)
@@ -5336,6 +5462,7 @@ static int q3n__contraction(const uint8_t *p, const uint8_t *end)
     return 0;
 }
 
+/* The first character at p or after it that is in no class of mask; end at the latest. */
 static const uint8_t *q3n__skip(const q3n__unicode *u, const uint8_t *p, const uint8_t *end,
                                 uint32_t mask)
 {
@@ -5362,7 +5489,8 @@ static const uint8_t *q3n__space_end(const q3n__unicode *u, const uint8_t *p, co
     return q == end || last == p ? q : last;
 }
 
-/* End of the word at p < end. */
+/* End of the word at p < end; above p, so that callers move on.  The alternatives in their order;
+ * the last three share one function, since what begins with white space is left to them. */
 static const uint8_t *q3n__word_end(const q3n__tokenizer *t, const uint8_t *p, const uint8_t *end)
 {
     const q3n__unicode *u = t->unicode;
@@ -5388,7 +5516,12 @@ static const uint8_t *q3n__word_end(const q3n__tokenizer *t, const uint8_t *p, c
     return q3n__space_end(u, p, end);
 }
 
-/* ---- Added tokens: found in the text before it is cut into words ---- */
+/* ---- Added tokens: found in the text before it is cut into words ----
+ *
+ * Sorted by text, so that those which agree in their first bytes are neighbours and a search is a
+ * range that becomes narrower:     first['<'] .. first['=']     all that begin with '<'
+ *                                  byte 1 '|', byte 2 'i' ...   the longest that ended on the way
+ * Texts of one token may be others' beginnings; the longest match at the first place wins. */
 
 #define Q3N__TOKEN_SPECIAL      1u
 #define Q3N__TOKEN_LSTRIP       2u      /* takes the white space before it along */
@@ -5422,7 +5555,8 @@ static uint32_t q3n__lower_bound(const q3n__added *tokens, uint32_t lo, uint32_t
     return lo;
 }
 
-/* The longest token at p < end, NULL if none: narrow the sorted range byte by byte. */
+/* The longest token at p < end, NULL if none: narrow the sorted range byte by byte.  Those that end
+ * at depth come first in the range (shorter is lower), so the rest has a byte there. */
 static const q3n__added *q3n__added_at(const q3n__added_index *x, const uint8_t *p,
                                        const uint8_t *end)
 {
@@ -5443,7 +5577,9 @@ static int q3n__is_word_char(const q3n__unicode *u, const uint8_t *p, const uint
     return (q3n__char_at(u, p, end).mask & Q3N__CLASS_WORD) != 0;
 }
 
-/* The next added token in [p, end) of a text that starts at begin. */
+/* The next added token in [p, end) of a text that starts at begin.  A match that does not count (a
+ * special token with no_special, a single_word beside a word character) is passed over whole: what
+ * lies inside it is plain text.  lstrip reaches back to p at most, where the token before ended. */
 static q3n__match q3n__next_added(const q3n__encoder *e, const q3n__added_index *x,
                                   const uint8_t *begin, const uint8_t *p, const uint8_t *end)
 {
@@ -5471,14 +5607,27 @@ static q3n__match q3n__next_added(const q3n__encoder *e, const q3n__added_index 
     return (q3n__match){ NULL, end, end };
 }
 
-/* ---- Merges ---- */
+/* ---- Merges ----
+ *
+ * A word begins as the tokens of its bytes.  The neighbours with the lowest rank merge, the
+ * leftmost of equals first, until no two neighbours have a merge.  "lower" with Qwen3's list (ranks
+ * between):
+ *
+ *     l 129 o 107 w 640 e 5 r     ->     l 129 o 107 w 6310 er     ->     l 10047 ow 946 er
+ *     l 14516 ower                ->     lower
+ *
+ * Words of up to 64 bytes look through all ranks after each merge; longer ones, which text made to
+ * be slow has, use a heap: n log n. */
 
 #define Q3N__NO_RANK    UINT32_MAX
 #define Q3N__SHORT_WORD 64
 
-/* A pair lies at most so many slots from its home, one that finds none is in a sorted list: so that
- * no choice of merges makes a lookup long, of pairs that are there or not.  Of the 151,387 merges
- * of Qwen3 three are in the list. */
+/* The ranks of pairs: an open hash table of 2^k slots, k such that at most 2/3 are full.  Qwen3:
+ * 151,387 merges, 2^18 slots of 8 bytes.  A slot holds half of the hash instead of the pair, which
+ * is looked up in the file's list where the halves agree.  A pair lies at most so many slots from
+ * its home, one that finds none is in a sorted list: so that no choice of merges makes a lookup
+ * long, of pairs that are there or not.  Of Qwen3's merges three are in the list.  With insertion
+ * alone bounded, at 4096, text of 20 kB and merges made for it took 4 s. */
 #define Q3N__MAX_PROBES 32
 
 struct q3n__merge_key { uint32_t left, right, rank; };
@@ -5488,6 +5637,7 @@ struct q3n__pair_slot {
     uint32_t rank_1;             /* rank + 1, 0 = empty */
 };
 
+/* The high bits choose the slot, the low half is the slot's check. */
 static uint64_t q3n__pair_hash(uint32_t left, uint32_t right)
 {
     uint64_t h = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u;
@@ -5549,7 +5699,9 @@ static uint32_t q3n__merge_result(const q3n__tokenizer *t, uint32_t rank)
     return q3n__load_u32(t->merges + 12 * (size_t)rank + 8);
 }
 
-/* n <= Q3N__SHORT_WORD bytes: look for the best pair afresh after each merge. */
+/* n <= Q3N__SHORT_WORD bytes: look for the best pair afresh after each merge.  `<` takes the
+ * leftmost of equal ranks.  A merge changes two pairs only: with the token before and with the one
+ * after. */
 static void q3n__encode_short(q3n__encoder *e, const uint8_t *p, size_t n)
 {
     const q3n__tokenizer *t = e->t;
@@ -5573,8 +5725,10 @@ static void q3n__encode_short(q3n__encoder *e, const uint8_t *p, size_t n)
     for (size_t i = 0; i < n; i++) q3n__emit(e, id[i]);
 }
 
-/* A long word is a linked list of tokens with a heap of its pairs, least rank and then leftmost
- * first.  Pairs that a merge has undone stay in the heap and are dropped when they come up. */
+/* A long word is a linked list of tokens with a heap of its pairs, lowest rank and then leftmost
+ * first: keys are rank << 32 | node, and one comparison orders both.  Pairs that a merge has undone
+ * stay in the heap and are dropped when they come up, since the node has another rank by then; if
+ * it has the same one again, the key is right again, for a rank belongs to one pair. */
 typedef struct {
     uint32_t id;
     uint32_t rank;              /* of the pair with the next; Q3N__NO_RANK also if merged away */
@@ -5609,6 +5763,8 @@ static void q3n__pair_changed(const q3n__tokenizer *t, q3n__node *nodes, uint32_
     q3n__heap_up(heap, (*n)++);
 }
 
+/* Node i is the token that began at byte i of the word; a merge leaves it there and unlinks the
+ * other.  Scratch is e->work, which later words use again.  Errors: Q3N_ERR_MEMORY. */
 static q3n_result q3n__encode_long(q3n__encoder *e, const uint8_t *p, size_t bytes)
 {
     /* n nodes, at most 2n keys: n - 1 at first, and each of n - 1 merges takes one and adds two */
@@ -5657,7 +5813,13 @@ static q3n_result q3n__encode_long(q3n__encoder *e, const uint8_t *p, size_t byt
 
 /* Where a chunk of about Q3N__TEXT_CHUNK bytes may end: before white space that follows something
  * else, or between a line end and something else.  No word of either pattern reaches across such a
- * place, and none looks across it. */
+ * place, and none looks across it:
+ *
+ *     word| next       white space begins a word here; none but a line end goes with what is before
+ *     ...\n|next       a word that has a line end stops after its last one
+ *
+ * The character after the cut is stable: normalising the two sides apart gives the same text.  A
+ * text without such a place goes whole. */
 static const uint8_t *q3n__text_chunk_end(const q3n__unicode *u, const uint8_t *p,
                                           const uint8_t *end)
 {
@@ -5724,6 +5886,7 @@ static q3n_result q3n__encode_plain(q3n__encoder *e, const uint8_t *p, const uin
     return Q3N_OK;
 }
 
+/* The outermost step: cut out the added tokens of the raw text. */
 static q3n_result q3n__encode_text(q3n__encoder *e, const uint8_t *p, const uint8_t *end)
 {
     const uint8_t *begin = p;
@@ -5736,7 +5899,11 @@ static q3n_result q3n__encode_text(q3n__encoder *e, const uint8_t *p, const uint
     return Q3N_OK;
 }
 
-/* ---- Decoding ---- */
+/* ---- Decoding ----
+ *
+ * Tokens are bytes, and a character may be spread over several: E2 82 | AC is the Euro sign.  What
+ * is unfinished waits in q3n_detokenizer (up to 3 bytes) until the next token finishes it or shows
+ * that it never will; text that was given out is valid UTF-8 at every moment. */
 
 static const char q3n__replacement[] = "\xEF\xBF\xBD";    /* U+FFFD */
 
@@ -5758,9 +5925,9 @@ static size_t q3n__put(char *out, size_t at, const void *bytes, size_t n)   /* o
     return at + n;
 }
 
-/* Feed bytes to the decoder.  Returns what it writes to out (NULL = only count).  The longest part
- * that could have become a character is replaced by one U+FFFD, as Unicode 3.9 recommends and
- * Python's errors="replace" does. */
+/* Add bytes to the text.  Returns what it writes to out (NULL = only count; the state moves on all
+ * the same).  The longest part that could have become a character is replaced by one U+FFFD, as
+ * Unicode 3.9 recommends and Python's errors="replace" does: E2 82 41 gives U+FFFD and "A". */
 static size_t q3n__decode_bytes(q3n_detokenizer *dec, const uint8_t *p, size_t bytes, char *out)
 {
     size_t n = 0;
@@ -5810,7 +5977,10 @@ static int q3n__decoder_input(const q3n__tokenizer *t, const q3n_detokenizer *de
     return 1;
 }
 
-/* ---- Opening ---- */
+/* ---- Opening: the section of a hostile file becomes tables ----
+ *
+ * split (sizes, in 64 bits) -> check_tokens (offsets, bytes) -> add_merges -> add_added.  Each step
+ * relies on those before it; a failure anywhere frees all. */
 
 typedef struct {
     const q3n__tokenizer_params *params;
@@ -5820,6 +5990,8 @@ typedef struct {
     size_t                       text_bytes;
 } q3n__tokenizer_layout;
 
+/* Errors of one entry: what is number i of its list, `where` lies in the section, found is its
+ * value. */
 static q3n_result q3n__tokenizer_bad(const q3n__tokenizer_layout *l, const uint8_t *where,
                                      const char *what, uint32_t i, uint32_t found)
 {
@@ -5829,7 +6001,8 @@ static q3n_result q3n__tokenizer_bad(const q3n__tokenizer_layout *l, const uint8
                      (unsigned)i, (unsigned)found, (unsigned)l->n_tokens, (unsigned)l->text_bytes);
 }
 
-/* Find the parts of the section. */
+/* Find the parts of the section: see TOKENIZER in FILE FORMAT.  n_merges is bounded so that sizes
+ * and rank + 1 fit 32 bits; TEXT is what remains after the lists. */
 static q3n_result q3n__tokenizer_split(q3n__tokenizer *t, q3n__tokenizer_layout *l)
 {
     const q3n__tokenizer_params *p = l->params;
@@ -5866,7 +6039,8 @@ static q3n_result q3n__tokenizer_split(q3n__tokenizer *t, q3n__tokenizer_layout 
     return Q3N_OK;
 }
 
-/* Offsets ascend within the text; every byte has a token of its own. */
+/* Offsets ascend within the text; every byte has a token of its own, the first that there is.  So
+ * any bytes can be encoded, and words begin without a lookup that could fail. */
 static q3n_result q3n__tokenizer_check_tokens(q3n__tokenizer *t, const q3n__tokenizer_layout *l)
 {
     memset(t->byte_id, 0xFF, sizeof t->byte_id);
@@ -5895,7 +6069,8 @@ static uint32_t q3n__token_length(const q3n__tokenizer *t, uint32_t id)   /* id 
 }
 
 /* Put merge `rank` into the table, unless its pair is there already: the lower rank wins.  One that
- * finds no slot is appended to crowded. */
+ * finds no slot is appended to crowded.  The result must be as long as left and right together;
+ * that its bytes are theirs is the file's affair. */
 static q3n_result q3n__add_merge(q3n__tokenizer *t, const q3n__tokenizer_layout *l, uint32_t rank,
                                  q3n__buffer *crowded, const q3n_allocator *a)
 {
@@ -5926,6 +6101,8 @@ static q3n_result q3n__add_merge(q3n__tokenizer *t, const q3n__tokenizer_layout 
     return Q3N_OK;
 }
 
+/* 1.5 n slots or more, so that a third at least is empty.  pairs and crowded belong to t at once,
+ * also when a merge is bad: q3n__tokenizer_close frees them. */
 static q3n_result q3n__tokenizer_add_merges(q3n__tokenizer *t, const q3n__tokenizer_layout *l,
                                             const q3n_allocator *a)
 {
@@ -5971,7 +6148,8 @@ static void q3n__index_added(q3n__added_index *x, const q3n__added *tokens, uint
     }
 }
 
-/* Tokens that are searched in normalised text are themselves normalised. */
+/* Tokens that are searched in normalised text are themselves normalised.  Two passes: the buffer
+ * moves while it grows, so texts are pointed at only when all are in it. */
 static q3n_result q3n__normalize_added(q3n__tokenizer *t, uint32_t n_added, const q3n_allocator *a)
 {
     q3n__normalizer z = q3n__normalizer_begin(t->unicode, a);
@@ -5996,7 +6174,8 @@ static q3n_result q3n__normalize_added(q3n__tokenizer *t, uint32_t n_added, cons
     return ok ? Q3N_OK : Q3N_ERR_MEMORY;
 }
 
-/* Read and index the list of added tokens. */
+/* Read and index the list of added tokens.  Their texts stay in the mapped section, but for those
+ * that NFC may change.  An id may stand once, its text has 1 to 4096 bytes. */
 static q3n_result q3n__tokenizer_add_added(q3n__tokenizer *t, const q3n__tokenizer_layout *l,
                                            const q3n_allocator *a)
 {
@@ -6118,6 +6297,7 @@ Q3N_DEF q3n_result q3n_detokenizer_next(q3n_detokenizer *dec, const q3n_model *m
     return Q3N_OK;
 }
 
+/* An unfinished character at the end of the text is one U+FFFD. */
 Q3N_DEF void q3n_detokenizer_finish(q3n_detokenizer *dec, char *out, size_t *n)
 {
     if (n) *n = 0;
@@ -6127,6 +6307,7 @@ Q3N_DEF void q3n_detokenizer_finish(q3n_detokenizer *dec, char *out, size_t *n)
     dec->n_pending = 0;
 }
 
+/* Twice over the ids, counting and then writing: out is not touched if it is too small. */
 Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t n_ids,
                                   char *out, size_t max, size_t *n)
 {
