@@ -12605,7 +12605,8 @@ Q3N_DEF void q3n_session_speculation(const q3n_session *s, q3n_speculation *out)
 /* =====================================================================================
  * [26] KERNELS, SCALAR: the definition                               >>kernels-scalar
  *
- * Written from the equations; every other ISA is tested against these.
+ * Written from the equations; every other ISA is tested against these.  At the end: what the
+ * sections of the other ISAs share.
  * ===================================================================================== */
 
 /* ---- Reading and writing elements: one pair per type ---- */
@@ -13013,16 +13014,6 @@ static void q3n__bind_scalar(q3n__kernels *k)
     k->block_sums    = q3n__block_sums_scalar;
 }
 
-/* =====================================================================================
- * [27] KERNELS, AVX2                                                   >>kernels-avx2
- *
- * How all three ISA sections work.  An element of a product has one accumulator vector that walks
- * the columns in steps of one vector; a shorter last step reads zeros after the end; then one
- * order of horizontal sums.  Tiles of several rows and tokens only put independent elements next
- * to each other, so no tile shape changes a bit.  Loops over constants, marked Q3N__UNROLL, unroll
- * completely and their arrays live in registers.
- * ===================================================================================== */
-
 /* ---- Shared by the ISA sections ---- */
 #if defined(_MSC_VER) && !defined(__clang__)
 #  define Q3N__INLINE static __forceinline
@@ -13054,19 +13045,95 @@ static void q3n__bind_scalar(q3n__kernels *k)
 
 /* out [n, width] = sum over i in [step0, step1) of x[., i] m[i, .]; step0 > 0 continues from out */
 typedef struct {
-    const void  *m;              /* [steps, m_stride] of a float type                            */
+    const void  *m;              /* [steps, m_stride] of a type of the KV cache                  */
     const float *x;              /* [n, x_stride]                                                */
     float       *out;            /* [n, out_stride]                                              */
     size_t       m_stride, x_stride, out_stride;
-    int          n, step0, step1, width;
+    int          n, step0, step1, width;   /* n is 1 to 4                                        */
+    q3n_type     type;
 } q3n__mix;
-
-typedef void (*q3n__mix_fn)(const q3n__mix *p);
 
 /* Rows of m that are fetched into L2 ahead: its tiles are too narrow for the hardware's prefetch
  * (keys and values from memory, 4 queries of 256, bf16: 17.6 instead of 28 ns a query and key with
  * 64 rows, 22.5 with 16, Zen 4). */
 #define Q3N__MIX_AHEAD 64
+
+/* What attention needs of an ISA.  A tile of its mix has `columns` columns. */
+typedef struct {
+    void  (*mix)(const q3n__mix *p);
+    float (*max)(const float *x, int n);                     /* max(-FLT_MAX, x_0, ...)          */
+    float (*exp_sum)(float *x, int n, float m);              /* x_i = e^(x_i - m); their sum     */
+    void  (*scale)(float *s, const float *scale, int n);     /* s_j *= scale_j                   */
+    int     columns;
+} q3n__attend_parts;
+
+/* Up to four queries from query i on.  They share the values up to the smallest of their counts;
+ * each goes on alone from there, so that none sees a value that is not its own. */
+static void q3n__attend_group(const q3n__attend_parts *f, q3n_type type, const q3n__attend *a,
+                              int i, int T)
+{
+    int least = Q3N__KV_BLOCK, most = 0;
+    for (int t = i; t < i + T; t++) {
+        if (a->n_keys[t] < least) least = a->n_keys[t];
+        if (a->n_keys[t] > most)  most  = a->n_keys[t];
+    }
+    const int has_scales = type == Q3N_TYPE_Q8;
+    float *scores = a->scores + (size_t)i * Q3N__KV_BLOCK;
+    float *o = a->o + (size_t)i * (size_t)a->o_stride;
+    const q3n__mix qk = { a->k, a->q + (size_t)i * (size_t)a->q_stride, scores, Q3N__KV_BLOCK,
+                          (size_t)a->q_stride, Q3N__KV_BLOCK, T, 0, a->dim,
+                          (most + f->columns - 1) / f->columns * f->columns, type };
+    f->mix(&qk);
+    for (int t = 0; t < T; t++) {
+        float *s = scores + t * Q3N__KV_BLOCK;
+        if (has_scales) f->scale(s, a->k_scale, a->n_keys[i + t]);
+        a->m[i + t] = f->max(s, a->n_keys[i + t]);
+        a->l[i + t] = f->exp_sum(s, a->n_keys[i + t], a->m[i + t]);
+        if (has_scales) f->scale(s, a->v_scale, a->n_keys[i + t]);
+    }
+    const q3n__mix pv = { a->v, scores, o, (size_t)a->dim, Q3N__KV_BLOCK, (size_t)a->o_stride, T, 0,
+                          least, a->dim, type };
+    f->mix(&pv);
+    for (int t = 0; t < T; t++) {
+        if (a->n_keys[i + t] == least) continue;
+        const q3n__mix rest = { a->v, scores + t * Q3N__KV_BLOCK,
+                                o + (size_t)t * (size_t)a->o_stride, (size_t)a->dim, 0, 0, 1,
+                                least, a->n_keys[i + t], a->dim, type };
+        f->mix(&rest);
+    }
+}
+
+static Q3N__UNUSED void q3n__attend_groups(const q3n__attend_parts *f, q3n_type type,
+                                           const q3n__attend *a)
+{
+    for (int i = 0; i < a->n; i += 4)
+        q3n__attend_group(f, type, a, i, a->n - i < 4 ? a->n - i : 4);
+}
+
+/* Entries of the table for the types of matrices and of the KV cache: what they call asks for the
+ * type once a tile or once a vector of several rows, so that one body serves all. */
+#define Q3N__DEFINE_FLOAT_TYPE(id, ID, isa)                                                        \
+    static void q3n__matmul_##id##_##isa(const q3n__matmul *m)                                     \
+    {                                                                                              \
+        q3n__matmul_##isa(Q3N_TYPE_##ID, m);                                                       \
+    }                                                                                              \
+    static void q3n__to_f32_##id##_##isa(float *y, const void *x, int n)                           \
+    {                                                                                              \
+        q3n__to_f32_##isa(Q3N_TYPE_##ID, y, x, n);                                                 \
+    }
+#define Q3N__DEFINE_ATTEND(id, ID, isa)                                                            \
+    static void q3n__attend_##id##_##isa(const q3n__attend *a)                                     \
+    {                                                                                              \
+        q3n__attend_groups(&q3n__attend_##isa, Q3N_TYPE_##ID, a);                                  \
+    }
+#define Q3N__DEFINE_FLOAT_TYPES(isa)                                                               \
+    Q3N__DEFINE_FLOAT_TYPE(f32, F32, isa)                                                          \
+    Q3N__DEFINE_FLOAT_TYPE(f16, F16, isa)                                                          \
+    Q3N__DEFINE_FLOAT_TYPE(bf16, BF16, isa)                                                        \
+    Q3N__DEFINE_ATTEND(f32, F32, isa)                                                              \
+    Q3N__DEFINE_ATTEND(f16, F16, isa)                                                              \
+    Q3N__DEFINE_ATTEND(bf16, BF16, isa)                                                            \
+    Q3N__DEFINE_ATTEND(q8, Q8, isa)
 
 /* Tokens of the next tile: at most `most`, and no tile of one after a full one. */
 static Q3N__UNUSED int q3n__tile_tokens(int left, int max)
@@ -13079,6 +13146,44 @@ static Q3N__UNUSED int q3n__block_tokens(int n_cols, int tile)
 {
     const int tiles = 65536 / ((n_cols > 0 ? n_cols : 1) * tile);         /* 256 KiB of inputs */
     return (tiles < 1 ? 1 : tiles) * tile;
+}
+
+/* The operands of a tile of float weights. */
+typedef struct {
+    const void  *w[8];           /* where its rows begin; those after the last are copies of it  */
+    const float *x[8];           /* ... and its tokens                                           */
+    size_t       ahead;          /* bytes to the rows that come next, 0 = do not fetch them      */
+    size_t       size;           /* bytes of a weight                                            */
+    uint8_t      tail_w[8][64];
+    float        tail_x[8][16];
+} q3n__operands;
+
+static Q3N__UNUSED void q3n__operands_at(q3n__operands *p, q3n_type type, const q3n__matmul *m,
+                                         int r, int t, int most)
+{
+    p->size = (size_t)q3n__types[type].block_bytes;
+    for (int i = 0; i < 8; i++) {
+        const int row = r + i < m->row1 ? r + i : m->row1 - 1, token = t + i < m->n ? t + i : t;
+        p->w[i] = (const uint8_t *)m->w + (size_t)row * (size_t)m->n_cols * p->size;
+        p->x[i] = q3n__matmul_x(m, token);
+    }
+    const int first = t % q3n__block_tokens(m->n_cols, most) == 0, rows = m->n == 1 ? 8 : 4;
+    p->ahead = first ? (size_t)rows * (size_t)m->n_cols * p->size : 0;
+}
+
+/* The operands become their last n columns, fewer than a vector, with zeros after them. */
+static Q3N__UNUSED void q3n__operands_tail(q3n__operands *p, int n_cols, int n)
+{
+    const size_t at = (size_t)(n_cols - n);
+    memset(p->tail_w, 0, sizeof p->tail_w);
+    memset(p->tail_x, 0, sizeof p->tail_x);
+    for (int i = 0; i < 8; i++) {
+        memcpy(p->tail_w[i], (const uint8_t *)p->w[i] + at * p->size, (size_t)n * p->size);
+        memcpy(p->tail_x[i], p->x[i] + at, (size_t)n * sizeof(float));
+        p->w[i] = p->tail_w[i];
+        p->x[i] = p->tail_x[i];
+    }
+    p->ahead = 0;
 }
 
 /* Row i of the convolution's input: the state's columns, then x. */
@@ -13098,6 +13203,21 @@ static Q3N__UNUSED void q3n__conv_shift(const q3n__conv *c)
         memcpy(c->state_out + (size_t)j * (size_t)c->n_channels + c->c0,
                q3n__conv_input(c, c->n + j) + c->c0, (size_t)(c->c1 - c->c0) * sizeof(float));
 }
+
+/* =====================================================================================
+ * [27] KERNELS, AVX2                                                   >>kernels-avx2
+ *
+ * How all three ISA sections work.  An element of a product has one accumulator vector that walks
+ * the columns in steps of one vector; a shorter last step reads zeros after the end; then one
+ * order of horizontal sums.  Tiles of several rows and tokens only put independent elements next
+ * to each other, so no tile shape changes a bit.  Loops over constants, marked Q3N__UNROLL, unroll
+ * completely and their arrays live in registers.
+ *
+ * Whoever includes this file compiles every body in it: one more shape or type that is a constant
+ * has to be worth that.  What a call or a branch does not slow is shared: the beginning and the end
+ * of a tile, the types where many products stand beside the branch, the number of tokens of a
+ * quantised tile, whose accumulators live in the first-level cache.
+ * ===================================================================================== */
 
 #if Q3N__X86 && !defined(Q3N_NO_AVX2)
 Q3N__TARGET_BEGIN("avx2,fma,f16c")
@@ -13119,25 +13239,46 @@ Q3N__INLINE void q3n__storef_avx2(float *p, __m256 v, int n)
     else        _mm256_maskstore_ps(p, q3n__mask_avx2(n), v);
 }
 
-/* Elements [i, i + 8) of a row of floats, or of bytes (q8).  type is a constant in every use. */
-Q3N__INLINE __m256 q3n__load_avx2(q3n_type type, const void *row, size_t i, int n)
+/* Elements [i, i + 8) of a row of floats, or of bytes (q8). */
+Q3N__INLINE __m256 q3n__load8_avx2(q3n_type type, const void *row, size_t i)
 {
-    if (type == Q3N_TYPE_F32) return q3n__loadf_avx2((const float *)row + i, n);
+    if (type == Q3N_TYPE_F32) return _mm256_loadu_ps((const float *)row + i);
     if (type == Q3N_TYPE_Q8) {
-        int8_t bytes[8] = { 0 };
-        memcpy(bytes, (const int8_t *)row + i, n >= 8 ? 8 : (size_t)n);
-        const __m128i v = _mm_loadl_epi64((const __m128i *)(const void *)bytes);
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v));
+        const void *bytes = (const int8_t *)row + i;
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)bytes)));
     }
-    const uint16_t *p = (const uint16_t *)row + i;
-    uint16_t part[8] = { 0 };
-    if (n < 8) {
-        memcpy(part, p, (size_t)n * sizeof *p);
-        p = part;
-    }
-    const __m128i h = _mm_loadu_si128((const __m128i *)(const void *)p);
+    const void *halves = (const uint16_t *)row + i;
+    const __m128i h = _mm_loadu_si128((const __m128i *)halves);
     if (type == Q3N_TYPE_F16) return _mm256_cvtph_ps(h);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+
+/* The same as far as they are real. */
+static __m256 q3n__load_avx2(q3n_type type, const void *row, size_t i, int n)
+{
+    const size_t size = q3n__kv_element(type);
+    uint8_t part[8 * sizeof(float)] = { 0 };
+    if (n >= 8) return q3n__load8_avx2(type, row, i);
+    memcpy(part, (const uint8_t *)row + i * size, (size_t)n * size);
+    return q3n__load8_avx2(type, part, 0);
+}
+
+/* Elements [i, i + 8) of n rows.  n is a constant in every use, the type need not be. */
+Q3N__INLINE void q3n__loads_avx2(q3n_type type, int n, const void *const *row, size_t i, __m256 *v)
+{
+    if (type == Q3N_TYPE_BF16) {
+        Q3N__UNROLL
+        for (int r = 0; r < n; r++) v[r] = q3n__load8_avx2(Q3N_TYPE_BF16, row[r], i);
+    } else if (type == Q3N_TYPE_F32) {
+        Q3N__UNROLL
+        for (int r = 0; r < n; r++) v[r] = q3n__load8_avx2(Q3N_TYPE_F32, row[r], i);
+    } else if (type == Q3N_TYPE_F16) {
+        Q3N__UNROLL
+        for (int r = 0; r < n; r++) v[r] = q3n__load8_avx2(Q3N_TYPE_F16, row[r], i);
+    } else {
+        Q3N__UNROLL
+        for (int r = 0; r < n; r++) v[r] = q3n__load8_avx2(Q3N_TYPE_Q8, row[r], i);
+    }
 }
 
 /* The sums of four vectors. */
@@ -13187,35 +13328,7 @@ Q3N__INLINE __m256 q3n__exp1_avx2(__m256 x)
 }
 
 /* ---- Matrix product: a tile of R rows x T tokens, one accumulator for each ---- */
-#define Q3N__TOKENS_AVX2 3     /* 4 x 3 accumulators, 3 inputs, 1 weight: 8 registers */
-
-typedef struct {
-    const void  *w[8];
-    const float *x[Q3N__TOKENS_AVX2];
-    __m256       s[8][Q3N__TOKENS_AVX2];
-    size_t       ahead;          /* bytes to the rows that come next, 0 = do not fetch them      */
-} q3n__tile_regs_avx2;
-
-/* One vector of columns.  R and T are constants in every use, so that s stays in registers. */
-Q3N__INLINE void q3n__tile_step_avx2(q3n_type type, int R, int T,
-                                       q3n__tile_regs_avx2 *p, int j, int n)
-{
-    const int size = q3n__types[type].block_bytes;
-    __m256 x[Q3N__TOKENS_AVX2];
-    if (p->ahead) {
-        Q3N__UNROLL
-        for (int r = 0; r < R; r++)
-            _mm_prefetch((const char *)p->w[r] + p->ahead + (size_t)(j * size), _MM_HINT_T1);
-    }
-    Q3N__UNROLL
-    for (int t = 0; t < T; t++) x[t] = q3n__loadf_avx2(p->x[t] + j, n);
-    Q3N__UNROLL
-    for (int r = 0; r < R; r++) {
-        const __m256 w = q3n__load_avx2(type, p->w[r], (size_t)j, n);
-        Q3N__UNROLL
-        for (int t = 0; t < T; t++) p->s[r][t] = _mm256_fmadd_ps(w, x[t], p->s[r][t]);
-    }
-}
+#define Q3N__TOKENS_AVX2 3     /* 4 x 3 accumulators, 3 inputs, 1 weight: 16 registers */
 
 /* y of token t, rows [r, r + 4) as far as they are wanted */
 Q3N__INLINE void q3n__store_rows_avx2(const q3n__matmul *m, int r, int t, __m128 v)
@@ -13226,37 +13339,55 @@ Q3N__INLINE void q3n__store_rows_avx2(const q3n__matmul *m, int r, int t, __m128
     _mm_maskstore_ps(y, k, v);
 }
 
+static void q3n__store_tile_avx2(const q3n__matmul *m, int r0, int t0, int R, int T,
+                                 const __m256 *s)
+{
+    for (int t = t0; t < t0 + T && t < m->n; t++)
+        for (int r = r0; r < r0 + R; r += 4, s += 4)
+            if (r < m->row1) q3n__store_rows_avx2(m, r, t, q3n__sum4_avx2(s[0], s[1], s[2], s[3]));
+}
+
 /* Rows after the last are computed as copies of it and dropped: every output takes one path.  The
  * first tile of a row fetches the next R rows into L2, a line more than once: the hardware's
  * prefetch stops at each row's end (bf16 from memory, rows of 512: 24 instead of 11 GB/s, Zen 4;
- * into L1, or each line once, it gains less). */
+ * into L1, or each line once, it gains less).  type, R and T are constants in every use, so that s
+ * stays in registers: of 16 there is none for a second weight, so every type has its own body.  To
+ * ask whether to fetch takes longer than to fetch what is there (bf16: 10 % of a tile of 3 tokens,
+ * Cascade Lake), but for f32, which loads twice as much. */
 Q3N__INLINE void q3n__tile_avx2(q3n_type type, int R, int T, const q3n__matmul *m, int r0, int t0)
 {
-    const size_t row_bytes = q3n__row_bytes(type, m->n_cols);
-    q3n__tile_regs_avx2 p;
+    __m256 s[8][Q3N__TOKENS_AVX2], sums[8 * Q3N__TOKENS_AVX2], x[Q3N__TOKENS_AVX2];
+    q3n__operands p;
+    q3n__operands_at(&p, type, m, r0, t0, Q3N__TOKENS_AVX2);
     Q3N__UNROLL
-    for (int t = 0; t < T; t++) p.x[t] = q3n__matmul_x(m, t0 + t);
-    Q3N__UNROLL
-    for (int r = 0; r < R; r++) {
-        const int row = r0 + r < m->row1 ? r0 + r : m->row1 - 1;
-        p.w[r] = (const uint8_t *)m->w + (size_t)row * row_bytes;
+    for (int r = 0; r < R; r++)
         Q3N__UNROLL
-        for (int t = 0; t < T; t++) p.s[r][t] = _mm256_setzero_ps();
+        for (int t = 0; t < T; t++) s[r][t] = _mm256_setzero_ps();
+    const int left = m->n_cols % 8;
+    for (int pass = 0; pass < 1 + (left > 0); pass++) {
+        const int n = pass ? 8 : m->n_cols - left;
+        if (pass) q3n__operands_tail(&p, m->n_cols, left);
+        for (int j = 0; j < n; j += 8) {
+            if (p.ahead || type != Q3N_TYPE_F32) {
+                Q3N__UNROLL
+                for (int r = 0; r < R; r++)
+                    _mm_prefetch((const char *)p.w[r] + p.ahead + (size_t)j * p.size, _MM_HINT_T1);
+            }
+            Q3N__UNROLL
+            for (int t = 0; t < T; t++) x[t] = _mm256_loadu_ps(p.x[t] + j);
+            Q3N__UNROLL
+            for (int r = 0; r < R; r++) {
+                const __m256 w = q3n__load8_avx2(type, p.w[r], (size_t)j);
+                Q3N__UNROLL
+                for (int t = 0; t < T; t++) s[r][t] = _mm256_fmadd_ps(w, x[t], s[r][t]);
+            }
+        }
     }
-    const int first = t0 % q3n__block_tokens(m->n_cols, Q3N__TOKENS_AVX2) == 0;
-    p.ahead = first ? (size_t)R * row_bytes : 0;
-    int j = 0;
-    for (; j + 8 <= m->n_cols; j += 8) q3n__tile_step_avx2(type, R, T, &p, j, 8);
-    if (j < m->n_cols) q3n__tile_step_avx2(type, R, T, &p, j, m->n_cols - j);
     Q3N__UNROLL
-    for (int r = 0; r < R; r += 4) {
-        if (r0 + r >= m->row1) break;
+    for (int t = 0; t < T; t++)
         Q3N__UNROLL
-        for (int t = 0; t < T; t++)
-            q3n__store_rows_avx2(m, r0 + r, t0 + t,
-                                   q3n__sum4_avx2(p.s[r][t], p.s[r + 1][t], p.s[r + 2][t],
-                                                    p.s[r + 3][t]));
-    }
+        for (int r = 0; r < R; r++) sums[t * R + r] = s[r][t];
+    q3n__store_tile_avx2(m, r0, t0, R, T, sums);
 }
 
 /* Four rows, tokens [t, t1): the weights come from L1 for all but the first tile. */
@@ -13265,7 +13396,7 @@ Q3N__INLINE void q3n__rows_avx2(q3n_type type, const q3n__matmul *m, int r, int 
     while (t < t1) {
         const int T = q3n__tile_tokens(t1 - t, Q3N__TOKENS_AVX2);
         switch (T) {
-        case 1: q3n__tile_avx2(type, 4, 1, m, r, t); break;
+        case 1:              /* the one twice */
         case 2: q3n__tile_avx2(type, 4, 2, m, r, t); break;
         case 3: q3n__tile_avx2(type, 4, 3, m, r, t); break;
         }
@@ -13288,55 +13419,84 @@ Q3N__INLINE void q3n__matmul_avx2(q3n_type type, const q3n__matmul *m)
 
 /* ---- Attention: both products are out += x M with the vectors along M's rows ---- */
 
-/* Columns [c, c + 8 V) of T rows of out; n is how many are real if V is 1.  T, V are constants. */
-Q3N__INLINE void q3n__mix_tile_avx2(q3n_type type, int V, int T, const q3n__mix *p, int c, int n)
+/* Columns [c, c + 8 V) of T rows of out.  V and T are constants in every use; rows after the last
+ * are copies of it. */
+Q3N__INLINE void q3n__mix_tile_avx2(q3n_type type, int V, int T, const q3n__mix *p, int c)
 {
     const size_t size = q3n__kv_element(type);
-    __m256 s[4][4], x[4];
+    const void *m[4];
+    const float *x[4];
+    float *out[4];
+    __m256 s[4][4], v[4];
     Q3N__UNROLL
-    for (int v = 0; v < V; v++)
+    for (int i = 0; i < V; i++) m[i] = (const uint8_t *)p->m + (size_t)(c + 8 * i) * size;
+    Q3N__UNROLL
+    for (int t = 0; t < T; t++) {
+        const size_t row = (size_t)(t < p->n ? t : p->n - 1);
+        x[t] = p->x + row * p->x_stride;
+        out[t] = p->out + row * p->out_stride + c;
         Q3N__UNROLL
-        for (int t = 0; t < T; t++)
-            s[v][t] = p->step0 == 0 ? _mm256_setzero_ps()
-                    : q3n__loadf_avx2(p->out + (size_t)t * p->out_stride + c + 8 * v, n);
-    for (int i = p->step0; i < p->step1; i++) {
+        for (int i = 0; i < V; i++)
+            s[t][i] = p->step0 == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(out[t] + 8 * i);
+    }
+    for (int j = p->step0; j < p->step1; j++) {
+        const size_t at = (size_t)j * p->m_stride;
         Q3N__UNROLL
-        for (int t = 0; t < T; t++)
-            x[t] = _mm256_set1_ps(p->x[(size_t)t * p->x_stride + (size_t)i]);
-        const size_t first = (size_t)i * p->m_stride + (size_t)c;
-        const char *ahead = (const char *)p->m + (first + Q3N__MIX_AHEAD * p->m_stride) * size;
+        for (int i = 0; i < V; i++)
+            _mm_prefetch((const char *)m[i] + (at + Q3N__MIX_AHEAD * p->m_stride) * size,
+                         _MM_HINT_T1);
+        q3n__loads_avx2(type, V, m, at, v);
         Q3N__UNROLL
-        for (int v = 0; v < V; v++) {
-            if (V > 1) _mm_prefetch(ahead + 8 * (size_t)v * size, _MM_HINT_T1);
-            const __m256 m = q3n__load_avx2(type, p->m, first + 8 * (size_t)v, n);
+        for (int t = 0; t < T; t++) {
+            const __m256 xt = _mm256_set1_ps(x[t][j]);
             Q3N__UNROLL
-            for (int t = 0; t < T; t++) s[v][t] = _mm256_fmadd_ps(m, x[t], s[v][t]);
+            for (int i = 0; i < V; i++) s[t][i] = _mm256_fmadd_ps(v[i], xt, s[t][i]);
         }
     }
     Q3N__UNROLL
-    for (int v = 0; v < V; v++)
+    for (int t = 0; t < T; t++)
         Q3N__UNROLL
-        for (int t = 0; t < T; t++)
-            q3n__storef_avx2(p->out + (size_t)t * p->out_stride + c + 8 * v, s[v][t], n);
+        for (int i = 0; i < V; i++) _mm256_storeu_ps(out[t] + 8 * i, s[t][i]);
 }
 
-Q3N__INLINE void q3n__mix_rows_avx2(q3n_type type, int T, const q3n__mix *p)
+/* The columns that are left, from c on: few heads have any. */
+static void q3n__mix_rest_avx2(const q3n__mix *p, int c)
 {
-    const int V = T == 4 ? 2 : 4;    /* V x T accumulators, T inputs, 1 of m: 16 registers */
+    for (; c < p->width; c += 8)
+        for (int t = 0; t < p->n; t++) {
+            float *out = p->out + (size_t)t * p->out_stride + c;
+            const float *x = p->x + (size_t)t * p->x_stride;
+            const int n = p->width - c;
+            __m256 s = p->step0 == 0 ? _mm256_setzero_ps() : q3n__loadf_avx2(out, n);
+            for (int j = p->step0; j < p->step1; j++) {
+                const size_t at = (size_t)j * p->m_stride + (size_t)c;
+                s = _mm256_fmadd_ps(q3n__load_avx2(p->type, p->m, at, n), _mm256_set1_ps(x[j]), s);
+            }
+            q3n__storef_avx2(out, s, n);
+        }
+}
+
+Q3N__INLINE int q3n__mix_tiles_avx2(q3n_type type, int V, int T, const q3n__mix *p)
+{
     int c = 0;
-    for (; c + 8 * V <= p->width; c += 8 * V) q3n__mix_tile_avx2(type, V, T, p, c, 8);
-    for (; c + 8 <= p->width; c += 8) q3n__mix_tile_avx2(type, 1, T, p, c, 8);
-    if (c < p->width) q3n__mix_tile_avx2(type, 1, T, p, c, p->width - c);
+    for (; c + 8 * V <= p->width; c += 8 * V) q3n__mix_tile_avx2(type, V, T, p, c);
+    return c;
 }
 
-Q3N__INLINE void q3n__mix_avx2(q3n_type type, const q3n__mix *p)
+/* Of one or two rows each type has its own body, as in AVX-512. */
+Q3N__INLINE int q3n__mix_typed_avx2(int T, const q3n__mix *p)
 {
-    switch (p->n) {
-    case 1: q3n__mix_rows_avx2(type, 1, p); break;
-    case 2: q3n__mix_rows_avx2(type, 2, p); break;
-    case 3: q3n__mix_rows_avx2(type, 3, p); break;
-    case 4: q3n__mix_rows_avx2(type, 4, p); break;
-    }
+    if (p->type == Q3N_TYPE_F32) return q3n__mix_tiles_avx2(Q3N_TYPE_F32, 4, T, p);
+    if (p->type == Q3N_TYPE_F16) return q3n__mix_tiles_avx2(Q3N_TYPE_F16, 4, T, p);
+    if (p->type == Q3N_TYPE_Q8)  return q3n__mix_tiles_avx2(Q3N_TYPE_Q8, 4, T, p);
+    return q3n__mix_tiles_avx2(Q3N_TYPE_BF16, 4, T, p);
+}
+
+static void q3n__mix_avx2(const q3n__mix *p)   /* tiles of 16 registers: accumulators, m and x */
+{
+    const int c = p->n == 1 ? q3n__mix_typed_avx2(1, p)
+                : p->n == 2 ? q3n__mix_typed_avx2(2, p) : q3n__mix_tiles_avx2(p->type, 2, 4, p);
+    q3n__mix_rest_avx2(p, c);
 }
 
 /* max(-FLT_MAX, x_0, ...) */
@@ -13377,75 +13537,18 @@ static void q3n__attend_scale_avx2(float *s, const float *scale, int n)
                                               q3n__loadf_avx2(scale + j, n - j)), n - j);
 }
 
-/* Up to four queries from query i on.  They share the values up to the least of their counts; each
- * goes on alone from there, so that none sees a value that is not its own. */
-static void q3n__attend_group_avx2(const q3n__attend *a, int i, int T, q3n__mix_fn mix,
-                                   int has_scales)
-{
-    int min = Q3N__KV_BLOCK, max = 0;
-    for (int t = i; t < i + T; t++) {
-        if (a->n_keys[t] < min) min = a->n_keys[t];
-        if (a->n_keys[t] > max)  max  = a->n_keys[t];
-    }
-    float *scores = a->scores + (size_t)i * Q3N__KV_BLOCK;
-    float *o = a->o + (size_t)i * (size_t)a->o_stride;
-    const q3n__mix qk = { a->k, a->q + (size_t)i * (size_t)a->q_stride, scores, Q3N__KV_BLOCK,
-                          (size_t)a->q_stride, Q3N__KV_BLOCK, T, 0, a->dim, (max + 7) / 8 * 8 };
-    mix(&qk);
-    for (int t = 0; t < T; t++) {
-        float *s = scores + t * Q3N__KV_BLOCK;
-        if (has_scales) q3n__attend_scale_avx2(s, a->k_scale, a->n_keys[i + t]);
-        a->m[i + t] = q3n__max_avx2(s, a->n_keys[i + t]);
-        a->l[i + t] = q3n__exp_sum_avx2(s, a->n_keys[i + t], a->m[i + t]);
-        if (has_scales) q3n__attend_scale_avx2(s, a->v_scale, a->n_keys[i + t]);
-    }
-    q3n__mix pv = { a->v, scores, o, (size_t)a->dim, Q3N__KV_BLOCK, (size_t)a->o_stride, T, 0,
-                    min, a->dim };
-    mix(&pv);
-    for (int t = 0; t < T; t++) {
-        if (a->n_keys[i + t] == min) continue;
-        const q3n__mix rest = { a->v, scores + t * Q3N__KV_BLOCK,
-                                o + (size_t)t * (size_t)a->o_stride, (size_t)a->dim, 0, 0, 1,
-                                min, a->n_keys[i + t], a->dim };
-        mix(&rest);
-    }
-}
-
-static void q3n__attend_avx2(const q3n__attend *a, q3n__mix_fn mix, int has_scales)
-{
-    for (int i = 0; i < a->n; i += 4)
-        q3n__attend_group_avx2(a, i, a->n - i < 4 ? a->n - i : 4, mix, has_scales);
-}
+static const q3n__attend_parts q3n__attend_avx2 = {
+    q3n__mix_avx2, q3n__max_avx2, q3n__exp_sum_avx2, q3n__attend_scale_avx2, 32
+};
 
 /* ---- One instance for each float type ---- */
-Q3N__INLINE void q3n__to_f32_avx2(q3n_type type, float *y, const void *x, int n)
+static void q3n__to_f32_avx2(q3n_type type, float *y, const void *x, int n)
 {
     for (int i = 0; i < n; i += 8)
         q3n__storef_avx2(y + i, q3n__load_avx2(type, x, (size_t)i, n - i), n - i);
 }
 
-#define Q3N__DEFINE_FLOAT_TYPE_AVX2(ID, id, number, block_len, block_bytes)                        \
-    static void q3n__matmul_##id##_avx2(const q3n__matmul *m)                                    \
-    {                                                                                              \
-        q3n__matmul_avx2(Q3N_TYPE_##ID, m);                                                      \
-    }                                                                                              \
-    static void q3n__mix_##id##_avx2(const q3n__mix *p) { q3n__mix_avx2(Q3N_TYPE_##ID, p); }   \
-    static void q3n__attend_##id##_avx2(const q3n__attend *a)                                    \
-    {                                                                                              \
-        q3n__attend_avx2(a, q3n__mix_##id##_avx2, 0);                                            \
-    }                                                                                              \
-    static void q3n__to_f32_##id##_avx2(float *y, const void *x, int n)                          \
-    {                                                                                              \
-        q3n__to_f32_avx2(Q3N_TYPE_##ID, y, x, n);                                                \
-    }
-
-Q3N_FLOAT_TYPE_LIST(Q3N__DEFINE_FLOAT_TYPE_AVX2)
-
-static void q3n__mix_q8_avx2(const q3n__mix *p) { q3n__mix_avx2(Q3N_TYPE_Q8, p); }
-static void q3n__attend_q8_avx2(const q3n__attend *a)
-{
-    q3n__attend_avx2(a, q3n__mix_q8_avx2, 1);
-}
+Q3N__DEFINE_FLOAT_TYPES(avx2)
 
 /* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
 typedef struct {
@@ -13701,7 +13804,7 @@ static void q3n__sigmoid_mul_avx2(float *y, const float *gate, int n)
 #define Q3N__Q4_ZERO_AVX2 70             /* makes the least level 0                              */
 #define Q3N__Q3_ZERO_AVX2 73
 #define Q3N__AHEAD_AVX2   4096           /* bytes to what is fetched                             */
-#define Q3N__TOKENS_QUANT_AVX2 8
+#define Q3N__TOKENS_QUANT_AVX2 8         /* their accumulators live in the first-level cache     */
 
 static const uint8_t q3n__q4_bytes_avx2[16] = {
 #define Q3N__X(level) (uint8_t)((level) + Q3N__Q4_ZERO_AVX2),
@@ -13796,7 +13899,7 @@ Q3N__INLINE void q3n__put_rows_avx2(const q3n__matmul *m, int r, int t, const __
     }
 }
 
-/* 16 rows and T tokens.  type and T are constants in every use. */
+/* 16 rows and T tokens.  type is a constant in every use, T where it is 1. */
 Q3N__INLINE void q3n__quant_tile_avx2(q3n_type type, int T, const q3n__matmul *m, int r, int t0)
 {
     const size_t block_bytes = (size_t)q3n__types[type].block_bytes * Q3N__TILE_ROWS;
@@ -13840,10 +13943,12 @@ Q3N__INLINE void q3n__matmul_quantised_avx2(q3n_type type, const q3n__matmul *m)
 {
     for (int r = m->row0; r < m->row1; r += Q3N__TILE_ROWS)
         for (int t = 0; t < m->n; ) {
-            const int left = m->n - t;
-            if (left >= 8)      { q3n__quant_tile_avx2(type, 8, m, r, t); t += 8; }
-            else if (left >= 4) { q3n__quant_tile_avx2(type, 4, m, r, t); t += 4; }
-            else                { q3n__quant_tile_avx2(type, 1, m, r, t); t += 1; }
+            /* two or three of q8 are faster one by one: it has little to unpack */
+            const int left = m->n - t, apart = left == 1 || (type == Q3N_TYPE_Q8 && left < 4);
+            const int T = apart ? 1 : q3n__tile_tokens(left, Q3N__TOKENS_QUANT_AVX2);
+            if (apart) q3n__quant_tile_avx2(type, 1, m, r, t);
+            else       q3n__quant_tile_avx2(type, T, m, r, t);
+            t += T;
         }
 }
 
@@ -13955,21 +14060,52 @@ Q3N__INLINE void q3n__storef_avx512(float *p, __m512 v, int n)
     else         _mm512_mask_storeu_ps(p, q3n__mask_avx512(n), v);
 }
 
-/* Elements [i, i + 16) of a row of floats, or of bytes (q8).  type is a constant in every use. */
+Q3N__INLINE __m512 q3n__bf16_avx512(__m256i h)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+
+Q3N__INLINE __m256i q3n__half_avx512(const void *row, size_t i)
+{
+    return _mm256_loadu_si256((const __m256i *)(const void *)((const uint16_t *)row + i));
+}
+
+/* Elements [i, i + 16) of n rows of floats, or of bytes (q8).  n is a constant in every use, the
+ * type need not be: the branch goes the same way each time, and beside the products of a tile of 4
+ * rows or queries it takes 2 % (Cascade Lake). */
+Q3N__INLINE void q3n__loads_avx512(q3n_type type, int n, const void *const *row, size_t i,
+                                   __m512 *v)
+{
+    if (type == Q3N_TYPE_BF16) {
+        Q3N__UNROLL
+        for (int r = 0; r < n; r++) v[r] = q3n__bf16_avx512(q3n__half_avx512(row[r], i));
+    } else if (type == Q3N_TYPE_F32) {
+        Q3N__UNROLL
+        for (int r = 0; r < n; r++) v[r] = _mm512_loadu_ps((const float *)row[r] + i);
+    } else if (type == Q3N_TYPE_F16) {
+        Q3N__UNROLL
+        for (int r = 0; r < n; r++) v[r] = _mm512_cvtph_ps(q3n__half_avx512(row[r], i));
+    } else {
+        Q3N__UNROLL
+        for (int r = 0; r < n; r++) {
+            const int8_t *b = (const int8_t *)row[r] + i;
+            const __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)b);
+            v[r] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+        }
+    }
+}
+
+/* The same of one row, as far as they are real. */
 Q3N__INLINE __m512 q3n__load_avx512(q3n_type type, const void *row, size_t i, int n)
 {
-    if (type == Q3N_TYPE_F32) return q3n__loadf_avx512((const float *)row + i, n);
+    const __mmask16 k = q3n__mask_avx512(n);
+    if (type == Q3N_TYPE_F32) return _mm512_maskz_loadu_ps(k, (const float *)row + i);
     if (type == Q3N_TYPE_Q8) {
-        const int8_t *b = (const int8_t *)row + i;
-        const __m128i v = n >= 16 ? _mm_loadu_si128((const __m128i *)(const void *)b)
-                                  : _mm_maskz_loadu_epi8(q3n__mask_avx512(n), b);
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v));
+        const __m128i bytes = _mm_maskz_loadu_epi8(k, (const int8_t *)row + i);
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
     }
-    const uint16_t *p = (const uint16_t *)row + i;
-    const __m256i h = n >= 16 ? _mm256_loadu_si256((const __m256i *)(const void *)p)
-                              : _mm256_maskz_loadu_epi16(q3n__mask_avx512(n), p);
-    if (type == Q3N_TYPE_F16) return _mm512_cvtph_ps(h);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+    const __m256i h = _mm256_maskz_loadu_epi16(k, (const uint16_t *)row + i);
+    return type == Q3N_TYPE_F16 ? _mm512_cvtph_ps(h) : q3n__bf16_avx512(h);
 }
 
 Q3N__INLINE __m256 q3n__halves_avx512(__m512 v)   /* lower half + upper half */
@@ -14020,38 +14156,7 @@ Q3N__INLINE __m512 q3n__exp1_avx512(__m512 x)
 }
 
 /* ---- Matrix product: a tile of R rows x T tokens, one accumulator for each ---- */
-#define Q3N__TOKENS_AVX512 6     /* 4 x 6 accumulators, 6 inputs, 1 weight: 31 of 32 registers */
-
-typedef struct {
-    const void  *w[8];
-    const float *x[Q3N__TOKENS_AVX512];
-    __m512       s[8][Q3N__TOKENS_AVX512];
-    size_t       ahead;          /* bytes to the rows that come next, 0 = do not fetch them      */
-} q3n__tile_regs_avx512;
-
-/* One vector of columns.  R and T are constants in every use, so that s stays in registers. */
-Q3N__INLINE void q3n__tile_step_avx512(q3n_type type, int R, int T,
-                                       q3n__tile_regs_avx512 *p, int j, int n)
-{
-    const int size = q3n__types[type].block_bytes;
-    __m512 x[Q3N__TOKENS_AVX512];
-    if (p->ahead) {
-        Q3N__UNROLL
-        for (int r = 0; r < R; r++) {
-            const char *next = (const char *)p->w[r] + p->ahead + (size_t)(j * size);
-            _mm_prefetch(next, _MM_HINT_T1);
-            _mm_prefetch(next + 64, _MM_HINT_T1);
-        }
-    }
-    Q3N__UNROLL
-    for (int t = 0; t < T; t++) x[t] = q3n__loadf_avx512(p->x[t] + j, n);
-    Q3N__UNROLL
-    for (int r = 0; r < R; r++) {
-        const __m512 w = q3n__load_avx512(type, p->w[r], (size_t)j, n);
-        Q3N__UNROLL
-        for (int t = 0; t < T; t++) p->s[r][t] = _mm512_fmadd_ps(w, x[t], p->s[r][t]);
-    }
-}
+#define Q3N__TOKENS_AVX512 6     /* 4 x 6 accumulators, 4 weights, 1 input: 29 of 32 registers */
 
 /* y of token t, rows [r, r + 4) as far as they are wanted */
 Q3N__INLINE void q3n__store_rows_avx512(const q3n__matmul *m, int r, int t, __m128 v)
@@ -14062,46 +14167,65 @@ Q3N__INLINE void q3n__store_rows_avx512(const q3n__matmul *m, int r, int t, __m1
     _mm_mask_storeu_ps(y, k, v);
 }
 
+static void q3n__store_tile_avx512(const q3n__matmul *m, int r0, int t0, int R, int T,
+                                   const __m512 *s)
+{
+    for (int t = t0; t < t0 + T && t < m->n; t++)
+        for (int r = r0; r < r0 + R; r += 4, s += 4)
+            if (r < m->row1)
+                q3n__store_rows_avx512(m, r, t, q3n__sum4_avx512(s[0], s[1], s[2], s[3]));
+}
+
 /* Rows after the last are computed as copies of it and dropped: every output takes one path.  The
  * first tile of a row fetches the next R rows into L2, a line four times: the hardware's prefetch
  * stops at each row's end (bf16 from memory, rows of 2048: 26 GB/s where a plain loop reads 24 and
- * asking for each line twice gives 21, on a core of Zen 4; into L1 it gains less). */
+ * asking for each line twice gives 21, on a core of Zen 4; into L1 it gains less).  R and T are
+ * constants in every use, so that s stays in registers. */
 Q3N__INLINE void q3n__tile_avx512(q3n_type type, int R, int T, const q3n__matmul *m, int r0, int t0)
 {
-    const size_t row_bytes = q3n__row_bytes(type, m->n_cols);
-    q3n__tile_regs_avx512 p;
+    __m512 s[Q3N__TOKENS_AVX512][8], v[8], sums[8 * Q3N__TOKENS_AVX512];
+    q3n__operands p;
+    q3n__operands_at(&p, type, m, r0, t0, Q3N__TOKENS_AVX512);
     Q3N__UNROLL
-    for (int t = 0; t < T; t++) p.x[t] = q3n__matmul_x(m, t0 + t);
-    Q3N__UNROLL
-    for (int r = 0; r < R; r++) {
-        const int row = r0 + r < m->row1 ? r0 + r : m->row1 - 1;
-        p.w[r] = (const uint8_t *)m->w + (size_t)row * row_bytes;
+    for (int t = 0; t < T; t++)
         Q3N__UNROLL
-        for (int t = 0; t < T; t++) p.s[r][t] = _mm512_setzero_ps();
+        for (int r = 0; r < R; r++) s[t][r] = _mm512_setzero_ps();
+    const int left = m->n_cols % 16;
+    for (int pass = 0; pass < 1 + (left > 0); pass++) {
+        const int n = pass ? 16 : m->n_cols - left;
+        if (pass) q3n__operands_tail(&p, m->n_cols, left);
+        for (int j = 0; j < n; j += 16) {
+            if (p.ahead) {
+                Q3N__UNROLL
+                for (int r = 0; r < R; r++) {
+                    const char *next = (const char *)p.w[r] + p.ahead + (size_t)j * p.size;
+                    _mm_prefetch(next, _MM_HINT_T1);
+                    _mm_prefetch(next + 64, _MM_HINT_T1);
+                }
+            }
+            q3n__loads_avx512(type, R, p.w, (size_t)j, v);
+            Q3N__UNROLL
+            for (int t = 0; t < T; t++) {
+                const __m512 x = _mm512_loadu_ps(p.x[t] + j);
+                Q3N__UNROLL
+                for (int r = 0; r < R; r++) s[t][r] = _mm512_fmadd_ps(v[r], x, s[t][r]);
+            }
+        }
     }
-    const int first = t0 % q3n__block_tokens(m->n_cols, Q3N__TOKENS_AVX512) == 0;
-    p.ahead = first ? (size_t)R * row_bytes : 0;
-    int j = 0;
-    for (; j + 16 <= m->n_cols; j += 16) q3n__tile_step_avx512(type, R, T, &p, j, 16);
-    if (j < m->n_cols) q3n__tile_step_avx512(type, R, T, &p, j, m->n_cols - j);
     Q3N__UNROLL
-    for (int r = 0; r < R; r += 4) {
-        if (r0 + r >= m->row1) break;
+    for (int t = 0; t < T; t++)
         Q3N__UNROLL
-        for (int t = 0; t < T; t++)
-            q3n__store_rows_avx512(m, r0 + r, t0 + t,
-                                   q3n__sum4_avx512(p.s[r][t], p.s[r + 1][t], p.s[r + 2][t],
-                                                    p.s[r + 3][t]));
-    }
+        for (int r = 0; r < R; r++) sums[t * R + r] = s[t][r];
+    q3n__store_tile_avx512(m, r0, t0, R, T, sums);
 }
 
 /* Four rows, tokens [t, t1): the weights come from L1 for all but the first tile. */
-Q3N__INLINE void q3n__rows_avx512(q3n_type type, const q3n__matmul *m, int r, int t, int t1)
+static void q3n__rows_avx512(q3n_type type, const q3n__matmul *m, int r, int t, int t1)
 {
     while (t < t1) {
         const int T = q3n__tile_tokens(t1 - t, Q3N__TOKENS_AVX512);
         switch (T) {
-        case 1: q3n__tile_avx512(type, 4, 1, m, r, t); break;
+        case 1:              /* the one twice */
         case 2: q3n__tile_avx512(type, 4, 2, m, r, t); break;
         case 3: q3n__tile_avx512(type, 4, 3, m, r, t); break;
         case 4: q3n__tile_avx512(type, 4, 4, m, r, t); break;
@@ -14112,7 +14236,7 @@ Q3N__INLINE void q3n__rows_avx512(q3n_type type, const q3n__matmul *m, int r, in
     }
 }
 
-Q3N__INLINE void q3n__matmul_avx512(q3n_type type, const q3n__matmul *m)
+static void q3n__matmul_avx512(q3n_type type, const q3n__matmul *m)
 {
     if (m->n == 1) {
         for (int r = m->row0; r < m->row1; r += 8) q3n__tile_avx512(type, 8, 1, m, r, 0);
@@ -14127,54 +14251,86 @@ Q3N__INLINE void q3n__matmul_avx512(q3n_type type, const q3n__matmul *m)
 
 /* ---- Attention: both products are out += x M with the vectors along M's rows ---- */
 
-/* Columns [c, c + 16 V) of T rows of out; n is how many are real if V is 1.  T, V are constants. */
-Q3N__INLINE void q3n__mix_tile_avx512(q3n_type type, int V, int T, const q3n__mix *p, int c, int n)
+/* Columns [c, c + 64) of T rows of out.  T is a constant in every use; rows after the last are
+ * copies of it. */
+Q3N__INLINE void q3n__mix_tile_avx512(q3n_type type, int T, const q3n__mix *p, int c)
 {
     const size_t size = q3n__kv_element(type);
-    __m512 s[4][4], x[4];
+    const void *m[4];
+    const float *x[4];
+    float *out[4];
+    __m512 s[4][4], v[4];
     Q3N__UNROLL
-    for (int v = 0; v < V; v++)
+    for (int i = 0; i < 4; i++) m[i] = (const uint8_t *)p->m + (size_t)(c + 16 * i) * size;
+    Q3N__UNROLL
+    for (int t = 0; t < T; t++) {
+        const size_t row = (size_t)(t < p->n ? t : p->n - 1);
+        x[t] = p->x + row * p->x_stride;
+        out[t] = p->out + row * p->out_stride + c;
         Q3N__UNROLL
-        for (int t = 0; t < T; t++)
-            s[v][t] = p->step0 == 0 ? _mm512_setzero_ps()
-                    : q3n__loadf_avx512(p->out + (size_t)t * p->out_stride + c + 16 * v, n);
-    for (int i = p->step0; i < p->step1; i++) {
+        for (int i = 0; i < 4; i++)
+            s[t][i] = p->step0 == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(out[t] + 16 * i);
+    }
+    for (int j = p->step0; j < p->step1; j++) {
+        const size_t at = (size_t)j * p->m_stride;
         Q3N__UNROLL
-        for (int t = 0; t < T; t++)
-            x[t] = _mm512_set1_ps(p->x[(size_t)t * p->x_stride + (size_t)i]);
-        const size_t first = (size_t)i * p->m_stride + (size_t)c;
-        const char *ahead = (const char *)p->m + (first + Q3N__MIX_AHEAD * p->m_stride) * size;
+        for (int i = 0; i < 4; i++)
+            _mm_prefetch((const char *)m[i] + (at + Q3N__MIX_AHEAD * p->m_stride) * size,
+                         _MM_HINT_T1);
+        q3n__loads_avx512(type, 4, m, at, v);
         Q3N__UNROLL
-        for (int v = 0; v < V; v++) {
-            if (V > 1) _mm_prefetch(ahead + 16 * (size_t)v * size, _MM_HINT_T1);
-            const __m512 m = q3n__load_avx512(type, p->m, first + 16 * (size_t)v, n);
+        for (int t = 0; t < T; t++) {
+            const __m512 xt = _mm512_set1_ps(x[t][j]);
             Q3N__UNROLL
-            for (int t = 0; t < T; t++) s[v][t] = _mm512_fmadd_ps(m, x[t], s[v][t]);
+            for (int i = 0; i < 4; i++) s[t][i] = _mm512_fmadd_ps(v[i], xt, s[t][i]);
         }
     }
     Q3N__UNROLL
-    for (int v = 0; v < V; v++)
+    for (int t = 0; t < T; t++)
         Q3N__UNROLL
-        for (int t = 0; t < T; t++)
-            q3n__storef_avx512(p->out + (size_t)t * p->out_stride + c + 16 * v, s[v][t], n);
+        for (int i = 0; i < 4; i++) _mm512_storeu_ps(out[t] + 16 * i, s[t][i]);
 }
 
-Q3N__INLINE void q3n__mix_rows_avx512(q3n_type type, int T, const q3n__mix *p)
+/* The columns that are left, from c on: few heads have any. */
+static void q3n__mix_rest_avx512(const q3n__mix *p, int c)
+{
+    for (; c < p->width; c += 16)
+        for (int t = 0; t < p->n; t++) {
+            float *out = p->out + (size_t)t * p->out_stride + c;
+            const float *x = p->x + (size_t)t * p->x_stride;
+            const int n = p->width - c;
+            __m512 s = p->step0 == 0 ? _mm512_setzero_ps() : q3n__loadf_avx512(out, n);
+            for (int j = p->step0; j < p->step1; j++) {
+                const size_t at = (size_t)j * p->m_stride + (size_t)c;
+                const __m512 m = q3n__load_avx512(p->type, p->m, at, n);
+                s = _mm512_fmadd_ps(m, _mm512_set1_ps(x[j]), s);
+            }
+            q3n__storef_avx512(out, s, n);
+        }
+}
+
+/* Tiles from column c on; returns where they end. */
+Q3N__INLINE int q3n__mix_tiles_avx512(q3n_type type, int T, const q3n__mix *p)
 {
     int c = 0;
-    for (; c + 64 <= p->width; c += 64) q3n__mix_tile_avx512(type, 4, T, p, c, 16);
-    for (; c + 16 <= p->width; c += 16) q3n__mix_tile_avx512(type, 1, T, p, c, 16);
-    if (c < p->width) q3n__mix_tile_avx512(type, 1, T, p, c, p->width - c);
+    for (; c + 64 <= p->width; c += 64) q3n__mix_tile_avx512(type, T, p, c);
+    return c;
 }
 
-Q3N__INLINE void q3n__mix_avx512(q3n_type type, const q3n__mix *p)
+/* Of one or two rows each type has its own body: the branch takes 5 to 40 % (Cascade Lake). */
+Q3N__INLINE int q3n__mix_typed_avx512(int T, const q3n__mix *p)
 {
-    switch (p->n) {
-    case 1: q3n__mix_rows_avx512(type, 1, p); break;
-    case 2: q3n__mix_rows_avx512(type, 2, p); break;
-    case 3: q3n__mix_rows_avx512(type, 3, p); break;
-    case 4: q3n__mix_rows_avx512(type, 4, p); break;
-    }
+    if (p->type == Q3N_TYPE_F32) return q3n__mix_tiles_avx512(Q3N_TYPE_F32, T, p);
+    if (p->type == Q3N_TYPE_F16) return q3n__mix_tiles_avx512(Q3N_TYPE_F16, T, p);
+    if (p->type == Q3N_TYPE_Q8)  return q3n__mix_tiles_avx512(Q3N_TYPE_Q8, T, p);
+    return q3n__mix_tiles_avx512(Q3N_TYPE_BF16, T, p);
+}
+
+static void q3n__mix_avx512(const q3n__mix *p)
+{
+    const int c = p->n == 1 ? q3n__mix_typed_avx512(1, p)
+                : p->n == 2 ? q3n__mix_typed_avx512(2, p) : q3n__mix_tiles_avx512(p->type, 4, p);
+    q3n__mix_rest_avx512(p, c);
 }
 
 /* max(-FLT_MAX, x_0, ...) */
@@ -14212,75 +14368,18 @@ static void q3n__attend_scale_avx512(float *s, const float *scale, int n)
                                                 q3n__loadf_avx512(scale + j, n - j)), n - j);
 }
 
-/* Up to four queries from query i on.  They share the values up to the least of their counts; each
- * goes on alone from there, so that none sees a value that is not its own. */
-static void q3n__attend_group_avx512(const q3n__attend *a, int i, int T, q3n__mix_fn mix,
-                                     int has_scales)
-{
-    int min = Q3N__KV_BLOCK, max = 0;
-    for (int t = i; t < i + T; t++) {
-        if (a->n_keys[t] < min) min = a->n_keys[t];
-        if (a->n_keys[t] > max)  max  = a->n_keys[t];
-    }
-    float *scores = a->scores + (size_t)i * Q3N__KV_BLOCK;
-    float *o = a->o + (size_t)i * (size_t)a->o_stride;
-    const q3n__mix qk = { a->k, a->q + (size_t)i * (size_t)a->q_stride, scores, Q3N__KV_BLOCK,
-                          (size_t)a->q_stride, Q3N__KV_BLOCK, T, 0, a->dim, (max + 15) / 16 * 16 };
-    mix(&qk);
-    for (int t = 0; t < T; t++) {
-        float *s = scores + t * Q3N__KV_BLOCK;
-        if (has_scales) q3n__attend_scale_avx512(s, a->k_scale, a->n_keys[i + t]);
-        a->m[i + t] = q3n__max_avx512(s, a->n_keys[i + t]);
-        a->l[i + t] = q3n__exp_sum_avx512(s, a->n_keys[i + t], a->m[i + t]);
-        if (has_scales) q3n__attend_scale_avx512(s, a->v_scale, a->n_keys[i + t]);
-    }
-    q3n__mix pv = { a->v, scores, o, (size_t)a->dim, Q3N__KV_BLOCK, (size_t)a->o_stride, T, 0,
-                    min, a->dim };
-    mix(&pv);
-    for (int t = 0; t < T; t++) {
-        if (a->n_keys[i + t] == min) continue;
-        const q3n__mix rest = { a->v, scores + t * Q3N__KV_BLOCK,
-                                o + (size_t)t * (size_t)a->o_stride, (size_t)a->dim, 0, 0, 1,
-                                min, a->n_keys[i + t], a->dim };
-        mix(&rest);
-    }
-}
-
-static void q3n__attend_avx512(const q3n__attend *a, q3n__mix_fn mix, int has_scales)
-{
-    for (int i = 0; i < a->n; i += 4)
-        q3n__attend_group_avx512(a, i, a->n - i < 4 ? a->n - i : 4, mix, has_scales);
-}
+static const q3n__attend_parts q3n__attend_avx512 = {
+    q3n__mix_avx512, q3n__max_avx512, q3n__exp_sum_avx512, q3n__attend_scale_avx512, 64
+};
 
 /* ---- One instance for each float type ---- */
-Q3N__INLINE void q3n__to_f32_avx512(q3n_type type, float *y, const void *x, int n)
+static void q3n__to_f32_avx512(q3n_type type, float *y, const void *x, int n)
 {
     for (int i = 0; i < n; i += 16)
         q3n__storef_avx512(y + i, q3n__load_avx512(type, x, (size_t)i, n - i), n - i);
 }
 
-#define Q3N__DEFINE_FLOAT_TYPE_AVX512(ID, id, number, block_len, block_bytes)                      \
-    static void q3n__matmul_##id##_avx512(const q3n__matmul *m)                                    \
-    {                                                                                              \
-        q3n__matmul_avx512(Q3N_TYPE_##ID, m);                                                      \
-    }                                                                                              \
-    static void q3n__mix_##id##_avx512(const q3n__mix *p) { q3n__mix_avx512(Q3N_TYPE_##ID, p); }   \
-    static void q3n__attend_##id##_avx512(const q3n__attend *a)                                    \
-    {                                                                                              \
-        q3n__attend_avx512(a, q3n__mix_##id##_avx512, 0);                                          \
-    }                                                                                              \
-    static void q3n__to_f32_##id##_avx512(float *y, const void *x, int n)                          \
-    {                                                                                              \
-        q3n__to_f32_avx512(Q3N_TYPE_##ID, y, x, n);                                                \
-    }
-
-Q3N_FLOAT_TYPE_LIST(Q3N__DEFINE_FLOAT_TYPE_AVX512)
-
-static void q3n__mix_q8_avx512(const q3n__mix *p) { q3n__mix_avx512(Q3N_TYPE_Q8, p); }
-static void q3n__attend_q8_avx512(const q3n__attend *a)
-{
-    q3n__attend_avx512(a, q3n__mix_q8_avx512, 1);
-}
+Q3N__DEFINE_FLOAT_TYPES(avx512)
 
 /* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
 typedef struct {
@@ -14364,14 +14463,11 @@ Q3N__INLINE void q3n__delta_block_avx512(int V, const q3n__delta *h, int j, int 
     }
 }
 
-/* One or two tokens read the state from memory, in whole rows as far as they go; more read it from
- * the first-level cache. */
+/* Whole lines of the state, four at a time: eight are no faster (Cascade Lake). */
 static void q3n__delta_avx512(const q3n__delta *h)
 {
     if (h->n < 1) return;
     int j = h->col0;
-    if (h->n <= 2)
-        for (; j + 128 <= h->col1; j += 128) q3n__delta_block_avx512(8, h, j, 16);
     for (; j + 64 <= h->col1; j += 64) q3n__delta_block_avx512(4, h, j, 16);
     for (; j + 32 <= h->col1; j += 32) q3n__delta_block_avx512(2, h, j, 16);
     for (; j < h->col1; j += 16) q3n__delta_block_avx512(1, h, j, h->col1 - j);
@@ -14674,17 +14770,16 @@ Q3N__INLINE void q3n__put_avx512vnni(const q3n__matmul *m, int r, int t, __m512 
     _mm512_mask_storeu_ps(y, k, v);
 }
 
-/* ---- Tiles: 16 rows and up to 8 tokens; the weights of a group are unpacked once for them ---- */
-#define Q3N__TOKENS_AVX512VNNI 8         /* 8 accumulators, 8 weights, scales, a sum, tables     */
+/* ---- Tiles: 16 rows and some tokens; the weights of a group are unpacked once for them ---- */
+#define Q3N__TOKENS_AVX512VNNI 16        /* their accumulators live in the first-level cache     */
 
 /* Bytes between what is being read and what is fetched: the hardware's prefetch ends at pages.  The
  * longer blocks of q8 and q6 go to the second level: with q8 22 instead of 20.5 GB/s on a core of
  * Zen 4 that reads 23; q4 goes to the first, 21.7 instead of 20.7. */
 #define Q3N__AHEAD_AVX512VNNI 4096
 
-/* type and T are constants in every use.  Unpacking anew for every 8 tokens beats unpacking once
- * into the first-level cache and reading that (q4, 10 tokens: 163 against 147 GMAC/s on a core of
- * Zen 4; 48 tokens: 169 against 165). */
+/* type is a constant in every use, T where it is 1.  Two groups at once: one by one a tile of 4
+ * tokens takes 20 % longer (q4, Cascade Lake). */
 Q3N__INLINE void q3n__tile_avx512vnni(q3n_type type, int T, const q3n__matmul *m, int r, int t0)
 {
     const size_t block_bytes = (size_t)q3n__types[type].block_bytes * Q3N__TILE_ROWS;
@@ -14692,7 +14787,6 @@ Q3N__INLINE void q3n__tile_avx512vnni(q3n_type type, int T, const q3n__matmul *m
     const uint8_t *w = (const uint8_t *)m->w + (size_t)r * q3n__row_bytes(type, m->n_cols);
     const q3n__x8 *x[Q3N__TOKENS_AVX512VNNI];
     __m512 acc[Q3N__TOKENS_AVX512VNNI];
-    Q3N__UNROLL
     for (int t = 0; t < T; t++) {
         x[t] = q3n__matmul_xq(m, t0 + t);
         acc[t] = _mm512_setzero_ps();
@@ -14704,22 +14798,23 @@ Q3N__INLINE void q3n__tile_avx512vnni(q3n_type type, int T, const q3n__matmul *m
             if (group_bytes > 256) _mm_prefetch(ahead, _MM_HINT_T1);
             else                   _mm_prefetch(ahead, _MM_HINT_T0);
         }
-        Q3N__UNROLL
-        for (int g = 0; g < 2; g++) {
-            __m512i u[8];
-            const __m512 scales = q3n__scales_avx512vnni(w, g);
-            q3n__unpack_avx512vnni(type, w + 64 + (size_t)g * group_bytes, u);
+        __m512i u[16];
+        q3n__unpack_avx512vnni(type, w + 64, u);
+        q3n__unpack_avx512vnni(type, w + 64 + group_bytes, u + 8);
+        const __m512 scales0 = q3n__scales_avx512vnni(w, 0), scales1 = q3n__scales_avx512vnni(w, 1);
+        for (int t = 0; t < T; t++) {
+            const q3n__x8 *xb = x[t] + b;
+            __m512i sum0 = q3n__start_avx512vnni(type, xb, 0);
+            __m512i sum1 = q3n__start_avx512vnni(type, xb, 1);
             Q3N__UNROLL
-            for (int t = 0; t < T; t++) {
-                __m512i sum = q3n__start_avx512vnni(type, x[t] + b, g);
-                Q3N__UNROLL
-                for (int s = 0; s < 8; s++)
-                    sum = _mm512_dpbusd_epi32(sum, u[s], q3n__four_avx512vnni(x[t] + b, g, s));
-                acc[t] = q3n__scale_add_avx512vnni(sum, scales, x[t] + b, g, acc[t]);
+            for (int s = 0; s < 8; s++) {
+                sum0 = _mm512_dpbusd_epi32(sum0, u[s], q3n__four_avx512vnni(xb, 0, s));
+                sum1 = _mm512_dpbusd_epi32(sum1, u[8 + s], q3n__four_avx512vnni(xb, 1, s));
             }
+            acc[t] = q3n__scale_add_avx512vnni(sum0, scales0, xb, 0, acc[t]);
+            acc[t] = q3n__scale_add_avx512vnni(sum1, scales1, xb, 1, acc[t]);
         }
     }
-    Q3N__UNROLL
     for (int t = 0; t < T; t++) q3n__put_avx512vnni(m, r, t0 + t, acc[t]);
 }
 
@@ -14728,16 +14823,8 @@ Q3N__INLINE void q3n__matmul_quantised_avx512vnni(q3n_type type, const q3n__matm
     for (int r = m->row0; r < m->row1; r += Q3N__TILE_ROWS)
         for (int t = 0; t < m->n; ) {
             const int T = q3n__tile_tokens(m->n - t, Q3N__TOKENS_AVX512VNNI);
-            switch (T) {
-            case 1: q3n__tile_avx512vnni(type, 1, m, r, t); break;
-            case 2: q3n__tile_avx512vnni(type, 2, m, r, t); break;
-            case 3: q3n__tile_avx512vnni(type, 3, m, r, t); break;
-            case 4: q3n__tile_avx512vnni(type, 4, m, r, t); break;
-            case 5: q3n__tile_avx512vnni(type, 5, m, r, t); break;
-            case 6: q3n__tile_avx512vnni(type, 6, m, r, t); break;
-            case 7: q3n__tile_avx512vnni(type, 7, m, r, t); break;
-            case 8: q3n__tile_avx512vnni(type, 8, m, r, t); break;
-            }
+            if (T == 1) q3n__tile_avx512vnni(type, 1, m, r, t);
+            else        q3n__tile_avx512vnni(type, T, m, r, t);
             t += T;
         }
 }
@@ -15020,13 +15107,23 @@ Q3N__INLINE void q3n__mix_rows_neon(q3n_type type, int T, const q3n__mix *p)
     if (c < p->width) q3n__mix_tile_neon(type, 1, T, p, c, p->width - c);
 }
 
-Q3N__INLINE void q3n__mix_neon(q3n_type type, const q3n__mix *p)
+Q3N__INLINE void q3n__mix_typed_neon(q3n_type type, const q3n__mix *p)
 {
     switch (p->n) {
     case 1: q3n__mix_rows_neon(type, 1, p); break;
     case 2: q3n__mix_rows_neon(type, 2, p); break;
     case 3: q3n__mix_rows_neon(type, 3, p); break;
     case 4: q3n__mix_rows_neon(type, 4, p); break;
+    }
+}
+
+static void q3n__mix_neon(const q3n__mix *p)
+{
+    switch (p->type) {
+    case Q3N_TYPE_F32:  q3n__mix_typed_neon(Q3N_TYPE_F32, p); break;
+    case Q3N_TYPE_F16:  q3n__mix_typed_neon(Q3N_TYPE_F16, p); break;
+    case Q3N_TYPE_BF16: q3n__mix_typed_neon(Q3N_TYPE_BF16, p); break;
+    default:            q3n__mix_typed_neon(Q3N_TYPE_Q8, p); break;
     }
 }
 
@@ -15061,72 +15158,18 @@ static void q3n__attend_scale_neon(float *s, const float *scale, int n)
                                           q3n__loadf_neon(scale + j, n - j)), n - j);
 }
 
-/* Up to four queries from query i on.  They share the values up to the least of their counts; each
- * goes on alone from there, so that none sees a value that is not its own. */
-static void q3n__attend_group_neon(const q3n__attend *a, int i, int T, q3n__mix_fn mix,
-                                   int has_scales)
-{
-    int min = Q3N__KV_BLOCK, max = 0;
-    for (int t = i; t < i + T; t++) {
-        if (a->n_keys[t] < min) min = a->n_keys[t];
-        if (a->n_keys[t] > max)  max  = a->n_keys[t];
-    }
-    float *scores = a->scores + (size_t)i * Q3N__KV_BLOCK;
-    float *o = a->o + (size_t)i * (size_t)a->o_stride;
-    const q3n__mix qk = { a->k, a->q + (size_t)i * (size_t)a->q_stride, scores, Q3N__KV_BLOCK,
-                          (size_t)a->q_stride, Q3N__KV_BLOCK, T, 0, a->dim, (max + 3) / 4 * 4 };
-    mix(&qk);
-    for (int t = 0; t < T; t++) {
-        float *s = scores + t * Q3N__KV_BLOCK;
-        if (has_scales) q3n__attend_scale_neon(s, a->k_scale, a->n_keys[i + t]);
-        a->m[i + t] = q3n__max_neon(s, a->n_keys[i + t]);
-        a->l[i + t] = q3n__exp_sum_neon(s, a->n_keys[i + t], a->m[i + t]);
-        if (has_scales) q3n__attend_scale_neon(s, a->v_scale, a->n_keys[i + t]);
-    }
-    q3n__mix pv = { a->v, scores, o, (size_t)a->dim, Q3N__KV_BLOCK, (size_t)a->o_stride, T, 0,
-                    min, a->dim };
-    mix(&pv);
-    for (int t = 0; t < T; t++) {
-        if (a->n_keys[i + t] == min) continue;
-        float *to = o + (size_t)t * (size_t)a->o_stride;
-        const q3n__mix rest = { a->v, scores + t * Q3N__KV_BLOCK, to,
-                                (size_t)a->dim, 0, 0, 1, min, a->n_keys[i + t], a->dim };
-        mix(&rest);
-    }
-}
-
-static void q3n__attend_neon(const q3n__attend *a, q3n__mix_fn mix, int has_scales)
-{
-    for (int i = 0; i < a->n; i += 4)
-        q3n__attend_group_neon(a, i, a->n - i < 4 ? a->n - i : 4, mix, has_scales);
-}
+static const q3n__attend_parts q3n__attend_neon = {
+    q3n__mix_neon, q3n__max_neon, q3n__exp_sum_neon, q3n__attend_scale_neon, 4
+};
 
 /* ---- One instance for each float type ---- */
-Q3N__INLINE void q3n__to_f32_neon(q3n_type type, float *y, const void *x, int n)
+static void q3n__to_f32_neon(q3n_type type, float *y, const void *x, int n)
 {
     for (int i = 0; i < n; i += 4)
         q3n__storef_neon(y + i, q3n__load_neon(type, x, (size_t)i, n - i), n - i);
 }
 
-#define Q3N__DEFINE_FLOAT_TYPE_NEON(ID, id, number, block_len, block_bytes)                        \
-    static void q3n__matmul_##id##_neon(const q3n__matmul *m)                                      \
-    {                                                                                              \
-        q3n__matmul_neon(Q3N_TYPE_##ID, m);                                                        \
-    }                                                                                              \
-    static void q3n__mix_##id##_neon(const q3n__mix *p) { q3n__mix_neon(Q3N_TYPE_##ID, p); }       \
-    static void q3n__attend_##id##_neon(const q3n__attend *a)                                      \
-    {                                                                                              \
-        q3n__attend_neon(a, q3n__mix_##id##_neon, 0);                                              \
-    }                                                                                              \
-    static void q3n__to_f32_##id##_neon(float *y, const void *x, int n)                            \
-    {                                                                                              \
-        q3n__to_f32_neon(Q3N_TYPE_##ID, y, x, n);                                                  \
-    }
-
-Q3N_FLOAT_TYPE_LIST(Q3N__DEFINE_FLOAT_TYPE_NEON)
-
-static void q3n__mix_q8_neon(const q3n__mix *p) { q3n__mix_neon(Q3N_TYPE_Q8, p); }
-static void q3n__attend_q8_neon(const q3n__attend *a) { q3n__attend_neon(a, q3n__mix_q8_neon, 1); }
+Q3N__DEFINE_FLOAT_TYPES(neon)
 
 /* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
 typedef struct {
