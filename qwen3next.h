@@ -12605,11 +12605,25 @@ Q3N_DEF void q3n_session_speculation(const q3n_session *s, q3n_speculation *out)
 /* =====================================================================================
  * [26] KERNELS, SCALAR: the definition                               >>kernels-scalar
  *
- * Written from the equations; every other ISA is tested against these.  At the end: what the
- * sections of the other ISAs share.
+ * Written from the equations; every other ISA is tested against these.  Operands, strides and what
+ * may alias stand with the structs in TYPES; here is what the numbers are.
+ *
+ *     the same bits on every ISA    conversions, store_kv, quantize_x, block_*: what they round is
+ *                                   written down below
+ *     the same within a bound       matmul, attend, delta, conv, dot, rms_norm, softmax, gates: an
+ *                                   ISA may sum in another order and fuse multiply-adds, but in one
+ *                                   order for each output element, whatever else a call covers
+ *
+ * Here sums go by rising index in f32, every operation rounded for itself.  Integers of quantised
+ * groups are exact, so there only the sum over groups may differ.  store_kv has no other version:
+ * it writes one key and value a head, against all those that attend reads.
+ * At the end: what the sections of the other ISAs share.
  * ===================================================================================== */
 
-/* ---- Reading and writing elements: one pair per type ---- */
+/* ---- Reading and writing elements: one pair per type ----
+ *
+ * Element i of p.  Reading is exact; writing rounds to nearest even (see the conversions in TYPES).
+ * q8 is a KV cache's byte without its scale. */
 static float q3n__get_f32(const void *p, size_t i) { return ((const float *)p)[i]; }
 static float q3n__get_f16(const void *p, size_t i)
 {
@@ -12626,7 +12640,8 @@ static void q3n__put_f32(void *p, size_t i, float f)  { ((float *)p)[i] = f; }
 static void q3n__put_f16(void *p, size_t i, float f)  { ((uint16_t *)p)[i] = q3n__f32_to_f16(f); }
 static void q3n__put_bf16(void *p, size_t i, float f) { ((uint16_t *)p)[i] = q3n__f32_to_bf16(f); }
 
-/* The largest |x|; infinity if one of them is not finite. */
+/* The largest |x|, 0 of none; infinity if one of them is not finite, NaN too: one number says what
+ * a group of activations is. */
 static float q3n__largest_scalar(const float *x, int n)
 {
     float m = 0.0f;
@@ -12637,8 +12652,21 @@ static float q3n__largest_scalar(const float *x, int n)
     return m;
 }
 
-/* ---- Matrix product, row to float, attention: one instance per float type ---- */
+/* ---- Matrix product, row to float, attention: one instance per float type ----
+ *
+ *     matmul      y[t][r] = sum_j w[r][j] x[t][j] (+ bias[r])           rows [row0, row1)
+ *     store_kv    k[i][slot] = key[i];  v[slot][i] = value[i]           k is [D, 256], v [256, D]
+ *     attend      s_j = sum_c q[c] k[c][j];  m = max_j s_j;  l = sum_j e^(s_j - m)
+ *                 o[c] = sum_j e^(s_j - m) v[j][c]                      j < n_keys[i]
+ *
+ * In a cache of q8 k_j and v_j are bytes times a scale of the key or value.  The scale is taken out
+ * of both sums, which leaves the products those of the other types:
+ *
+ *     s_j = k_scale_j (q k_j);   o = sum_j (e^(s_j - m) v_scale_j) v_j;   l without v_scale
+ *
+ * The division by l is not here: blocks are merged first (OPS). */
 
+/* m, l of query i and, in place, e^(s_j - m).  Without keys m = -FLT_MAX, l = 0. */
 static void q3n__attend_softmax_scalar(const q3n__attend *a, int i)
 {
     float *s = a->scores + (size_t)i * Q3N__KV_BLOCK;
@@ -12713,8 +12741,12 @@ Q3N__DEFINE_ATTEND_SCALAR(f16, 0)
 Q3N__DEFINE_ATTEND_SCALAR(bf16, 0)
 Q3N__DEFINE_ATTEND_SCALAR(q8, 1)
 
-/* x to bytes, the i-th at q + i * stride; returns the scale.  What is not finite becomes a scale
- * of NaN. */
+/* x to bytes, the i-th at q + i * stride; returns the scale:
+ *
+ *     scale = max |x| / 127;   q = x 127 / max |x|, to the nearest integer, halves to even
+ *
+ * The largest becomes 127 exactly and -128 is not used.  What is not finite becomes a scale of NaN,
+ * so that it is seen in every product; what is as good as zero a scale of 0. */
 static float q3n__bytes_scalar(int8_t *q, size_t stride, const float *x, int n)
 {
     const float m = q3n__largest_scalar(x, n);
@@ -12725,6 +12757,8 @@ static float q3n__bytes_scalar(int8_t *q, size_t stride, const float *x, int n)
     return usable ? m / 127.0f : m < Q3N__X8_LEAST ? 0.0f : NAN;
 }
 
+/* One scale for a key, one for a value: over all D of a head, not in groups, so that attend has one
+ * number to multiply by. */
 static void q3n__store_kv_q8_scalar(const q3n__store_kv *s)
 {
     int8_t *k = (int8_t *)s->k + s->slot, *v = (int8_t *)s->v + (size_t)s->slot * (size_t)s->dim;
@@ -12732,7 +12766,13 @@ static void q3n__store_kv_q8_scalar(const q3n__store_kv *s)
     s->v_scale[s->slot] = q3n__bytes_scalar(v, 1, s->value, s->dim);
 }
 
-/* ---- Quantised matrices ---- */
+/* ---- Quantised matrices ----
+ *
+ *     y[t][r] = sum_g (sum_c level[r][c] q[t][c]) (scale[r][g] scale[t][g])      c: the 32 columns
+ *                                                                                  of group g
+ *
+ * The inner sum is an exact integer: 32 products of |level| <= 128 and |q| <= 127.  The scales are
+ * multiplied first, then with the sum: vector kernels do the same. */
 
 /* 64 activations to a block: scale = max |x| / 127 of a group, q = x / scale to the nearest
  * integer, halves to even.  A group that is as good as zero, or not finite, has q 0; its scale
@@ -12753,6 +12793,7 @@ static void q3n__quantize_x_group_scalar(q3n__x8 *y, int g, const float *x, int 
     y->minus_sum[g] = -sum;
 }
 
+/* x [n] to x8_blocks(n) blocks; columns from n on are 0 with scale 0. */
 static void q3n__quantize_x_scalar(q3n__x8 *y, const float *x, int n)
 {
     for (int i = 0; i < n; i += 2 * Q3N__GROUP, y++)
@@ -12777,6 +12818,7 @@ static float q3n__group_dot_scalar(q3n_type t, const uint8_t *block, int g, int 
     return (float)sum * (q3n__f16_to_f32(scale) * x->scale[g]);
 }
 
+/* Row r lies in the tile of 16 rows that begins at r - r % 16; blocks of a tile are 64 columns. */
 static void q3n__matmul_quantised_scalar(q3n_type type, const q3n__matmul *m)
 {
     const size_t block_bytes = (size_t)q3n__types[type].block_bytes * Q3N__TILE_ROWS;
@@ -12803,7 +12845,16 @@ static void q3n__matmul_quantised_scalar(q3n_type type, const q3n__matmul *m)
 Q3N_QUANT_TYPE_LIST(Q3N__X)
 #undef Q3N__X
 
-/* ---- DeltaNet ---- */
+/* ---- DeltaNet ----
+ *
+ * States of n tokens, n_store of them stored:
+ *
+ *     S --t0--> S_out --t1--> S_out ... --> S_out  --> scratch ... --> scratch --> (not kept)
+ *               token 0                     n_store - 1                n - 2       n - 1
+ *
+ * so after a call S_out is the state after n_store tokens and has been written n_store times.  With
+ * S_out = S, n_store = 1, n = 2 that is decode: the pending token goes in, the new one is only
+ * answered, and memory sees one read and one write of S. */
 
 /* Where the state after token t goes, from column j on; NULL: nobody reads it. */
 static float *q3n__delta_after(const q3n__delta *h, int t, int j)
@@ -12811,7 +12862,7 @@ static float *q3n__delta_after(const q3n__delta *h, int t, int j)
     return t < h->n_store ? h->S_out + j : t + 1 < h->n ? h->scratch + (j - h->col0) : NULL;
 }
 
-/* From row to row of it, also of the state before token 0. */
+/* Floats from row to row of that state, also of the one before token 0 (t = -1), which is S. */
 static size_t q3n__delta_stride(const q3n__delta *h, int t)
 {
     return (size_t)(t < 0 || t < h->n_store ? h->dv : h->col1 - h->col0);
@@ -12826,7 +12877,9 @@ static int q3n__delta_has_output(const q3n__delta *h, int t) { return h->o && t 
  *     S <- S + k d'              correct it
  *     o  = S' q                  read; q arrives divided by sqrt(dk)
  *
- * Columns of S do not mix, so any range of them may be computed alone. */
+ * S [dk, dv], q, k [dk], v, d, o [dv].  Columns of S do not mix, so any range of them may be
+ * computed alone.  The read is taken before the decay, (e^g S)' k = e^g (S' k), so that S is passed
+ * over twice and not three times: once to read, once to decay, correct and answer. */
 static void q3n__delta_scalar(const q3n__delta *h)
 {
     for (int t = 0; t < h->n; t++) {
@@ -12852,8 +12905,11 @@ static void q3n__delta_scalar(const q3n__delta *h)
     }
 }
 
+/* x sigmoid(x); -0 for x below -88.7, where expf is infinite. */
 static float q3n__silu(float x) { return x / (1.0f + expf(-x)); }
 
+/* See q3n__conv.  u are the last `width` inputs of a channel, the oldest first: those of the state,
+ * then the rows'.  w is [width, channels], so w[width - 1] is the newest input's. */
 static void q3n__conv_scalar(const q3n__conv *c)
 {
     const int back = c->width - 1;
@@ -12874,7 +12930,7 @@ static void q3n__conv_scalar(const q3n__conv *c)
     }
 }
 
-/* ---- Vectors ---- */
+/* ---- Vectors: n from 0 on, of softmax from 1 ---- */
 static float q3n__dot_scalar(const float *a, const float *b, int n)
 {
     float s = 0.0f;
@@ -12896,6 +12952,7 @@ static void q3n__rms_norm_scalar(float *y, const float *x, const float *w, int n
     for (int i = 0; i < n; i++) y[i] = x[i] * scale * w[i];
 }
 
+/* x = e^(x - max) / sum, in place: exponents are 0 at most, so nothing overflows. */
 static void q3n__softmax_scalar(float *x, int n)
 {
     float m = x[0], l = 0.0f;
@@ -12904,17 +12961,23 @@ static void q3n__softmax_scalar(float *x, int n)
     for (int i = 0; i < n; i++) x[i] /= l;
 }
 
+/* y *= silu(gate): SwiGLU's product, and DeltaNet's output times its gate. */
 static void q3n__silu_mul_scalar(float *y, const float *gate, int n)
 {
     for (int i = 0; i < n; i++) y[i] *= q3n__silu(gate[i]);
 }
 
+/* y *= sigmoid(gate): attention's output times its gate. */
 static void q3n__sigmoid_mul_scalar(float *y, const float *gate, int n)
 {
     for (int i = 0; i < n; i++) y[i] *= q3n__sigmoid(gate[i]);
 }
 
-/* ---- Sampling ---- */
+/* ---- Sampling: fixed to the bit ----
+ *
+ * A choice compares sums of weights with a random number: one bit more or less would be another
+ * token on another machine.  So order and rounding of all that follows are part of the definition,
+ * and nothing of it may be fused. */
 
 /* Largest of each block; NaN does not count, +inf is the largest float. */
 static void q3n__block_max_scalar(float *max, const float *x, int n_blocks)
@@ -12926,7 +12989,8 @@ static void q3n__block_max_scalar(float *max, const float *x, int n_blocks)
     }
 }
 
-/* Sum of a block: 16 running sums, then halves on halves. */
+/* Sum of a block of 64: 16 running sums (elements i, i + 16, i + 32, i + 48), then halves on
+ * halves: what one vector of 16, two of 8 or four of 4 lanes do as they are. */
 static float q3n__block_sum_scalar(const float *y)
 {
     float s[16];
@@ -12962,6 +13026,8 @@ static float q3n__weight(float x, float max, float scale)
     return q3n__bits_f32(q3n__f32_bits(p) + (q3n__f32_bits(z) << 23));   /* p 2^round(t) */
 }
 
+/* y = 2^((x - max) scale) and each block's sum of them; y may be x.  scale = log2(e) / temperature
+ * makes y = e^((x - max) / temperature). */
 static void q3n__block_weights_scalar(float *y, float *sum, const float *x, int n_blocks, float max,
                                       float scale)
 {
@@ -12971,6 +13037,8 @@ static void q3n__block_weights_scalar(float *y, float *sum, const float *x, int 
     }
 }
 
+/* Of each block the sum and the number of what is floor or more.  Smaller ones are added as zeros:
+ * the order of the sum is the same for every floor. */
 static void q3n__block_sums_scalar(float *sum, int32_t *count, const float *y, int n_blocks,
                                    float floor)
 {
@@ -12985,6 +13053,8 @@ static void q3n__block_sums_scalar(float *sum, int32_t *count, const float *y, i
     }
 }
 
+/* Every entry of the table: later ISAs may leave any of them as it is.  attend and store_kv of
+ * quantised types other than q8 stay NULL, as no KV cache has them. */
 static void q3n__bind_scalar(q3n__kernels *k)
 {
 #define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
@@ -15617,7 +15687,14 @@ static void q3n__bind_neon(q3n__kernels *k)
 
 /* =====================================================================================
  * [31] DISPATCH: one row per ISA                                           >>dispatch
+ *
+ * Which kernels a table gets: names, what this machine has, binding.  The only code that knows all
+ * ISAs; everything before it knows q3n__kernels_init, q3n_isa_best and the table.  Nothing is
+ * cached: a table is made for each engine and sampler, so there is no global to guard and max_isa
+ * may differ between them.
  * ===================================================================================== */
+/* By number.  bind is NULL where the kernels are not compiled in: another architecture, or a
+ * Q3N_NO_ macro. */
 static const struct {
     const char *name;
     void      (*bind)(q3n__kernels *);
@@ -15633,6 +15710,7 @@ Q3N_DEF int q3n_isa_supported(q3n_isa isa)
         && (isa == Q3N_ISA_SCALAR || q3n__cpu_has(isa));
 }
 
+/* The last of the list that this machine has: within an architecture later is better. */
 Q3N_DEF q3n_isa q3n_isa_best(void)
 {
     int best = Q3N_ISA_SCALAR;
@@ -15656,7 +15734,9 @@ Q3N_DEF q3n_result q3n_isa_from_name(const char *name, q3n_isa *out)
     return Q3N_ERR_ARG;
 }
 
-/* Each ISA overrides what it does better than those before it. */
+/* Scalar first, then each supported ISA up to max overrides what it does better than those before
+ * it: AVX-512 VNNI has its quantised products from its own section, the rest from AVX-512 and AVX2.
+ * Returns the last one bound. */
 static q3n_isa q3n__kernels_init(q3n__kernels *k, q3n_isa max)
 {
     q3n_isa best = Q3N_ISA_SCALAR;
