@@ -7949,10 +7949,10 @@ static void q3n__logits(const q3n__run *r, const float *hidden, int n, float *lo
  *     snapshot at 600           page 0 --- page 1 --- page 2, of which it knows 88
  *     session B, from it        page 0 --- page 1 --- a copy of its 88 slots, as soon as B appends
  *
- * Full pages are never written again.  The last one is appended to by one session alone; who shares
- * it reads no slot beyond its own length, so the two need no lock.  Counts of references are atomic
- * and the last holder frees: any thread may release.  Memory comes from the model's allocator,
- * which outlives all of them.
+ * A page is written by its only holder, or by the session that made it, in slots that were never
+ * written; whoever shares it reads no slot beyond its own length, so they need no lock.  Counts of
+ * references are atomic and the last holder frees: any thread may release.  Memory comes from the
+ * model's allocator, which outlives all of them.
  * ===================================================================================== */
 
 /* Sizes that follow from the model and a session's options: states of one shape fit each other, and
@@ -9739,6 +9739,19 @@ static void q3n__engine_learn(q3n__engine *e, int rows, int64_t us)
  * passed over by kernels, and scalar code looks into few blocks.  A draft, proposed by whatever
  * guesses ahead, changes what is computed and not the distribution.  Allocates nothing after
  * create.
+ *
+ *     x = logits, penalised         m = max_i x_i         T = temperature
+ *     w_i = e^((x_i - m) / T)       the largest weight is 1, so nothing overflows
+ *     top-k     the k largest x, lower ids among equals
+ *     top-p     of those the fewest largest w that have top_p of their sum
+ *     min-p     of those w_i >= min_p (times the largest, which is 1)
+ *     draw      token i with probability w_i / kept, kept = sum of what is left
+ *
+ * Sums of weights are f32 within a block, in the order of >>kernels-scalar, and double over blocks:
+ * the same bits on every machine.  Weights are not divided by their sum; probabilities are never
+ * written.  A block's weights are cleaned of what a filter dropped when a draw comes to that block
+ * (`exact`), for the other blocks their sums are enough.  Knows no session and no model but its
+ * vocabulary and allocator.
  * ===================================================================================== */
 
 /* ---- Random numbers: SplitMix64 of Steele, Lea and Flood (2014) ---- */
@@ -9748,7 +9761,7 @@ static double q3n__random_unit(uint64_t *state)   /* [0, 1) in steps of 2^-53 */
     return (double)(q3n__mix64(*state) >> 11) * 0x1p-53;
 }
 
-/* ---- Selection ---- */
+/* ---- Selection: by rank, "larger first, lower id among equals" ---- */
 typedef struct {
     float   v;           /* logit, or probability relative to the largest */
     int32_t id;
@@ -9766,7 +9779,9 @@ static void q3n__candidate_swap(q3n__candidate *a, q3n__candidate *b)
     *b = t;
 }
 
-/* A number that is the larger the earlier the candidate ranks; no two are equal. */
+/* A number that is the larger the earlier the candidate ranks; no two are equal.  Bits of floats
+ * are in their order when the sign bit of positive ones is set and all bits of negative ones are
+ * turned over; below them the id, turned over.  v is no NaN. */
 static uint64_t q3n__candidate_key(q3n__candidate c)
 {
     uint32_t bits = q3n__f32_bits(c.v + 0.0f);             /* -0 ranks with 0 */
@@ -9792,7 +9807,12 @@ static void q3n__partition(q3n__candidate *c, int *lo, int *hi, int shift, unsig
 /* The fewest first candidates, by rank, that together have the target > 0 (their number, or with
  * by_mass the sum of their v): moves them to the front and returns how many they are, n if all of
  * them do not reach it.  Byte by byte of the keys, most significant first, by what candidates with
- * each value have together: at most 16 passes whatever the logits are, mostly over few. */
+ * each value have together: at most 16 passes whatever the logits are, mostly over few.
+ *
+ *     byte 7        255 ... 130 | 129 | 128 ... 0     mass of those before is short of the target,
+ *                    in           |      out           with 129 it is not: byte 6 of those with 129
+ *
+ * A pivot's place could be known to who makes the logits; bytes of keys have no bad case. */
 static int q3n__select(q3n__candidate *c, int n, double target, int by_mass)
 {
     int lo = 0, hi = n;
@@ -9813,7 +9833,8 @@ static int q3n__select(q3n__candidate *c, int n, double target, int by_mass)
 /* ---- The sampler ---- */
 #define Q3N__SAMPLER_MAX_WINDOW (1 << 24)
 
-/* What every block of weights has from a floor on. */
+/* What every block of weights has from a floor on: sum and number of those >= floor, and of all
+ * blocks together. */
 typedef struct {
     float   *sum;        /* [n_blocks] */
     int32_t *count;      /* [n_blocks] */
@@ -9845,6 +9866,8 @@ struct q3n_sampler {
     q3n__candidate     *candidates;  /* [vocab]                                                  */
 };
 
+/* Ranges of q3n_sampler_options: 0 is allowed everywhere, for it is what was not set; NaN nowhere.
+ */
 static q3n_result q3n__sampler_check(const q3n_sampler_options *o, q3n_error *err)
 {
     const float r = o->repetition_penalty;
@@ -9937,7 +9960,8 @@ Q3N_DEF void q3n_sampler_accept(q3n_sampler *s, int32_t id)
     if (s->n_window < s->o.penalty_window) s->n_window++;
 }
 
-/* What arithmetic can stand: NaN is -inf (never chosen), +inf the largest float. */
+/* What arithmetic can stand: NaN is -inf (never chosen), +inf the largest float.  The kernels of
+ * blocks do the same to what they read. */
 static float q3n__clean_logit(float x)
 {
     if (x > FLT_MAX) return FLT_MAX;
@@ -9959,7 +9983,8 @@ static const float *q3n__sampler_prepare(q3n_sampler *s, const float *logits)
     return s->weights;
 }
 
-/* Block b of x [vocab]: where it lies, or the last tokens and -inf in tail. */
+/* Block b of x [vocab]: where it lies, or the last tokens and -inf in tail: x is the host's array,
+ * and nothing after its end may be read. */
 static const float *q3n__sampler_logits(const q3n_sampler *s, const float *x, int b,
                                         float tail[Q3N__SAMPLER_BLOCK])
 {
@@ -9981,7 +10006,8 @@ static float q3n__sampler_maxima(q3n_sampler *s, const float *x)
     return max;
 }
 
-/* Weights and their sums of blocks [b0, b1). */
+/* Weights and their sums of blocks [b0, b1); the last block goes through tail.  x may be s->weights
+ * (penalised logits): kernels read an element before they write it. */
 static void q3n__sampler_weigh(q3n_sampler *s, const float *x, float max, int b0, int b1)
 {
     float tail[Q3N__SAMPLER_BLOCK];
@@ -9994,6 +10020,7 @@ static void q3n__sampler_weigh(q3n_sampler *s, const float *x, float max, int b0
                            q3n__sampler_logits(s, x, last, tail), 1, max, s->scale);
 }
 
+/* By rising block, in double: 2,400 sums of a vocabulary of 152k. */
 static double q3n__block_total(const float *sum, int n_blocks)
 {
     double total = 0.0;
@@ -10001,7 +10028,8 @@ static double q3n__block_total(const float *sum, int n_blocks)
     return total;
 }
 
-/* The first token whose logit is the largest, which max is. */
+/* The first token whose logit is the largest, which max is: of equals the lower id, so greedy text
+ * does not depend on anything else. */
 static int32_t q3n__sampler_best(const q3n_sampler *s, const float *x, float max)
 {
     int b = 0;
@@ -10011,8 +10039,9 @@ static int32_t q3n__sampler_best(const q3n_sampler *s, const float *x, float max
     return id;
 }
 
-/* The k largest of x as candidates.  The k-th largest of the blocks' maxima bounds the k-th largest
- * logit from below, so few blocks are looked into. */
+/* The k largest of x as candidates, in no order.  Each of the k blocks with the largest maxima has
+ * a logit of at least the smallest of these maxima; so the k-th largest logit is no less, and
+ * blocks below that bound have none of the k: few blocks are looked into. */
 static int q3n__sampler_top_k(q3n_sampler *s, const float *x, int k)
 {
     q3n__candidate *c = s->candidates;
@@ -10039,9 +10068,17 @@ static int q3n__sampler_top_k(q3n_sampler *s, const float *x, int k)
 /* ---- Top-p of the whole vocabulary ----
  *
  * Where the kept weights end is found by their sums above a floor, one pass of a kernel each, until
- * few lie between a floor that keeps enough and one that does not; those are selected from. */
+ * few lie between a floor that keeps enough and one that does not; those are selected from.
+ *
+ *     floor     low      ...      middle      ...      high
+ *     mass      >= target                              < target         target = top_p total
+ *     n         many                                   few              until they differ by 128
+ *
+ * Equal weights may be more than 128: then the floors end as neighbouring floats, and the ids of
+ * the equals decide in the selection. */
 #define Q3N__LEVEL_FEW 128
 
+/* Fill level in for a floor: one pass over all weights. */
 static void q3n__level_at(q3n_sampler *s, q3n__level *level, float floor)
 {
     s->k.block_sums(level->sum, level->count, s->weights, s->n_blocks, floor);
@@ -10060,8 +10097,9 @@ typedef struct {
     int         last;            /* what was replaced last: 1 = low, -1 = high                   */
 } q3n__bracket;
 
-/* Try a floor between the two.  The bits of positive floats are in their order, and nearly in that
- * of their logarithms, over which mass is even enough; the middle after so many turns. */
+/* Try a floor between the two: regula falsi on mass as a function of the floor's bits.  The bits of
+ * positive floats are in their order, and nearly in that of their logarithms, over which mass is
+ * even enough.  The middle after so many turns: 32 more are enough for any weights. */
 #define Q3N__BRACKET_TURNS 12
 
 static void q3n__bracket_narrow(q3n_sampler *s, q3n__bracket *k, int turn)
@@ -10084,7 +10122,8 @@ static void q3n__bracket_narrow(q3n_sampler *s, q3n__bracket *k, int turn)
     k->last = side;
 }
 
-/* Candidates in [low->floor, high->floor); returns how many. */
+/* Candidates in [low->floor, high->floor); returns how many.  Blocks of which both levels have as
+ * many have none. */
 static int q3n__level_gather(q3n_sampler *s, const q3n__level *low, const q3n__level *high)
 {
     int n = 0;
@@ -10100,7 +10139,8 @@ static int q3n__level_gather(q3n_sampler *s, const q3n__level *low, const q3n__l
 
 /* Find where top-p ends among all weights, which sum to total: sets floor, floor_id and block_sum.
  * Those below (1 - top_p) total / vocab have less than (1 - top_p) total together, so the others
- * hold what is wanted. */
+ * hold what is wanted (0.999 for roundings).  If they do not after all, FLT_MIN does: weights are 0
+ * or 2^-124 at the smallest.  Kept is what ranks before the last one selected, and that one. */
 static void q3n__sampler_top_p(q3n_sampler *s, double total)
 {
     q3n__bracket k = { &s->level[0], &s->level[1], &s->level[2], (double)s->o.top_p * total, 0, 0,
@@ -10133,7 +10173,8 @@ static void q3n__sampler_top_p(q3n_sampler *s, double total)
 
 /* ---- Filters ---- */
 
-/* Block b with zeros for what is not kept. */
+/* Block b with zeros for what is not kept: below the floor, or equal to it with a larger id.  Once
+ * for each filter, as exact[b] says. */
 static float *q3n__sampler_block(q3n_sampler *s, int b)
 {
     float *y = s->weights + b * Q3N__SAMPLER_BLOCK;
@@ -10145,7 +10186,9 @@ static float *q3n__sampler_block(q3n_sampler *s, int b)
     return y;
 }
 
-/* Weights of the k largest logits, or of those of them that top-p and min-p leave. */
+/* Weights of the k largest logits, or of those of them that top-p and min-p leave.  Only blocks
+ * that have one are written, and only their sums are not 0: no pass over the vocabulary but the
+ * maxima. */
 static void q3n__sampler_few(q3n_sampler *s, const float *x, float max, int k)
 {
     q3n__candidate *c = s->candidates;
@@ -10179,7 +10222,8 @@ static void q3n__sampler_weigh_from(q3n_sampler *s, const float *x, float max, f
     }
 }
 
-/* Raise the floor to min-p: new sums for the blocks that have any. */
+/* Raise the floor to min-p: new sums for the blocks that have any.  Weights equal to it are kept,
+ * whatever their id. */
 static void q3n__sampler_min_p(q3n_sampler *s)
 {
     int32_t count;
@@ -10191,7 +10235,8 @@ static void q3n__sampler_min_p(q3n_sampler *s)
                             s->floor);
 }
 
-/* Top-p and min-p of all tokens.  Without top-p nothing is weighed far below what min-p drops. */
+/* Top-p and min-p of all tokens.  Without top-p nothing is weighed far below what min-p drops:
+ * w < p where x < m + T ln p, and 10^-3 in the exponent of 2 covers roundings. */
 static void q3n__sampler_many(q3n_sampler *s, const float *x, float max)
 {
     const float p = s->o.min_p;
@@ -10217,7 +10262,9 @@ static void q3n__sampler_filter(q3n_sampler *s, const float *x, float max, int k
     s->kept = q3n__block_total(s->block_sum, s->n_blocks);
 }
 
-/* A token kept, with its probability: the blocks, then within one, in order of ids. */
+/* A token kept, with its probability: the blocks, then within one, in order of ids.  One random
+ * number.  Where roundings leave u over at the end, of blocks or of a block, it is the last that
+ * has a weight: what was dropped never comes. */
 static int32_t q3n__sampler_draw(q3n_sampler *s)
 {
     double u = q3n__random_unit(&s->rng) * s->kept;
