@@ -1184,6 +1184,16 @@ Q3N_DEF void q3n_session_speculation(const q3n_session *s, q3n_speculation *out)
  * Everything that differs between compilers and systems: macros with their defaults, target
  * regions, atomics, threads, mapped and written files.  The only #ifdefs for a system or compiler
  * stand here and around the kernel sections.
+ *
+ *                       threads             condition          files              CPUs
+ *     Linux             pthread             futex              POSIX              set, cgroup quota
+ *     macOS, BSD        pthread             pthread            POSIX              those on line
+ *     Windows           CreateThread        SRW lock's         Win32, UTF-16      process mask
+ *     Q3N_NO_THREADS    none; a spin lock   none               as the system      1
+ *     Q3N_NO_STDIO                                             none
+ *
+ * A new system supplies the functions of one column, by the same names; nothing below this section
+ * changes.  Later code may assume that they exist in every build.  Knows of no other section.
  * ===================================================================================== */
 #if defined(_WIN32)
 #  ifndef WIN32_LEAN_AND_MEAN
@@ -1237,7 +1247,8 @@ Q3N_DEF void q3n_session_speculation(const q3n_session *s, q3n_speculation *out)
 #  define Q3N__ARM64 0
 #endif
 /* What strict C modes hide if a header of the C library came before this one, as Linux's and WASI's
- * C libraries have it. */
+ * C libraries have it: declared here as they are there, since a macro such as _GNU_SOURCE would
+ * come too late, or change what the host's own file sees. */
 #if defined(__linux__)
 #  define Q3N__CLOCK 1                   /* CLOCK_MONOTONIC */
 long syscall(long number, ...);
@@ -1268,7 +1279,7 @@ int  clock_gettime(const struct __clockid *clock, struct timespec *t);
 /* ---- Target regions ---- */
 
 /* Everything between BEGIN and END is compiled for the named ISA whatever the command line says, so
- * that one translation unit holds every variant. */
+ * that one translation unit holds every variant.  MSVC compiles any intrinsic anywhere. */
 #define Q3N__PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
 #  define Q3N__TARGET_BEGIN(isa)                                                        \
@@ -1335,7 +1346,11 @@ static Q3N__UNUSED void q3n__yield(void)   /* let another thread run */
 #endif
 }
 
-/* ---- Threads: start, join, mutex, condition ---- */
+/* ---- Threads: start, join, mutex, condition ----
+ *
+ * _start and _init return 0 on failure.  A thread and a mutex stay where they were made.  Waits may
+ * return without a broadcast: callers look at their condition in a loop, with the mutex held, and
+ * broadcast with it held. */
 #ifdef Q3N_NO_THREADS
 #  define Q3N__HAS_THREADS 0
 #else
@@ -1441,7 +1456,14 @@ static void q3n__mutex_unlock(q3n__mutex *m) { pthread_mutex_unlock(m); }
 #  ifdef __linux__
 /* A count of broadcasts that threads wait to change, with the mutex held on both sides: glibc's own
  * condition variables before 2.41 lose wake-ups (its bug 25847), seen here with 16 threads on 2
- * CPUs.  128 and 129: FUTEX_WAIT and FUTEX_WAKE, private. */
+ * CPUs.  128 and 129: FUTEX_WAIT and FUTEX_WAKE, private.
+ *
+ *     wait        seen = count; unlock; FUTEX_WAIT(seen): at once back if count is no longer seen,
+ *                 compared and put to sleep as one step (futex(2)); lock
+ *     broadcast   count += 1; FUTEX_WAKE(all)
+ *
+ * A broadcast after `seen` was read changes the count, so it either prevents the sleep or ends it.
+ */
 static int  q3n__cond_init(q3n__cond *c) { *c = 0; return 1; }
 static void q3n__cond_free(q3n__cond *c) { (void)c; }
 static void q3n__cond_wait(q3n__cond *c, q3n__mutex *m)
@@ -1464,7 +1486,8 @@ static void q3n__cond_broadcast(q3n__cond *c) { pthread_cond_broadcast(c); }
 #  endif
 
 
-/* The lower of two limits of which 0 is none. */
+/* The lower of two limits of which 0 is none.  CPUs have three: those on line, the process's set,
+ * the quota of its cgroups (how a container with --cpus=2 is held on a machine of 64). */
 static int q3n__limit_min(int a, int b) { return a == 0 || (b > 0 && b < a) ? b : a; }
 
 #  if defined(__linux__)
@@ -1481,7 +1504,8 @@ static int q3n__cpu_set_count(void)
 }
 #  endif
 #  if defined(__linux__) && !defined(Q3N_NO_STDIO)
-/* The first bytes of a file as a text; "" if it cannot be read. */
+/* The first bytes of a file as a text, ended by 0; "" if it cannot be read.  Files of /proc and
+ * /sys come in one read. */
 static void q3n__text_read(const char *path, char *text, size_t size)
 {
     const int fd = open(path, O_RDONLY);
@@ -1546,7 +1570,10 @@ static const char *q3n__cgroup_mount(const char *controllers)
 }
 
 /* CPUs that the quotas of this process's cgroups come to, 0 = no quota.  system is "", or in tests
- * a folder with files for the system's. */
+ * a folder with files for the system's.  Lines of /proc/self/cgroup, one a hierarchy (cgroups(7)):
+ *
+ *     "0::/user.slice"           version 2     /sys/fs/cgroup/user.slice/cpu.max
+ *     "4:cpu,cpuacct:/jobs"      version 1     /sys/fs/cgroup/cpu/jobs/cpu.cfs_quota_us */
 static int q3n__cpu_quota(const char *system)
 {
     char text[4096], root[512];
@@ -1567,7 +1594,8 @@ static int q3n__cpu_quota(const char *system)
 static int q3n__cpu_quota(const char *system) { (void)system; return 0; }
 #  endif
 
-/* Threads that can run at once: CPUs that are on line, of the process's set, within its quota. */
+/* Threads that can run at once, 1 to 1024: CPUs that are on line, of the process's set, within its
+ * quota.  More threads than that would take turns while all wait for the slowest range. */
 static int q3n__cpu_count(void)
 {
     int n = 0;
@@ -1580,7 +1608,7 @@ static int q3n__cpu_count(void)
 }
 #endif
 
-/* ---- A clock that only goes forward, in microseconds ---- */
+/* ---- A clock that only goes forward, in microseconds; its zero is any moment ---- */
 static int64_t q3n__now(void)
 {
 #if defined(_WIN32)
@@ -1618,7 +1646,7 @@ typedef struct {
 typedef void (*q3n__file_found)(void *user, const char *name, int64_t bytes, int64_t when);
 
 #if !defined(Q3N_NO_STDIO)
-/* Most bytes of one call: systems refuse or cut what does not fit their int. */
+/* Max bytes of one call: systems refuse or cut what does not fit their int. */
 #define Q3N__FILE_STEP ((size_t)1 << 30)
 #endif
 
@@ -1676,6 +1704,7 @@ static int q3n__file_inspect(HANDLE h, q3n__file_info *info)
     return d.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY ? Q3N__FILE_IS_DIRECTORY : 0;
 }
 
+/* CreateFileW.  access 0 asks for what the file is alone; directories then open too. */
 static int q3n__file_handle(q3n__file *f, const char *path, DWORD access, DWORD share, DWORD how)
 {
     wchar_t wide[Q3N__PATH_ROOM];
@@ -2061,6 +2090,7 @@ static int q3n__directory_list(const char *path, const char *prefix, q3n__file_f
 
 /* ---- CPU features ---- */
 #if Q3N__X86
+/* CPUID of a leaf and sub-leaf: EAX, EBX, ECX, EDX ([SDM]). */
 static void q3n__cpuid(uint32_t leaf, uint32_t sub, uint32_t r[4])
 {
 #  if defined(_MSC_VER) && !defined(__clang__)
@@ -2084,7 +2114,9 @@ static uint64_t q3n__xcr0(void)
 }
 
 /* CPU flag and OS state-saving are both needed: a CPU can have AVX-512 while the kernel does not
- * save ZMM registers ([SDM] vol. 1, 14.3 and 15.2). */
+ * save ZMM registers ([SDM] vol. 1, 14.3 and 15.2).  Leaf 1 ECX bit 27: XGETBV may be asked; XCR0
+ * bits 1 and 2: XMM and YMM; 5 to 7: masks and both halves of ZMM.  Leaf 7 EBX: AVX2 and AVX-512,
+ * ECX bit 11: VNNI. */
 static int q3n__cpu_has(q3n_isa isa)
 {
     uint32_t r0[4], r1[4], r7[4];
@@ -3417,11 +3449,22 @@ static q3n_isa q3n__kernels_init(q3n__kernels *k, q3n_isa max);
  * The geometry of a model: its fields by name, what may go together, and the tensor plan: which
  * tensors a geometry has, in the order of the file.  The loader binds by this plan and what makes
  * files writes by it, so they cannot differ.  Knows nothing of files or memory.
+ *
+ *     q3n_config { num_hidden_layers 48, layer_types 1,1,1,0,.. , num_experts 512, ... }
+ *         q3n__config_modules(c, 3) -> ATTENTION | QK_NORM | EXPERTS | SHARED    what layer 3 has
+ *         rows of Q3N__LAYER_LIST with such a module, dims as Q3N__DIM_LIST says
+ *         -> q3n__plan_item { "layers.3.self_attn.q_proj.weight", MAT, [8192, 2048], .. }
+ *
+ * A new field is a row of Q3N_CONFIG_LIST, a new tensor a row of a list here and a field of
+ * q3n__layer: the loader and what makes or shows files follow.  Later code may assume of a
+ * geometry that q3n_config_check took: every field is in its range, every tensor has at most 2^46
+ * elements and lengths up to 2^26, heads are multiples, each layer has what its kind needs.
  * ===================================================================================== */
 
 /* ---- What the tensors are bound to ---- */
 
-/* A matrix in the file: n_rows x n_cols of one slice (an expert), slices stride bytes apart. */
+/* A matrix in the file: n_rows x n_cols of one slice (an expert), slices stride bytes apart.  data
+ * points into the mapping: a copy of this struct is a view and owns nothing. */
 typedef struct q3n__mat {
     const uint8_t *data;
     size_t         stride;       /* 0 if there is one slice                                      */
@@ -3458,16 +3501,22 @@ typedef struct q3n__weights {
     int          rope_positions;
 } q3n__weights;
 
-/* ---- Tensor plan ---- */
+/* ---- Tensor plan ----
+ *
+ * What a tensor is to the code that binds it (role), to random weights (init), and where it belongs
+ * (layer).  The order of the plan is the order of the file: global tensors, layers, MTP module. */
 typedef enum {
     Q3N__ROLE_MAT,               /* bound to a q3n__mat; its types: q3n__plan_types              */
     Q3N__ROLE_VEC,               /* f32; bound to a const float *                                */
     Q3N__ROLE_ROUTER             /* a float type; bound to a q3n__mat                            */
 } q3n__role;
 
+/* Where a tensor belongs, besides a number of a layer.  The MTP module's layer has a number that no
+ * layer of the trunk can have; in memory it follows the trunk's layers. */
 #define Q3N__LAYER_NONE (-1)
 #define Q3N__LAYER_MTP  Q3N_MAX_LAYERS
 
+/* One tensor of the plan in full: what a loader compares and a writer writes. */
 typedef struct q3n__plan_item {
     char      name[96];
     q3n__role role;
@@ -3535,7 +3584,8 @@ typedef struct q3n__plan_item {
     X(MAT,    SHARED,  "mlp.shared_expert.down_proj.weight", shared_down_proj, d, IS, ONE)        \
     X(ROUTER, SHARED,  "mlp.shared_expert_gate.weight", shared_expert_gate, ROW, d, ONE)
 
-/* Modules of a model or of a layer, as bits. */
+/* Modules of a model or of a layer, as bits.  A tensor has one; those that a model or a layer has
+ * are made by q3n__config_modules, and a tensor is there if its module is. */
 enum {
     Q3N__MODULE_ALWAYS = 1, Q3N__MODULE_HEAD = 1 << 1, Q3N__MODULE_SCORE = 1 << 2,
     Q3N__MODULE_SCORE_BIAS = 1 << 3, Q3N__MODULE_ROPE_TABLE = 1 << 4, Q3N__MODULE_MTP = 1 << 5,
@@ -3546,7 +3596,9 @@ enum {
     Q3N__MODULE_EXPERTS_BIAS = 1 << 14, Q3N__MODULE_SHARED = 1 << 15
 };
 
-/* Lengths of dimensions; ONE closes the list of a tensor's dimensions, ROW is a length of 1. */
+/* Lengths of dimensions, as the manual's list of tensors names them; c is the configuration.  ONE
+ * closes the list of a tensor's dimensions; ROW is a length of 1 that counts as one, so that
+ * shared_expert_gate [1, d] is a matrix; ANY is whatever the file has (positions of a table). */
 #define Q3N__DIM_LIST(X)                                                                \
     X(ONE,    1)                                                                        \
     X(ROW,    1)                                                                        \
@@ -3589,6 +3641,7 @@ typedef struct {
     size_t      field;
 } q3n__plan_row;
 
+/* The lists as tables, which the functions below walk. */
 static const q3n__plan_row q3n__global_rows[] = {
 #define Q3N__X(role, module, name, field, d0, d1, d2)                                   \
     { name, Q3N__ROLE_##role, Q3N__MODULE_##module,                                     \
@@ -3614,6 +3667,8 @@ static int64_t q3n__config_channels(const q3n_config *c)
          + (int64_t)c->linear_num_value_heads * c->linear_value_head_dim;
 }
 
+/* 64 bits: in a configuration that has not been checked yet two heads of 4096 x 1024 already add
+ * up. */
 static int64_t q3n__config_dim(const q3n_config *c, q3n__dim id)
 {
     switch (id) {
@@ -3625,7 +3680,8 @@ static int64_t q3n__config_dim(const q3n_config *c, q3n__dim id)
     return 0;
 }
 
-/* The modules that layer l has, or the model besides its layers. */
+/* The modules that layer l has, or the model besides its layers (Q3N__LAYER_NONE).  The MTP
+ * module's layer has attention always, and experts if the model has any. */
 static unsigned q3n__config_modules(const q3n_config *c, int l)
 {
     if (l == Q3N__LAYER_NONE)
@@ -3651,7 +3707,8 @@ static unsigned q3n__config_modules(const q3n_config *c, int l)
 
 /* Types that an item may have: the rules of the file format, so that no file can be made in which a
  * few bytes saved spoil every token.  Routers decide between experts, and the head between words;
- * both are small beside the experts. */
+ * both are small beside the experts.  In short: vectors f32; routers floats; the head and MTP
+ * floats, q8, q6; matrices also q4; experts also q3. */
 static unsigned q3n__plan_types(const q3n_config *c, const q3n__plan_row *row, int layer)
 {
     const unsigned floats = 1u << Q3N_TYPE_F32 | 1u << Q3N_TYPE_F16 | 1u << Q3N_TYPE_BF16;
@@ -3680,6 +3737,7 @@ static const char *q3n__types_string(unsigned types, char text[80])
     return text;
 }
 
+/* Row `row` of a list, for layer l of this configuration: its full name and lengths in numbers. */
 static void q3n__plan_item_make(const q3n_config *c, const q3n__plan_row *row, int l,
                                 q3n__plan_item *item)
 {
@@ -3706,6 +3764,7 @@ static void q3n__plan_item_make(const q3n_config *c, const q3n__plan_row *row, i
 
 typedef q3n_result (*q3n__plan_fn)(void *user, const q3n__plan_item *item);
 
+/* Those rows of one list whose module the layer has. */
 static q3n_result q3n__plan_visit_rows(const q3n_config *c, const q3n__plan_row *rows, size_t n,
                                        int l, q3n__plan_fn fn, void *user)
 {
@@ -3722,7 +3781,7 @@ static q3n_result q3n__plan_visit_rows(const q3n_config *c, const q3n__plan_row 
 
 /* Call fn for every tensor that a model of this geometry has, in the order of the file, until one
  * call does not return Q3N_OK; returns the last result.  The experts' gate, up and down follow one
- * another. */
+ * another, as writers interleave their slices.  An item lives during its call. */
 static q3n_result q3n__plan_visit(const q3n_config *c, q3n__plan_fn fn, void *user)
 {
     const size_t n_global = sizeof q3n__global_rows / sizeof q3n__global_rows[0];
@@ -3738,7 +3797,10 @@ static q3n_result q3n__plan_visit(const q3n_config *c, q3n__plan_fn fn, void *us
     return q3n__plan_visit_rows(c, q3n__layer_rows, n_layer, Q3N__LAYER_MTP, fn, user);
 }
 
-/* ---- Fields by name ---- */
+/* ---- Fields by name: Q3N_CONFIG_LIST as a table ----
+ *
+ * Everything that treats fields alike (files, --set, `info`, the check of ranges) walks this table
+ * and reaches a field by its offset; memcpy, since the types are two. */
 typedef struct q3n__config_row {
     const char *name;
     char        kind;            /* 'I' int, 'B' 0 or 1, 'E' enum (all int), 'F' double          */
@@ -3765,6 +3827,7 @@ static const char *const q3n__problem_type_words[] = {
     "none", "regression", "single_label_classification", "multi_label_classification"
 };
 
+/* Which field has which words, so that one search serves all; the names are those of the fields. */
 static const struct {
     const char        *field;
     const char *const *words;
@@ -3777,6 +3840,8 @@ static const struct {
 #undef Q3N__WORDS
 };
 
+/* A walk over some forty rows: names are looked up when files are opened and options read, not
+ * later. */
 static const q3n__config_row *q3n__config_find(const char *name)   /* NULL = no such field */
 {
     for (size_t i = 0; i < Q3N__N_CONFIG_ROWS; i++)
@@ -3793,6 +3858,7 @@ static const char *q3n__config_enum_word(const char *field, int v)
     return NULL;
 }
 
+/* The inverse of q3n__config_enum_word, for words of files and of the command line. */
 static int q3n__config_enum_value(const char *field, const char *word)   /* -1 = no such word */
 {
     for (int v = 0; ; v++) {
@@ -3815,6 +3881,7 @@ static double q3n__config_value(const q3n_config *c, const q3n__config_row *row)
     return i;
 }
 
+/* Doubles with 15 digits: a decimal number of so many comes back as it was written (DBL_DIG). */
 Q3N_DEF const char *q3n_config_field(const q3n_config *c, int i, char text[64])
 {
     if (!c || !text || i < 0 || (size_t)i >= Q3N__N_CONFIG_ROWS) return NULL;
@@ -3849,10 +3916,12 @@ static void q3n__config_defaults(q3n_config *c)
 /* ---- What goes together ---- */
 
 /* Lengths stay far enough below INT_MAX, and tensors below SIZE_MAX and every file system, that
- * later code adds and multiplies a few of them freely. */
+ * later code adds and multiplies a few of them freely.  The ranges of single fields allow more: H D
+ * is up to 2^22, an expert tensor up to 2^60 elements. */
 #define Q3N__MAX_DIM      ((int64_t)1 << 26)
 #define Q3N__MAX_ELEMENTS ((int64_t)1 << 46)
 
+/* q3n__plan_fn: a length of 0 is one that the file chooses. */
 static q3n_result q3n__check_item(void *user, const q3n__plan_item *item)
 {
     q3n_error *err = (q3n_error *)user;
@@ -3868,6 +3937,7 @@ static q3n_result q3n__check_item(void *user, const q3n__plan_item *item)
     return Q3N_OK;
 }
 
+/* What a layer of its kind needs: fields that may be 0 in a model without such layers. */
 static q3n_result q3n__check_layer(const q3n_config *c, int l, q3n_error *err)
 {
     const unsigned modules = q3n__config_modules(c, l);
@@ -3901,6 +3971,8 @@ static q3n_result q3n__check_layer(const q3n_config *c, int l, q3n_error *err)
     return Q3N_OK;
 }
 
+/* Rotary dimensions come in pairs (j, j + R/2).  The conditions of yarn are those that leave its
+ * logarithms finite: theta > 1, rotations > 0 ([YaRN] 3.2, see q3n__yarn_dim). */
 static q3n_result q3n__check_rope(const q3n_config *c, q3n_error *err)
 {
     if (c->rotary_dim % 2 != 0 || c->rotary_dim > c->head_dim)
@@ -3918,6 +3990,8 @@ static q3n_result q3n__check_rope(const q3n_config *c, q3n_error *err)
     return Q3N_OK;
 }
 
+/* Ranges first: everything after them multiplies and divides fields.  Then pairs of fields, layers,
+ * and at last sizes, by walking the plan. */
 Q3N_DEF q3n_result q3n_config_check(const q3n_config *c, q3n_error *err)
 {
     if (!c) return q3n__fail(err, Q3N_ERR_ARG, -1, "no configuration");
@@ -3944,7 +4018,10 @@ Q3N_DEF q3n_result q3n_config_check(const q3n_config *c, q3n_error *err)
     return q3n__plan_visit(c, q3n__check_item, err);
 }
 
-/* ---- The tokenizer as the model holds it; section >>tokenizer makes and uses it ---- */
+/* ---- The tokenizer as the model holds it; section >>tokenizer makes and uses it ----
+ *
+ * Lists stay in the mapped file (const uint8_t *: they lie at any byte, read with q3n__load_u32);
+ * what is allocated are tables to search: pairs 8 bytes x 2^k, unicode 60 KB, added, flags. */
 
 /* How text is cut into words before merging: the Split patterns of the published tokenizer.json. */
 typedef enum q3n__pattern {
@@ -4021,6 +4098,8 @@ static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a);
  * looked at, but for tables of rope: opening reads no weights.  Knows nothing of sessions, threads
  * and kernels.
  * ===================================================================================== */
+/* Limits of what a file may ask for, so that what is allocated and searched is bounded before it
+ * is. */
 #define Q3N__MAX_SECTIONS 64
 #define Q3N__MAX_TENSORS  (1 << 16)
 #define Q3N__MAX_IDS      16             /* in eos_ids, tokenizer_prefix and tokenizer_suffix     */
@@ -4030,10 +4109,12 @@ static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a);
 #define Q3N__SECTION_BYTES 32
 #define Q3N__HEADER_BYTES  64
 
+/* Numbers of the file format: kinds of sections, types of values. */
 enum { Q3N__SECTION_CONFIG = 1, Q3N__SECTION_TENSORS, Q3N__SECTION_NAMES, Q3N__SECTION_TOKENIZER,
        Q3N__SECTION_COUNT };
 enum { Q3N__VALUE_INT = 1, Q3N__VALUE_FLOAT, Q3N__VALUE_STRING };
 
+/* "\x89Q3N\r\n\x1a\n". */
 static const uint8_t q3n__magic[8] = { 0x89, 'Q', '3', 'N', 0x0D, 0x0A, 0x1A, 0x0A };
 
 /* Token ids of the configuration. */
@@ -4076,7 +4157,7 @@ typedef struct {
     size_t         offset, bytes;
 } q3n__section;
 
-/* Configuration keys that are no fields of q3n_config. */
+/* Configuration keys that are no fields of q3n_config.  The enum numbers the names below it. */
 enum { Q3N__KEY_LAYER_TYPES, Q3N__KEY_LAYER_EXPERTS, Q3N__KEY_EOS_IDS, Q3N__KEY_NAME, Q3N__KEY_CHAT,
        Q3N__KEY_NFC, Q3N__KEY_PREFIX, Q3N__KEY_SUFFIX, Q3N__KEY_PAD_ID, Q3N__KEY_LABELS,
        Q3N__KEY_PATTERN, Q3N__N_OTHER_KEYS };
@@ -4241,7 +4322,8 @@ static q3n_result q3n__entry_error(q3n__load *ld, const q3n__entry *e, const cha
                      expected);
 }
 
-/* A string value as text; 0 if it is none, too long, or has a byte 0 in it. */
+/* A string value as text; 0 if it is none, too long, or has a byte 0 in it, which would make it
+ * another word for C than for whoever wrote the file. */
 static int q3n__entry_string(const q3n__entry *e, char *out, size_t size)
 {
     if (e->type != Q3N__VALUE_STRING || e->value_bytes >= size
@@ -4282,6 +4364,7 @@ static q3n_result q3n__load_ids(q3n__load *ld, const q3n__entry *e, q3n__ids *ou
     return Q3N_OK;
 }
 
+/* A token id, of which a classifier passes over those at the end of a text. */
 static q3n_result q3n__load_pad_id(q3n__load *ld, const q3n__entry *e)
 {
     if (e->type != Q3N__VALUE_INT || e->n_values != 1) return q3n__entry_error(ld, e, "one int");
@@ -4347,6 +4430,8 @@ static q3n_result q3n__load_field(q3n__load *ld, const q3n__entry *e, const q3n_
     return Q3N_OK;
 }
 
+/* "qwen2" or "qwen3_5"; patterns are code here, not expressions of the file (section >>tokenizer).
+ */
 static q3n_result q3n__load_pattern(q3n__load *ld, const q3n__entry *e)
 {
     char word[64];
@@ -4394,7 +4479,9 @@ static q3n_result q3n__load_other(q3n__load *ld, const q3n__entry *e, size_t key
     }
 }
 
-/* Unknown keys are passed over, however often they stand there; the others may stand once. */
+/* Unknown keys are passed over, however often they stand there; the others may stand once.  What
+ * has been seen is an array of the known keys: comparing each with all before it would be quadratic
+ * in a file of many. */
 static q3n_result q3n__load_entry(q3n__load *ld, const q3n__entry *e)
 {
     const q3n__config_row *row = q3n__config_find(e->key);
@@ -4461,6 +4548,7 @@ static int q3n__compare_names(const void *left, const void *right)
     return order != 0 ? order : a < b ? -1 : a > b;
 }
 
+/* Bisection in by_name.  For binding and for callers that ask by name; evaluation never does. */
 static const q3n_tensor *q3n__find_tensor(const q3n_model *m, const char *name)   /* NULL = none */
 {
     int low = 0, high = m->n_tensors;
@@ -4475,7 +4563,9 @@ static const q3n_tensor *q3n__find_tensor(const q3n_model *m, const char *name) 
     return NULL;
 }
 
-/* Name, type and dimensions of the record at p, which begins at byte `at` of the file. */
+/* Name, type and dimensions of the record at p, which begins at byte `at` of the file.  The name is
+ * copied to `name` [256] and ended by 0, since NAMES has no terminators.  Lengths are 1 to 2^30:
+ * those of real models are far below, and row sizes are computed from an int. */
 static q3n_result q3n__load_tensor_shape(q3n__load *ld, const uint8_t *p, int64_t at, q3n_tensor *t,
                                          char *name)
 {
@@ -4576,7 +4666,8 @@ static q3n_result q3n__load_table_alloc(q3n__load *ld, uint32_t n)
     return Q3N_OK;
 }
 
-/* Sort the names; none may stand twice.  Records have record bytes and begin at byte `at`. */
+/* Sort the names; none may stand twice.  Records have record bytes and begin at byte `at`.  Equal
+ * names are neighbours once sorted, and the later record is the one that the message points at. */
 static q3n_result q3n__load_names(q3n__load *ld, int64_t at, uint32_t record)
 {
     q3n_model *m = ld->m;
@@ -4771,6 +4862,7 @@ static q3n_result q3n__load_rope(q3n__load *ld)
 }
 
 /* ---- Tokenizer and the whole ---- */
+/* The tables of the tokenizer; a model without the section works on ids. */
 static q3n_result q3n__load_tokenizer(q3n__load *ld)
 {
     q3n_model *m = ld->m;
@@ -4884,13 +4976,20 @@ static q3n_result q3n__model_create(q3n_model **out, const q3n_model_options *o,
  *
  * UTF-8, character classes and Normalization Form C for the tokenizer.  Bytes that are no UTF-8
  * count as characters outside every class, which normalisation leaves alone.  The tables are
- * printed by tools/unicode_tables.py and unpacked once per model.
+ * printed by tools/unicode_tables.py and unpacked once per model: 14 KB of text become 60 KB.
+ *
+ * Later code may assume that a character's class and its normalisation depend on the tables alone,
+ * not on the C library or a locale, and that both take any bytes.  Knows nothing of tokens.
  * ===================================================================================== */
 
 /* Numbers in printable characters, see q3n__unpack.  Runs: length and properties, over all code
  * points from 0 (classes of Unicode 16.0, normalisation of Unicode 9.0: what the published
  * tokenizers were made with, [HFT]).  Decompositions, sorted by character: 2 x step to it, + 1 if
- * it must not be composed again; zigzag step of the first part; second part - 0x2FF, 0 = none. */
+ * it must not be composed again; zigzag step of the first part; second part - 0x2FF, 0 = none.
+ *
+ *     "I@ ED R@"        9 code points of properties 0; 5, U+0009 to U+000D, of 4 (space); 18 of 0
+ *     "(L $F A"         384 = 2 x 192, 130 = zigzag of 65, 1: U+00C0 = U+0041 U+0300
+ *     "B @ B"           2 = 2 x 1, 0, 2: the next, U+00C1 = U+0041 U+0301 */
 #define Q3N__N_CHAR_RUNS      2394
 #define Q3N__N_DECOMPOSITIONS 2060
 
@@ -5052,7 +5151,7 @@ static const char q3n__packed_decompositions[][94] = {
     ">I@B:$J@BJ@BN@BT@BN@B#L@B'.>B@",
 };
 
-/* ---- Unicode: characters ---- */
+/* ---- Characters ---- */
 
 /* Classes as sets, so that a pattern's brackets become a mask; a character has one bit; the classes
  * that \w divides have two. */
@@ -5071,6 +5170,12 @@ static const char q3n__packed_decompositions[][94] = {
 
 #define Q3N__HASH_SIZE    4096   /* at most half full */
 
+/* The tables unpacked, constant once made; 59,900 bytes.
+ *
+ *     class of U+0E01     page[0x0E] is the run that holds U+0E00; go on while the next one begins
+ *                         at or before U+0E01 (at most 73 steps); its low 10 bits
+ *     decompose           by_composed[hash(cp)], linear probing: 2060 entries in 4096 slots
+ *     compose             by_parts[hash(first, second)]: 940 of them */
 struct q3n__unicode {
     uint32_t run[Q3N__N_CHAR_RUNS + 1];   /* first code point << 10 | properties, then 0x110000 */
     uint16_t page[0x1100];                /* run that holds code point i << 8 */
@@ -5094,6 +5199,8 @@ static uint32_t q3n__unpack(const char **p)
     }
 }
 
+/* Multiplication by an odd number, 12 high bits: a slot of Q3N__HASH_SIZE.  The tables are fixed,
+ * so no input can fill them; probing ends at an empty slot, of which half remain. */
 static uint32_t q3n__hash_char(uint32_t cp) { return cp * 0x9E3779B1u >> 20; }
 static uint32_t q3n__hash_sections(uint32_t first, uint32_t second)
 {
@@ -5106,6 +5213,8 @@ static void q3n__hash_put(uint16_t *table, uint32_t slot, uint32_t entry)
     table[slot] = (uint16_t)(entry + 1);
 }
 
+/* Unpack both tables.  A run sets page[i] for each page whose first code point it holds.  Cannot
+ * fail: the text was made by the tool and is compared with it by the tests. */
 static void q3n__unicode_init(q3n__unicode *u)
 {
     memset(u, 0, sizeof *u);
@@ -5134,6 +5243,7 @@ static void q3n__unicode_init(q3n__unicode *u)
     }
 }
 
+/* cp is at most 0x10FFFF; the entry after the last run ends the search. */
 static uint32_t q3n__char_props(const q3n__unicode *u, uint32_t cp)
 {
     if (cp < 256) return u->latin[cp];
@@ -5142,7 +5252,8 @@ static uint32_t q3n__char_props(const q3n__unicode *u, uint32_t cp)
     return u->run[i] & 1023;
 }
 
-/* Returns the bytes written, 1 .. 4. */
+/* cp as UTF-8 to out [4]; returns the bytes written, 1 .. 4.  cp is no surrogate: it comes from
+ * q3n__utf8_decode or from the tables. */
 static int q3n__utf8_encode(uint8_t *out, uint32_t cp)
 {
     if (cp < 0x80) {
@@ -5163,6 +5274,8 @@ typedef struct {
     int      valid;     /* 0: one byte that is no UTF-8, a stable character outside every class */
 } q3n__char;
 
+/* The character at p <= end.  Bytes that are no UTF-8 are one character each, so that every place
+ * of a text is reached by whole characters from its start, and every text ends. */
 static q3n__char q3n__char_at(const q3n__unicode *u, const uint8_t *p, const uint8_t *end)
 {
     q3n__char c = { 0, 0, 0, 0, 0 };
@@ -5188,7 +5301,8 @@ static const uint8_t *q3n__char_before(const uint8_t *begin, const uint8_t *p)
 
 /* ---- Buffers ---- */
 
-/* Bytes that grow; data is aligned for any element. */
+/* Bytes that grow, twofold, so that appending n bytes copies at most 2 n; data is aligned for any
+ * element.  Whoever holds one frees data with the allocator that made it. */
 typedef struct {
     uint8_t *data;
     size_t   bytes, capacity;
@@ -5210,7 +5324,23 @@ static int q3n__reserve(q3n__buffer *b, size_t more, const q3n_allocator *a)
     return 1;
 }
 
-/* ---- Normalization Form C ([UAX15]) ---- */
+/* ---- Normalization Form C ([UAX15]) ----
+ *
+ * Decompose, sort marks by combining class, compose.  e + circumflex + dot below, all three steps:
+ *
+ *     65 302 323     decomposed already; classes 0, 230, 220
+ *     65 323 302     sorted: marks between two starters by class, equal ones as they stood
+ *     1EB9 302       65 + 323 compose; the next mark looks at the starter that came of it
+ *     1EC7           1EB9 + 302 compose
+ *
+ * Most text is in NFC, so only runs of unstable characters go through this, each with the starter
+ * before it.  q3n__append_nfc on  "ab" e 302 323 "c":
+ *
+ *     q3n__find_unstable -> 302; the character before it, e, goes along;  "ab" is copied
+ *     e 302 323 -> z->chars -> q3n__flush_chars -> 1EC7;  "c" is stable: the run ends before it
+ *
+ * Of combining classes only the order matters: tables hold ranks, 0 to 54, in 8 bits above the code
+ * point.  Text with a million marks on one letter takes linear time (q3n__sort_marks). */
 
 typedef struct {
     const q3n__unicode  *unicode;
@@ -5247,8 +5377,10 @@ static void q3n__push_char(q3n__normalizer *z, uint32_t cp)   /* room has been m
     z->chars.bytes += sizeof c;
 }
 
-/* Append the canonical decomposition of cp to z->chars.  Only first parts decompose further, four
- * times at most; both are properties of the table. */
+/* Append the canonical decomposition of cp to z->chars, at most 5 characters.  Only first parts
+ * decompose further, four times at most; both are properties of the table (the tool asserts them),
+ * so the seconds are stacked and come out in reverse.  Hangul syllables are arithmetic (Unicode
+ * 3.12): U+AC01 is 1100 1161 11A8.  0 = out of memory. */
 static int q3n__push_decomposed(q3n__normalizer *z, uint32_t cp)
 {
     const q3n__unicode *u = z->unicode;
@@ -5277,7 +5409,8 @@ static int q3n__push_decomposed(q3n__normalizer *z, uint32_t cp)
     return 1;
 }
 
-/* The character that two others make, 0 if none. */
+/* The character that two others make, 0 if none: L + V and LV + T of Hangul, else the table.
+ * Unsigned subtraction makes one comparison of a range, below it wraps. */
 static uint32_t q3n__compose(const q3n__unicode *u, uint32_t first, uint32_t second)
 {
     if (first - Q3N__HANGUL_L < 19 && second - Q3N__HANGUL_V < 21)
@@ -5294,7 +5427,8 @@ static uint32_t q3n__compose(const q3n__unicode *u, uint32_t first, uint32_t sec
 }
 
 /* Stable sort of c [n] by rank.  Marks come in twos and threes; text made to be slow has runs of
- * any length, and those are distributed by counting. */
+ * any length, and those are distributed by counting: linear, where insertion is quadratic.  0 = out
+ * of memory. */
 static int q3n__sort_marks(q3n__normalizer *z, uint32_t *c, size_t n)
 {
     if (n <= 32) {
@@ -5317,7 +5451,9 @@ static int q3n__sort_marks(q3n__normalizer *z, uint32_t *c, size_t n)
     return 1;
 }
 
-/* Bring the decomposed z->chars to canonical order, compose, append to z->out as UTF-8. */
+/* Bring the decomposed z->chars to canonical order, compose, append to z->out as UTF-8.
+ * Composition works in place: c[0 .. kept) is the result so far, c[starter] the last starter in it.
+ * 0 = out of memory. */
 static int q3n__flush_chars(q3n__normalizer *z)
 {
     uint32_t *c = (uint32_t *)(void *)z->chars.data;
@@ -5350,7 +5486,8 @@ static int q3n__flush_chars(q3n__normalizer *z)
 }
 
 /* Append [p, end) in NFC to z->out.  Each unstable run is normalised together with the stable
- * character before it, which it may change; the rest is copied. */
+ * character before it, which it may change; the rest is copied.  A byte that is no UTF-8 is stable
+ * and ends a run: nothing composes across it.  0 = out of memory. */
 static int q3n__append_nfc(q3n__normalizer *z, const uint8_t *p, const uint8_t *end)
 {
     const q3n__unicode *u = z->unicode;
@@ -5374,6 +5511,7 @@ static int q3n__append_nfc(q3n__normalizer *z, const uint8_t *p, const uint8_t *
     return 1;
 }
 
+/* Empty buffers: nothing is allocated before something is appended. */
 static q3n__normalizer q3n__normalizer_begin(const q3n__unicode *u, const q3n_allocator *a)
 {
     return (q3n__normalizer){ u, a, { NULL, 0, 0 }, { NULL, 0, 0 }, { NULL, 0, 0 } };
@@ -5572,6 +5710,7 @@ static const q3n__added *q3n__added_at(const q3n__added_index *x, const uint8_t 
     return best;
 }
 
+/* \w of [HFT]'s regular expressions, for single_word; no character at end. */
 static int q3n__is_word_char(const q3n__unicode *u, const uint8_t *p, const uint8_t *end)
 {
     return (q3n__char_at(u, p, end).mask & Q3N__CLASS_WORD) != 0;
@@ -5645,6 +5784,7 @@ static uint64_t q3n__pair_hash(uint32_t left, uint32_t right)
     return h * 0xD6E8FEB86659FD93u;
 }
 
+/* By pair, then by rank: the first of equal pairs is the one that counts. */
 static int q3n__compare_merges(const void *left, const void *right)
 {
     const q3n__merge_key *a = (const q3n__merge_key *)left, *b = (const q3n__merge_key *)right;
@@ -5694,6 +5834,7 @@ static uint32_t q3n__pair_rank(const q3n__tokenizer *t, uint32_t left, uint32_t 
     return slot ? slot->rank_1 - 1 : q3n__crowded_rank(t, left, right);   /* 0 - 1: no rank */
 }
 
+/* rank is below n_merges: it came out of the table. */
 static uint32_t q3n__merge_result(const q3n__tokenizer *t, uint32_t rank)
 {
     return q3n__load_u32(t->merges + 12 * (size_t)rank + 8);
@@ -5735,6 +5876,7 @@ typedef struct {
     uint32_t prev, next;        /* next = n after the last */
 } q3n__node;
 
+/* A binary heap of keys, the lowest at heap[0]: restore it after heap[i] grew. */
 static void q3n__heap_down(uint64_t *heap, size_t n, size_t i)
 {
     const uint64_t x = heap[i];
@@ -5746,6 +5888,7 @@ static void q3n__heap_down(uint64_t *heap, size_t n, size_t i)
     heap[i] = x;
 }
 
+/* The same after heap[i] was appended. */
 static void q3n__heap_up(uint64_t *heap, size_t i)
 {
     const uint64_t x = heap[i];
@@ -5838,6 +5981,7 @@ static const uint8_t *q3n__text_chunk_end(const q3n__unicode *u, const uint8_t *
     return end;
 }
 
+/* Cut [p, end) into words and encode each.  Both ends are places where a word may begin and end. */
 static q3n_result q3n__encode_words(q3n__encoder *e, const uint8_t *p, const uint8_t *end)
 {
     while (p < end) {
@@ -6062,6 +6206,7 @@ static q3n_result q3n__tokenizer_check_tokens(q3n__tokenizer *t, const q3n__toke
     return Q3N_OK;
 }
 
+/* Bytes of a token; 0 for ids that are left free. */
 static uint32_t q3n__token_length(const q3n__tokenizer *t, uint32_t id)   /* id < n_tokens */
 {
     const uint8_t *text;
@@ -6139,6 +6284,7 @@ static int q3n__compare_added(const void *left, const void *right)
     return x->id < y->id ? -1 : x->id > y->id;
 }
 
+/* first[b]: how many of the n sorted tokens begin with a byte below b; first[256] is n. */
 static void q3n__index_added(q3n__added_index *x, const q3n__added *tokens, uint32_t n)
 {
     x->tokens = tokens;
@@ -6204,6 +6350,7 @@ static q3n_result q3n__tokenizer_add_added(q3n__tokenizer *t, const q3n__tokeniz
     return Q3N_OK;
 }
 
+/* Also of a tokenizer that is half open, or zeroed. */
 static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a)
 {
     q3n__free(a, t->unicode);
@@ -6215,6 +6362,7 @@ static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a)
     memset(t, 0, sizeof *t);
 }
 
+/* Everything is NULL until it is made, so that q3n__tokenizer_close works from anywhere. */
 static q3n_result q3n__tokenizer_open(q3n__tokenizer *t, const q3n__tokenizer_params *p,
                                       const q3n_allocator *a, q3n_error *err)
 {
@@ -6245,6 +6393,7 @@ done:
 
 Q3N_DEF int q3n_model_n_tokens(const q3n_model *m) { return m ? (int)m->tokenizer.n_tokens : 0; }
 
+/* One encoder on the stack; it allocates for long words and for text that NFC changes only. */
 Q3N_DEF q3n_result q3n_tokenize(const q3n_model *m, const char *text, size_t bytes, int flags,
                                 int32_t *ids, size_t max, size_t *n)
 {
@@ -6281,6 +6430,8 @@ Q3N_DEF int q3n_token_is_special(const q3n_model *m, int32_t id)
         && (m->tokenizer.flags[id] & Q3N__TOKEN_SPECIAL);
 }
 
+/* A trial on a copy counts first: if out is too small, dec is as before and the id can be given
+ * again. */
 Q3N_DEF q3n_result q3n_detokenizer_next(q3n_detokenizer *dec, const q3n_model *m, int32_t id,
                                         char *out, size_t max, size_t *n)
 {
