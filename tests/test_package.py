@@ -25,6 +25,7 @@ with qwen3next.Model(sys.argv[1]) as model, model.session(capacity=64) as sessio
 print(json.dumps({"folder": str(folder), "library": qwen3next._lib._name, "text": text,
                   "files": sorted(p.name for p in folder.iterdir() if p.is_file()),
                   "version": importlib.metadata.version("qwen3next"),
+                  "makes": hasattr(qwen3next.load(), "q3n_quantize_rows"),
                   "library_version": qwen3next.load().q3n_version()}))
 """
 
@@ -67,6 +68,7 @@ class Installed(unittest.TestCase):
                          ["__init__.py", "__main__.py", "libqwen3next.so", "py.typed"])
         v = found["library_version"]
         self.assertEqual(found["version"], "%d.%d.%d" % (v // 10000, v // 100 % 100, v % 100))
+        self.assertTrue(found["makes"])          # q3n_make.h is in it too
         self.assertGreater(len(found["text"]), 8)
         self.assertTrue(case["text"].startswith(prompt + found["text"]), found["text"])
 
