@@ -13335,8 +13335,14 @@ typedef struct {
     int     columns;
 } q3n__attend_parts;
 
-/* Up to four queries from query i on.  They share the values up to the smallest of their counts;
- * each goes on alone from there, so that none sees a value that is not its own. */
+/* Up to four queries from query i on.  Both products are mixes:
+ *
+ *     scores [T, keys]    = q [T, D] k [D, 256]          to the largest count, rounded up to a tile
+ *     o [T, D]            = weights [T, keys] v [keys, D]
+ *
+ * Scores after a query's count are computed and dropped; values must not be, for 0 times NaN is
+ * NaN.  So they share the values up to the smallest of their counts, and each goes on alone from
+ * there: none sees a value that is not its own. */
 static void q3n__attend_group(const q3n__attend_parts *f, q3n_type type, const q3n__attend *a,
                               int i, int T)
 {
@@ -13416,7 +13422,9 @@ static Q3N__UNUSED int q3n__block_tokens(int n_cols, int tile)
     return (tiles < 1 ? 1 : tiles) * tile;
 }
 
-/* The operands of a tile of float weights. */
+/* The operands of a tile of float weights.  The last columns, fewer than a vector, are copied to
+ * tail_w and tail_x with zeros after them, and go through the loop as one more vector: nothing is
+ * read beyond an array, and a tile has one loop. */
 typedef struct {
     const void  *w[8];           /* where its rows begin; those after the last are copies of it  */
     const float *x[8];           /* ... and its tokens                                           */
@@ -13426,6 +13434,8 @@ typedef struct {
     float        tail_x[8][16];
 } q3n__operands;
 
+/* Rows from r and tokens from t on.  What would be after the last row or token is a copy: it is
+ * computed with the others and not stored. */
 static Q3N__UNUSED void q3n__operands_at(q3n__operands *p, q3n_type type, const q3n__matmul *m,
                                          int r, int t, int most)
 {
@@ -13491,6 +13501,8 @@ static Q3N__UNUSED void q3n__conv_shift(const q3n__conv *c)
 Q3N__TARGET_BEGIN("avx2,fma,f16c")
 
 /* ---- Loads, stores, sums.  n elements are real, n >= 8 = all; the rest reads as zero ---- */
+/* Lane i is all ones if i < n.  Lanes that are masked off are neither read nor written: tails end
+ * where their array ends. */
 Q3N__INLINE __m256i q3n__mask_avx2(int n)
 {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -13507,7 +13519,7 @@ Q3N__INLINE void q3n__storef_avx2(float *p, __m256 v, int n)
     else        _mm256_maskstore_ps(p, q3n__mask_avx2(n), v);
 }
 
-/* Elements [i, i + 8) of a row of floats, or of bytes (q8). */
+/* Elements [i, i + 8) of a row of floats, or of bytes (q8).  bf16 is the upper half of an f32. */
 Q3N__INLINE __m256 q3n__load8_avx2(q3n_type type, const void *row, size_t i)
 {
     if (type == Q3N_TYPE_F32) return _mm256_loadu_ps((const float *)row + i);
@@ -13521,7 +13533,7 @@ Q3N__INLINE __m256 q3n__load8_avx2(q3n_type type, const void *row, size_t i)
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 
-/* The same as far as they are real. */
+/* The same as far as they are real, through a copy: AVX2 masks loads of 32 bits alone. */
 static __m256 q3n__load_avx2(q3n_type type, const void *row, size_t i, int n)
 {
     const size_t size = q3n__kv_element(type);
@@ -13549,13 +13561,15 @@ Q3N__INLINE void q3n__loads_avx2(q3n_type type, int n, const void *const *row, s
     }
 }
 
-/* The sums of four vectors. */
+/* The sums of four vectors, of a in lane 0: neighbours, then pairs, then the halves.  Rows of a
+ * tile are summed four at a time and stored by one instruction. */
 Q3N__INLINE __m128 q3n__sum4_avx2(__m256 a, __m256 b, __m256 c, __m256 d)
 {
     const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
 
+/* The sum of one: halves on halves, as q3n__block_sum_scalar ends; the sampler relies on it. */
 Q3N__INLINE float q3n__sum_avx2(__m256 v)
 {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -13607,6 +13621,7 @@ Q3N__INLINE void q3n__store_rows_avx2(const q3n__matmul *m, int r, int t, __m128
     _mm_maskstore_ps(y, k, v);
 }
 
+/* s [T][R]: sums of rows and tokens that are there, R a multiple of 4. */
 static void q3n__store_tile_avx2(const q3n__matmul *m, int r0, int t0, int R, int T,
                                  const __m256 *s)
 {
@@ -13672,6 +13687,9 @@ Q3N__INLINE void q3n__rows_avx2(q3n_type type, const q3n__matmul *m, int r, int 
     }
 }
 
+/* One token: 8 rows at once, so that 8 sums are under way.  More: a block of tokens whose inputs
+ * stay in L2 passes over all rows, four at a time; weights are read from memory once for a block.
+ */
 Q3N__INLINE void q3n__matmul_avx2(q3n_type type, const q3n__matmul *m)
 {
     if (m->n == 1) {
@@ -13687,8 +13705,9 @@ Q3N__INLINE void q3n__matmul_avx2(q3n_type type, const q3n__matmul *m)
 
 /* ---- Attention: both products are out += x M with the vectors along M's rows ---- */
 
-/* Columns [c, c + 8 V) of T rows of out.  V and T are constants in every use; rows after the last
- * are copies of it. */
+/* Columns [c, c + 8 V) of T rows of out: out[t] += x[t][j] m[j] for rising j, so each element has
+ * one sum, which a later call may take up (step0 > 0).  Of m a row is read once for T rows of x.  V
+ * and T are constants in every use; rows after the last are copies of it. */
 Q3N__INLINE void q3n__mix_tile_avx2(q3n_type type, int V, int T, const q3n__mix *p, int c)
 {
     const size_t size = q3n__kv_element(type);
@@ -13767,7 +13786,7 @@ static void q3n__mix_avx2(const q3n__mix *p)   /* tiles of 16 registers: accumul
     q3n__mix_rest_avx2(p, c);
 }
 
-/* max(-FLT_MAX, x_0, ...) */
+/* max(-FLT_MAX, x_0, ...).  The instruction gives its second operand if one is NaN, so m stays. */
 static float q3n__max_avx2(const float *x, int n)
 {
     const __m256 min = _mm256_set1_ps(-FLT_MAX);
@@ -13784,7 +13803,7 @@ static float q3n__max_avx2(const float *x, int n)
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
-/* x_i = e^(x_i - m); returns their sum */
+/* x_i = e^(x_i - m); returns their sum.  Lanes that are not real hold e^-m: masked off. */
 static float q3n__exp_sum_avx2(float *x, int n, float m)
 {
     const __m256 vm = _mm256_set1_ps(m);
@@ -13798,6 +13817,7 @@ static float q3n__exp_sum_avx2(float *x, int n, float m)
     return q3n__sum_avx2(sum);
 }
 
+/* s_j *= scale_j, of a key's or value's bytes. */
 static void q3n__attend_scale_avx2(float *s, const float *scale, int n)
 {
     for (int j = 0; j < n; j += 8)
@@ -13818,7 +13838,17 @@ static void q3n__to_f32_avx2(q3n_type type, float *y, const void *x, int n)
 
 Q3N__DEFINE_FLOAT_TYPES(avx2)
 
-/* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ---- */
+/* ---- DeltaNet: a block of V vectors of the state's columns for all tokens ----
+ *
+ * One pass over the block a token: while a row of S is in registers it is decayed and corrected,
+ * and read twice, by q for this token's output and by the next token's k for its correction:
+ *
+ *     before      read = S' k_0
+ *     token t     d = beta (v_t - e^g read)
+ *                 each row i:  s = e^g S_i + k_t,i d;   o += s q_t,i;   read' += s k_(t+1),i
+ *
+ * read' is what token t + 1 begins with.  Lanes are columns, which do not mix: nothing is summed
+ * across, and a block of any width gives the same bits. */
 typedef struct {
     const float *from;           /* the block's first column where the token reads the state ... */
     float       *to;             /* ... and where it writes it                                   */
@@ -13865,6 +13895,8 @@ Q3N__INLINE void q3n__delta_step_avx2(int V, q3n__delta_cols_avx2 *p, int keeps,
     }
 }
 
+/* Columns [j, j + 8 V) of which n are real if V is 1.  A token whose output and state nobody reads
+ * is passed over: the last one of a call without outputs, if it is not stored. */
 Q3N__INLINE void q3n__delta_block_avx2(int V, const q3n__delta *h, int j, int n)
 {
     q3n__delta_cols_avx2 p;
@@ -13912,7 +13944,7 @@ static void q3n__delta_avx2(const q3n__delta *h)
     for (; j < h->col1; j += 8) q3n__delta_block_avx2(1, h, j, h->col1 - j);
 }
 
-/* ---- Convolution ---- */
+/* ---- Convolution: lanes are channels; u[j] is row t - width + 1 + j of the input ---- */
 static void q3n__conv_avx2(const q3n__conv *c)
 {
     const float *u[16];                                /* width <= 16 (Q3N_CONFIG_LIST) */
@@ -13933,6 +13965,9 @@ static void q3n__conv_avx2(const q3n__conv *c)
 }
 
 /* ---- Vectors ---- */
+
+/* Four sums of vectors, so that four multiply-adds are under way; what is left goes to the first.
+ */
 static float q3n__dot_avx2(const float *a, const float *b, int n)
 {
     __m256 s[4];
@@ -13958,6 +13993,7 @@ static void q3n__axpy_avx2(float *y, float a, const float *x, int n)
     }
 }
 
+/* y may be x: the sum is complete before the first element is written. */
 static void q3n__rms_norm_avx2(float *y, const float *x, const float *w, int n, float eps)
 {
     const float mean = q3n__dot_avx2(x, x, n) / (float)n;
@@ -13975,6 +14011,7 @@ static void q3n__softmax_avx2(float *x, int n)
         q3n__storef_avx2(x + i, _mm256_div_ps(q3n__loadf_avx2(x + i, n - i), l), n - i);
 }
 
+/* silu(g) = g / (1 + e^-g): one division, and -0 where e^-g is infinite. */
 static void q3n__silu_mul_avx2(float *y, const float *gate, int n)
 {
     for (int i = 0; i < n; i += 8) {
@@ -14001,6 +14038,8 @@ static void q3n__block_max_avx2(float *max, const float *x, int n_blocks)
     }
 }
 
+/* q3n__weight: no multiply-add is fused, as scalar has none.  A comparison with NaN does not hold,
+ * so its weight is masked to 0 as those below WEIGHT_MIN are. */
 Q3N__INLINE __m256 q3n__weight_avx2(__m256 x, __m256 max, __m256 scale)
 {
     const __m256 round = _mm256_set1_ps(Q3N__ROUND);
@@ -14019,6 +14058,7 @@ Q3N__INLINE __m256 q3n__weight_avx2(__m256 x, __m256 max, __m256 scale)
     return _mm256_and_ps(p, counts);
 }
 
+/* Two vectors are the 16 running sums; they are added before halves go on halves. */
 static void q3n__block_weights_avx2(float *y, float *sum, const float *x, int n_blocks, float max,
                                     float scale)
 {
@@ -14068,7 +14108,14 @@ static void q3n__sigmoid_mul_avx2(float *y, const float *gate, int n)
 /* ---- Quantised matrices: 16 rows are two vectors of 8; see section >>kernels-avx512vnni ----
  *
  * vpmaddubsw adds two products of unsigned and signed bytes to 16 bits and saturates: levels of q4
- * and q3 span 127 and q6 63 for that.  q8 multiplies |level| by the activation with its sign. */
+ * and q3 span 127 and q6 63 for that.  q8 multiplies |level| by the activation with its sign.
+ *
+ *     largest sums     q4, q3  2 x 127 x 127 = 32258      q8  2 x 128 x 127 = 32512
+ *                      q6      4 x 63 x 127 = 32004, so two of its sums may be added in 16 bits
+ *
+ * Where a zero point makes levels unsigned it comes out by the sum of the activations:
+ *
+ *     sum (level + zero) q - zero sum q = sum level q          minus_sum = -sum q */
 #define Q3N__Q4_ZERO_AVX2 70             /* makes the least level 0                              */
 #define Q3N__Q3_ZERO_AVX2 73
 #define Q3N__AHEAD_AVX2   4096           /* bytes to what is fetched                             */
@@ -14090,6 +14137,7 @@ Q3N__INLINE __m256i q3n__half_avx2(const uint8_t *p)
     return _mm256_loadu_si256((const __m256i *)(const void *)p);
 }
 
+/* A table of 16 bytes in both halves: vpshufb looks up within each. */
 Q3N__INLINE __m256i q3n__table_avx2(const uint8_t *bytes)
 {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)bytes));
@@ -14128,13 +14176,15 @@ Q3N__INLINE __m256i q3n__products_avx2(q3n_type type, __m256i w, __m256i x)
     return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
 }
 
+/* What unpacking added to the levels of a type. */
 Q3N__INLINE int q3n__zero_avx2(q3n_type type)
 {
     return type == Q3N_TYPE_Q4 ? Q3N__Q4_ZERO_AVX2 : type == Q3N_TYPE_Q3 ? Q3N__Q3_ZERO_AVX2
          : type == Q3N_TYPE_Q6 ? Q3N__Q6_ZERO : 0;
 }
 
-/* The sums of a group for 8 rows whose unpacked weights are u, u + 2, ... */
+/* The sums of a group for 8 rows whose unpacked weights are u, u + 2, ...: exact integers, so their
+ * order is free.  vpmaddwd with ones adds pairs of 16 bits to 32. */
 Q3N__INLINE __m256i q3n__group_avx2(q3n_type type, const __m256i *u, const q3n__x8 *x, int g)
 {
     const __m256i one = _mm256_set1_epi16(1);
@@ -14167,7 +14217,12 @@ Q3N__INLINE void q3n__put_rows_avx2(const q3n__matmul *m, int r, int t, const __
     }
 }
 
-/* 16 rows and T tokens.  type is a constant in every use, T where it is 1. */
+/* 16 rows and T tokens.  type is a constant in every use, T where it is 1.  A block of the tile:
+ *
+ *     w   scales f16[2][16], 64 bytes | codes of group 0 | codes of group 1       (64 columns)
+ *
+ * A group is unpacked once for all tokens; then h, the half of 8 rows, and the tokens.  The tile of
+ * the first tokens fetches ahead, the others find its weights in the cache. */
 Q3N__INLINE void q3n__quant_tile_avx2(q3n_type type, int T, const q3n__matmul *m, int r, int t0)
 {
     const size_t block_bytes = (size_t)q3n__types[type].block_bytes * Q3N__TILE_ROWS;
@@ -14228,7 +14283,8 @@ Q3N__INLINE void q3n__matmul_quantised_avx2(q3n_type type, const q3n__matmul *m)
 Q3N_QUANT_TYPE_LIST(Q3N__X)
 #undef Q3N__X
 
-/* As q3n__quantize_x_group_scalar.  |x| are compared as integers: NaN is the largest. */
+/* As q3n__quantize_x_group_scalar.  |x| are compared as integers: NaN is the largest.  Packing
+ * works within halves of a vector; `order` puts the fours of bytes in their places. */
 Q3N__INLINE void q3n__quantize_x_group_avx2(q3n__x8 *y, int g, const float *x, int n)
 {
     const __m256i no_sign = _mm256_set1_epi32(0x7fffffff);
@@ -14271,6 +14327,7 @@ static void q3n__quantize_x_avx2(q3n__x8 *y, const float *x, int n)
     }
 }
 
+/* store_kv is left to scalar. */
 static void q3n__bind_avx2(q3n__kernels *k)
 {
 #define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
@@ -14306,7 +14363,9 @@ Q3N__TARGET_END
 /* =====================================================================================
  * [28] KERNELS, AVX-512                                              >>kernels-avx512
  *
- * As the AVX2 section, with vectors of 16 and masks.
+ * As the AVX2 section, with vectors of 16, masks for all widths and 32 registers: tiles are wider,
+ * so a weight that was loaded serves 6 tokens and not 3.  Sums of float products go over 16 lanes
+ * and differ from AVX2's in their last bits; the sampler's do not.
  * ===================================================================================== */
 #if Q3N__X86 && !defined(Q3N_NO_AVX512)
 Q3N__TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq")
@@ -14328,6 +14387,7 @@ Q3N__INLINE void q3n__storef_avx512(float *p, __m512 v, int n)
     else         _mm512_mask_storeu_ps(p, q3n__mask_avx512(n), v);
 }
 
+/* bf16 is the upper half of an f32. */
 Q3N__INLINE __m512 q3n__bf16_avx512(__m256i h)
 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
@@ -14381,7 +14441,7 @@ Q3N__INLINE __m256 q3n__halves_avx512(__m512 v)   /* lower half + upper half */
     return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
 }
 
-/* The sums of four vectors. */
+/* The sums of four vectors, of a in lane 0: upper on lower halves, then as AVX2. */
 Q3N__INLINE __m128 q3n__sum4_avx512(__m512 a, __m512 b, __m512 c, __m512 d)
 {
     const __m256 ab = _mm256_hadd_ps(q3n__halves_avx512(a), q3n__halves_avx512(b));
@@ -14390,6 +14450,7 @@ Q3N__INLINE __m128 q3n__sum4_avx512(__m512 a, __m512 b, __m512 c, __m512 d)
     return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
 
+/* The sum of one: halves on halves, as q3n__block_sum_scalar ends. */
 Q3N__INLINE float q3n__sum_avx512(__m512 v)
 {
     const __m256 h = q3n__halves_avx512(v);
@@ -14435,6 +14496,7 @@ Q3N__INLINE void q3n__store_rows_avx512(const q3n__matmul *m, int r, int t, __m1
     _mm_mask_storeu_ps(y, k, v);
 }
 
+/* s [T][R]: sums of rows and tokens that are there, R a multiple of 4. */
 static void q3n__store_tile_avx512(const q3n__matmul *m, int r0, int t0, int R, int T,
                                    const __m512 *s)
 {
@@ -14504,6 +14566,7 @@ static void q3n__rows_avx512(q3n_type type, const q3n__matmul *m, int r, int t, 
     }
 }
 
+/* One token: 8 rows at once.  More: blocks of tokens over all rows, as in AVX2. */
 static void q3n__matmul_avx512(q3n_type type, const q3n__matmul *m)
 {
     if (m->n == 1) {
@@ -14519,8 +14582,8 @@ static void q3n__matmul_avx512(q3n_type type, const q3n__matmul *m)
 
 /* ---- Attention: both products are out += x M with the vectors along M's rows ---- */
 
-/* Columns [c, c + 64) of T rows of out.  T is a constant in every use; rows after the last are
- * copies of it. */
+/* Columns [c, c + 64) of T rows of out, as in AVX2: four lines of m, 4 T sums.  T is a constant in
+ * every use; rows after the last are copies of it. */
 Q3N__INLINE void q3n__mix_tile_avx512(q3n_type type, int T, const q3n__mix *p, int c)
 {
     const size_t size = q3n__kv_element(type);
@@ -14601,7 +14664,7 @@ static void q3n__mix_avx512(const q3n__mix *p)
     q3n__mix_rest_avx512(p, c);
 }
 
-/* max(-FLT_MAX, x_0, ...) */
+/* max(-FLT_MAX, x_0, ...); the second operand, m, stays where x is NaN. */
 static float q3n__max_avx512(const float *x, int n)
 {
     const __m512 min = _mm512_set1_ps(-FLT_MAX);
@@ -14696,6 +14759,7 @@ Q3N__INLINE void q3n__delta_step_avx512(int V, q3n__delta_cols_avx512 *p, int ke
     }
 }
 
+/* Columns [j, j + 16 V) for all tokens; see the equations in AVX2. */
 Q3N__INLINE void q3n__delta_block_avx512(int V, const q3n__delta *h, int j, int n)
 {
     q3n__delta_cols_avx512 p;
@@ -14741,7 +14805,7 @@ static void q3n__delta_avx512(const q3n__delta *h)
     for (; j < h->col1; j += 16) q3n__delta_block_avx512(1, h, j, h->col1 - j);
 }
 
-/* ---- Convolution ---- */
+/* ---- Convolution: lanes are channels ---- */
 static void q3n__conv_avx512(const q3n__conv *c)
 {
     const float *u[16];                                /* width <= 16 (Q3N_CONFIG_LIST) */
@@ -14788,6 +14852,7 @@ static void q3n__axpy_avx512(float *y, float a, const float *x, int n)
     }
 }
 
+/* y may be x. */
 static void q3n__rms_norm_avx512(float *y, const float *x, const float *w, int n, float eps)
 {
     const float mean = q3n__dot_avx512(x, x, n) / (float)n;
@@ -14827,6 +14892,7 @@ static void q3n__block_max_avx512(float *max, const float *x, int n_blocks)
     }
 }
 
+/* q3n__weight, unfused; the mask leaves 0 below WEIGHT_MIN and of NaN. */
 Q3N__INLINE __m512 q3n__weight_avx512(__m512 x, __m512 max, __m512 scale)
 {
     const __m512 round = _mm512_set1_ps(Q3N__ROUND);
@@ -14844,6 +14910,7 @@ Q3N__INLINE __m512 q3n__weight_avx512(__m512 x, __m512 max, __m512 scale)
     return _mm512_castsi512_ps(_mm512_maskz_add_epi32(counts, _mm512_castps_si512(p), n));
 }
 
+/* One vector is the 16 running sums. */
 static void q3n__block_weights_avx512(float *y, float *sum, const float *x, int n_blocks,
                                       float max, float scale)
 {
@@ -14886,6 +14953,7 @@ static void q3n__sigmoid_mul_avx512(float *y, const float *gate, int n)
     }
 }
 
+/* Quantised matrices and activations are AVX2's where the CPU has no VNNI. */
 static void q3n__bind_avx512(q3n__kernels *k)
 {
 #define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
@@ -14943,6 +15011,7 @@ Q3N__INLINE __m512i q3n__line_avx512vnni(const uint8_t *p)
     return _mm512_loadu_si512((const void *)p);
 }
 
+/* A table of 16 bytes in each quarter: vpshufb looks up within quarters. */
 Q3N__INLINE __m512i q3n__table_avx512vnni(const uint8_t *bytes)
 {
     return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)bytes));
@@ -14954,7 +15023,15 @@ Q3N__INLINE __m512i q3n__field_avx512vnni(__m512i v, int shift, __m512i mask)
     return _mm512_and_si512(shift ? _mm512_srli_epi16(v, (uint8_t)shift) : v, mask);
 }
 
-/* The 8 vectors of a group: level + zero of columns 4 s .. 4 s + 3. */
+/* The 8 vectors of a group: level + zero of columns 4 s .. 4 s + 3, byte 4 r + j for row r, column
+ * j.
+ *
+ *     q8  line s                       q4  line s mod 4, the lower half of a byte for s < 4
+ *     q6  as q4, and two bits from line 4 + s / 4
+ *     q3  two bits from line s / 4, one from line 2
+ *
+ * q8 and q6 are levels with their zero point as they are; q4 and q3 are looked up.  Shifts are of
+ * 16 bits, as there are none of 8: what comes over from the neighbour byte is masked off. */
 Q3N__INLINE void q3n__unpack_avx512vnni(q3n_type type, const uint8_t *p, __m512i u[8])
 {
     const __m512i low4 = _mm512_set1_epi8(15), low2 = _mm512_set1_epi8(3);
@@ -15004,11 +15081,13 @@ Q3N__INLINE void q3n__unpack_avx512vnni(q3n_type type, const uint8_t *p, __m512i
     }
 }
 
+/* Scales of the 16 rows for group g: a vector, as lanes are rows. */
 Q3N__INLINE __m512 q3n__scales_avx512vnni(const uint8_t *block, int g)
 {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(block + 32 * g)));
 }
 
+/* Activations of columns 4 s .. 4 s + 3, in all lanes. */
 Q3N__INLINE __m512i q3n__four_avx512vnni(const q3n__x8 *x, int g, int s)
 {
     int32_t four;
@@ -15016,12 +15095,14 @@ Q3N__INLINE __m512i q3n__four_avx512vnni(const q3n__x8 *x, int g, int s)
     return _mm512_set1_epi32(four);
 }
 
+/* -zero sum q: the zero point of unpacked levels, 32 or 128, is taken off before adding begins. */
 Q3N__INLINE __m512i q3n__start_avx512vnni(q3n_type type, const q3n__x8 *x, int g)
 {
     return _mm512_slli_epi32(_mm512_set1_epi32(x->minus_sum[g]),
                              (unsigned)q3n__zero_bits_avx512vnni(type));
 }
 
+/* acc + sum (scale of rows x scale of x): the one rounding step of a group, as in every ISA. */
 Q3N__INLINE __m512 q3n__scale_add_avx512vnni(__m512i sum, __m512 scales, const q3n__x8 *x, int g,
                                              __m512 acc)
 {
@@ -15151,7 +15232,8 @@ Q3N__TARGET_END
  * [30] KERNELS, NEON                                                   >>kernels-neon
  *
  * Baseline AArch64: no extension is asked for, so there is no target region.  32 registers of four
- * floats allow wider tiles than those of AVX2.
+ * floats allow wider tiles than those of AVX2.  There are no masked loads: tails go through four
+ * floats on the stack.  Checked under emulation; its speed has not been measured.
  * ===================================================================================== */
 #if Q3N__ARM64 && !defined(Q3N_NO_NEON)
 
@@ -15175,8 +15257,8 @@ Q3N__INLINE void q3n__storef_neon(float *p, float32x4_t v, int n)
     memcpy(p, part, (size_t)n * sizeof *p);
 }
 
-/* Elements [i, i + 4) of a row of a float type, or of the signed bytes of a q8 cache.  type is a
- * constant in every use. */
+/* Elements [i, i + 4) of a row of a float type, or of the signed bytes of a q8 cache, n of them
+ * real: a tail is copied, so nothing is read beyond it.  type is a constant in every use. */
 Q3N__INLINE float32x4_t q3n__load_neon(q3n_type type, const void *row, size_t i, int n)
 {
     if (type == Q3N_TYPE_F32) return q3n__loadf_neon((const float *)row + i, n);
@@ -15207,7 +15289,7 @@ Q3N__INLINE float32x4_t q3n__first_neon(float32x4_t v, int n)
     return vreinterpretq_f32_u32(vandq_u32(k, vreinterpretq_u32_f32(v)));
 }
 
-/* The sums of four vectors. */
+/* The sums of four vectors, of a in lane 0: neighbours, then pairs. */
 Q3N__INLINE float32x4_t q3n__sum4_neon(float32x4_t a, float32x4_t b, float32x4_t c, float32x4_t d)
 {
     return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d));
@@ -15323,6 +15405,7 @@ Q3N__INLINE void q3n__rows_neon(q3n_type type, const q3n__matmul *m, int r, int 
     }
 }
 
+/* One token: 8 rows at once.  More: blocks of tokens over all rows, as in AVX2. */
 Q3N__INLINE void q3n__matmul_neon(q3n_type type, const q3n__matmul *m)
 {
     if (m->n == 1) {
@@ -15338,7 +15421,8 @@ Q3N__INLINE void q3n__matmul_neon(q3n_type type, const q3n__matmul *m)
 
 /* ---- Attention: both products are out += x M with the vectors along M's rows ---- */
 
-/* Columns [c, c + 4 V) of T rows of out; n is how many are real if V is 1.  T, V are constants. */
+/* Columns [c, c + 4 V) of T rows of out: out[t] += x[t][i] m[i] for rising i, as in AVX2; n is how
+ * many are real if V is 1.  T, V are constants. */
 Q3N__INLINE void q3n__mix_tile_neon(q3n_type type, int V, int T, const q3n__mix *p, int c, int n)
 {
     float32x4_t s[8][4], x[4];
@@ -15385,6 +15469,7 @@ Q3N__INLINE void q3n__mix_typed_neon(q3n_type type, const q3n__mix *p)
     }
 }
 
+/* Types and numbers of rows are constants below here: a body for each. */
 static void q3n__mix_neon(const q3n__mix *p)
 {
     switch (p->type) {
@@ -15406,7 +15491,7 @@ static float q3n__max_neon(const float *x, int n)
     return m;
 }
 
-/* x_i = e^(x_i - m); returns their sum */
+/* x_i = e^(x_i - m); returns their sum, without the lanes that are not real. */
 static float q3n__exp_sum_neon(float *x, int n, float m)
 {
     const float32x4_t vm = vdupq_n_f32(m);
@@ -15486,6 +15571,7 @@ Q3N__INLINE void q3n__delta_step_neon(int V, q3n__delta_cols_neon *p, int keeps,
     }
 }
 
+/* Columns [j, j + 4 V) for all tokens; see the equations in AVX2. */
 Q3N__INLINE void q3n__delta_block_neon(int V, const q3n__delta *h, int j, int n)
 {
     q3n__delta_cols_neon p;
@@ -15578,6 +15664,7 @@ static void q3n__axpy_neon(float *y, float a, const float *x, int n)
     }
 }
 
+/* y may be x. */
 static void q3n__rms_norm_neon(float *y, const float *x, const float *w, int n, float eps)
 {
     const float mean = q3n__dot_neon(x, x, n) / (float)n;
@@ -15626,6 +15713,7 @@ Q3N__INLINE float q3n__halves_neon(const float32x4_t s[4])
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
 }
 
+/* q3n__weight, unfused: vmulq and vaddq apart.  NaN fails the comparison and becomes 0. */
 Q3N__INLINE float32x4_t q3n__weight_neon(float32x4_t x, float32x4_t max, float32x4_t scale)
 {
     const float32x4_t round = vdupq_n_f32(Q3N__ROUND);
@@ -15643,6 +15731,7 @@ Q3N__INLINE float32x4_t q3n__weight_neon(float32x4_t x, float32x4_t max, float32
     return vreinterpretq_f32_u32(vandq_u32(vaddq_u32(vreinterpretq_u32_f32(p), n), counts));
 }
 
+/* Four vectors are the 16 running sums. */
 static void q3n__block_weights_neon(float *y, float *sum, const float *x, int n_blocks, float max,
                                     float scale)
 {
@@ -15756,7 +15845,9 @@ Q3N__INLINE int32x4_t q3n__group_neon(q3n_type type, const int8x16_t w[8], const
     return vpaddq_s32(a, b);
 }
 
-/* 16 rows and T tokens.  type and T are constants in every use. */
+/* 16 rows and T tokens: a quarter of 4 rows is unpacked to 8 registers and used for all T tokens.
+ * Groups are added in rising order with one multiply-add each, as on x86, so the sums are the same
+ * bits.  type and T are constants in every use. */
 Q3N__INLINE void q3n__quant_tile_neon(q3n_type type, int T, const q3n__matmul *m, int r, int t0)
 {
     const size_t block_bytes = (size_t)q3n__types[type].block_bytes * Q3N__TILE_ROWS;
@@ -15852,6 +15943,7 @@ static void q3n__quantize_x_neon(q3n__x8 *y, const float *x, int n)
     }
 }
 
+/* store_kv is left to scalar. */
 static void q3n__bind_neon(q3n__kernels *k)
 {
 #define Q3N__X(ID, id, number, block_len, block_bytes)                                  \
