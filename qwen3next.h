@@ -1322,6 +1322,7 @@ static int64_t q3n__atomic_add(q3n__atomic *a, int64_t v)   /* returns the value
 {
     return __atomic_fetch_add(a, v, __ATOMIC_SEQ_CST);
 }
+/* 1 = *a was expected and is desired now. */
 static int q3n__atomic_cas(q3n__atomic *a, int64_t expected, int64_t desired)
 {
     return __atomic_compare_exchange_n(a, &expected, desired, 0, __ATOMIC_SEQ_CST,
@@ -1442,6 +1443,7 @@ static void *q3n__thread_main(void *p)
     t->fn(t->arg);
     return NULL;
 }
+/* t must stay where it is until it is joined: the thread reads fn and arg in it. */
 static int q3n__thread_start(q3n__thread *t, void (*fn)(void *), void *arg)
 {
     t->fn = fn;
@@ -1657,6 +1659,7 @@ typedef int q3n__file;
 #  define Q3N__HAS_FILES 1
 typedef struct { HANDLE handle; } q3n__file;
 
+/* UTF-8 to UTF-16, with its 0; Q3N__FILE_BAD_PATH for what is no UTF-8, or too long. */
 static int q3n__file_wide(const char *path, wchar_t wide[Q3N__PATH_ROOM])
 {
     return MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, Q3N__PATH_ROOM)
@@ -1672,6 +1675,8 @@ static int  q3n__file_exists(int code)
 {
     return code == ERROR_FILE_EXISTS || code == ERROR_ALREADY_EXISTS;
 }
+/* The system's words without the point and line end that they come with; a number if it has none.
+ */
 static void q3n__file_reason_of(int code, char *text, size_t room)
 {
     wchar_t wide[256];
@@ -1692,6 +1697,8 @@ static size_t q3n__path_folder(const char *path)
     return n;
 }
 
+/* What an open handle is: a pipe or a console is no disk file, and refused before its size is
+ * asked. */
 static int q3n__file_inspect(HANDLE h, q3n__file_info *info)
 {
     BY_HANDLE_FILE_INFORMATION d;
@@ -1839,6 +1846,7 @@ static void q3n__file_unmap(const uint8_t *data, size_t bytes)
     UnmapViewOfFile(data);
 }
 
+/* Replaces `to`; fails while somebody has it open. */
 static int q3n__file_rename(const char *from, const char *to)
 {
     wchar_t wide_from[Q3N__PATH_ROOM], wide_to[Q3N__PATH_ROOM];
@@ -1913,6 +1921,7 @@ static size_t q3n__path_folder(const char *path)
     return n;
 }
 
+/* Identity, size and rights of what was found; a code if it is no regular file. */
 static int q3n__file_inspect(const struct stat *st, q3n__file_info *info)
 {
     info->id.volume = (uint64_t)st->st_dev;
@@ -1996,6 +2005,7 @@ static int q3n__file_resolve(char path[Q3N__PATH_ROOM])
     return ELOOP;
 }
 
+/* write(2) may take fewer bytes than it was given, or be interrupted before the first: go on. */
 static int q3n__file_write(q3n__file *f, const void *data, size_t bytes)
 {
     for (const uint8_t *p = (const uint8_t *)data; bytes > 0; ) {
@@ -2052,6 +2062,7 @@ static void q3n__file_unmap(const uint8_t *data, size_t bytes)
     munmap((void *)(uintptr_t)data, bytes);
 }
 
+/* Replaces `to` at once (rename(2)); who has the old file open goes on reading it. */
 static int q3n__file_rename(const char *from, const char *to)
 {
     return q3n__file_code(rename(from, to) == 0);
@@ -2329,7 +2340,7 @@ static uint32_t q3n__crc32_with(const q3n__crc_table *c, uint32_t crc, const voi
     return ~crc;
 }
 
-/* The table is made anew each call (about 10 microseconds): there is no writable global to keep it
+/* The table is made anew each call (about 10 microseconds): there is no writable global to hold it
  * in.  Long runs of small blocks make it once and use q3n__crc32_with. */
 static uint32_t q3n__crc32(uint32_t crc, const void *data, size_t bytes)
 {
@@ -3383,7 +3394,7 @@ typedef struct {
  * q3n__delta_scalar for the equations.  Strides are in floats from token to token.
  *
  * The stored state may lag after the tokens: S_out becomes the state after the first n_store of
- * them.  States after later tokens pass through `scratch`, the last one is not kept at all.  S is
+ * them.  States after later tokens pass through `scratch`, the last one is not stored at all.  S is
  * not written unless S_out is the same. */
 typedef struct {
     const float *S;              /* [dk, dv]: the state before                                   */
@@ -3472,7 +3483,10 @@ typedef struct q3n__mat {
     int            n_rows, n_cols;
 } q3n__mat;
 
-/* One layer, with the reference's names.  Absent tensors have data (or pointer) NULL. */
+/* One layer, with the reference's names.  Absent tensors have data (or pointer) NULL.  Which are
+ * there follows from is_delta, has_experts and the configuration; model code asks those, not the
+ * pointers, but for biases and norms that are optional.  All point into the mapping, which the
+ * model holds. */
 typedef struct q3n__layer {
     int          is_delta, has_experts;
     const float *input_norm, *post_norm;                       /* [d]                            */
@@ -3492,7 +3506,8 @@ typedef struct q3n__layer {
     q3n__mat     shared_expert_gate;                           /* [1, d]                         */
 } q3n__layer;
 
-/* What belongs to no layer. */
+/* What belongs to no layer.  lm_head is embed_tokens itself if the embeddings are tied, and empty
+ * in a classifier of hidden states whose file has none. */
 typedef struct q3n__weights {
     q3n__mat     embed_tokens, lm_head, score, mtp_fc;
     const float *norm, *score_bias;
@@ -3503,8 +3518,16 @@ typedef struct q3n__weights {
 
 /* ---- Tensor plan ----
  *
- * What a tensor is to the code that binds it (role), to random weights (init), and where it belongs
- * (layer).  The order of the plan is the order of the file: global tensors, layers, MTP module. */
+ * What a tensor is to the code that binds it (role), and where it belongs (layer).  The order of
+ * the plan is the order of the file: global tensors, layers, MTP module.  Three lists hold it all:
+ *
+ *     X(MAT, ATTENTION, "self_attn.k_proj.weight", k_proj, KD, d, ONE)
+ *       |    |          |                          |       dims [KD, d], slowest first, to ONE
+ *       |    |          |                          field of q3n__layer or q3n__weights
+ *       |    |          name in the file, after "layers.N." in a layer
+ *       role module: the tensor is there where q3n__config_modules has this bit
+ *
+ * A dense FFN and experts share the fields gate, up and down: a layer has one of the two. */
 typedef enum {
     Q3N__ROLE_MAT,               /* bound to a q3n__mat; its types: q3n__plan_types              */
     Q3N__ROLE_VEC,               /* f32; bound to a const float *                                */
@@ -3716,13 +3739,14 @@ static unsigned q3n__plan_types(const q3n_config *c, const q3n__plan_row *row, i
     const int is_head = row->module == Q3N__MODULE_HEAD
                      || (layer == Q3N__LAYER_NONE && c->tie_word_embeddings
                          && row->field == offsetof(q3n__weights, embed_tokens));
+    /* A tied embedding is the head: it has the head's types. */
     if (row->role == Q3N__ROLE_VEC) return 1u << Q3N_TYPE_F32;
     if (row->role == Q3N__ROLE_ROUTER) return floats;
     if (is_head || layer == Q3N__LAYER_MTP || row->module == Q3N__MODULE_MTP) return fine;
     return fine | 1u << Q3N_TYPE_Q4 | (row->module == Q3N__MODULE_EXPERTS ? 1u << Q3N_TYPE_Q3 : 0u);
 }
 
-/* "f32, f16 or bf16" */
+/* "f32, f16 or bf16": what an error message expects. */
 static const char *q3n__types_string(unsigned types, char text[80])
 {
     int at = 0, left = 0;
@@ -3744,6 +3768,8 @@ static void q3n__plan_item_make(const q3n_config *c, const q3n__plan_row *row, i
     memset(item, 0, sizeof *item);
     char *name = item->name;
     const size_t size = sizeof item->name;
+    /* Names of the file, "layers.N." before those of a layer: at most 3 digits, so 96 bytes are
+     * room. */
     if (l == Q3N__LAYER_NONE)     snprintf(name, size, "%s", row->name);
     else if (l == Q3N__LAYER_MTP) snprintf(name, size, "mtp.layers.0.%s", row->name);
     else                          snprintf(name, size, "layers.%d.%s", l, row->name);
@@ -3762,6 +3788,8 @@ static void q3n__plan_item_make(const q3n_config *c, const q3n__plan_row *row, i
     }
 }
 
+/* What is done with each tensor of a plan: bind it, check its size, write it.  Anything but Q3N_OK
+ * ends the walk and is its result. */
 typedef q3n_result (*q3n__plan_fn)(void *user, const q3n__plan_item *item);
 
 /* Those rows of one list whose module the layer has. */
@@ -3799,7 +3827,7 @@ static q3n_result q3n__plan_visit(const q3n_config *c, q3n__plan_fn fn, void *us
 
 /* ---- Fields by name: Q3N_CONFIG_LIST as a table ----
  *
- * Everything that treats fields alike (files, --set, `info`, the check of ranges) walks this table
+ * Everything that treats fields alike (files, listings, the check of ranges) walks this table
  * and reaches a field by its offset; memcpy, since the types are two. */
 typedef struct q3n__config_row {
     const char *name;
@@ -3849,7 +3877,8 @@ static const q3n__config_row *q3n__config_find(const char *name)   /* NULL = no 
     return NULL;
 }
 
-/* The word of value v of an enum field; NULL if there is none. */
+/* The word of value v of an enum field; NULL if there is none.  Words are the file's language:
+ * it holds no numbers of enums. */
 static const char *q3n__config_enum_word(const char *field, int v)
 {
     for (size_t i = 0; i < sizeof q3n__config_enums / sizeof q3n__config_enums[0]; i++)
@@ -3868,7 +3897,8 @@ static int q3n__config_enum_value(const char *field, const char *word)   /* -1 =
     }
 }
 
-/* Any numeric field; ints are exact in a double. */
+/* Any numeric field; ints are exact in a double (53 bits of 32), so that ranges are one comparison
+ * for both kinds. */
 static double q3n__config_value(const q3n_config *c, const q3n__config_row *row)
 {
     double f;
@@ -3944,6 +3974,7 @@ static q3n_result q3n__check_layer(const q3n_config *c, int l, q3n_error *err)
     char name[32];
     if (l == Q3N__LAYER_MTP) snprintf(name, sizeof name, "mtp.layers.0");
     else                     snprintf(name, sizeof name, "layer %d", l);
+    /* Each kind of FFN and mixer, in turn: its sizes must not be 0, its heads must divide. */
     if ((modules & Q3N__MODULE_DENSE) && c->intermediate_size == 0)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "%s has a dense FFN, but intermediate_size is 0",
                          name);
@@ -4002,6 +4033,7 @@ Q3N_DEF q3n_result q3n_config_check(const q3n_config *c, q3n_error *err)
             return q3n__fail(err, Q3N_ERR_ARG, -1, "%s is %.15g, not in [%.15g, %.15g]", row->name,
                              v, row->min, row->max);
     }
+    /* Ranges hold from here on: both are at least 1. */
     if (c->num_attention_heads % c->num_key_value_heads != 0)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "num_attention_heads %d is not a multiple of"
                          " num_key_value_heads %d", c->num_attention_heads, c->num_key_value_heads);
@@ -4029,7 +4061,7 @@ typedef enum q3n__pattern {
     Q3N__PATTERN_QWEN3_5      /* letters and marks [\p{L}\p{M}]; "qwen3_5" */
 } q3n__pattern;
 
-/* What the loader found in the file. */
+/* What the loader found in the file: all that the tokenizer knows of a model. */
 typedef struct q3n__tokenizer_params {
     const uint8_t *section;       /* [bytes] TOKENIZER, mapped; stays as long as the tokenizer */
     size_t         bytes;
@@ -4044,12 +4076,16 @@ typedef struct q3n__pair_slot q3n__pair_slot;  /* hash table: pair of ids -> mer
 typedef struct q3n__merge_key q3n__merge_key;  /* a merge that found no place in it */
 typedef struct q3n__added q3n__added;          /* an added token */
 
-/* Added tokens sorted by text; those that start with byte b are [first[b], first[b + 1]). */
+/* Added tokens sorted by text; those that start with byte b are [first[b], first[b + 1]).  Most
+ * bytes of a text start none, which two numbers of this array tell. */
 typedef struct q3n__added_index {
     const q3n__added *tokens;
     uint32_t          first[257];
 } q3n__added_index;
 
+/* The lists of the file and the tables that make them quick to search; constant once it is open, so
+ * that threads share it.  What each table promises stands where it is built (section >>tokenizer).
+ */
 typedef struct q3n__tokenizer {
     uint32_t          n_tokens;        /* 0 = the model has no tokenizer */
     uint32_t          vocab_size;      /* >= n_tokens */
@@ -4212,6 +4248,7 @@ static q3n_result q3n__load_header(q3n__load *ld, int skip_checksum)
                          (unsigned long long)meta_bytes, (unsigned long long)file_bytes);
     ld->meta_bytes = (size_t)meta_bytes;
     if (skip_checksum) return Q3N_OK;
+    /* The checksum's own four bytes count as zeros: they cannot hold a checksum of themselves. */
     const uint8_t zero[4] = { 0, 0, 0, 0 };
     uint32_t crc = q3n__crc32(0, p, 32);
     crc = q3n__crc32(crc, zero, 4);
@@ -4229,6 +4266,7 @@ static q3n_result q3n__load_sections(q3n__load *ld)
 {
     const uint8_t *p = ld->m->data;
     const uint32_t n = q3n__load_u32(p + 12);
+    /* q3n__load_header has held the whole table against meta_bytes: no record is cut off. */
     const uint64_t first = Q3N__HEADER_BYTES + (uint64_t)n * Q3N__SECTION_BYTES;
     for (uint32_t i = 0; i < n; i++) {
         const size_t at = Q3N__HEADER_BYTES + (size_t)i * Q3N__SECTION_BYTES;
@@ -4254,6 +4292,7 @@ static q3n_result q3n__load_sections(q3n__load *ld)
         ld->section[kind].offset = (size_t)offset;
         ld->section[kind].bytes = (size_t)bytes;
     }
+    /* TOKENIZER alone may be missing. */
     static const char *const names[] = { "", "CONFIG", "TENSORS", "NAMES" };
     for (int kind = Q3N__SECTION_CONFIG; kind <= Q3N__SECTION_NAMES; kind++)
         if (!ld->section[kind].data)
@@ -4310,6 +4349,7 @@ static int q3n__entry_next(q3n__load *ld, size_t *at, q3n__entry *e)
             return -1;
         }
     }
+    /* At most left + 7, which fits: left is a size in memory. */
     size_t step = (8 + key_bytes + e->value_bytes + 7) / 8 * 8;
     *at += step < left ? step : left;
     return 1;
@@ -4407,6 +4447,7 @@ static q3n_result q3n__load_field(q3n__load *ld, const q3n__entry *e, const q3n_
         memcpy(field, &v, sizeof v);
         return Q3N_OK;
     }
+    /* Words and ints come to one range check; -1 is below every range. */
     int64_t v = -1;
     if (row->kind == 'E') {
         char word[64];
@@ -4505,6 +4546,7 @@ static q3n_result q3n__load_config(q3n__load *ld)
         const q3n_result r = q3n__load_entry(ld, &e);
         if (r != Q3N_OK) return r;
     }
+    /* Without these lists no layer is known; a file must have both, one number a layer. */
     if (got < 0) return Q3N_ERR_FORMAT;
     const int layers = ld->m->config.num_hidden_layers;
     if (ld->n_types != layers || ld->n_experts != layers)
@@ -4518,6 +4560,7 @@ static q3n_result q3n__load_config(q3n__load *ld)
                          (int64_t)ld->section[Q3N__SECTION_CONFIG].offset,
                          "configuration: labels has %zu names, expected num_labels, %d",
                          ld->n_labels, ld->m->config.num_labels);
+    /* A session would evaluate these ids, so they must have rows of the embedding. */
     const q3n__ids *around[] = { &ld->m->prefix, &ld->m->suffix };
     for (int k = 0; k < 2; k++)
         for (int i = 0; i < around[k]->n; i++)
@@ -4527,6 +4570,8 @@ static q3n_result q3n__load_config(q3n__load *ld)
                                  "configuration: %s: id %d, expected less than vocab_size, %d",
                                  k ? "tokenizer_suffix" : "tokenizer_prefix",
                                  (int)around[k]->id[i], ld->m->config.vocab_size);
+    /* q3n_config_check answers as for an argument; here the file is wrong, at a place of its own.
+     */
     q3n_error why;
     if (q3n_config_check(&ld->m->config, &why) != Q3N_OK)
         return q3n__fail(ld->err, Q3N_ERR_FORMAT, (int64_t)ld->section[Q3N__SECTION_CONFIG].offset,
@@ -4617,6 +4662,7 @@ static q3n_result q3n__load_tensor_place(q3n__load *ld, const uint8_t *p, int64_
     const uint64_t offset = q3n__load_u64(p + 40), slice = q3n__load_u64(p + 48);
     const uint64_t stride = q3n__load_u64(p + 56), file = ld->m->bytes;
     const int64_t cols = t->dim[t->n_dims - 1];
+    /* A vector is one row, [rows, cols] a slice, [slices, rows, cols] the experts of a layer. */
     const int64_t n_slices = t->n_dims == 3 ? t->dim[0] : 1;
     const int64_t rows =
         q3n__stored_rows(t->type, t->n_dims == 3 ? t->dim[1] : t->n_dims == 2 ? t->dim[0] : 1);
@@ -4629,6 +4675,8 @@ static q3n_result q3n__load_tensor_place(q3n__load *ld, const uint8_t *p, int64_
                          "of %llu bytes (type %s)",
                          t->name, (unsigned long long)slice, (long long)rows,
                          (unsigned long long)row, ty->name);
+    /* Unsigned and in this order nothing wraps: offset <= file is known before file - offset is
+     * taken. */
     if (offset % Q3N__ALIGN != 0 || offset < ld->meta_bytes || offset > file
         || slice > file - offset)
         return q3n__fail(ld->err, Q3N_ERR_FORMAT, at + 40,
@@ -4658,6 +4706,7 @@ static q3n_result q3n__load_table_alloc(q3n__load *ld, uint32_t n)
 {
     q3n_model *m = ld->m;
     const size_t room = (size_t)n + 1;
+    /* What is made belongs to m at once: q3n__model_free finds it after any failure. */
     m->tensors = (q3n_tensor *)q3n__alloc(&m->allocator, room * sizeof *m->tensors);
     m->by_name = (const q3n_tensor **)q3n__alloc(&m->allocator, room * sizeof *m->by_name);
     m->names   = (char *)q3n__alloc(&m->allocator, room * 256);
@@ -4691,6 +4740,7 @@ static q3n_result q3n__load_tensors(q3n__load *ld)
     if (s->bytes < 8)
         return q3n__fail(ld->err, Q3N_ERR_FORMAT, (int64_t)s->offset, "TENSORS is cut off");
     const uint32_t n = q3n__load_u32(s->data), record = q3n__load_u32(s->data + 4);
+    /* The product in 64 bits: n and record are any 32-bit numbers until this line. */
     if (n > Q3N__MAX_TENSORS || record < 80 || record > 4096
         || (uint64_t)n * record > s->bytes - 8)
         return q3n__fail(ld->err, Q3N_ERR_FORMAT, (int64_t)s->offset,
@@ -4764,6 +4814,7 @@ static q3n_result q3n__bind(void *user, const q3n__plan_item *item)
     }
     const q3n_result r = q3n__bind_check(ld, item, t);
     if (r != Q3N_OK) return r;
+    /* Where the field is: field is an offset in one of two structs, and the layer says in which. */
     uint8_t *owner = item->layer == Q3N__LAYER_NONE ? (uint8_t *)&m->weights
                      : item->layer == Q3N__LAYER_MTP
                          ? (uint8_t *)&m->layers[m->config.num_hidden_layers]
@@ -4790,6 +4841,7 @@ static q3n_result q3n__load_weights(q3n__load *ld)
     m->layers = (q3n__layer *)q3n__alloc(&m->allocator, (size_t)n_layers * sizeof *m->layers);
     if (!m->layers)
         return q3n__fail(ld->err, Q3N_ERR_MEMORY, -1, "no memory for %d layers", n_layers);
+    /* Zeros are "absent": data NULL, so that optional tensors need no other mark. */
     memset(m->layers, 0, (size_t)n_layers * sizeof *m->layers);
     for (int l = 0; l < n_layers; l++) {
         const int mtp = l >= c->num_hidden_layers;
@@ -4798,6 +4850,7 @@ static q3n_result q3n__load_weights(q3n__load *ld)
     }
     const q3n_result r = q3n__plan_visit(c, q3n__bind, ld);
     if (r != Q3N_OK) return r;
+    /* The plan has no lm_head then, so the field is still empty. */
     if (c->tie_word_embeddings) m->weights.lm_head = m->weights.embed_tokens;
     if (c->rope_type == Q3N_ROPE_TABLE) {
         const q3n_tensor *cosines = q3n__find_tensor(m, "rope.cos");
@@ -4840,6 +4893,8 @@ static q3n_result q3n__load_rope(q3n__load *ld)
         return q3n__fail(ld->err, Q3N_ERR_MEMORY, -1, "no memory for rotary frequencies");
     m->rope_scale = c->rope_attention_factor > 0 ? c->rope_attention_factor
                   : c->rope_type == Q3N_ROPE_YARN ? 0.1 * log(c->rope_factor) + 1.0 : 1.0;
+    /* [HF] rounds the ends of the ramp outwards and holds them inside [0, R - 1]; equal ends would
+     * divide by 0. */
     double low = 0, high = 0;
     if (c->rope_type == Q3N_ROPE_YARN) {
         low  = floor(q3n__yarn_dim(c, c->rope_beta_fast));
@@ -4849,6 +4904,7 @@ static q3n_result q3n__load_rope(q3n__load *ld)
         if (high <= low) high = low + 0.001;
     }
     for (int j = 0; j < half; j++) {
+        /* Radians a token of pair j, before scaling. */
         const double f = pow(c->rope_theta, -2.0 * j / c->rotary_dim);
         double ramp = 0.0;                                 /* share of the divided frequency */
         if (c->rope_type == Q3N_ROPE_LINEAR) ramp = 1.0;
@@ -4905,10 +4961,12 @@ static void q3n__stats_add(q3n_model_stats *out, const q3n_config *c, const q3n_
         return;
     }
     out->n_weights += n;
+    /* k of E experts, whatever the router chooses: they are of one size. */
     if (strstr(t->name, ".mlp.experts.") && c->num_experts > 0) {
         n = n / c->num_experts * c->num_experts_per_tok;
         bytes = bytes / c->num_experts * c->num_experts_per_tok;
     }
+    /* One row, if no head shares the table; with a tied head all of it is read as the head. */
     if (strcmp(t->name, "embed_tokens.weight") == 0 && !c->tie_word_embeddings) {
         n = t->dim[1];
         bytes /= t->dim[0];
@@ -4920,6 +4978,7 @@ static void q3n__stats_add(q3n_model_stats *out, const q3n_config *c, const q3n_
 /* The steps of the banner.  On failure the caller frees m, whatever it has by then. */
 static q3n_result q3n__model_load(q3n_model *m, int skip_checksum, q3n_error *err)
 {
+    /* Steps in their order; the first that fails has filled err, and nothing after it runs. */
     q3n__load ld;
     memset(&ld, 0, sizeof ld);
     ld.m = m;
@@ -4957,6 +5016,7 @@ static q3n_result q3n__model_create(q3n_model **out, const q3n_model_options *o,
     *out = NULL;
     const q3n_allocator none = { NULL, NULL, NULL };
     const q3n_allocator *a = o ? &o->allocator : &none;
+    /* Memory of one allocator may only be given back to the same one. */
     if (!a->alloc != !a->free)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "an allocator needs both alloc and free");
     q3n_model *m = (q3n_model *)q3n__alloc(a, sizeof *m);
@@ -4964,6 +5024,7 @@ static q3n_result q3n__model_create(q3n_model **out, const q3n_model_options *o,
     memset(m, 0, sizeof *m);
     m->allocator = *a;
     if (o) m->logger = o->logger;
+    /* Before the file's keys are read, which replace these. */
     q3n__config_defaults(&m->config);
     memcpy(m->chat, "none", 5);
     m->pad_id = -1;
@@ -5202,11 +5263,13 @@ static uint32_t q3n__unpack(const char **p)
 /* Multiplication by an odd number, 12 high bits: a slot of Q3N__HASH_SIZE.  The tables are fixed,
  * so no input can fill them; probing ends at an empty slot, of which half remain. */
 static uint32_t q3n__hash_char(uint32_t cp) { return cp * 0x9E3779B1u >> 20; }
+/* Of the two parts of a decomposition. */
 static uint32_t q3n__hash_sections(uint32_t first, uint32_t second)
 {
     return (first * 0x9E3779B1u ^ second * 0x85EBCA77u) * 0xC2B2AE3Du >> 20;
 }
 
+/* Linear probing; there is room, since the tables have 4096 slots for 2060 entries. */
 static void q3n__hash_put(uint16_t *table, uint32_t slot, uint32_t entry)
 {
     while (table[slot]) slot = (slot + 1) % Q3N__HASH_SIZE;
@@ -5218,6 +5281,8 @@ static void q3n__hash_put(uint16_t *table, uint32_t slot, uint32_t entry)
 static void q3n__unicode_init(q3n__unicode *u)
 {
     memset(u, 0, sizeof *u);
+    /* The rows of the array are one text: each is full but for its 0, which unpacking passes over.
+     */
     const char *p = q3n__packed_runs[0];
     uint32_t cp = 0;
     for (uint32_t i = 0; i < Q3N__N_CHAR_RUNS; i++) {
@@ -5370,6 +5435,7 @@ static const uint8_t *q3n__find_unstable(const q3n__unicode *u, const uint8_t *p
     }
 }
 
+/* The caller has reserved the room. */
 static void q3n__push_char(q3n__normalizer *z, uint32_t cp)   /* room has been made */
 {
     const uint32_t c = q3n__char_props(z->unicode, cp) >> Q3N__RANK_SHIFT << 24 | cp;
@@ -5385,6 +5451,7 @@ static int q3n__push_decomposed(q3n__normalizer *z, uint32_t cp)
 {
     const q3n__unicode *u = z->unicode;
     if (!q3n__reserve(&z->chars, 5 * sizeof cp, z->allocator)) return 0;
+    /* A syllable is LV or LVT: 19 x 21 x 28 of them from U+AC00, T fastest. */
     if (cp - Q3N__HANGUL_S < 11172) {
         const uint32_t s = cp - Q3N__HANGUL_S;
         q3n__push_char(z, Q3N__HANGUL_L + s / 588);
@@ -5394,6 +5461,8 @@ static int q3n__push_decomposed(q3n__normalizer *z, uint32_t cp)
     }
     uint32_t seconds[4];
     int n = 0;
+    /* Follow first parts until one has no entry: an empty slot ends both the probing and the walk.
+     */
     for (uint32_t slot = q3n__hash_char(cp); u->by_composed[slot];) {
         const uint32_t entry = u->by_composed[slot] - 1u;
         if (u->composed[entry] != cp) {
@@ -5413,6 +5482,7 @@ static int q3n__push_decomposed(q3n__normalizer *z, uint32_t cp)
  * Unsigned subtraction makes one comparison of a range, below it wraps. */
 static uint32_t q3n__compose(const q3n__unicode *u, uint32_t first, uint32_t second)
 {
+    /* L + V, then LV + T; T - 1, because T = 0 stands for none. */
     if (first - Q3N__HANGUL_L < 19 && second - Q3N__HANGUL_V < 21)
         return Q3N__HANGUL_S + ((first - Q3N__HANGUL_L) * 21 + second - Q3N__HANGUL_V) * 28;
     if (first - Q3N__HANGUL_S < 11172 && (first - Q3N__HANGUL_S) % 28 == 0
@@ -5443,6 +5513,8 @@ static int q3n__sort_marks(q3n__normalizer *z, uint32_t *c, size_t n)
     z->sorted.bytes = 0;
     if (!q3n__reserve(&z->sorted, n * sizeof *c, z->allocator)) return 0;
     uint32_t *out = (uint32_t *)(void *)z->sorted.data;
+    /* Counting sort: start[r] becomes the place of the first of rank r, in the order that they
+     * stood. */
     size_t start[65] = { 0 };
     for (size_t i = 0; i < n; i++) start[(c[i] >> 24) + 1]++;
     for (int r = 0; r < 64; r++) start[r + 1] += start[r];
@@ -5492,6 +5564,7 @@ static int q3n__append_nfc(q3n__normalizer *z, const uint8_t *p, const uint8_t *
 {
     const q3n__unicode *u = z->unicode;
     while (p < end) {
+        /* [p, q) is in NFC; its last character may still change, so it goes with what follows. */
         const uint8_t *q = q3n__find_unstable(u, p, end);
         if (q > p && q < end) {
             const uint8_t *before = q3n__char_before(p, q);
@@ -5500,6 +5573,7 @@ static int q3n__append_nfc(q3n__normalizer *z, const uint8_t *p, const uint8_t *
         if (!q3n__reserve(&z->out, (size_t)(q - p), z->allocator)) return 0;
         if (q > p) memcpy(z->out.data + z->out.bytes, p, (size_t)(q - p));
         z->out.bytes += (size_t)(q - p);
+        /* The run: the character at q whatever it is, then unstable ones. */
         for (p = q; p < end;) {
             const q3n__char c = q3n__char_at(u, p, end);
             if (!c.valid || (p > q && !(c.props & Q3N__UNSTABLE))) break;
@@ -5935,6 +6009,8 @@ static q3n_result q3n__encode_long(q3n__encoder *e, const uint8_t *p, size_t byt
         const uint32_t i = (uint32_t)heap[0], rank = (uint32_t)(heap[0] >> 32);
         heap[0] = heap[--n_heap];
         q3n__heap_down(heap, n_heap, 0);
+        /* An undone pair.  Else unite i with its neighbour, unlink that one, renew the pairs on
+         * both sides. */
         if (nodes[i].rank != rank) continue;
         const uint32_t gone = nodes[i].next, next = nodes[gone].next;
         nodes[i].id = q3n__merge_result(t, rank);
@@ -5972,6 +6048,7 @@ static const uint8_t *q3n__text_chunk_end(const q3n__unicode *u, const uint8_t *
     q3n__char before = q3n__char_at(u, p, end);
     while ((p += before.bytes) < end) {
         const q3n__char c = q3n__char_at(u, p, end);
+        /* The two places of the comment above; what begins after the cut must be stable for NFC. */
         const int after_line = q3n__is_line_end(before) && !(c.mask & Q3N__CLASS_SPACE);
         const int after_word = !(before.mask & Q3N__CLASS_SPACE) && (c.mask & Q3N__CLASS_SPACE)
                             && !q3n__is_line_end(c);
@@ -6013,6 +6090,7 @@ static q3n_result q3n__encode_normal(q3n__encoder *e, const uint8_t *p, const ui
 static q3n_result q3n__encode_plain(q3n__encoder *e, const uint8_t *p, const uint8_t *end)
 {
     const q3n__tokenizer *t = e->t;
+    /* Without NFC nothing is copied, so chunks would save no memory. */
     const int whole = !t->nfc || t->normalized.first[256] > 0;
     while (p < end) {
         const uint8_t *q = whole ? end : q3n__text_chunk_end(t->unicode, p, end);
@@ -6063,6 +6141,7 @@ static int q3n__utf8_continues(const uint8_t *pending, int n, uint8_t b)
     return (b & 0xC0) == 0x80;
 }
 
+/* Bytes after the `at` that out has already; returns how many it has then. */
 static size_t q3n__put(char *out, size_t at, const void *bytes, size_t n)   /* out NULL: count */
 {
     if (out) memcpy(out + at, bytes, n);
@@ -6415,6 +6494,7 @@ Q3N_DEF q3n_result q3n_tokenize(const q3n_model *m, const char *text, size_t byt
     return e.n > max ? Q3N_ERR_FULL : Q3N_OK;
 }
 
+/* Bytes of the file, perhaps not whole characters and without a 0 after them. */
 Q3N_DEF const char *q3n_token_text(const q3n_model *m, int32_t id, size_t *bytes)
 {
     const uint8_t *text;
