@@ -800,7 +800,8 @@ class InterruptTest(CliTest):
         self.path = os.path.join(self.folder, "chat.q3s")
 
     def start(self, *args, **streams):
-        run = subprocess.Popen(COMMAND + list(args), stdin=subprocess.DEVNULL,
+        """Unbuffered: what read() has taken in beyond its answer, communicate() would not see."""
+        run = subprocess.Popen(COMMAND + list(args), stdin=subprocess.DEVNULL, bufsize=0,
                                **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams})
         self.addCleanup(run.stdout.close)
         self.addCleanup(run.wait)
@@ -816,7 +817,7 @@ class InterruptTest(CliTest):
     def test_what_was_written_is_saved(self):
         run = self.start("run", model("stories"), "--ids", id_list(self.prompt), "-n", "1900",
                          "--greedy", "--session", self.path, "--special")
-        text = run.stdout.read(40)
+        text = self.read_at_least(run.stdout, 40)
         run.send_signal(signal.SIGINT)
         rest, notes = run.communicate()
         self.assertEqual(run.returncode, 130, notes)
@@ -827,6 +828,14 @@ class InterruptTest(CliTest):
         written = self.json_lines("tokenize", model("stories"), "-p", (text + rest)[:-1],
                                   "--json")[0]
         self.assertEqual(self.saved(), len(self.prompt) + len(written))
+
+    def read_at_least(self, stream, n):
+        got = b""
+        while len(got) < n:
+            more = stream.read(n - len(got))
+            self.assertTrue(more, got)
+            got += more
+        return got
 
     def read_until(self, fd, text):
         got = b""
