@@ -1629,7 +1629,15 @@ static int64_t q3n__now(void)
  *
  * Each function asks one thing of the system and returns 0 or a code that q3n__file_reason puts
  * into words: the system's if > 0, one of these if < 0.  Paths are UTF-8 on every system.  What is
- * made of them is in FILES. */
+ * made of them is in FILES.  Each system has, as q3n__file_*:
+ *
+ *     look, open, create        what is there; to read; to write, under a name that must be new
+ *     read, write, rewind       all of the bytes, or a code; Q3N__FILE_ENDS if there are fewer
+ *     writable, resolve, adopt  may it be replaced; where links lead; take over owner and mode
+ *     sync, close, rename, remove
+ *     map, unmap                a whole file, read only
+ *
+ * and q3n__directory_list, q3n__directory_sync, q3n__path_folder. */
 enum { Q3N__FILE_BAD_PATH = -1, Q3N__FILE_IS_DIRECTORY = -2, Q3N__FILE_NOT_REGULAR = -3,
        Q3N__FILE_ENDS = -4 };
 
@@ -4303,7 +4311,8 @@ static q3n_result q3n__load_sections(q3n__load *ld)
 
 /* ---- Configuration ---- */
 
-/* One key with its value, as it lies in the file. */
+/* One key with its value, as it lies in the file.  value points into the mapping, at any address:
+ * numbers are read with q3n__load_i64 and _f64. */
 typedef struct {
     char           key[256];             /* ends with 0                                          */
     int            type, n_values;       /* ints and floats                                      */
@@ -5353,6 +5362,8 @@ static q3n__char q3n__char_at(const q3n__unicode *u, const uint8_t *p, const uin
     return c;
 }
 
+/* The two that the patterns name; white space has more (U+0085, U+2028), which end no line there.
+ */
 static int q3n__is_line_end(q3n__char c) { return c.cp == '\n' || c.cp == '\r'; }
 
 /* Start of the character that ends at p > begin; p - 1 if there is no valid one. */
