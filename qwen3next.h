@@ -1192,8 +1192,9 @@ Q3N_DEF void q3n_session_speculation(const q3n_session *s, q3n_speculation *out)
  *     Q3N_NO_THREADS    none; a spin lock   none               as the system      1
  *     Q3N_NO_STDIO                                             none
  *
- * A new system supplies the functions of one column, by the same names; nothing below this section
- * changes.  Later code may assume that they exist in every build.  Knows of no other section.
+ * A new system is one more row: the same functions by the same names; nothing below this section
+ * changes.  Later code may assume that they exist in every build.  Knows the types of the API
+ * alone.
  * ===================================================================================== */
 #if defined(_WIN32)
 #  ifndef WIN32_LEAN_AND_MEAN
@@ -4740,8 +4741,9 @@ static q3n_result q3n__load_names(q3n__load *ld, int64_t at, uint32_t record)
     return Q3N_OK;
 }
 
-/* All records.  n_tensors counts those that are whole.  Larger records than 80 bytes are read as
- * far as this version knows them. */
+/* All records, at 8 + i x record_bytes of the section.  n_tensors counts those that are whole, so
+ * that a model which failed half way is never searched further.  Larger records than 80 bytes are
+ * read as far as this version knows them. */
 static q3n_result q3n__load_tensors(q3n__load *ld)
 {
     q3n_model *m = ld->m;
@@ -4823,7 +4825,7 @@ static q3n_result q3n__bind(void *user, const q3n__plan_item *item)
     }
     const q3n_result r = q3n__bind_check(ld, item, t);
     if (r != Q3N_OK) return r;
-    /* Where the field is: field is an offset in one of two structs, and the layer says in which. */
+    /* item->field is an offset in one of two structs; item->layer says in which, and in whose. */
     uint8_t *owner = item->layer == Q3N__LAYER_NONE ? (uint8_t *)&m->weights
                      : item->layer == Q3N__LAYER_MTP
                          ? (uint8_t *)&m->layers[m->config.num_hidden_layers]
