@@ -8193,8 +8193,8 @@ static void q3n__logits(const q3n__run *r, const float *hidden, int n, float *lo
  *     snapshot at 600           page 0 --- page 1 --- page 2, of which it knows 88
  *     session B, from it        page 0 --- page 1 --- a copy of its 88 slots, as soon as B appends
  *
- * A page is written by its only holder, or by the session that made it, in slots that were never
- * written; whoever shares it reads no slot beyond its own length, so they need no lock.  Counts of
+ * A page is written by its only holder, or by the session that made it, in slots that no text has;
+ * whoever shares it reads no slot beyond its own length, so they need no lock.  Counts of
  * references are atomic and the last holder frees: any thread may release.  Memory comes from the
  * model's allocator, which outlives all of them.
  * ===================================================================================== */
@@ -14168,6 +14168,8 @@ static void q3n__block_weights_avx2(float *y, float *sum, const float *x, int n_
     }
 }
 
+/* What is below the floor is added as 0: the order of the sum does not depend on the floor.  A
+ * comparison that holds is -1, so counting is subtracting. */
 static void q3n__block_sums_avx2(float *sum, int32_t *count, const float *y, int n_blocks,
                                  float floor)
 {
@@ -14464,6 +14466,7 @@ Q3N__TARGET_END
 Q3N__TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq")
 
 /* ---- Loads, stores, sums.  n elements are real, n >= 16 = all; the rest reads as zero ---- */
+/* The first n lanes, n 0 or more.  Masked lanes are neither read nor written. */
 Q3N__INLINE __mmask16 q3n__mask_avx512(int n)
 {
     return (__mmask16)(n >= 16 ? 0xffffu : (1u << n) - 1u);
@@ -14919,6 +14922,7 @@ static void q3n__conv_avx512(const q3n__conv *c)
 }
 
 /* ---- Vectors ---- */
+/* Four sums of vectors, as in AVX2: so that four multiply-adds are under way. */
 static float q3n__dot_avx512(const float *a, const float *b, int n)
 {
     __m512 s[4];
@@ -15339,6 +15343,7 @@ Q3N__INLINE float32x4_t q3n__loadf_neon(const float *p, int n)
     return vld1q_f32(part);
 }
 
+/* The first n elements of v, n 0 or more; nothing after them is written. */
 Q3N__INLINE void q3n__storef_neon(float *p, float32x4_t v, int n)
 {
     float part[4];
@@ -15388,6 +15393,7 @@ Q3N__INLINE float32x4_t q3n__sum4_neon(float32x4_t a, float32x4_t b, float32x4_t
     return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d));
 }
 
+/* The sum of one: neighbours, then pairs. */
 Q3N__INLINE float q3n__sum_neon(float32x4_t v)
 {
     return vgetq_lane_f32(q3n__sum4_neon(v, v, v, v), 0);
@@ -15573,7 +15579,7 @@ static void q3n__mix_neon(const q3n__mix *p)
     }
 }
 
-/* max(-FLT_MAX, x_0, ...); NaN does not count */
+/* max(-FLT_MAX, x_0, ...); NaN does not count: vmaxnm gives the number where one is none. */
 static float q3n__max_neon(const float *x, int n)
 {
     float32x4_t v = vdupq_n_f32(-FLT_MAX);
@@ -15712,7 +15718,7 @@ static void q3n__delta_neon(const q3n__delta *h)
     for (; j < h->col1; j += 4) q3n__delta_block_neon(1, h, j, h->col1 - j);
 }
 
-/* ---- Convolution ---- */
+/* ---- Convolution: lanes are channels ---- */
 static void q3n__conv_neon(const q3n__conv *c)
 {
     const float *u[16];                                /* width <= 16 (Q3N_CONFIG_LIST) */
@@ -15733,6 +15739,7 @@ static void q3n__conv_neon(const q3n__conv *c)
 }
 
 /* ---- Vectors ---- */
+/* Four sums of vectors, as in AVX2. */
 static float q3n__dot_neon(const float *a, const float *b, int n)
 {
     float32x4_t s[4];
