@@ -26,7 +26,7 @@
  *
  *         int32_t ids[1024], best = 0;
  *         size_t n_ids, n;
- *         const int vocab = q3n_model_config(model)->vocab_size;
+ *         const int vocab = q3n_model_vocab_size(model);
  *         float *logits = malloc(sizeof *logits * (size_t)vocab);
  *         if (q3n_tokenize(model, argv[2], strlen(argv[2]), Q3N_TOKENIZE_PREFIX, ids, 1024,
  *                          &n_ids)) return 1;
@@ -151,6 +151,27 @@
  * sums within a group are exact integers.  For one ISA the same tokens give the same bits for any
  * number of threads and however the text is cut into calls.  Compile with -ffp-contract=off, or
  * this does not hold; -ffast-math is refused.
+ *
+ * ABI.  A program that was compiled with one version of this header may call a shared library of
+ * another with the same Q3N_ABI, older or newer.  Q3N_ABI becomes one more when anything that is
+ * there changes its layout, number or meaning, or goes; what comes new leaves it.
+ *     - Structs of options, outputs and statistics begin with `size`, which the caller sets to its
+ *       own sizeof (Q3N_INIT).  They grow at their end and have no padding.  The library reads no
+ *       byte beyond `size` and takes what is missing for 0, which is the default.  What it does not
+ *       know must be 0, else Q3N_ERR_UNSUPPORTED: an option passed over in silence is a bug.  It
+ *       writes no byte beyond `size`, and 0 where it knows nothing.  A size of 0 is Q3N_ERR_ARG.
+ *     - Fields named `zero` wait for a meaning.
+ *     - Structs that the library hands out as `const T *` (a model's q3n_config, q3n_tensor) may
+ *       grow at their end: read them through the pointer, do not make arrays of them.
+ *     - Pairs of a function and what it is given (allocator, logger, executor, progress, hooks,
+ *       sink, source), q3n_error, q3n_type_stats and q3n_detokenizer do not change.
+ *     - Numbers of enums and flags do not change and are not used again.  New ones may come, also
+ *       as results of old calls: a result that a program does not know is a failure.  ..._COUNT is
+ *       of this header.
+ *     - Handles are opaque and belong to the library that made them.
+ *     - Words of messages and notes may change at any time, the bits of results with any version.
+ *     - Model files of version 1 stay readable, session files by the version that wrote them and
+ *       later ones.
  *
  * LIMITS.  256 layers, heads of 1024, 2^24 tokens of vocabulary, little-endian 64-bit machines and
  * wasm32, where model and session share less than 4 GiB.
@@ -395,12 +416,29 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* Initialises a struct that begins with its size:
+ *     q3n_session_options o = Q3N_INIT(q3n_session_options);
+ * in C { .size = sizeof o, .capacity = 1024 } does too.  Zero in the other fields of options means
+ * default; size 0 is Q3N_ERR_ARG.  See ABI in the manual. */
+#ifdef __cplusplus
+template <typename T> inline T q3n__init()
+{
+    T zeros = T();
+    zeros.size = sizeof(T);
+    return zeros;
+}
+#  define Q3N_INIT(type) q3n__init<type>()
+#else
+#  define Q3N_INIT(type) { .size = sizeof(type) }
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
+#define Q3N_ABI 1     /* one more when what exists changes its layout or meaning: see the manual */
 #define Q3N_VERSION_MAJOR 0
-#define Q3N_VERSION_MINOR 1
+#define Q3N_VERSION_MINOR 2
 #define Q3N_VERSION_PATCH 0
 #define Q3N_VERSION (Q3N_VERSION_MAJOR * 10000 + Q3N_VERSION_MINOR * 100 + Q3N_VERSION_PATCH)
 
@@ -438,7 +476,8 @@ typedef enum q3n_result {
     Q3N__RESULT_MIN = -128
 } q3n_result;
 
-/* What went wrong, in words for a person.  Filled when a function fails, left alone otherwise. */
+/* What went wrong, in words for a person.  Filled when a function fails, left alone otherwise.
+ * Does not change any more. */
 typedef struct q3n_error {
     q3n_result code;
     int64_t    offset;         /* byte of the file where it was noticed, -1 if none              */
@@ -449,6 +488,7 @@ typedef struct q3n_error {
 
 Q3N_DEF const char *q3n_result_string(q3n_result r);  /* never NULL; static storage */
 Q3N_DEF int         q3n_version(void);                /* Q3N_VERSION of the implementation */
+Q3N_DEF int         q3n_abi_version(void);            /* its Q3N_ABI: must be the header's */
 
 /* ---- Tensor types and instruction sets ---- */
 
@@ -476,31 +516,36 @@ typedef enum q3n_type {
     Q3N_TYPE_COUNT
 } q3n_type;
 
-/* Instruction sets, worst first.  Each is compiled in and chosen at run time. */
+/* Instruction sets.  Each is compiled in and chosen at run time.  Families stand 32 apart; within
+ * one a larger number has the kernels of the smaller ones, or better. */
 #define Q3N_ISA_LIST(X)                                                                 \
-    X(SCALAR, scalar)                                                                   \
-    X(AVX2,   avx2)                                                                     \
-    X(AVX512, avx512)                                                                   \
-    X(AVX512VNNI, avx512vnni)                                                           \
-    X(NEON,   neon)
+    X(SCALAR, scalar, 1)                                                                \
+    X(AVX2,   avx2,   32)                                                               \
+    X(AVX512, avx512, 40)                                                               \
+    X(AVX512VNNI, avx512vnni, 44)                                                       \
+    X(NEON,   neon,   64)
 
 typedef enum q3n_isa {
-#define Q3N__X(ID, id) Q3N_ISA_##ID,
+    Q3N_ISA_AUTO = 0,    /* in options: the best that compiler, CPU and system allow */
+#define Q3N__X(ID, id, number) Q3N_ISA_##ID = number,
     Q3N_ISA_LIST(Q3N__X)
 #undef Q3N__X
-    Q3N_ISA_COUNT
+    Q3N__ISA_MAX = 1 << 16
 } q3n_isa;
 
 Q3N_DEF const char *q3n_type_name(q3n_type t);        /* "bf16"; NULL if t is none */
 Q3N_DEF q3n_result  q3n_type_from_name(const char *name, q3n_type *out);
 /* Bytes of a matrix [rows, cols] in a type; 0 if there is no such type or size. */
 Q3N_DEF int64_t q3n_type_bytes(q3n_type type, int64_t rows, int64_t cols);
-Q3N_DEF const char *q3n_isa_name(q3n_isa isa);        /* "avx2"; NULL if isa is none */
+Q3N_DEF const char *q3n_isa_name(q3n_isa isa);        /* "avx2"; NULL if isa is none, as AUTO */
 Q3N_DEF q3n_result  q3n_isa_from_name(const char *name, q3n_isa *out);
 Q3N_DEF int         q3n_isa_supported(q3n_isa isa);   /* 1 if compiled in and CPU and OS allow it */
 Q3N_DEF q3n_isa     q3n_isa_best(void);
 
 /* ---- What the host may supply ---- */
+
+/* These pairs of functions and what they are given do not change any more: what is new is a new
+ * field of the options that hold them. */
 
 /* Memory.  Both functions or neither (then malloc and free).  Any alignment that malloc gives is
  * enough.  free gets the bytes that alloc got.  Evaluation asks for one page in 256 tokens.
@@ -511,7 +556,7 @@ typedef struct q3n_allocator {
     void   *user;
 } q3n_allocator;
 
-typedef enum q3n_log_level { Q3N_LOG_INFO, Q3N_LOG_WARNING } q3n_log_level;
+typedef enum q3n_log_level { Q3N_LOG_INFO = 0, Q3N_LOG_WARNING = 1 } q3n_log_level;
 
 /* Notes such as "rotary table of the file is all zeros".  NULL = silent.  The message is valid
  * during the call. */
@@ -540,38 +585,42 @@ typedef struct q3n_progress {
 #define Q3N_MAX_LAYERS 256
 
 typedef enum q3n_family {
-    Q3N_FAMILY_DESIGN,     /* GQA + RoPE, top-k experts; Keras checkpoints of the design model  */
-    Q3N_FAMILY_QWEN3_NEXT, /* gated DeltaNet hybrid, experts + shared expert                    */
-    Q3N_FAMILY_QWEN3_5,    /* gated DeltaNet hybrid, dense                                      */
-    Q3N_FAMILY_QWEN3_5_MOE,
-    Q3N_FAMILY_QWEN3_MOE,
-    Q3N_FAMILY_QWEN3,
+    Q3N_FAMILY_DESIGN      = 0, /* GQA + RoPE, top-k experts; Keras checkpoints of that model    */
+    Q3N_FAMILY_QWEN3_NEXT  = 1, /* gated DeltaNet hybrid, experts + shared expert                */
+    Q3N_FAMILY_QWEN3_5     = 2, /* gated DeltaNet hybrid, dense                                  */
+    Q3N_FAMILY_QWEN3_5_MOE = 3,
+    Q3N_FAMILY_QWEN3_MOE   = 4,
+    Q3N_FAMILY_QWEN3       = 5,
     Q3N_FAMILY_COUNT /* in the file: "design", "qwen3_next", "qwen3_5", "qwen3_5_moe", ... */
 } q3n_family;
 
 typedef enum q3n_rope_type {
-    Q3N_ROPE_DEFAULT, /* "default"                                                        */
-    Q3N_ROPE_LINEAR,  /* "linear": positions divided by rope_factor                       */
-    Q3N_ROPE_YARN,    /* "yarn"                                                           */
-    Q3N_ROPE_TABLE,   /* "table": cos and sin come from the file                          */
+    Q3N_ROPE_DEFAULT = 0, /* "default"                                                    */
+    Q3N_ROPE_LINEAR  = 1, /* "linear": positions divided by rope_factor                   */
+    Q3N_ROPE_YARN    = 2, /* "yarn"                                                       */
+    Q3N_ROPE_TABLE   = 3, /* "table": cos and sin come from the file                      */
     Q3N_ROPE_TYPE_COUNT
 } q3n_rope_type;
 
-typedef enum q3n_pooling { Q3N_POOLING_LAST, Q3N_POOLING_FIRST, Q3N_POOLING_MEAN,
-                           Q3N_POOLING_COUNT } q3n_pooling;        /* "last" "first" "mean"      */
+typedef enum q3n_pooling {
+    Q3N_POOLING_LAST  = 0,
+    Q3N_POOLING_FIRST = 1,
+    Q3N_POOLING_MEAN  = 2,
+    Q3N_POOLING_COUNT
+} q3n_pooling; /* "last" "first" "mean" */
 typedef enum q3n_classifier_input {
-    Q3N_CLASSIFIER_HIDDEN,
-    Q3N_CLASSIFIER_LOGITS,
+    Q3N_CLASSIFIER_HIDDEN = 0,
+    Q3N_CLASSIFIER_LOGITS = 1,
     Q3N_CLASSIFIER_INPUT_COUNT
 } q3n_classifier_input; /* "hidden" "logits" */
 
 /* What the scores of a classification head are, with [HF]'s words in the file. */
 typedef enum q3n_problem_type {
-    Q3N_PROBLEM_NONE,                        /* not said: of one label as multi_label_.., of more
-                                                as single_label_..                               */
-    Q3N_PROBLEM_REGRESSION,                  /* values as they are                               */
-    Q3N_PROBLEM_SINGLE_LABEL_CLASSIFICATION, /* logits of labels that exclude one another        */
-    Q3N_PROBLEM_MULTI_LABEL_CLASSIFICATION,  /* logits of labels that may hold together          */
+    Q3N_PROBLEM_NONE       = 0,                  /* not said: of one label as multi_label_.., of
+                                                    more as single_label_..                      */
+    Q3N_PROBLEM_REGRESSION = 1,                  /* values as they are                           */
+    Q3N_PROBLEM_SINGLE_LABEL_CLASSIFICATION = 2, /* logits of labels that exclude one another    */
+    Q3N_PROBLEM_MULTI_LABEL_CLASSIFICATION  = 3, /* logits of labels that may hold together      */
     Q3N_PROBLEM_TYPE_COUNT
 } q3n_problem_type;
 
@@ -621,6 +670,7 @@ typedef enum q3n_problem_type {
 
 /* The geometry of a model.  Field names are those of [HF]'s config.json where it has them. */
 typedef struct q3n_config {
+    size_t size;                         /* sizeof, as Q3N_INIT sets it                         */
     int family;                          /* q3n_family                                          */
     int vocab_size;
     int hidden_size;                     /* d                                                   */
@@ -668,6 +718,10 @@ typedef struct q3n_config {
 /* The name of field i of Q3N_CONFIG_LIST, NULL after the last; text becomes its value in words. */
 Q3N_DEF const char *q3n_config_field(const q3n_config *c, int i, char text[64]);
 
+/* A field of Q3N_CONFIG_LIST by name, as a number, enums included.  Errors: Q3N_ERR_ARG (no such
+ * field). */
+Q3N_DEF q3n_result  q3n_config_value(const q3n_config *c, const char *field, double *out);
+
 /* Q3N_OK if a model of this geometry can be built; else which fields contradict each other. */
 Q3N_DEF q3n_result  q3n_config_check(const q3n_config *c, q3n_error *err);
 
@@ -677,10 +731,12 @@ Q3N_DEF q3n_result  q3n_config_check(const q3n_config *c, q3n_error *err);
  * session. */
 typedef struct q3n_model q3n_model;
 
-typedef struct q3n_model_options {       /* all zero = defaults                                  */
+typedef struct q3n_model_options {       /* begin with Q3N_INIT; zero = default                  */
+    size_t        size;
     q3n_allocator allocator;
     q3n_logger    logger;
     int           skip_checksum;         /* 1 = do not check meta_crc (fuzzing)                  */
+    int           zero;                  /* 0                                                    */
 } q3n_model_options;
 
 /* Map a model file and check it: header, sections, every tensor's type, shape and place.
@@ -701,7 +757,14 @@ Q3N_DEF q3n_result q3n_model_open_memory(q3n_model **out, const void *data, size
                                          const q3n_model_options *o, q3n_error *err);
 Q3N_DEF void       q3n_model_close(q3n_model *m);     /* NULL is allowed */
 
-Q3N_DEF const q3n_config *q3n_model_config(const q3n_model *m);
+Q3N_DEF const q3n_config *q3n_model_config(const q3n_model *m);      /* lives as long as it     */
+Q3N_DEF int               q3n_model_vocab_size(const q3n_model *m);
+Q3N_DEF int               q3n_model_hidden_size(const q3n_model *m);
+Q3N_DEF int               q3n_model_n_layers(const q3n_model *m);
+Q3N_DEF int               q3n_model_n_labels(const q3n_model *m);    /* 0 = classifies nothing  */
+Q3N_DEF int               q3n_model_context_length(const q3n_model *m);  /* tokens it is made for */
+Q3N_DEF int               q3n_model_layer_is_delta(const q3n_model *m, int l);
+Q3N_DEF int               q3n_model_layer_has_experts(const q3n_model *m, int l);
 Q3N_DEF const char       *q3n_model_name(const q3n_model *m);        /* "" if the file has none */
 Q3N_DEF const char       *q3n_model_chat_kind(const q3n_model *m);   /* "none" if it has none   */
 
@@ -720,7 +783,7 @@ Q3N_DEF const char       *q3n_model_label(const q3n_model *m, int i);
 Q3N_DEF q3n_result        q3n_model_probabilities(const q3n_model *m, const float *scores,
                                                   float *out);
 
-typedef struct q3n_tensor {
+typedef struct q3n_tensor {              /* may grow at its end                                  */
     const char *name;                    /* ends with 0; lives as long as the model              */
     q3n_type    type;
     int         n_dims;
@@ -731,29 +794,32 @@ typedef struct q3n_tensor {
     size_t      stride;                  /* bytes from slice to slice, 0 if n_dims < 3           */
 } q3n_tensor;
 
-Q3N_DEF int        q3n_model_n_tensors(const q3n_model *m);
-Q3N_DEF q3n_result q3n_model_tensor(const q3n_model *m, int i, q3n_tensor *out);
-Q3N_DEF q3n_result q3n_model_find_tensor(const q3n_model *m, const char *name, q3n_tensor *out);
+/* Tensors in the order of the file, and by name; NULL = there is none.  They live as long as the
+ * model. */
+Q3N_DEF int               q3n_model_n_tensors(const q3n_model *m);
+Q3N_DEF const q3n_tensor *q3n_model_tensor(const q3n_model *m, int i);
+Q3N_DEF const q3n_tensor *q3n_model_find_tensor(const q3n_model *m, const char *name);
 
 /* Read every tensor and compare its checksum.  progress (NULL = none) counts bytes. */
 Q3N_DEF q3n_result q3n_model_verify(const q3n_model *m, const q3n_progress *progress,
                                     q3n_error *err);
 
-typedef struct q3n_type_stats {
-    int     n_tensors;
-    int64_t n_weights, bytes;
+typedef struct q3n_type_stats {          /* does not change any more                             */
+    int64_t n_tensors, n_weights, bytes;
 } q3n_type_stats;
 
-typedef struct q3n_model_stats {
+typedef struct q3n_model_stats {         /* begin with Q3N_INIT                                  */
+    size_t  size;
     int64_t file_bytes;
     int64_t n_weights;                   /* all tensors but the MTP module                       */
     int64_t n_weights_active;            /* that one token uses                                  */
     int64_t decode_bytes;                /* weight bytes that one decoded token reads            */
     int64_t mtp_weights;
-    q3n_type_stats types[Q3N_TYPE_COUNT];   /* all tensors                                       */
+    q3n_type_stats types[32];            /* all tensors, by q3n_type                             */
 } q3n_model_stats;
 
-Q3N_DEF void q3n_model_stats_get(const q3n_model *m, q3n_model_stats *out);
+/* Errors: Q3N_ERR_ARG (NULL, or the size of *out is 0). */
+Q3N_DEF q3n_result q3n_model_stats_get(const q3n_model *m, q3n_model_stats *out);
 
 /* ---- Session: the state of one text ---- */
 
@@ -774,30 +840,26 @@ typedef struct q3n_layer_hook {
 
 /* Where q3n_session_decode takes its drafts from. */
 typedef enum q3n_speculate {
-    Q3N_SPECULATE_OFF,
-    Q3N_SPECULATE_AUTO,    /* whichever of the two below pays                                    */
-    Q3N_SPECULATE_MTP,     /* the model's multi-token-prediction module                          */
-    Q3N_SPECULATE_LOOKUP,  /* what followed the last tokens where they stood before in the text  */
+    Q3N_SPECULATE_OFF    = 0,   /* the default: AUTO chooses by time, and so what is sampled     */
+    Q3N_SPECULATE_AUTO   = 1,   /* whichever of the two below pays                               */
+    Q3N_SPECULATE_MTP    = 2,   /* the model's multi-token-prediction module                     */
+    Q3N_SPECULATE_LOOKUP = 3,   /* what followed the last tokens where they stood before         */
     Q3N_SPECULATE_COUNT
 } q3n_speculate;
 
-typedef struct q3n_session_options {     /* all zero = defaults                                  */
+typedef struct q3n_session_options {     /* begin with Q3N_INIT; zero = default                  */
+    size_t         size;
     int            capacity;             /* most tokens; 0 = max_position_embeddings.  Memory is
                                             taken as they come, 256 at a time                    */
     int            batch;                /* most tokens evaluated at once, 0 = 512               */
-    int            n_threads;            /* 0 = one per CPU of the process, within its quota   */
-    q3n_isa        max_isa;              /* Q3N_ISA_SCALAR (0) = the best there is; see
-                                            scalar_only                                          */
-    int            scalar_only;          /* 1 = reference kernels                                */
-    q3n_type       kv_type;              /* KV cache: f32 (0, default), f16, bf16, or q8: bytes
-                                            and one scale for each head's key and value          */
+    int            n_threads;            /* 0 = one per CPU of the process, within its quota     */
+    q3n_isa        isa;                  /* AUTO (0) = the best there is, else exactly this one:
+                                            Q3N_ERR_UNSUPPORTED if q3n_isa_supported says no     */
     q3n_executor   executor;             /* run = NULL: the session makes its own threads        */
-    int            count_experts;        /* 1 = keep counts for q3n_session_expert_counts; then
-                                            q3n_session_decode drafts nothing                    */
     q3n_layer_hook layer_hook;
     q3n_batch     *shared;               /* evaluate with the threads and scratch of this batch:
                                             batch, n_threads, isa and executor are its own.  Batch
-                                            and session then belong to one thread               */
+                                            and session then belong to one thread                */
     q3n_cache     *cache;                /* snapshots go here and come from here; it outlives the
                                             session                                              */
     size_t         snapshot_bytes;       /* without a cache: > 0 = a cache of the session's own
@@ -805,6 +867,8 @@ typedef struct q3n_session_options {     /* all zero = defaults                 
     int            snapshot_every;       /* tokens between snapshots put into the cache; 0 = at
                                             marked points only: ends of q3n_session_prefill,
                                             q3n_session_checkpoint                               */
+    q3n_type       kv_type;              /* KV cache: f32 (0, default), f16, bf16, or q8: bytes
+                                            and one scale for each head's key and value          */
     q3n_type       snapshot_type;        /* DeltaNet matrices in snapshots and the cache: f32 (0),
                                             which is exact, or bf16, half the bytes and nearly so;
                                             forks and files are exact                            */
@@ -812,12 +876,15 @@ typedef struct q3n_session_options {     /* all zero = defaults                 
     int            draft;                /* drafts per step: 0 = chosen while running by what they
                                             cost and how many are accepted; else always so many,
                                             1 .. Q3N_MAX_DRAFT                                   */
+    int            count_experts;        /* 1 = keep counts for q3n_session_expert_counts; then
+                                            q3n_session_decode drafts nothing                    */
 } q3n_session_options;
 
 #define Q3N_MAX_DRAFT 8
 
 /* Where a session's memory goes, in bytes. */
-typedef struct q3n_session_memory {
+typedef struct q3n_session_memory {      /* begin with Q3N_INIT                                  */
+    size_t size;
     size_t kv_cache;                     /* pages of `capacity` tokens: keys, values, ids        */
     size_t delta_state;                  /* DeltaNet matrices, before and after a call           */
     size_t conv_state;                   /* last columns before each convolution, the same       */
@@ -854,7 +921,8 @@ Q3N_DEF void       q3n_session_destroy(q3n_session *s);   /* NULL is allowed */
 Q3N_DEF q3n_result q3n_session_eval(q3n_session *s, const int32_t *tokens, int n, float *logits);
 
 /* What to give back of an evaluation; NULL = not wanted. */
-typedef struct q3n_outputs {
+typedef struct q3n_outputs {   /* begin with Q3N_INIT                                            */
+    size_t size;
     float *logits;             /* [vocab]: last token                                            */
     float *all_logits;         /* [n, vocab]                                                     */
     float *hidden;             /* [d]: last token, after the final norm                          */
@@ -982,7 +1050,8 @@ Q3N_DEF q3n_result q3n_file_check(const char *path, q3n_error *err);
 /* ---- Prefix cache: states by the tokens that led to them ---- */
 
 /* Shared by any number of sessions of one model, on any threads. */
-typedef struct q3n_cache_options {
+typedef struct q3n_cache_options {       /* begin with Q3N_INIT; zero = default                  */
+    size_t      size;
     size_t      max_bytes;               /* snapshots and the pages they hold, each page once; the
                                             least recently used go first, unmarked before marked */
     const char *directory;               /* NULL = none.  What leaves the memory goes there, also
@@ -992,7 +1061,8 @@ typedef struct q3n_cache_options {
     q3n_logger  logger;                  /* a directory that fails is a warning, never an error  */
 } q3n_cache_options;
 
-typedef struct q3n_cache_stats {
+typedef struct q3n_cache_stats {         /* begin with Q3N_INIT                                  */
+    size_t  size;
     size_t  bytes;                       /* in memory now                                        */
     int     n_entries;
     int     n_files;                     /* in the directory                                     */
@@ -1009,7 +1079,8 @@ Q3N_DEF q3n_result q3n_cache_create(q3n_cache **out, const q3n_model *m,
                                     const q3n_cache_options *o, q3n_error *err);
 Q3N_DEF void       q3n_cache_destroy(q3n_cache *c);    /* NULL is allowed; after its sessions */
 Q3N_DEF void       q3n_cache_clear(q3n_cache *c);      /* out of memory; into the directory */
-Q3N_DEF void       q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out);
+/* Errors: Q3N_ERR_ARG (NULL, or the size of *out is 0). */
+Q3N_DEF q3n_result q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out);
 
 /* ---- Many sessions at once ---- */
 
@@ -1024,13 +1095,15 @@ typedef struct q3n_batch_item {
     float         *logits;               /* [vocab] out, when done becomes n; NULL = not wanted  */
 } q3n_batch_item;
 
-typedef struct q3n_limit {               /* all zero = until everything is done                  */
+typedef struct q3n_limit {               /* begin with Q3N_INIT; zero = until all is done        */
+    size_t  size;
     int     max_tokens;                  /* evaluated in one call                                */
+    int     zero;                        /* 0                                                    */
     int64_t max_microseconds;            /* a pass that is expected to end later does not begin;
                                             one token is always evaluated                        */
 } q3n_limit;
 
-/* Uses batch, n_threads, max_isa, scalar_only, executor and layer_hook of o.  Takes
+/* Uses batch, n_threads, isa, executor and layer_hook of o.  Takes
  * q3n_batch_bytes of memory, and with several threads room for partial results of attention, up to
  * 4 (head_dim + 2) num_attention_heads floats for every 256 tokens of the longest session's text,
  * rounded up to a power of two. */
@@ -1157,14 +1230,17 @@ Q3N_DEF q3n_result q3n_session_decode(q3n_session *s, q3n_sampler *sampler, int3
 Q3N_DEF q3n_result q3n_session_draft(q3n_session *s, int32_t token, int32_t *drafts, int n,
                                      float *logits);
 
-typedef struct q3n_speculation {
+typedef struct q3n_speculation {         /* begin with Q3N_INIT                                  */
+    size_t  size;
     int64_t n_steps;                     /* calls of q3n_session_decode                          */
     int64_t n_tokens;                    /* that they returned                                   */
     int64_t n_drafted, n_accepted;
     int     draft;                       /* drafts of the last step                              */
+    int     zero;
 } q3n_speculation;
 
-Q3N_DEF void q3n_session_speculation(const q3n_session *s, q3n_speculation *out);
+/* Errors: Q3N_ERR_ARG (NULL, or the size of *out is 0). */
+Q3N_DEF q3n_result q3n_session_speculation(const q3n_session *s, q3n_speculation *out);
 
 #ifdef __cplusplus
 }
@@ -2603,7 +2679,58 @@ Q3N_DEF const char *q3n_result_string(q3n_result r)
     return "unknown result";
 }
 
-Q3N_DEF int q3n_version(void) { return Q3N_VERSION; }
+Q3N_DEF int q3n_version(void)     { return Q3N_VERSION; }
+Q3N_DEF int q3n_abi_version(void) { return Q3N_ABI; }
+
+/* ---- Structs that begin with their size ---- */
+#define Q3N__MAX_STRUCT 4096     /* a size above it is no size */
+
+/* Bytes that the caller's struct says to have, 0 if it says nothing of the kind. */
+static size_t q3n__struct_size(const void *s)
+{
+    size_t size;
+    memcpy(&size, s, sizeof size);
+    return size < sizeof size || size > Q3N__MAX_STRUCT ? 0 : size;
+}
+
+/* Read a struct of the caller's, NULL = all defaults, into out [room]: what it does not have is 0,
+ * and what this library does not have must be. */
+static q3n_result q3n__struct_read(void *out, size_t room, const void *in, const char *name,
+                                   q3n_error *err)
+{
+    const uint8_t *bytes = (const uint8_t *)in;
+    const size_t size = in ? q3n__struct_size(in) : sizeof room;
+    if (size == 0)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "%s: its size is not set: begin with Q3N_INIT or "
+                         ".size = sizeof", name);
+    for (size_t i = room; i < size; i++)
+        if (bytes[i])
+            return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "%s: byte %zu of %zu is of a field that "
+                             "this version of the library, which has %zu, does not know", name, i,
+                             size, room);
+    memset(out, 0, room);
+    if (in) memcpy(out, in, size < room ? size : room);
+    memcpy(out, &room, sizeof room);
+    return Q3N_OK;
+}
+
+/* Give a struct from [room] to the caller's out: as much as it has, and 0 where it has more. */
+static q3n_result q3n__struct_write(void *out, size_t room, const void *from)
+{
+    const size_t size = q3n__struct_size(out);
+    if (size == 0) return Q3N_ERR_ARG;
+    memset((uint8_t *)out + sizeof size, 0, size - sizeof size);
+    memcpy((uint8_t *)out + sizeof size, (const uint8_t *)from + sizeof size,
+           (size < room ? size : room) - sizeof size);
+    return Q3N_OK;
+}
+
+/* A field that has no meaning yet, so that it can get one. */
+static q3n_result q3n__check_zero(int zero, const char *name, q3n_error *err)
+{
+    return zero == 0 ? Q3N_OK : q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "%s: field zero is %d",
+                                          name, zero);
+}
 
 /* =====================================================================================
  * [5] FILES                                                                   >>files
@@ -3460,8 +3587,8 @@ typedef struct q3n__kernels {
 /* One weight, as block_weights has them. */
 static float q3n__weight(float x, float max, float scale);
 
-/* Fill k with the best kernels up to max and return the ISA that they are of; see >>dispatch. */
-static q3n_isa q3n__kernels_init(q3n__kernels *k, q3n_isa max);
+/* Fill k with the kernels of an instruction set that is supported; see >>dispatch. */
+static void q3n__kernels_init(q3n__kernels *k, q3n_isa isa);
 
 /* =====================================================================================
  * [8] CONFIG                                                                 >>config
@@ -3920,12 +4047,32 @@ static double q3n__config_value(const q3n_config *c, const q3n__config_row *row)
     return i;
 }
 
+/* A configuration of the caller's. */
+static q3n_result q3n__config_read(q3n_config *c, const q3n_config *in, q3n_error *err)
+{
+    if (!in) return q3n__fail(err, Q3N_ERR_ARG, -1, "no configuration");
+    return q3n__struct_read(c, sizeof *c, in, "q3n_config", err);
+}
+
+Q3N_DEF q3n_result q3n_config_value(const q3n_config *c, const char *field, double *out)
+{
+    q3n_config config;
+    if (!field || !out) return Q3N_ERR_ARG;
+    const q3n_result r = q3n__config_read(&config, c, NULL);
+    const q3n__config_row *row = q3n__config_find(field);
+    if (r != Q3N_OK || !row) return r != Q3N_OK ? r : Q3N_ERR_ARG;
+    *out = q3n__config_value(&config, row);
+    return Q3N_OK;
+}
+
 /* Doubles with 15 digits: a decimal number of so many comes back as it was written (DBL_DIG). */
 Q3N_DEF const char *q3n_config_field(const q3n_config *c, int i, char text[64])
 {
-    if (!c || !text || i < 0 || (size_t)i >= Q3N__N_CONFIG_ROWS) return NULL;
+    q3n_config config;
+    if (!text || i < 0 || (size_t)i >= Q3N__N_CONFIG_ROWS
+        || q3n__config_read(&config, c, NULL) != Q3N_OK) return NULL;
     const q3n__config_row *row = &q3n__config_rows[i];
-    const double v = q3n__config_value(c, row);
+    const double v = q3n__config_value(&config, row);
     const char *word = row->kind == 'E' ? q3n__config_enum_word(row->name, (int)v) : NULL;
     if (word) {
         snprintf(text, 64, "%s", word);
@@ -3941,7 +4088,7 @@ Q3N_DEF const char *q3n_config_field(const q3n_config *c, int i, char text[64])
 /* Values that mean "as usual", for fields that a file does not give. */
 static void q3n__config_defaults(q3n_config *c)
 {
-    memset(c, 0, sizeof *c);
+    *c = (q3n_config)Q3N_INIT(q3n_config);
     c->causal = 1;
     c->norm_topk_prob = 1;
     c->rms_norm_eps = 1e-6;
@@ -4032,9 +4179,8 @@ static q3n_result q3n__check_rope(const q3n_config *c, q3n_error *err)
 
 /* Ranges first: everything after them multiplies and divides fields.  Then pairs of fields, layers,
  * and at last sizes, by walking the plan. */
-Q3N_DEF q3n_result q3n_config_check(const q3n_config *c, q3n_error *err)
+static q3n_result q3n__config_check(const q3n_config *c, q3n_error *err)
 {
-    if (!c) return q3n__fail(err, Q3N_ERR_ARG, -1, "no configuration");
     for (size_t i = 0; i < Q3N__N_CONFIG_ROWS; i++) {
         const q3n__config_row *row = &q3n__config_rows[i];
         const double v = q3n__config_value(c, row);
@@ -4057,6 +4203,13 @@ Q3N_DEF q3n_result q3n_config_check(const q3n_config *c, q3n_error *err)
     if (r == Q3N_OK && c->num_mtp_layers > 0) r = q3n__check_layer(c, Q3N__LAYER_MTP, err);
     if (r != Q3N_OK) return r;
     return q3n__plan_visit(c, q3n__check_item, err);
+}
+
+Q3N_DEF q3n_result q3n_config_check(const q3n_config *c, q3n_error *err)
+{
+    q3n_config config;
+    const q3n_result r = q3n__config_read(&config, c, err);
+    return r == Q3N_OK ? q3n__config_check(&config, err) : r;
 }
 
 /* ---- The tokenizer as the model holds it; section >>tokenizer makes and uses it ----
@@ -4583,7 +4736,7 @@ static q3n_result q3n__load_config(q3n__load *ld)
     /* q3n_config_check answers as for an argument; here the file is wrong, at a place of its own.
      */
     q3n_error why;
-    if (q3n_config_check(&ld->m->config, &why) != Q3N_OK)
+    if (q3n__config_check(&ld->m->config, &why) != Q3N_OK)
         return q3n__fail(ld->err, Q3N_ERR_FORMAT, (int64_t)ld->section[Q3N__SECTION_CONFIG].offset,
                          "configuration: %s", why.message);
     return Q3N_OK;
@@ -5025,8 +5178,7 @@ static void q3n__model_free(q3n_model *m)
 static q3n_result q3n__model_create(q3n_model **out, const q3n_model_options *o, q3n_error *err)
 {
     *out = NULL;
-    const q3n_allocator none = { NULL, NULL, NULL };
-    const q3n_allocator *a = o ? &o->allocator : &none;
+    const q3n_allocator *a = &o->allocator;
     /* Memory of one allocator may only be given back to the same one. */
     if (!a->alloc != !a->free)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "an allocator needs both alloc and free");
@@ -5034,7 +5186,7 @@ static q3n_result q3n__model_create(q3n_model **out, const q3n_model_options *o,
     if (!m) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a model");
     memset(m, 0, sizeof *m);
     m->allocator = *a;
-    if (o) m->logger = o->logger;
+    m->logger = o->logger;
     /* Before the file's keys are read, which replace these. */
     q3n__config_defaults(&m->config);
     memcpy(m->chat, "none", 5);
@@ -9591,15 +9743,18 @@ static q3n_snapshot *q3n__cache_find(q3n_cache *c, const q3n__shape *shape, q3n_
 
 /* ---- Public functions ---- */
 Q3N_DEF q3n_result q3n_cache_create(q3n_cache **out, const q3n_model *m,
-                                    const q3n_cache_options *o, q3n_error *err)
+                                    const q3n_cache_options *in, q3n_error *err)
 {
     if (!out) return q3n__fail(err, Q3N_ERR_ARG, -1, "no place for the cache");
     *out = NULL;
-    if (!m || !o) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model, or no options of the cache");
-    if (o->max_directory_bytes < 0)
+    if (!m || !in) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model, or no options of the cache");
+    q3n_cache_options o;
+    const q3n_result r = q3n__struct_read(&o, sizeof o, in, "q3n_cache_options", err);
+    if (r != Q3N_OK) return r;
+    if (o.max_directory_bytes < 0)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "max_directory_bytes is %lld, expected 0 or more",
-                         (long long)o->max_directory_bytes);
-    const size_t path_bytes = o->directory ? strlen(o->directory) + 1 : 0;
+                         (long long)o.max_directory_bytes);
+    const size_t path_bytes = o.directory ? strlen(o.directory) + 1 : 0;
     q3n_cache *c = (q3n_cache *)q3n__alloc(&m->allocator, sizeof *c + path_bytes);
     if (!c) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a cache");
     memset(c, 0, sizeof *c);
@@ -9608,11 +9763,11 @@ Q3N_DEF q3n_result q3n_cache_create(q3n_cache **out, const q3n_model *m,
         return q3n__fail(err, Q3N_ERR_THREAD, -1, "no mutex");
     }
     c->model = m;
-    c->max_bytes = o->max_bytes;
-    c->max_directory_bytes = o->max_directory_bytes;
-    c->logger = o->logger;
-    if (o->directory) {
-        memcpy(c + 1, o->directory, path_bytes);
+    c->max_bytes = o.max_bytes;
+    c->max_directory_bytes = o.max_directory_bytes;
+    c->logger = o.logger;
+    if (o.directory) {
+        memcpy(c + 1, o.directory, path_bytes);
         c->directory = (const char *)(c + 1);
         c->model_hash = q3n__mix64(q3n__model_hash(m) ^ m->bytes);
         q3n__cache_scan(c);
@@ -9644,21 +9799,17 @@ Q3N_DEF void q3n_cache_destroy(q3n_cache *c)
     q3n__free(&c->model->allocator, c);
 }
 
-Q3N_DEF void q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out)
+Q3N_DEF q3n_result q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out)
 {
-    if (!out) return;
-    memset(out, 0, sizeof *out);
-    if (!c) return;
+    if (!c || !out) return Q3N_ERR_ARG;
     q3n__mutex_lock(&c->mutex);
-    out->bytes = c->bytes;
-    for (int i = 0; i < c->n_items; i++) out->n_entries += c->items[i].snap != NULL;
-    out->n_files = c->n_files;
-    out->file_bytes = c->file_bytes;
-    out->n_hits = c->n_hits;
-    out->n_misses = c->n_misses;
-    out->n_evicted = c->n_evicted;
-    out->n_own = c->n_own;
+    q3n_cache_stats stats = { .bytes = c->bytes, .n_files = c->n_files,
+                              .file_bytes = c->file_bytes, .n_hits = c->n_hits,
+                              .n_misses = c->n_misses, .n_evicted = c->n_evicted,
+                              .n_own = c->n_own };
+    for (int i = 0; i < c->n_items; i++) stats.n_entries += c->items[i].snap != NULL;
     q3n__mutex_unlock(&c->mutex);
+    return q3n__struct_write(out, sizeof stats, &stats);
 }
 
 /* =====================================================================================
@@ -9754,11 +9905,12 @@ static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session
                                            q3n_session_options *o, q3n_error *err)
 {
     const q3n_config *c = &m->config;
-    memset(o, 0, sizeof *o);
-    if (in) *o = *in;
-    if (o->capacity == 0) o->capacity = c->max_position_embeddings;
-    if (c->rope_type == Q3N_ROPE_TABLE && (!in || in->capacity == 0)
-        && o->capacity > m->weights.rope_positions) o->capacity = m->weights.rope_positions;
+    const q3n_result r = q3n__struct_read(o, sizeof *o, in, "q3n_session_options", err);
+    if (r != Q3N_OK) return r;
+    if (o->capacity == 0)
+        o->capacity = c->rope_type == Q3N_ROPE_TABLE
+                        && m->weights.rope_positions < c->max_position_embeddings
+                    ? m->weights.rope_positions : c->max_position_embeddings;
     if (o->batch == 0) o->batch = 512;
     if (o->batch > o->capacity) o->batch = o->capacity;
     if (o->executor.run) o->n_threads = o->executor.n_threads;
@@ -9769,8 +9921,12 @@ static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session
                          "1 .. 65536 tokens", o->capacity, o->batch);
     if (o->n_threads < 1 || o->n_threads > 1024)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "%d threads: expected 1 .. 1024", o->n_threads);
-    if ((unsigned)o->max_isa >= Q3N_ISA_COUNT)
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "max_isa %d is no instruction set", (int)o->max_isa);
+    if (o->isa != Q3N_ISA_AUTO && !q3n_isa_name(o->isa))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "isa %d is no instruction set", (int)o->isa);
+    if (o->isa != Q3N_ISA_AUTO && !q3n_isa_supported(o->isa))
+        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "%s is not compiled in, or not of this "
+                         "processor and system: the best here is %s", q3n_isa_name(o->isa),
+                         q3n_isa_name(q3n_isa_best()));
     if ((unsigned)o->kv_type >= Q3N_TYPE_COUNT
         || (q3n__is_quantised(o->kv_type) && o->kv_type != Q3N_TYPE_Q8))
         return q3n__fail(err, Q3N_ERR_ARG, -1, "KV cache type must be f32, f16, bf16 or q8");
@@ -9919,9 +10075,8 @@ static void q3n__engine_reserve(q3n__engine *e, int n_blocks)
 static q3n_result q3n__engine_open(q3n__engine *e, q3n_error *err)
 {
     const q3n_session_options *o = &e->options;
-    const q3n_isa max = o->scalar_only ? Q3N_ISA_SCALAR
-                      : o->max_isa == Q3N_ISA_SCALAR ? q3n_isa_best() : o->max_isa;
-    e->isa = q3n__kernels_init(&e->kernels, max);
+    e->isa = o->isa == Q3N_ISA_AUTO ? q3n_isa_best() : o->isa;
+    q3n__kernels_init(&e->kernels, e->isa);
     e->run.model = e->model;
     e->run.k = &e->kernels;
     e->run.pool = &e->pool;
@@ -11604,7 +11759,7 @@ static q3n_result q3n__session_go_on(q3n_session *s, const int32_t *tokens, int 
     }
     if (stays) return Q3N_OK;
     const int has_logits = from == n && s->seek_logits;
-    const q3n_outputs none = { NULL, NULL, NULL, NULL };
+    const q3n_outputs none = Q3N_INIT(q3n_outputs);
     q3n__session_finish(s, has_logits ? &none : out);
     if (has_logits) {
         s->has_logits = 1;
@@ -11629,7 +11784,7 @@ static q3n_result q3n__session_rewind(q3n_session *s, int length)
     q3n_result r = q3n__check_causal(s);
     if (r == Q3N_OK && (length == s->length || length == 0)) r = q3n__call_end(s);
     if (r != Q3N_OK || length == s->length) return r;
-    const q3n_outputs none = { NULL, NULL, NULL, NULL };
+    const q3n_outputs none = Q3N_INIT(q3n_outputs);
     if (length == 0) {
         q3n__session_begin(s, s->engine);
         q3n__session_load_work(s, s->engine, NULL);
@@ -11655,7 +11810,7 @@ static q3n_result q3n__session_prefill(q3n_session *s, const int32_t *tokens, in
     q3n_result r = q3n__session_check(s, tokens, n, 0);
     if (r == Q3N_OK) r = q3n__check_head(s, logits != NULL);
     if (r != Q3N_OK) return r;
-    const q3n_outputs out = { logits, NULL, NULL, NULL };
+    const q3n_outputs out = { .logits = logits };
     const int m = s->model->config.causal
                 ? q3n__common_prefix(s->state.kv.page, s->length, tokens, n) : 0;
     const int from = q3n__session_seek(s, tokens, n, only_reuse);
@@ -12289,6 +12444,13 @@ static q3n_result q3n__session_draft(q3n_session *s, int32_t token, int32_t *dra
  *
  * Public functions of models and sessions: check, delegate.
  * ===================================================================================== */
+static q3n_result q3n__model_options_read(q3n_model_options *o, const q3n_model_options *in,
+                                          q3n_error *err)
+{
+    const q3n_result r = q3n__struct_read(o, sizeof *o, in, "q3n_model_options", err);
+    return r == Q3N_OK ? q3n__check_zero(o->zero, "q3n_model_options", err) : r;
+}
+
 Q3N_DEF q3n_result q3n_model_open_memory(q3n_model **out, const void *data, size_t bytes,
                                          const q3n_model_options *o, q3n_error *err)
 {
@@ -12297,11 +12459,13 @@ Q3N_DEF q3n_result q3n_model_open_memory(q3n_model **out, const void *data, size
     if (!data || (uintptr_t)data % Q3N__ALIGN != 0)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "data must be aligned to %d bytes", Q3N__ALIGN);
     q3n_model *m;
-    q3n_result r = q3n__model_create(&m, o, err);
+    q3n_model_options options;
+    q3n_result r = q3n__model_options_read(&options, o, err);
+    if (r == Q3N_OK) r = q3n__model_create(&m, &options, err);
     if (r != Q3N_OK) return r;
     m->data = (const uint8_t *)data;
     m->bytes = bytes;
-    r = q3n__model_load(m, o ? o->skip_checksum : 0, err);
+    r = q3n__model_load(m, options.skip_checksum, err);
     if (r == Q3N_OK) *out = m;
     else             q3n__model_free(m);
     return r;
@@ -12314,10 +12478,12 @@ Q3N_DEF q3n_result q3n_model_open(q3n_model **out, const char *path, const q3n_m
     *out = NULL;
     if (!path) return q3n__fail(err, Q3N_ERR_ARG, -1, "no path");
     q3n__mapping map;
-    q3n_result r = q3n__input_map(&map, path, err);
+    q3n_model_options options;
+    q3n_result r = q3n__model_options_read(&options, o, err);
+    if (r == Q3N_OK) r = q3n__input_map(&map, path, err);
     if (r != Q3N_OK) return r;
     q3n_model *m;
-    r = q3n__model_create(&m, o, err);
+    r = q3n__model_create(&m, &options, err);
     if (r != Q3N_OK) {
         q3n__file_unmap(map.data, map.bytes);
         return r;
@@ -12327,7 +12493,7 @@ Q3N_DEF q3n_result q3n_model_open(q3n_model **out, const char *path, const q3n_m
     m->file = map.id;
     m->mapped = 1;
     q3n_error why_not;
-    r = q3n__model_load(m, o ? o->skip_checksum : 0, &why_not);
+    r = q3n__model_load(m, options.skip_checksum, &why_not);
     if (r == Q3N_OK) {
         *out = m;
         return r;
@@ -12351,6 +12517,29 @@ Q3N_DEF void q3n_model_close(q3n_model *m)
 }
 
 Q3N_DEF const q3n_config *q3n_model_config(const q3n_model *m)  { return m ? &m->config : NULL; }
+Q3N_DEF int q3n_model_vocab_size(const q3n_model *m)  { return m ? m->config.vocab_size : 0; }
+Q3N_DEF int q3n_model_hidden_size(const q3n_model *m) { return m ? m->config.hidden_size : 0; }
+Q3N_DEF int q3n_model_n_labels(const q3n_model *m)    { return m ? m->config.num_labels : 0; }
+Q3N_DEF int q3n_model_n_layers(const q3n_model *m)
+{
+    return m ? m->config.num_hidden_layers : 0;
+}
+
+Q3N_DEF int q3n_model_context_length(const q3n_model *m)
+{
+    return m ? m->config.max_position_embeddings : 0;
+}
+
+Q3N_DEF int q3n_model_layer_is_delta(const q3n_model *m, int l)
+{
+    return l >= 0 && l < q3n_model_n_layers(m) && m->config.layer_types[l];
+}
+
+Q3N_DEF int q3n_model_layer_has_experts(const q3n_model *m, int l)
+{
+    return l >= 0 && l < q3n_model_n_layers(m) && m->config.layer_experts[l];
+}
+
 Q3N_DEF const char *q3n_model_name(const q3n_model *m)          { return m ? m->name : ""; }
 Q3N_DEF const char *q3n_model_chat_kind(const q3n_model *m)     { return m ? m->chat : "none"; }
 
@@ -12393,20 +12582,14 @@ Q3N_DEF q3n_result q3n_model_probabilities(const q3n_model *m, const float *scor
 
 Q3N_DEF int q3n_model_n_tensors(const q3n_model *m) { return m ? m->n_tensors : 0; }
 
-Q3N_DEF q3n_result q3n_model_tensor(const q3n_model *m, int i, q3n_tensor *out)
+Q3N_DEF const q3n_tensor *q3n_model_tensor(const q3n_model *m, int i)
 {
-    if (!m || i < 0 || i >= m->n_tensors || !out) return Q3N_ERR_ARG;
-    *out = m->tensors[i];
-    return Q3N_OK;
+    return m && i >= 0 && i < m->n_tensors ? &m->tensors[i] : NULL;
 }
 
-Q3N_DEF q3n_result q3n_model_find_tensor(const q3n_model *m, const char *name, q3n_tensor *out)
+Q3N_DEF const q3n_tensor *q3n_model_find_tensor(const q3n_model *m, const char *name)
 {
-    if (!m || !name || !out) return Q3N_ERR_ARG;
-    const q3n_tensor *t = q3n__find_tensor(m, name);
-    if (!t) return Q3N_ERR_ARG;
-    *out = *t;
-    return Q3N_OK;
+    return m && name ? q3n__find_tensor(m, name) : NULL;
 }
 
 /* Progress is told every so many bytes. */
@@ -12451,13 +12634,13 @@ Q3N_DEF q3n_result q3n_model_verify(const q3n_model *m, const q3n_progress *prog
     return Q3N_OK;
 }
 
-Q3N_DEF void q3n_model_stats_get(const q3n_model *m, q3n_model_stats *out)
+Q3N_DEF q3n_result q3n_model_stats_get(const q3n_model *m, q3n_model_stats *out)
 {
-    if (!out) return;
-    memset(out, 0, sizeof *out);
-    if (!m) return;
-    out->file_bytes = (int64_t)m->bytes;
-    for (int i = 0; i < m->n_tensors; i++) q3n__stats_add(out, &m->config, &m->tensors[i]);
+    if (!m || !out) return Q3N_ERR_ARG;
+    q3n_model_stats stats = Q3N_INIT(q3n_model_stats);
+    stats.file_bytes = (int64_t)m->bytes;
+    for (int i = 0; i < m->n_tensors; i++) q3n__stats_add(&stats, &m->config, &m->tensors[i]);
+    return q3n__struct_write(out, sizeof stats, &stats);
 }
 
 /* ---- Sessions ---- */
@@ -12484,7 +12667,7 @@ Q3N_DEF size_t q3n_session_bytes(const q3n_model *m, const q3n_session_options *
         || !q3n__add_size(parts.initial + split, parts.kv_cache, &parts.total)) return 0;
     parts.other = parts.initial - parts.delta_state - parts.conv_state - parts.scratch;
     parts.scratch += split;
-    if (memory) *memory = parts;
+    if (memory && q3n__struct_write(memory, sizeof parts, &parts) != Q3N_OK) return 0;
     return parts.total;
 }
 
@@ -12492,9 +12675,7 @@ static q3n_result q3n__session_open_cache(q3n_session *s, q3n_error *err)
 {
     s->cache = s->options.cache;
     if (s->cache || s->options.snapshot_bytes == 0) return Q3N_OK;
-    q3n_cache_options o;
-    memset(&o, 0, sizeof o);
-    o.max_bytes = s->options.snapshot_bytes;
+    const q3n_cache_options o = { .size = sizeof o, .max_bytes = s->options.snapshot_bytes };
     const q3n_result r = q3n_cache_create(&s->own_cache, s->model, &o, err);
     s->cache = s->own_cache;
     return r;
@@ -12557,17 +12738,19 @@ Q3N_DEF void q3n_session_destroy(q3n_session *s)
 
 Q3N_DEF q3n_result q3n_session_eval(q3n_session *s, const int32_t *tokens, int n, float *logits)
 {
-    const q3n_outputs out = { logits, NULL, NULL, NULL };
+    const q3n_outputs out = { .size = sizeof out, .logits = logits };
     return q3n_session_eval_outputs(s, tokens, n, &out);
 }
 
 Q3N_DEF q3n_result q3n_session_eval_outputs(q3n_session *s, const int32_t *tokens, int n,
                                             const q3n_outputs *out)
 {
-    const q3n_outputs none = { NULL, NULL, NULL, NULL };
+    q3n_outputs outputs;
     if (!s) return Q3N_ERR_ARG;
+    const q3n_result r = q3n__struct_read(&outputs, sizeof outputs, out, "q3n_outputs", &s->error);
+    if (r != Q3N_OK) return r;
     q3n__call_begin(s);
-    return q3n__call_done(s, q3n__session_eval(s, tokens, n, out ? out : &none));
+    return q3n__call_done(s, q3n__session_eval(s, tokens, n, &outputs));
 }
 
 Q3N_DEF q3n_result q3n_session_classify(q3n_session *s, const int32_t *tokens, int n, float *scores)
@@ -12605,7 +12788,7 @@ Q3N_DEF int     q3n_session_capacity(const q3n_session *s)  { return s ? s->opti
 Q3N_DEF int     q3n_session_n_threads(const q3n_session *s) { return s ? s->options.n_threads : 0; }
 Q3N_DEF q3n_isa q3n_session_isa(const q3n_session *s)
 {
-    return s ? s->engine->isa : Q3N_ISA_SCALAR;
+    return s ? s->engine->isa : Q3N_ISA_AUTO;
 }
 
 Q3N_DEF void q3n_session_reset(q3n_session *s)
@@ -12847,12 +13030,15 @@ Q3N_DEF void q3n_batch_destroy(q3n_batch *b)
 Q3N_DEF q3n_result q3n_batch_eval(q3n_batch *b, q3n_batch_item *items, int n_items,
                                   const q3n_limit *limit)
 {
-    const q3n_limit none = { 0, 0 };
+    q3n_limit l;
     if (!b) return Q3N_ERR_ARG;
-    if (n_items < 0 || (n_items > 0 && !items) || (limit && limit->max_tokens < 0))
+    q3n_result r = q3n__struct_read(&l, sizeof l, limit, "q3n_limit", &b->error);
+    if (r == Q3N_OK) r = q3n__check_zero(l.zero, "q3n_limit", &b->error);
+    if (r != Q3N_OK) return r;
+    if (n_items < 0 || (n_items > 0 && !items) || l.max_tokens < 0)
         return q3n__fail(&b->error, Q3N_ERR_ARG, -1, "%d items, at most %d tokens: out of range",
-                         n_items, limit ? limit->max_tokens : 0);
-    return q3n__batch_eval(b, items, n_items, limit ? limit : &none);
+                         n_items, l.max_tokens);
+    return q3n__batch_eval(b, items, n_items, &l);
 }
 
 Q3N_DEF int q3n_batch_cancel(q3n_batch *b) { return b ? q3n__cancel(&b->engine.cancel) : 0; }
@@ -12886,11 +13072,10 @@ Q3N_DEF q3n_result q3n_session_draft(q3n_session *s, int32_t token, int32_t *dra
     return q3n__call_done(s, q3n__session_draft(s, token, drafts, n, logits));
 }
 
-Q3N_DEF void q3n_session_speculation(const q3n_session *s, q3n_speculation *out)
+Q3N_DEF q3n_result q3n_session_speculation(const q3n_session *s, q3n_speculation *out)
 {
-    if (!out) return;
-    if (s) *out = s->learned.spec;
-    else   memset(out, 0, sizeof *out);
+    if (!s || !out) return Q3N_ERR_ARG;
+    return q3n__struct_write(out, sizeof s->learned.spec, &s->learned.spec);
 }
 
 /* =====================================================================================
@@ -16080,63 +16265,71 @@ static void q3n__bind_neon(q3n__kernels *k)
  *
  * Which kernels a table gets: names, what this machine has, binding.  The only code that knows all
  * ISAs; everything before it knows q3n__kernels_init, q3n_isa_best and the table.  Nothing is
- * cached: a table is made for each engine and sampler, so there is no global to guard and max_isa
+ * cached: a table is made for each engine and sampler, so there is no global to guard and isa
  * may differ between them.
  * ===================================================================================== */
-/* By number.  bind is NULL where the kernels are not compiled in: another architecture, or a
- * Q3N_NO_ macro. */
-static const struct {
+/* By number, families together.  bind is NULL where the kernels are not compiled in: another
+ * architecture, or a Q3N_NO_ macro. */
+static const struct q3n__isa_row {
+    q3n_isa     isa;
     const char *name;
     void      (*bind)(q3n__kernels *);
-} q3n__isas[Q3N_ISA_COUNT] = {
-#define Q3N__X(ID, id) { #id, q3n__bind_##id },
+} q3n__isas[] = {
+#define Q3N__X(ID, id, number) { Q3N_ISA_##ID, #id, q3n__bind_##id },
     Q3N_ISA_LIST(Q3N__X)
 #undef Q3N__X
 };
+#define Q3N__N_ISAS (sizeof q3n__isas / sizeof q3n__isas[0])
+
+static const struct q3n__isa_row *q3n__isa_find(q3n_isa isa)    /* NULL = there is none */
+{
+    for (size_t i = 0; i < Q3N__N_ISAS; i++) if (q3n__isas[i].isa == isa) return &q3n__isas[i];
+    return NULL;
+}
 
 Q3N_DEF int q3n_isa_supported(q3n_isa isa)
 {
-    return (unsigned)isa < Q3N_ISA_COUNT && q3n__isas[isa].bind != NULL
-        && (isa == Q3N_ISA_SCALAR || q3n__cpu_has(isa));
+    const struct q3n__isa_row *row = q3n__isa_find(isa);
+    return row && row->bind && (isa == Q3N_ISA_SCALAR || q3n__cpu_has(isa));
 }
 
 /* The last of the list that this machine has: within an architecture later is better. */
 Q3N_DEF q3n_isa q3n_isa_best(void)
 {
-    int best = Q3N_ISA_SCALAR;
-    for (int i = 0; i < Q3N_ISA_COUNT; i++) if (q3n_isa_supported((q3n_isa)i)) best = i;
-    return (q3n_isa)best;
+    q3n_isa best = Q3N_ISA_SCALAR;
+    for (size_t i = 0; i < Q3N__N_ISAS; i++)
+        if (q3n_isa_supported(q3n__isas[i].isa)) best = q3n__isas[i].isa;
+    return best;
 }
 
 Q3N_DEF const char *q3n_isa_name(q3n_isa isa)
 {
-    return (unsigned)isa < Q3N_ISA_COUNT ? q3n__isas[isa].name : NULL;
+    const struct q3n__isa_row *row = q3n__isa_find(isa);
+    return row ? row->name : NULL;
 }
 
 Q3N_DEF q3n_result q3n_isa_from_name(const char *name, q3n_isa *out)
 {
     if (!name || !out) return Q3N_ERR_ARG;
-    for (int i = 0; i < Q3N_ISA_COUNT; i++)
+    for (size_t i = 0; i < Q3N__N_ISAS; i++)
         if (strcmp(q3n__isas[i].name, name) == 0) {
-            *out = (q3n_isa)i;
+            *out = q3n__isas[i].isa;
             return Q3N_OK;
         }
     return Q3N_ERR_ARG;
 }
 
-/* Scalar first, then each supported ISA up to max overrides what it does better than those before
- * it: AVX-512 VNNI has its quantised products from its own section, the rest from AVX-512 and AVX2.
- * Returns the last one bound. */
-static q3n_isa q3n__kernels_init(q3n__kernels *k, q3n_isa max)
+/* Scalar first, then each supported row of the same family up to isa overrides what it does better
+ * than those before it: AVX-512 VNNI has its quantised products from its own section, the rest from
+ * AVX-512 and AVX2. */
+static void q3n__kernels_init(q3n__kernels *k, q3n_isa isa)
 {
-    q3n_isa best = Q3N_ISA_SCALAR;
     memset(k, 0, sizeof *k);
-    for (int i = 0; i <= (int)max; i++)
-        if (q3n_isa_supported((q3n_isa)i)) {
+    for (size_t i = 0; i < Q3N__N_ISAS && q3n__isas[i].isa <= isa; i++) {
+        const int family = (int)q3n__isas[i].isa >> 5;
+        if ((family == 0 || family == (int)isa >> 5) && q3n_isa_supported(q3n__isas[i].isa))
             (q3n__isas[i].bind)(k);
-            best = (q3n_isa)i;
-        }
-    return best;
+    }
 }
 
 #endif /* Q3N__IMPLEMENTS */

@@ -22,7 +22,7 @@ int main(int argc, char **argv)
     q3n_model *model = NULL;
     q3n_session *session = NULL;
     q3n_sampler *sampler = NULL;
-    q3n_session_options options = { .capacity = 1024 };
+    q3n_session_options options = { .size = sizeof options, .capacity = 1024 };
     q3n_sampler_options sampling = { .temperature = argc > 3 ? (float)atof(argv[3]) : 0.8f,
                                      .top_p = 0.95f, .seed = 1 };
     if (q3n_model_open(&model, argv[1], NULL, &err)
@@ -35,7 +35,7 @@ int main(int argc, char **argv)
     q3n_result r = q3n_tokenize(model, argv[2], strlen(argv[2]), Q3N_TOKENIZE_PREFIX, ids, 512, &n);
     if (r || n == 0) return fail("prompt", n ? q3n_result_string(r) : "empty");
 
-    float *logits = malloc((size_t)q3n_model_config(model)->vocab_size * sizeof *logits);
+    float *logits = malloc((size_t)q3n_model_vocab_size(model) * sizeof *logits);
     if (!logits) return fail("logits", "out of memory");
     q3n_detokenizer decoder = { .skip_special = 1 };
     char text[1024];

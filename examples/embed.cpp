@@ -38,7 +38,7 @@ Owner<q3n_model> open_model(const std::string &path)
 
 Owner<q3n_session> create_session(const q3n_model &m, int capacity)
 {
-    q3n_session_options o = q3n_session_options();
+    q3n_session_options o = Q3N_INIT(q3n_session_options);
     o.capacity = capacity;
     q3n_session *s = nullptr;
     q3n_error err = q3n_error();

@@ -15,8 +15,8 @@ static q3n_result make_model(q3n_model **m, q3n_error *err)
         { "vocab", "64" }, { "hidden", "64" }, { "layers", "1" }, { "experts", "2" },
         { "top_k", "1" }, { "moe_intermediate_size", "64" }
     };
-    const q3n_init_options o = { .type = Q3N_TYPE_Q4, .n_threads = 2 };
-    q3n_config c;
+    const q3n_init_options o = { .size = sizeof o, .type = Q3N_TYPE_Q4, .n_threads = 2 };
+    q3n_config c = Q3N_INIT(q3n_config);
     q3n_result r = q3n_config_preset("tiny", &c, err);
     for (size_t i = 0; i < sizeof set / sizeof set[0] && r == Q3N_OK; i++)
         r = q3n_config_set(&c, set[i][0], set[i][1], err);
@@ -31,7 +31,7 @@ int main(void)
     q3n_model *m = NULL;
     q3n_session *s = NULL;
     q3n_error err = { Q3N_OK, -1, "" };
-    const q3n_session_options o = { .capacity = 8, .n_threads = 1 };
+    const q3n_session_options o = { .size = sizeof o, .capacity = 8, .n_threads = 1 };
     const int32_t id = 1;
     float logits[64], ones[64];
     unsigned char codes[16 * 68];

@@ -31,7 +31,8 @@ static q3n_session *make_session(worker *w)
 {
     q3n_session *s = NULL;
     q3n_error err;
-    q3n_session_options o = { .capacity = 64, .cache = w->cache, .snapshot_every = 4 };
+    q3n_session_options o = { .size = sizeof o,
+                              .capacity = 64, .cache = w->cache, .snapshot_every = 4 };
     if (q3n_session_create(&s, w->model, &o, &err)) fprintf(stderr, "%s\n", err.message);
     return s;
 }
@@ -42,7 +43,7 @@ static void *work(void *arg)
     q3n_session *s = make_session(w);
     float *logits = (float *)malloc(w->logits_bytes);
     int32_t tokens[TEXT_LEN];
-    q3n_cache_stats stats;
+    q3n_cache_stats stats = Q3N_INIT(q3n_cache_stats);
     w->n_wrong += !s || !logits;
     for (int i = 0; w->n_wrong == 0 && i < N_ROUNDS; i++) {
         const int text = (w->first + i) % N_TEXTS;
@@ -75,7 +76,7 @@ int main(int argc, char **argv)
         if (i == 0) {
             q3n_snapshot *snap;
             if (q3n_session_snapshot(s, &snap)) return 2;
-            q3n_cache_options o = { .max_bytes = 20 * q3n_snapshot_bytes(snap) };
+            q3n_cache_options o = { .size = sizeof o, .max_bytes = 20 * q3n_snapshot_bytes(snap) };
             q3n_snapshot_free(snap);
             if (q3n_cache_create(&w.cache, w.model, &o, &err)) return 2;
         }
@@ -90,7 +91,7 @@ int main(int argc, char **argv)
         pthread_join(threads[i], NULL);
         n_wrong += workers[i].n_wrong;
     }
-    q3n_cache_stats stats;
+    q3n_cache_stats stats = Q3N_INIT(q3n_cache_stats);
     q3n_cache_stats_get(w.cache, &stats);
     const int used = stats.n_hits > 0 && stats.n_evicted > 0;
     printf("%d wrong, %s\n", n_wrong, used ? "used" : "not used");

@@ -11,6 +11,7 @@
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
 #include "q3n_make.h"
+#include "isas.h"
 #include "messages.h"
 
 #include <stdint.h>
@@ -159,12 +160,13 @@ static file with_tokenizer(const file *f)
 
 static file make_file(const char *preset, const char *const (*set)[2], q3n_type type)
 {
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     q3n_error err = { Q3N_OK, -1, "" };
     require(q3n_config_preset(preset, &c, &err) == Q3N_OK, err.message);
     for (int i = 0; set[i][0]; i++)
         require(q3n_config_set(&c, set[i][0], set[i][1], &err) == Q3N_OK, err.message);
-    const q3n_init_options o = { .type = type, .seed = 5, .stddev = 0.3, .n_threads = 1 };
+    const q3n_init_options o = { .size = sizeof o,
+                                 .type = type, .seed = 5, .stddev = 0.3, .n_threads = 1 };
     file f = { NULL, (size_t)q3n_init_bytes(&c, &o, &err) };
     require(f.bytes > 0 && posix_memalign((void **)&f.data, 64, f.bytes) == 0, err.message);
     require(q3n_init_memory(f.data, f.bytes, &c, &o, &err) == Q3N_OK, err.message);
@@ -268,14 +270,14 @@ static const int32_t *take_tokens(world *w, int *n, int32_t room[64])
 static q3n_session_options take_session_options(world *w)
 {
     input *in = w->in;
-    q3n_session_options o;
-    memset(&o, 0, sizeof o);
+    q3n_session_options o = Q3N_INIT(q3n_session_options);
     o.capacity = take_count(in, 400);
     o.batch = take_int(in, 40);
     o.n_threads = 1;
-    o.max_isa = (q3n_isa)take_int(in, Q3N_ISA_COUNT + 1);
+    const int isa = take_int(in, 7);
+    o.isa = isa == 6 ? (q3n_isa)77 : isa_at(isa - 1);        /* AUTO first */
     const unsigned flags = take(in);
-    o.scalar_only = flags & 1;
+    if (flags & 1) o.isa = Q3N_ISA_SCALAR;
     o.count_experts = flags >> 1 & 1;
     if (flags & 4) o.cache = w->cache;
     if (flags & 8) o.snapshot_bytes = 1000u * take(in);
@@ -310,7 +312,7 @@ static void call_eval(world *w, q3n_session *s)
     const int length = q3n_session_length(s);
     const int32_t *tokens = take_tokens(w, &n, room);
     float *rows = kind & 8 && n <= 4 ? w->row : NULL;
-    const q3n_outputs out = { w->row, rows, NULL, NULL };
+    const q3n_outputs out = { .size = sizeof out, .logits = w->row, .all_logits = rows };
     int reused = 0;
     q3n_result r = kind % 4 == 0 ? q3n_session_eval(s, tokens, n, kind & 4 ? w->row : NULL)
                  : kind % 4 == 1 ? q3n_session_eval_outputs(s, tokens, n, &out)
@@ -445,7 +447,8 @@ static void call_batch(world *w)
         items[n].logits = take_int(w->in, 2) ? w->row + (size_t)n * (size_t)w->vocab : NULL;
         n++;
     }
-    const q3n_limit limit = { take_count(w->in, 20), take_int(w->in, 3) ? 0 : 100 };
+    const q3n_limit limit = { .size = sizeof limit, .max_tokens = take_count(w->in, 20),
+                              .max_microseconds = take_int(w->in, 3) ? 0 : 100 };
     if (take(w->in) > 240) q3n_batch_cancel(w->batch);
     const q3n_result r = q3n_batch_eval(w->batch, items, n, take_int(w->in, 2) ? &limit : NULL);
     if (r == Q3N_OK) return;
@@ -525,13 +528,13 @@ static void call_open_others(world *w)
 {
     q3n_error err = { Q3N_OK, -1, "" };
     q3n_result r;
-    q3n_cache_stats stats;
+    q3n_cache_stats stats = Q3N_INIT(q3n_cache_stats);
     for (int i = 0; i < N_SESSIONS; i++) {                  /* they may use what goes */
         q3n_session_destroy(w->s[i]);
         w->s[i] = NULL;
     }
     if (take_int(w->in, 2)) {
-        const q3n_cache_options o = { .max_bytes = 512u * take2(w->in) };
+        const q3n_cache_options o = { .size = sizeof o, .max_bytes = 512u * take2(w->in) };
         if (w->cache) q3n_cache_stats_get(w->cache, &stats);
         q3n_cache_destroy(w->cache);
         r = q3n_cache_create(&w->cache, w->m, &o, &err);
@@ -560,7 +563,8 @@ static void call_make(world *w)
         check_error(&err, r);
         return;
     }
-    const q3n_init_options o = { .type = (q3n_type)take_int(w->in, Q3N_TYPE_COUNT), .n_threads = 1,
+    const q3n_init_options o = { .size = sizeof o,
+                                 .type = (q3n_type)take_int(w->in, Q3N_TYPE_COUNT), .n_threads = 1,
                                  .name = value };
     const int64_t bytes = q3n_init_bytes(&c, &o, &err);
     void *data = NULL;
@@ -595,14 +599,13 @@ static void call_quantise(world *w)
 static void look_through(const q3n_model *m)
 {
     q3n_error err;
-    q3n_tensor t, found;
-    q3n_model_stats stats;
+    q3n_model_stats stats = Q3N_INIT(q3n_model_stats);
     size_t bytes;
     int n = 0;
     for (int i = 0; i < q3n_model_n_tensors(m); i++) {
-        require(q3n_model_tensor(m, i, &t) == Q3N_OK, "a tensor of the table is not there");
-        require(q3n_model_find_tensor(m, t.name, &found) == Q3N_OK, "a name is not found");
-        require(found.data == t.data && found.bytes == t.bytes, "another tensor is found");
+        const q3n_tensor *t = q3n_model_tensor(m, i);
+        require(t != NULL, "a tensor of the table is not there");
+        require(q3n_model_find_tensor(m, t->name) == t, "another tensor is found, or none");
     }
     for (int32_t id = -1; id <= q3n_model_n_tokens(m) && id < 300; id++)
         q3n_token_text(m, id, &bytes);
@@ -655,13 +658,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     file f = changed_file(&in);
     const unsigned failing = take(&in);
     if (failing & 1) mem.fail_after = 1 + failing / 2;
-    const q3n_model_options o = { .allocator = { memory_alloc, memory_free, &mem } };
+    const q3n_model_options o = { .size = sizeof o,
+                                  .allocator = { memory_alloc, memory_free, &mem } };
     q3n_error err = { Q3N_OK, -1, "" };
     q3n_model *m = NULL;
     const q3n_result r = q3n_model_open_memory(&m, f.data, f.bytes, &o, &err);
     require((r == Q3N_OK) == (m != NULL), "result and model disagree");
     if (m) {
-        q3n_model_stats stats;
+        q3n_model_stats stats = Q3N_INIT(q3n_model_stats);
         q3n_model_stats_get(m, &stats);
         world w = { &in, m, q3n_model_config(m)->vocab_size, MAX_TOKENS, { NULL }, NULL, NULL, NULL,
                     NULL, 0, { NULL, 0 }, NULL };

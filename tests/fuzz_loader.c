@@ -32,11 +32,12 @@ static void look_through(const q3n_model *m)
 {
     size_t n_bytes = 0;
     volatile size_t sum = 0;
-    q3n_tensor t, found;
     for (int i = 0; i < q3n_model_n_tensors(m); i++) {
-        require(q3n_model_tensor(m, i, &t) == Q3N_OK, "a tensor of the table is not there");
-        require(q3n_model_find_tensor(m, t.name, &found) == Q3N_OK, "a name is not found");
-        n_bytes += (size_t)t.bytes;
+        const q3n_tensor *t = q3n_model_tensor(m, i);
+        require(t != NULL, "a tensor of the table is not there");
+        const q3n_tensor *found = q3n_model_find_tensor(m, t->name);
+        require(found != NULL, "a name is not found");
+        n_bytes += (size_t)t->bytes;
     }
     for (int32_t id = -1; id <= q3n_model_n_tokens(m) && id < 4096; id++) {
         const char *text = q3n_token_text(m, id, &n_bytes);
@@ -68,8 +69,9 @@ static void tokenize(const q3n_model *m)
 
 static void evaluate(const q3n_model *m)
 {
-    q3n_session_options o = { .capacity = 4, .batch = 2, .n_threads = 1, .count_experts = 1 };
-    q3n_model_stats stats;
+    q3n_session_options o = { .size = sizeof o,
+                              .capacity = 4, .batch = 2, .n_threads = 1, .count_experts = 1 };
+    q3n_model_stats stats = Q3N_INIT(q3n_model_stats);
     q3n_model_stats_get(m, &stats);
     const size_t bytes = q3n_session_bytes(m, &o, NULL);
     if (bytes == 0 || bytes > MOST_SESSION_BYTES || stats.n_weights_active > MOST_WEIGHTS) return;
@@ -100,7 +102,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     if (posix_memalign(&copy, 64, bytes ? bytes : 1) != 0) return 0;
     memcpy(copy, data, bytes);
 
-    const q3n_model_options o = { .skip_checksum = 1 };
+    const q3n_model_options o = { .size = sizeof o, .skip_checksum = 1 };
     q3n_model *m = NULL;
     q3n_error err = { .code = Q3N_OK };
     const q3n_result r = q3n_model_open_memory(&m, copy, bytes, &o, &err);

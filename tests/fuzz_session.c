@@ -57,7 +57,8 @@ static q3n_session_options options_of(int number)
 {
     static const q3n_type kv_types[4] = { Q3N_TYPE_F32, Q3N_TYPE_F16, Q3N_TYPE_BF16, Q3N_TYPE_Q8 };
     return (q3n_session_options){
-        .capacity = CAPACITY, .batch = 64, .n_threads = 1, .kv_type = kv_types[number % 4],
+        .size = sizeof(q3n_session_options), .capacity = CAPACITY, .batch = 64, .n_threads = 1,
+        .kv_type = kv_types[number % 4],
         .speculate = number / 4 % 2 ? Q3N_SPECULATE_MTP : Q3N_SPECULATE_OFF,
     };
 }
@@ -72,13 +73,14 @@ static void make_model(void)
         { "linear_num_value_heads", "2" }, { "linear_key_head_dim", "8" },
         { "linear_value_head_dim", "8" }, { "num_mtp_layers", "1" },
     };
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     q3n_error err;
     require(q3n_config_preset("g1", &c, &err) == Q3N_OK, "no preset");
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
         if (q3n_config_set(&c, fields[i][0], fields[i][1], &err) != Q3N_OK)
             require(0, err.message);
-    const q3n_init_options o = { .type = Q3N_TYPE_F32, .seed = 1, .stddev = 0.3, .n_threads = 1 };
+    const q3n_init_options o = { .size = sizeof o,
+                                 .type = Q3N_TYPE_F32, .seed = 1, .stddev = 0.3, .n_threads = 1 };
     const int64_t bytes = q3n_init_bytes(&c, &o, &err);
     void *data = NULL;
     require(bytes > 0 && posix_memalign(&data, 64, (size_t)bytes) == 0, err.message);

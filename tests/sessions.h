@@ -44,8 +44,7 @@ static inline q3n_model *open_model(const char *name, heap *h)   /* h NULL = mal
     char path[512];
     q3n_error err;
     q3n_model *m = NULL;
-    q3n_model_options o;
-    memset(&o, 0, sizeof o);
+    q3n_model_options o = Q3N_INIT(q3n_model_options);
     if (h) o.allocator = (q3n_allocator){ heap_alloc, heap_free, h };
     snprintf(path, sizeof path, "%s/%s.q3n", Q3N_TEST_MODELS, name);
     if (q3n_model_open(&m, path, &o, &err) != Q3N_OK) fail_msg("%s", err.message);
@@ -70,8 +69,7 @@ static inline void must(q3n_session *s, q3n_result r, q3n_result want)
 
 static inline q3n_session_options plain_options(int capacity)
 {
-    q3n_session_options o;
-    memset(&o, 0, sizeof o);
+    q3n_session_options o = Q3N_INIT(q3n_session_options);
     o.capacity = capacity;
     o.n_threads = 1;
     return o;

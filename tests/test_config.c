@@ -14,7 +14,7 @@
 
 static q3n_config preset(const char *name)
 {
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     q3n_error err = { .code = Q3N_OK };
     if (q3n_config_preset(name, &c, &err) != Q3N_OK) fail_msg("%s", err.message);
     return c;
@@ -169,7 +169,7 @@ static void test_hybrid_preset(void **state)
 static void test_unknown_preset(void **state)
 {
     (void)state;
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     q3n_error err;
     assert_int_equal(q3n_config_preset("qwen9", &c, &err), Q3N_ERR_ARG);
     assert_non_null(strstr(err.message, "'qwen9'"));
@@ -276,8 +276,9 @@ static void test_layers_keep_the_pattern(void **state)
 static void test_set_survives_a_broken_struct(void **state)
 {
     (void)state;
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     memset(&c, 0x7f, sizeof c);
+    c.size = sizeof c;
     set(&c, "layers", "3");
     set(&c, "layer_types", "0");
     check_types(&c, "aaa");
@@ -339,7 +340,7 @@ static void test_check_ranges(void **state)
             }
         }
     }
-    const q3n_config zero = { 0 };
+    const q3n_config zero = Q3N_INIT(q3n_config);
     check_fails(&zero, "vocab_size");
 }
 
@@ -658,18 +659,20 @@ static void test_sizes_fit(void **state)
         { "g2", 512, 1 << 30, 1, Q3N_OK },              /* pages come as tokens do                */
     };
     for (size_t i = 0; i < COUNT(cases); i++) {
-        q3n_config c;
+        q3n_config c = Q3N_INIT(q3n_config);
         q3n_error err;
-        const q3n_session_options o = { .batch = cases[i].batch, .capacity = cases[i].capacity,
+        const q3n_session_options o = { .size = sizeof o,
+                                        .batch = cases[i].batch, .capacity = cases[i].capacity,
                                         .n_threads = cases[i].n_threads };
         assert_int_equal(q3n_config_preset(cases[i].preset, &c, &err), Q3N_OK);
         assert_int_equal(q3n__check_sizes(&c, &o, UINT32_MAX / 4, &err), cases[i].want);
         assert_int_equal(q3n__check_sizes(&c, &o, SIZE_MAX / 4, &err), Q3N_OK);
     }
     /* The largest that a file may say. */
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     q3n_error err;
-    const q3n_session_options o = { .batch = 1 << 16, .capacity = 1 << 30, .n_threads = 1024 };
+    const q3n_session_options o = { .size = sizeof o,
+                                    .batch = 1 << 16, .capacity = 1 << 30, .n_threads = 1024 };
     assert_int_equal(q3n_config_preset("g2", &c, &err), Q3N_OK);
     c.num_hidden_layers = Q3N_MAX_LAYERS;
     c.num_attention_heads = c.num_key_value_heads = c.linear_num_value_heads = 4096;

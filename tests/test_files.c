@@ -125,7 +125,7 @@ static void fail_nothing(void) { memset(&fault, 0, sizeof fault); }
 /* ---- What writes ---- */
 static q3n_config small_config(void)
 {
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     assert_int_equal(q3n_config_preset("tiny", &c, NULL), Q3N_OK);
     static const char *const set[][2] = {
         { "vocab", "99" }, { "hidden", "32" }, { "layers", "2" }, { "context", "600" },
@@ -149,7 +149,7 @@ static int open_all(void **state)
     q3n_error err = { Q3N_OK, -1, "" };
     if (make_folder("files") != 0) return -1;
     snprintf(model_path, sizeof model_path, "%s.q3n", folder);
-    q3n_session_options o = { .n_threads = 1 };
+    q3n_session_options o = { .size = sizeof o, .n_threads = 1 };
     if (q3n_init_file(model_path, &c, NULL, &err) != Q3N_OK
         || q3n_model_open(&model, model_path, NULL, &err) != Q3N_OK
         || q3n_session_create(&session, model, &o, &err) != Q3N_OK) {
@@ -185,14 +185,14 @@ static q3n_result write_session(const char *path, q3n_error *err)
 
 static q3n_result write_quantised(const char *path, q3n_error *err)
 {
-    const q3n_quantize_options o = { .recipe = "q8", .n_threads = 1 };
+    const q3n_quantize_options o = { .size = sizeof o, .recipe = "q8", .n_threads = 1 };
     return q3n_quantize_file(path, model, &o, err);
 }
 
 static q3n_result write_random(const char *path, q3n_error *err)
 {
     const q3n_config c = small_config();
-    const q3n_init_options o = { .n_threads = 1 };
+    const q3n_init_options o = { .size = sizeof o, .n_threads = 1 };
     return q3n_init_file(path, &c, &o, err);
 }
 
@@ -638,20 +638,22 @@ static void test_written(void **state)
     char path[400];
     q3n_error err;
     q3n_model *m;
-    q3n_model_stats told, found;
+    q3n_model_stats told = Q3N_INIT(q3n_model_stats), found = Q3N_INIT(q3n_model_stats);
     const q3n_config c = small_config();
     in_folder(path, "x");
     for (int i = -1; i < 0 || q3n_recipe_name(i); i++) {
-        const q3n_init_options io = { .n_threads = 1, .written = &told };
-        const q3n_quantize_options qo = { .recipe = i < 0 ? NULL : q3n_recipe_name(i),
+        const q3n_init_options io = { .size = sizeof io, .n_threads = 1, .written = &told };
+        const q3n_quantize_options qo = { .size = sizeof qo,
+                                          .recipe = i < 0 ? NULL : q3n_recipe_name(i),
                                           .n_threads = 1, .written = &told };
         memset(&told, 0xC7, sizeof told);
+        told.size = sizeof told;
         assert_int_equal(i < 0 ? q3n_init_file(path, &c, &io, &err)
                                : q3n_quantize_file(path, model, &qo, &err), Q3N_OK);
         assert_int_equal(q3n_model_open(&m, path, NULL, &err), Q3N_OK);
         q3n_model_stats_get(m, &found);
         assert_memory_equal(&told, &found, sizeof told);
-        int n_tensors = 0;
+        int64_t n_tensors = 0;
         for (int t = 0; t < Q3N_TYPE_COUNT; t++) n_tensors += told.types[t].n_tensors;
         assert_int_equal(n_tensors, q3n_model_n_tensors(m));
         q3n_model_close(m);
@@ -701,7 +703,7 @@ static void test_processes(void **state)
         if (child[k] > 0) continue;
         alarm(PATIENCE);
         for (int i = 0; i < 10; i++) {
-            const q3n_init_options o = { .n_threads = 1, .seed = (uint64_t)k };
+            const q3n_init_options o = { .size = sizeof o, .n_threads = 1, .seed = (uint64_t)k };
             if (q3n_init_file(path, &c, &o, &err) != Q3N_OK) _exit(1);
         }
         _exit(0);
@@ -745,7 +747,8 @@ static void test_killed(void **state)
     const int64_t size = q3n_init_bytes(&c, NULL, NULL);
     const int64_t places[] = { 1, size / 2, size };
     for (int i = 0; i < COUNT(places); i++) {
-        const q3n_init_options o = { .progress = { kill_at, (void *)(uintptr_t)&places[i] },
+        const q3n_init_options o = { .size = sizeof o,
+                                     .progress = { kill_at, (void *)(uintptr_t)&places[i] },
                                      .n_threads = 1 };
         fflush(NULL);
         const pid_t child = fork();
@@ -929,10 +932,10 @@ static void test_cache(void **state)
         int n_warnings = 0, n_reused = 0;
         q3n_cache *cache;
         q3n_session *s;
-        const q3n_cache_options o = { .max_bytes = 1 << 24, .directory = folder,
+        const q3n_cache_options o = { .size = sizeof o, .max_bytes = 1 << 24, .directory = folder,
                                       .logger = { count_warnings, &n_warnings } };
         assert_int_equal(q3n_cache_create(&cache, model, &o, &err), Q3N_OK);
-        const q3n_session_options so = { .n_threads = 1, .cache = cache };
+        const q3n_session_options so = { .size = sizeof so, .n_threads = 1, .cache = cache };
         assert_int_equal(q3n_session_create(&s, model, &so, &err), Q3N_OK);
         assert_int_equal(q3n_session_prefill(s, ids, 300, NULL, &n_reused), Q3N_OK);
         q3n_session_destroy(s);

@@ -97,8 +97,7 @@ static image make_file(const q3n_config *c, q3n_type type)
     assert_true(handle >= 0);
     close(handle);
     q3n_error err;
-    q3n_init_options o;
-    memset(&o, 0, sizeof o);
+    q3n_init_options o = Q3N_INIT(q3n_init_options);
     o.type = type;
     o.seed = 3;
     o.stddev = 0.3;
@@ -111,7 +110,7 @@ static image make_file(const q3n_config *c, q3n_type type)
 
 static int setup(void **state)
 {
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     (void)state;
     small_config(&c);
     good = make_file(&c, Q3N_TYPE_BF16);
@@ -127,8 +126,7 @@ static int teardown(void **state)
 
 static q3n_result open_image(q3n_model **m, const image *f, int skip_checksum, q3n_error *err)
 {
-    q3n_model_options o;
-    memset(&o, 0, sizeof o);
+    q3n_model_options o = Q3N_INIT(q3n_model_options);
     o.skip_checksum = skip_checksum;
     err->code = Q3N_OK;
     err->offset = -2;
@@ -289,8 +287,7 @@ static void expect(image f, q3n_result want, int64_t offset, const char *words)
 /* Two tokens: what there is, is there. */
 static void evaluate_some(const q3n_model *m)
 {
-    q3n_session_options o;
-    memset(&o, 0, sizeof o);
+    q3n_session_options o = Q3N_INIT(q3n_session_options);
     o.capacity = 8;
     o.batch = 2;
     o.n_threads = 1;
@@ -332,13 +329,13 @@ static void test_good(void **state)
     assert_int_equal(open_image(&m, &good, 0, &err), Q3N_OK);
     assert_string_equal(q3n_model_name(m), "small");
     assert_string_equal(q3n_model_chat_kind(m), "none");
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     small_config(&c);
     assert_memory_equal(q3n_model_config(m), &c, sizeof c);
-    q3n_tensor t;
-    assert_int_equal(q3n_model_find_tensor(m, "layers.1.mlp.experts.down_proj.weight", &t), Q3N_OK);
-    assert_int_equal(t.n_dims, 3);
-    assert_true(t.dim[0] == 6 && t.dim[1] == 32 && t.dim[2] == 16 && t.stride % 4096 == 0);
+    const q3n_tensor *t = q3n_model_find_tensor(m, "layers.1.mlp.experts.down_proj.weight");
+    assert_non_null(t);
+    assert_int_equal(t->n_dims, 3);
+    assert_true(t->dim[0] == 6 && t->dim[1] == 32 && t->dim[2] == 16 && t->stride % 4096 == 0);
     q3n_model_close(m);
 
     const image f = image_new(good.bytes + 64);
@@ -597,7 +594,7 @@ static void test_other_keys(void **state)
 static void test_keys_together(void **state)
 {
     (void)state;
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     q3n_error err;
     q3n_model *m;
     small_config(&c);
@@ -638,7 +635,7 @@ static void test_probabilities(void **state)
         { 2, Q3N_PROBLEM_REGRESSION, { 0.0f, 1.0f } },
     };
     for (int i = 0; i < COUNT(rows); i++) {
-        q3n_config c;
+        q3n_config c = Q3N_INIT(q3n_config);
         q3n_error err;
         q3n_model *m;
         small_config(&c);
@@ -892,7 +889,6 @@ static void test_many_names(void **state)
         char name[NAME_BYTES + 1] = "";
         q3n_error err;
         q3n_model *m;
-        q3n_tensor t;
         seal(&f);
         steps = 0;
         if (open_image(&m, &f, 0, &err) != Q3N_OK) fail_msg("%s", err.message);
@@ -900,10 +896,12 @@ static void test_many_names(void **state)
         for (uint32_t i = 0; i < n; i += 997) {
             flood_name(name, kind, i, n);
             steps = 0;
-            assert_int_equal(q3n_model_find_tensor(m, name, &t), Q3N_OK);
-            assert_string_equal(t.name, name);
+            const q3n_tensor *t = q3n_model_find_tensor(m, name);
+            assert_non_null(t);
+            assert_string_equal(t->name, name);
             name[NAME_BYTES - 1] ^= 1;                     /* absent, or another one's */
-            if (q3n_model_find_tensor(m, name, &t) == Q3N_OK) assert_string_equal(t.name, name);
+            t = q3n_model_find_tensor(m, name);
+            if (t) assert_string_equal(t->name, name);
             assert_in_range(steps, 2, 2 * 17);
         }
         q3n_model_close(m);
@@ -1012,7 +1010,7 @@ static q3n_result check_item(void *user, const q3n__plan_item *item)
 static void test_plan(void **state)
 {
     (void)state;
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     small_config(&c);
     assert_int_equal(q3n__plan_visit(&c, check_item, NULL), Q3N_OK);
 
@@ -1037,7 +1035,7 @@ static void test_plan(void **state)
 static void test_rope_tables(void **state)
 {
     (void)state;
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     q3n_error err;
     q3n_model *m;
     small_config(&c);
@@ -1045,8 +1043,7 @@ static void test_rope_tables(void **state)
     assert_int_equal(q3n_config_set(&c, "rotary_dim", "16", &err), Q3N_OK);
     image f = make_file(&c, Q3N_TYPE_F32);
     assert_int_equal(open_image(&m, &f, 0, &err), Q3N_OK);
-    q3n_session_options o;
-    memset(&o, 0, sizeof o);
+    q3n_session_options o = Q3N_INIT(q3n_session_options);
     o.capacity = 65;
     assert_int_equal(q3n_session_bytes(m, &o, NULL), 0);      /* the table has 64 positions */
     o.capacity = 64;
@@ -1174,7 +1171,7 @@ static void test_byte_changes(void **state)
     const image f = fresh();
     q3n_error err;
     q3n_model *m;
-    q3n_config config;
+    q3n_config config = Q3N_INIT(q3n_config);
     small_config(&config);
     for (size_t at = 0; at < meta_bytes(&good); at++) {
         const uint8_t was = f.data[at], values[] = { 0, 255, (uint8_t)(was + 1) };
@@ -1245,13 +1242,11 @@ static void evaluate_nonsense(const image *f, q3n_isa isa, int n_threads)
     q3n_model *m;
     assert_int_equal(open_image(&m, f, 0, &err), Q3N_OK);
     routes r = { NULL, 0 };
-    q3n_session_options o;
-    memset(&o, 0, sizeof o);
+    q3n_session_options o = Q3N_INIT(q3n_session_options);
     o.capacity = 40;
     o.batch = 16;
     o.n_threads = n_threads;
-    o.max_isa = isa;
-    o.scalar_only = isa == Q3N_ISA_SCALAR;
+    o.isa = isa;
     o.count_experts = 1;
     o.layer_hook.layer = check_routes;
     o.layer_hook.user = &r;
@@ -1345,21 +1340,21 @@ static void test_not_numbers(void **state)
         ROUTER, "layers.1.mlp.gate.weight", "layers.0.linear_attn.in_proj_ba.weight",
         "layers.1.self_attn.k_proj.weight", "embed_tokens.weight", "lm_head.weight", EXPERTS,
     };
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     small_config(&c);
     for (int type = 0; type < Q3N_TYPE_COUNT; type++) {
         const image clean = make_file(&c, (q3n_type)type);
-        for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-            if (!isa_runs((q3n_isa)isa, __func__)) continue;
+        for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
+            if (!isa_runs(isa, __func__)) continue;
             for (int k = 0; k < 4; k++) {
                 const image f = image_copy(&clean, clean.bytes);
                 filling all = { &f, (q3n_type)type, patterns[type][k] };
                 q3n__plan_visit(&c, fill_item, &all);
-                evaluate_nonsense(&f, (q3n_isa)isa, 1 + k % 2);
+                evaluate_nonsense(&f, isa, 1 + k % 2);
                 for (int i = 0; i < COUNT(one_tensor); i++) {
                     memcpy(f.data, clean.data, clean.bytes);
                     fill_tensor(&f, one_tensor[i], (q3n_type)type, patterns[type][k]);
-                    evaluate_nonsense(&f, (q3n_isa)isa, 1);
+                    evaluate_nonsense(&f, isa, 1);
                 }
                 /* one row of the router: NaN beside numbers */
                 memcpy(f.data, clean.data, clean.bytes);
@@ -1368,7 +1363,7 @@ static void test_not_numbers(void **state)
                 for (size_t i = 0; i < row; i += type == Q3N_TYPE_F32 ? 4 : 2)
                     memcpy(f.data + at + 2 * row + i, &patterns[type][k],
                            type == Q3N_TYPE_F32 ? 4 : 2);
-                evaluate_nonsense(&f, (q3n_isa)isa, 1);
+                evaluate_nonsense(&f, isa, 1);
                 free(f.data);
             }
         }
@@ -1388,8 +1383,8 @@ static void test_noise(void **state)
             x = x * 1664525u + 1013904223u;
             f.data[i] = (uint8_t)(x >> 24);
         }
-        for (int isa = 0; isa < Q3N_ISA_COUNT; isa++)
-            if (isa_runs((q3n_isa)isa, __func__)) evaluate_nonsense(&f, (q3n_isa)isa, 2);
+        for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa))
+            if (isa_runs(isa, __func__)) evaluate_nonsense(&f, isa, 2);
     }
     free(f.data);
 }

@@ -28,8 +28,7 @@
 
 static q3n_model_options options_with(heap *h)
 {
-    q3n_model_options o;
-    memset(&o, 0, sizeof o);
+    q3n_model_options o = Q3N_INIT(q3n_model_options);
     o.allocator.alloc = heap_alloc;
     o.allocator.free = heap_free;
     o.allocator.user = h;
@@ -54,8 +53,7 @@ static q3n_model *open_counted(heap *h, const char *name)
 
 static q3n_session_options session_options(int n_threads)
 {
-    q3n_session_options o;
-    memset(&o, 0, sizeof o);
+    q3n_session_options o = Q3N_INIT(q3n_session_options);
     o.capacity = 100;
     o.batch = 16;
     o.n_threads = n_threads;
@@ -232,7 +230,7 @@ static void test_tokenize_fails(void **state)
 static void test_init_fails(void **state)
 {
     (void)state;
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     q3n_error err;
     char path[] = "/tmp/q3n_memory_XXXXXX";
     const int handle = mkstemp(path);
@@ -247,8 +245,7 @@ static void test_init_fails(void **state)
         assert_int_equal(q3n_config_set(&c, fields[i][0], fields[i][1], &err), Q3N_OK);
     for (int k = 1; ; k++) {
         heap h = { .fail_at = k };
-        q3n_init_options o;
-        memset(&o, 0, sizeof o);
+        q3n_init_options o = Q3N_INIT(q3n_init_options);
         o.allocator = options_with(&h).allocator;
         const q3n_result r = q3n_init_file(path, &c, &o, &err);
         FILE *f = fopen(path, "rb");
@@ -313,7 +310,7 @@ static void test_eval_allocates_pages(void **state)
 /* ---- What was announced is what is asked for ---- */
 static void check_session_bytes(const q3n_model *m, heap *h, const q3n_session_options *o)
 {
-    q3n_session_memory parts;
+    q3n_session_memory parts = Q3N_INIT(q3n_session_memory);
     q3n_error err;
     q3n_session *s = NULL;
     const size_t bytes = q3n_session_bytes(m, o, &parts), live = h->live_bytes;
@@ -359,8 +356,7 @@ static void test_session_bytes(void **state)
     for (int i = 0; i < COUNT(capacities); i++)
         for (int k = 0; k < COUNT(batches); k++)
             for (int type = 0; type <= Q3N_TYPE_Q8; type++) {
-                q3n_session_options o;
-                memset(&o, 0, sizeof o);
+                q3n_session_options o = Q3N_INIT(q3n_session_options);
                 o.capacity = capacities[i];
                 o.batch = batches[k];
                 o.kv_type = (q3n_type)type;

@@ -17,12 +17,10 @@
 /* ---- Models and sessions ---- */
 static q3n_session_options options_of(q3n_isa isa)
 {
-    q3n_session_options o;
-    memset(&o, 0, sizeof o);
+    q3n_session_options o = Q3N_INIT(q3n_session_options);
     o.capacity = 256;
     o.n_threads = 1;
-    o.max_isa = isa;
-    o.scalar_only = isa == Q3N_ISA_SCALAR;
+    o.isa = isa;
     return o;
 }
 
@@ -33,7 +31,7 @@ static float *new_logits(const q3n_model *m, int n)
 
 static void evaluate(q3n_session *s, const int32_t *ids, int n, float *all_logits)
 {
-    const q3n_outputs out = { NULL, all_logits, NULL, NULL };
+    const q3n_outputs out = { .size = sizeof out, .all_logits = all_logits };
     if (q3n_session_eval_outputs(s, ids, n, &out) != Q3N_OK)
         fail_msg("%s", q3n_session_error(s)->message);
 }
@@ -196,11 +194,11 @@ static void test_golden(void **state)
     char *golden = read_golden(name, "golden.json");
     const char *cases = golden_member(golden, "cases"), *greedy = golden_member(golden, "greedy");
     assert_true(golden_length(cases) >= 2);
-    for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-        if (!isa_runs((q3n_isa)isa, __func__)) continue;
+    for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
+        if (!isa_runs(isa, __func__)) continue;
         const char *p = cases, *one;
-        while ((one = golden_next(&p)) != NULL) check_case(m, (q3n_isa)isa, one, name);
-        if (greedy) check_greedy(m, (q3n_isa)isa, greedy);
+        while ((one = golden_next(&p)) != NULL) check_case(m, isa, one, name);
+        if (greedy) check_greedy(m, isa, greedy);
     }
     free(golden);
     q3n_model_close(m);
@@ -212,8 +210,8 @@ static void test_golden_classifier(void **state)
     q3n_model *m = open_model(name, NULL);
     char *golden = read_golden(name, "golden.json");
     const int n_labels = q3n_model_config(m)->num_labels;
-    for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-        if (!isa_runs((q3n_isa)isa, __func__)) continue;
+    for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
+        if (!isa_runs(isa, __func__)) continue;
         const char *p = golden_member(golden, "cases"), *one;
         while ((one = golden_next(&p)) != NULL) {
             int n, count;
@@ -221,7 +219,7 @@ static void test_golden_classifier(void **state)
             int32_t *ids = golden_ids(golden_member(one, "input_ids"), &n);
             double *want = golden_numbers(golden_member(one, "class_logits"), &count);
             trace t = trace_new(m);
-            q3n_session_options o = options_of((q3n_isa)isa);
+            q3n_session_options o = options_of(isa);
             o.layer_hook.layer = trace_layer;
             o.layer_hook.user = &t;
             q3n_session *s = create_session(m, &o);
@@ -260,9 +258,9 @@ static void test_golden_keras(void **state)
         int32_t *ids = golden_ids(row, &n);
         double *want = golden_numbers(golden_next(&outputs), &count);
         assert_int_equal(count, n * V);
-        for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-            if (!isa_runs((q3n_isa)isa, __func__)) continue;
-            q3n_session_options o = options_of((q3n_isa)isa);
+        for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
+            if (!isa_runs(isa, __func__)) continue;
+            q3n_session_options o = options_of(isa);
             o.capacity = n;
             float *logits = new_logits(m, n);
             q3n_session *s = create_session(m, &o);
@@ -381,7 +379,7 @@ static void check_all_cuttings(const q3n_model *m, q3n_isa isa, const int32_t *i
     assert_int_equal(q3n_session_eval(s, ids, n, last), Q3N_OK);
     check_same(last, want + (size_t)(n - 1) * V, V, "last logits alone");
     q3n_session_reset(s);
-    const q3n_outputs both = { last, again, NULL, NULL };
+    const q3n_outputs both = { .size = sizeof both, .logits = last, .all_logits = again };
     assert_int_equal(q3n_session_eval_outputs(s, ids, n, &both), Q3N_OK);
     check_same(again, want, (size_t)n * V, "again after a reset");
     check_same(last, want + (size_t)(n - 1) * V, V, "last logits beside all");
@@ -396,8 +394,8 @@ static void test_identity(void **state)
     q3n_model *m = open_model((const char *)*state, NULL);
     const int n = 70;
     int32_t *ids = random_ids(n, q3n_model_config(m)->vocab_size);
-    for (int isa = 0; isa < Q3N_ISA_COUNT; isa++)
-        if (isa_runs((q3n_isa)isa, __func__)) check_all_cuttings(m, (q3n_isa)isa, ids, n);
+    for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa))
+        if (isa_runs(isa, __func__)) check_all_cuttings(m, isa, ids, n);
     free(ids);
     q3n_model_close(m);
 }
@@ -407,9 +405,9 @@ static void test_identity_bidirectional(void **state)
 {
     q3n_model *m = open_model((const char *)*state, NULL);
     int32_t *ids = random_ids(9, q3n_model_config(m)->vocab_size);
-    for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-        if (!isa_runs((q3n_isa)isa, __func__)) continue;
-        q3n_session_options o = options_of((q3n_isa)isa);
+    for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
+        if (!isa_runs(isa, __func__)) continue;
+        q3n_session_options o = options_of(isa);
         o.capacity = 9;
         float *want = new_logits(m, 9);
         q3n_session *s = create_session(m, &o);
@@ -449,9 +447,9 @@ static void test_identity_long(void **state)
     q3n_model *m = open_model((const char *)*state, NULL);
     const int n = 700;
     int32_t *ids = random_ids(n, q3n_model_config(m)->vocab_size);
-    for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-        if (is_too_slow((q3n_isa)isa) || !isa_runs((q3n_isa)isa, __func__)) continue;
-        q3n_session_options o = options_of((q3n_isa)isa);
+    for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
+        if (is_too_slow(isa) || !isa_runs(isa, __func__)) continue;
+        q3n_session_options o = options_of(isa);
         o.capacity = 1024;
         float *want = new_logits(m, n);
         q3n_session *s = create_session(m, &o);
@@ -472,7 +470,7 @@ static void test_identity_long(void **state)
         o.n_threads = 3;
         o.batch = 64;
         check_identity(&id, &o, &edges);
-        if ((q3n_isa)isa == q3n_isa_best()) check_identity(&id, &o, &one);
+        if (isa == q3n_isa_best()) check_identity(&id, &o, &one);
         free(want);
     }
     free(ids);
@@ -536,12 +534,12 @@ static void test_attention_long(void **state)
     q3n_model *m = open_model((const char *)*state, NULL);
     const int n = 700;
     int32_t *ids = random_ids(n, q3n_model_config(m)->vocab_size);
-    for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-        if (is_too_slow((q3n_isa)isa) || !isa_runs((q3n_isa)isa, __func__)) continue;
+    for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
+        if (is_too_slow(isa) || !isa_runs(isa, __func__)) continue;
         for (int n_threads = 1; n_threads <= 2; n_threads++) {   /* two split few tokens */
             attention_check c = { NULL, q3n_model_config(m)->num_hidden_layers, 0, 0 };
             for (int l = 0; l < c.n_layers; l++) c.n_attention += !m->layers[l].is_delta;
-            q3n_session_options o = options_of((q3n_isa)isa);
+            q3n_session_options o = options_of(isa);
             o.capacity = 1024;
             o.batch = 100;
             o.n_threads = n_threads;
@@ -573,9 +571,9 @@ static void test_kv_types(void **state)
     q3n_model *m = open_model((const char *)*state, NULL);
     const int n = 70, V = q3n_model_config(m)->vocab_size;
     int32_t *ids = random_ids(n, V);
-    for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-        if (!isa_runs((q3n_isa)isa, __func__)) continue;
-        q3n_session_options o = options_of((q3n_isa)isa);
+    for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
+        if (!isa_runs(isa, __func__)) continue;
+        q3n_session_options o = options_of(isa);
         float *want = new_logits(m, 1), *got = new_logits(m, 1), *piecewise = new_logits(m, n);
         q3n_session *s = create_session(m, &o);
         assert_int_equal(q3n_session_eval(s, ids, n, want), Q3N_OK);
@@ -589,7 +587,7 @@ static void test_kv_types(void **state)
             for (int i = 0; i < V; i++)
                 if (!(fabs((double)got[i] - (double)want[i]) <= rows[k].bound * scale))
                     fail_msg("KV %s, %s: logit %d is %g, with f32 %g", q3n_type_name(rows[k].type),
-                             q3n_isa_name((q3n_isa)isa), i, (double)got[i], (double)want[i]);
+                             q3n_isa_name(isa), i, (double)got[i], (double)want[i]);
             assert_memory_not_equal(got, want, (size_t)V * sizeof *got);
             q3n_session_reset(s);
             evaluate_cut(s, ids, n, &cuttings[1], piecewise);
@@ -621,14 +619,15 @@ static void test_quantised(void **state)
     float *want = new_logits(m, n), *got = new_logits(m, n);
     q3n_error err;
     for (int k = 0; k < COUNT(rows); k++) {
-        const q3n_quantize_options q = { .recipe = rows[k].recipe, .n_threads = 2 };
+        const q3n_quantize_options q = { .size = sizeof q,
+                                         .recipe = rows[k].recipe, .n_threads = 2 };
         if (q3n_quantize_file(path, m, &q, &err) != Q3N_OK) fail_msg("%s", err.message);
         q3n_model *small = NULL;
         if (q3n_model_open(&small, path, NULL, &err) != Q3N_OK) fail_msg("%s", err.message);
-        for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-            if (is_too_slow((q3n_isa)isa) || !isa_runs((q3n_isa)isa, __func__)) continue;
-            check_all_cuttings(small, (q3n_isa)isa, ids, n);
-            const q3n_session_options o = options_of((q3n_isa)isa);
+        for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
+            if (is_too_slow(isa) || !isa_runs(isa, __func__)) continue;
+            check_all_cuttings(small, isa, ids, n);
+            const q3n_session_options o = options_of(isa);
             q3n_session *a = create_session(m, &o), *b = create_session(small, &o);
             evaluate(a, ids, n, want);
             evaluate(b, ids, n, got);
@@ -640,7 +639,7 @@ static void test_quantised(void **state)
             }
             if (!(sqrt(error / size) <= rows[k].bound) || error == 0.0)
                 fail_msg("%s, %s: relative error of the logits %.3g", rows[k].recipe,
-                         q3n_isa_name((q3n_isa)isa), sqrt(error / size));
+                         q3n_isa_name(isa), sqrt(error / size));
             q3n_session_destroy(a);
             q3n_session_destroy(b);
         }

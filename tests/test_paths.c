@@ -32,9 +32,9 @@ static int begin(void **state)
 
 static void make_model(const char *name)
 {
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     q3n_error err;
-    const q3n_init_options o = { .n_threads = 1 };
+    const q3n_init_options o = { .size = sizeof o, .n_threads = 1 };
     static const char *const set[][2] = {
         { "vocab", "99" }, { "hidden", "32" }, { "layers", "2" }, { "context", "600" },
         { "heads", "2" }, { "kv_heads", "1" }, { "head_dim", "16" }, { "rotary_dim", "16" },
@@ -64,13 +64,13 @@ static void test_names(void **state)
     q3n_error err;
     q3n_session *s;
     q3n_cache *cache;
-    q3n_cache_stats stats;
+    q3n_cache_stats stats = Q3N_INIT(q3n_cache_stats);
     int32_t ids[300];
     for (int i = 0; i < 300; i++) ids[i] = i % 99;
     make_model(path);
     q3n_model *m = open_model(path);
     snprintf(other, sizeof other, "%.300s-q", path);
-    const q3n_quantize_options qo = { .recipe = "q8", .n_threads = 1 };
+    const q3n_quantize_options qo = { .size = sizeof qo, .recipe = "q8", .n_threads = 1 };
     assert_int_equal(q3n_quantize_file(other, m, &qo, &err), Q3N_OK);
     q3n_model_close(open_model(other));
     remove_file(other);
@@ -79,9 +79,10 @@ static void test_names(void **state)
     snprintf(directory, sizeof directory, "%.300s", folder);
     for (int round = 0; round < 2; round++) {
         int n_reused = -1;
-        const q3n_cache_options co = { .max_bytes = 1 << 24, .directory = directory };
+        const q3n_cache_options co = { .size = sizeof co,
+                                       .max_bytes = 1 << 24, .directory = directory };
         assert_int_equal(q3n_cache_create(&cache, m, &co, &err), Q3N_OK);
-        const q3n_session_options so = { .n_threads = 1, .cache = cache };
+        const q3n_session_options so = { .size = sizeof so, .n_threads = 1, .cache = cache };
         assert_int_equal(q3n_session_create(&s, m, &so, &err), Q3N_OK);
         assert_int_equal(q3n_session_prefill(s, ids, 300, NULL, &n_reused), Q3N_OK);
         assert_int_equal(n_reused, round ? 300 : 0);

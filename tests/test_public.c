@@ -3,6 +3,7 @@
  * nothing but its pages. */
 #include "qwen3next.h"
 #include "q3n_make.h"
+#include "isas.h"
 #include "sample.h"
 
 #include <pthread.h>
@@ -108,17 +109,20 @@ static void test_types_and_isas(void **state)
     assert_int_equal(q3n_type_from_name("", &t), Q3N_ERR_ARG);
 
     q3n_isa isa = Q3N_ISA_SCALAR;
-    for (int i = 0; i < Q3N_ISA_COUNT; i++) {
-        const char *name = q3n_isa_name((q3n_isa)i);
+    for (q3n_isa i = isa_after(Q3N_ISA_AUTO); i; i = isa_after(i)) {
+        const char *name = q3n_isa_name(i);
         assert_non_null(name);
         assert_int_equal(q3n_isa_from_name(name, &isa), Q3N_OK);
         assert_int_equal(isa, i);
     }
-    assert_null(q3n_isa_name(Q3N_ISA_COUNT));
+    assert_null(q3n_isa_name(Q3N_ISA_AUTO));
+    assert_null(q3n_isa_name((q3n_isa)2));
+    assert_int_equal(q3n_isa_from_name("auto", &isa), Q3N_ERR_ARG);
     assert_int_equal(q3n_isa_from_name("mmx", &isa), Q3N_ERR_ARG);
     assert_true(q3n_isa_supported(Q3N_ISA_SCALAR));
     assert_true(q3n_isa_supported(q3n_isa_best()));
-    assert_false(q3n_isa_supported(Q3N_ISA_COUNT));
+    assert_false(q3n_isa_supported(Q3N_ISA_AUTO));
+    assert_false(q3n_isa_supported((q3n_isa)2));
 }
 
 /* ---- Configuration ---- */
@@ -126,7 +130,7 @@ static void test_types_and_isas(void **state)
 static void test_presets(void **state)
 {
     (void)state;
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     q3n_error err = { .code = Q3N_OK };
     int n = 0;
     for (; q3n_config_preset_name(n); n++) {
@@ -144,7 +148,7 @@ static void test_presets(void **state)
 static void test_config_fields(void **state)
 {
     (void)state;
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     q3n_error err = { .code = Q3N_OK };
     char text[64];
     assert_int_equal(q3n_config_preset("tiny", &c, &err), Q3N_OK);
@@ -223,7 +227,7 @@ static void test_model_getters(void **state)
     assert_false(q3n_model_is_eos(m, -1));
     assert_false(q3n_model_is_eos(m, 100));
 
-    q3n_model_stats stats;
+    q3n_model_stats stats = Q3N_INIT(q3n_model_stats);
     q3n_model_stats_get(m, &stats);
     assert_true(stats.n_weights > 7000000 && stats.n_weights < 8000000);
     assert_true(stats.n_weights_active > 3700000 && stats.n_weights_active < 4000000);
@@ -239,24 +243,24 @@ static void test_tensors(void **state)
     q3n_model *m = open_model(HYBRID);
     size_t bytes = 0;
     unsigned char *data = read_file(HYBRID, &bytes);
-    q3n_tensor t, found;
     const int n = q3n_model_n_tensors(m);
     assert_true(n > 50);
     for (int i = 0; i < n; i++) {
-        assert_int_equal(q3n_model_tensor(m, i, &t), Q3N_OK);
-        assert_int_equal(q3n_model_find_tensor(m, t.name, &found), Q3N_OK);
-        assert_ptr_equal(found.data, t.data);
-        assert_int_equal(t.offset % 64, 0);
-        assert_memory_equal(t.data, data + t.offset, 4);
+        const q3n_tensor *t = q3n_model_tensor(m, i);
+        assert_non_null(t);
+        assert_ptr_equal(q3n_model_find_tensor(m, t->name), t);
+        assert_int_equal(t->offset % 64, 0);
+        assert_memory_equal(t->data, data + t->offset, 4);
     }
-    assert_int_equal(q3n_model_find_tensor(m, "layers.0.mlp.experts.up_proj.weight", &t), Q3N_OK);
-    assert_int_equal(t.n_dims, 3);
-    assert_int_equal(t.stride % 4096, 0);
-    assert_int_equal(t.dim[0], q3n_model_config(m)->num_experts);
-    assert_int_equal(q3n_model_tensor(m, -1, &t), Q3N_ERR_ARG);
-    assert_int_equal(q3n_model_tensor(m, n, &t), Q3N_ERR_ARG);
-    assert_int_equal(q3n_model_find_tensor(m, "no.such.weight", &t), Q3N_ERR_ARG);
-    assert_int_equal(q3n_model_find_tensor(m, "", &t), Q3N_ERR_ARG);
+    const q3n_tensor *t = q3n_model_find_tensor(m, "layers.0.mlp.experts.up_proj.weight");
+    assert_non_null(t);
+    assert_int_equal(t->n_dims, 3);
+    assert_int_equal(t->stride % 4096, 0);
+    assert_int_equal(t->dim[0], q3n_model_config(m)->num_experts);
+    assert_null(q3n_model_tensor(m, -1));
+    assert_null(q3n_model_tensor(m, n));
+    assert_null(q3n_model_find_tensor(m, "no.such.weight"));
+    assert_null(q3n_model_find_tensor(m, ""));
     free(data);
     q3n_model_close(m);
 }
@@ -294,9 +298,9 @@ static void test_verify(void **state)
     log = (progress_log){ .stop_at = 1 };
     assert_error(q3n_model_verify(m, &progress, &err), Q3N_ERR_CANCELLED, &err);
 
-    q3n_tensor t;
-    assert_int_equal(q3n_model_find_tensor(m, "layers.3.self_attn.k_proj.weight", &t), Q3N_OK);
-    data[t.offset + t.bytes - 1] ^= 0x10;
+    const q3n_tensor *t = q3n_model_find_tensor(m, "layers.3.self_attn.k_proj.weight");
+    assert_non_null(t);
+    data[t->offset + t->bytes - 1] ^= 0x10;
     assert_error(q3n_model_verify(m, NULL, &err), Q3N_ERR_CHECKSUM, &err);
     assert_non_null(strstr(err.message, "layers.3.self_attn.k_proj.weight"));
     q3n_model_close(m);
@@ -331,16 +335,18 @@ static void test_allocator(void **state)
 {
     (void)state;
     counter c = { 0, 0, 0, 0 };
-    q3n_model_options mo = { .allocator = { counting_alloc, counting_free, &c } };
+    q3n_model_options mo = { .size = sizeof mo,
+                             .allocator = { counting_alloc, counting_free, &c } };
     q3n_error err = { .code = Q3N_OK };
     q3n_model *m = NULL;
     assert_int_equal(q3n_model_open(&m, HYBRID, &mo, &err), Q3N_OK);
     assert_true(c.n_alloc > 0);
     assert_true(c.bytes < 1000000);     /* the weights stay where they are */
 
-    const q3n_session_options so = { .capacity = 100, .batch = 16, .n_threads = 3 };
+    const q3n_session_options so = { .size = sizeof so,
+                                     .capacity = 100, .batch = 16, .n_threads = 3 };
     const counter before = c;
-    q3n_session_memory memory;
+    q3n_session_memory memory = Q3N_INIT(q3n_session_memory);
     const size_t bytes = q3n_session_bytes(m, &so, &memory);
     q3n_session *s = create_session(m, &so);
     assert_int_equal(c.bytes, before.bytes + memory.initial);
@@ -387,7 +393,7 @@ static void test_logger(void **state)
 {
     (void)state;
     message_log log = { 0, 0, "" };
-    const q3n_model_options o = { .logger = { log_message, &log } };
+    const q3n_model_options o = { .size = sizeof o, .logger = { log_message, &log } };
     q3n_model *m = NULL;
     q3n_error err = { .code = Q3N_OK };
     const char *const path = "build/models/seed_patched_zero_rope.q3n";
@@ -455,10 +461,10 @@ static void test_executor(void **state)
     q3n_model *m = open_model(HYBRID);
     const size_t n = 2 * (size_t)vocab(m);
     float *want = new_floats(n), *got = new_floats(n);
-    const q3n_session_options alone = { .capacity = 128, .n_threads = 1 };
+    const q3n_session_options alone = { .size = sizeof alone, .capacity = 128, .n_threads = 1 };
     evaluate_prompts(m, &alone, want);
 
-    q3n_session_options o = { .capacity = 128 };
+    q3n_session_options o = { .size = sizeof o, .capacity = 128 };
     void (*const runs[])(void *, int, void (*)(void *, int), void *) = { run_on_threads,
                                                                          run_backwards };
     for (int i = 0; i < COUNT(runs); i++) {
@@ -469,7 +475,8 @@ static void test_executor(void **state)
         assert_memory_equal(got, want, n * sizeof *got);
     }
     for (int threads = 2; threads <= 5; threads++) {
-        const q3n_session_options own = { .capacity = 128, .n_threads = threads };
+        const q3n_session_options own = { .size = sizeof own,
+                                          .capacity = 128, .n_threads = threads };
         evaluate_prompts(m, &own, got);
         assert_memory_equal(got, want, n * sizeof *got);
     }
@@ -488,7 +495,7 @@ static void *evaluate_alone(void *memory)
 {
     worker *w = memory;
     const size_t n = 2 * (size_t)vocab(w->m);
-    const q3n_session_options o = { .capacity = 128, .n_threads = 2 };
+    const q3n_session_options o = { .size = sizeof o, .capacity = 128, .n_threads = 2 };
     float *got = new_floats(n);
     evaluate_prompts(w->m, &o, got);
     w->same = memcmp(got, w->want, n * sizeof *got) == 0;
@@ -501,7 +508,7 @@ static void test_concurrent_sessions(void **state)
     (void)state;
     q3n_model *m = open_model(HYBRID);
     float *want = new_floats(2 * (size_t)vocab(m));
-    const q3n_session_options o = { .capacity = 128, .n_threads = 1 };
+    const q3n_session_options o = { .size = sizeof o, .capacity = 128, .n_threads = 1 };
     evaluate_prompts(m, &o, want);
     pthread_t thread[3];
     worker w[3];
@@ -537,10 +544,11 @@ static void test_layer_hook(void **state)
     q3n_model *m = open_model(HYBRID);
     const q3n_config *c = q3n_model_config(m);
     hook_log log = { .next = -1 };
-    const q3n_session_options o = { .capacity = 32, .layer_hook = { log_layer, &log } };
+    const q3n_session_options o = { .size = sizeof o,
+                                    .capacity = 32, .layer_hook = { log_layer, &log } };
     q3n_session *s = create_session(m, &o);
     float *hidden = new_floats((size_t)c->hidden_size);
-    const q3n_outputs out = { .hidden = hidden };
+    const q3n_outputs out = { .size = sizeof out, .hidden = hidden };
     assert_int_equal(q3n_session_eval_outputs(s, golden_prompt, 9, &out), Q3N_OK);
     assert_int_equal(log.calls, c->num_hidden_layers + 2);
     assert_int_equal(log.d, c->hidden_size);
@@ -556,7 +564,7 @@ static void test_session_options(void **state)
 {
     (void)state;
     q3n_model *m = open_model(HYBRID);
-    q3n_session_memory memory;
+    q3n_session_memory memory = Q3N_INIT(q3n_session_memory);
     const size_t bytes = q3n_session_bytes(m, NULL, &memory);
     assert_true(bytes > 0);
     assert_int_equal(bytes, memory.total);
@@ -570,23 +578,38 @@ static void test_session_options(void **state)
     q3n_session_destroy(s);
     q3n_session_destroy(NULL);
 
-    const q3n_session_options bad[] = {
+    q3n_session_options bad[] = {
         { .capacity = -1 }, { .batch = -1 }, { .n_threads = -1 }, { .n_threads = 1 << 30 },
-        { .kv_type = Q3N_TYPE_COUNT }, { .max_isa = Q3N_ISA_COUNT },
+        { .kv_type = Q3N_TYPE_COUNT }, { .isa = (q3n_isa)2 },
         { .executor = { run_backwards, NULL, 0 } } };
     for (int i = 0; i < COUNT(bad); i++) {
+        bad[i].size = sizeof bad[i];
         q3n_error err = { .code = Q3N_OK };
         s = (q3n_session *)8;
         assert_int_equal(q3n_session_bytes(m, &bad[i], NULL), 0);
         assert_error(q3n_session_create(&s, m, &bad[i], &err), Q3N_ERR_ARG, &err);
         assert_null(s);
     }
-    const q3n_session_options scalar = { .capacity = 16, .scalar_only = 1, .n_threads = 2 };
+    const q3n_session_options scalar = { .size = sizeof scalar,
+                                         .capacity = 16, .isa = Q3N_ISA_SCALAR, .n_threads = 2 };
     s = create_session(m, &scalar);
     assert_int_equal(q3n_session_isa(s), Q3N_ISA_SCALAR);
     assert_int_equal(q3n_session_n_threads(s), 2);
     assert_int_equal(q3n_session_capacity(s), 16);
     q3n_session_destroy(s);
+
+    for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {     /* this or none */
+        const q3n_session_options exact = { .size = sizeof exact, .capacity = 16, .isa = isa };
+        q3n_error err = { .code = Q3N_OK };
+        if (q3n_isa_supported(isa)) {
+            s = create_session(m, &exact);
+            assert_int_equal(q3n_session_isa(s), isa);
+            q3n_session_destroy(s);
+        } else {
+            assert_error(q3n_session_create(&s, m, &exact, &err), Q3N_ERR_UNSUPPORTED, &err);
+            assert_non_null(strstr(err.message, q3n_isa_name(q3n_isa_best())));
+        }
+    }
     q3n_model_close(m);
 }
 
@@ -594,7 +617,7 @@ static void test_greedy(void **state)
 {
     (void)state;
     q3n_model *m = open_model(HYBRID);
-    const q3n_session_options o = { .capacity = 64 };
+    const q3n_session_options o = { .size = sizeof o, .capacity = 64 };
     q3n_session *s = create_session(m, &o);
     q3n_sampler *sampler = NULL;
     assert_int_equal(q3n_sampler_create(&sampler, m, NULL, NULL), Q3N_OK);
@@ -625,7 +648,7 @@ static void test_eval_errors(void **state)
 {
     (void)state;
     q3n_model *m = open_model(HYBRID);
-    const q3n_session_options o = { .capacity = 12, .batch = 4 };
+    const q3n_session_options o = { .size = sizeof o, .capacity = 12, .batch = 4 };
     q3n_session *s = create_session(m, &o);
     const size_t n = (size_t)vocab(m);
     float *want = new_floats(n), *got = new_floats(n);
@@ -657,12 +680,12 @@ static void test_outputs(void **state)
 {
     (void)state;
     q3n_model *m = open_model(HYBRID);
-    const q3n_session_options o = { .capacity = 32, .batch = 4 };
+    const q3n_session_options o = { .size = sizeof o, .capacity = 32, .batch = 4 };
     q3n_session *s = create_session(m, &o);
     const size_t n = (size_t)vocab(m), d = (size_t)q3n_model_config(m)->hidden_size;
     float *last = new_floats(n), *all = new_floats(9 * n), *one = new_floats(n);
     float *hidden = new_floats(d), *all_hidden = new_floats(9 * d);
-    const q3n_outputs out = { last, all, hidden, all_hidden };
+    const q3n_outputs out = { sizeof out, last, all, hidden, all_hidden };
     assert_int_equal(q3n_session_eval_outputs(s, golden_prompt, 9, &out), Q3N_OK);
     assert_memory_equal(last, all + 8 * n, n * sizeof *last);
     assert_memory_equal(hidden, all_hidden + 8 * d, d * sizeof *hidden);
@@ -677,7 +700,7 @@ static void test_outputs(void **state)
         }
         assert_true(largest > 0.1f && difference <= 2e-5f * largest);
     }
-    const q3n_outputs nothing = { NULL, NULL, NULL, NULL };
+    const q3n_outputs nothing = Q3N_INIT(q3n_outputs);
     assert_int_equal(q3n_session_eval_outputs(s, golden_prompt, 1, &nothing), Q3N_OK);
     assert_int_equal(q3n_session_eval_outputs(s, golden_prompt, 0, &nothing), Q3N_ERR_ARG);
     free(last);
@@ -694,7 +717,7 @@ static void test_expert_counts(void **state)
     (void)state;
     q3n_model *m = open_model(HYBRID);
     const q3n_config *c = q3n_model_config(m);
-    q3n_session_options o = { .capacity = 32, .count_experts = 1 };
+    q3n_session_options o = { .size = sizeof o, .capacity = 32, .count_experts = 1 };
     q3n_session *s = create_session(m, &o);
     assert_int_equal(q3n_session_eval(s, golden_prompt, 9, NULL), Q3N_OK);
     for (int l = 0; l < c->num_hidden_layers; l++) {
@@ -720,7 +743,7 @@ static void test_classify(void **state)
 {
     (void)state;
     q3n_model *m = open_model("build/models/qwen3_next_cls.q3n");
-    const q3n_session_options o = { .capacity = 16 };
+    const q3n_session_options o = { .size = sizeof o, .capacity = 16 };
     q3n_session *s = create_session(m, &o);
     const size_t n = (size_t)q3n_model_config(m)->num_labels;
     assert_true(n > 1);
@@ -923,13 +946,13 @@ static void test_init_file(void **state)
     (void)state;
     char path[64];
     snprintf(path, sizeof path, "build/test_public_%ld.q3n", (long)getpid());
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     q3n_error err = { .code = Q3N_OK };
     assert_int_equal(q3n_config_preset("tiny", &c, &err), Q3N_OK);
     assert_int_equal(q3n_config_set(&c, "vocab", "500", &err), Q3N_OK);
     assert_int_equal(q3n_config_set(&c, "layers", "2", &err), Q3N_OK);
     progress_log log = { 0, 0, 0, 0 };
-    q3n_init_options o = { .type = Q3N_TYPE_BF16, .seed = 5, .name = "test",
+    q3n_init_options o = { .size = sizeof o, .type = Q3N_TYPE_BF16, .seed = 5, .name = "test",
                            .progress = { log_progress, &log } };
     remove(path);
     assert_int_equal(q3n_init_file(path, &c, &o, &err), Q3N_OK);

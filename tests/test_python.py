@@ -42,23 +42,53 @@ class Layout(unittest.TestCase):
             out = subprocess.run([program], stdout=subprocess.PIPE, check=True).stdout
         return [int(line) for line in out.split()]
 
+    def header_structs(self):
+        """Names of the fields of every public struct, in the header's order."""
+        text = (ROOT / "qwen3next.h").read_text(encoding="utf-8")
+        text = text.split("#endif /* QWEN3NEXT_H */")[0]
+        text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
+        structs = {}
+        for name, body in re.findall(r"typedef struct (q3n_\w+) \{(.*?)\} \1;", text, flags=re.S):
+            structs[name] = []
+            for line in body.split(";"):
+                function = re.search(r"\(\*(\w+)\)\(", line)
+                words = re.findall(r"(\w+)\s*(?:\[\w+\]\s*)*(?:,|$)", line.strip())
+                structs[name] += [function.group(1)] if function else words
+        return structs
+
     def test_structs(self):
-        lines, want = "", []
+        """Sizes, and names, places and sizes of all fields."""
+        lines, want, structs = "", [], self.header_structs()
         for name, struct in qwen3next.STRUCTS.items():
+            self.assertEqual([field for field, _ in struct._fields_], structs[name], name)
             lines += '    printf("%%zu\\n", sizeof(%s));\n' % name
             want.append(ctypes.sizeof(struct))
             for field, _ in struct._fields_:
-                lines += '    printf("%%zu\\n", offsetof(%s, %s));\n' % (name, field)
-                want.append(getattr(struct, field).offset)
+                lines += '    printf("%%zu %%zu\\n", offsetof(%s, %s), sizeof ((%s *)0)->%s);\n' % (
+                    name, field, name, field)
+                want += [getattr(struct, field).offset, getattr(struct, field).size]
         self.assertEqual(want, self.c_output(lines))
+
+    def test_padding(self):
+        """Structs that may grow have none: a new field would lie in it, where nobody set it."""
+        lines, n = "", 0
+        for name, fields in self.header_structs().items():
+            if fields[0] != "size":
+                continue
+            n += 1
+            lines += '    printf("%%zu %%zu\\n", sizeof(%s), %s);\n' % (
+                name, " + ".join("sizeof ((%s *)0)->%s" % (name, field) for field in fields))
+        self.assertGreater(n, 9)
+        sizes = self.c_output(lines)
+        self.assertEqual(sizes[::2], sizes[1::2])
 
     def test_constants(self):
         """Enum values and macros, by the names that the header has for them."""
         want = {"Q3N_OK": qwen3next._OK, "Q3N_ERR_FULL": qwen3next._ERR_FULL,
                 "Q3N_TOKENIZE_NO_SPECIAL": qwen3next.NO_SPECIAL,
                 "Q3N_MAX_DRAFT": qwen3next.MAX_DRAFT,
-                "Q3N_SPECULATE_COUNT": len(qwen3next.SPECULATE),
-                "Q3N_VERSION / 100": 100 * qwen3next.VERSION[0] + qwen3next.VERSION[1]}
+                "Q3N_SPECULATE_COUNT": len(qwen3next.SPECULATE), "Q3N_ABI": qwen3next.ABI,
+                "Q3N_ISA_AUTO": 0}
         for i, name in enumerate(qwen3next.SPECULATE):
             want["Q3N_SPECULATE_" + name.upper()] = i
         lines = "".join('    printf("%%d\\n", (int)(%s));\n' % name for name in want)
@@ -88,15 +118,6 @@ class Layout(unittest.TestCase):
             declared = [] if found.group(2).strip() == "void" else found.group(2).split(",")
             self.assertEqual(mirrored(result), kind(found.group(1)), name)
             self.assertEqual([mirrored(a) for a in arguments], [kind(d) for d in declared], name)
-
-    def test_config_has_every_field(self):
-        text = (ROOT / "qwen3next.h").read_text(encoding="utf-8")
-        listed = text.split("#define Q3N_CONFIG_LIST(X)")[1].split("\n\n")[0]
-        names = [line.split("(")[1].split(",")[1].strip() for line in listed.splitlines()
-                 if "X(" in line]
-        mirrored = [name for name, _ in qwen3next._Config._fields_]
-        self.assertGreater(len(names), 30)
-        self.assertEqual(sorted(names + ["layer_types", "layer_experts"]), sorted(mirrored))
 
 
 class Types(unittest.TestCase):
@@ -178,6 +199,13 @@ class Golden(unittest.TestCase):
             self.assertEqual(self.model.config[name], want[name])
         kinds = [int(k == "linear_attention") for k in want["layer_types"]]
         self.assertEqual(self.model.config["layer_types"], kinds)
+        self.assertEqual(self.model.config["layer_experts"], [1] * len(kinds))
+        text = (ROOT / "qwen3next.h").read_text(encoding="utf-8")
+        rows = re.findall(r"    X\(([IBEF]), +(\w+),", text.split("Q3N_CONFIG_LIST(X)")[1])
+        self.assertGreater(len(rows), 30)
+        for kind, name in rows:
+            self.assertIs(type(self.model.config[name]), float if kind == "F" else int, name)
+        self.assertEqual(len(self.model.config), len(rows) + 2)
         with self.model.session(capacity=64) as small, self.model.session(capacity=600) as large:
             self.assertEqual((small.capacity, large.capacity), (64, 600))
             self.assertEqual(small.memory["delta_state"], large.memory["delta_state"])
@@ -725,17 +753,17 @@ class Loading(unittest.TestCase):
                 self.assertIn(words, error)
 
     def test_other_versions(self):
-        major, minor = qwen3next.VERSION
-        mine = "this module is for %d.%d" % (major, minor)
+        abi = "int q3n_abi_version(void) { return %d; }\n"
+        cases = (("", "has not the ABI"), (abi % (qwen3next.ABI + 1), "has not the ABI"),
+                 (abi % qwen3next.ABI, "has no function q3n_"))
         with tempfile.TemporaryDirectory() as folder:
-            for version, words in ((10000 * major + 100 * (minor + 1), mine),
-                                   (10000 * (major + 1) + 100 * minor, mine),
-                                   (10000 * major + 100 * minor + 7, "has no function q3n_")):
-                text = "int q3n_version(void) { return %d; }\n" % version
+            for more, words in cases:
+                text = "int q3n_version(void) { return 10203; }\n" + more
                 status, error = self.load(QWEN3NEXT_LIB=self.build(folder, text))
                 self.assertNotEqual(status, 0)
                 self.assertTrue(error.startswith("OSError: "), error)
                 self.assertIn(words, error)
+                self.assertIn("1.2.3", error)
                 self.assertIn("other.so", error)
 
     def test_a_second_one(self):

@@ -351,10 +351,10 @@ static q3n_model *open_small(q3n_type type, uint8_t **memory)
         { "linear_num_key_heads", "2" }, { "linear_num_value_heads", "4" },
         { "linear_key_head_dim", "3" }, { "linear_value_head_dim", "5" }, { "num_mtp_layers", "1" }
     };
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     q3n_model *m;
     q3n_error err = { Q3N_OK, -1, "" };
-    const q3n_init_options o = { .type = type, .name = "small", .n_threads = 1 };
+    const q3n_init_options o = { .size = sizeof o, .type = type, .name = "small", .n_threads = 1 };
     assert_int_equal(q3n_config_preset("g1", &c, NULL), Q3N_OK);
     for (size_t i = 0; i < COUNT(sets); i++)
         assert_int_equal(q3n_config_set(&c, sets[i][0], sets[i][1], &err), Q3N_OK);
@@ -372,11 +372,16 @@ static void close_small(q3n_model *m, uint8_t *memory)
     q3n__free(NULL, memory);
 }
 
+static q3n_tensor tensor_of(const q3n_model *m, const char *name)
+{
+    const q3n_tensor *t = q3n_model_find_tensor(m, name);
+    if (!t) fail_msg("no tensor %s", name);
+    return *t;
+}
+
 static q3n_type type_of(const q3n_model *m, const char *name)
 {
-    q3n_tensor t;
-    if (q3n_model_find_tensor(m, name, &t) != Q3N_OK) fail_msg("no tensor %s", name);
-    return t.type;
+    return tensor_of(m, name).type;
 }
 
 static void test_recipes(void **state)
@@ -399,7 +404,7 @@ static void test_recipes(void **state)
     q3n_error err = { Q3N_OK, -1, "" };
     for (size_t i = 0; i < COUNT(want); i++) {
         assert_string_equal(q3n_recipe_name((int)i), want[i].name);
-        const q3n_quantize_options o = { .recipe = want[i].name };
+        const q3n_quantize_options o = { .size = sizeof o, .recipe = want[i].name };
         assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_OK);
         assert_int_equal(q3n_model_open(&m, path, NULL, &err), Q3N_OK);
         assert_int_equal(q3n_model_verify(m, NULL, &err), Q3N_OK);
@@ -434,7 +439,7 @@ static void test_bytes_of_copies(void **state)
     q3n_model *in = open_small(Q3N_TYPE_F32, &memory), *m;
     q3n_error err = { Q3N_OK, -1, "" };
     for (int threads = 1; threads < 6; threads += 2) {
-        const q3n_quantize_options o = { .recipe = "q3", .n_threads = threads };
+        const q3n_quantize_options o = { .size = sizeof o, .recipe = "q3", .n_threads = threads };
         assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_OK);
         size_t bytes;
         uint8_t *data = read_file(&bytes);
@@ -446,9 +451,7 @@ static void test_bytes_of_copies(void **state)
     free(first);
     assert_int_equal(q3n_model_open(&m, path, NULL, &err), Q3N_OK);
     for (int i = 0; i < q3n_model_n_tensors(m); i++) {
-        q3n_tensor a = { .n_dims = 0 }, b = a;
-        assert_int_equal(q3n_model_tensor(m, i, &b), Q3N_OK);
-        assert_int_equal(q3n_model_find_tensor(in, b.name, &a), Q3N_OK);
+        const q3n_tensor b = *q3n_model_tensor(m, i), a = tensor_of(in, b.name);
         const int64_t slices = b.n_dims == 3 ? b.dim[0] : 1;
         const int64_t rows = b.n_dims == 1 ? 1 : b.dim[b.n_dims - 2], cols = b.dim[b.n_dims - 1];
         for (int64_t e = 0; e < slices; e++) {
@@ -470,7 +473,7 @@ static void test_requantize(void **state)
     uint8_t *memory;
     q3n_model *in = open_small(Q3N_TYPE_Q8, &memory), *m;
     q3n_error err = { Q3N_OK, -1, "" };
-    q3n_quantize_options o = { .recipe = "q4" };
+    q3n_quantize_options o = { .size = sizeof o, .recipe = "q4" };
     assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_ERR_UNSUPPORTED);
     assert_non_null(strstr(err.message, "embed_tokens.weight is quantised already"));
     assert_int_equal(count_files(NULL), 0);
@@ -485,11 +488,9 @@ static void test_requantize(void **state)
     o.allow_requantize = 1;
     assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_OK);
     assert_int_equal(q3n_model_open(&m, path, NULL, &err), Q3N_OK);
-    q3n_tensor a, b;
+    const q3n_tensor a = tensor_of(in, "layers.1.mlp.experts.down_proj.weight");
+    const q3n_tensor b = tensor_of(m, "layers.1.mlp.experts.down_proj.weight");
     float x[33];
-    assert_int_equal(q3n_model_find_tensor(in, "layers.1.mlp.experts.down_proj.weight", &a),
-                     Q3N_OK);
-    assert_int_equal(q3n_model_find_tensor(m, "layers.1.mlp.experts.down_proj.weight", &b), Q3N_OK);
     for (int r = 0; r < 40; r++) {
         q3n__dequantize_row(Q3N_TYPE_Q8, x, (const uint8_t *)a.data + 2 * a.stride, r, 33);
         assert_memory_equal(x, (const uint8_t *)b.data + 2 * b.stride + (size_t)r * 33 * 4, 33 * 4);
@@ -510,16 +511,15 @@ static void test_importance_of_tensors(void **state)
     float w[24];
     q3n_model *in = open_small(Q3N_TYPE_F32, &memory), *plain, *m;
     q3n_error err = { Q3N_OK, -1, "" };
-    q3n_quantize_options o = { .importance = some_importance, .importance_user = w };
+    q3n_quantize_options o = { .size = sizeof o,
+                               .importance = some_importance, .importance_user = w };
     for (int i = 0; i < 24; i++) w[i] = i < 4 ? 100.0f : 0.01f;
     assert_int_equal(q3n_quantize_file(path, in, NULL, &err), Q3N_OK);
     assert_int_equal(q3n_model_open(&plain, path, NULL, &err), Q3N_OK);
     assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_OK);
     assert_int_equal(q3n_model_open(&m, path, NULL, &err), Q3N_OK);
     for (int i = 0; i < q3n_model_n_tensors(m); i++) {
-        q3n_tensor a = { .n_dims = 0 }, b = a;
-        assert_int_equal(q3n_model_tensor(plain, i, &a), Q3N_OK);
-        assert_int_equal(q3n_model_tensor(m, i, &b), Q3N_OK);
+        const q3n_tensor a = *q3n_model_tensor(plain, i), b = *q3n_model_tensor(m, i);
         const int differs = memcmp(a.data, b.data, (size_t)a.bytes / (a.n_dims == 3 ? 3 : 1)) != 0;
         assert_int_equal(differs, strcmp(a.name, "layers.1.self_attn.o_proj.weight") == 0);
     }
@@ -544,13 +544,14 @@ static void test_stopped_and_failing(void **state)
     q3n_model *in = open_small(Q3N_TYPE_F32, &memory);
     q3n_error err = { Q3N_OK, -1, "" };
     int64_t at;
-    q3n_quantize_options o = { .progress = { stop_at, &at }, .n_threads = 2 };
+    q3n_quantize_options o = { .size = sizeof o, .progress = { stop_at, &at }, .n_threads = 2 };
     for (at = 0; at < 100000; at += 30000) {
         assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_ERR_CANCELLED);
         assert_int_equal(count_files(NULL), 0);
     }
     counter k = { 0, 0, 0 };
-    o = (q3n_quantize_options){ .allocator = { failing_alloc, counted_free, &k } };
+    o = (q3n_quantize_options){ .size = sizeof(q3n_quantize_options),
+                                .allocator = { failing_alloc, counted_free, &k } };
     for (;; k.fail_at++) {
         k.calls = 0;
         const q3n_result r = q3n_quantize_file(path, in, &o, &err);
@@ -561,18 +562,17 @@ static void test_stopped_and_failing(void **state)
     }
     assert_true(k.fail_at >= 8);
     remove(path);
-    o = (q3n_quantize_options){ .recipe = "q5" };
+    o = (q3n_quantize_options){ .size = sizeof(q3n_quantize_options), .recipe = "q5" };
     assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_ERR_ARG);
     assert_non_null(strstr(err.message, "'q5'"));
     assert_int_equal(q3n_quantize_file("build/no/such/x.q3n", in, NULL, &err), Q3N_ERR_IO);
     assert_int_equal(q3n_quantize_file(NULL, in, NULL, &err), Q3N_ERR_ARG);
-    q3n_tensor t;                        /* a weight that is none, in the last expert */
-    assert_int_equal(q3n_model_find_tensor(in, "layers.0.mlp.experts.down_proj.weight", &t),
-                     Q3N_OK);
+    /* A weight that is none, in the last expert. */
+    const q3n_tensor t = tensor_of(in, "layers.0.mlp.experts.down_proj.weight");
     const float nan = NAN;
     memcpy(memory + t.offset + 2 * (int64_t)t.stride + 4 * (39 * 33 + 32), &nan, sizeof nan);
     for (int threads = 1; threads < 4; threads++) {
-        o = (q3n_quantize_options){ .n_threads = threads };
+        o = (q3n_quantize_options){ .size = sizeof(q3n_quantize_options), .n_threads = threads };
         assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_ERR_ARG);
         assert_non_null(strstr(err.message,
                                "layers.0.mlp.experts.down_proj.weight: row 39, column 32"));
@@ -583,10 +583,9 @@ static void test_stopped_and_failing(void **state)
     static const char *const copied[] = { "layers.0.input_layernorm.weight",
                                           "layers.0.mlp.gate.weight", "embed_tokens.weight" };
     for (size_t i = 0; i < COUNT(copied); i++) {         /* what no recipe changes is looked at */
-        q3n_tensor other;
-        assert_int_equal(q3n_model_find_tensor(in, copied[i], &other), Q3N_OK);
+        const q3n_tensor other = tensor_of(in, copied[i]);
         memcpy(memory + other.offset + 12, &inf, sizeof inf);
-        o = (q3n_quantize_options){ .recipe = "f32" };
+        o = (q3n_quantize_options){ .size = sizeof(q3n_quantize_options), .recipe = "f32" };
         assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_ERR_ARG);
         assert_non_null(strstr(err.message, copied[i]));
         assert_non_null(strstr(err.message, "row 0, column 3: inf cannot be quantised: it is not"));

@@ -13,6 +13,7 @@
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
 #include "q3n_make.h"
+#include "isas.h"
 #include "failing.h"
 #include "sessions.h"
 
@@ -80,7 +81,8 @@ static void reference_extend(reference *r, int i, const text *t)
     const int n = t->n - own->n;
     uint64_t h = 0;
     if (r->n_rows + n > r->max_rows) r->n_rows = 0;
-    const q3n_outputs out = { NULL, r->rows + (size_t)r->n_rows * (size_t)r->vocab, NULL, NULL };
+    const q3n_outputs out = { .size = sizeof out,
+                              .all_logits = r->rows + (size_t)r->n_rows * (size_t)r->vocab };
     must(r->session[i],
          q3n_session_eval_outputs(r->session[i], t->ids + own->n, n, &out), Q3N_OK);
     for (int j = 0; j < t->n; j++) {
@@ -530,7 +532,7 @@ static void op_outputs(world *w)
     continuation(w, &s->t, ids, n);
     note(w, "eval_outputs %d: %d behind %d", number(w, s), n, s->t.n);
     arm(w, s);
-    const q3n_outputs out = { NULL, w->logits, NULL, NULL };
+    const q3n_outputs out = { .size = sizeof out, .all_logits = w->logits };
     if (!successful(w, s, q3n_session_eval_outputs(s->s, ids, n, &out))) return;
     for (int i = 0; i < n; i++) {
         text_append(&s->t, ids + i, 1);
@@ -887,7 +889,7 @@ static void op_batch(world *w)
     assert_non_null(p);
     p->logits = new_floats((size_t)N_SLOTS * (size_t)w->vocab);
     const int b = below(w, COUNT(w->batch));
-    q3n_limit limit = { 0, 0 };
+    q3n_limit limit = Q3N_INIT(q3n_limit);
     if (chance(w, 40)) limit.max_tokens = 1 + below(w, 40);
     if (chance(w, 20)) limit.max_microseconds = 1 + below(w, 500);
     note(w, "batch %d, limits %d and %d;", b, limit.max_tokens, (int)limit.max_microseconds);
@@ -1007,10 +1009,11 @@ static q3n_model *open_named(world *w)
     snprintf(name, sizeof name, "%.*s", (int)(recipe - w->name), w->name);
     snprintf(path, sizeof path, "build/test_schedules_%d.q3n", (int)getpid());
     q3n_model *exact = open_model(name, NULL);
-    const q3n_quantize_options qo = { .recipe = recipe + 1, .n_threads = 1 };
+    const q3n_quantize_options qo = { .size = sizeof qo, .recipe = recipe + 1, .n_threads = 1 };
     if (q3n_quantize_file(path, exact, &qo, &err) != Q3N_OK) world_fail(w, "%s", err.message);
     q3n_model_close(exact);
-    const q3n_model_options o = { .allocator = { heap_alloc, heap_free, &w->heap } };
+    const q3n_model_options o = { .size = sizeof o,
+                                  .allocator = { heap_alloc, heap_free, &w->heap } };
     if (q3n_model_open(&m, path, &o, &err) != Q3N_OK) world_fail(w, "%s", err.message);
     remove(path);
     return m;
@@ -1019,7 +1022,7 @@ static q3n_model *open_named(world *w)
 /* A cache in memory alone, or with a directory after it. */
 static void world_cache(world *w)
 {
-    q3n_cache_options o = { .max_bytes = (size_t)1 << (14 + below(w, 12)) };
+    q3n_cache_options o = { .size = sizeof o, .max_bytes = (size_t)1 << (14 + below(w, 12)) };
     q3n_error err;
     if (chance(w, 40)) return;
     if (chance(w, 40)) {
@@ -1060,12 +1063,12 @@ static void world_open(world *w, unsigned long seed)
     if (w->vocab > 1000 && w->capacity > 300) w->capacity = 300;
     if (c->rope_type == Q3N_ROPE_TABLE && w->capacity > c->max_position_embeddings)
         w->capacity = c->max_position_embeddings;
+    w->base.size = sizeof w->base;
     w->base.kv_type = types[below(w, COUNT(types))];
-    q3n_isa isa = (q3n_isa)below(w, Q3N_ISA_COUNT);
+    q3n_isa isa = isa_at(below(w, N_ISAS));
     if (chance(w, 60) || !q3n_isa_supported(isa)) isa = q3n_isa_best();
     if (isa == Q3N_ISA_SCALAR && w->capacity > 60) w->capacity = 60;     /* slow */
-    w->base.max_isa = isa;
-    w->base.scalar_only = isa == Q3N_ISA_SCALAR;
+    w->base.isa = isa;
     note(w, "%s, KV %s, %s, capacity %d", w->name, q3n_type_name(w->base.kv_type),
          q3n_isa_name(isa), w->capacity);
     world_sources(w);

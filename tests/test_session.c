@@ -21,7 +21,7 @@
 
 static q3n_cache_stats stats_of(q3n_cache *c)
 {
-    q3n_cache_stats stats;
+    q3n_cache_stats stats = Q3N_INIT(q3n_cache_stats);
     q3n_cache_stats_get(c, &stats);
     return stats;
 }
@@ -180,7 +180,8 @@ static void test_cancel(void **state)
     float *want = new_floats(60 * (size_t)cfg->vocab_size);
     const q3n_session_options o = plain_options(80);
     q3n_session *s = create_session(m, &o);
-    must(s, q3n_session_eval_outputs(s, ids, 60, &(q3n_outputs){ .all_logits = want }), Q3N_OK);
+    must(s, q3n_session_eval_outputs(s, ids, 60, &(q3n_outputs){ .size = sizeof(q3n_outputs),
+                                                                 .all_logits = want }), Q3N_OK);
     q3n_session_destroy(s);
     for (int i = 0; i < COUNT(cancellables); i++) {
         const cancel_case k = { m, ids, want, i == 4 ? Q3N_SPECULATE_AUTO : Q3N_SPECULATE_OFF };
@@ -363,7 +364,8 @@ static void test_cancel_from_signal(void **state)
     float *want = new_floats(60 * V);
     const q3n_session_options o = plain_options(80);
     q3n_session *s = create_session(m, &o);
-    must(s, q3n_session_eval_outputs(s, ids, 60, &(q3n_outputs){ .all_logits = want }), Q3N_OK);
+    must(s, q3n_session_eval_outputs(s, ids, 60, &(q3n_outputs){ .size = sizeof(q3n_outputs),
+                                                                 .all_logits = want }), Q3N_OK);
     q3n_session_destroy(s);
     const cancel_case k = { m, ids, want, Q3N_SPECULATE_AUTO };
     for (int i = 0; i < COUNT(cancellables); i++) signal_everywhere(&k, &cancellables[i]);
@@ -616,7 +618,7 @@ static void commons_open(commons *all, const q3n_model *m, const q3n_session_opt
         random_tokens(&rng, all->ids[i], LINE, all->vocab);
         memcpy(all->ids[i], all->ids[0], SHARED * sizeof(int32_t));
         q3n_session_reset(s);
-        const q3n_outputs out = { .all_logits = all->want + (size_t)i * row };
+        const q3n_outputs out = { .size = sizeof out, .all_logits = all->want + (size_t)i * row };
         must(s, q3n_session_eval_outputs(s, all->ids[i], LINE, &out), Q3N_OK);
     }
     q3n_session_destroy(s);
@@ -635,7 +637,8 @@ static void test_threads(void **state)
     char directory[64];                          /* where the cache keeps what it has no room for */
     snprintf(directory, sizeof directory, "build/test_session_%d", (int)getpid());
     assert_int_equal(mkdir(directory, 0777), 0);
-    const q3n_cache_options co = { .max_bytes = (size_t)1 << 19, .directory = directory };
+    const q3n_cache_options co = { .size = sizeof co,
+                                   .max_bytes = (size_t)1 << 19, .directory = directory };
     q3n_cache *cache = NULL;
     assert_int_equal(q3n_cache_create(&cache, m, &co, NULL), Q3N_OK);
     o.cache = cache;
@@ -821,7 +824,7 @@ static void check_memory(const memory_case *k, q3n_type kv_type)
     random_tokens(&rng, ids, COUNT(ids), q3n_model_config(m)->vocab_size);
     q3n_session_options o = plain_options(k->capacity);
     q3n_batch *b = NULL;
-    q3n_session_memory planned;
+    q3n_session_memory planned = Q3N_INIT(q3n_session_memory);
     o.kv_type = kv_type;
     o.n_threads = 2;
     o.batch = 50;
@@ -966,7 +969,7 @@ static void test_batch_tokens(void **state)
 {
     crowd c;
     crowd_open(&c, (const char *)*state, 9, 200);
-    const q3n_limit limit = { .max_tokens = 64 };
+    const q3n_limit limit = { .size = sizeof limit, .max_tokens = 64 };
     for (int before = 0, left = 215; left > 0; ) {
         assert_int_equal(q3n_batch_eval(c.b, c.item, N_ITEMS, &limit), Q3N_OK);
         const int done = crowd_done(&c) - before;
@@ -991,7 +994,7 @@ static void test_batch_few(void **state)
     for (int max = 1; max < 20; max += 3) {
         crowd c;
         crowd_open(&c, (const char *)*state, 3, 20);
-        const q3n_limit limit = { .max_tokens = max };
+        const q3n_limit limit = { .size = sizeof limit, .max_tokens = max };
         int before = 0;
         while (before < 35) {
             assert_int_equal(q3n_batch_eval(c.b, c.item, N_ITEMS, &limit), Q3N_OK);
@@ -1011,7 +1014,7 @@ static void test_batch_turns(void **state)
     for (int max = 1; max < 8; max++) {
         crowd c;
         crowd_open(&c, (const char *)*state, 3, 1);
-        const q3n_limit limit = { .max_tokens = max };
+        const q3n_limit limit = { .size = sizeof limit, .max_tokens = max };
         int turn = 0, want[N_ITEMS];
         for (int i = 0; i < N_ITEMS; i++) {
             want[i] = i % 5 == 1 ? 0 : 4;
@@ -1042,7 +1045,7 @@ static void test_batch_time(void **state)
 {
     crowd c;
     crowd_open(&c, (const char *)*state, 9, 250);
-    const q3n_limit limit = { .max_microseconds = 1 };
+    const q3n_limit limit = { .size = sizeof limit, .max_microseconds = 1 };
     int calls = 0;
     for (int before = 0; before < 265; calls++) {
         assert_int_equal(q3n_batch_eval(c.b, c.item, N_ITEMS, &limit), Q3N_OK);
@@ -1064,7 +1067,7 @@ static void test_batch_errors(void **state)
     q3n_model *other = open_model("qwen3_moe", NULL);
     q3n_session_options o = plain_options(20);
     q3n_session *foreign = create_session(other, &o), *small = create_session(c.m, &o), *scalar;
-    o.scalar_only = 1;
+    o.isa = Q3N_ISA_SCALAR;
     scalar = create_session(c.m, &o);
     const q3n_batch_item good = c.item[7];
     const int32_t bad_ids[2] = { 1, c.vocab };
@@ -1116,8 +1119,8 @@ typedef struct {
 static q3n_cache *either_cache(const either *e, int way)
 {
     q3n_cache *c = NULL;
-    const q3n_cache_options o = {
-        .max_bytes = (size_t)64 << 20, .directory = way == BY_DIRECTORY ? e->directory : NULL };
+    const q3n_cache_options o = { .size = sizeof o, .max_bytes = (size_t)64 << 20,
+                                  .directory = way == BY_DIRECTORY ? e->directory : NULL };
     if (way >= BY_CACHE) assert_int_equal(q3n_cache_create(&c, e->m, &o, NULL), Q3N_OK);
     return c;
 }
@@ -1162,7 +1165,7 @@ static int64_t steps_from(const either *e, q3n_session *s, int n)
     q3n_session_options o = plain_options(COUNT(e->ids));
     q3n_session *plain = create_session(e->m, &o);
     q3n_sampler *greedy = NULL;
-    q3n_speculation before, after;
+    q3n_speculation before = Q3N_INIT(q3n_speculation), after = Q3N_INIT(q3n_speculation);
     float *logits = new_floats(V);
     int32_t tokens[12], token = e->ids[n];
     int chosen = 0;
@@ -1229,7 +1232,7 @@ static void test_module_or_not(void **state)
     e.want = new_floats(COUNT(e.ids) * V);
     const q3n_session_options o = plain_options(COUNT(e.ids));
     q3n_session *s = create_session(m, &o);
-    const q3n_outputs out = { .all_logits = e.want };
+    const q3n_outputs out = { .size = sizeof out, .all_logits = e.want };
     must(s, q3n_session_eval_outputs(s, e.ids, COUNT(e.ids), &out), Q3N_OK);
     q3n_session_destroy(s);
     for (int way = 0; way < N_WAYS; way++)
@@ -1362,17 +1365,18 @@ static void test_options(void **state)
     q3n_cache *cache = NULL;
     q3n_batch *batch = NULL;
     q3n_session *s;
-    const q3n_cache_options co = { .max_bytes = 1 << 20 };
+    const q3n_cache_options co = { .size = sizeof co, .max_bytes = 1 << 20 };
     const q3n_session_options plain = plain_options(20);
     assert_int_equal(q3n_cache_create(&cache, other, &co, &err), Q3N_OK);
     assert_int_equal(q3n_batch_create(&batch, other, &plain, &err), Q3N_OK);
-    const q3n_session_options bad[] = {
+    q3n_session_options bad[] = {
         { .snapshot_type = Q3N_TYPE_F16 }, { .snapshot_type = Q3N_TYPE_Q8 },
         { .snapshot_type = Q3N_TYPE_COUNT }, { .snapshot_every = -1 }, { .draft = -1 },
         { .draft = Q3N_MAX_DRAFT + 1 }, { .speculate = Q3N_SPECULATE_COUNT },
         { .cache = cache }, { .shared = batch },
     };
     for (int i = 0; i < COUNT(bad); i++) {
+        bad[i].size = sizeof bad[i];
         err.code = Q3N_OK;
         s = (q3n_session *)(uintptr_t)8;
         const q3n_result r = q3n_session_create(&s, m, &bad[i], &err);
@@ -1446,7 +1450,8 @@ static void test_classifier(void **state)
     q3n_session *s = create_session(m, &o);
     must(s, q3n_session_classify(s, ids, COUNT(ids), scores[0]), Q3N_OK);
     q3n_session_reset(s);
-    const q3n_outputs last = { .hidden = want }, again = { .hidden = got };
+    const q3n_outputs last = { .size = sizeof last, .hidden = want },
+                      again = { .size = sizeof again, .hidden = got };
     must(s, q3n_session_eval_outputs(s, ids, COUNT(ids), &last), Q3N_OK);
     must(s, save_to(&f, s, SIZE_MAX), Q3N_OK);
     must(s, q3n_session_rewind(s, 290), Q3N_OK);
@@ -1513,7 +1518,7 @@ static void test_cache_counts(void **state)
     uint64_t rng = 43;
     random_tokens(&rng, ids, COUNT(ids), q3n_model_config(m)->vocab_size);
     q3n_session_options o = plain_options(COUNT(ids));
-    const q3n_cache_options co = { .max_bytes = (size_t)64 << 20 };
+    const q3n_cache_options co = { .size = sizeof co, .max_bytes = (size_t)64 << 20 };
     assert_int_equal(q3n_cache_create(&o.cache, m, &co, NULL), Q3N_OK);
     q3n_session *a = create_session(m, &o), *b = create_session(m, &o);
     int n_reused = -1;
@@ -1546,7 +1551,7 @@ static void test_cache(void **state)
     uint64_t rng = 41;
     random_tokens(&rng, ids, COUNT(ids), vocab);
     q3n_cache *cache = NULL;
-    const q3n_cache_options co = { .max_bytes = (size_t)64 << 20 };
+    const q3n_cache_options co = { .size = sizeof co, .max_bytes = (size_t)64 << 20 };
     assert_int_equal(q3n_cache_create(&cache, m, &co, NULL), Q3N_OK);
     q3n_session_options o = plain_options(COUNT(ids));
     o.cache = cache;
@@ -1738,7 +1743,7 @@ static void test_cache_bound(void **state)
     const size_t max_bytes = (size_t)3 << 19;
     uint64_t rng = 43;
     q3n_cache *cache = NULL;
-    const q3n_cache_options co = { .max_bytes = max_bytes };
+    const q3n_cache_options co = { .size = sizeof co, .max_bytes = max_bytes };
     const size_t none = h.live_bytes;
     assert_int_equal(q3n_cache_create(&cache, m, &co, NULL), Q3N_OK);
     q3n_session_options o = plain_options(300);
@@ -1757,7 +1762,7 @@ static void test_cache_bound(void **state)
         assert_true(stats_of(cache).n_entries > 1);
     }
     assert_true(stats_of(cache).n_evicted > 0);
-    q3n_session_memory planned;
+    q3n_session_memory planned = Q3N_INIT(q3n_session_memory);
     q3n_session_bytes(m, &o, &planned);
     /* beside the cache the session has its own pages, and lists have some room */
     assert_in_range(h.live_bytes, 0, live + max_bytes + 2 * planned.page + 16384);
@@ -1782,7 +1787,7 @@ static void test_snapshots_bf16(void **state)
     uint64_t rng = 47;
     random_tokens(&rng, ids, COUNT(ids), vocab);
     q3n_session_options o = plain_options(COUNT(ids) + 1);
-    q3n_session_memory exact, half;
+    q3n_session_memory exact = Q3N_INIT(q3n_session_memory), half = Q3N_INIT(q3n_session_memory);
     q3n_session_bytes(m, &o, &exact);
     o.snapshot_type = Q3N_TYPE_BF16;
     q3n_session_bytes(m, &o, &half);

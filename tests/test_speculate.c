@@ -8,6 +8,7 @@
 
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
+#include "isas.h"
 #include "sample.h"
 #include "failing.h"
 #include "sessions.h"
@@ -82,13 +83,12 @@ static void check_draft_golden(const q3n_model *m, const int32_t *ids, int n, co
     int32_t *drafts = (int32_t *)malloc((size_t)n * sizeof *drafts);
     assert_non_null(drafts);
     float *logits = new_floats((size_t)n * (size_t)V);
-    for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-        if (!q3n_isa_supported((q3n_isa)isa)) continue;
+    for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
+        if (!q3n_isa_supported(isa)) continue;
         int n_isa = n;
         q3n_session_options o = plain_options(n + 8);
-        o.max_isa = (q3n_isa)isa;
-        o.scalar_only = isa == Q3N_ISA_SCALAR;
-        if (o.scalar_only && !last) n_isa = n < 40 ? n : 40;     /* slow */
+        o.isa = isa;
+        if (isa == Q3N_ISA_SCALAR && !last) n_isa = n < 40 ? n : 40;     /* slow */
         o.speculate = isa % 2 ? Q3N_SPECULATE_MTP : Q3N_SPECULATE_AUTO;
         q3n_session *s = create_session(m, &o);
         drafts_one_by_one(s, ids, n_isa, drafts, logits);
@@ -279,7 +279,7 @@ static int64_t check_speculation(const generation *g, int capacity, int all)
         if (source == Q3N_SPECULATE_MTP && !q3n_model_config(g->m)->num_mtp_layers) continue;
         for (int i = 0; i < (small ? n_few : COUNT(drafts)); i++) {
             q3n_session_options o = plain_options(capacity);
-            q3n_speculation stats;
+            q3n_speculation stats = Q3N_INIT(q3n_speculation);
             o.speculate = (q3n_speculate)source;
             o.draft = small ? few[i] : drafts[i];
             o.n_threads = 1 + i % 2;
@@ -327,7 +327,7 @@ static void check_step_drafts(q3n_model *m, q3n_speculate source, const int32_t 
     const generation g = { .m = m, .prompt = text, .n_prompt = n };
     q3n_sampler *sampler = greedy_sampler(&g);
     int32_t tokens[8];
-    q3n_speculation stats;
+    q3n_speculation stats = Q3N_INIT(q3n_speculation);
     must(s, q3n_session_eval(s, text, n - 1, NULL), Q3N_OK);
     rows = 0;
     must(s, q3n_session_decode(s, sampler, text[n - 1], tokens, 8, &n), Q3N_OK);
@@ -531,7 +531,7 @@ static void check_draws(const draw *d, q3n_speculate speculate, int draft, int n
         if (k == TRIPLES) fail_msg("%d %d %d is not to be chosen", out[0], out[1], out[2]);
         counts[k]++;
     }
-    q3n_speculation stats;
+    q3n_speculation stats = Q3N_INIT(q3n_speculation);
     q3n_session_speculation(s, &stats);
     snprintf(what, sizeof what, "speculate %d, %d drafts, %d of %d accepted", (int)speculate, draft,
              (int)stats.n_accepted, (int)stats.n_drafted);
@@ -699,7 +699,7 @@ static void sampled_with_failures(q3n_speculate how, int draft, int idle)
     heap h = { 0 };
     step_case c = { .m = open_model("qwen3_next_mtp", &h), .h = &h };
     int32_t prompt[252], text[2][40];
-    q3n_speculation stats[2];
+    q3n_speculation stats[2] = { Q3N_INIT(q3n_speculation), Q3N_INIT(q3n_speculation) };
     uint64_t rng = 89;
     random_tokens(&rng, prompt, 9, q3n_model_config(c.m)->vocab_size);
     for (int i = 9; i < COUNT(prompt); i++) prompt[i] = prompt[i - 9];    /* to be looked up */
@@ -723,7 +723,7 @@ static void sampled_with_failures(q3n_speculate how, int draft, int idle)
                       Q3N_OK);
             token = text[i][at + n - 1];
         }
-        q3n_session_speculation(c.s, &stats[i]);
+        must(c.s, q3n_session_speculation(c.s, &stats[i]), Q3N_OK);
         q3n_sampler_destroy(c.sampler);
         q3n_session_destroy(c.s);
     }
@@ -773,7 +773,7 @@ static void test_sampled_lookup(void **state)
                  Q3N_OK);
             token = text[i][at + n - 1];
         }
-        q3n_speculation stats;
+        q3n_speculation stats = Q3N_INIT(q3n_speculation);
         q3n_session_speculation(s, &stats);
         if (i) assert_true(stats.n_accepted > 5 && stats.n_accepted < stats.n_drafted);
         q3n_sampler_destroy(sampler);

@@ -12,6 +12,7 @@
 
 #include "qwen3next.h"
 #include "q3n_make.h"
+#include "isas.h"
 
 #include "failing.h"
 #include "sessions.h"
@@ -90,11 +91,10 @@ static void sessions(const job *j)
     q3n_error err;
     assert_non_null(mkdtemp(directory));
     snprintf(path, sizeof path, "%s/state", directory);
-    q3n_cache_options co = { .max_bytes = 1 << 20, .directory = directory };
+    q3n_cache_options co = { .size = sizeof co, .max_bytes = 1 << 20, .directory = directory };
     assert_int_equal(q3n_cache_create(&cache, m, &co, &err), Q3N_OK);
     q3n_session_options o = plain_options(700);
-    o.max_isa = j->isa;
-    o.scalar_only = j->isa == Q3N_ISA_SCALAR;
+    o.isa = j->isa;
     o.kv_type = j->kv_type;
     o.cache = cache;
     o.snapshot_every = 200;
@@ -116,11 +116,11 @@ static void files(const job *j)
         { "layers", "4" }, { "hidden", "64" }, { "vocab", "50" }, { "experts", "2" },
         { "top_k", "1" },
     };
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     q3n_error err;
     q3n_model *m;
-    q3n_init_options io = { .type = Q3N_TYPE_BF16, .n_threads = 1 };
-    q3n_quantize_options qo = { .recipe = j->model, .n_threads = 1 };
+    q3n_init_options io = { .size = sizeof io, .type = Q3N_TYPE_BF16, .n_threads = 1 };
+    q3n_quantize_options qo = { .size = sizeof qo, .recipe = j->model, .n_threads = 1 };
     assert_non_null(mkdtemp(directory));
     snprintf(path, sizeof path, "%s/model", directory);
     snprintf(copy, sizeof copy, "%s/copy", directory);
@@ -195,10 +195,10 @@ static void test_sessions(void **state)
 {
     (void)state;
     static const char *const models[] = { "qwen3_next_mtp", "qwen3_5_moe", "qwen3_dense_yarn" };
-    for (int isa = 0; isa < Q3N_ISA_COUNT; isa++) {
-        if (!q3n_isa_supported((q3n_isa)isa)) continue;
+    for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
+        if (!q3n_isa_supported(isa)) continue;
         for (int i = 0; i < COUNT(models); i++) {
-            const job j = { models[i], (q3n_isa)isa, i % 2 ? Q3N_TYPE_Q8 : Q3N_TYPE_F32 };
+            const job j = { models[i], isa, i % 2 ? Q3N_TYPE_Q8 : Q3N_TYPE_F32 };
             check("session", sessions, &j, 4096);
         }
     }

@@ -61,8 +61,7 @@ static q3n_model *open_model(host *h, const char *name)
     char path[512];
     q3n_error err;
     q3n_model *m = NULL;
-    q3n_model_options o;
-    memset(&o, 0, sizeof o);
+    q3n_model_options o = Q3N_INIT(q3n_model_options);
     memset(h, 0, sizeof *h);
     o.allocator.alloc = host_alloc;
     o.allocator.free = host_free;
@@ -759,7 +758,7 @@ static q3n_cache *new_cache(host *h, const q3n_model *m, size_t max_bytes, const
 {
     q3n_cache *c = NULL;
     q3n_error err;
-    q3n_cache_options o = { .max_bytes = max_bytes, .directory = directory,
+    q3n_cache_options o = { .size = sizeof o, .max_bytes = max_bytes, .directory = directory,
                             .max_directory_bytes = max_directory_bytes };
     o.logger.log = host_log;
     o.logger.user = h;
@@ -769,7 +768,7 @@ static q3n_cache *new_cache(host *h, const q3n_model *m, size_t max_bytes, const
 
 static q3n_cache_stats stats_of(q3n_cache *c)
 {
-    q3n_cache_stats s;
+    q3n_cache_stats s = Q3N_INIT(q3n_cache_stats);
     q3n_cache_stats_get(c, &s);
     return s;
 }
@@ -1043,7 +1042,7 @@ static void test_cache_allocations(void **state)
     q3n_model *m = open_model(&h, "qwen3_next");
     const q3n__shape shape = small_shape(Q3N_TYPE_F32);
     q3n_cache *c = NULL;
-    q3n_cache_options o = { .max_bytes = 1 << 24 };
+    q3n_cache_options o = { .size = sizeof o, .max_bytes = 1 << 24 };
     q3n_snapshot *s[40];
     for (int i = 0; i < COUNT(s); i++)
         s[i] = new_snapshot(m, &shape, Q3N_TYPE_F32, 10 * i, 400);
@@ -1376,7 +1375,7 @@ static void cache_job(void *arg)
         q3n__snapshot_release(more);
         q3n__snapshot_release(s);
         q3n__cache_touch(j->cache, &j->shape, Q3N_TYPE_F32, tokens, n, 0);
-        q3n_cache_stats st;
+        q3n_cache_stats st = Q3N_INIT(q3n_cache_stats);
         q3n_cache_stats_get(j->cache, &st);
         j->wrong += st.bytes > j->cache->max_bytes;
         if (i % 40 == 39) q3n_cache_clear(j->cache);

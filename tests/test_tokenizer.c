@@ -1247,8 +1247,7 @@ static q3n_model *open_model(const char *name)
 {
     char path[512];
     snprintf(path, sizeof path, "%s/%s", Q3N_TEST_MODELS, name);
-    q3n_model_options o;
-    memset(&o, 0, sizeof o);
+    q3n_model_options o = Q3N_INIT(q3n_model_options);
     o.allocator = (q3n_allocator){ memory_alloc, memory_free, &real_memory };
     q3n_model *m = NULL;
     q3n_error err = { Q3N_OK, -1, "" };

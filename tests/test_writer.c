@@ -238,7 +238,7 @@ static void set(q3n_config *c, const char *field, const char *value)
 /* DeltaNet and attention, experts and dense, MTP, lengths that are not round. */
 static q3n_config small_model(void)
 {
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     assert_int_equal(q3n_config_preset("g1", &c, NULL), Q3N_OK);
     static const char *const sets[][2] = {
         { "vocab", "301" }, { "hidden", "24" }, { "layers", "4" }, { "layer_types", "1,0" },
@@ -278,7 +278,7 @@ static void test_layout(void **state)
     const q3n_config c = small_model();
     static const q3n_type types[] = { Q3N_TYPE_F32, Q3N_TYPE_F16, Q3N_TYPE_BF16 };
     for (size_t k = 0; k < COUNT(types); k++) {
-        const q3n_init_options o = { .type = types[k], .name = "a small one" };
+        const q3n_init_options o = { .size = sizeof o, .type = types[k], .name = "a small one" };
         init_file(&c, &o);
         parsed f = parse_file();
         assert_int_equal(f.n_sections, 3);
@@ -345,7 +345,7 @@ static void test_other_geometries(void **state)
         { "linear_key_head_dim", "4" }, { "linear_value_head_dim", "4" }
     };
     for (size_t p = 0; p < COUNT(presets); p++) {
-        q3n_config c;
+        q3n_config c = Q3N_INIT(q3n_config);
         assert_int_equal(q3n_config_preset(presets[p], &c, NULL), Q3N_OK);
         for (size_t i = 0; i < COUNT(sets); i++) set(&c, sets[i][0], sets[i][1]);
         if (c.num_experts > 0) set(&c, "experts", "9");
@@ -395,7 +395,8 @@ static void test_rope_tables_and_score(void **state)
 static uint32_t data_crc(const q3n_config *c, q3n_type type, uint64_t seed)
 {
     uint32_t crc = 0;
-    init_file(c, &(q3n_init_options){ .type = type, .seed = seed });
+    init_file(c, &(q3n_init_options){ .size = sizeof(q3n_init_options),
+                                      .type = type, .seed = seed });
     parsed f = parse_file();
     for (int i = 0; i < f.n_tensors; i++) {
         uint8_t bytes[4];
@@ -418,7 +419,8 @@ static void test_determinism(void **state)
     size_t bytes[2];
     uint8_t *files[2];
     for (int i = 0; i < 2; i++) {
-        init_file(&c, &(q3n_init_options){ .type = Q3N_TYPE_F16, .seed = UINT64_MAX });
+        init_file(&c, &(q3n_init_options){ .size = sizeof(q3n_init_options),
+                                           .type = Q3N_TYPE_F16, .seed = UINT64_MAX });
         files[i] = read_file(path, &bytes[i]);
     }
     assert_int_equal(bytes[0], bytes[1]);
@@ -432,13 +434,16 @@ static void test_weights_do_not_depend_on_the_file(void **state)
 {
     (void)state;
     q3n_config c = small_model();
-    init_file(&c, &(q3n_init_options){ .type = Q3N_TYPE_F32, .seed = 3 });
+    init_file(&c, &(q3n_init_options){ .size = sizeof(q3n_init_options),
+                                       .type = Q3N_TYPE_F32, .seed = 3 });
     parsed a = parse_file();
-    init_file(&c, &(q3n_init_options){ .type = Q3N_TYPE_BF16, .seed = 3 });
+    init_file(&c, &(q3n_init_options){ .size = sizeof(q3n_init_options),
+                                       .type = Q3N_TYPE_BF16, .seed = 3 });
     parsed b = parse_file();
     set(&c, "num_mtp_layers", "0");
     set(&c, "attention_bias", "1");
-    init_file(&c, &(q3n_init_options){ .type = Q3N_TYPE_F32, .seed = 3 });
+    init_file(&c, &(q3n_init_options){ .size = sizeof(q3n_init_options),
+                                       .type = Q3N_TYPE_F32, .seed = 3 });
     parsed d = parse_file();
     static const char *const names[] = { "lm_head.weight", "layers.0.mlp.experts.down_proj.weight",
                                          "layers.1.self_attn.q_proj.weight" };
@@ -515,7 +520,8 @@ static void test_normal_weights(void **state)
     const double stddevs[] = { 0.0, 0.5 };   /* 0 = 0.02 */
     for (size_t k = 0; k < COUNT(stddevs); k++) {
         const double sigma = stddevs[k] > 0 ? stddevs[k] : 0.02;
-        init_file(&c, &(q3n_init_options){ .seed = 9, .stddev = stddevs[k] });
+        init_file(&c, &(q3n_init_options){ .size = sizeof(q3n_init_options),
+                                           .seed = 9, .stddev = stddevs[k] });
         parsed f = parse_file();
         const record *t = find(&f, "embed_tokens.weight");
         const int n = 20000 * 24;
@@ -554,7 +560,8 @@ static void test_other_weights(void **state)
     set(&c, "linear_key_head_dim", "1");
     set(&c, "linear_value_head_dim", "1");
     set(&c, "hidden", "2");
-    init_file(&c, &(q3n_init_options){ .seed = 5, .type = Q3N_TYPE_BF16 });
+    init_file(&c, &(q3n_init_options){ .size = sizeof(q3n_init_options),
+                                       .seed = 5, .type = Q3N_TYPE_BF16 });
     parsed f = parse_file();
     static float x[4096], conv[4 * 6144];
     memcpy(x, f.data + find(&f, "layers.2.linear_attn.A_log")->offset, sizeof x);
@@ -604,7 +611,8 @@ static void test_quantised_types(void **state)
         { Q3N_TYPE_Q8, Q3N_TYPE_Q8, Q3N_TYPE_Q8, Q3N_TYPE_Q8, Q3N_TYPE_BF16 }
     };
     for (size_t i = 0; i < COUNT(list); i++) {
-        const q3n_init_options o = { .type = list[i].type, .name = "quantised", .n_threads = 2 };
+        const q3n_init_options o = { .size = sizeof o,
+                                     .type = list[i].type, .name = "quantised", .n_threads = 2 };
         init_file(&c, &o);
         parsed f = parse_file();
         assert_int_equal(find(&f, "layers.0.mlp.experts.up_proj.weight")->type, list[i].experts);
@@ -627,7 +635,8 @@ static void test_quantised_weights(void **state)
     set(&c, "hidden", "84");
     static const q3n_type types[] = { Q3N_TYPE_Q8, Q3N_TYPE_Q6, Q3N_TYPE_Q4 };
     for (size_t i = 0; i < COUNT(types); i++) {
-        init_file(&c, &(q3n_init_options){ .type = types[i], .stddev = 0.5, .seed = 4 });
+        init_file(&c, &(q3n_init_options){ .size = sizeof(q3n_init_options),
+                                           .type = types[i], .stddev = 0.5, .seed = 4 });
         parsed f = parse_file();
         const record *t = find(&f, "embed_tokens.weight");
         double sum = 0.0, square = 0.0, lag = 0.0;
@@ -657,7 +666,8 @@ static void test_memory_is_the_file(void **state)
     set(&c, "vocab", "20001");
     for (int type = 0; type < Q3N_TYPE_COUNT; type++)
         for (int threads = 0; threads < 4; threads++) {
-            q3n_init_options o = { .type = (q3n_type)type, .seed = 8, .n_threads = 1 };
+            q3n_init_options o = { .size = sizeof o,
+                                   .type = (q3n_type)type, .seed = 8, .n_threads = 1 };
             if (threads == 0) init_file(&c, &o);
             o.n_threads = threads;
             size_t bytes;
@@ -696,7 +706,7 @@ static void test_memory_errors(void **state)
     assert_int_equal(q3n_init_memory(memory + 8, bytes, &c, NULL, &err), Q3N_ERR_ARG);
     assert_int_equal(q3n_init_memory(NULL, bytes, &c, NULL, &err), Q3N_ERR_ARG);
     assert_int_equal(q3n_init_memory(memory, bytes, &c, NULL, &err), Q3N_OK);
-    const q3n_init_options o = { .progress = { stop_late, NULL } };
+    const q3n_init_options o = { .size = sizeof o, .progress = { stop_late, NULL } };
     q3n_model *m;
     assert_int_equal(q3n_init_memory(memory, bytes, &c, &o, &err), Q3N_ERR_CANCELLED);
     assert_int_equal(q3n_model_open_memory(&m, memory, bytes, NULL, &err), Q3N_ERR_FORMAT);
@@ -754,7 +764,7 @@ static void test_progress_and_cancel(void **state)
     (void)state;
     const q3n_config c = small_model();
     stopper s = { 0, -1, 0, 0 };
-    q3n_init_options o = { .progress = { count_progress, &s } };
+    q3n_init_options o = { .size = sizeof o, .progress = { count_progress, &s } };
     init_file(&c, &o);
     size_t bytes;
     free(read_file(path, &bytes));
@@ -781,7 +791,8 @@ static void test_failing_memory(void **state)
     (void)state;
     const q3n_config c = small_model();
     counter k = { 0, -1, 0 };
-    const q3n_init_options o = { .allocator = { failing_alloc, counted_free, &k } };
+    const q3n_init_options o = { .size = sizeof o,
+                                 .allocator = { failing_alloc, counted_free, &k } };
     init_file(&c, &o);
     assert_int_equal(k.live, 0);
     const int calls = k.calls;
@@ -850,10 +861,11 @@ static void test_options(void **state)
     char name[300];
     memset(name, 'n', sizeof name);
     name[256] = 0;
-    assert_int_equal(q3n_init_file(path, &c, &(q3n_init_options){ .name = name }, NULL),
+    assert_int_equal(q3n_init_file(path, &c, &(q3n_init_options){ .size = sizeof(q3n_init_options),
+                                                                  .name = name }, NULL),
                      Q3N_ERR_ARG);
     name[255] = 0;
-    init_file(&c, &(q3n_init_options){ .name = name });
+    init_file(&c, &(q3n_init_options){ .size = sizeof(q3n_init_options), .name = name });
     check_open(&c, name);
     remove(path);
     q3n_error err = { .code = Q3N_OK };

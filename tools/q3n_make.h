@@ -18,7 +18,7 @@
  *     {
  *         q3n_error err;
  *         q3n_model *model;
- *         const q3n_quantize_options o = { .recipe = "q4" };
+ *         const q3n_quantize_options o = { .size = sizeof o, .recipe = "q4" };
  *         if (argc < 3) return 2;
  *         q3n_result r = q3n_model_open(&model, argv[1], NULL, &err);
  *         if (r == Q3N_OK) {
@@ -64,7 +64,7 @@
 #ifndef Q3N_MAKE_H
 #define Q3N_MAKE_H
 
-#if Q3N_VERSION != 100
+#if Q3N_VERSION != 200
 #  error "q3n_make.h and qwen3next.h are of different versions: take both from one"
 #endif
 
@@ -123,7 +123,8 @@ Q3N_DEF q3n_result q3n_quantize_rows(q3n_type type, const q3n_rows *rows, void *
 
 Q3N_DEF const char *q3n_recipe_name(int i);             /* "q8"; NULL after the last */
 
-typedef struct q3n_quantize_options {  /* all zero = defaults                                    */
+typedef struct q3n_quantize_options {  /* begin with Q3N_INIT; zero = default                    */
+    size_t        size;
     const char   *recipe;          /* NULL = "q4"                                                */
     int           n_threads;       /* 0 = as for sessions                                        */
     int           allow_requantize;    /* 1 = quantised tensors may get another type, which
@@ -150,14 +151,15 @@ Q3N_DEF q3n_result q3n_quantize_file(const char *path, const q3n_model *in,
 
 /* ---- Random weights ---- */
 
-typedef struct q3n_init_options {
+typedef struct q3n_init_options {  /* begin with Q3N_INIT; zero = default                        */
+    size_t        size;
     q3n_type      type;            /* of the matrices                                            */
+    int           n_threads;       /* 0 = as for sessions                                        */
     uint64_t      seed;
     double        stddev;          /* 0 = 0.02                                                   */
     const char   *name;            /* NULL = ""                                                  */
     q3n_allocator allocator;
     q3n_progress  progress;        /* counts bytes                                               */
-    int           n_threads;       /* 0 = as for sessions                                        */
     q3n_model_stats *written;      /* out: what was written; NULL = not wanted                   */
 } q3n_init_options;
 
@@ -307,10 +309,13 @@ Q3N_DEF const char *q3n_config_preset_name(int i)
 Q3N_DEF q3n_result q3n_config_preset(const char *name, q3n_config *out, q3n_error *err)
 {
     if (!name || !out) return q3n__fail(err, Q3N_ERR_ARG, -1, "no name, or no configuration");
+    q3n_config c = Q3N_INIT(q3n_config);
+    const q3n_result r = q3n__config_read(&c, out, err);
+    if (r != Q3N_OK) return r;
     for (size_t i = 0; i < Q3N__N_PRESETS; i++)
         if (strcmp(q3n__presets[i].name, name) == 0) {
-            q3n__preset_fill(&q3n__presets[i], out);
-            return Q3N_OK;
+            q3n__preset_fill(&q3n__presets[i], &c);
+            return q3n__struct_write(out, sizeof c, &c);
         }
     char list[sizeof err->message];
     size_t at = 0;
@@ -418,11 +423,9 @@ static const char *q3n__config_long_name(const char *field)
     return field;
 }
 
-Q3N_DEF q3n_result q3n_config_set(q3n_config *c, const char *field, const char *value,
+static q3n_result q3n__config_set(q3n_config *c, const char *field, const char *value,
                                   q3n_error *err)
 {
-    if (!c || !field || !value)
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "no configuration, no field, or no value");
     if (strcmp(field, "layer_types") == 0)
         return q3n__config_set_kinds(c, c->layer_types, field, value, err);
     if (strcmp(field, "layer_experts") == 0)
@@ -445,6 +448,17 @@ Q3N_DEF q3n_result q3n_config_set(q3n_config *c, const char *field, const char *
     if (row->offset == offsetof(q3n_config, num_hidden_layers)) q3n__config_set_layers(c, (int)v);
     else                                                        q3n__config_store(c, row, v);
     return Q3N_OK;
+}
+
+Q3N_DEF q3n_result q3n_config_set(q3n_config *c, const char *field, const char *value,
+                                  q3n_error *err)
+{
+    q3n_config config = Q3N_INIT(q3n_config);
+    if (!c || !field || !value)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "no configuration, no field, or no value");
+    q3n_result r = q3n__config_read(&config, c, err);
+    if (r == Q3N_OK) r = q3n__config_set(&config, field, value, err);
+    return r == Q3N_OK ? q3n__struct_write(c, sizeof config, &config) : r;
 }
 
 /* =====================================================================================
@@ -1241,7 +1255,7 @@ static q3n_result q3n__writer_layout(q3n__writer *w, const q3n__writer_options *
     w->o = *o;
     w->err = err;
     q3n__crc_table_make(&w->crc_table);
-    q3n_result r = q3n_config_check(o->config, err);
+    q3n_result r = q3n__config_check(o->config, err);
     if (r != Q3N_OK) return r;
     if (o->name && strlen(o->name) > 255)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "the name has more than 255 bytes");
@@ -1294,10 +1308,22 @@ static void q3n__writer_discard(q3n__writer *w)
     q3n__free(a, w->tensors);
 }
 
+/* What options of both kinds of file have: an allocator, and a place for what is written. */
+static q3n_result q3n__check_made(const q3n_allocator *a, const q3n_model_stats *written,
+                                  q3n_error *err)
+{
+    if (!a->alloc != !a->free)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "an allocator needs both alloc and free");
+    if (written && q3n__struct_size(written) == 0)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "q3n_model_stats: its size is not set: begin with "
+                         "Q3N_INIT or .size = sizeof");
+    return Q3N_OK;
+}
+
 static void q3n__writer_stats(const q3n__writer *w, q3n_model_stats *out)
 {
-    memset(out, 0, sizeof *out);
-    out->file_bytes = w->file_bytes;
+    q3n_model_stats stats = Q3N_INIT(q3n_model_stats);
+    stats.file_bytes = w->file_bytes;
     for (int i = 0; i < w->n_tensors; i++) {
         const q3n__writer_tensor *from = &w->tensors[i];
         q3n_tensor t;
@@ -1306,8 +1332,9 @@ static void q3n__writer_stats(const q3n__writer *w, q3n_model_stats *out)
         t.type = from->type;
         memcpy(t.dim, from->item.dim, sizeof t.dim);
         t.bytes = from->slice_bytes * (from->item.n_dims == 3 ? t.dim[0] : 1);
-        q3n__stats_add(out, w->o.config, &t);
+        q3n__stats_add(&stats, w->o.config, &t);
     }
+    q3n__struct_write(out, sizeof stats, &stats);
 }
 
 /* Close the writer.  r is how things went so far: only Q3N_OK puts a file under its name, anything
@@ -1375,11 +1402,11 @@ typedef struct {
 static int q3n__quantize_choose(void *user, q3n__plan_item *item, q3n_type *type)
 {
     q3n__quantize_run *run = (q3n__quantize_run *)user;
-    q3n_tensor t;
-    if (q3n_model_find_tensor(run->in, item->name, &t) != Q3N_OK) return 0;
-    item->dim[0] = t.dim[0];
-    *type = q3n__recipe_type(run->recipe, item, t.type);
-    if (q3n__is_quantised(t.type) && t.type != *type && !run->blocked[0])
+    const q3n_tensor *t = q3n__find_tensor(run->in, item->name);
+    if (!t) return 0;
+    item->dim[0] = t->dim[0];
+    *type = q3n__recipe_type(run->recipe, item, t->type);
+    if (q3n__is_quantised(t->type) && t->type != *type && !run->blocked[0])
         memcpy(run->blocked, item->name, sizeof item->name);
     return 1;
 }
@@ -1458,13 +1485,14 @@ static q3n_result q3n__quantize_write(const char *path, q3n__quantize_run *run, 
 }
 
 Q3N_DEF q3n_result q3n_quantize_file(const char *path, const q3n_model *in,
-                                     const q3n_quantize_options *o, q3n_error *err)
+                                     const q3n_quantize_options *options, q3n_error *err)
 {
-    static const q3n_quantize_options defaults;
-    if (!o) o = &defaults;
+    q3n_quantize_options set = Q3N_INIT(q3n_quantize_options);
+    const q3n_quantize_options *const o = &set;
     if (!path || !in) return q3n__fail(err, Q3N_ERR_ARG, -1, "no path, or no model");
-    if (!o->allocator.alloc != !o->allocator.free)
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "an allocator needs both alloc and free");
+    q3n_result r = q3n__struct_read(&set, sizeof set, options, "q3n_quantize_options", err);
+    if (r == Q3N_OK) r = q3n__check_made(&o->allocator, o->written, err);
+    if (r != Q3N_OK) return r;
     const char *name = o->recipe ? o->recipe : "q4";
     int k = 0;
     while (k < Q3N__N_RECIPES && strcmp(name, q3n__recipes[k].name) != 0) k++;
@@ -1473,9 +1501,8 @@ Q3N_DEF q3n_result q3n_quantize_file(const char *path, const q3n_model *in,
     q3n__quantize_run *run = (q3n__quantize_run *)q3n__alloc(&o->allocator, sizeof *run);
     const float **importance = (const float **)
         q3n__alloc(&o->allocator, (size_t)in->n_tensors * sizeof *importance);
-    q3n_result r = Q3N_ERR_MEMORY;
     if (!run || !importance) {
-        q3n__fail(err, r, -1, "no memory to quantise");
+        r = q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory to quantise");
     } else {
         memset(run, 0, sizeof *run);
         run->in = in;
@@ -1767,20 +1794,23 @@ static q3n_result q3n__init_check(const q3n_init_options *o, q3n_error *err)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "there is no type %d", (int)o->type);
     if (!(o->stddev >= 0.0 && o->stddev <= 1e3))
         return q3n__fail(err, Q3N_ERR_ARG, -1, "stddev %g is not in [0, 1000]", o->stddev);
-    if (!o->allocator.alloc != !o->allocator.free)
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "an allocator needs both alloc and free");
-    return Q3N_OK;
+    return q3n__check_made(&o->allocator, o->written, err);
 }
 
 /* What the three public functions share: w says where to; bytes != NULL = only measure. */
-static q3n_result q3n__init_any(q3n__writer_options *w, const q3n_config *c,
-                                const q3n_init_options *o, int64_t *bytes, q3n_error *err)
+static q3n_result q3n__init_any(q3n__writer_options *w, const q3n_config *geometry,
+                                const q3n_init_options *options, int64_t *bytes, q3n_error *err)
 {
-    q3n_result r = q3n__init_check(o, err);
+    q3n_config config = Q3N_INIT(q3n_config);
+    q3n_init_options set = Q3N_INIT(q3n_init_options);
+    const q3n_init_options *const o = &set;
+    q3n_result r = q3n__struct_read(&set, sizeof set, options, "q3n_init_options", err);
+    if (r == Q3N_OK) r = q3n__config_read(&config, geometry, err);
+    if (r == Q3N_OK) r = q3n__init_check(o, err);
     if (r != Q3N_OK) return r;
     q3n__init_run *run = (q3n__init_run *)q3n__alloc(&o->allocator, sizeof *run);
     if (!run) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for random weights");
-    run->config = w->config = c;
+    run->config = w->config = &config;
     run->o = o;
     run->stddev = o->stddev == 0.0 ? 0.02 : o->stddev;
     w->name = o->name;
@@ -1812,8 +1842,6 @@ static q3n_result q3n__init_any(q3n__writer_options *w, const q3n_config *c,
     return r;
 }
 
-static const q3n_init_options q3n__init_defaults;
-
 Q3N_DEF q3n_result q3n_init_file(const char *path, const q3n_config *c, const q3n_init_options *o,
                                  q3n_error *err)
 {
@@ -1821,7 +1849,7 @@ Q3N_DEF q3n_result q3n_init_file(const char *path, const q3n_config *c, const q3
     memset(&w, 0, sizeof w);
     if (!path || !c) return q3n__fail(err, Q3N_ERR_ARG, -1, "no path, or no configuration");
     w.path = path;
-    return q3n__init_any(&w, c, o ? o : &q3n__init_defaults, NULL, err);
+    return q3n__init_any(&w, c, o, NULL, err);
 }
 
 Q3N_DEF int64_t q3n_init_bytes(const q3n_config *c, const q3n_init_options *o, q3n_error *err)
@@ -1830,7 +1858,7 @@ Q3N_DEF int64_t q3n_init_bytes(const q3n_config *c, const q3n_init_options *o, q
     q3n__writer_options w;
     memset(&w, 0, sizeof w);
     if (!c) q3n__fail(err, Q3N_ERR_ARG, -1, "no configuration");
-    else    q3n__init_any(&w, c, o ? o : &q3n__init_defaults, &bytes, err);
+    else    q3n__init_any(&w, c, o, &bytes, err);
     return bytes;
 }
 
@@ -1842,7 +1870,7 @@ Q3N_DEF q3n_result q3n_init_memory(void *data, size_t bytes, const q3n_config *c
     if (!data || !c) return q3n__fail(err, Q3N_ERR_ARG, -1, "no memory, or no configuration");
     w.memory = (uint8_t *)data;
     w.memory_bytes = bytes;
-    return q3n__init_any(&w, c, o ? o : &q3n__init_defaults, NULL, err);
+    return q3n__init_any(&w, c, o, NULL, err);
 }
 
 #endif /* Q3N__MAKE_IMPLEMENTS */

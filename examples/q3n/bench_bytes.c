@@ -19,9 +19,9 @@ static double expert_bytes(const q3n_model *m)
 {
     double bytes = 0.0;
     for (int i = 0; i < q3n_model_n_tensors(m); i++) {
-        q3n_tensor t;
-        if (q3n_model_tensor(m, i, &t) != Q3N_OK || strncmp(t.name, "mtp.", 4) == 0) continue;
-        if (strstr(t.name, ".mlp.experts.")) bytes += (double)t.bytes;
+        const q3n_tensor *t = q3n_model_tensor(m, i);
+        if (strncmp(t->name, "mtp.", 4) == 0) continue;
+        if (strstr(t->name, ".mlp.experts.")) bytes += (double)t->bytes;
     }
     return bytes;
 }
@@ -39,7 +39,7 @@ bench_reading bench_token(const bench *b, const bench_case *c, int repeats)
     const q3n_config *config = q3n_model_config(b->m);
     const int page_tokens = 256;
     const q3n_session_options o = bench_options(b, c->thread, 1);
-    q3n_session_memory memory = { 0 };
+    q3n_session_memory memory = Q3N_INIT(q3n_session_memory);
     q3n_session_bytes(b->m, &o, &memory);
     bench_reading r = { .threads = b->threads.value[c->thread], .pool = expert_bytes(b->m) };
     if (config->num_experts > 0) {
@@ -61,11 +61,10 @@ double bench_memory_bytes(const bench_reading *r, double cache)
 
 double bench_prompt_macs(const bench *b, int n)
 {
-    q3n_tensor head = { 0 };
     const char *name = q3n_model_config(b->m)->tie_word_embeddings ? "embed_tokens.weight"
                                                                    : "lm_head.weight";
-    (void)q3n_model_find_tensor(b->m, name, &head);
-    const double head_macs = head.name ? (double)head.dim[0] * (double)head.dim[1] : 0.0;
+    const q3n_tensor *head = q3n_model_find_tensor(b->m, name);
+    const double head_macs = head ? (double)head->dim[0] * (double)head->dim[1] : 0.0;
     return ((double)b->stats.n_weights_active - head_macs) * n + head_macs;
 }
 
@@ -74,8 +73,7 @@ double bench_bits_per_weight(const bench *b, const char **type)
     double bytes = 0.0, weights = 0.0, by_type[Q3N_TYPE_COUNT] = { 0.0 };
     int max = 0;
     for (int i = 0; i < q3n_model_n_tensors(b->m); i++) {
-        q3n_tensor t;
-        if (q3n_model_tensor(b->m, i, &t) != Q3N_OK) continue;
+        const q3n_tensor t = *q3n_model_tensor(b->m, i);
         const double n = (double)t.dim[0] * (double)t.dim[1] * (double)t.dim[2];
         bytes   += (double)t.bytes;
         weights += n;

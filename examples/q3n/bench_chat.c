@@ -82,7 +82,7 @@ static void write_text(chat_run *r)
 static q3n_session_memory plan(const chat_run *r, int n)
 {
     q3n_session_options o = r->options;
-    q3n_session_memory memory = { 0 };
+    q3n_session_memory memory = Q3N_INIT(q3n_session_memory);
     o.capacity = n;
     q3n_session_bytes(r->b->m, &o, &memory);
     return memory;

@@ -57,7 +57,7 @@ static void check_tokens(const draft_run *r, const draft_case *c, int text)
 
 static void add_counts(draft_case *c, const q3n_speculation *before)
 {
-    q3n_speculation s;
+    q3n_speculation s = Q3N_INIT(q3n_speculation);
     q3n_session_speculation(c->s, &s);
     c->sum.n_steps    += s.n_steps - before->n_steps;
     c->sum.n_tokens   += s.n_tokens - before->n_tokens;
@@ -74,7 +74,7 @@ static void measure_round(void *user, int record)
     for (int i = 0; i < r->n_texts; i++) {
         for (int k = 0; k < r->n_cases; k++) {
             draft_case *c = &r->cases[k];
-            q3n_speculation before;
+            q3n_speculation before = Q3N_INIT(q3n_speculation);
             q3n_session_speculation(c->s, &before);
             seconds[k] += write_behind(r, c, &r->text[i]);
             if (record) add_counts(c, &before);

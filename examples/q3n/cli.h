@@ -288,6 +288,9 @@ void cli_cases_free(cli_cases *cases);
 #define CLI_SESSION_OPTIONS(s)                                                                    \
     CLI_THREADS_OPTION(s), CLI_CONTEXT_OPTIONS(s, "-b --batch --batch-size", "off")
 
+/* Instruction set i of this machine, worst first; AUTO after the last. */
+q3n_isa cli_isa(int i);
+
 q3n_logger cli_logger(const cli_setup *setup);   /* setup must live as long */
 /* The model is setup->model or else the first word, which is taken away. */
 q3n_model *cli_open_model(cli_setup *setup, cli_words *words);

@@ -92,7 +92,7 @@ void bench_make_ids(bench *b, int n)
 /* The bytes of a model file with random weights. */
 static void make_model(bench *b)
 {
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     cli_geometry_config(&b->geometry, &c);
     /* What drafts cost can be measured with random weights too. */
     q3n_config with_mtp = c;
@@ -100,7 +100,7 @@ static void make_model(bench *b)
     if (b->mode == BENCH_DRAFTS && q3n_config_check(&with_mtp, NULL) == Q3N_OK) c = with_mtp;
     cli_bar bar = cli_bar_begin("random weights", "B");
     const q3n_init_options o = {
-        .type = cli_type(b->type), .seed = 1, .name = b->geometry.preset,
+        .size = sizeof o, .type = cli_type(b->type), .seed = 1, .name = b->geometry.preset,
         .progress = { cli_bar_report, &bar },
     };
     q3n_error err = { .offset = -1 };
@@ -213,8 +213,7 @@ static void touch_weights(const bench *b)
     enum { PAGE = 4096 };
     if ((double)b->stats.file_bytes > 0.8 * (double)cli_physical_memory()) return;
     for (int i = 0; i < q3n_model_n_tensors(b->m); i++) {
-        q3n_tensor t;
-        if (q3n_model_tensor(b->m, i, &t) != Q3N_OK) continue;
+        const q3n_tensor t = *q3n_model_tensor(b->m, i);
         const int64_t n_slices = t.stride ? t.dim[0] : 1, bytes = t.bytes / n_slices;
         for (int64_t k = 0; k < n_slices; k++) {
             const volatile unsigned char *p = (const unsigned char *)t.data + (size_t)k * t.stride;
@@ -409,6 +408,7 @@ int cmd_bench(int argc, char **argv)
     }
     if (b->mode != BENCH_BANDWIDTH) {
         open_and_eval(b, &words);
+        b->stats = (q3n_model_stats)Q3N_INIT(q3n_model_stats);
         q3n_model_stats_get(b->m, &b->stats);
     }
     modes[b->mode](b);

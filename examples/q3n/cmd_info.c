@@ -13,8 +13,7 @@ static void sum_types(const q3n_model *m, type_sum sums[Q3N_TYPE_COUNT])
 {
     memset(sums, 0, Q3N_TYPE_COUNT * sizeof *sums);
     for (int i = 0; i < q3n_model_n_tensors(m); i++) {
-        q3n_tensor t;
-        if (q3n_model_tensor(m, i, &t) != Q3N_OK) continue;
+        const q3n_tensor t = *q3n_model_tensor(m, i);
         sums[t.type].n++;
         sums[t.type].bytes    += t.bytes;
         sums[t.type].elements += t.dim[0] * t.dim[1] * t.dim[2];
@@ -31,8 +30,8 @@ static int count_layers(const unsigned char *kinds, int n)
 /* Session memory for options o; 0 if they are impossible. */
 static q3n_session_memory plan_memory(const q3n_model *m, const q3n_session_options *o)
 {
-    q3n_session_memory memory = { 0 };
-    if (q3n_session_bytes(m, o, &memory) == 0) return (q3n_session_memory){ 0 };
+    q3n_session_memory memory = Q3N_INIT(q3n_session_memory);
+    q3n_session_bytes(m, o, &memory);
     return memory;
 }
 
@@ -46,7 +45,7 @@ typedef struct plan {
 
 static plan make_plan(const q3n_model *m, const q3n_session_options *o, int snapshots)
 {
-    q3n_model_stats s;
+    q3n_model_stats s = Q3N_INIT(q3n_model_stats);
     q3n_model_stats_get(m, &s);
     plan p = { .weights = s.file_bytes, .snapshots = snapshots };
     p.capacity = o->capacity ? o->capacity : q3n_model_config(m)->max_position_embeddings;
@@ -75,7 +74,7 @@ static void print_config(const q3n_model *m)
 
 static void print_sizes(const q3n_model *m)
 {
-    q3n_model_stats s;
+    q3n_model_stats s = Q3N_INIT(q3n_model_stats);
     type_sum sums[Q3N_TYPE_COUNT];
     char a[32], b[32];
     q3n_model_stats_get(m, &s);
@@ -101,8 +100,7 @@ static void print_sizes(const q3n_model *m)
 static void print_tensors(const q3n_model *m)
 {
     for (int i = 0; i < q3n_model_n_tensors(m); i++) {
-        q3n_tensor t;
-        if (q3n_model_tensor(m, i, &t) != Q3N_OK) continue;
+        const q3n_tensor t = *q3n_model_tensor(m, i);
         char shape[72], size[32];
         int n = 0;
         for (int d = 0; d < t.n_dims; d++) {
@@ -225,9 +223,7 @@ static void print_memory(const q3n_model *m, const q3n_session_options *o, const
 static void print_isas(void)
 {
     printf("instruction sets\n  %-32s", "of this machine");
-    for (int i = 0; i < Q3N_ISA_COUNT; i++) {
-        if (q3n_isa_supported((q3n_isa)i)) printf(" %s", q3n_isa_name((q3n_isa)i));
-    }
+    for (int i = 0; cli_isa(i); i++) printf(" %s", q3n_isa_name(cli_isa(i)));
     printf("\n");
 }
 
@@ -263,7 +259,7 @@ static void json_config(const q3n_config *c)
 
 static void json_sizes(const q3n_model *m)
 {
-    q3n_model_stats s;
+    q3n_model_stats s = Q3N_INIT(q3n_model_stats);
     type_sum sums[Q3N_TYPE_COUNT];
     q3n_model_stats_get(m, &s);
     sum_types(m, sums);
@@ -285,8 +281,7 @@ static void json_tensors(const q3n_model *m)
 {
     printf("\"tensors\": [");
     for (int i = 0; i < q3n_model_n_tensors(m); i++) {
-        q3n_tensor t;
-        if (q3n_model_tensor(m, i, &t) != Q3N_OK) continue;
+        const q3n_tensor t = *q3n_model_tensor(m, i);
         printf("%s{", i ? ", " : "");
         json_text("name", t.name);
         printf(", \"type\": \"%s\", \"shape\": [", q3n_type_name(t.type));
@@ -325,10 +320,8 @@ static void json_rest(const q3n_model *m, const plan *p)
         cli_json_string(stdout, name, strlen(name));
     }
     printf("], \"isas\": [");
-    for (int i = 0; i < Q3N_ISA_COUNT; i++) {
-        if (q3n_isa_supported((q3n_isa)i)) {
-            printf("%s\"%s\"", i ? ", " : "", q3n_isa_name((q3n_isa)i));
-        }
+    for (int i = 0; cli_isa(i); i++) {
+        printf("%s\"%s\"", i ? ", " : "", q3n_isa_name(cli_isa(i)));
     }
     printf("], ");
     json_plan(p);

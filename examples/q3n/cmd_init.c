@@ -7,7 +7,7 @@ static void print_presets(void)
     printf("%-28s %7s %7s %8s %8s %8s\n", "preset", "layers", "hidden", "experts", "context",
            "vocab");
     for (int i = 0; q3n_config_preset_name(i); i++) {
-        q3n_config c;
+        q3n_config c = Q3N_INIT(q3n_config);
         const char *name = q3n_config_preset_name(i);
         if (q3n_config_preset(name, &c, NULL) != Q3N_OK) continue;
         printf("%-28s %7d %7d %8d %8d %8d\n", name, c.num_hidden_layers, c.hidden_size,
@@ -38,7 +38,7 @@ static void print_summary(const char *path, const q3n_model_stats *stats)
 int cmd_init(int argc, char **argv)
 {
     cli_geometry geometry = { .n = 0 };
-    q3n_init_options o = { .seed = 0 };
+    q3n_init_options o = { .size = sizeof o, .seed = 0 };
     const char *type = NULL;
     int list = 0;
     const cli_option options[] = {
@@ -66,10 +66,10 @@ int cmd_init(int argc, char **argv)
     }
     if (words.n == 0) cli_misuse("no file: give the name of the model to write");
     o.type = cli_type(type);
-    q3n_config c;
+    q3n_config c = Q3N_INIT(q3n_config);
     cli_geometry_config(&geometry, &c);
     if (!o.name) o.name = geometry.preset;
-    q3n_model_stats written;
+    q3n_model_stats written = Q3N_INIT(q3n_model_stats);
     o.written = &written;
     write_model(words.word[0], &c, &o);
     print_summary(words.word[0], &written);

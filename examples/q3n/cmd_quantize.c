@@ -30,8 +30,8 @@ static void print_types(const q3n_model_stats *stats)
         const q3n_type_stats *t = &stats->types[type];
         char count[32], size[32];
         if (t->n_tensors > 0) {
-            printf("  %-5s %6d tensors %10s weights %10s\n", q3n_type_name((q3n_type)type),
-                   t->n_tensors, cli_format_count(count, (double)t->n_weights),
+            printf("  %-5s %6lld tensors %10s weights %10s\n", q3n_type_name((q3n_type)type),
+                   (long long)t->n_tensors, cli_format_count(count, (double)t->n_weights),
                    cli_format_bytes(size, (double)t->bytes));
         }
     }
@@ -40,7 +40,7 @@ static void print_types(const q3n_model_stats *stats)
 static void print_summary(const char *path, const q3n_model *in, const q3n_model_stats *after,
                           double seconds)
 {
-    q3n_model_stats before;
+    q3n_model_stats before = Q3N_INIT(q3n_model_stats);
     char size[2][32];
     q3n_model_stats_get(in, &before);
     const double n = (double)(after->n_weights + after->mtp_weights);
@@ -53,7 +53,7 @@ static void print_summary(const char *path, const q3n_model *in, const q3n_model
 
 int cmd_quantize(int argc, char **argv)
 {
-    q3n_quantize_options o = { .recipe = "q4" };
+    q3n_quantize_options o = { .size = sizeof o, .recipe = "q4" };
     const cli_option options[] = {
         { "-t --type", "RECIPE", CLI_RECIPE, &o.recipe, 0, 0, "types of the copy (q4)" },
         { "--threads", "N", CLI_INT, &o.n_threads, 0, 1024, "0 = one per CPU (0)" },
@@ -71,7 +71,7 @@ int cmd_quantize(int argc, char **argv)
     if (!cli_parse(&syntax, argc, argv, &words)) return cli_finish();
     if (words.n < 2) cli_misuse("give the model and the name of the file to write");
     q3n_model *m = open_model(words.word[0]);
-    q3n_model_stats written;
+    q3n_model_stats written = Q3N_INIT(q3n_model_stats);
     o.written = &written;
     const double start = cli_clock();
     write_copy(words.word[1], m, &o);

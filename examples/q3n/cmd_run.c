@@ -124,7 +124,8 @@ static void open_cache(writer *w)
     if (!o->cache_dir && !o->cache_mb) return;
     const size_t mb = (size_t)(o->cache_mb ? o->cache_mb : DEFAULT_CACHE_MB);
     const q3n_cache_options options = {
-        .max_bytes = mb << 20, .directory = o->cache_dir, .logger = cli_logger(&o->setup),
+        .size = sizeof options, .max_bytes = mb << 20, .directory = o->cache_dir,
+        .logger = cli_logger(&o->setup),
     };
     q3n_error err = { .offset = -1 };
     if (q3n_cache_create(&w->cache, w->m, &options, &err) != Q3N_OK) cli_fail_with("cache", &err);
@@ -274,7 +275,7 @@ static const char *write_tokens(writer *w, int n)
 
 static void print_drafts(const writer *w)
 {
-    q3n_speculation s;
+    q3n_speculation s = Q3N_INIT(q3n_speculation);
     q3n_session_speculation(w->session, &s);
     if (s.n_drafted == 0) return;
     fprintf(stderr, "; %lld of %lld drafts accepted, %.2f tokens a step", (long long)s.n_accepted,

@@ -21,7 +21,7 @@ int cmd_verify(int argc, char **argv)
     cli_bar_end(&bar);
     if (r != Q3N_OK) cli_fail_with(setup.model, &err);
 
-    q3n_model_stats stats;
+    q3n_model_stats stats = Q3N_INIT(q3n_model_stats);
     char size[32];
     q3n_model_stats_get(m, &stats);
     printf("%s: %d tensors, %s: all checksums match\n", setup.model, q3n_model_n_tensors(m),

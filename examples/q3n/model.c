@@ -19,7 +19,8 @@ q3n_logger cli_logger(const cli_setup *setup)
 
 static q3n_model_options model_options(const cli_setup *setup)
 {
-    return (q3n_model_options){ .allocator = setup->allocator, .logger = cli_logger(setup) };
+    return (q3n_model_options){ .size = sizeof(q3n_model_options),
+                                .allocator = setup->allocator, .logger = cli_logger(setup) };
 }
 
 q3n_model *cli_open_model(cli_setup *setup, cli_words *words)
@@ -52,15 +53,27 @@ q3n_model *cli_open_memory(cli_setup *setup, const void *data, size_t bytes)
 
 /* ---- Sessions ---- */
 
+q3n_isa cli_isa(int i)
+{
+    static const q3n_isa list[] = {
+#define CLI_ISA(ID, id, number) Q3N_ISA_##ID,
+        Q3N_ISA_LIST(CLI_ISA)
+#undef CLI_ISA
+    };
+    for (int k = 0; k < CLI_COUNT(list); k++) {
+        if (q3n_isa_supported(list[k]) && i-- == 0) return list[k];
+    }
+    return Q3N_ISA_AUTO;
+}
+
 /* The names were checked by options.c. */
 static void set_isa(q3n_session_options *o, const char *name)
 {
-    (void)q3n_isa_from_name(name, &o->max_isa);
-    if (!q3n_isa_supported(o->max_isa)) {
+    (void)q3n_isa_from_name(name, &o->isa);
+    if (!q3n_isa_supported(o->isa)) {
         cli_fail("this machine cannot run %s: its best instruction set is %s", name,
                  q3n_isa_name(q3n_isa_best()));
     }
-    o->scalar_only = o->max_isa == Q3N_ISA_SCALAR;
 }
 
 static const char *const speculate_names[Q3N_SPECULATE_COUNT] = {
@@ -83,8 +96,8 @@ static void set_speculate(q3n_session_options *o, const char *name)
 q3n_session_options cli_session_options(const cli_setup *setup)
 {
     q3n_session_options o = {
-        .capacity = setup->ctx, .batch = setup->batch, .n_threads = setup->threads,
-        .draft = setup->draft,
+        .size = sizeof o, .capacity = setup->ctx, .batch = setup->batch,
+        .n_threads = setup->threads, .draft = setup->draft,
     };
     if (setup->isa)           set_isa(&o, setup->isa);
     if (setup->kv)            (void)q3n_type_from_name(setup->kv, &o.kv_type);
@@ -133,7 +146,7 @@ q3n_session *cli_open_session(const cli_setup *setup, const q3n_model *m, size_t
 
 size_t cli_window(int given, const cli_setup *setup, const q3n_model *m)
 {
-    const int max = setup->ctx ? setup->ctx : q3n_model_config(m)->max_position_embeddings;
+    const int max = setup->ctx ? setup->ctx : q3n_model_context_length(m);
     if (given) return (size_t)given;
     return max < 1024 ? (size_t)max : 1024;
 }
@@ -173,7 +186,7 @@ static int default_piece(const q3n_config *c, int n)
 
 static void eval_piece(q3n_session *s, const int32_t *ids, int n, float *rows)
 {
-    const q3n_outputs out = { .all_logits = rows };
+    const q3n_outputs out = { .size = sizeof out, .all_logits = rows };
     cli_check(q3n_session_eval_outputs(s, ids, n, &out), s);
 }
 
@@ -215,7 +228,7 @@ static void pass_through_snapshot(q3n_session *s)
 void cli_eval_pairs(const cli_side sides[2], const cli_ids *ids, cli_pair_fn fn, void *user)
 {
     const int n = (int)ids->n;
-    const size_t vocab = (size_t)q3n_model_config(sides[0].m)->vocab_size;
+    const size_t vocab = (size_t)q3n_model_vocab_size(sides[0].m);
     int max = 0;
     float *rows[2];
     for (int k = 0; k < 2; k++) {

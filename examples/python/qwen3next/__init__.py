@@ -47,12 +47,14 @@ from types import TracebackType
 from typing import (TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Optional, Sequence,
                     SupportsIndex, Tuple, Type, TypeVar, Union)
 
-VERSION = (0, 1)                # of the library: it must agree in both numbers
+ABI = 1                         # q3n_abi_version of the library: it must agree
 NO_SPECIAL, PREFIX, SUFFIX = 1, 2, 4    # flags of q3n_tokenize
 PROBLEM_TYPES = ("none", "regression", "single_label_classification",
                  "multi_label_classification")  # q3n_problem_type in order
 MAX_DRAFT = 8                   # most tokens that are drafted in a step
 SPECULATE = ("off", "auto", "mtp", "lookup")    # q3n_speculate in order
+_REAL_FIELDS = ("rms_norm_eps", "rope_theta", "rope_factor", "rope_beta_fast", "rope_beta_slow",
+                "rope_attention_factor")        # of q3n_config; the others are whole numbers
 _OK, _ERR_FULL = 0, -7
 
 # ---- Types of arguments and results ----
@@ -128,6 +130,13 @@ def _struct(struct, **values):
     return struct(**values)
 
 
+class _Sized(ctypes.Structure):
+    """A struct that begins with its size, which is set when it is made."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(size=ctypes.sizeof(self), **values)
+
+
 _IDS = ctypes.POINTER(ctypes.c_int32)
 _FLOATS = ctypes.POINTER(_C_FLOAT)
 
@@ -145,8 +154,9 @@ class _Logger(ctypes.Structure):
     _fields_ = [("log", _P), ("user", _P)]
 
 
-class _ModelOptions(ctypes.Structure):
-    _fields_ = [("allocator", _Allocator), ("logger", _Logger), ("skip_checksum", _C_INT)]
+class _ModelOptions(_Sized):
+    _fields_ = [("size", _C_SIZE), ("allocator", _Allocator), ("logger", _Logger),
+                ("skip_checksum", _C_INT), ("zero", _C_INT)]
 
 
 class _Executor(ctypes.Structure):
@@ -157,32 +167,32 @@ class _LayerHook(ctypes.Structure):
     _fields_ = [("layer", _P), ("user", _P)]
 
 
-class _SessionOptions(ctypes.Structure):
-    _fields_ = [("capacity", _C_INT), ("batch", _C_INT), ("n_threads", _C_INT),
-                ("max_isa", _C_INT), ("scalar_only", _C_INT), ("kv_type", _C_INT),
-                ("executor", _Executor), ("count_experts", _C_INT), ("layer_hook", _LayerHook),
+class _SessionOptions(_Sized):
+    _fields_ = [("size", _C_SIZE), ("capacity", _C_INT), ("batch", _C_INT), ("n_threads", _C_INT),
+                ("isa", _C_INT), ("executor", _Executor), ("layer_hook", _LayerHook),
                 ("shared", _P), ("cache", _P), ("snapshot_bytes", _C_SIZE),
-                ("snapshot_every", _C_INT), ("snapshot_type", _C_INT), ("speculate", _C_INT),
-                ("draft", _C_INT)]
+                ("snapshot_every", _C_INT), ("kv_type", _C_INT), ("snapshot_type", _C_INT),
+                ("speculate", _C_INT), ("draft", _C_INT), ("count_experts", _C_INT)]
 
 
-class _SessionMemory(ctypes.Structure):
+class _SessionMemory(_Sized):
     _fields_ = [(name, _C_SIZE) for name in
-                ("kv_cache", "delta_state", "conv_state", "scratch", "other", "total", "initial",
-                 "page", "snapshot")]
+                ("size", "kv_cache", "delta_state", "conv_state", "scratch", "other", "total",
+                 "initial", "page", "snapshot")]
 
 
-class _Outputs(ctypes.Structure):
-    _fields_ = [(name, _FLOATS) for name in ("logits", "all_logits", "hidden", "all_hidden")]
+class _Outputs(_Sized):
+    _fields_ = [("size", _C_SIZE)] + [(name, _FLOATS) for name in
+                                      ("logits", "all_logits", "hidden", "all_hidden")]
 
 
-class _CacheOptions(ctypes.Structure):
-    _fields_ = [("max_bytes", _C_SIZE), ("directory", ctypes.c_char_p),
+class _CacheOptions(_Sized):
+    _fields_ = [("size", _C_SIZE), ("max_bytes", _C_SIZE), ("directory", ctypes.c_char_p),
                 ("max_directory_bytes", ctypes.c_int64), ("logger", _Logger)]
 
 
-class _CacheStats(ctypes.Structure):
-    _fields_ = [("bytes", _C_SIZE), ("n_entries", _C_INT), ("n_files", _C_INT),
+class _CacheStats(_Sized):
+    _fields_ = [("size", _C_SIZE), ("bytes", _C_SIZE), ("n_entries", _C_INT), ("n_files", _C_INT),
                 ("file_bytes", ctypes.c_int64), ("n_hits", ctypes.c_int64),
                 ("n_misses", ctypes.c_int64), ("n_evicted", ctypes.c_int64),
                 ("n_own", ctypes.c_int64)]
@@ -193,13 +203,14 @@ class _BatchItem(ctypes.Structure):
                 ("logits", _FLOATS)]
 
 
-class _Limit(ctypes.Structure):
-    _fields_ = [("max_tokens", _C_INT), ("max_microseconds", ctypes.c_int64)]
+class _Limit(_Sized):
+    _fields_ = [("size", _C_SIZE), ("max_tokens", _C_INT), ("zero", _C_INT),
+                ("max_microseconds", ctypes.c_int64)]
 
 
-class _Speculation(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in
-                ("n_steps", "n_tokens", "n_drafted", "n_accepted")] + [("draft", _C_INT)]
+class _Speculation(_Sized):
+    _fields_ = [("size", _C_SIZE)] + [(name, ctypes.c_int64) for name in (
+        "n_steps", "n_tokens", "n_drafted", "n_accepted")] + [("draft", _C_INT), ("zero", _C_INT)]
 
 
 class _Detokenizer(ctypes.Structure):
@@ -212,22 +223,6 @@ class _SamplerOptions(ctypes.Structure):
                 ("seed", ctypes.c_uint64)]
 
 
-class _Config(ctypes.Structure):
-    """q3n_config: the fields of Q3N_CONFIG_LIST in the struct's order"""
-    _fields_ = [(name, _C_INT) for name in (
-        "family vocab_size hidden_size num_hidden_layers max_position_embeddings "
-        "intermediate_size num_attention_heads num_key_value_heads head_dim rotary_dim num_experts "
-        "num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size "
-        "linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim "
-        "linear_conv_kernel_dim num_mtp_layers num_labels norm_topk_prob attention_bias "
-        "attn_output_gate qk_norm mlp_bias router_bias causal tie_word_embeddings pooling "
-        "classifier_input problem_type rope_type rope_original_max_position").split()] + [
-        (name, ctypes.c_double) for name in (
-            "rms_norm_eps rope_theta rope_factor rope_beta_fast rope_beta_slow "
-            "rope_attention_factor").split()] + [
-        ("layer_types", ctypes.c_ubyte * 256), ("layer_experts", ctypes.c_ubyte * 256)]
-
-
 # C name of every struct above, for the test that compares sizes and offsets with the header.
 STRUCTS = {"q3n_error": _Record, "q3n_allocator": _Allocator, "q3n_logger": _Logger,
            "q3n_model_options": _ModelOptions, "q3n_executor": _Executor,
@@ -235,18 +230,25 @@ STRUCTS = {"q3n_error": _Record, "q3n_allocator": _Allocator, "q3n_logger": _Log
            "q3n_session_memory": _SessionMemory, "q3n_outputs": _Outputs,
            "q3n_cache_options": _CacheOptions, "q3n_cache_stats": _CacheStats,
            "q3n_batch_item": _BatchItem, "q3n_limit": _Limit, "q3n_speculation": _Speculation,
-           "q3n_detokenizer": _Detokenizer, "q3n_sampler_options": _SamplerOptions,
-           "q3n_config": _Config}
+           "q3n_detokenizer": _Detokenizer, "q3n_sampler_options": _SamplerOptions}
 
 _R = ctypes.POINTER
 _FUNCTIONS = {                  # name: (result, arguments...)
     "q3n_version": (_C_INT,),
+    "q3n_abi_version": (_C_INT,),
     "q3n_result_string": (ctypes.c_char_p, _C_INT),
     "q3n_type_from_name": (_C_INT, ctypes.c_char_p, _R(_C_INT)),
     "q3n_isa_from_name": (_C_INT, ctypes.c_char_p, _R(_C_INT)),
     "q3n_model_open": (_C_INT, _R(_P), ctypes.c_char_p, _R(_ModelOptions), _R(_Record)),
     "q3n_model_close": (None, _P),
-    "q3n_model_config": (_R(_Config), _P),
+    "q3n_model_config": (_P, _P),
+    "q3n_config_field": (ctypes.c_char_p, _P, _C_INT, ctypes.c_char_p),
+    "q3n_config_value": (_C_INT, _P, ctypes.c_char_p, _R(ctypes.c_double)),
+    "q3n_model_vocab_size": (_C_INT, _P),
+    "q3n_model_n_layers": (_C_INT, _P),
+    "q3n_model_n_labels": (_C_INT, _P),
+    "q3n_model_layer_is_delta": (_C_INT, _P, _C_INT),
+    "q3n_model_layer_has_experts": (_C_INT, _P, _C_INT),
     "q3n_model_name": (ctypes.c_char_p, _P),
     "q3n_model_eos_ids": (_IDS, _P, _R(_C_INT)),
     "q3n_model_is_eos": (_C_INT, _P, ctypes.c_int32),
@@ -280,11 +282,11 @@ _FUNCTIONS = {                  # name: (result, arguments...)
     "q3n_session_load": (_C_INT, _P, ctypes.c_char_p),
     "q3n_session_decode": (_C_INT, _P, _P, ctypes.c_int32, _IDS, _C_INT, _R(_C_INT)),
     "q3n_session_draft": (_C_INT, _P, ctypes.c_int32, _IDS, _C_INT, _FLOATS),
-    "q3n_session_speculation": (None, _P, _R(_Speculation)),
+    "q3n_session_speculation": (_C_INT, _P, _R(_Speculation)),
     "q3n_cache_create": (_C_INT, _R(_P), _P, _R(_CacheOptions), _R(_Record)),
     "q3n_cache_destroy": (None, _P),
     "q3n_cache_clear": (None, _P),
-    "q3n_cache_stats_get": (None, _P, _R(_CacheStats)),
+    "q3n_cache_stats_get": (_C_INT, _P, _R(_CacheStats)),
     "q3n_batch_create": (_C_INT, _R(_P), _P, _R(_SessionOptions), _R(_Record)),
     "q3n_batch_destroy": (None, _P),
     "q3n_batch_eval": (_C_INT, _P, _R(_BatchItem), _C_INT, _R(_Limit)),
@@ -335,14 +337,14 @@ def load(path: Optional[Path] = None) -> ctypes.CDLL:
 
 
 def _prepare(lib, path):
-    """Checks that lib is the library, of our version, and gives its functions their types."""
+    """Checks that lib is the library, of our ABI, and gives its functions their types."""
     if not hasattr(lib, "q3n_version"):
         raise OSError("%s is another library: it has no q3n_version" % path)
     version = lib.q3n_version()
     version = version // 10000, version // 100 % 100, version % 100
-    if version[:2] != VERSION:
-        raise OSError("%s is of version %d.%d.%d, this module is for %d.%d"
-                      % (path, *version, *VERSION))
+    if not hasattr(lib, "q3n_abi_version") or lib.q3n_abi_version() != ABI:
+        raise OSError("%s, of version %d.%d.%d, has not the ABI %d that this module is for"
+                      % (path, *version, ABI))
     for name, (result, *arguments) in _FUNCTIONS.items():
         if not hasattr(lib, name):
             raise OSError("%s has no function %s, though it is of version %d.%d.%d"
@@ -415,7 +417,8 @@ def _named(function, name):
 
 
 def _fields(struct):
-    return {name: getattr(struct, name) for name, _ in struct._fields_}
+    return {name: getattr(struct, name) for name, _ in struct._fields_
+            if name not in ("size", "zero")}
 
 
 # ---- Calls that Ctrl-C stops ----
@@ -521,6 +524,21 @@ class _Owner:
             self.close()
 
 
+def _config_of(lib: Any, model: int) -> Dict[str, Any]:
+    """The fields of q3n_config, enums as numbers, and the kinds of all layers."""
+    config: Dict[str, Any] = {}
+    c = lib.q3n_model_config(model)
+    text, value = ctypes.create_string_buffer(64), ctypes.c_double()
+    while name := lib.q3n_config_field(c, len(config), text):
+        _check(lib.q3n_config_value(c, name, ctypes.byref(value)))
+        name = name.decode()
+        config[name] = value.value if name in _REAL_FIELDS else int(value.value)
+    layers = range(lib.q3n_model_n_layers(model))
+    config["layer_types"] = [lib.q3n_model_layer_is_delta(model, l) for l in layers]
+    config["layer_experts"] = [lib.q3n_model_layer_has_experts(model, l) for l in layers]
+    return config
+
+
 class Model(_Owner):
     """An open model file.  Closing it closes everything made with it first.
 
@@ -542,17 +560,15 @@ class Model(_Owner):
         _check(lib.q3n_model_open(ctypes.byref(handle), _text(os.fsencode(path), "path"),
                                   ctypes.byref(options), ctypes.byref(record)), record)
         super().__init__(handle.value, lib.q3n_model_close)
-        fields = lib.q3n_model_config(self.handle).contents
-        self.config = _fields(fields)
-        for name in ("layer_types", "layer_experts"):
-            self.config[name] = list(self.config[name])[:fields.num_hidden_layers]
-        self.vocab_size = fields.vocab_size
+        self.config = _config_of(lib, self.handle)
+        self.vocab_size = lib.q3n_model_vocab_size(self.handle)
         self.name = lib.q3n_model_name(self.handle).decode("utf-8", "replace")
         n = _C_INT()
         ids = lib.q3n_model_eos_ids(self.handle, ctypes.byref(n))
         self.eos_ids = [ids[i] for i in range(n.value)]
-        self.problem_type = PROBLEM_TYPES[fields.problem_type]
-        labels = [lib.q3n_model_label(self.handle, i) for i in range(fields.num_labels)]
+        self.problem_type = PROBLEM_TYPES[self.config["problem_type"]]
+        labels = range(lib.q3n_model_n_labels(self.handle))
+        labels = [lib.q3n_model_label(self.handle, i) for i in labels]
         named = labels and None not in labels
         self.labels = [b.decode("utf-8", "replace") for b in labels] if named else None
 
@@ -652,7 +668,7 @@ class Cache(_Owner):
 
     def stats(self) -> Dict[str, int]:
         stats = _CacheStats()
-        load().q3n_cache_stats_get(self.handle, ctypes.byref(stats))
+        _check(load().q3n_cache_stats_get(self.handle, ctypes.byref(stats)))
         return _fields(stats)
 
 
@@ -674,8 +690,7 @@ def _session_options(isa, kv_type, **options):
     lib = load()
     o = _struct(_SessionOptions, **options)
     o.kv_type = _named(lib.q3n_type_from_name, kv_type)
-    o.max_isa = _named(lib.q3n_isa_from_name, isa)
-    o.scalar_only = int(isa == "scalar")
+    o.isa = _named(lib.q3n_isa_from_name, isa)
     return o
 
 
@@ -817,7 +832,7 @@ class Session(_Owner):
     def speculation(self) -> Dict[str, int]:
         """Steps of next, tokens that they gave, drafted and accepted ones."""
         s = _Speculation()
-        load().q3n_session_speculation(self.handle, ctypes.byref(s))
+        _check(load().q3n_session_speculation(self.handle, ctypes.byref(s)))
         return _fields(s)
 
     def all_logits(self, ids: Ids) -> List[Floats]:
