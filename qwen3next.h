@@ -624,7 +624,7 @@ typedef enum q3n_problem_type {
     Q3N_PROBLEM_TYPE_COUNT
 } q3n_problem_type;
 
-/* Fields by the names that files have for them: kind, name, least, most.
+/* Fields by the names that files have for them: kind, name, min, max.
  * Kinds: I int, B 0 or 1, F double, E enum. */
 #define Q3N_CONFIG_LIST(X)                                                              \
     X(E, family,                          0, Q3N_FAMILY_COUNT - 1)                      \
@@ -2862,7 +2862,7 @@ static q3n_result q3n__input_list(const char *path, const char *prefix, q3n__fil
  * The part lies beside the target because rename(2) replaces within one file system only, and at
  * once: who opens the path finds the old file or the new one, whole.  fsync comes first, or a power
  * failure could leave the new name without the new bytes.  A killed process leaves its part. */
-#define Q3N__MODULE_ATTEMPTS 100
+#define Q3N__PART_ATTEMPTS 100
 #define Q3N__PART_NAME     200           /* bytes of the file's name in the part's, of 255       */
 
 /* Where the path leads, and what is there; info is zeros if nothing is.  A file that may not be
@@ -2899,7 +2899,7 @@ static int q3n__output_create(q3n__output *o, const q3n__file_info *old)
     const int replaces = old->id.volume || old->id.number;
     const uint64_t seed = (uint64_t)q3n__now() ^ q3n__process_id() << 40 ^ (uintptr_t)o;
     int code = 0;
-    for (uint64_t i = 0; i < Q3N__MODULE_ATTEMPTS; i++) {
+    for (uint64_t i = 0; i < Q3N__PART_ATTEMPTS; i++) {
         code = q3n__output_name(o, q3n__mix64(seed + i));
         if (code == 0) code = q3n__file_create(&o->file, o->part, replaces);
         if (!q3n__file_exists(code)) break;
@@ -4399,7 +4399,7 @@ static q3n_result q3n__load_header(q3n__load *ld, int skip_checksum)
                          "file format version %u, this library reads 1", version);
     if (file_bytes != m->bytes)
         return q3n__fail(ld->err, Q3N_ERR_FORMAT, 16, "file has %zu bytes, its header says %llu: "
-                         "it is cut off or has something behind it", m->bytes,
+                         "it is cut off or has something after it", m->bytes,
                          (unsigned long long)file_bytes);
     if (n_sections > Q3N__MAX_SECTIONS)
         return q3n__fail(ld->err, Q3N_ERR_FORMAT, 12, "%u sections, at most %d", n_sections,
@@ -5427,7 +5427,7 @@ static uint32_t q3n__unpack(const char **p)
  * so no input can fill them; probing ends at an empty slot, of which half remain. */
 static uint32_t q3n__hash_char(uint32_t cp) { return cp * 0x9E3779B1u >> 20; }
 /* Of the two parts of a decomposition. */
-static uint32_t q3n__hash_sections(uint32_t first, uint32_t second)
+static uint32_t q3n__hash_parts(uint32_t first, uint32_t second)
 {
     return (first * 0x9E3779B1u ^ second * 0x85EBCA77u) * 0xC2B2AE3Du >> 20;
 }
@@ -5467,7 +5467,7 @@ static void q3n__unicode_init(q3n__unicode *u)
         u->second[i] = second ? second + 0x2FF : 0;
         q3n__hash_put(u->by_composed, q3n__hash_char(composed), i);
         if (second && !(step & 1))
-            q3n__hash_put(u->by_parts, q3n__hash_sections(first, u->second[i]), i);
+            q3n__hash_put(u->by_parts, q3n__hash_parts(first, u->second[i]), i);
     }
 }
 
@@ -5653,7 +5653,7 @@ static uint32_t q3n__compose(const q3n__unicode *u, uint32_t first, uint32_t sec
     if (first - Q3N__HANGUL_S < 11172 && (first - Q3N__HANGUL_S) % 28 == 0
         && second - Q3N__HANGUL_T - 1 < 27)
         return first + second - Q3N__HANGUL_T;
-    uint32_t slot = q3n__hash_sections(first, second);
+    uint32_t slot = q3n__hash_parts(first, second);
     for (; u->by_parts[slot]; slot = (slot + 1) % Q3N__HASH_SIZE) {
         const uint32_t entry = u->by_parts[slot] - 1u;
         if (u->first[entry] == first && u->second[entry] == second) return u->composed[entry];
@@ -6356,7 +6356,7 @@ static size_t q3n__token_bytes(const q3n__tokenizer *t, uint32_t id, const uint8
 }
 
 /* The bytes that id adds to the text.  0 = id lies outside the vocabulary. */
-static int q3n__decoder_input(const q3n__tokenizer *t, const q3n_detokenizer *dec, int32_t id,
+static int q3n__detokenizer_input(const q3n__tokenizer *t, const q3n_detokenizer *dec, int32_t id,
                               const uint8_t **text, size_t *bytes)
 {
     if (id < 0 || (uint32_t)id >= t->vocab_size) return 0;
@@ -6685,7 +6685,7 @@ Q3N_DEF q3n_result q3n_detokenizer_next(q3n_detokenizer *dec, const q3n_model *m
     if (n) *n = 0;
     if (!dec || !m || !n || (!out && max) || dec->n_pending < 0 || dec->n_pending > 3)
         return Q3N_ERR_ARG;
-    if (!q3n__decoder_input(&m->tokenizer, dec, id, &text, &bytes)) return Q3N_ERR_ARG;
+    if (!q3n__detokenizer_input(&m->tokenizer, dec, id, &text, &bytes)) return Q3N_ERR_ARG;
     q3n_detokenizer trial = *dec;
     *n = q3n__decode_bytes(&trial, text, bytes, NULL);
     if (*n > max) return Q3N_ERR_FULL;
@@ -6715,7 +6715,7 @@ Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t
         for (size_t i = 0; i < n_ids; i++) {
             const uint8_t *text;
             size_t bytes;
-            if (!q3n__decoder_input(&m->tokenizer, &dec, ids[i], &text, &bytes)) {
+            if (!q3n__detokenizer_input(&m->tokenizer, &dec, ids[i], &text, &bytes)) {
                 *n = 0;
                 return Q3N_ERR_ARG;
             }
@@ -11803,7 +11803,7 @@ static q3n_result q3n__session_rewind(q3n_session *s, int length)
     return r;
 }
 
-/* tokens [n] from wherever it costs least; only_reuse: no further than what is there. */
+/* tokens [n] from where that is cheapest; only_reuse: no further than what is there. */
 static q3n_result q3n__session_prefill(q3n_session *s, const int32_t *tokens, int n, float *logits,
                                     int only_reuse, int *n_reused)
 {
@@ -12165,7 +12165,7 @@ static double q3n__step_cost(const q3n__learned *k, int n)
     return n > 0 && k->step_tries[n] < Q3N__SURE_TRIES && low < seen ? low : seen;
 }
 
-/* Tokens per unit of time with the best number of drafts, 1 .. most, of a source; *n is it.  A step
+/* Tokens per unit of time with the best number of drafts, 1 .. max, of a source; *n is it.  A step
  * without has 1. */
 static double q3n__best_length(const q3n__learned *k, q3n_speculate source, int max, int *n)
 {
@@ -12201,13 +12201,13 @@ static int q3n__try_drafts(q3n__learned *k, double rate, int mtp)
         k->try_left--;
         return 1;
     }
-    const int behind = mtp && k->mtp_idle >= Q3N__MTP_IDLE;
+    const int lagging = mtp && k->mtp_idle >= Q3N__MTP_IDLE;
     const double loss = rate < 1.0 ? 1.0 - rate : 0.0;
-    const double price = behind ? Q3N__TRY_BEGIN + Q3N__TRY_STEPS * loss : loss;
+    const double price = lagging ? Q3N__TRY_BEGIN + Q3N__TRY_STEPS * loss : loss;
     if (k->try_credit < 8.0) k->try_credit += Q3N__TRY_SHARE;
     if (k->try_credit < price) return 0;
     k->try_credit -= price;
-    k->try_left = behind ? Q3N__TRY_STEPS - 1 : 0;
+    k->try_left = lagging ? Q3N__TRY_STEPS - 1 : 0;
     return 1;
 }
 
@@ -12417,7 +12417,7 @@ static q3n_result q3n__session_draft(q3n_session *s, int32_t token, int32_t *dra
     q3n__draft draft[Q3N_MAX_DRAFT];
     if (!s->shape.has_mtp || s->length == 0 || n < 1 || n > Q3N_MAX_DRAFT)
         return q3n__fail(&s->error, s->shape.has_mtp ? Q3N_ERR_ARG : Q3N_ERR_UNSUPPORTED, -1,
-                         "%d drafts behind %d tokens: expected 1 .. %d behind at least one, of a "
+                         "%d drafts after %d tokens: expected 1 .. %d after at least one, of a "
                          "model with an MTP module and a session that speculates with it", n,
                          s->length, Q3N_MAX_DRAFT);
     q3n_result r = q3n__session_check(s, &token, 1, s->length);
@@ -13624,17 +13624,17 @@ typedef struct {
 static void q3n__attend_group(const q3n__attend_parts *f, q3n_type type, const q3n__attend *a,
                               int i, int T)
 {
-    int least = Q3N__KV_BLOCK, most = 0;
+    int min = Q3N__KV_BLOCK, max = 0;
     for (int t = i; t < i + T; t++) {
-        if (a->n_keys[t] < least) least = a->n_keys[t];
-        if (a->n_keys[t] > most)  most  = a->n_keys[t];
+        if (a->n_keys[t] < min) min = a->n_keys[t];
+        if (a->n_keys[t] > max)  max  = a->n_keys[t];
     }
     const int has_scales = type == Q3N_TYPE_Q8;
     float *scores = a->scores + (size_t)i * Q3N__KV_BLOCK;
     float *o = a->o + (size_t)i * (size_t)a->o_stride;
     const q3n__mix qk = { a->k, a->q + (size_t)i * (size_t)a->q_stride, scores, Q3N__KV_BLOCK,
                           (size_t)a->q_stride, Q3N__KV_BLOCK, T, 0, a->dim,
-                          (most + f->columns - 1) / f->columns * f->columns, type };
+                          (max + f->columns - 1) / f->columns * f->columns, type };
     f->mix(&qk);
     for (int t = 0; t < T; t++) {
         float *s = scores + t * Q3N__KV_BLOCK;
@@ -13644,13 +13644,13 @@ static void q3n__attend_group(const q3n__attend_parts *f, q3n_type type, const q
         if (has_scales) f->scale(s, a->v_scale, a->n_keys[i + t]);
     }
     const q3n__mix pv = { a->v, scores, o, (size_t)a->dim, Q3N__KV_BLOCK, (size_t)a->o_stride, T, 0,
-                          least, a->dim, type };
+                          min, a->dim, type };
     f->mix(&pv);
     for (int t = 0; t < T; t++) {
-        if (a->n_keys[i + t] == least) continue;
+        if (a->n_keys[i + t] == min) continue;
         const q3n__mix rest = { a->v, scores + t * Q3N__KV_BLOCK,
                                 o + (size_t)t * (size_t)a->o_stride, (size_t)a->dim, 0, 0, 1,
-                                least, a->n_keys[i + t], a->dim, type };
+                                min, a->n_keys[i + t], a->dim, type };
         f->mix(&rest);
     }
 }
@@ -13715,7 +13715,7 @@ typedef struct {
 /* Rows from r and tokens from t on.  What would be after the last row or token is a copy: it is
  * computed with the others and not stored. */
 static Q3N__UNUSED void q3n__operands_at(q3n__operands *p, q3n_type type, const q3n__matmul *m,
-                                         int r, int t, int most)
+                                         int r, int t, int max)
 {
     p->size = (size_t)q3n__types[type].block_bytes;
     for (int i = 0; i < 8; i++) {
@@ -13723,7 +13723,7 @@ static Q3N__UNUSED void q3n__operands_at(q3n__operands *p, q3n_type type, const 
         p->w[i] = (const uint8_t *)m->w + (size_t)row * (size_t)m->n_cols * p->size;
         p->x[i] = q3n__matmul_x(m, token);
     }
-    const int first = t % q3n__block_tokens(m->n_cols, most) == 0, rows = m->n == 1 ? 8 : 4;
+    const int first = t % q3n__block_tokens(m->n_cols, max) == 0, rows = m->n == 1 ? 8 : 4;
     p->ahead = first ? (size_t)rows * (size_t)m->n_cols * p->size : 0;
 }
 

@@ -362,7 +362,7 @@ static void test_header(void **state)
     put_u32(&f, 12, 65);
     expect(f, Q3N_ERR_FORMAT, 12, "65 sections|64");
     f = image_copy(&good, good.bytes + 1);
-    expect(f, Q3N_ERR_FORMAT, 16, "cut off or has something behind it");
+    expect(f, Q3N_ERR_FORMAT, 16, "cut off or has something after it");
     f = fresh();
     put_u64(&f, 16, UINT64_MAX);
     expect(f, Q3N_ERR_FORMAT, 16, "18446744073709551615");

@@ -3,13 +3,16 @@
 
 usage: lint.py [--object FILE.o] [--sections] [--root DIR]
 
-The two headers: contents list and banners agree; function length and number of parameters; no
-preprocessor conditions inside functions of the portable sections; intrinsics only in the
-kernel sections; every public function is named in tests/ or examples/.  With --object (the
-implementation, compiled without -fPIC): external symbols start with q3n_, static ones with
-q3n__, and there are no writable globals.  All source files: columns, tabs, trailing blanks,
-words that mark unfinished work, paths of one machine.  --sections lists each section's lines
-beside its budget."""
+The two headers: contents list and banners agree; rooms in their order, no section and no room over
+its budget, none without one; a section uses only what stands before it (forward declarations
+are the few that are listed here) and speaks of nothing that its room must not know; the share of
+comments; function length and number of parameters; no preprocessor conditions inside functions of
+the portable sections; intrinsics only in the kernel sections; every public function is named in
+tests/ or examples/.  With --object (the implementation, compiled without -fPIC): external symbols
+start with q3n_, static ones with q3n__, and there are no writable globals.  All source files:
+columns, tabs, trailing blanks, words that mark unfinished work, words that the field does not
+use, paths of one machine.  --sections lists rooms and sections, their lines and comments beside
+their budgets."""
 import argparse
 import pathlib
 import re
@@ -29,14 +32,53 @@ TAG_LINE = re.compile(r" \*\s+(?:(\[\d+\])\s+|-\s+)?(\S.*?)\s+>>([\w-]+)\s*$")
 PUBLIC = re.compile(r"^Q3N_DEF\s[^;{]*?\b(q3n_[a-z0-9]\w*)\s*\(", re.M)
 HEAD = re.compile(r"^(?:static|extern|Q3N_DEF|Q3N__\w+|[A-Za-z_]\w*[\s*]).*\(")
 
-# Lines that a section may have; a section without a row here may have MAX_SECTION_LINES.
-BUDGETS = {"api": 700, "platform": 350, "memory": 200, "errors": 120, "parallel": 250, "types": 500,
-           "config": 500, "loader": 650, "tokenizer": 650, "ops": 400, "model": 900, "session": 450,
-           "sampler": 450, "speculate": 300, "public": 300, "kernels-scalar": 400,
-           "kernels-avx2": 600, "kernels-avx512": 600, "kernels-neon": 550, "dispatch": 100}
-MAKE_BUDGETS = {"api": 150, "geometry": 300, "quantise": 400, "writer": 700, "random": 400}
+# The rooms of each header in their order: name, lines that it may have, its sections, and what no
+# code of it may name.  A section may have MAX_SECTION_LINES.
+ROOMS = (
+    ("manual", 450, (), None),
+    ("api", 1000, ("api",), None),
+    ("ground", 2100, ("platform", "memory", "errors", "files", "parallel"),
+     r"q3n_model\b|q3n_session|q3n__layer|q3n_config\b|Q3N_TYPE_"),
+    ("formats", 2200, ("types", "config", "loader"),
+     r"q3n__engine|q3n__run\b|q3n__pool\b"),
+    ("words", 4500, ("unicode", "tokenizer"),
+     r"q3n_session|q3n__engine|q3n__run\b|q3n__layer|Q3N_TYPE_"),
+    ("model", 1800, ("ops", "run", "attention", "deltanet", "model"),
+     r"q3n_session\b|q3n__engine|q3n__file|q3n__input|q3n__output|Q3N_TYPE_|Q3N_ISA_"),
+    ("engine", 4400, ("state", "session-files", "cache", "engine", "sampler", "session", "batch",
+                      "mtp", "evaluation", "reuse", "speculation"),
+     r"Q3N_ISA_(?!AUTO|SCALAR)|q3n__tokenizer"),
+    ("public", 800, ("public",), None),
+    ("kernels", 3600, ("kernels-scalar", "kernels-avx2", "kernels-avx512", "kernels-avx512vnni",
+                       "kernels-neon", "dispatch"), r"q3n_session|q3n__engine|q3n__layer\b"),
+)
+MAKE_ROOMS = (
+    ("manual", 150, (), None),
+    ("api", 250, ("api",), None),
+    ("making", 1700, ("geometry", "quantise", "writer", "random"), r"q3n_session|q3n__engine"),
+)
 # What users include: sections, functions and names of these are checked.
-HEADERS = {"qwen3next.h": BUDGETS, "tools/q3n_make.h": MAKE_BUDGETS}
+HEADERS = {"qwen3next.h": ROOMS, "tools/q3n_make.h": MAKE_ROOMS}
+MAX_LINES = 18000
+
+# Functions that are used before their bodies: why that cannot be otherwise.
+FORWARD = {"q3n__weight": "kernels close the file, single values of a matrix are asked for before",
+           "q3n__kernels_init": "kernels close the file, the engine asks for their table",
+           "q3n__tokenizer_close": "the loader frees what the tokenizer made",
+           "q3n__batch_engine": "a session may evaluate with the engine of a batch",
+           "q3n__mtp_flush": "the module's rows are written when a session begins a call"}
+
+# Of the lines of the implementation that are not blank, those that are nothing but a comment.
+COMMENT_SHARE = (0.16, 0.24)
+
+# What nobody in the field says, and what we say instead: names and sentences of the library and
+# of the programs.
+OTHER_WORDS = ((r"\b(?<!left )(?<!leaves )behind\b", "after"),
+               (r"(\b|_)trail(s|ed|ing)?(\b|_)", "pending"),
+               (r"(\b|_)feeds?(\b|_)(?!-forward)", "prefill"),
+               (r"(\b|_)settles?(\b|_)", "flush"), (r"(\b|_)speaks\b", "has_output"),
+               (r"\b(?<!at )(least|most)\b(?= *(?:[-=<>+;,)\]]|\*/|$| and | or ))", "min, max"))
+ANY_OTHER = re.compile("behind|trail|feed|settle|speaks|least|most")
 KERNELS_SIMD = ("kernels-avx2", "kernels-avx512", "kernels-avx512vnni", "kernels-neon")
 # Where a condition inside a function is the section's job.
 CONDITIONAL = ("platform", None) + KERNELS_SIMD
@@ -160,13 +202,92 @@ def check_portability(lines, parts, report):
             report(n, "intrinsic outside the kernel sections")
 
 
-def check_budgets(parts, budgets, report, show):
+def room_of(tag, rooms):
+    return next((i for i, (_, _, tags, _) in enumerate(rooms) if tag in tags), None)
+
+
+def check_rooms(lines, rooms, report, show):
+    """Budgets of sections, rooms and the whole; every section in a room, rooms in their order."""
+    last_room, parts = 0, sections(lines)
     for tag, first, last in parts:
-        size, budget = last - first + 1, budgets.get(tag, MAX_SECTION_LINES)
-        if show:
-            print("%-16s %5d lines, budget %5d%s" % (tag, size, budget, "  over" * (size > budget)))
+        room, size = room_of(tag, rooms), last - first + 1
+        if room is None:
+            report(first, "section %s is in no room: see ROOMS in tools/lint.py" % tag)
+            continue
+        if room < last_room:
+            report(first, "section %s of room %s stands after room %s"
+                   % (tag, rooms[room][0], rooms[last_room][0]))
+        last_room = max(room, last_room)
         if size > MAX_SECTION_LINES:
             report(first, "section %s has %d lines, at most %d" % (tag, size, MAX_SECTION_LINES))
+    for name, budget, tags, _ in rooms:
+        own = [p for p in parts if p[0] in tags]
+        size = sum(last - first + 1 for _, first, last in own)
+        if not tags:
+            size = parts[0][1] - 1 if parts else 0
+        if show:
+            print("%-19s %6d lines of %d" % (name, size, budget))
+        for tag, first, last in own if show else ():
+            print("    %-15s %6d lines, %4.1f %% comments"
+                  % (tag, last - first + 1, 100 * comment_share(lines[first - 1:last])))
+        if size > budget:
+            report(own[0][1] if own else 1, "room %s has %d lines, at most %d"
+                   % (name, size, budget))
+    if len(lines) > MAX_LINES:
+        report(1, "%d lines, at most %d" % (len(lines), MAX_LINES))
+
+
+def comment_lines(lines):
+    """For each line: 'blank', 'comment' (nothing but one) or 'code'."""
+    kinds, inside = [], False
+    for line in lines:
+        text = line.strip()
+        if not text:
+            kinds.append("blank")
+        elif inside or text.startswith("/*"):
+            kinds.append("comment")
+        else:
+            kinds.append("code")
+        opened = line.rfind("/*")
+        inside = (inside or opened >= 0) and line.rfind("*/") <= max(opened, -1)
+    return kinds
+
+
+def comment_share(lines):
+    kinds = comment_lines(lines)
+    comments, code = kinds.count("comment"), kinds.count("code")
+    return comments / (comments + code) if comments + code else 0.0
+
+
+def check_comments(lines, parts, report, show):
+    first = next((first for tag, first, _ in parts if tag not in ("api",)), None)
+    share = comment_share(lines[first - 1:]) if first else 0.0
+    low, high = COMMENT_SHARE
+    if show:
+        print("implementation: %.1f %% comments, between %.0f and %.0f"
+              % (100 * share, 100 * low, 100 * high))
+    if not low <= share <= high:
+        report(first or 1, "%.1f %% of the implementation's lines are comments: %.0f to %.0f wanted"
+               % (100 * share, 100 * low, 100 * high))
+
+
+def check_knowledge(lines, rooms, report):
+    """Forward declarations are the listed ones, and rooms do not name what they must not know."""
+    for n, line in enumerate(lines, 1):
+        m = re.match(r"(?:static|Q3N__INLINE)\s[^;={]*?\b(q3n__\w+)\s*\([^{]*\)\s*;", line)
+        if m and m.group(1) not in FORWARD:
+            report(n, "%s is declared before its body: a section uses what stands before it"
+                   % m.group(1))
+    kinds = comment_lines(lines)
+    for tag, first, last in sections(lines):
+        room = room_of(tag, rooms)
+        unknown = room is not None and rooms[room][3]
+        for n in range(first, last + 1) if unknown else ():
+            text = re.sub(r'"(\\.|[^"\\])*"', '""', lines[n - 1].split("/*")[0])
+            m = kinds[n - 1] == "code" and re.search(unknown, text)
+            if m:
+                report(n, "%s in section %s: room %s must not know it"
+                       % (m.group(0), tag, rooms[room][0]))
 
 
 def check_public_names(text, root, report):
@@ -193,6 +314,11 @@ def check_text(path, lines, report):
         m = BANNED.search(line) or MACHINE_PATH.search(line)
         if m:
             report(n, "'%s'" % m.group(0))
+        if path.suffix in (".h", ".c") and path.parent.name != "tests":
+            for pattern, instead in OTHER_WORDS if ANY_OTHER.search(line) else ():
+                m = re.search(pattern, line)
+                if m:
+                    report(n, "'%s': the field says %s" % (m.group(0), instead))
 
 
 def check_symbols(path, report):
@@ -214,41 +340,52 @@ def check_symbols(path, report):
             report(0, "writable global %s" % name)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--object", help="object file of the implementation")
-    parser.add_argument("--sections", action="store_true", help="list sections and budgets")
-    parser.add_argument("--root", default=pathlib.Path(__file__).resolve().parent.parent,
-                        type=pathlib.Path)
-    args = parser.parse_args()
+def check_file(path, lines, report, show=False):
+    """What one file can say alone; returns the number of its functions."""
+    check_text(path, lines, report)
+    rooms = next((rooms for name, rooms in HEADERS.items() if path.match(name)), None)
+    if rooms:
+        check_contents(lines, report)
+        check_portability(lines, sections(lines), report)
+        check_rooms(lines, rooms, report, show)
+        check_knowledge(lines, rooms, report)
+    if rooms is ROOMS:
+        check_comments(lines, sections(lines), report, show)
+    return check_functions(lines, report) if path.suffix in (".h", ".c") else 0
 
+
+def check_tree(root, obj=None, show=False):
+    """Check all sources under root: the problems as lines of text, and a line that sums up."""
     problems, n_functions, n_public, n_sections = [], 0, 0, 0
-    files = sorted({p for pattern in SOURCES for p in args.root.glob(pattern)})
+    files = sorted({p for pattern in SOURCES for p in root.glob(pattern)})
     for path in files:
-        name = path.relative_to(args.root)
+        name = path.relative_to(root)
         lines = path.read_text(encoding="utf-8").split("\n")
 
         def report(line, message, name=name):
             problems.append("%s:%d: %s" % (name, line, message))
 
-        check_text(path, lines, report)
-        if path.suffix in (".h", ".c"):
-            n_functions += check_functions(lines, report)
+        n_functions += check_file(path, lines, report, show)
         if str(name) in HEADERS:
-            parts = sections(lines)
-            check_contents(lines, report)
-            check_portability(lines, parts, report)
-            check_budgets(parts, HEADERS[str(name)], report, args.sections)
-            n_public += check_public_names("\n".join(lines), args.root, report)
-            n_sections += len(parts)
-    if args.object:
-        check_symbols(args.object, lambda line, message: problems.append(
-            "%s: %s" % (args.object, message)))
-    for problem in problems:
-        print(problem)
-    print("lint: %d files, %d functions, %d of them public, %d sections: %s"
-          % (len(files), n_functions, n_public, n_sections,
-             "%d problems" % len(problems) if problems else "clean"))
+            n_sections += len(sections(lines))
+            n_public += check_public_names("\n".join(lines), root, report)
+    if obj:
+        check_symbols(obj, lambda line, message: problems.append("%s: %s" % (obj, message)))
+    return problems, ("lint: %d files, %d functions, %d of them public, %d sections: %s"
+                      % (len(files), n_functions, n_public, n_sections,
+                         "%d problems" % len(problems) if problems else "clean"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--object", help="object file of the implementation")
+    parser.add_argument("--sections", action="store_true",
+                        help="list rooms, sections, their lines and comments")
+    parser.add_argument("--root", default=pathlib.Path(__file__).resolve().parent.parent,
+                        type=pathlib.Path)
+    args = parser.parse_args()
+    problems, summary = check_tree(args.root, args.object, args.sections)
+    print("\n".join(problems + [summary]))
     return 1 if problems else 0
 
 

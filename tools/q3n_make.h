@@ -326,7 +326,7 @@ Q3N_DEF q3n_result q3n_config_preset(const char *name, q3n_config *out, q3n_erro
 
 /* ---- Overrides ---- */
 
-/* v is inside [least, most], and whole unless the field is a double. */
+/* v is inside [min, max], and whole unless the field is a double. */
 static void q3n__config_store(q3n_config *c, const q3n__config_row *row, double v)
 {
     const int i = row->kind == 'F' ? 0 : (int)v;

@@ -140,7 +140,7 @@ double        bench_bits_per_weight(const bench *b, const char **type);
 
 bench_spread bench_spread_of(const bench_samples *samples);
 double       bench_median(const bench_samples *samples);
-/* "key": median, "key_min": least, "key_max": most, "key_samples": [...].  Returns the median. */
+/* "key": median, "key_min": min, "key_max": max, "key_samples": [...].  Returns the median. */
 double       bench_json_samples(const char *key, const bench_samples *samples);
 /* The object's beginning: machine, model, what was asked. */
 void         bench_json_machine(void);

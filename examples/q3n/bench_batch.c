@@ -15,9 +15,9 @@ typedef struct batch_run {
     bench          *b;
     int             max;                 /* sessions */
     q3n_batch      *batch[BENCH_LIST];   /* by threads */
-    q3n_session   **session[BENCH_LIST]; /* by threads: [most] */
-    q3n_snapshot  **start[BENCH_LIST];   /* by depths: [most], NULL = an empty session */
-    q3n_batch_item *items;               /* [most], each with logits of its own */
+    q3n_session   **session[BENCH_LIST]; /* by threads: [max] */
+    q3n_snapshot  **start[BENCH_LIST];   /* by depths: [max], NULL = an empty session */
+    q3n_batch_item *items;               /* [max], each with logits of its own */
     batch_case     *cases;
     int             n_cases;
 } batch_run;

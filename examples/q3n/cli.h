@@ -269,9 +269,9 @@ void cli_cases_free(cli_cases *cases);
 /* names_of_batch: q3n bench has another --batch. */
 #define CLI_CONTEXT_OPTIONS(s, names_of_batch, speculate_default)                                 \
     { "-c --ctx --ctx-size", "N", CLI_INT, &(s).ctx, 1, 1 << 30,                                  \
-      "most tokens that a session holds (what the model was made for)" },                         \
+      "context size in tokens (what the model was made for)" },                                   \
     { names_of_batch, "N", CLI_INT, &(s).batch, 1, 1 << 20,                                       \
-      "most tokens evaluated at once (512)" },                                                    \
+      "batch size: tokens evaluated at once (512)" },                                             \
     { "--isa", "NAME", CLI_ISA, &(s).isa, 0, 0,                                                   \
       "best instruction set to use (the best there is)" },                                        \
     { "--kv --kv-type", "TYPE", CLI_KV_TYPE, &(s).kv, 0, 0, "of the KV cache (f32)" },            \
