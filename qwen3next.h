@@ -1751,7 +1751,12 @@ static int q3n__file_wide(const char *path, wchar_t wide[Q3N__PATH_ROOM])
          ? 0 : Q3N__FILE_BAD_PATH;
 }
 
-static int  q3n__file_code(int ok) { return ok ? 0 : (int)GetLastError(); }
+/* 0, or why a call failed: never 0, whatever the call left there. */
+static int  q3n__file_code(int ok)
+{
+    const DWORD code = ok ? 0 : GetLastError();
+    return ok ? 0 : code ? (int)code : ERROR_GEN_FAILURE;
+}
 static int  q3n__file_absent(int code)
 {
     return code == ERROR_FILE_NOT_FOUND || code == ERROR_PATH_NOT_FOUND;
@@ -4412,9 +4417,11 @@ static q3n_result q3n__load_header(q3n__load *ld, int skip_checksum)
     if (skip_checksum) return Q3N_OK;
     /* The checksum's own four bytes count as zeros: they cannot hold a checksum of themselves. */
     const uint8_t zero[4] = { 0, 0, 0, 0 };
-    uint32_t crc = q3n__crc32(0, p, 32);
-    crc = q3n__crc32(crc, zero, 4);
-    crc = q3n__crc32(crc, p + 36, ld->meta_bytes - 36);
+    q3n__crc_table table;
+    q3n__crc_table_make(&table);
+    uint32_t crc = q3n__crc32_with(&table, 0, p, 32);
+    crc = q3n__crc32_with(&table, crc, zero, 4);
+    crc = q3n__crc32_with(&table, crc, p + 36, ld->meta_bytes - 36);
     if (crc != q3n__load_u32(p + 32))
         return q3n__fail(ld->err, Q3N_ERR_CHECKSUM, 32, "metadata checksum is %08x, expected %08x: "
                          "the file is damaged", crc, q3n__load_u32(p + 32));
@@ -4829,9 +4836,10 @@ static q3n_result q3n__load_tensor_place(q3n__load *ld, const uint8_t *p, int64_
     const int64_t n_slices = t->n_dims == 3 ? t->dim[0] : 1;
     const int64_t rows =
         q3n__stored_rows(t->type, t->n_dims == 3 ? t->dim[1] : t->n_dims == 2 ? t->dim[0] : 1);
-    /* dimensions are at most 2^30 and blocks at most 2^10 bytes: the product fits 2^70 only in
-     * parts, so the size is compared through a division */
-    const uint64_t row = (uint64_t)q3n__row_bytes(t->type, (int)cols);
+    /* In 64 bits, where size_t has 32: a row of 2^30 floats has 2^32 bytes.  Rows times bytes can
+     * pass 2^64, so the size is compared through a division. */
+    const uint64_t row = ((uint64_t)cols + (uint64_t)ty->block_len - 1) / (uint64_t)ty->block_len
+                       * (uint64_t)ty->block_bytes;
     if (row > file || (uint64_t)rows > file / row || slice != (uint64_t)rows * row)
         return q3n__fail(ld->err, Q3N_ERR_FORMAT, at + 48,
                          "%s: slice of %llu bytes, expected %lld rows "
