@@ -4417,11 +4417,9 @@ static q3n_result q3n__load_header(q3n__load *ld, int skip_checksum)
     if (skip_checksum) return Q3N_OK;
     /* The checksum's own four bytes count as zeros: they cannot hold a checksum of themselves. */
     const uint8_t zero[4] = { 0, 0, 0, 0 };
-    q3n__crc_table table;
-    q3n__crc_table_make(&table);
-    uint32_t crc = q3n__crc32_with(&table, 0, p, 32);
-    crc = q3n__crc32_with(&table, crc, zero, 4);
-    crc = q3n__crc32_with(&table, crc, p + 36, ld->meta_bytes - 36);
+    uint32_t crc = q3n__crc32(0, p, 32);
+    crc = q3n__crc32(crc, zero, 4);
+    crc = q3n__crc32(crc, p + 36, ld->meta_bytes - 36);
     if (crc != q3n__load_u32(p + 32))
         return q3n__fail(ld->err, Q3N_ERR_CHECKSUM, 32, "metadata checksum is %08x, expected %08x: "
                          "the file is damaged", crc, q3n__load_u32(p + 32));
