@@ -1338,6 +1338,11 @@ int  clock_gettime(const struct __clockid *clock, struct timespec *t);
 #elif !defined(_WIN32)
 #  define Q3N__CLOCK CLOCK_MONOTONIC
 #endif
+#if defined(O_CLOEXEC) || !defined(__linux__)
+#  define Q3N__O_CLOEXEC O_CLOEXEC
+#else
+#  define Q3N__O_CLOEXEC 02000000        /* asm-generic/fcntl.h: every machine that is supported */
+#endif
 
 #define Q3N__INFINITY HUGE_VALF    /* Linux's <sys/vlimit.h> makes an int of INFINITY */
 
@@ -1564,7 +1569,6 @@ static void q3n__cond_wait(q3n__cond *c, q3n__mutex *m) { pthread_cond_wait(c, m
 static void q3n__cond_broadcast(q3n__cond *c) { pthread_cond_broadcast(c); }
 #  endif
 
-
 /* The lower of two limits of which 0 is none.  CPUs have three: those on line, the process's set,
  * the quota of its cgroups (how a container with --cpus=2 is held on a machine of 64). */
 static int q3n__limit_min(int a, int b) { return a == 0 || (b > 0 && b < a) ? b : a; }
@@ -1587,7 +1591,7 @@ static int q3n__cpu_set_count(void)
  * /sys come in one read. */
 static void q3n__text_read(const char *path, char *text, size_t size)
 {
-    const int fd = open(path, O_RDONLY);
+    const int fd = open(path, O_RDONLY | Q3N__O_CLOEXEC);
     const ssize_t n = fd < 0 ? -1 : read(fd, text, size - 1);
     text[n < 0 ? 0 : n] = '\0';
     if (fd >= 0) close(fd);
@@ -1987,11 +1991,6 @@ int     fsync(int fd);
 int     fchmod(int fd, mode_t mode);
 int     fchown(int fd, unsigned owner, unsigned group);
 ssize_t readlink(const char *restrict path, char *restrict to, size_t room);
-#  endif
-#  if defined(O_CLOEXEC) || !defined(__linux__)
-#    define Q3N__O_CLOEXEC O_CLOEXEC
-#  else
-#    define Q3N__O_CLOEXEC 02000000    /* asm-generic/fcntl.h: every machine that is supported */
 #  endif
 
 static int  q3n__file_code(int ok)     { return ok ? 0 : errno; }
