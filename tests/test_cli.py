@@ -773,11 +773,20 @@ class StateTest(CliTest):
         self.assertTrue(os.listdir(folder))
 
 
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+
+
+def heed_interrupts():
+    """Whatever a shell in the background, or nohup, made of them."""
+    for number in INTERRUPTS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def catches_interrupt(pid):
-    """The process has a handler for SIGINT."""
+    """The process has a handler for SIGTERM, which nobody ignores."""
     with open("/proc/%d/status" % pid, encoding="ascii") as f:
         caught = next(line for line in f if line.startswith("SigCgt:"))
-    return int(caught.split()[1], 16) >> (signal.SIGINT - 1) & 1
+    return int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1
 
 
 def wait_until(condition):
@@ -799,10 +808,11 @@ class InterruptTest(CliTest):
         self.prompt, self.output = case["prompt_ids"], case["output_ids"]
         self.path = os.path.join(self.folder, "chat.q3s")
 
-    def start(self, *args, **streams):
+    def start(self, *args, **other):
         """Unbuffered: what read() has taken in beyond its answer, communicate() would not see."""
         run = subprocess.Popen(COMMAND + list(args), stdin=subprocess.DEVNULL, bufsize=0,
-                               **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams})
+                               **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+                                  "preexec_fn": heed_interrupts, **other})
         self.addCleanup(run.stdout.close)
         self.addCleanup(run.wait)
         self.addCleanup(run.kill)
@@ -880,12 +890,46 @@ class InterruptTest(CliTest):
 
     def test_files_under_way_are_removed(self):
         path = os.path.join(self.folder, "big.q3n")
-        run = self.start("init", path, "--preset", "g2", "--type", "f32")
+        for number in INTERRUPTS:
+            run = self.start("init", path, "--preset", "g2", "--type", "f32")
+            wait_until(lambda: catches_interrupt(run.pid) and os.listdir(self.folder))
+            run.send_signal(number)
+            out, notes = run.communicate()
+            self.assertEqual((run.returncode, out, notes),
+                             (128 + number, b"", b"q3n: interrupted\n"))
+            self.assertEqual(os.listdir(self.folder), [])
+
+    def test_a_copy_under_way_is_removed(self):
+        source, path = (os.path.join(self.folder, n) for n in ("large.q3n", "copy.q3n"))
+        self.run_cli("init", source, "--preset", "tiny", "--vocab", "150000", "--hidden-size",
+                     "256")
+        for number in INTERRUPTS:
+            with open(path, "w", encoding="ascii") as f:
+                f.write("older")
+            run = self.start("quantize", source, path, "--type", "q4", "--threads", "1")
+            wait_until(lambda: catches_interrupt(run.pid) and len(os.listdir(self.folder)) == 3)
+            run.send_signal(number)
+            out, notes = run.communicate()
+            self.assertEqual((run.returncode, out, notes),
+                             (128 + number, b"", b"q3n: interrupted\n"))
+            self.assertEqual(sorted(os.listdir(self.folder)), ["copy.q3n", "large.q3n"])
+            with open(path, encoding="ascii") as f:
+                self.assertEqual(f.read(), "older")
+
+    def test_what_is_ignored_stays_so(self):
+        """As under nohup."""
+        path = os.path.join(self.folder, "big.q3n")
+
+        def ignore_hangup():
+            heed_interrupts()
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        run = self.start("init", path, "--preset", "tiny", "--vocab", "150000", "--hidden-size",
+                         "256", preexec_fn=ignore_hangup)
         wait_until(lambda: catches_interrupt(run.pid) and os.listdir(self.folder))
-        run.send_signal(signal.SIGINT)
+        run.send_signal(signal.SIGHUP)
         out, notes = run.communicate()
-        self.assertEqual((run.returncode, out, notes), (130, b"", b"q3n: interrupted\n"))
-        self.assertEqual(os.listdir(self.folder), [])
+        self.assertEqual((run.returncode, notes), (0, b""))
+        self.assertEqual(os.listdir(self.folder), ["big.q3n"])
 
     def test_scratch_files_are_removed(self):
         run = self.start("bench", model("stories"), "--session", "-p", "60", "-n", "10", "-t", "1",

@@ -1706,7 +1706,7 @@ class Program(Case):
             run.send_signal(number)
             _, err = run.communicate()
             self.assertEqual((run.returncode, err),
-                             (130, "convert.py: interrupted: nothing was written\n"))
+                             (128 + number, "convert.py: interrupted: nothing was written\n"))
             self.assertEqual([n for n in os.listdir(self.dir) if n != "big"], ["o.q3n"])
             with open(self.path("o.q3n")) as f:
                 self.assertEqual(f.read(), "older")

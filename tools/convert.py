@@ -398,8 +398,8 @@ def write_plan(plan, args, definitions):
         say("wrote %s: %d tensors, %s" % (args.out, len(tensors), size_text(file_bytes)))
 
 
-def terminate(*_):
-    raise KeyboardInterrupt
+def terminate(number, _):
+    raise KeyboardInterrupt(number)
 
 
 def main(argv):
@@ -422,9 +422,9 @@ def main(argv):
     except UnicodeEncodeError as e:
         say("error: found the text %a, expected valid Unicode" % e.object[:60])
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         say("interrupted: nothing was written")
-        return 130
+        return 128 + (e.args[0] if e.args else signal.SIGINT)
     finally:
         safetensors_file.Store.close_all()
     return 0

@@ -3,7 +3,8 @@
  * A command is a function in cmd_*.c that parses its options and works; whatever goes wrong ends
  * the program through cli_fail (status 1) or cli_misuse (status 2), one line on stderr.  The
  * system then takes memory back, so only the paths that succeed release it.  What outlives the
- * program is finished or removed after an interrupt too; then the status is CLI_INTERRUPTED.
+ * program is finished or removed after an interrupt too (SIGINT, SIGTERM, SIGHUP); then the status
+ * is 128 + the signal's number.
  */
 #ifndef Q3N_CLI_H
 #define Q3N_CLI_H
@@ -22,8 +23,9 @@
 
 #define CLI_COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
 
-enum { CLI_FAILURE = 1, CLI_MISUSE = 2, CLI_INTERRUPTED = 130 };
-#define CLI_EXIT_STATUS "Exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted."
+enum { CLI_FAILURE = 1, CLI_MISUSE = 2 };
+#define CLI_EXIT_STATUS \
+    "0 success, 1 failure, 2 wrong usage, 130 interrupted (128 + the signal's number)."
 
 /* ---- report.c: what people read ---- */
 
@@ -70,7 +72,7 @@ void   cli_prepare(int *argc, char ***argv);
  * that has none is empty. */
 FILE  *cli_open_stream(const char *path, const char **why);
 void   cli_catch_interrupt(void);           /* from now on the first one only sets a flag */
-int    cli_interrupted(void);
+int    cli_interrupted(void);               /* 0, or the exit status */
 int    cli_n_cpus(void);                    /* that this process may use */
 #define CLI_NAME_ROOM 128
 const char *cli_cpu_name(char text[CLI_NAME_ROOM]);     /* "unknown" if the system does not say */

@@ -92,7 +92,7 @@ static void print_man(void)
     }
     printf(".SH COMMANDS\n");
     cli_describe_all(print_roff_command);
-    printf(".SH EXIT STATUS\n0 success, 1 failure, 2 wrong usage, 130 interrupted.\n"
+    printf(".SH EXIT STATUS\n" CLI_EXIT_STATUS "\n"
            ".SH SEE ALSO\n.B q3n\\-convert \\-\\-help\n");
 }
 

@@ -449,5 +449,5 @@ int cmd_run(int argc, char **argv)
     cli_cases_free(&prompts);
     q3n_model_close(m);
     const int status = cli_finish();
-    return cli_interrupted() ? CLI_INTERRUPTED : status;
+    return cli_interrupted() ? cli_interrupted() : status;
 }

@@ -37,7 +37,7 @@ void cli_print_usage(FILE *f)
         fprintf(f, "  %-11s %s\n", commands[i].name, commands[i].about);
     }
     fprintf(f, "\nq3n COMMAND --help shows the options of a command, q3n --version the version.\n"
-               CLI_EXIT_STATUS "\n");
+               "Exit status: " CLI_EXIT_STATUS "\n");
 }
 
 int cli_run_command(int argc, char **argv)

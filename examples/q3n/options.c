@@ -153,7 +153,7 @@ static void print_help(const cli_syntax *syntax)
 {
     printf("Usage: q3n %s\n\n%s\n\nOptions:\n", syntax->synopsis, syntax->about);
     for (int i = 0; i < syntax->n_options; i++) print_option(&syntax->options[i]);
-    printf("  %-28s %s\n\n" CLI_EXIT_STATUS "\n", "-h, --help", CLI_HELP);
+    printf("  %-28s %s\n\nExit status: " CLI_EXIT_STATUS "\n", "-h, --help", CLI_HELP);
 }
 
 static cli_describe_fn *describe = print_help;

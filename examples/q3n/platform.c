@@ -17,21 +17,35 @@ enum { PATH_ROOM = 1024 };
 
 static volatile sig_atomic_t interrupted;
 
+/* What asks a program to end: Ctrl-C, kill and a system that stops, a terminal that is gone. */
+static const int interrupts[] = {
+    SIGINT, SIGTERM,
+#if defined(SIGHUP)
+    SIGHUP,
+#endif
+};
+
+/* Which are ignored stays so: nohup, jobs in the background. */
+static void set_handlers(void (*handler)(int))
+{
+    for (int i = 0; i < CLI_COUNT(interrupts); i++)
+        if (signal(interrupts[i], SIG_IGN) != SIG_IGN) signal(interrupts[i], handler);
+}
+
 static void on_interrupt(int number)
 {
-    (void)number;
-    interrupted = 1;
-    signal(SIGINT, SIG_DFL);      /* the second one ends the program */
+    interrupted = number;
+    set_handlers(SIG_DFL);        /* the second one ends the program */
 }
 
 void cli_catch_interrupt(void)
 {
-    signal(SIGINT, on_interrupt);
+    set_handlers(on_interrupt);
 }
 
 int cli_interrupted(void)
 {
-    return interrupted != 0;
+    return interrupted == 0 ? 0 : 128 + interrupted;
 }
 
 #if defined(_WIN32)

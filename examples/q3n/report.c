@@ -70,7 +70,7 @@ void cli_stop(void)
 {
     fflush(stdout);
     fprintf(stderr, "q3n: interrupted\n");
-    exit(CLI_INTERRUPTED);
+    exit(cli_interrupted());
 }
 
 void cli_fail_with(const char *subject, const q3n_error *err)
