@@ -829,7 +829,7 @@ Q3N_DEF q3n_result q3n_model_stats_get(const q3n_model *m, q3n_model_stats *out)
 typedef struct q3n_session  q3n_session;
 typedef struct q3n_snapshot q3n_snapshot;
 typedef struct q3n_cache    q3n_cache;
-typedef struct q3n_batch    q3n_batch;
+typedef struct q3n_engine   q3n_engine;
 
 /* Called after each layer during evaluation, on the thread that called eval: x [n, d] is the
  * residual stream after layer l (l = -1: the embeddings; l = layers: after the final norm). */
@@ -857,9 +857,10 @@ typedef struct q3n_session_options {     /* begin with Q3N_INIT; zero = default 
                                             Q3N_ERR_UNSUPPORTED if q3n_isa_supported says no     */
     q3n_executor   executor;             /* run = NULL: the session makes its own threads        */
     q3n_layer_hook layer_hook;
-    q3n_batch     *shared;               /* evaluate with the threads and scratch of this batch:
-                                            batch, n_threads, isa and executor are its own.  Batch
-                                            and session then belong to one thread                */
+    q3n_engine    *engine;               /* evaluates, instead of one that the session makes: then
+                                            batch, n_threads, isa, executor and layer_hook are the
+                                            engine's.  Both belong to one thread, and it outlives
+                                            the session                                          */
     q3n_cache     *cache;                /* snapshots go here and come from here; it outlives the
                                             session                                              */
     size_t         snapshot_bytes;       /* without a cache: > 0 = a cache of the session's own
@@ -949,7 +950,7 @@ Q3N_DEF q3n_result       q3n_session_tokens(const q3n_session *s, int first, int
                                             int32_t *tokens);
 
 /* Stop the evaluation under way, and nothing later: the call of q3n_session_eval, _eval_outputs,
- * _classify, _prefill, _reuse, _rewind, _decode, _draft or q3n_batch_eval that the session takes
+ * _classify, _prefill, _reuse, _rewind, _decode, _draft or q3n_engine_eval that the session takes
  * part in ends within the time of one layer, or of one step's drafts, with Q3N_ERR_CANCELLED
  * (unless something else fails first), and the session is as before it.  A batch stops as a whole,
  * after the pass under way if that has no tokens of the session.
@@ -961,6 +962,7 @@ Q3N_DEF q3n_result       q3n_session_tokens(const q3n_session *s, int first, int
 Q3N_DEF int              q3n_session_cancel(q3n_session *s);
 
 Q3N_DEF const q3n_model *q3n_session_model(const q3n_session *s);
+Q3N_DEF q3n_engine      *q3n_session_engine(const q3n_session *s);    /* its own or the given    */
 Q3N_DEF int              q3n_session_length(const q3n_session *s);    /* tokens evaluated so far */
 Q3N_DEF int              q3n_session_capacity(const q3n_session *s);
 Q3N_DEF int              q3n_session_n_threads(const q3n_session *s);
@@ -1010,7 +1012,7 @@ Q3N_DEF q3n_result q3n_session_prefill(q3n_session *s, const int32_t *tokens, in
                                     int *n_reused);
 
 /* The first step of q3n_session_prefill alone: afterwards the session's text is the *n_reused first
- * of tokens [n].  For callers that evaluate the rest in bounded steps (q3n_batch_eval). */
+ * of tokens [n].  For callers that evaluate the rest in bounded steps (q3n_engine_eval). */
 Q3N_DEF q3n_result q3n_session_reuse(q3n_session *s, const int32_t *tokens, int n, int *n_reused);
 
 /* Put a snapshot of the state into the cache; marked ones outlive those of snapshot_every.  Does
@@ -1082,18 +1084,41 @@ Q3N_DEF void       q3n_cache_clear(q3n_cache *c);      /* out of memory; into th
 /* Errors: Q3N_ERR_ARG (NULL, or the size of *out is 0). */
 Q3N_DEF q3n_result q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out);
 
-/* ---- Many sessions at once ---- */
+/* ---- Engine: what evaluates, many sessions at once ---- */
 
-/* Threads and scratch that evaluate tokens of several sessions in one pass.  One thread at a time,
- * but for q3n_batch_cancel; it outlives the sessions that share it. */
-typedef struct q3n_batch_item {
-    q3n_session   *session;              /* of the batch's model, each at most once in a call    */
+typedef struct q3n_engine_options {      /* begin with Q3N_INIT; zero = default                  */
+    size_t         size;
+    int            n_threads;            /* 0 = one per CPU of the process, within its quota     */
+    int            batch_size;           /* most tokens of one pass; 0 = 512, at most 65536      */
+    q3n_isa        isa;                  /* AUTO (0) = the best there is, else exactly this one:
+                                            Q3N_ERR_UNSUPPORTED if q3n_isa_supported says no     */
+    int            zero;                 /* 0                                                    */
+    q3n_executor   executor;             /* run = NULL: the engine makes its own threads         */
+    q3n_layer_hook layer_hook;
+} q3n_engine_options;
+
+/* Threads, kernels and the scratch of one pass, for any number of sessions (option engine).  One
+ * thread at a time, with all its sessions, but for q3n_engine_cancel; it outlives them.  Takes
+ * q3n_engine_bytes of memory, and with several threads room for partial results of attention, up to
+ * 4 (head_dim + 2) num_attention_heads floats for every 256 tokens of the longest session's text,
+ * rounded up to a power of two. */
+Q3N_DEF size_t     q3n_engine_bytes(const q3n_model *m, const q3n_engine_options *o);
+Q3N_DEF q3n_result q3n_engine_create(q3n_engine **out, const q3n_model *m,
+                                     const q3n_engine_options *o, q3n_error *err);
+Q3N_DEF void       q3n_engine_destroy(q3n_engine *e);  /* NULL is allowed; after its sessions */
+Q3N_DEF int        q3n_engine_n_threads(const q3n_engine *e);
+Q3N_DEF int        q3n_engine_batch_size(const q3n_engine *e);
+Q3N_DEF q3n_isa    q3n_engine_isa(const q3n_engine *e);
+
+typedef struct q3n_engine_item {         /* begin with Q3N_INIT; all of an array of one size     */
+    size_t         size;
+    q3n_session   *session;              /* of the engine, each at most once in a call           */
     const int32_t *tokens;               /* [n] to append                                        */
     int            n;
     int            done;                 /* in and out: how many of them are evaluated; begin
                                             with 0                                               */
     float         *logits;               /* [vocab] out, when done becomes n; NULL = not wanted  */
-} q3n_batch_item;
+} q3n_engine_item;
 
 typedef struct q3n_limit {               /* begin with Q3N_INIT; zero = until all is done        */
     size_t  size;
@@ -1103,25 +1128,16 @@ typedef struct q3n_limit {               /* begin with Q3N_INIT; zero = until al
                                             one token is always evaluated                        */
 } q3n_limit;
 
-/* Uses batch, n_threads, isa, executor and layer_hook of o.  Takes
- * q3n_batch_bytes of memory, and with several threads room for partial results of attention, up to
- * 4 (head_dim + 2) num_attention_heads floats for every 256 tokens of the longest session's text,
- * rounded up to a power of two. */
-Q3N_DEF size_t     q3n_batch_bytes(const q3n_model *m, const q3n_session_options *o);
-Q3N_DEF q3n_result q3n_batch_create(q3n_batch **out, const q3n_model *m,
-                                    const q3n_session_options *o, q3n_error *err);
-Q3N_DEF void       q3n_batch_destroy(q3n_batch *b);    /* NULL is allowed; after its sessions */
-
 /* Evaluate items until all are done or the limit (NULL = none) is reached: call again with the same
  * array to go on.  Each pass takes one token of every unfinished item and fills up with more, in
  * the order of the items.  Every session gets the bits that it would get alone.
- * Errors: as q3n_session_eval, and Q3N_ERR_ARG (session twice, of another model or instruction
- * set); then every session, and done of every item, is as before the call. */
-Q3N_DEF q3n_result       q3n_batch_eval(q3n_batch *b, q3n_batch_item *items, int n_items,
-                                        const q3n_limit *limit);
-/* As q3n_session_cancel: q3n_batch_eval, or the call of a session that shares the batch. */
-Q3N_DEF int              q3n_batch_cancel(q3n_batch *b);
-Q3N_DEF const q3n_error *q3n_batch_error(const q3n_batch *b);
+ * Errors: as q3n_session_eval, and Q3N_ERR_ARG (session twice, or not of this engine); then every
+ * session, and done of every item, is as before the call. */
+Q3N_DEF q3n_result       q3n_engine_eval(q3n_engine *e, q3n_engine_item *items, int n_items,
+                                         const q3n_limit *limit);
+/* As q3n_session_cancel: q3n_engine_eval, or the call of a session of the engine. */
+Q3N_DEF int              q3n_engine_cancel(q3n_engine *e);
+Q3N_DEF const q3n_error *q3n_engine_error(const q3n_engine *e);
 
 /* ---- Tokenizer: part of the model, no state ---- */
 
@@ -9820,8 +9836,9 @@ Q3N_DEF q3n_result q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out)
 /* =====================================================================================
  * [20] ENGINE                                                                >>engine
  *
- * What evaluates: threads, kernels and scratch, of one session or of a batch, in one allocation
- * that is measured first and then handed out.  Options of sessions and batches.
+ * What evaluates: threads, kernels and the scratch of one pass, in one allocation that is measured
+ * first and then handed out.  A session makes one for itself, or many are given the same.  Options
+ * of engines and sessions.
  * ===================================================================================== */
 
 /* Measured microseconds of passes, by their rows: drafts and bounded steps are chosen by them. */
@@ -9851,9 +9868,16 @@ typedef struct {
     int             mtp_idle;                    /* steps since drafts of the module paid         */
 } q3n__learned;
 
+/* The next n tokens of one session in a pass; last: the call takes no more of this session. */
 typedef struct {
+    q3n_session   *s;
+    const int32_t *tokens;
+    int            n, last;
+} q3n__chunk;
+
+struct q3n_engine {
     const q3n_model    *model;
-    q3n_session_options options;      /* with the defaults filled in                              */
+    q3n_engine_options  options;      /* with the defaults filled in                              */
     int                 has_mtp;
     int                 logit_rows;   /* of `logits`                                              */
     q3n__kernels        kernels;
@@ -9870,7 +9894,10 @@ typedef struct {
     void               *split;        /* partial results of split attention, grows               */
     q3n__atomic         cancel;       /* Q3N__IDLE, RUNNING or CANCELLED: a batch's request       */
     q3n__costs          costs;
-} q3n__engine;
+    q3n_error           error;
+    q3n__chunk         *chunks;       /* [batch] of a pass                                        */
+    int                 turn;         /* item whose turn is first if a pass has no room for all   */
+};
 
 /* ---- Options and memory ---- */
 
@@ -9878,13 +9905,13 @@ typedef struct {
  * Every array is then at most `limit` bytes, SIZE_MAX / 4 but in tests; with 64 bits
  * (Q3N_CONFIG_LIST) all are.  The arrays: a run's widest activations, pages, states, what attention
  * has of single blocks. */
-static q3n_result q3n__check_sizes(const q3n_config *c, const q3n_session_options *o,
+static q3n_result q3n__check_sizes(const q3n_config *c, const q3n_engine_options *o, int capacity,
                                    uint64_t limit, q3n_error *err)
 {
     const uint64_t layers = (uint64_t)c->num_hidden_layers + 1, D = (uint64_t)c->head_dim;
     const uint64_t HD = D * (uint64_t)c->num_attention_heads;
     const uint64_t v = (uint64_t)c->linear_num_value_heads * (uint64_t)c->linear_value_head_dim;
-    const uint64_t C = (uint64_t)q3n__config_channels(c), n = (uint64_t)o->batch;
+    const uint64_t C = (uint64_t)q3n__config_channels(c), n = (uint64_t)o->batch_size;
     const uint64_t experts = ((uint64_t)c->num_experts_per_tok + 1)
                            * (uint64_t)c->moe_intermediate_size
                            + 2 * (uint64_t)c->shared_expert_intermediate_size;
@@ -9894,36 +9921,31 @@ static q3n_result q3n__check_sizes(const q3n_config *c, const q3n_session_option
         layers * (uint64_t)c->num_key_value_heads * (2 * D + 2) * Q3N__KV_BLOCK,
         layers * v * (uint64_t)c->linear_key_head_dim, layers * 16 * C,
         o->n_threads == 1 ? 0 : 4 * (HD + 2 * (uint64_t)c->num_attention_heads)
-                                * ((uint64_t)o->capacity / (Q3N__KV_BLOCK / 2) + 4),
+                                * ((uint64_t)capacity / (Q3N__KV_BLOCK / 2) + 4),
     };
     for (size_t i = 0; i < sizeof floats / sizeof *floats; i++)
         if (floats[i] > limit / sizeof(float))
-            return q3n__fail(err, Q3N_ERR_MEMORY, -1, "a session with batch %d and capacity %d has "
-                             "arrays of %llu bytes, this machine at most of %llu", o->batch,
-                             o->capacity, (unsigned long long)(floats[i] * sizeof(float)),
+            return q3n__fail(err, Q3N_ERR_MEMORY, -1, "batch_size %d and capacity %d take arrays "
+                             "of %llu bytes, this machine has at most %llu", o->batch_size,
+                             capacity, (unsigned long long)(floats[i] * sizeof(float)),
                              (unsigned long long)limit);
     return Q3N_OK;
 }
 
 /* Fill in defaults; an error if the options cannot be. */
-static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session_options *in,
-                                           q3n_session_options *o, q3n_error *err)
+static q3n_result q3n__engine_options_set(const q3n_model *m, const q3n_engine_options *in,
+                                          q3n_engine_options *o, q3n_error *err)
 {
-    const q3n_config *c = &m->config;
-    const q3n_result r = q3n__struct_read(o, sizeof *o, in, "q3n_session_options", err);
+    q3n_result r = q3n__struct_read(o, sizeof *o, in, "q3n_engine_options", err);
+    if (r == Q3N_OK) r = q3n__check_zero(o->zero, "q3n_engine_options", err);
     if (r != Q3N_OK) return r;
-    if (o->capacity == 0)
-        o->capacity = c->rope_type == Q3N_ROPE_TABLE
-                        && m->weights.rope_positions < c->max_position_embeddings
-                    ? m->weights.rope_positions : c->max_position_embeddings;
-    if (o->batch == 0) o->batch = 512;
-    if (o->batch > o->capacity) o->batch = o->capacity;
+    if (o->batch_size == 0) o->batch_size = 512;
     if (o->executor.run) o->n_threads = o->executor.n_threads;
     else if (o->n_threads == 0) o->n_threads = q3n__cpu_count();
     if (!Q3N__HAS_THREADS && !o->executor.run) o->n_threads = 1;
-    if (o->capacity < 1 || o->capacity > (1 << 30) || o->batch < 1 || o->batch > (1 << 16))
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "capacity %d and batch %d: expected 1 .. 2^30 and "
-                         "1 .. 65536 tokens", o->capacity, o->batch);
+    if (o->batch_size < 1 || o->batch_size > (1 << 16))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "a batch of %d tokens: expected 1 .. 65536",
+                         o->batch_size);
     if (o->n_threads < 1 || o->n_threads > 1024)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "%d threads: expected 1 .. 1024", o->n_threads);
     if (o->isa != Q3N_ISA_AUTO && !q3n_isa_name(o->isa))
@@ -9932,6 +9954,37 @@ static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session
         return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "%s is not compiled in, or not of this "
                          "processor and system: the best here is %s", q3n_isa_name(o->isa),
                          q3n_isa_name(q3n_isa_best()));
+    return q3n__check_sizes(&m->config, o, 0, SIZE_MAX / 4, err);
+}
+
+/* Options of the engine that evaluates: the given one, or one that the session makes. */
+static q3n_result q3n__session_engine_options(const q3n_model *m, const q3n_session_options *o,
+                                              q3n_engine_options *e, q3n_error *err)
+{
+    const q3n_engine_options own = {
+        .size = sizeof own, .n_threads = o->n_threads, .isa = o->isa, .executor = o->executor,
+        .layer_hook = o->layer_hook, .batch_size = o->batch == 0 ? 512 : o->batch };
+    q3n_engine_options fits = own;
+    if (fits.batch_size > o->capacity) fits.batch_size = o->capacity;
+    if (!o->engine) return q3n__engine_options_set(m, &fits, e, err);
+    *e = o->engine->options;
+    return Q3N_OK;
+}
+
+static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session_options *in,
+                                           q3n_session_options *o, q3n_error *err)
+{
+    const q3n_config *c = &m->config;
+    q3n_engine_options engine;
+    q3n_result r = q3n__struct_read(o, sizeof *o, in, "q3n_session_options", err);
+    if (r != Q3N_OK) return r;
+    if (o->capacity == 0)
+        o->capacity = c->rope_type == Q3N_ROPE_TABLE
+                        && m->weights.rope_positions < c->max_position_embeddings
+                    ? m->weights.rope_positions : c->max_position_embeddings;
+    if (o->capacity < 1 || o->capacity > (1 << 30))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "capacity %d: expected 1 .. 2^30 tokens",
+                         o->capacity);
     if ((unsigned)o->kv_type >= Q3N_TYPE_COUNT
         || (q3n__is_quantised(o->kv_type) && o->kv_type != Q3N_TYPE_Q8))
         return q3n__fail(err, Q3N_ERR_ARG, -1, "KV cache type must be f32, f16, bf16 or q8");
@@ -9948,7 +10001,11 @@ static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session
     if (c->rope_type == Q3N_ROPE_TABLE && o->capacity > m->weights.rope_positions)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "capacity %d: the model's rotary tables end at %d",
                          o->capacity, m->weights.rope_positions);
-    return q3n__check_sizes(c, o, SIZE_MAX / 4, err);
+    r = q3n__session_engine_options(m, o, &engine, err);
+    if (r != Q3N_OK) return r;
+    o->batch = engine.batch_size;
+    o->n_threads = engine.n_threads;
+    return q3n__check_sizes(c, &engine, o->capacity, SIZE_MAX / 4, err);
 }
 
 static int q3n__wants_mtp(const q3n_model *m, const q3n_session_options *o)
@@ -9958,11 +10015,11 @@ static int q3n__wants_mtp(const q3n_model *m, const q3n_session_options *o)
 }
 
 /* The quantised copies of inputs, for models that have quantised matrices. */
-static void q3n__run_layout_quantised(q3n__arena *a, q3n__engine *e)
+static void q3n__run_layout_quantised(q3n__arena *a, q3n_engine *e)
 {
     const q3n_config *c = &e->model->config;
     q3n__run *r = &e->run;
-    const size_t n = (size_t)e->options.batch, k = (size_t)c->num_experts_per_tok;
+    const size_t n = (size_t)e->options.batch_size, k = (size_t)c->num_experts_per_tok;
     const int HD = c->num_attention_heads * c->head_dim;
     const int v = c->linear_num_value_heads * c->linear_value_head_dim, d = c->hidden_size;
     const int mixed = HD > v ? HD : v;
@@ -9979,19 +10036,19 @@ static void q3n__run_layout_quantised(q3n__arena *a, q3n__engine *e)
             a, n, sizeof *r->mtp_in_q * (size_t)q3n__x8_blocks(2 * d));
 }
 
-/* Activations of a run of at most e->options.batch tokens. */
-static void q3n__run_layout(q3n__arena *a, q3n__engine *e)
+/* Activations of a run of at most e->options.batch_size tokens. */
+static void q3n__run_layout(q3n__arena *a, q3n_engine *e)
 {
     const q3n_config *c = &e->model->config;
     q3n__run *r = &e->run;
-    const size_t n = (size_t)e->options.batch, f = sizeof(float), d = (size_t)c->hidden_size;
+    const size_t n = (size_t)e->options.batch_size, f = sizeof(float), d = (size_t)c->hidden_size;
     const size_t D = (size_t)c->head_dim, H = (size_t)c->num_attention_heads;
     const size_t KD = (size_t)c->num_key_value_heads * D, C = (size_t)q3n__config_channels(c);
     const size_t Hv = (size_t)c->linear_num_value_heads, v = Hv * (size_t)c->linear_value_head_dim;
     const size_t q_rows = H * D * (c->attn_output_gate ? 2 : 1);
     const size_t E = (size_t)c->num_experts, k = (size_t)c->num_experts_per_tok;
     const size_t Is = (size_t)c->shared_expert_intermediate_size;
-    r->max = e->options.batch;
+    r->max = e->options.batch_size;
     r->x = (float *)q3n__arena_take(a, n * d, f);
     r->a = (float *)q3n__arena_take(a, n * d, f);
     r->b = (float *)q3n__arena_take(a, n * d, f);
@@ -10024,13 +10081,14 @@ static void q3n__run_layout(q3n__arena *a, q3n__engine *e)
 }
 
 /* Everything after the engine's struct; threads come last: *threads gets their bytes. */
-static void q3n__engine_layout(q3n__arena *a, q3n__engine *e, size_t *threads)
+static void q3n__engine_layout(q3n__arena *a, q3n_engine *e, size_t *threads)
 {
-    const size_t n = (size_t)e->options.batch, d = (size_t)e->model->config.hidden_size;
+    const size_t n = (size_t)e->options.batch_size, d = (size_t)e->model->config.hidden_size;
     const size_t V = (size_t)e->model->config.vocab_size, f = sizeof(float);
     q3n__run_layout(a, e);
     e->segments = (q3n__segment *)q3n__arena_take(a, n, sizeof *e->segments);
     e->tokens = (int32_t *)q3n__arena_take(a, n, sizeof *e->tokens);
+    e->chunks = (q3n__chunk *)q3n__arena_take(a, n, sizeof *e->chunks);
     e->row = (float *)q3n__arena_take(a, d, f);
     if (e->has_mtp) e->hidden = (float *)q3n__arena_take(a, n + 1, f * d);
     e->gathered = (float *)q3n__arena_take(a, (size_t)e->logit_rows, f * d);
@@ -10042,13 +10100,13 @@ static void q3n__engine_layout(q3n__arena *a, q3n__engine *e, size_t *threads)
 }
 
 /* Split attention keeps a partial result for each query and block. */
-static size_t q3n__split_queries(const q3n__engine *e)
+static size_t q3n__split_queries(const q3n_engine *e)
 {
-    const int n = e->options.batch < Q3N__SPLIT_TOKENS ? e->options.batch : Q3N__SPLIT_TOKENS;
+    const int max = e->options.batch_size, n = max < Q3N__SPLIT_TOKENS ? max : Q3N__SPLIT_TOKENS;
     return (size_t)n * (size_t)e->model->config.num_attention_heads;
 }
 
-static size_t q3n__split_bytes(const q3n__engine *e, int n_blocks)
+static size_t q3n__split_bytes(const q3n_engine *e, int n_blocks)
 {
     const size_t D = (size_t)e->model->config.head_dim;
     return q3n__split_queries(e) * (size_t)n_blocks * (sizeof(float) * D
@@ -10056,7 +10114,7 @@ static size_t q3n__split_bytes(const q3n__engine *e, int n_blocks)
 }
 
 /* Blocks that the scratch is made for when a text has n: it doubles, so that it seldom grows. */
-static int q3n__split_room(const q3n__engine *e, int n_blocks)
+static int q3n__split_room(const q3n_engine *e, int n_blocks)
 {
     if (e->options.n_threads == 1 || n_blocks <= 1) return 0;
     int room = 4;
@@ -10065,7 +10123,7 @@ static int q3n__split_room(const q3n__engine *e, int n_blocks)
 }
 
 /* Room for split attention over n_blocks; without memory nothing is split. */
-static void q3n__engine_reserve(q3n__engine *e, int n_blocks)
+static void q3n__engine_reserve(q3n_engine *e, int n_blocks)
 {
     const int room = q3n__split_room(e, n_blocks);
     if (room <= e->run.partial_blocks) return;
@@ -10077,31 +10135,56 @@ static void q3n__engine_reserve(q3n__engine *e, int n_blocks)
     e->run.partial = e->split ? (q3n__softmax_partial *)(void *)(e->run.partial_o + at) : NULL;
 }
 
-static q3n_result q3n__engine_open(q3n__engine *e, q3n_error *err)
+/* Rows of logits that an engine computes at once. */
+#define Q3N__LOGIT_ROWS 16
+
+/* Bytes of its one allocation, without the allocator's own head; 0 with err if it cannot be.
+ * o: as q3n__engine_options_set leaves them; *threads gets the bytes of what is no scratch. */
+static size_t q3n__engine_measure(q3n_engine *e, const q3n_model *m, const q3n_engine_options *o,
+                                  int has_mtp, size_t *threads)
 {
-    const q3n_session_options *o = &e->options;
+    memset(e, 0, sizeof *e);
+    e->model = m;
+    e->options = *o;
+    e->has_mtp = has_mtp;
+    e->logit_rows = o->batch_size < Q3N__LOGIT_ROWS ? o->batch_size : Q3N__LOGIT_ROWS;
+    q3n__arena a = { NULL, 0, 0 };
+    q3n__arena_take(&a, 1, sizeof *e);
+    q3n__engine_layout(&a, e, threads);
+    return a.overflow ? 0 : a.used;
+}
+
+static void q3n__engine_free(q3n_engine *e)
+{
+    q3n__pool_close(&e->pool);
+    q3n__free(&e->model->allocator, e->split);
+    q3n__free(&e->model->allocator, e);
+}
+
+static q3n_result q3n__engine_make(q3n_engine **out, const q3n_model *m,
+                                   const q3n_engine_options *o, int has_mtp, q3n_error *err)
+{
+    q3n_engine measured;
+    size_t threads;
+    const size_t bytes = q3n__engine_measure(&measured, m, o, has_mtp, &threads);
+    q3n__arena a = { bytes ? (uint8_t *)q3n__alloc(&m->allocator, bytes) : NULL, 0, 0 };
+    if (!a.base)
+        return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for batches of %d tokens, %zu bytes: "
+                         "make batch_size smaller", o->batch_size, bytes);
+    q3n_engine *e = (q3n_engine *)q3n__arena_take(&a, 1, sizeof *e);
+    *e = measured;
+    q3n__engine_layout(&a, e, &threads);
     e->isa = o->isa == Q3N_ISA_AUTO ? q3n_isa_best() : o->isa;
     q3n__kernels_init(&e->kernels, e->isa);
     e->run.model = e->model;
     e->run.k = &e->kernels;
     e->run.pool = &e->pool;
     e->run.cancel = &e->cancel;
-    return q3n__pool_open(&e->pool, o->n_threads, &o->executor, e->pool.threads, err);
-}
-
-static void q3n__engine_close(q3n__engine *e)
-{
-    q3n__pool_close(&e->pool);
-    q3n__free(&e->model->allocator, e->split);
-}
-
-static void q3n__engine_set(q3n__engine *e, const q3n_model *m, const q3n_session_options *o,
-                            int has_mtp)
-{
-    memset(e, 0, sizeof *e);
-    e->model = m;
-    e->options = *o;
-    e->has_mtp = has_mtp;
+    const q3n_result r = q3n__pool_open(&e->pool, o->n_threads, &o->executor, e->pool.threads,
+                                        err);
+    if (r == Q3N_OK) *out = e;
+    else             q3n__free(&m->allocator, e);
+    return r;
 }
 
 static q3n_result q3n__cancelled(q3n_error *err)
@@ -10128,7 +10211,7 @@ static void q3n__cost_learn(double *cost, double us)
     else *cost += ((us < 2.0 * *cost ? us : 2.0 * *cost) - *cost) / 16.0;
 }
 
-static void q3n__engine_learn(q3n__engine *e, int rows, int64_t us)
+static void q3n__engine_learn(q3n_engine *e, int rows, int64_t us)
 {
     if (rows <= Q3N__COST_ROWS) q3n__cost_learn(&e->costs.pass[rows], (double)us);
     else q3n__cost_learn(&e->costs.row, (double)us / rows);
@@ -10869,7 +10952,7 @@ typedef struct {
 struct q3n_session {
     const q3n_model    *model;
     q3n_session_options options;      /* with the defaults filled in                              */
-    q3n__engine        *engine;       /* its own, or that of options.shared                       */
+    q3n_engine        *engine;       /* its own, or options.engine                               */
     q3n_cache          *cache;        /* or NULL                                                  */
     q3n_cache          *own_cache;    /* the same, if it is the session's to destroy              */
     q3n__shape          shape;
@@ -10912,8 +10995,6 @@ struct q3n_session {
     q3n__learned        learned;
 };
 
-static q3n__engine *q3n__batch_engine(q3n_batch *b);
-
 /* ---- Memory ---- */
 
 /* The pending rows: two calls' of one token each, or of a token and its drafts. */
@@ -10933,14 +11014,13 @@ static void q3n__pending_layout(q3n__arena *a, q3n_session *s)
     t->applied = (unsigned char *)q3n__arena_take(a, (size_t)s->n_delta, 1);
 }
 
-/* Measure (a->base NULL) or hand out everything after the session struct; own: its own engine. */
-static void q3n__session_layout(q3n__arena *a, q3n_session *s, q3n__engine *own,
-                                q3n_session_memory *m)
+/* Measure (a->base NULL) or hand out everything after the session struct. */
+static void q3n__session_layout(q3n__arena *a, q3n_session *s, q3n_session_memory *m)
 {
     const q3n_config *c = &s->model->config;
     const size_t f = sizeof(float), d = (size_t)c->hidden_size, V = (size_t)c->vocab_size;
     const size_t blocks = (size_t)s->n_blocks;
-    size_t at = a->used, threads = 0;
+    size_t at = a->used;
     for (int i = 0; i < 2; i++) s->delta[i] = (float *)q3n__arena_take(a, s->shape.delta_len, f);
     m->delta_state = a->used - at;
     at = a->used;
@@ -10956,11 +11036,7 @@ static void q3n__session_layout(q3n__arena *a, q3n_session *s, q3n__engine *own,
         s->draft_logits = (float *)q3n__arena_take(a, Q3N_MAX_DRAFT + 1, f * V);
         s->draft_hidden = (float *)q3n__arena_take(a, d, f);
     }
-    if (own) {
-        q3n__engine_layout(a, own, &threads);
-        s->engine = own;
-    }
-    m->scratch = a->used - at - threads;
+    m->scratch = a->used - at;
     s->state.kv.page = (q3n__page **)q3n__arena_take(a, blocks, sizeof *s->state.kv.page);
     s->saved_page = (q3n__page **)q3n__arena_take(a, blocks, sizeof *s->saved_page);
     s->owned = (unsigned char *)q3n__arena_take(a, blocks, 1);
@@ -10975,15 +11051,14 @@ static void q3n__session_layout(q3n__arena *a, q3n_session *s, q3n__engine *own,
 /* Everything that create needs to know; bytes of its one allocation without the allocator's own
  * head, 0 with err if it cannot be. */
 static size_t q3n__session_measure(const q3n_model *m, const q3n_session_options *o,
-                                   q3n_session *s, q3n__engine *e, q3n_session_memory *memory,
-                                   q3n_error *err)
+                                   q3n_session *s, q3n_session_memory *memory, q3n_error *err)
 {
     memset(s, 0, sizeof *s);
     memset(memory, 0, sizeof *memory);
     s->model = m;
     if (q3n__session_options_set(m, o, &s->options, err) != Q3N_OK) return 0;
-    if (s->options.shared && q3n__batch_engine(s->options.shared)->model != m) {
-        q3n__fail(err, Q3N_ERR_ARG, -1, "the batch to share is of another model");
+    if (s->options.engine && s->options.engine->model != m) {
+        q3n__fail(err, Q3N_ERR_ARG, -1, "the engine is of another model");
         return 0;
     }
     if (s->options.cache && s->options.cache->model != m) {
@@ -10996,11 +11071,9 @@ static size_t q3n__session_measure(const q3n_model *m, const q3n_session_options
     s->state.kv.type = s->options.kv_type;
     s->state.kv.n_kv_heads = m->config.num_key_value_heads;
     s->state.kv.dim = m->config.head_dim;
-    q3n__engine_set(e, m, &s->options, s->shape.has_mtp);
     q3n__arena a = { NULL, 0, 0 };
     q3n__arena_take(&a, 1, sizeof *s);
-    if (!s->options.shared) q3n__arena_take(&a, 1, sizeof *e);
-    q3n__session_layout(&a, s, s->options.shared ? NULL : e, memory);
+    q3n__session_layout(&a, s, memory);
     if (a.overflow) {
         q3n__fail(err, Q3N_ERR_MEMORY, -1, "a session of %d tokens does not fit the address space",
                   s->options.capacity);
@@ -11040,7 +11113,7 @@ static int q3n__page_for_writing(q3n_session *s, int b, int used)
 }
 
 /* Pages for tokens [first, end), before any of them is evaluated. */
-static q3n_result q3n__session_reserve(q3n_session *s, q3n__engine *e, int first, int end)
+static q3n_result q3n__session_reserve(q3n_session *s, q3n_engine *e, int first, int end)
 {
     int ok = 1;
     q3n__engine_reserve(e, q3n__blocks_of(end));
@@ -11145,17 +11218,17 @@ static int q3n__first_within(int first, int length)
     return first < length ? first : length > 0 ? length : 1;
 }
 
-static void q3n__session_flush(q3n_session *s, q3n__engine *e)
+static void q3n__session_flush(q3n_session *s, q3n_engine *e)
 {
     s->state.delta = s->delta[s->delta_now];
     q3n__flush(&e->run, &s->state, s->n_delta);
 }
 
-static void q3n__mtp_flush(q3n_session *s, q3n__engine *e);
+static void q3n__mtp_flush(q3n_session *s, q3n_engine *e);
 
 /* Begin a call after the session's text.  What a cancelled call did to the matrices is finished
  * first: it changes nothing that can be seen. */
-static void q3n__session_begin(q3n_session *s, q3n__engine *e)
+static void q3n__session_begin(q3n_session *s, q3n_engine *e)
 {
     const size_t d = (size_t)s->shape.hidden_size;
     if (s->n_delta && memchr(s->state.pending.applied, 1, (size_t)s->n_delta))
@@ -11177,7 +11250,7 @@ static void q3n__session_begin(q3n_session *s, q3n__engine *e)
 }
 
 /* The text becomes what was evaluated: its first n tokens if the call was lazy, all if n < 0. */
-static void q3n__session_commit(q3n_session *s, q3n__engine *e, int n)
+static void q3n__session_commit(q3n_session *s, q3n_engine *e, int n)
 {
     q3n__state *st = &s->state;
     const int ran = st->length - s->length;
@@ -11234,13 +11307,6 @@ static void q3n__session_rollback(q3n_session *s)
 
 /* ---- Passes ---- */
 
-/* The next n tokens of one session in a pass; last: the call takes no more of this session. */
-typedef struct {
-    q3n_session   *s;
-    const int32_t *tokens;
-    int            n, last;
-} q3n__chunk;
-
 /* Point the layers at the state that the pass reads and at the one that it writes. */
 static void q3n__session_point(q3n_session *s, int n, int last)
 {
@@ -11260,7 +11326,7 @@ static void q3n__session_point(q3n_session *s, int n, int last)
 
 /* The MTP module over positions [first, first + n) of a session; see q3n__mtp_forward.  The last
  * chunk's rows are in run.a afterwards; returns the last one. */
-static const float *q3n__mtp_run(q3n_session *s, q3n__engine *e, const int32_t *tokens,
+static const float *q3n__mtp_run(q3n_session *s, q3n_engine *e, const int32_t *tokens,
                                  const float *hidden, int first, int n)
 {
     const size_t d = (size_t)s->shape.hidden_size;
@@ -11270,7 +11336,7 @@ static const float *q3n__mtp_run(q3n_session *s, q3n__engine *e, const int32_t *
     st.expert_counts = NULL;
     int count = 0;
     for (int i = 0; i < n; i += count) {
-        count = n - i < e->options.batch ? n - i : e->options.batch;
+        count = n - i < e->options.batch_size ? n - i : e->options.batch_size;
         st.length = first + i;
         const q3n__segment segment = { &st, 0, count };
         e->run.segments = &segment;
@@ -11283,7 +11349,7 @@ static const float *q3n__mtp_run(q3n_session *s, q3n__engine *e, const int32_t *
 }
 
 /* Keys of the module for all tokens of the text: afterwards one row of hidden is left. */
-static void q3n__mtp_flush(q3n_session *s, q3n__engine *e)
+static void q3n__mtp_flush(q3n_session *s, q3n_engine *e)
 {
     int32_t tokens[Q3N__MAX_HIDDEN];
     const int n = s->unread.n - 1;
@@ -11299,7 +11365,7 @@ static void q3n__mtp_flush(q3n_session *s, q3n__engine *e)
 
 /* The module's keys of a pass's tokens, which begin at row0 of e->hidden's rows: each needs the row
  * before it, the first the session's work_hidden. */
-static void q3n__mtp_follow(q3n_session *s, q3n__engine *e, const int32_t *tokens, int row0, int n)
+static void q3n__mtp_follow(q3n_session *s, q3n_engine *e, const int32_t *tokens, int row0, int n)
 {
     const size_t d = (size_t)s->shape.hidden_size;
     const int p = s->state.length;                     /* before the pass */
@@ -11317,13 +11383,13 @@ static void q3n__mtp_follow(q3n_session *s, q3n__engine *e, const int32_t *token
 }
 
 /* The final norms of a pass's rows. */
-static const float *q3n__engine_rows(const q3n__engine *e)
+static const float *q3n__engine_rows(const q3n_engine *e)
 {
     return e->hidden ? e->hidden + e->model->config.hidden_size : e->run.a;
 }
 
 /* A pass has evaluated n tokens of s, rows from row0. */
-static void q3n__session_advance(q3n_session *s, q3n__engine *e, const int32_t *tokens, int row0,
+static void q3n__session_advance(q3n_session *s, q3n_engine *e, const int32_t *tokens, int row0,
                                  int n)
 {
     q3n__state *st = &s->state;
@@ -11347,7 +11413,7 @@ static void q3n__session_advance(q3n_session *s, q3n__engine *e, const int32_t *
 /* One pass over all chunks, at most `batch` tokens together; the sessions have begun and have
  * pages.  Afterwards q3n__engine_rows has the rows of all chunks, one after another.
  * Q3N_ERR_CANCELLED leaves the work undone: roll back. */
-static q3n_result q3n__engine_pass(q3n__engine *e, const q3n__chunk *chunk, int n_chunks)
+static q3n_result q3n__engine_pass(q3n_engine *e, const q3n__chunk *chunk, int n_chunks)
 {
     q3n__run *r = &e->run;
     int rows = 0;
@@ -11412,7 +11478,7 @@ static void q3n__copy(q3n__pool *p, q3n__copy_arg arg)
 
 /* The state as a snapshot: of the text, or in a call of what is evaluated so far.  NULL = no
  * memory. */
-static q3n_snapshot *q3n__session_take(q3n_session *s, q3n__engine *e, q3n_type delta_type,
+static q3n_snapshot *q3n__session_take(q3n_session *s, q3n_engine *e, q3n_type delta_type,
                                        int in_call)
 {
     const q3n__shape *h = &s->shape;
@@ -11449,7 +11515,7 @@ static q3n_snapshot *q3n__session_take(q3n_session *s, q3n__engine *e, q3n_type 
 
 /* Begin from a snapshot instead of the text; snap NULL = from nothing.  The pages are another
  * matter: q3n__session_adopt. */
-static void q3n__session_load_work(q3n_session *s, q3n__engine *e, const q3n_snapshot *snap)
+static void q3n__session_load_work(q3n_session *s, q3n_engine *e, const q3n_snapshot *snap)
 {
     const q3n__shape *h = &s->shape;
     float *delta = s->delta[!s->delta_now], *conv = s->conv[!s->conv_now];
@@ -11476,7 +11542,7 @@ static void q3n__session_load_work(q3n_session *s, q3n__engine *e, const q3n_sna
 
 static q3n_result q3n__session_restore(q3n_session *s, const q3n_snapshot *snap)
 {
-    q3n__engine *e = s->engine;
+    q3n_engine *e = s->engine;
     if (snap->model != s->model)
         return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "the snapshot is of another model");
     if (snap->shape.kv_type != s->shape.kv_type)
@@ -11515,7 +11581,7 @@ static int32_t *q3n__session_text(const q3n_session *s, int n)
 }
 
 /* Put the state into the cache unless it is there.  0 = no memory. */
-static int q3n__session_put(q3n_session *s, q3n__engine *e, int in_call, int marked)
+static int q3n__session_put(q3n_session *s, q3n_engine *e, int in_call, int marked)
 {
     const int n = in_call ? s->state.length : s->length;
     if (!s->cache || n == 0 || !s->model->config.causal) return 1;
@@ -11536,7 +11602,7 @@ static int q3n__session_put(q3n_session *s, q3n__engine *e, int in_call, int mar
 }
 
 /* Where snapshot_every wants one: in a call at its multiples, after a call that passed any. */
-static void q3n__session_put_due(q3n_session *s, q3n__engine *e, int in_call, int before)
+static void q3n__session_put_due(q3n_session *s, q3n_engine *e, int in_call, int before)
 {
     const int every = s->options.snapshot_every;
     if (!s->cache || every <= 0) return;
@@ -11548,7 +11614,7 @@ static void q3n__session_put_due(q3n_session *s, q3n__engine *e, int in_call, in
 static q3n_result q3n__session_check(q3n_session *s, const int32_t *tokens, int n, int length)
 {
     const q3n_config *c = &s->model->config;
-    const int batch = s->engine->options.batch;
+    const int batch = s->engine->options.batch_size;
     if (!tokens || n < 1) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no tokens to evaluate");
     if (n > s->options.capacity - length)
         return q3n__fail(&s->error, Q3N_ERR_FULL, -1,
@@ -11557,7 +11623,7 @@ static q3n_result q3n__session_check(q3n_session *s, const int32_t *tokens, int 
     if (!c->causal && (length > 0 || n > batch))
         return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1,
                          "the model attends both ways: reset the session "
-                         "and evaluate the whole text of at most %d tokens (option batch) at once",
+                         "and evaluate the whole text, at most %d tokens (batch), at once",
                          batch);
     for (int i = 0; i < n; i++)
         if (tokens[i] < 0 || tokens[i] >= c->vocab_size)
@@ -11587,10 +11653,10 @@ static int q3n__session_stride(const q3n_session *s, int n, int max)
 static q3n_result q3n__session_passes(q3n_session *s, const int32_t *tokens, int n,
                                       const q3n_outputs *out)
 {
-    q3n__engine *e = s->engine;
+    q3n_engine *e = s->engine;
     const size_t d = (size_t)s->shape.hidden_size, V = (size_t)s->shape.vocab_size;
     for (int i = 0, count; i < n; i += count) {
-        count = q3n__session_stride(s, n - i, e->options.batch);
+        count = q3n__session_stride(s, n - i, e->options.batch_size);
         const q3n__chunk chunk = { s, tokens + i, count, i + count == n };
         if (q3n__engine_pass(e, &chunk, 1) != Q3N_OK) return q3n__cancelled(&s->error);
         const float *rows = q3n__engine_rows(e);
@@ -11650,12 +11716,12 @@ static int q3n__last_token(const q3n_model *m, const int32_t *tokens, int n)
 static q3n_result q3n__classify_passes(q3n_session *s, const int32_t *tokens, int n)
 {
     const q3n_config *c = &s->model->config;
-    q3n__engine *e = s->engine;
+    q3n_engine *e = s->engine;
     const size_t d = (size_t)c->hidden_size;
     memset(s->pooled, 0, d * sizeof *s->pooled);
     const int last = q3n__last_token(s->model, tokens, n);
     for (int i = 0, count; i < n; i += count) {
-        count = n - i < e->options.batch ? n - i : e->options.batch;
+        count = n - i < e->options.batch_size ? n - i : e->options.batch_size;
         const q3n__chunk chunk = { s, tokens + i, count, i + count == n };
         if (q3n__engine_pass(e, &chunk, 1) != Q3N_OK) return q3n__cancelled(&s->error);
         for (int t = 0; t < count; t++) {
@@ -11674,7 +11740,7 @@ static q3n_result q3n__classify_passes(q3n_session *s, const int32_t *tokens, in
 static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, int n, float *scores)
 {
     const q3n_config *c = &s->model->config;
-    q3n__engine *e = s->engine;
+    q3n_engine *e = s->engine;
     if (c->num_labels == 0)
         return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1,
                          "the model has no classification head");
@@ -11713,7 +11779,7 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
  * rolled back. */
 static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n, int only_reuse)
 {
-    q3n__engine *e = s->engine;
+    q3n_engine *e = s->engine;
     const int m = s->model->config.causal
                 ? q3n__common_prefix(s->state.kv.page, s->length, tokens, n) : 0;
     const int stay = m == s->length, any = s->n_delta == 0;
@@ -11830,64 +11896,66 @@ static q3n_result q3n__session_prefill(q3n_session *s, const int32_t *tokens, in
  *
  * Many sessions at once: passes over tokens of several, as one transaction of all.
  * ===================================================================================== */
-struct q3n_batch {
-    q3n__engine engine;
-    q3n_error   error;
-    q3n__chunk  *chunks;          /* [batch] of a pass                                            */
-    int         turn;             /* item whose turn is first if a pass has no room for all       */
-};
+/* The items of a call, whose stride is the size that the caller has of one. */
+typedef struct {
+    q3n_engine_item *first;
+    size_t           stride;
+    int              n;
+} q3n__items;
 
-static q3n__engine *q3n__batch_engine(q3n_batch *b) { return &b->engine; }
-
-static q3n_result q3n__batch_fail(q3n_batch *b, const q3n_error *e, int item)
+static q3n_engine_item *q3n__item(const q3n__items *items, int i)
 {
-    return q3n__fail(&b->error, e->code, e->offset, "item %d: %s", item, e->message);
+    return (q3n_engine_item *)(void *)((uint8_t *)items->first + (size_t)i * items->stride);
 }
 
-static int q3n__item_left(const q3n_batch_item *it) { return it->n - it->done; }
+static q3n_result q3n__batch_fail(q3n_engine *e, const q3n_error *why, int item)
+{
+    return q3n__fail(&e->error, why->code, why->offset, "item %d: %s", item, why->message);
+}
+
+static int q3n__item_left(const q3n_engine_item *it) { return it->n - it->done; }
 
 /* Whether item i can go on, and its session begun. */
-static q3n_result q3n__batch_begin(q3n_batch *b, q3n_batch_item *it, int i)
+static q3n_result q3n__batch_begin(q3n_engine *e, q3n_engine_item *it, int i)
 {
     q3n_session *s = it->session;
     const int n = q3n__item_left(it);
-    if (s->model != b->engine.model || s->engine->isa != b->engine.isa
-        || (s->shape.has_mtp && !b->engine.has_mtp))
-        return q3n__fail(&b->error, Q3N_ERR_ARG, -1, "item %d: its session is of another model or "
-                         "instruction set", i);
+    if (s->engine != e)
+        return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "item %d: its session has another engine", i);
     if (s->in_batch)
-        return q3n__fail(&b->error, Q3N_ERR_ARG, -1, "item %d: the session stands in another item "
+        return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "item %d: the session stands in another item "
                          "too", i);
     q3n_result r = q3n__check_causal(s);
     if (r == Q3N_OK) r = q3n__session_check(s, it->tokens + it->done, n, s->length);
     if (r == Q3N_OK) r = q3n__check_head(s, it->logits != NULL);
-    if (r != Q3N_OK) return q3n__batch_fail(b, &s->error, i);
-    q3n__session_begin(s, &b->engine);
+    if (r != Q3N_OK) return q3n__batch_fail(e, &s->error, i);
+    q3n__session_begin(s, e);
     q3n__atomic_store(&s->cancel, Q3N__RUNNING);
     s->in_batch = 1;
     s->taken = 0;
     return Q3N_OK;
 }
 
-/* Fill b->chunks with at most `rows` tokens: one of every item that is not done, then more of each
+/* Fill e->chunks with at most `rows` tokens: one of every item that is not done, then more of each
  * in their order.  Returns the number of chunks. */
-static int q3n__batch_plan(q3n_batch *b, q3n_batch_item *items, int n_items, int rows)
+static int q3n__batch_plan(q3n_engine *e, const q3n__items *items, int rows)
 {
     int n = 0, k = 0;
-    for (; k < n_items && n < rows; k++) {
-        const int i = (b->turn + k) % n_items;
-        q3n_session *s = items[i].session;
-        if (q3n__item_left(&items[i]) == 0) continue;
-        const int done = items[i].done + s->taken;
-        if (done == items[i].n) continue;
-        b->chunks[n++] = (q3n__chunk){ s, items[i].tokens + done, 1, items[i].n - done == 1 };
+    for (; k < items->n && n < rows; k++) {
+        const int i = (e->turn + k) % items->n;
+        const q3n_engine_item *it = q3n__item(items, i);
+        q3n_session *s = it->session;
+        if (q3n__item_left(it) == 0) continue;
+        const int done = it->done + s->taken;
+        if (done == it->n) continue;
+        e->chunks[n++] = (q3n__chunk){ s, it->tokens + done, 1, it->n - done == 1 };
         s->item = i;
     }
-    b->turn = k < n_items ? (b->turn + k) % n_items : 0;    /* the others' turn comes next */
+    e->turn = k < items->n ? (e->turn + k) % items->n : 0;    /* the others' turn comes next */
     rows -= n;
     for (k = 0; k < n && rows > 0; k++) {
-        q3n__chunk *p = &b->chunks[k];
-        const q3n_batch_item *it = &items[p->s->item];
+        q3n__chunk *p = &e->chunks[k];
+        const q3n_engine_item *it = q3n__item(items, p->s->item);
         const int left = it->n - it->done - p->s->taken;
         const int count = q3n__session_stride(p->s, left, rows + 1);
         p->n = count;
@@ -11898,9 +11966,9 @@ static int q3n__batch_plan(q3n_batch *b, q3n_batch_item *items, int n_items, int
 }
 
 /* The most rows that are expected to end in time; 0 = none. */
-static int q3n__batch_rows(const q3n__engine *e, const q3n_limit *limit, int taken, int64_t elapsed)
+static int q3n__batch_rows(const q3n_engine *e, const q3n_limit *limit, int taken, int64_t elapsed)
 {
-    int rows = e->options.batch;
+    int rows = e->options.batch_size;
     if (limit->max_tokens > 0 && rows > limit->max_tokens - taken) rows = limit->max_tokens - taken;
     if (limit->max_microseconds <= 0) return rows;
     if (e->costs.pass[1] == 0.0 && e->costs.row == 0.0) return rows < 1 ? rows : 1;
@@ -11911,84 +11979,86 @@ static int q3n__batch_rows(const q3n__engine *e, const q3n_limit *limit, int tak
 }
 
 /* The logits of chunks that end their items, a few rows at a time, to their sessions. */
-static void q3n__batch_logits(q3n_batch *b, const q3n_batch_item *items, int n_chunks)
+static void q3n__batch_logits(q3n_engine *e, const q3n__items *items, int n_chunks)
 {
-    q3n__engine *e = &b->engine;
     const size_t d = (size_t)e->model->config.hidden_size, V = (size_t)e->model->config.vocab_size;
     const float *row = q3n__engine_rows(e) - d;
     for (int i = 0, first = 0, n = 0; i <= n_chunks; i++) {
         if (i == n_chunks || n == e->logit_rows) {
             if (n > 0) q3n__logits(&e->run, e->gathered, n, e->logits);
             for (int k = 0; first < i; first++) {
-                q3n_session *s = b->chunks[first].s;
-                if (!b->chunks[first].last || !items[s->item].logits) continue;
+                q3n_session *s = e->chunks[first].s;
+                if (!e->chunks[first].last || !q3n__item(items, s->item)->logits) continue;
                 memcpy(s->logits, e->logits + (size_t)k++ * V, V * sizeof(float));
                 s->has_logits = 0;                  /* not the text's, until the call ends well */
             }
             n = 0;
         }
         if (i == n_chunks) break;
-        row += (size_t)b->chunks[i].n * d;
-        if (b->chunks[i].last && items[b->chunks[i].s->item].logits)
+        row += (size_t)e->chunks[i].n * d;
+        if (e->chunks[i].last && q3n__item(items, e->chunks[i].s->item)->logits)
             memcpy(e->gathered + (size_t)n++ * d, row, d * sizeof(float));
     }
 }
 
 /* Pages, the pass, and the logits of items that it ends: q3n__engine_rows still has their rows, for
  * an engine whose MTP module has run since keeps them in e->hidden. */
-static q3n_result q3n__batch_pass(q3n_batch *b, q3n_batch_item *items, int n_chunks)
+static q3n_result q3n__batch_pass(q3n_engine *e, const q3n__items *items, int n_chunks)
 {
-    q3n__engine *e = &b->engine;
     for (int i = 0; i < n_chunks; i++) {
-        q3n_session *s = b->chunks[i].s;
+        q3n_session *s = e->chunks[i].s;
         const int from = s->state.length;
-        if (q3n__session_reserve(s, e, from, from + b->chunks[i].n) != Q3N_OK)
-            return q3n__batch_fail(b, &s->error, s->item);
+        if (q3n__session_reserve(s, e, from, from + e->chunks[i].n) != Q3N_OK)
+            return q3n__batch_fail(e, &s->error, s->item);
     }
-    if (q3n__engine_pass(e, b->chunks, n_chunks) != Q3N_OK) return q3n__cancelled(&b->error);
-    q3n__batch_logits(b, items, n_chunks);
+    if (q3n__engine_pass(e, e->chunks, n_chunks) != Q3N_OK) return q3n__cancelled(&e->error);
+    q3n__batch_logits(e, items, n_chunks);
     for (int i = 0; i < n_chunks; i++) {
-        q3n_session *s = b->chunks[i].s;
-        s->taken += b->chunks[i].n;
-        if (!b->chunks[i].last) q3n__session_put_due(s, e, 1, 0);
+        q3n_session *s = e->chunks[i].s;
+        s->taken += e->chunks[i].n;
+        if (!e->chunks[i].last) q3n__session_put_due(s, e, 1, 0);
     }
     return Q3N_OK;
 }
 
-static q3n_result q3n__batch_passes(q3n_batch *b, q3n_batch_item *items, int n_items,
-                                    const q3n_limit *limit)
+static q3n_result q3n__batch_passes(q3n_engine *e, const q3n__items *items, const q3n_limit *limit)
 {
     const int64_t start = q3n__now();
     int taken = 0;
     for (;;) {
-        const int rows = q3n__batch_rows(&b->engine, limit, taken, q3n__now() - start);
-        const int n_chunks = q3n__batch_plan(b, items, n_items, rows);
+        const int rows = q3n__batch_rows(e, limit, taken, q3n__now() - start);
+        const int n_chunks = q3n__batch_plan(e, items, rows);
         if (n_chunks == 0) return Q3N_OK;
-        for (int i = 0; i < n_chunks; i++) taken += b->chunks[i].n;
-        for (int i = 0; i < n_items; i++)               /* also those that this pass leaves out */
-            if (q3n__item_left(&items[i]) > 0 && q3n__is_cancelled(&items[i].session->cancel))
-                return q3n__cancelled(&b->error);
-        const q3n_result r = q3n__batch_pass(b, items, n_chunks);
+        for (int i = 0; i < n_chunks; i++) taken += e->chunks[i].n;
+        for (int i = 0; i < items->n; i++) {             /* also those that this pass leaves out */
+            const q3n_engine_item *it = q3n__item(items, i);
+            if (q3n__item_left(it) > 0 && q3n__is_cancelled(&it->session->cancel))
+                return q3n__cancelled(&e->error);
+        }
+        const q3n_result r = q3n__batch_pass(e, items, n_chunks);
         if (r != Q3N_OK) return r;
     }
 }
 
-/* As q3n__call_end, for the first n items and the batch. */
-static q3n_result q3n__batch_call_end(q3n_batch *b, const q3n_batch_item *items, int n)
+/* As q3n__call_end, for the first n items and the engine. */
+static q3n_result q3n__batch_call_end(q3n_engine *e, const q3n__items *items, int n)
 {
-    int cancelled = q3n__leave(&b->engine.cancel);
-    for (int i = 0; i < n; i++)
-        if (items[i].session->in_batch && q3n__leave(&items[i].session->cancel)) cancelled = 1;
-    return cancelled ? q3n__cancelled(&b->error) : Q3N_OK;
+    int cancelled = q3n__leave(&e->cancel);
+    for (int i = 0; i < n; i++) {
+        q3n_session *s = q3n__item(items, i)->session;
+        if (s->in_batch && q3n__leave(&s->cancel)) cancelled = 1;
+    }
+    return cancelled ? q3n__cancelled(&e->error) : Q3N_OK;
 }
 
 /* Commit or roll back the first n items. */
-static void q3n__batch_end(q3n_batch *b, q3n_batch_item *items, int n, int commit)
+static void q3n__batch_end(q3n_engine *e, const q3n__items *items, int n, int commit)
 {
-    const size_t V = (size_t)b->engine.model->config.vocab_size;
+    const size_t V = (size_t)e->model->config.vocab_size;
     for (int i = 0; i < n; i++) {
-        q3n_session *s = items[i].session;
-        if (q3n__item_left(&items[i]) == 0 || !s->in_batch) continue;
+        q3n_engine_item *it = q3n__item(items, i);
+        q3n_session *s = it->session;
+        if (q3n__item_left(it) == 0 || !s->in_batch) continue;
         const int before = s->length;
         s->in_batch = 0;
         if (!commit) {
@@ -11996,34 +12066,48 @@ static void q3n__batch_end(q3n_batch *b, q3n_batch_item *items, int n, int commi
             continue;
         }
         if (s->taken == 0) continue;
-        q3n__session_commit(s, &b->engine, -1);
-        items[i].done += s->taken;
-        if (q3n__item_left(&items[i]) == 0 && items[i].logits) {
+        q3n__session_commit(s, e, -1);
+        it->done += s->taken;
+        if (q3n__item_left(it) == 0 && it->logits) {
             s->has_logits = 1;
-            memcpy(items[i].logits, s->logits, V * sizeof(float));
+            memcpy(it->logits, s->logits, V * sizeof(float));
         }
-        q3n__session_put_due(s, &b->engine, 0, before);
+        q3n__session_put_due(s, e, 0, before);
     }
 }
 
-static q3n_result q3n__batch_eval(q3n_batch *b, q3n_batch_item *items, int n_items,
-                                  const q3n_limit *limit)
+/* What is wrong with an item whatever its session is. */
+static q3n_result q3n__item_check(q3n_engine *e, const q3n__items *items, int i)
+{
+    const q3n_engine_item *it = q3n__item(items, i);
+    const uint8_t *bytes = (const uint8_t *)it;
+    if (it->size != items->stride)
+        return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "item %d: size %zu, the first has %zu", i,
+                         it->size, items->stride);
+    for (size_t at = sizeof *it; at < it->size; at++)
+        if (bytes[at])
+            return q3n__fail(&e->error, Q3N_ERR_UNSUPPORTED, -1, "item %d: byte %zu is of a field "
+                             "that this version of the library does not know", i, at);
+    if (!it->session || it->done < 0 || it->done > it->n || (!it->tokens && it->done < it->n))
+        return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "item %d: no session, no tokens, or done "
+                         "%d of %d tokens", i, it->done, it->n);
+    return Q3N_OK;
+}
+
+static q3n_result q3n__batch_eval(q3n_engine *e, const q3n__items *items, const q3n_limit *limit)
 {
     q3n_result r = Q3N_OK;
     int begun = 0;
-    for (int i = 0; i < n_items; i++)
-        if (!items[i].session || items[i].done < 0 || items[i].done > items[i].n
-            || (!items[i].tokens && items[i].done < items[i].n))
-            return q3n__fail(&b->error, Q3N_ERR_ARG, -1, "item %d: no session, no tokens, or done "
-                             "%d of %d tokens", i, items[i].done, items[i].n);
-    q3n__atomic_store(&b->engine.cancel, Q3N__RUNNING);
-    for (; begun < n_items && r == Q3N_OK; begun++)
-        if (q3n__item_left(&items[begun]) > 0)
-            r = q3n__batch_begin(b, &items[begun], begun);
-    if (r == Q3N_OK) r = q3n__batch_passes(b, items, n_items, limit);
-    const q3n_result end = q3n__batch_call_end(b, items, begun);
+    for (int i = 0; i < items->n && r == Q3N_OK; i++) r = q3n__item_check(e, items, i);
+    if (r != Q3N_OK) return r;
+    q3n__atomic_store(&e->cancel, Q3N__RUNNING);
+    for (; begun < items->n && r == Q3N_OK; begun++)
+        if (q3n__item_left(q3n__item(items, begun)) > 0)
+            r = q3n__batch_begin(e, q3n__item(items, begun), begun);
+    if (r == Q3N_OK) r = q3n__batch_passes(e, items, limit);
+    const q3n_result end = q3n__batch_call_end(e, items, begun);
     if (r == Q3N_OK) r = end;
-    q3n__batch_end(b, items, begun, r == Q3N_OK);
+    q3n__batch_end(e, items, begun, r == Q3N_OK);
     return r;
 }
 
@@ -12075,7 +12159,7 @@ static void q3n__draft_logits(const q3n__run *r, const float *hidden, float *log
 static void q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, q3n__draft *draft,
                            int n)
 {
-    q3n__engine *e = s->engine;
+    q3n_engine *e = s->engine;
     const size_t d = (size_t)s->shape.hidden_size, V = (size_t)s->shape.vocab_size;
     int32_t tokens[Q3N__MAX_HIDDEN];
     const int rows = s->unread.n;                       /* the last is about `token` */
@@ -12339,7 +12423,7 @@ static q3n_result q3n__drafts_choose(q3n_session *s, q3n_sampler *sampler, const
 static q3n_result q3n__step(q3n_session *s, q3n_sampler *sampler, const int32_t *rows,
                             q3n__drafts *p, int32_t *tokens, int *n)
 {
-    q3n__engine *e = s->engine;
+    q3n_engine *e = s->engine;
     const size_t d = (size_t)s->shape.hidden_size;
     const int with_mtp = p->n > 0 && p->source == Q3N_SPECULATE_MTP;
     const int64_t start = q3n__now();
@@ -12370,7 +12454,7 @@ static int q3n__max_drafts(const q3n_session *s, int max)
     if (s->options.speculate == Q3N_SPECULATE_OFF || s->counts) return 0;
     if (n > max - 1) n = max - 1;
     if (n > s->options.capacity - s->length - 1) n = s->options.capacity - s->length - 1;
-    if (n > s->engine->options.batch - 1) n = s->engine->options.batch - 1;
+    if (n > s->engine->options.batch_size - 1) n = s->engine->options.batch_size - 1;
     return n;
 }
 
@@ -12658,18 +12742,26 @@ Q3N_DEF size_t q3n_session_bytes(const q3n_model *m, const q3n_session_options *
                                  q3n_session_memory *memory)
 {
     q3n_session s;
-    q3n__engine e;
     q3n_session_memory parts;
-    const size_t bytes = m ? q3n__session_measure(m, o, &s, &e, &parts, NULL) : 0;
+    const size_t bytes = m ? q3n__session_measure(m, o, &s, &parts, NULL) : 0;
     if (bytes == 0) return 0;
-    const int room = s.options.shared ? 0 : q3n__split_room(&e, s.n_blocks);
-    const size_t split = room ? q3n__with_head(q3n__split_bytes(&e, room)) : 0;
+    size_t engine = 0, threads = 0, split = 0;
+    if (!s.options.engine) {
+        q3n_engine_options eo;
+        q3n_engine e;
+        if (q3n__session_engine_options(m, &s.options, &eo, NULL) != Q3N_OK) return 0;
+        engine = q3n__engine_measure(&e, m, &eo, s.shape.has_mtp, &threads);
+        if (engine == 0) return 0;
+        const int room = q3n__split_room(&e, s.n_blocks);
+        split = room ? q3n__with_head(q3n__split_bytes(&e, room)) : 0;
+    }
     parts.page = q3n__with_head(s.shape.page_bytes);
     parts.snapshot = q3n__with_head(q3n__snapshot_measure(&s.shape, s.options.snapshot_type,
                                                           s.options.capacity));
-    parts.initial = q3n__with_head(bytes);
+    parts.initial = q3n__with_head(bytes) + (engine ? q3n__with_head(engine) : 0);
     if (!q3n__mul_size(parts.page, (size_t)s.n_blocks, &parts.kv_cache)
         || !q3n__add_size(parts.initial + split, parts.kv_cache, &parts.total)) return 0;
+    parts.scratch += engine - threads;
     parts.other = parts.initial - parts.delta_state - parts.conv_state - parts.scratch;
     parts.scratch += split;
     if (memory && q3n__struct_write(memory, sizeof parts, &parts) != Q3N_OK) return 0;
@@ -12692,51 +12784,38 @@ Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
     if (out) *out = NULL;
     if (!out || !m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model, or no place for the session");
     q3n_session measured;
-    q3n__engine engine, *own = NULL;
     q3n_session_memory memory;
+    q3n_engine_options eo;
     q3n_error why = { Q3N_ERR_ARG, -1, "" };
-    const size_t bytes = q3n__session_measure(m, o, &measured, &engine, &memory, &why);
+    const size_t bytes = q3n__session_measure(m, o, &measured, &memory, &why);
     if (bytes == 0) return q3n__fail(err, why.code, -1, "%s", why.message);
     q3n__arena arena = { (uint8_t *)q3n__alloc(&m->allocator, bytes), 0, 0 };
     if (!arena.base)
-        return q3n__fail(err, Q3N_ERR_MEMORY, -1,
-                         "no memory for a session of %zu bytes (%d tokens): make "
-                         "capacity or batch smaller", bytes, measured.options.capacity);
+        return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a session of %zu bytes (%d "
+                         "tokens): make capacity smaller", bytes, measured.options.capacity);
     q3n_session *s = (q3n_session *)q3n__arena_take(&arena, 1, sizeof *s);
     *s = measured;
-    if (!s->options.shared) {
-        own = (q3n__engine *)q3n__arena_take(&arena, 1, sizeof *own);
-        *own = engine;
-    }
-    q3n__session_layout(&arena, s, own, &memory);
-    if (!own) {
-        s->engine = q3n__batch_engine(s->options.shared);
-        s->options.batch = s->engine->options.batch;
-        s->options.n_threads = s->engine->options.n_threads;
-    }
+    q3n__session_layout(&arena, s, &memory);
     memset(s->state.kv.page, 0, (size_t)s->n_blocks * sizeof *s->state.kv.page);
     memset(s->owned, 0, (size_t)s->n_blocks);
     s->state.cancel = &s->cancel;
     q3n__session_clear(s);
     q3n__speculation_reset(s);
-    q3n_result r = own ? q3n__engine_open(own, err) : Q3N_OK;
-    if (r == Q3N_OK) {
-        r = q3n__session_open_cache(s, err);
-        if (r != Q3N_OK && own) q3n__engine_close(own);
-    }
-    if (r != Q3N_OK) {
-        q3n__free(&m->allocator, s);
-        return r;
-    }
-    *out = s;
-    return Q3N_OK;
+    s->engine = s->options.engine;
+    q3n_result r = q3n__session_engine_options(m, &s->options, &eo, err);
+    if (r == Q3N_OK && !s->engine)
+        r = q3n__engine_make(&s->engine, m, &eo, s->shape.has_mtp, err);
+    if (r == Q3N_OK) r = q3n__session_open_cache(s, err);
+    if (r == Q3N_OK) *out = s;
+    else             q3n_session_destroy(s);
+    return r;
 }
 
 Q3N_DEF void q3n_session_destroy(q3n_session *s)
 {
     if (!s) return;
-    if (!s->options.shared) q3n__engine_close(s->engine);
     q3n__session_drop(s, s->state.kv.page);
+    if (!s->options.engine) q3n_engine_destroy(s->engine);
     q3n_cache_destroy(s->own_cache);
     q3n__free(&s->model->allocator, s);
 }
@@ -12788,6 +12867,7 @@ Q3N_DEF q3n_result q3n_session_tokens(const q3n_session *s, int first, int n, in
 Q3N_DEF int q3n_session_cancel(q3n_session *s) { return s ? q3n__cancel(&s->cancel) : 0; }
 
 Q3N_DEF const q3n_model *q3n_session_model(const q3n_session *s) { return s ? s->model : NULL; }
+Q3N_DEF q3n_engine *q3n_session_engine(const q3n_session *s) { return s ? s->engine : NULL; }
 Q3N_DEF int     q3n_session_length(const q3n_session *s)    { return s ? s->length : 0; }
 Q3N_DEF int     q3n_session_capacity(const q3n_session *s)  { return s ? s->options.capacity : 0; }
 Q3N_DEF int     q3n_session_n_threads(const q3n_session *s) { return s ? s->options.n_threads : 0; }
@@ -12962,95 +13042,60 @@ Q3N_DEF q3n_result q3n_session_load_from(q3n_session *s, const q3n_source *sourc
     return q3n__session_load_from(s, source, NULL);
 }
 
-/* ---- Batches ---- */
-
-/* Rows of logits that a batch computes at once. */
-#define Q3N__LOGIT_ROWS 16
-
-static void q3n__batch_layout(q3n__arena *a, q3n_batch *b)
+/* ---- Engines ---- */
+Q3N_DEF size_t q3n_engine_bytes(const q3n_model *m, const q3n_engine_options *o)
 {
+    q3n_engine_options options;
+    q3n_engine e;
     size_t threads;
-    q3n__arena_take(a, 1, sizeof *b);
-    b->chunks = (q3n__chunk *)q3n__arena_take(a, (size_t)b->engine.options.batch,
-                                              sizeof *b->chunks);
-    q3n__engine_layout(a, &b->engine, &threads);
-}
-
-/* Bytes of its one allocation, without the allocator's own head; 0 with err if it cannot be. */
-static size_t q3n__batch_measure(const q3n_model *m, const q3n_session_options *o, q3n_batch *b,
-                                 q3n_error *err)
-{
-    q3n_session_options options;
-    if (q3n__session_options_set(m, o, &options, err) != Q3N_OK) return 0;
-    memset(b, 0, sizeof *b);
-    q3n__engine_set(&b->engine, m, &options, m->config.num_mtp_layers > 0);
-    b->engine.logit_rows = options.batch < Q3N__LOGIT_ROWS ? options.batch : Q3N__LOGIT_ROWS;
-    q3n__arena a = { NULL, 0, 0 };
-    q3n__batch_layout(&a, b);
-    if (!a.overflow) return a.used;
-    q3n__fail(err, Q3N_ERR_MEMORY, -1, "a batch of %d tokens does not fit the address space",
-              options.batch);
-    return 0;
-}
-
-Q3N_DEF size_t q3n_batch_bytes(const q3n_model *m, const q3n_session_options *o)
-{
-    q3n_batch b;
-    const size_t bytes = m ? q3n__batch_measure(m, o, &b, NULL) : 0;
+    if (!m || q3n__engine_options_set(m, o, &options, NULL) != Q3N_OK) return 0;
+    const size_t bytes = q3n__engine_measure(&e, m, &options, m->config.num_mtp_layers > 0,
+                                             &threads);
     return bytes ? q3n__with_head(bytes) : 0;
 }
 
-Q3N_DEF q3n_result q3n_batch_create(q3n_batch **out, const q3n_model *m,
-                                    const q3n_session_options *o, q3n_error *err)
+Q3N_DEF q3n_result q3n_engine_create(q3n_engine **out, const q3n_model *m,
+                                     const q3n_engine_options *o, q3n_error *err)
 {
+    q3n_engine_options options;
     if (out) *out = NULL;
-    if (!out || !m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model, or no place for the batch");
-    q3n_batch measured;
-    q3n_error why = { Q3N_ERR_ARG, -1, "" };
-    const size_t bytes = q3n__batch_measure(m, o, &measured, &why);
-    if (bytes == 0) return q3n__fail(err, why.code, -1, "%s", why.message);
-    q3n__arena a = { (uint8_t *)q3n__alloc(&m->allocator, bytes), 0, 0 };
-    if (!a.base)
-        return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a batch of %d tokens, %zu bytes: "
-                         "make batch smaller", measured.engine.options.batch, bytes);
-    q3n_batch *b = (q3n_batch *)(void *)a.base;
-    *b = measured;
-    q3n__batch_layout(&a, b);
-    q3n_result r = q3n__engine_open(&b->engine, err);
-    if (r != Q3N_OK) {
-        q3n__free(&m->allocator, b);
-        return r;
-    }
-    *out = b;
-    return Q3N_OK;
+    if (!out || !m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model, or no place for the engine");
+    const q3n_result r = q3n__engine_options_set(m, o, &options, err);
+    return r != Q3N_OK ? r : q3n__engine_make(out, m, &options, m->config.num_mtp_layers > 0, err);
 }
 
-Q3N_DEF void q3n_batch_destroy(q3n_batch *b)
+Q3N_DEF void q3n_engine_destroy(q3n_engine *e)
 {
-    if (!b) return;
-    q3n__engine_close(&b->engine);
-    q3n__free(&b->engine.model->allocator, b);
+    if (e) q3n__engine_free(e);
 }
 
-Q3N_DEF q3n_result q3n_batch_eval(q3n_batch *b, q3n_batch_item *items, int n_items,
-                                  const q3n_limit *limit)
+Q3N_DEF int q3n_engine_n_threads(const q3n_engine *e)  { return e ? e->options.n_threads : 0; }
+Q3N_DEF int q3n_engine_batch_size(const q3n_engine *e) { return e ? e->options.batch_size : 0; }
+Q3N_DEF q3n_isa q3n_engine_isa(const q3n_engine *e)    { return e ? e->isa : Q3N_ISA_AUTO; }
+
+Q3N_DEF q3n_result q3n_engine_eval(q3n_engine *e, q3n_engine_item *items, int n_items,
+                                   const q3n_limit *limit)
 {
     q3n_limit l;
-    if (!b) return Q3N_ERR_ARG;
-    q3n_result r = q3n__struct_read(&l, sizeof l, limit, "q3n_limit", &b->error);
-    if (r == Q3N_OK) r = q3n__check_zero(l.zero, "q3n_limit", &b->error);
+    if (!e) return Q3N_ERR_ARG;
+    q3n_result r = q3n__struct_read(&l, sizeof l, limit, "q3n_limit", &e->error);
+    if (r == Q3N_OK) r = q3n__check_zero(l.zero, "q3n_limit", &e->error);
     if (r != Q3N_OK) return r;
     if (n_items < 0 || (n_items > 0 && !items) || l.max_tokens < 0)
-        return q3n__fail(&b->error, Q3N_ERR_ARG, -1, "%d items, at most %d tokens: out of range",
+        return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "%d items, at most %d tokens: out of range",
                          n_items, l.max_tokens);
-    return q3n__batch_eval(b, items, n_items, &l);
+    const q3n__items all = { items, n_items ? q3n__struct_size(items) : 0, n_items };
+    if (n_items > 0 && all.stride < sizeof *items)
+        return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "q3n_engine_item: its size is not set: begin "
+                         "with Q3N_INIT or .size = sizeof");
+    return q3n__batch_eval(e, &all, &l);
 }
 
-Q3N_DEF int q3n_batch_cancel(q3n_batch *b) { return b ? q3n__cancel(&b->engine.cancel) : 0; }
+Q3N_DEF int q3n_engine_cancel(q3n_engine *e) { return e ? q3n__cancel(&e->cancel) : 0; }
 
-Q3N_DEF const q3n_error *q3n_batch_error(const q3n_batch *b)
+Q3N_DEF const q3n_error *q3n_engine_error(const q3n_engine *e)
 {
-    return b ? &b->error : &q3n__no_object;
+    return e ? &e->error : &q3n__no_object;
 }
 
 /* ---- Drafts ---- */

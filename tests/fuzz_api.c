@@ -233,7 +233,7 @@ typedef struct {
     q3n_session    *s[N_SESSIONS];
     q3n_snapshot   *snap;
     q3n_cache      *cache;
-    q3n_batch      *batch;
+    q3n_engine      *batch;
     q3n_sampler    *sampler;
     int32_t         last;                 /* token */
     file            saved;                /* by q3n_session_save_to */
@@ -282,7 +282,7 @@ static q3n_session_options take_session_options(world *w)
     if (flags & 4) o.cache = w->cache;
     if (flags & 8) o.snapshot_bytes = 1000u * take(in);
     if (flags & 16) o.snapshot_every = take_count(in, 20);
-    if (flags & 32) o.shared = w->batch;
+    if (flags & 32) o.engine = w->batch;
     o.kv_type = (q3n_type)take_int(in, Q3N_TYPE_COUNT + 1);
     o.snapshot_type = flags & 64 ? Q3N_TYPE_BF16 : Q3N_TYPE_F32;
     o.speculate = (q3n_speculate)take_int(in, Q3N_SPECULATE_COUNT + 1);
@@ -434,12 +434,14 @@ static void call_fork(world *w, int from)
 static void call_batch(world *w)
 {
     int32_t tokens[N_SESSIONS][64];
-    q3n_batch_item items[N_SESSIONS];
+    q3n_engine_item items[N_SESSIONS];
     int n = 0, lengths[N_SESSIONS];
     if (!w->batch) return;
     for (int i = 0; i < N_SESSIONS; i++) {
         if (!w->s[i]) continue;
-        lengths[n] = q3n_session_length(w->s[i]);
+        lengths[i] = q3n_session_length(w->s[i]);
+        if (q3n_session_engine(w->s[i]) != w->batch && take(w->in) < 250) continue;
+        items[n].size = sizeof items[n];
         items[n].session = w->s[take(w->in) < 250 ? i : 0];
         if (!items[n].session) items[n].session = w->s[i];
         items[n].tokens = take_tokens(w, &items[n].n, tokens[n]);
@@ -449,13 +451,13 @@ static void call_batch(world *w)
     }
     const q3n_limit limit = { .size = sizeof limit, .max_tokens = take_count(w->in, 20),
                               .max_microseconds = take_int(w->in, 3) ? 0 : 100 };
-    if (take(w->in) > 240) q3n_batch_cancel(w->batch);
-    const q3n_result r = q3n_batch_eval(w->batch, items, n, take_int(w->in, 2) ? &limit : NULL);
+    if (take(w->in) > 240) q3n_engine_cancel(w->batch);
+    const q3n_result r = q3n_engine_eval(w->batch, items, n, take_int(w->in, 2) ? &limit : NULL);
     if (r == Q3N_OK) return;
-    check_error(q3n_batch_error(w->batch), r);
+    check_error(q3n_engine_error(w->batch), r);
     for (int i = 0; i < n; i++) require(items[i].done == 0, "a failed batch has done something");
-    for (int i = 0, k = 0; i < N_SESSIONS; i++)
-        if (w->s[i]) require(q3n_session_length(w->s[i]) == lengths[k++], "a failed batch went on");
+    for (int i = 0; i < N_SESSIONS; i++)
+        if (w->s[i]) require(q3n_session_length(w->s[i]) == lengths[i], "a failed batch went on");
 }
 
 static float take_real(input *in)
@@ -540,10 +542,12 @@ static void call_open_others(world *w)
         r = q3n_cache_create(&w->cache, w->m, &o, &err);
     } else {
         const q3n_session_options o = take_session_options(w);
-        q3n_batch_destroy(w->batch);
+        q3n_engine_destroy(w->batch);
         w->batch = NULL;
-        if (q3n_batch_bytes(w->m, &o) > MAX_SESSION_BYTES) return;
-        r = q3n_batch_create(&w->batch, w->m, &o, &err);
+        const q3n_engine_options eo = { .size = sizeof eo, .n_threads = 1, .batch_size = o.batch,
+                                        .isa = o.isa };
+        if (q3n_engine_bytes(w->m, &eo) > MAX_SESSION_BYTES) return;
+        r = q3n_engine_create(&w->batch, w->m, &eo, &err);
     }
     if (r != Q3N_OK) check_error(&err, r);
 }
@@ -642,7 +646,7 @@ static void close_all(world *w)
 {
     for (int i = 0; i < N_SESSIONS; i++) q3n_session_destroy(w->s[i]);
     q3n_snapshot_free(w->snap);
-    q3n_batch_destroy(w->batch);
+    q3n_engine_destroy(w->batch);
     if (w->cache) q3n_cache_clear(w->cache);
     q3n_cache_destroy(w->cache);
     q3n_sampler_destroy(w->sampler);

@@ -33,7 +33,7 @@ static struct {
     q3n_session      *session;
     q3n_snapshot     *snapshot;
     q3n_cache        *cache;
-    q3n_batch        *batch;
+    q3n_engine        *engine;
     q3n_sampler      *sampler;
     q3n_type          type;
     q3n_isa           isa;
@@ -60,10 +60,12 @@ static const float zeros[MAX_VOCAB];
 static q3n_session_options session_options = {
     .size = sizeof session_options, .capacity = CAPACITY, .n_threads = 1,
     .speculate = Q3N_SPECULATE_AUTO, .draft = 2 };
+static const q3n_engine_options engine_options = {
+    .size = sizeof engine_options, .batch_size = CAPACITY, .n_threads = 1 };
 static const q3n_cache_options cache_options = { .size = sizeof cache_options,
                                                  .max_bytes = 1 << 20 };
 static const q3n_rows rows = { zeros, 2, 64, NULL };
-static q3n_batch_item item[2];           /* the second has no session                            */
+static q3n_engine_item item[2];           /* the second has no session                            */
 static _Alignas(64) unsigned char file[2 << 20], place[16 << 20];    /* of the two _memory       */
 static size_t file_bytes, init_bytes;
 static char made[80];                    /* file that is to be made                              */
@@ -91,7 +93,7 @@ static struct {
     q3n_session  *s;
     q3n_sampler  *sampler;
     q3n_cache    *cache;
-    q3n_batch    *batch;
+    q3n_engine    *engine;
     q3n_snapshot *snap;
 } f;
 
@@ -118,16 +120,19 @@ static void fixture_open(const char *path)
     assert_int_equal(q3n_model_open(&f.m, path, NULL, NULL), Q3N_OK);
     assert_true(q3n_model_config(f.m)->vocab_size <= MAX_VOCAB);
     assert_int_equal(q3n_cache_create(&f.cache, f.m, &cache_options, NULL), Q3N_OK);
-    assert_int_equal(q3n_batch_create(&f.batch, f.m, &session_options, NULL), Q3N_OK);
+    assert_int_equal(q3n_engine_create(&f.engine, f.m, &engine_options, NULL), Q3N_OK);
     assert_int_equal(q3n_sampler_create(&f.sampler, f.m, NULL, NULL), Q3N_OK);
+    session_options.engine = f.engine;
     assert_int_equal(q3n_session_create(&f.s, f.m, &session_options, NULL), Q3N_OK);
+    session_options.engine = NULL;
     assert_int_equal(q3n_session_eval(f.s, five_ids, LENGTH, NULL), Q3N_OK);
     assert_int_equal(q3n_session_snapshot(f.s, &f.snap), Q3N_OK);
     assert_int_equal(q3n_session_save(f.s, to.path), Q3N_OK);
     assert_non_null(saved = fopen(to.path, "rb"));
     small_config(&to.config);
     snprintf(made, sizeof made, "%s.made", to.path);
-    item[0] = (q3n_batch_item){ .session = f.s, .tokens = five_ids, .n = 2 };
+    item[0] = (q3n_engine_item){ .size = sizeof item[0],
+                                 .session = f.s, .tokens = five_ids, .n = 2 };
 }
 
 static void fixture_close(void)
@@ -135,7 +140,7 @@ static void fixture_close(void)
     q3n_snapshot_free(f.snap);
     q3n_session_destroy(f.s);
     q3n_sampler_destroy(f.sampler);
-    q3n_batch_destroy(f.batch);
+    q3n_engine_destroy(f.engine);
     q3n_cache_destroy(f.cache);
     q3n_model_close(f.m);
     fclose(saved);
@@ -151,7 +156,7 @@ typedef union {
 
 typedef enum {
     NONE,                        /* no more parameters                                           */
-    MODEL, SESSION, SAMPLER, CACHE, BATCH, SNAPSHOT,    /* the fixture's; NULL is wrong          */
+    MODEL, SESSION, SAMPLER, CACHE, ENGINE, SNAPSHOT,    /* the fixture's; NULL is wrong          */
     NEEDED,                      /* a pointer; NULL is wrong                                     */
     MAYBE,                       /* a pointer that may be NULL                                   */
     ARRAY,                       /* NULL is wrong unless the parameter that counts it is 0       */
@@ -182,7 +187,7 @@ static void close_model(void)     { q3n_model_close(to.model); }
 static void destroy_session(void) { q3n_session_destroy(to.session); }
 static void free_snapshot(void)   { q3n_snapshot_free(to.snapshot); }
 static void destroy_cache(void)   { q3n_cache_destroy(to.cache); }
-static void destroy_batch(void)   { q3n_batch_destroy(to.batch); }
+static void destroy_engine(void)   { q3n_engine_destroy(to.engine); }
 static void destroy_sampler(void) { q3n_sampler_destroy(to.sampler); }
 
 #define P(k)    a[k].p
@@ -265,12 +270,16 @@ CALL(q3n_cache_create, q3n_cache_create(P(0), P(1), P(2), P(3)))
 DO(q3n_cache_destroy, q3n_cache_destroy(P(0)))
 DO(q3n_cache_clear, q3n_cache_clear(P(0)))
 CALL(q3n_cache_stats_get, q3n_cache_stats_get(P(0), P(1)))
-CALL(q3n_batch_bytes, q3n_batch_bytes(P(0), P(1)) != 0)
-CALL(q3n_batch_create, q3n_batch_create(P(0), P(1), P(2), P(3)))
-DO(q3n_batch_destroy, q3n_batch_destroy(P(0)))
-CALL(q3n_batch_eval, q3n_batch_eval(P(0), P(1), N(2), P(3)))
-CALL(q3n_batch_cancel, q3n_batch_cancel(P(0)))
-CALL(q3n_batch_error, q3n_batch_error(P(0))->code - Q3N_ERR_ARG)
+CALL(q3n_engine_bytes, q3n_engine_bytes(P(0), P(1)) != 0)
+CALL(q3n_engine_n_threads, q3n_engine_n_threads(P(0)))
+CALL(q3n_engine_batch_size, q3n_engine_batch_size(P(0)))
+CALL(q3n_engine_isa, (long long)q3n_engine_isa(P(0)))
+CALL(q3n_session_engine, q3n_session_engine(P(0)) != NULL)
+CALL(q3n_engine_create, q3n_engine_create(P(0), P(1), P(2), P(3)))
+DO(q3n_engine_destroy, q3n_engine_destroy(P(0)))
+CALL(q3n_engine_eval, q3n_engine_eval(P(0), P(1), N(2), P(3)))
+CALL(q3n_engine_cancel, q3n_engine_cancel(P(0)))
+CALL(q3n_engine_error, q3n_engine_error(P(0))->code - Q3N_ERR_ARG)
 CALL(q3n_model_n_tokens, q3n_model_n_tokens(P(0)))
 CALL(q3n_tokenize, q3n_tokenize(P(0), P(1), SIZE(2), N(3), P(4), SIZE(5), P(6)))
 CALL(q3n_token_text, q3n_token_text(P(0), N(1), P(2)) != NULL)
@@ -396,13 +405,17 @@ static const row table[] = {
     ROW(q3n_cache_destroy, NOTHING, NULL, DRAFTS, MAY(NULL)),
     ROW(q3n_cache_clear, NOTHING, NULL, DRAFTS, THE(CACHE)),
     ROW(q3n_cache_stats_get, RESULT, NULL, DRAFTS, THE(CACHE), IN(&to.cache_stats)),
-    ROW(q3n_batch_bytes, ANSWER, NULL, DRAFTS, THE(MODEL), MAY(&session_options)),
-    ROW(q3n_batch_create, RESULT, destroy_batch, DRAFTS, NEW(&to.batch), THE(MODEL),
-        MAY(&session_options), MAY(&to.err)),
-    ROW(q3n_batch_destroy, NOTHING, NULL, DRAFTS, MAY(NULL)),
-    ROW(q3n_batch_eval, RESULT, NULL, DRAFTS, THE(BATCH), ARR(item, 2), NUM(1, 0, 1), MAY(NULL)),
-    ROW(q3n_batch_cancel, ANSWER, NULL, DRAFTS, THE(BATCH)),
-    ROW(q3n_batch_error, ANSWER, NULL, DRAFTS, THE(BATCH)),
+    ROW(q3n_engine_bytes, ANSWER, NULL, DRAFTS, THE(MODEL), MAY(&engine_options)),
+    ROW(q3n_engine_create, RESULT, destroy_engine, DRAFTS, NEW(&to.engine), THE(MODEL),
+        MAY(&engine_options), MAY(&to.err)),
+    ROW(q3n_engine_n_threads, ANSWER, NULL, DRAFTS, THE(ENGINE)),
+    ROW(q3n_engine_batch_size, ANSWER, NULL, DRAFTS, THE(ENGINE)),
+    ROW(q3n_engine_isa, ANSWER, NULL, DRAFTS, THE(ENGINE)),
+    ROW(q3n_session_engine, ANSWER, NULL, DRAFTS, THE(SESSION)),
+    ROW(q3n_engine_destroy, NOTHING, NULL, DRAFTS, MAY(NULL)),
+    ROW(q3n_engine_eval, RESULT, NULL, DRAFTS, THE(ENGINE), ARR(item, 2), NUM(1, 0, 1), MAY(NULL)),
+    ROW(q3n_engine_cancel, ANSWER, NULL, DRAFTS, THE(ENGINE)),
+    ROW(q3n_engine_error, ANSWER, NULL, DRAFTS, THE(ENGINE)),
     ROW(q3n_model_n_tokens, ANSWER, NULL, STORIES, THE(MODEL)),
     ROW(q3n_tokenize, RESULT, NULL, STORIES, THE(MODEL), ARR("abc", 2), LEN(3),
         NUM(0, 0, FLAGS), ARR(to.ids, 5), LEN(64), CNT(&to.n)),
@@ -449,7 +462,7 @@ static void *object(kind k)
     case SESSION:  return f.s;
     case SAMPLER:  return f.sampler;
     case CACHE:    return f.cache;
-    case BATCH:    return f.batch;
+    case ENGINE:   return f.engine;
     case SNAPSHOT: return f.snap;
     default:       return NULL;
     }
@@ -588,13 +601,16 @@ static void test_members(void **state)
     assert_int_equal(q3n_session_load_from(f.s, &no_read), Q3N_ERR_ARG);
     assert_int_equal(q3n_quantize_rows(Q3N_TYPE_F32, &no_rows, to.bytes, 512, NULL), Q3N_ERR_ARG);
     assert_int_equal(q3n_model_open(&to.model, STORIES, &lone, NULL), Q3N_ERR_ARG);
-    assert_int_equal(q3n_batch_eval(f.batch, item + 1, 1, NULL), Q3N_ERR_ARG);
-    q3n_batch_item broken = { .session = f.s, .n = 2 };
-    assert_int_equal(q3n_batch_eval(f.batch, &broken, 1, NULL), Q3N_ERR_ARG);
+    assert_int_equal(q3n_engine_eval(f.engine, item + 1, 1, NULL), Q3N_ERR_ARG);
+    item[1].size = sizeof item[1];
+    assert_int_equal(q3n_engine_eval(f.engine, item + 1, 1, NULL), Q3N_ERR_ARG);
+    q3n_engine_item broken = { .size = sizeof broken, .session = f.s, .n = 2 };
+    assert_int_equal(q3n_engine_eval(f.engine, &broken, 1, NULL), Q3N_ERR_ARG);
     broken.done = 1;
-    assert_int_equal(q3n_batch_eval(f.batch, &broken, 1, NULL), Q3N_ERR_ARG);
-    broken = (q3n_batch_item){ .session = f.s, .tokens = five_ids, .n = -1, .done = -1 };
-    assert_int_equal(q3n_batch_eval(f.batch, &broken, 1, NULL), Q3N_ERR_ARG);
+    assert_int_equal(q3n_engine_eval(f.engine, &broken, 1, NULL), Q3N_ERR_ARG);
+    broken = (q3n_engine_item){ .size = sizeof broken, .session = f.s, .tokens = five_ids,
+                                .n = -1, .done = -1 };
+    assert_int_equal(q3n_engine_eval(f.engine, &broken, 1, NULL), Q3N_ERR_ARG);
     assert_int_equal(q3n_session_length(f.s), LENGTH);
     fixture_close();
 }

@@ -661,18 +661,17 @@ static void test_sizes_fit(void **state)
     for (size_t i = 0; i < COUNT(cases); i++) {
         q3n_config c = Q3N_INIT(q3n_config);
         q3n_error err;
-        const q3n_session_options o = { .size = sizeof o,
-                                        .batch = cases[i].batch, .capacity = cases[i].capacity,
-                                        .n_threads = cases[i].n_threads };
+        const q3n_engine_options o = { .size = sizeof o, .batch_size = cases[i].batch,
+                                       .n_threads = cases[i].n_threads };
+        const int n = cases[i].capacity;
         assert_int_equal(q3n_config_preset(cases[i].preset, &c, &err), Q3N_OK);
-        assert_int_equal(q3n__check_sizes(&c, &o, UINT32_MAX / 4, &err), cases[i].want);
-        assert_int_equal(q3n__check_sizes(&c, &o, SIZE_MAX / 4, &err), Q3N_OK);
+        assert_int_equal(q3n__check_sizes(&c, &o, n, UINT32_MAX / 4, &err), cases[i].want);
+        assert_int_equal(q3n__check_sizes(&c, &o, n, SIZE_MAX / 4, &err), Q3N_OK);
     }
     /* The largest that a file may say. */
     q3n_config c = Q3N_INIT(q3n_config);
     q3n_error err;
-    const q3n_session_options o = { .size = sizeof o,
-                                    .batch = 1 << 16, .capacity = 1 << 30, .n_threads = 1024 };
+    const q3n_engine_options o = { .size = sizeof o, .batch_size = 1 << 16, .n_threads = 1024 };
     assert_int_equal(q3n_config_preset("g2", &c, &err), Q3N_OK);
     c.num_hidden_layers = Q3N_MAX_LAYERS;
     c.num_attention_heads = c.num_key_value_heads = c.linear_num_value_heads = 4096;
@@ -682,8 +681,8 @@ static void test_sizes_fit(void **state)
     c.num_experts_per_tok = 1024;
     c.intermediate_size = c.moe_intermediate_size = 1 << 24;
     c.shared_expert_intermediate_size = 1 << 24;
-    assert_int_equal(q3n__check_sizes(&c, &o, UINT32_MAX / 4, &err), Q3N_ERR_MEMORY);
-    assert_int_equal(q3n__check_sizes(&c, &o, SIZE_MAX / 4, &err), Q3N_OK);
+    assert_int_equal(q3n__check_sizes(&c, &o, 1 << 30, UINT32_MAX / 4, &err), Q3N_ERR_MEMORY);
+    assert_int_equal(q3n__check_sizes(&c, &o, 1 << 30, SIZE_MAX / 4, &err), Q3N_OK);
 }
 
 int main(void)

@@ -428,27 +428,27 @@ class Sessions(unittest.TestCase):
             cache.clear()
             self.assertEqual(cache.stats()["bytes"], 0)
 
-    def test_batch(self):
-        with self.model.batch(n_threads=2) as batch:
-            sessions = [self.model.session(shared=batch) for _ in range(3)]
-            items = batch.eval(zip(sessions, (self.ids[:100], self.ids[:280], self.ids)))
+    def test_engine(self):
+        with self.model.engine(n_threads=2) as engine:
+            sessions = [self.model.session(engine=engine) for _ in range(3)]
+            items = engine.eval(zip(sessions, (self.ids[:100], self.ids[:280], self.ids)))
             for item, n in zip(items, (100, 280, 330)):
                 self.check(item.session, n)
                 self.assertEqual(item.logits, self.want[n])
             for session in sessions:
                 session.reset()
-            items = [qwen3next.BatchItem(sessions[0], self.ids[:280]),
-                     qwen3next.BatchItem(sessions[1], self.ids[:1], logits=False)]
-            batch.eval(items, max_tokens=20)
+            items = [qwen3next.EngineItem(sessions[0], self.ids[:280]),
+                     qwen3next.EngineItem(sessions[1], self.ids[:1], logits=False)]
+            engine.eval(items, max_tokens=20)
             self.assertEqual(sum(item.done for item in items), 20)
             self.assertIsNone(items[0].logits)
-            batch.eval(items)
+            engine.eval(items)
             self.check(sessions[0], 280)
             self.assertIsNone(items[1].logits)
             with self.assertRaises(qwen3next.Error) as caught:
-                batch.eval([(sessions[0], [1]), (sessions[0], [2])])
+                engine.eval([(sessions[0], [1]), (sessions[0], [2])])
             self.assertEqual(caught.exception.code, -1)
-            self.cancel_from_a_thread(batch, lambda: batch.eval([(sessions[0], self.ids[280:])]),
+            self.cancel_from_a_thread(engine, lambda: engine.eval([(sessions[0], self.ids[280:])]),
                                       lambda: sessions[0].rewind(280))
             self.check(sessions[0], 280)
 
@@ -488,7 +488,7 @@ class Arguments(unittest.TestCase):
         with self.model.session() as session:
             for make in (lambda: self.model.sampler(temprature=5.0),
                          lambda: self.model.session(capasity=8),
-                         lambda: self.model.batch(n_thread=1),
+                         lambda: self.model.engine(n_thread=1),
                          lambda: self.model.cache(1 << 20, directori="x"),
                          lambda: next(session.generate("a", 2, temprature=1.0)),
                          lambda: next(session.generate_ids([1], 2, topk=1))):
@@ -497,12 +497,13 @@ class Arguments(unittest.TestCase):
 
     def test_integers_are_whole_and_fit(self):
         with self.model.session(capacity=16) as session, self.model.sampler() as sampler, \
-                self.model.batch() as batch:
+                self.model.engine() as engine:
             session.logits([1, 2])
             uses = [
                 lambda i: self.model.session(capacity=i), lambda i: self.model.session(batch=i),
                 lambda i: self.model.session(n_threads=i), lambda i: self.model.session(draft=i),
-                lambda i: self.model.session(snapshot_every=i), lambda i: self.model.batch(batch=i),
+                lambda i: self.model.session(snapshot_every=i),
+                lambda i: self.model.engine(batch_size=i),
                 lambda i: self.model.session(snapshot_bytes=i << 32),
                 lambda i: self.model.cache(i << 32),
                 lambda i: self.model.cache(1, max_directory_bytes=i << 32),
@@ -513,8 +514,8 @@ class Arguments(unittest.TestCase):
                 lambda i: session.decode(sampler, 1, i), lambda i: session.draft(1, i),
                 lambda i: session.logits([i]), lambda i: session.prefill([i]),
                 lambda i: self.model.detokenize([i]), lambda i: session.all_logits([i]),
-                lambda i: batch.eval([], max_tokens=i),
-                lambda i: batch.eval([], max_microseconds=i << 32)]
+                lambda i: engine.eval([], max_tokens=i),
+                lambda i: engine.eval([], max_microseconds=i << 32)]
             for i, use in enumerate(uses):
                 with self.subTest(i):
                     for wrong in ((1 << 32) + 64, -(1 << 32) - 1):
@@ -623,7 +624,7 @@ class Interrupts(unittest.TestCase):
     def setUp(self):
         self.armed, self.cancelled, self.layers = False, threading.Event(), 0
         cancels = {name: getattr(qwen3next.load(), name)
-                   for name in ("q3n_session_cancel", "q3n_batch_cancel")}
+                   for name in ("q3n_session_cancel", "q3n_engine_cancel")}
 
         def watched(name):
             def cancel(*args):
@@ -670,12 +671,13 @@ class Interrupts(unittest.TestCase):
             self.assertEqual(session.tokens(), self.ids)
             self.assertEqual(session.logits(), want)
 
-    def test_batch(self):
-        with self.model.batch(**self.options) as batch, \
-                self.model.session(shared=batch) as session:
-            self.interrupted(batch.eval, [(session, self.ids)])
+    def test_engine(self):
+        options = {"layer_hook": self.options["layer_hook"], "n_threads": 1, "batch_size": 16}
+        with self.model.engine(**options) as engine, \
+                self.model.session(engine=engine) as session:
+            self.interrupted(engine.eval, [(session, self.ids)])
             self.assertEqual(len(session), 0)
-            self.assertTrue(batch.eval([(session, self.ids)])[0].logits)
+            self.assertTrue(engine.eval([(session, self.ids)])[0].logits)
 
     def test_handlers_decide(self):
         """Only one that raises stops the call, with what it raises."""

@@ -156,7 +156,7 @@ typedef struct {
     int          vocab, capacity, has_delta, has_mtp;
     int          idle;           /* 1 = modules fall after their texts, as if they did not pay   */
     reference    ref;
-    q3n_batch   *batch[2];
+    q3n_engine   *batch[2];
     q3n_cache   *cache;
     slot         slots[4];
     kept         snaps[6];
@@ -167,7 +167,7 @@ typedef struct {
     int          cancel_in;      /* calls of the hook until these are cancelled                  */
     int          cancelled;      /* requests that stopped a call                                 */
     q3n_session *cancel_session;
-    q3n_batch   *cancel_batch;
+    q3n_engine   *cancel_batch;
     char         directory[64];  /* of the cache, "" = none                                      */
     int          n_ops, n_failed, n_runs;
     char        *log;
@@ -245,14 +245,14 @@ static void cancel_in_hook(void *user, int l, const float *x, int n, int d)
     (void)n;
     (void)d;
     if (w->cancel_in == 0 || --w->cancel_in > 0) return;
-    w->cancelled += w->cancel_batch ? q3n_batch_cancel(w->cancel_batch)
+    w->cancelled += w->cancel_batch ? q3n_engine_cancel(w->cancel_batch)
                                     : q3n_session_cancel(w->cancel_session);
 }
 
 /* Requests between two calls stop nothing, neither the one before nor the next. */
-static void cancel_between(world *w, q3n_session *s, q3n_batch *b)
+static void cancel_between(world *w, q3n_session *s, q3n_engine *b)
 {
-    if ((s && q3n_session_cancel(s)) || (b && q3n_batch_cancel(b)))
+    if ((s && q3n_session_cancel(s)) || (b && q3n_engine_cancel(b)))
         world_fail(w, "a request between two calls says that it stops one");
 }
 
@@ -361,7 +361,7 @@ static q3n_session_options session_options(world *w)
     o.batch = batches[below(w, COUNT(batches))];
     o.n_threads = 1 + below(w, 3);
     if (chance(w, 10)) o.executor = (q3n_executor){ run_backwards, &w->n_runs, 3 };
-    if (chance(w, 40)) o.shared = w->batch[below(w, COUNT(w->batch))];
+    if (chance(w, 70)) o.engine = w->batch[below(w, COUNT(w->batch))];
     if (w->cache && chance(w, 60)) o.cache = w->cache;
     else if (chance(w, 50))        o.snapshot_bytes = (size_t)1 << (12 + below(w, 12));
     o.snapshot_every = chance(w, 30) ? 1 + below(w, 100) : 0;
@@ -385,14 +385,14 @@ static void slot_set(world *w, slot *s, q3n_session *session, const q3n_session_
     if (s->capacity != o->capacity)
         world_fail(w, "capacity %d, expected %d", s->capacity, o->capacity);
     s->drafts = drafts_with(w, o);
-    s->batch = o->shared ? o->shared == w->batch[1] : -1;
+    s->batch = o->engine ? o->engine == w->batch[1] : -1;
 }
 
 static void describe(world *w, const q3n_session_options *o)
 {
-    note(w, " {capacity %d, batch %d, %d threads, shared %d, cache %s, every %d, speculate %d, "
+    note(w, " {capacity %d, batch %d, %d threads, engine %d, cache %s, every %d, speculate %d, "
          "draft %d}", o->capacity, o->batch, o->n_threads,
-         o->shared ? o->shared == w->batch[1] : -1,
+         o->engine ? o->engine == w->batch[1] : -1,
          o->cache ? "shared" : o->snapshot_bytes ? "own" : "none", o->snapshot_every,
          (int)o->speculate, o->draft);
 }
@@ -779,25 +779,26 @@ static void op_load(world *w)
 #define N_SLOTS COUNT(((world *)0)->slots)
 
 typedef struct {
-    q3n_batch_item item[N_SLOTS];
+    q3n_engine_item item[N_SLOTS];
     slot          *slot[N_SLOTS];
     text           before[N_SLOTS], more[N_SLOTS];
     float         *logits;       /* [N_SLOTS, vocab]                                             */
     int            n;
 } plan;
 
-static void plan_make(world *w, plan *p)
+/* Of the sessions of engine b. */
+static void plan_make(world *w, plan *p, int b)
 {
     for (int i = 0; i < N_SLOTS; i++) {
         slot *s = &w->slots[i];
         const int room = s->capacity - s->t.n, k = p->n;
-        if (!s->s || chance(w, 25)) continue;
+        if (!s->s || s->batch != b || chance(w, 25)) continue;
         p->slot[k] = s;
         p->before[k] = s->t;
         p->more[k].n = room == 0 || chance(w, 10) ? 0 : step_length(w, s->t.n, room);
         continuation(w, &s->t, p->more[k].ids, p->more[k].n);
-        p->item[k] = (q3n_batch_item){
-            .session = s->s, .tokens = p->more[k].ids, .n = p->more[k].n,
+        p->item[k] = (q3n_engine_item){
+            .size = sizeof p->item[k], .session = s->s, .tokens = p->more[k].ids, .n = p->more[k].n,
             .logits = chance(w, 70) ? p->logits + (size_t)k * (size_t)w->vocab : NULL,
         };
         note(w, " %d: %d behind %d%s;", i, p->more[k].n, s->t.n, p->item[k].logits ? "+" : "");
@@ -817,19 +818,19 @@ static void plan_verify(world *w, plan *p)
 {
     for (int i = 0; i < p->n; i++) {
         slot *s = p->slot[i];
-        const q3n_batch_item *item = &p->item[i];
+        const q3n_engine_item *item = &p->item[i];
         if (item->done < 0 || item->done > item->n)
             world_fail(w, "item %d: done %d", i, item->done);
         s->t = p->before[i];
         text_append(&s->t, p->more[i].ids, item->done);
         if (chance(w, 60)) verify(w, s);
         if (item->n > 0 && item->done == item->n && item->logits)
-            compare_logits(w, item->logits, &s->t, "q3n_batch_eval");
+            compare_logits(w, item->logits, &s->t, "q3n_engine_eval");
     }
 }
 
 /* One call that is cancelled or short of memory; 1 if it failed, and then changed nothing. */
-static int plan_fail(world *w, q3n_batch *b, plan *p, const q3n_limit *limit)
+static int plan_fail(world *w, q3n_engine *b, plan *p, const q3n_limit *limit)
 {
     int done[N_SLOTS];
     for (int i = 0; i < p->n; i++) done[i] = p->item[i].done;
@@ -846,13 +847,13 @@ static int plan_fail(world *w, q3n_batch *b, plan *p, const q3n_limit *limit)
     }
     w->cancelled = 0;
     cancel_between(w, p->n ? p->item[0].session : NULL, b);
-    const q3n_result r = q3n_batch_eval(b, p->item, p->n, limit);
+    const q3n_result r = q3n_engine_eval(b, p->item, p->n, limit);
     cancel_between(w, p->n ? p->item[0].session : NULL, b);
     w->heap.fail_at = w->cancel_in = 0;
     if (r == Q3N_OK && !w->cancelled) return 0;
-    if (r != want || q3n_batch_error(b)->code != want)
+    if (r != want || q3n_engine_error(b)->code != want)
         world_fail(w, "batch: %s, expected %s; the record: %s", q3n_result_string(r),
-                   q3n_result_string(want), q3n_batch_error(b)->message);
+                   q3n_result_string(want), q3n_engine_error(b)->message);
     note(w, " failed;");
     w->n_failed++;
     for (int i = 0; i < p->n; i++)
@@ -861,15 +862,15 @@ static int plan_fail(world *w, q3n_batch *b, plan *p, const q3n_limit *limit)
     return 1;
 }
 
-static void plan_run(world *w, q3n_batch *b, plan *p, const q3n_limit *limit)
+static void plan_run(world *w, q3n_engine *b, plan *p, const q3n_limit *limit)
 {
     int left = -plan_done(p);
     for (int i = 0; i < p->n; i++) left += p->item[i].n;
     for (int first = 1; left > 0 || first; first = 0) {
         const int before = plan_done(p);
         if (!chance(w, 10) || plan_fail(w, b, p, limit)) {
-            const q3n_result r = q3n_batch_eval(b, p->item, p->n, limit);
-            if (r != Q3N_OK) world_fail(w, "batch: %s", q3n_batch_error(b)->message);
+            const q3n_result r = q3n_engine_eval(b, p->item, p->n, limit);
+            if (r != Q3N_OK) world_fail(w, "batch: %s", q3n_engine_error(b)->message);
         }
         const int done = plan_done(p) - before;
         note(w, " %d", done);
@@ -893,7 +894,7 @@ static void op_batch(world *w)
     if (chance(w, 40)) limit.max_tokens = 1 + below(w, 40);
     if (chance(w, 20)) limit.max_microseconds = 1 + below(w, 500);
     note(w, "batch %d, limits %d and %d;", b, limit.max_tokens, (int)limit.max_microseconds);
-    plan_make(w, p);
+    plan_make(w, p, b);
     plan_run(w, w->batch[b], p, chance(w, 80) ? &limit : NULL);
     free(p->logits);
     free(p);
@@ -1085,7 +1086,7 @@ static void world_open(world *w, unsigned long seed)
         o.n_threads = 1 + below(w, 3);
         o.batch = chance(w, 30) ? 1 + below(w, 8) : 64;
         note(w, ", batch of %d on %d", o.batch, o.n_threads);
-        if (q3n_batch_create(&w->batch[i], w->m, &o, NULL) != Q3N_OK) world_fail(w, "no batch");
+        w->batch[i] = create_engine(w->m, &o);
     }
     world_cache(w);
 }
@@ -1107,7 +1108,7 @@ static void world_close(world *w)
     reference_close(&w->ref);
     q3n_cache_destroy(w->cache);
     if (w->directory[0]) remove_directory(w->directory);
-    for (int i = 0; i < COUNT(w->batch); i++) q3n_batch_destroy(w->batch[i]);
+    for (int i = 0; i < COUNT(w->batch); i++) q3n_engine_destroy(w->batch[i]);
     q3n_model_close(w->m);
     if (w->heap.live != 0 || w->heap.live_bytes != 0)
         world_fail(w, "%d blocks, %zu bytes left", w->heap.live, w->heap.live_bytes);

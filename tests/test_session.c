@@ -29,7 +29,7 @@ static q3n_cache_stats stats_of(q3n_cache *c)
 /* ---- Cancelling ---- */
 typedef struct {
     q3n_session *s;
-    q3n_batch   *b;              /* cancel this, if it is not NULL                               */
+    q3n_engine   *b;              /* cancel this, if it is not NULL                               */
     int          at, calls;      /* in call number `at` of the hook, from 0                      */
     int          after;          /* layers since, of n_layers                                    */
     int          n_layers;
@@ -41,7 +41,7 @@ static void *cancel_now(void *memory)
 {
     canceller *c = (canceller *)memory;
     for (int i = 0; i < 2; i++)                  /* the second finds nothing left to stop */
-        c->stopped += c->b ? q3n_batch_cancel(c->b) : q3n_session_cancel(c->s);
+        c->stopped += c->b ? q3n_engine_cancel(c->b) : q3n_session_cancel(c->s);
     return NULL;
 }
 
@@ -63,35 +63,35 @@ static void cancel_in_hook(void *user, int l, const float *x, int n, int d)
 /* What is cancelled: an operation on a session that holds 40 tokens of ids. */
 typedef struct {
     const char *name;
-    q3n_result (*run)(q3n_session *s, q3n_batch *b, const int32_t *ids);
+    q3n_result (*run)(q3n_session *s, q3n_engine *b, const int32_t *ids);
 } cancellable;
 
-static q3n_result run_eval(q3n_session *s, q3n_batch *b, const int32_t *ids)
+static q3n_result run_eval(q3n_session *s, q3n_engine *b, const int32_t *ids)
 {
     (void)b;
     return q3n_session_eval(s, ids + 40, 20, NULL);
 }
 
-static q3n_result run_prefill(q3n_session *s, q3n_batch *b, const int32_t *ids)
+static q3n_result run_prefill(q3n_session *s, q3n_engine *b, const int32_t *ids)
 {
     (void)b;
     return q3n_session_prefill(s, ids + 7, 30, NULL, NULL);
 }
 
-static q3n_result run_prefill_more(q3n_session *s, q3n_batch *b, const int32_t *ids)
+static q3n_result run_prefill_more(q3n_session *s, q3n_engine *b, const int32_t *ids)
 {
     (void)b;
     return q3n_session_prefill(s, ids, 60, NULL, NULL);
 }
 
-static q3n_result run_rewind(q3n_session *s, q3n_batch *b, const int32_t *ids)
+static q3n_result run_rewind(q3n_session *s, q3n_engine *b, const int32_t *ids)
 {
     (void)b;
     (void)ids;
     return q3n_session_rewind(s, 25);
 }
 
-static q3n_result run_decode(q3n_session *s, q3n_batch *b, const int32_t *ids)
+static q3n_result run_decode(q3n_session *s, q3n_engine *b, const int32_t *ids)
 {
     int32_t tokens[8];
     int n;
@@ -103,10 +103,10 @@ static q3n_result run_decode(q3n_session *s, q3n_batch *b, const int32_t *ids)
     return r;
 }
 
-static q3n_result run_batch(q3n_session *s, q3n_batch *b, const int32_t *ids)
+static q3n_result run_batch(q3n_session *s, q3n_engine *b, const int32_t *ids)
 {
-    q3n_batch_item item = { .session = s, .tokens = ids + 40, .n = 20 };
-    const q3n_result r = q3n_batch_eval(b, &item, 1, NULL);
+    q3n_engine_item item = { .size = sizeof item, .session = s, .tokens = ids + 40, .n = 20 };
+    const q3n_result r = q3n_engine_eval(b, &item, 1, NULL);
     assert_int_equal(item.done, r == Q3N_OK ? 20 : 0);
     return r;
 }
@@ -138,9 +138,9 @@ static int cancel_once(const cancel_case *k, const cancellable *what, int at)
     o.draft = 3;
     o.n_threads = 1 + (at & 1);
     o.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
-    assert_int_equal(q3n_batch_create(&c.b, k->m, &o, NULL), Q3N_OK);
-    q3n_batch *b = c.b;
-    o.shared = in_batch ? b : NULL;
+    c.b = create_engine(k->m, &o);
+    q3n_engine *b = c.b;
+    o.engine = in_batch ? b : NULL;
     c.s = create_session(k->m, &o);
     must(c.s, q3n_session_eval(c.s, k->ids, 40, NULL), Q3N_OK);
     if (!in_batch) c.b = NULL;
@@ -155,7 +155,7 @@ static int cancel_once(const cancel_case *k, const cancellable *what, int at)
     if (at >= 0 && r == Q3N_ERR_CANCELLED && c.after > 1)
         fail_msg("%s, cancelled in call %d: %d layers more", what->name, at, c.after);
     if (at < 0) assert_int_equal(r, Q3N_OK);
-    assert_int_equal(q3n_session_cancel(c.s) + q3n_batch_cancel(b), 0);
+    assert_int_equal(q3n_session_cancel(c.s) + q3n_engine_cancel(b), 0);
     if (r == Q3N_ERR_CANCELLED) {
         must(c.s, q3n_session_logits(c.s, logits), Q3N_OK);
         check_same(logits, k->want + 39 * V, V, what->name);
@@ -165,7 +165,7 @@ static int cancel_once(const cancel_case *k, const cancellable *what, int at)
         assert_int_equal(what->run(c.s, b, k->ids), Q3N_OK);
     }
     q3n_session_destroy(c.s);
-    q3n_batch_destroy(b);
+    q3n_engine_destroy(b);
     free(logits);
     return calls;
 }
@@ -222,14 +222,15 @@ static void test_cancel_one(void **state)
     canceller c = { .at = -1, .n_layers = q3n_model_config(m)->num_hidden_layers };
     q3n_session_options o = plain_options(40);
     o.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
-    q3n_batch *b = NULL;
-    assert_int_equal(q3n_batch_create(&b, m, &o, NULL), Q3N_OK);
-    o.shared = b;
+    q3n_engine *b = NULL;
+    b = create_engine(m, &o);
+    o.engine = b;
     q3n_session *s[3];
-    q3n_batch_item items[3];
+    q3n_engine_item items[3];
     for (int i = 0; i < 3; i++) {
         s[i] = create_session(m, &o);
-        items[i] = (q3n_batch_item){ .session = s[i], .tokens = ids, .n = 4 };
+        items[i] = (q3n_engine_item){ .size = sizeof items[i],
+                                       .session = s[i], .tokens = ids, .n = 4 };
     }
     items[2].done = 4;                           /* of the call, but nothing is left of it */
     /* which of them is cancelled, in a batch of all three; 3: the batch itself */
@@ -239,7 +240,7 @@ static void test_cancel_one(void **state)
         c = (canceller){ .s = s[which % 3], .b = which == 3 ? b : NULL, .at = 3,
                          .n_layers = c.n_layers };
         const int length = q3n_session_length(s[0]);
-        assert_int_equal(q3n_batch_eval(b, items, 3, NULL),
+        assert_int_equal(q3n_engine_eval(b, items, 3, NULL),
                          takes_part ? Q3N_ERR_CANCELLED : Q3N_OK);
         assert_int_equal(c.stopped, takes_part);
         c.at = -1;
@@ -261,7 +262,7 @@ static void test_cancel_one(void **state)
     assert_int_equal(c.stopped, 1);
     must(s[0], q3n_session_eval(s[0], ids, 4, NULL), Q3N_OK);
     for (int i = 0; i < 3; i++) q3n_session_destroy(s[i]);
-    q3n_batch_destroy(b);
+    q3n_engine_destroy(b);
     q3n_model_close(m);
 }
 
@@ -287,7 +288,7 @@ static void run_and_raise(void *user, int n, void (*task)(void *arg, int i), voi
     }
 }
 
-static q3n_result run_draft(q3n_session *s, q3n_batch *b, const int32_t *ids)
+static q3n_result run_draft(q3n_session *s, q3n_engine *b, const int32_t *ids)
 {
     int32_t drafts[3];
     (void)b;
@@ -295,7 +296,7 @@ static q3n_result run_draft(q3n_session *s, q3n_batch *b, const int32_t *ids)
 }
 
 /* Nothing to evaluate: the MTP module alone works, over what it has not read. */
-static q3n_result run_prefill_same(q3n_session *s, q3n_batch *b, const int32_t *ids)
+static q3n_result run_prefill_same(q3n_session *s, q3n_engine *b, const int32_t *ids)
 {
     (void)b;
     float *logits = new_floats((size_t)q3n_model_config(q3n_session_model(s))->vocab_size);
@@ -315,9 +316,9 @@ static void signal_everywhere(const cancel_case *k, const cancellable *what)
     o.speculate = k->speculate;
     o.draft = 3;
     o.executor = (q3n_executor){ run_and_raise, &x, 2 };
-    q3n_batch *b = NULL;
-    assert_int_equal(q3n_batch_create(&b, k->m, &o, NULL), Q3N_OK);
-    o.shared = in_batch ? b : NULL;
+    q3n_engine *b = NULL;
+    b = create_engine(k->m, &o);
+    o.engine = in_batch ? b : NULL;
     q3n_session *s = create_session(k->m, &o);
     signalled = s;
     float *got = new_floats(V);
@@ -346,7 +347,7 @@ static void signal_everywhere(const cancel_case *k, const cancellable *what)
     }
     signalled = NULL;
     q3n_session_destroy(s);
-    q3n_batch_destroy(b);
+    q3n_engine_destroy(b);
     free(got);
 }
 
@@ -391,23 +392,25 @@ static void test_cancel_ready(void **state)
     q3n_session_options o = plain_options(40);
     o.batch = 4;
     o.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
-    assert_int_equal(q3n_batch_create(&c.b, m, &o, NULL), Q3N_OK);
-    o.shared = c.b;
+    c.b = create_engine(m, &o);
+    o.engine = c.b;
     float *want = new_floats(3 * V);
     q3n_session *s[2] = { create_session(m, &o), create_session(m, &o) };
     for (int i = 0; i < 2; i++) must(s[i], q3n_session_eval(s[i], ids, 5, want), Q3N_OK);
-    q3n_batch_item items[2] = {
-        { .session = s[0], .tokens = ids + 5, .n = 1, .logits = want + V },
-        { .session = s[1], .tokens = ids + 5, .n = 20, .logits = want + 2 * V } };
+    q3n_engine_item items[2] = {
+        { .size = sizeof items[0], .session = s[0], .tokens = ids + 5, .n = 1,
+          .logits = want + V },
+        { .size = sizeof items[0], .session = s[1], .tokens = ids + 5, .n = 20,
+          .logits = want + 2 * V } };
     c.calls = 0;
     c.at = c.n_layers + 4;                       /* in the second pass */
-    assert_int_equal(q3n_batch_eval(c.b, items, 2, NULL), Q3N_ERR_CANCELLED);
+    assert_int_equal(q3n_engine_eval(c.b, items, 2, NULL), Q3N_ERR_CANCELLED);
     assert_int_equal(q3n_session_length(s[0]), 5);
     must(s[0], q3n_session_logits(s[0], want + V), Q3N_OK);
     check_same(want + V, want, V, "logits of before");
     q3n_session_destroy(s[0]);
     q3n_session_destroy(s[1]);
-    q3n_batch_destroy(c.b);
+    q3n_engine_destroy(c.b);
     free(want);
     q3n_model_close(m);
 }
@@ -823,7 +826,7 @@ static void check_memory(const memory_case *k, q3n_type kv_type)
     uint64_t rng = 31;
     random_tokens(&rng, ids, COUNT(ids), q3n_model_config(m)->vocab_size);
     q3n_session_options o = plain_options(k->capacity);
-    q3n_batch *b = NULL;
+    q3n_engine *b = NULL;
     q3n_session_memory planned = Q3N_INIT(q3n_session_memory);
     o.kv_type = kv_type;
     o.n_threads = 2;
@@ -831,9 +834,10 @@ static void check_memory(const memory_case *k, q3n_type kv_type)
     o.speculate = k->speculate;
     if (k->shared) {                 /* its scratch grows with the longest text */
         const size_t before = h.live_bytes;
-        assert_int_equal(q3n_batch_create(&b, m, &o, NULL), Q3N_OK);
-        assert_int_equal(q3n_batch_bytes(m, &o), h.live_bytes - before);
-        o.shared = b;
+        b = create_engine(m, &o);
+        const q3n_engine_options eo = engine_options(&o);
+        assert_int_equal(q3n_engine_bytes(m, &eo), h.live_bytes - before);
+        o.engine = b;
         q3n_session *longest = create_session(m, &o);
         must(longest, q3n_session_eval(longest, ids, k->capacity, NULL), Q3N_OK);
         q3n_session_destroy(longest);
@@ -876,7 +880,7 @@ static void check_memory(const memory_case *k, q3n_type kv_type)
     assert_int_equal(h.live_bytes, live);
     assert_int_equal(h.live, blocks);
     q3n_sampler_destroy(sampler);
-    q3n_batch_destroy(b);
+    q3n_engine_destroy(b);
     q3n_model_close(m);
     assert_int_equal(h.live, 0);
 }
@@ -901,10 +905,10 @@ static void test_memory(void **state)
 
 typedef struct {
     q3n_model     *m;
-    q3n_batch     *b;
+    q3n_engine     *b;
     int            vocab;
     q3n_session   *session[N_ITEMS];
-    q3n_batch_item item[N_ITEMS];
+    q3n_engine_item item[N_ITEMS];
     int32_t        ids[N_ITEMS][300];
     float         *logits, *want;    /* [N_ITEMS, vocab]                                         */
 } crowd;
@@ -923,15 +927,16 @@ static void crowd_open(crowd *c, const char *name, int have, int first)
     q3n_session *alone = create_session(c->m, &o);
     o.n_threads = 2;
     o.batch = 128;
-    assert_int_equal(q3n_batch_create(&c->b, c->m, &o, NULL), Q3N_OK);
-    o.shared = c->b;
+    c->b = create_engine(c->m, &o);
+    o.engine = c->b;
     for (int i = 0; i < N_ITEMS; i++) {
         const int n = i ? 1 : first;
         random_tokens(&rng, c->ids[i], 300, c->vocab);
         c->session[i] = create_session(c->m, &o);
         must(c->session[i], q3n_session_eval(c->session[i], c->ids[i], have, NULL), Q3N_OK);
-        c->item[i] = (q3n_batch_item){ .session = c->session[i], .tokens = c->ids[i] + have, .n = n,
-                                       .logits = c->logits + (size_t)i * V };
+        c->item[i] = (q3n_engine_item){ .size = sizeof c->item[i], .session = c->session[i],
+                                         .tokens = c->ids[i] + have, .n = n,
+                                         .logits = c->logits + (size_t)i * V };
         q3n_session_reset(alone);
         must(alone, q3n_session_eval(alone, c->ids[i], have + n, c->want + (size_t)i * V), Q3N_OK);
     }
@@ -941,7 +946,7 @@ static void crowd_open(crowd *c, const char *name, int have, int first)
 static void crowd_close(crowd *c)
 {
     for (int i = 0; i < N_ITEMS; i++) q3n_session_destroy(c->session[i]);
-    q3n_batch_destroy(c->b);
+    q3n_engine_destroy(c->b);
     q3n_model_close(c->m);
     free(c->logits);
     free(c->want);
@@ -971,7 +976,7 @@ static void test_batch_tokens(void **state)
     crowd_open(&c, (const char *)*state, 9, 200);
     const q3n_limit limit = { .size = sizeof limit, .max_tokens = 64 };
     for (int before = 0, left = 215; left > 0; ) {
-        assert_int_equal(q3n_batch_eval(c.b, c.item, N_ITEMS, &limit), Q3N_OK);
+        assert_int_equal(q3n_engine_eval(c.b, c.item, N_ITEMS, &limit), Q3N_OK);
         const int done = crowd_done(&c) - before;
         assert_int_equal(done, left < 64 ? left : 64);
         for (int i = 1; i < N_ITEMS; i++) assert_int_equal(c.item[i].done, 1);
@@ -982,9 +987,9 @@ static void test_batch_tokens(void **state)
     crowd_check(&c);
     /* nothing is left to do: items that are done may name anything */
     for (int i = 0; i < N_ITEMS; i++) c.item[i].tokens = NULL;
-    assert_int_equal(q3n_batch_eval(c.b, c.item, N_ITEMS, NULL), Q3N_OK);
+    assert_int_equal(q3n_engine_eval(c.b, c.item, N_ITEMS, NULL), Q3N_OK);
     assert_int_equal(q3n_session_length(c.session[0]), 209);
-    assert_int_equal(q3n_batch_eval(c.b, c.item, 0, NULL), Q3N_OK);
+    assert_int_equal(q3n_engine_eval(c.b, c.item, 0, NULL), Q3N_OK);
     crowd_close(&c);
 }
 
@@ -997,7 +1002,7 @@ static void test_batch_few(void **state)
         const q3n_limit limit = { .size = sizeof limit, .max_tokens = max };
         int before = 0;
         while (before < 35) {
-            assert_int_equal(q3n_batch_eval(c.b, c.item, N_ITEMS, &limit), Q3N_OK);
+            assert_int_equal(q3n_engine_eval(c.b, c.item, N_ITEMS, &limit), Q3N_OK);
             const int done = crowd_done(&c) - before;
             assert_int_equal(done, 35 - before < max ? 35 - before : max);
             before += done;
@@ -1027,7 +1032,7 @@ static void test_batch_turns(void **state)
                 want[turn]--;
             }
             int left = 0;
-            assert_int_equal(q3n_batch_eval(c.b, c.item, N_ITEMS, &limit), Q3N_OK);
+            assert_int_equal(q3n_engine_eval(c.b, c.item, N_ITEMS, &limit), Q3N_OK);
             for (int i = 0; i < N_ITEMS; i++) {
                 if (c.item[i].n - c.item[i].done != want[i])
                     fail_msg("%d a call, call %d: item %d has %d tokens left, expected %d", max,
@@ -1048,7 +1053,7 @@ static void test_batch_time(void **state)
     const q3n_limit limit = { .size = sizeof limit, .max_microseconds = 1 };
     int calls = 0;
     for (int before = 0; before < 265; calls++) {
-        assert_int_equal(q3n_batch_eval(c.b, c.item, N_ITEMS, &limit), Q3N_OK);
+        assert_int_equal(q3n_engine_eval(c.b, c.item, N_ITEMS, &limit), Q3N_OK);
         const int done = crowd_done(&c);
         assert_true(done > before);
         before = done;
@@ -1066,12 +1071,12 @@ static void test_batch_errors(void **state)
     crowd_open(&c, "qwen3_next", 9, 200);
     q3n_model *other = open_model("qwen3_moe", NULL);
     q3n_session_options o = plain_options(20);
-    q3n_session *foreign = create_session(other, &o), *small = create_session(c.m, &o), *scalar;
-    o.isa = Q3N_ISA_SCALAR;
-    scalar = create_session(c.m, &o);
-    const q3n_batch_item good = c.item[7];
+    q3n_session *foreign = create_session(other, &o), *lone = create_session(c.m, &o), *small;
+    o.engine = c.b;
+    small = create_session(c.m, &o);
+    const q3n_engine_item good = c.item[7];
     const int32_t bad_ids[2] = { 1, c.vocab };
-    const struct { q3n_batch_item item; q3n_result want; } bad[] = {
+    const struct { q3n_engine_item item; q3n_result want; } bad[] = {
         { { .session = c.session[3], .tokens = good.tokens, .n = 1 }, Q3N_ERR_ARG },
         { { .session = foreign, .tokens = good.tokens, .n = 1 }, Q3N_ERR_ARG },
         { { .session = NULL, .tokens = good.tokens, .n = 1 }, Q3N_ERR_ARG },
@@ -1081,23 +1086,24 @@ static void test_batch_errors(void **state)
         { { .session = c.session[7], .tokens = good.tokens, .n = 1, .done = 2 }, Q3N_ERR_ARG },
         { { .session = c.session[7], .tokens = good.tokens, .n = 1, .done = -1 }, Q3N_ERR_ARG },
         { { .session = small, .tokens = good.tokens, .n = 21 }, Q3N_ERR_FULL },
-        { { .session = scalar, .tokens = good.tokens, .n = 1 }, Q3N_ERR_ARG },
+        { { .session = lone, .tokens = good.tokens, .n = 1 }, Q3N_ERR_ARG },
     };
-    for (int i = 0; i < COUNT(bad) - (q3n_isa_best() == Q3N_ISA_SCALAR); i++) {
+    for (int i = 0; i < COUNT(bad); i++) {
         c.item[7] = bad[i].item;
-        const q3n_result r = q3n_batch_eval(c.b, c.item, N_ITEMS, NULL);
+        c.item[7].size = sizeof c.item[7];
+        const q3n_result r = q3n_engine_eval(c.b, c.item, N_ITEMS, NULL);
         if (r != bad[i].want) fail_msg("item %d: %s", i, q3n_result_string(r));
-        assert_int_equal(q3n_batch_error(c.b)->code, r);
-        assert_true(strlen(q3n_batch_error(c.b)->message) > 5);
+        assert_int_equal(q3n_engine_error(c.b)->code, r);
+        assert_true(strlen(q3n_engine_error(c.b)->message) > 5);
         for (int j = 0; j < N_ITEMS; j++) {
             assert_int_equal(q3n_session_length(c.session[j]), 9);
             if (j != 7) assert_int_equal(c.item[j].done, 0);
         }
     }
     c.item[7] = good;
-    assert_int_equal(q3n_batch_eval(c.b, c.item, N_ITEMS, NULL), Q3N_OK);
+    assert_int_equal(q3n_engine_eval(c.b, c.item, N_ITEMS, NULL), Q3N_OK);
     crowd_check(&c);
-    q3n_session_destroy(scalar);
+    q3n_session_destroy(lone);
     q3n_session_destroy(small);
     q3n_session_destroy(foreign);
     q3n_model_close(other);
@@ -1363,17 +1369,17 @@ static void test_options(void **state)
     q3n_model *m = open_model("qwen3_next", NULL), *other = open_model("qwen3_moe", NULL);
     q3n_error err;
     q3n_cache *cache = NULL;
-    q3n_batch *batch = NULL;
+    q3n_engine *batch = NULL;
     q3n_session *s;
     const q3n_cache_options co = { .size = sizeof co, .max_bytes = 1 << 20 };
     const q3n_session_options plain = plain_options(20);
     assert_int_equal(q3n_cache_create(&cache, other, &co, &err), Q3N_OK);
-    assert_int_equal(q3n_batch_create(&batch, other, &plain, &err), Q3N_OK);
+    batch = create_engine(other, &plain);
     q3n_session_options bad[] = {
         { .snapshot_type = Q3N_TYPE_F16 }, { .snapshot_type = Q3N_TYPE_Q8 },
         { .snapshot_type = Q3N_TYPE_COUNT }, { .snapshot_every = -1 }, { .draft = -1 },
         { .draft = Q3N_MAX_DRAFT + 1 }, { .speculate = Q3N_SPECULATE_COUNT },
-        { .cache = cache }, { .shared = batch },
+        { .cache = cache }, { .engine = batch },
     };
     for (int i = 0; i < COUNT(bad); i++) {
         bad[i].size = sizeof bad[i];
@@ -1385,9 +1391,9 @@ static void test_options(void **state)
         assert_int_equal(q3n_session_bytes(m, &bad[i], NULL), 0);
     }
     q3n_cache_destroy(cache);
-    q3n_batch_destroy(batch);
+    q3n_engine_destroy(batch);
     q3n_cache_destroy(NULL);
-    q3n_batch_destroy(NULL);
+    q3n_engine_destroy(NULL);
     q3n_snapshot_free(NULL);
     q3n_model_close(other);
     q3n_model_close(m);
@@ -1644,12 +1650,10 @@ static void test_reevaluate(void **state)
         must(s, q3n_session_restore(s, snap), Q3N_OK);
         if (i == 1 && q3n_model_config(m)->num_mtp_layers > 0)
             must(s, q3n_session_draft(s, 1, drafts, 2, NULL), Q3N_OK);
-        if (i == 2) {                /* evaluated in the batch's scratch, not the session's */
-            q3n_batch *b = NULL;
-            q3n_batch_item item = { .session = s, .tokens = ids + COUNT(ids) - 2, .n = 1 };
-            assert_int_equal(q3n_batch_create(&b, m, &o, NULL), Q3N_OK);
-            assert_int_equal(q3n_batch_eval(b, &item, 1, NULL), Q3N_OK);
-            q3n_batch_destroy(b);
+        if (i == 2) {                /* in a call of many */
+            q3n_engine_item item = { .size = sizeof item, .session = s,
+                                     .tokens = ids + COUNT(ids) - 2, .n = 1 };
+            assert_int_equal(q3n_engine_eval(q3n_session_engine(s), &item, 1, NULL), Q3N_OK);
         }
         must(s, q3n_session_rewind(s, COUNT(ids) - 3), Q3N_OK);
         must(s, q3n_session_eval(s, ids + COUNT(ids) - 3, 1, want + V), Q3N_OK);
@@ -1677,13 +1681,14 @@ static void test_snapshot_every(void **state)
     o.snapshot_bytes = (size_t)64 << 20;
     o.snapshot_every = 48;
     float *want = new_floats(2 * V);
-    q3n_batch *b = NULL;
-    assert_int_equal(q3n_batch_create(&b, m, &o, NULL), Q3N_OK);
+    q3n_engine *b = create_engine(m, &o);
     for (int in_batch = 0; in_batch < 2; in_batch++)
         for (int at = 48; at < COUNT(ids); at += 48) {
+            o.engine = in_batch ? b : NULL;
             q3n_session *s = create_session(m, &o);
-            q3n_batch_item item = { .session = s, .tokens = ids, .n = COUNT(ids) };
-            if (in_batch) assert_int_equal(q3n_batch_eval(b, &item, 1, NULL), Q3N_OK);
+            q3n_engine_item item = { .size = sizeof item, .session = s, .tokens = ids,
+                                     .n = COUNT(ids) };
+            if (in_batch) assert_int_equal(q3n_engine_eval(b, &item, 1, NULL), Q3N_OK);
             else          must(s, q3n_session_eval(s, ids, COUNT(ids), NULL), Q3N_OK);
             must(s, q3n_session_rewind(s, at), Q3N_OK);
             q3n_session_reset(plain);
@@ -1700,7 +1705,7 @@ static void test_snapshot_every(void **state)
             check_same(want + V, want, V, "on from a snapshot");
             q3n_session_destroy(s);
         }
-    q3n_batch_destroy(b);
+    q3n_engine_destroy(b);
     q3n_session_destroy(plain);
     free(want);
     q3n_model_close(m);

@@ -61,7 +61,7 @@ static void evaluate(q3n_session *s, const q3n_model *m, float *logits)
 static void keep(q3n_session *s, const q3n_model *m, const char *path)
 {
     q3n_snapshot *snap;
-    q3n_batch *batch;
+    q3n_engine *batch;
     q3n_session *other;
     q3n_error err;
     q3n_session_options o = plain_options(700);
@@ -73,13 +73,13 @@ static void keep(q3n_session *s, const q3n_model *m, const char *path)
     must(s, q3n_session_save(s, path), Q3N_OK);
     must(s, q3n_session_load(s, path), Q3N_OK);
     remove(path);
-    assert_int_equal(q3n_batch_create(&batch, m, &o, &err), Q3N_OK);
-    o.shared = batch;
+    batch = create_engine(m, &o);
+    o.engine = batch;
     assert_int_equal(q3n_session_create(&other, m, &o, &err), Q3N_OK);
-    q3n_batch_item item = { .session = other, .tokens = tokens, .n = 3 };
-    assert_int_equal(q3n_batch_eval(batch, &item, 1, NULL), Q3N_OK);
+    q3n_engine_item item = { .size = sizeof item, .session = other, .tokens = tokens, .n = 3 };
+    assert_int_equal(q3n_engine_eval(batch, &item, 1, NULL), Q3N_OK);
     q3n_session_destroy(other);
-    q3n_batch_destroy(batch);
+    q3n_engine_destroy(batch);
 }
 
 static void sessions(const job *j)

@@ -20,7 +20,7 @@ static struct {
     q3n_model   *m;
     q3n_session *s;
     q3n_cache   *cache;
-    q3n_batch   *batch;
+    q3n_engine  *engine;
     float       *logits;
 } with;
 
@@ -44,6 +44,15 @@ static q3n_result create_session_with(void *o)
     return r;
 }
 
+static q3n_result create_engine_with(void *o)
+{
+    q3n_engine *e = NULL;
+    const q3n_result r = q3n_engine_create(&e, with.m, o, NULL);
+    assert_true((q3n_engine_bytes(with.m, o) != 0) == (r == Q3N_OK));
+    q3n_engine_destroy(e);
+    return r;
+}
+
 static q3n_result create_cache_with(void *o)
 {
     q3n_cache *c = NULL;
@@ -62,8 +71,8 @@ static q3n_result eval_with_outputs(void *o)
 
 static q3n_result eval_with_limit(void *o)
 {
-    q3n_batch_item item = { .session = with.s, .tokens = one_id, .n = 1 };
-    const q3n_result r = q3n_batch_eval(with.batch, &item, 1, o);
+    q3n_engine_item item = { .size = sizeof item, .session = with.s, .tokens = one_id, .n = 1 };
+    const q3n_result r = q3n_engine_eval(with.engine, &item, 1, o);
     assert_int_equal(q3n_session_length(with.s), r == Q3N_OK);
     q3n_session_reset(with.s);
     return r;
@@ -104,6 +113,7 @@ static const struct {
 } readers[] = {
     { SIZED(q3n_model_options), open_model_with },
     { SIZED(q3n_session_options), create_session_with },
+    { SIZED(q3n_engine_options), create_engine_with },
     { SIZED(q3n_cache_options), create_cache_with },
     { SIZED(q3n_outputs), eval_with_outputs },
     { SIZED(q3n_limit), eval_with_limit },
@@ -119,11 +129,11 @@ static const struct {
 static int setup(void **state)
 {
     (void)state;
-    const q3n_session_options o = { .size = sizeof o, .capacity = 8, .n_threads = 1 };
+    q3n_session_options o = { .size = sizeof o, .capacity = 8, .n_threads = 1 };
     const q3n_cache_options co = { .size = sizeof co, .max_bytes = 1 << 20 };
     with.m = open_model("qwen3_next", NULL);
+    o.engine = with.engine = create_engine(with.m, &o);
     with.s = create_session(with.m, &o);
-    assert_int_equal(q3n_batch_create(&with.batch, with.m, &o, NULL), Q3N_OK);
     return q3n_cache_create(&with.cache, with.m, &co, NULL);
 }
 
@@ -131,8 +141,8 @@ static int teardown(void **state)
 {
     (void)state;
     q3n_cache_destroy(with.cache);
-    q3n_batch_destroy(with.batch);
     q3n_session_destroy(with.s);
+    q3n_engine_destroy(with.engine);
     q3n_model_close(with.m);
     return 0;
 }
@@ -212,12 +222,51 @@ static void test_no_size(void **state)
     q3n_session_destroy(s);
 }
 
+/* Items lie as far apart as they are long, which is at least what this header has. */
+static void test_items(void **state)
+{
+    (void)state;
+    const size_t full = sizeof(q3n_engine_item);
+    q3n_session_options o = plain_options(8);
+    o.engine = with.engine;
+    q3n_session *s[2] = { create_session(with.m, &o), create_session(with.m, &o) };
+    for (size_t size = 0; size <= full + MORE; size += sizeof(void *)) {
+        unsigned char *p = malloc(2 * size + sizeof size);
+        assert_non_null(p);
+        memset(p, 0, 2 * size + sizeof size);
+        for (size_t i = 0; i < 2 && size > 0; i++) {
+            const q3n_engine_item item = { .size = size, .session = s[i], .tokens = one_id,
+                                           .n = 1 };
+            memcpy(p + i * size, &item, size < full ? size : full);
+        }
+        q3n_engine_item *items = (q3n_engine_item *)(void *)p;
+        const q3n_result r = q3n_engine_eval(with.engine, items, 2, NULL);
+        assert_int_equal(r, size < full ? Q3N_ERR_ARG : Q3N_OK);
+        for (int i = 0; i < 2; i++) {
+            assert_int_equal(q3n_session_length(s[i]), size >= full);
+            q3n_session_reset(s[i]);
+        }
+        if (size > full) {
+            items->done = 0;
+            p[2 * size - 1] = 1;
+            assert_int_equal(q3n_engine_eval(with.engine, items, 2, NULL), Q3N_ERR_UNSUPPORTED);
+            p[2 * size - 1] = 0;
+            p[size] ^= 8;
+            assert_int_equal(q3n_engine_eval(with.engine, items, 2, NULL), Q3N_ERR_ARG);
+        }
+        free(p);
+    }
+    for (int i = 0; i < 2; i++) q3n_session_destroy(s[i]);
+}
+
 /* Fields that wait for a meaning must be 0. */
 static void test_zero_fields(void **state)
 {
     (void)state;
     q3n_model_options mo = { .size = sizeof mo, .zero = 1 };
     q3n_limit limit = { .size = sizeof limit, .zero = 1 };
+    q3n_engine_options eo = { .size = sizeof eo, .zero = 1, .n_threads = 1 };
+    assert_int_equal(create_engine_with(&eo), Q3N_ERR_UNSUPPORTED);
     assert_int_equal(open_model_with(&mo), Q3N_ERR_UNSUPPORTED);
     assert_int_equal(eval_with_limit(&limit), Q3N_ERR_UNSUPPORTED);
     mo.zero = limit.zero = 0;
@@ -257,6 +306,7 @@ int main(void)
         cmocka_unit_test(test_readers),
         cmocka_unit_test(test_writers),
         cmocka_unit_test(test_no_size),
+        cmocka_unit_test(test_items),
         cmocka_unit_test(test_zero_fields),
         cmocka_unit_test(test_half_a_struct),
         cmocka_unit_test(test_versions),

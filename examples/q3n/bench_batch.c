@@ -14,10 +14,10 @@ typedef struct batch_case {
 typedef struct batch_run {
     bench          *b;
     int             max;                 /* sessions */
-    q3n_batch      *batch[BENCH_LIST];   /* by threads */
-    q3n_session   **session[BENCH_LIST]; /* by threads: [max] */
-    q3n_snapshot  **start[BENCH_LIST];   /* by depths: [max], NULL = an empty session */
-    q3n_batch_item *items;               /* [max], each with logits of its own */
+    q3n_engine      *engine[BENCH_LIST];  /* by threads */
+    q3n_session    **session[BENCH_LIST]; /* by threads: [max] */
+    q3n_snapshot   **start[BENCH_LIST];   /* by depths: [max], NULL = an empty session */
+    q3n_engine_item *items;               /* [max], each with logits of its own */
     batch_case     *cases;
     int             n_cases;
 } batch_run;
@@ -74,10 +74,12 @@ static void make_sessions(batch_run *r, int thread, int room)
     bench *b = r->b;
     q3n_error err = { .offset = -1 };
     q3n_session_options o = bench_options(b, thread, room);
-    if (q3n_batch_create(&r->batch[thread], b->m, &o, &err) != Q3N_OK) {
+    const q3n_engine_options eo = { .size = sizeof eo, .n_threads = o.n_threads,
+                                    .batch_size = o.batch, .isa = o.isa };
+    if (q3n_engine_create(&r->engine[thread], b->m, &eo, &err) != Q3N_OK) {
         cli_fail_with(b->setup.model, &err);
     }
-    o.shared = r->batch[thread];
+    o.engine = r->engine[thread];
     r->session[thread] = cli_alloc((size_t)r->max, sizeof *r->session[thread]);
     for (int i = 0; i < r->max; i++) {
         r->session[thread][i] = cli_create_session(&b->setup, b->m, &o);
@@ -95,8 +97,8 @@ static void step(batch_run *r, int thread, int n, int t)
         r->items[i].n      = 1;
         r->items[i].done   = 0;
     }
-    if (q3n_batch_eval(r->batch[thread], r->items, n, NULL) == Q3N_OK) return;
-    q3n_error err = *q3n_batch_error(r->batch[thread]);
+    if (q3n_engine_eval(r->engine[thread], r->items, n, NULL) == Q3N_OK) return;
+    q3n_error err = *q3n_engine_error(r->engine[thread]);
     err.offset = -1;
     cli_fail_with("evaluation", &err);
 }
@@ -189,7 +191,10 @@ void bench_batch(bench *b)
     bench_make_ids(b, n_ids > depth ? n_ids : depth);
     const size_t vocab = (size_t)q3n_model_config(b->m)->vocab_size;
     r.items = cli_alloc((size_t)r.max, sizeof *r.items);
-    for (int i = 0; i < r.max; i++) r.items[i].logits = cli_alloc(vocab, sizeof(float));
+    for (int i = 0; i < r.max; i++) {
+        r.items[i].size   = sizeof r.items[i];
+        r.items[i].logits = cli_alloc(vocab, sizeof(float));
+    }
     for (int t = 0; t < b->threads.n; t++) make_sessions(&r, t, depth + b->n_decode + 1);
     for (int d = 0; d < b->depths.n; d++)  make_starts(&r, d);
     make_cases(&r);
@@ -203,7 +208,7 @@ void bench_batch(bench *b)
     }
     for (int t = 0; t < b->threads.n; t++) {
         for (int i = 0; i < r.max; i++) q3n_session_destroy(r.session[t][i]);
-        q3n_batch_destroy(r.batch[t]);
+        q3n_engine_destroy(r.engine[t]);
         free(r.session[t]);
     }
     for (int i = 0; i < r.max; i++) free(r.items[i].logits);

@@ -170,7 +170,7 @@ class _LayerHook(ctypes.Structure):
 class _SessionOptions(_Sized):
     _fields_ = [("size", _C_SIZE), ("capacity", _C_INT), ("batch", _C_INT), ("n_threads", _C_INT),
                 ("isa", _C_INT), ("executor", _Executor), ("layer_hook", _LayerHook),
-                ("shared", _P), ("cache", _P), ("snapshot_bytes", _C_SIZE),
+                ("engine", _P), ("cache", _P), ("snapshot_bytes", _C_SIZE),
                 ("snapshot_every", _C_INT), ("kv_type", _C_INT), ("snapshot_type", _C_INT),
                 ("speculate", _C_INT), ("draft", _C_INT), ("count_experts", _C_INT)]
 
@@ -198,9 +198,15 @@ class _CacheStats(_Sized):
                 ("n_own", ctypes.c_int64)]
 
 
-class _BatchItem(ctypes.Structure):
-    _fields_ = [("session", _P), ("tokens", _IDS), ("n", _C_INT), ("done", _C_INT),
-                ("logits", _FLOATS)]
+class _EngineOptions(_Sized):
+    _fields_ = [("size", _C_SIZE), ("n_threads", _C_INT), ("batch_size", _C_INT),
+                ("isa", _C_INT), ("zero", _C_INT), ("executor", _Executor),
+                ("layer_hook", _LayerHook)]
+
+
+class _EngineItem(_Sized):
+    _fields_ = [("size", _C_SIZE), ("session", _P), ("tokens", _IDS), ("n", _C_INT),
+                ("done", _C_INT), ("logits", _FLOATS)]
 
 
 class _Limit(_Sized):
@@ -229,7 +235,8 @@ STRUCTS = {"q3n_error": _Record, "q3n_allocator": _Allocator, "q3n_logger": _Log
            "q3n_layer_hook": _LayerHook, "q3n_session_options": _SessionOptions,
            "q3n_session_memory": _SessionMemory, "q3n_outputs": _Outputs,
            "q3n_cache_options": _CacheOptions, "q3n_cache_stats": _CacheStats,
-           "q3n_batch_item": _BatchItem, "q3n_limit": _Limit, "q3n_speculation": _Speculation,
+           "q3n_engine_options": _EngineOptions, "q3n_engine_item": _EngineItem,
+           "q3n_limit": _Limit, "q3n_speculation": _Speculation,
            "q3n_detokenizer": _Detokenizer, "q3n_sampler_options": _SamplerOptions}
 
 _R = ctypes.POINTER
@@ -287,11 +294,11 @@ _FUNCTIONS = {                  # name: (result, arguments...)
     "q3n_cache_destroy": (None, _P),
     "q3n_cache_clear": (None, _P),
     "q3n_cache_stats_get": (_C_INT, _P, _R(_CacheStats)),
-    "q3n_batch_create": (_C_INT, _R(_P), _P, _R(_SessionOptions), _R(_Record)),
-    "q3n_batch_destroy": (None, _P),
-    "q3n_batch_eval": (_C_INT, _P, _R(_BatchItem), _C_INT, _R(_Limit)),
-    "q3n_batch_cancel": (_C_INT, _P),
-    "q3n_batch_error": (_R(_Record), _P),
+    "q3n_engine_create": (_C_INT, _R(_P), _P, _R(_EngineOptions), _R(_Record)),
+    "q3n_engine_destroy": (None, _P),
+    "q3n_engine_eval": (_C_INT, _P, _R(_EngineItem), _C_INT, _R(_Limit)),
+    "q3n_engine_cancel": (_C_INT, _P),
+    "q3n_engine_error": (_R(_Record), _P),
     "q3n_tokenize": (_C_INT, _P, ctypes.c_char_p, _C_SIZE, _C_INT, _IDS, _C_SIZE, _R(_C_SIZE)),
     "q3n_detokenize": (_C_INT, _P, _IDS, _C_SIZE, ctypes.c_char_p, _C_SIZE, _R(_C_SIZE)),
     "q3n_detokenizer_next": (_C_INT, _R(_Detokenizer), _P, ctypes.c_int32, ctypes.c_char_p, _C_SIZE,
@@ -578,8 +585,8 @@ class Model(_Owner):
     def cache(self, max_bytes: int, **options: Any) -> Cache:
         return Cache(self, max_bytes, **options)
 
-    def batch(self, **options: Any) -> Batch:
-        return Batch(self, **options)
+    def engine(self, **options: Any) -> Engine:
+        return Engine(self, **options)
 
     def sampler(self, **options: float) -> Sampler:
         return Sampler(self, **options)
@@ -698,36 +705,36 @@ class Session(_Owner):
     """The state of one text.  Options: capacity, batch, n_threads (0 = the library's default),
     isa, kv_type, snapshot_type and speculate ("auto": drafts where they pay, by which a seed no
     longer gives one text) by name, draft, count_experts; cache=Cache or snapshot_bytes,
-    snapshot_every; shared=Batch."""
+    snapshot_every; engine=Engine, whose batch_size, n_threads and isa it then has."""
 
     model: Model
     memory: Dict[str, int]               # planned bytes, by part
     cache: Optional[Cache]
-    shared: Optional[Batch]
+    engine: Optional[Engine]
 
     def __init__(self, model: Model, isa: Optional[str] = None, kv_type: Optional[str] = None,
                  snapshot_type: Optional[str] = None, speculate: str = "off",
                  count_experts: bool = False, cache: Optional[Cache] = None,
-                 shared: Optional[Batch] = None, **options: int) -> None:
+                 engine: Optional[Engine] = None, **options: int) -> None:
         lib = load()
         self._handle = None
         if speculate not in SPECULATE:
             raise ValueError("unknown name %r" % speculate)
         o = _session_options(isa, kv_type, count_experts=int(count_experts),
                              speculate=SPECULATE.index(speculate),
-                             cache=cache and cache.handle, shared=shared and shared.handle,
+                             cache=cache and cache.handle, engine=engine and engine.handle,
                              **options)
         o.snapshot_type = _named(lib.q3n_type_from_name, snapshot_type)
         handle, record, memory = _P(), _Record(), _SessionMemory()
         lib.q3n_session_bytes(model.handle, ctypes.byref(o), ctypes.byref(memory))
         _check(lib.q3n_session_create(ctypes.byref(handle), model.handle, ctypes.byref(o),
                                       ctypes.byref(record)), record)
-        self._adopt(model, handle.value, _fields(memory), cache, shared)
+        self._adopt(model, handle.value, _fields(memory), cache, engine)
 
-    def _adopt(self, model, handle, memory, cache, shared):
-        self.model, self.memory, self.cache, self.shared = model, memory, cache, shared
+    def _adopt(self, model, handle, memory, cache, engine):
+        self.model, self.memory, self.cache, self.engine = model, memory, cache, engine
         self._pace = _Pace()
-        super().__init__(handle, load().q3n_session_destroy, model, cache, shared)
+        super().__init__(handle, load().q3n_session_destroy, model, cache, engine)
 
     def __len__(self) -> int:
         return load().q3n_session_length(self.handle)
@@ -800,7 +807,7 @@ class Session(_Owner):
         _check(load().q3n_session_fork(ctypes.byref(handle), self.handle, None,
                                        ctypes.byref(record)), record)
         other = Session.__new__(Session)
-        other._adopt(self.model, handle.value, dict(self.memory), self.cache, self.shared)
+        other._adopt(self.model, handle.value, dict(self.memory), self.cache, self.engine)
         return other
 
     def save(self, path: Path) -> None:
@@ -898,15 +905,15 @@ class Session(_Owner):
             yield text.raw[:n.value].decode("utf-8")
 
 
-class BatchItem:
-    """Ids to append to a session in Batch.eval: done of them are evaluated; logits [vocab_size]
+class EngineItem:
+    """Ids to append to a session in Engine.eval: done of them are evaluated; logits [vocab_size]
     are there when all are, None before or if they were not wanted."""
 
     def __init__(self, session: Session, ids: Ids, logits: bool = True) -> None:
         self.session, self._wanted = session, logits
         self._ids, self.n = _id_array(ids)
         self._logits, c_logits = _floats(session.model.vocab_size if logits else 0)
-        self._item = _BatchItem(tokens=self._ids, n=self.n,
+        self._item = _EngineItem(tokens=self._ids, n=self.n,
                                 logits=c_logits and ctypes.cast(c_logits, _FLOATS))
 
     @property
@@ -918,38 +925,39 @@ class BatchItem:
         return self._logits if self._wanted and self.done == self.n else None
 
 
-class Batch(_Owner):
-    """Evaluates several sessions, made with shared=batch, together.  Options: batch, n_threads,
+class Engine(_Owner):
+    """Evaluates several sessions, made with engine=, together.  Options: batch_size, n_threads,
     isa."""
 
     def __init__(self, model: Model, isa: Optional[str] = None, **options: int) -> None:
         lib = load()
         self._handle = None
         handle, record = _P(), _Record()
-        o = _session_options(isa, None, **options)
-        _check(lib.q3n_batch_create(ctypes.byref(handle), model.handle, ctypes.byref(o),
-                                    ctypes.byref(record)), record)
+        o = _struct(_EngineOptions, **options)
+        o.isa = _named(lib.q3n_isa_from_name, isa)
+        _check(lib.q3n_engine_create(ctypes.byref(handle), model.handle, ctypes.byref(o),
+                                     ctypes.byref(record)), record)
         self._pace = _Pace()
-        super().__init__(handle.value, lib.q3n_batch_destroy, model)
+        super().__init__(handle.value, lib.q3n_engine_destroy, model)
 
-    def eval(self, items: Iterable[Union[BatchItem, Tuple[Session, Ids]]], max_tokens: int = 0,
-             max_microseconds: int = 0) -> List[BatchItem]:
-        """Evaluate BatchItems or (session, ids) until all are done, or the limit (0 = none) is
-        reached; returns the BatchItems, with which the next call goes on."""
-        all_items = [i if isinstance(i, BatchItem) else BatchItem(*i) for i in items]
+    def eval(self, items: Iterable[Union[EngineItem, Tuple[Session, Ids]]], max_tokens: int = 0,
+             max_microseconds: int = 0) -> List[EngineItem]:
+        """Evaluate EngineItems or (session, ids) until all are done, or the limit (0 = none) is
+        reached; returns the EngineItems, with which the next call goes on."""
+        all_items = [i if isinstance(i, EngineItem) else EngineItem(*i) for i in items]
         for item in all_items:
             item._item.session = item.session.handle
-        c_items = (_BatchItem * max(len(all_items), 1))(*(item._item for item in all_items))
+        c_items = (_EngineItem * max(len(all_items), 1))(*(item._item for item in all_items))
         limit = _struct(_Limit, max_tokens=max_tokens, max_microseconds=max_microseconds)
         n = sum(item.n - item.done for item in all_items)
-        code = self._pace.call(self.cancel, n, load().q3n_batch_eval, self.handle, c_items,
+        code = self._pace.call(self.cancel, n, load().q3n_engine_eval, self.handle, c_items,
                                len(all_items), ctypes.byref(limit))
         for item, c_item in zip(all_items, c_items):
             item._item.done = c_item.done
         if code != _OK:
-            _check(code, load().q3n_batch_error(self.handle).contents)
+            _check(code, load().q3n_engine_error(self.handle).contents)
         return all_items
 
     def cancel(self) -> bool:
         """As Session.cancel."""
-        return bool(load().q3n_batch_cancel(self.handle))
+        return bool(load().q3n_engine_cancel(self.handle))
