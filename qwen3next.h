@@ -13076,7 +13076,7 @@ Q3N_DEF q3n_isa q3n_engine_isa(const q3n_engine *e)    { return e ? e->isa : Q3N
 Q3N_DEF q3n_result q3n_engine_eval(q3n_engine *e, q3n_engine_item *items, int n_items,
                                    const q3n_limit *limit)
 {
-    q3n_limit l;
+    q3n_limit l = { 0 };
     if (!e) return Q3N_ERR_ARG;
     q3n_result r = q3n__struct_read(&l, sizeof l, limit, "q3n_limit", &e->error);
     if (r == Q3N_OK) r = q3n__check_zero(l.zero, "q3n_limit", &e->error);

@@ -269,7 +269,7 @@ class ChoiceTest(CliTest):
         with open(os.path.join(ROOT, "qwen3next.h"), encoding="utf-8") as f:
             header = f.read()
         isas = header.split("#define Q3N_ISA_LIST(X)")[1].split("\n\n")[0]
-        self.assertEqual(found["--isa"], re.findall(r"X\(\w+, +(\w+)\)", isas))
+        self.assertEqual(found["--isa"], re.findall(r"X\(\w+, +(\w+), +\d+\)", isas))
         self.assertEqual(found["--speculate"], ["off", "auto", "mtp", "lookup"])
         self.assertEqual(found["--kv-type"], ["f32", "f16", "bf16", "q8"])
         self.assertEqual(found["--snapshot-type"], ["f32", "bf16"])

@@ -68,7 +68,12 @@ int cli_parse_list(const char *name, const char *text, int min, int *values, int
 
 static const char *isa_at(int i)
 {
-    return q3n_isa_name((q3n_isa)i);
+    static const q3n_isa list[] = {
+#define OPTIONS_ISA(ID, id, number) Q3N_ISA_##ID,
+        Q3N_ISA_LIST(OPTIONS_ISA)
+#undef OPTIONS_ISA
+    };
+    return i < CLI_COUNT(list) ? q3n_isa_name(list[i]) : NULL;
 }
 
 static const char *type_at(int i)
