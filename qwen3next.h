@@ -2817,8 +2817,8 @@ static q3n_result q3n__file_fail(q3n_error *err, q3n_result r, const char *path,
 /* Q3N_ERR_NO_FILE if nothing has that name. */
 static q3n_result q3n__input_open(q3n__input *in, const char *path, q3n_error *err)
 {
+    memset(in, 0, sizeof *in);
     in->path = path;
-    in->code = 0;
     const int code = q3n__file_open(&in->file, path, &in->info);
     if (code == 0) return Q3N_OK;
     return q3n__file_fail(err, q3n__file_absent(code) ? Q3N_ERR_NO_FILE : Q3N_ERR_IO, path,
@@ -13657,7 +13657,7 @@ typedef struct {
 /* What attention needs of an ISA.  A tile of its mix has `columns` columns. */
 typedef struct {
     void  (*mix)(const q3n__mix *p);
-    float (*max)(const float *x, int n);                     /* max(-FLT_MAX, x_0, ...)          */
+    float (*highest)(const float *x, int n);                 /* max(-FLT_MAX, x_0, ...)          */
     float (*exp_sum)(float *x, int n, float m);              /* x_i = e^(x_i - m); their sum     */
     void  (*scale)(float *s, const float *scale, int n);     /* s_j *= scale_j                   */
     int     columns;
@@ -13689,7 +13689,7 @@ static void q3n__attend_group(const q3n__attend_parts *f, q3n_type type, const q
     for (int t = 0; t < T; t++) {
         float *s = scores + t * Q3N__KV_BLOCK;
         if (has_scales) f->scale(s, a->k_scale, a->n_keys[i + t]);
-        a->m[i + t] = f->max(s, a->n_keys[i + t]);
+        a->m[i + t] = f->highest(s, a->n_keys[i + t]);
         a->l[i + t] = f->exp_sum(s, a->n_keys[i + t], a->m[i + t]);
         if (has_scales) f->scale(s, a->v_scale, a->n_keys[i + t]);
     }
