@@ -316,10 +316,6 @@ $(RESULTS)/test_%.py: tests/test_%.py $(PROGRAMS) $(SUITE_INPUTS) always
 $(RESULTS)/replay_%: $(B)/tests/replay_% $(SUITE_INPUTS) always
 	@tests/run.sh $(SHOWN) $@ $(RUN) $< build/corpus/*.q3n
 
-# These test what Windows does not have.
-$(addprefix $(WINDOWS)/results/test_,files storage): always
-	@tests/run.sh $(SHOWN) $@ sh -c 'echo "needs FIFOs, links and limits of POSIX"; exit 77'
-
 $(RESULTS)/build_%: tests/test_build.sh $(SUITE_INPUTS) always
 	@tests/run.sh $(SHOWN) $@ tests/test_build.sh $* build/matrix
 

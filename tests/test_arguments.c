@@ -160,7 +160,7 @@ typedef enum {
     NEEDED,                      /* a pointer; NULL is wrong                                     */
     MAYBE,                       /* a pointer that may be NULL                                   */
     ARRAY,                       /* NULL is wrong unless the parameter that counts it is 0       */
-    HANDLE,                      /* a place for a handle, NULL after errors; NULL is wrong       */
+    OPENED,                      /* a place for a handle, NULL after errors; NULL is wrong       */
     COUNTED, COUNTED_MAYBE,      /* a place for a count, 0 after errors; NULL is wrong, or not   */
     NUMBER,                      /* [low, high] is right, nothing else                           */
     AMOUNT,                      /* of what the caller has: nothing more can be right; 0 is      */
@@ -310,7 +310,7 @@ CALL(q3n_sampler_error, q3n_sampler_error(P(0))->code - Q3N_ERR_ARG)
 #define IN(p)                { NEEDED, p, 0, 0, 0 }
 #define MAY(p)               { MAYBE, p, 0, 0, 0 }
 #define ARR(p, counted_by)   { ARRAY, p, counted_by, 0, 0 }
-#define NEW(p)               { HANDLE, p, 0, 0, 0 }
+#define NEW(p)               { OPENED, p, 0, 0, 0 }
 #define CNT(p)               { COUNTED, p, 0, 0, 0 }
 #define CNT_OR_NULL(p)       { COUNTED_MAYBE, p, 0, 0, 0 }
 #define NUM(right, low, high) { NUMBER, NULL, right, low, high }
@@ -495,7 +495,7 @@ static void check_call(const row *r, const arg *a, outcome want, const char *wha
     for (int i = 0; i < n; i++) {
         const kind k = r->parameter[i].kind;
         if (!a[i].p) continue;
-        if (k == HANDLE) memcpy(a[i].p, &junk, sizeof junk);
+        if (k == OPENED) memcpy(a[i].p, &junk, sizeof junk);
         if (k == COUNTED || k == COUNTED_MAYBE) memset(a[i].p, 0x55, sizeof(int));
     }
     const long long got = r->call(a);
@@ -513,7 +513,7 @@ static void check_call(const row *r, const arg *a, outcome want, const char *wha
         const void *p = NULL;
         int count = 0;
         if (!a[i].p || got == Q3N_ERR_FULL) continue;    /* then counts say what is needed */
-        if (k == HANDLE) memcpy(&p, a[i].p, sizeof p);
+        if (k == OPENED) memcpy(&p, a[i].p, sizeof p);
         if (k == COUNTED || k == COUNTED_MAYBE) memcpy(&count, a[i].p, sizeof count);
         if (p || count) fail_msg("%s, %s: argument %d is not zero", r->name, what, i);
     }

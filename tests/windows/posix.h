@@ -7,6 +7,7 @@
 #define NOMINMAX
 #include <windows.h>
 #undef NEAR
+#undef IN
 #define POINT test_POINT                  /* a structure of Windows, a kind of draft in a test */
 
 #include <direct.h>
@@ -21,6 +22,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/utime.h>
+#include <unistd.h>
 
 #define posix_first(a, ...) a
 #define mkdir(...) _mkdir(posix_first(__VA_ARGS__, 0))   /* also without a mode */
@@ -50,8 +53,53 @@ static inline int posix_mkstemp(char *path)
 /* remove takes folders too. */
 static inline int posix_remove(const char *path) { return remove(path) && _rmdir(path) ? -1 : 0; }
 #define remove(path) posix_remove(path)
+#define unlink(path) posix_remove(path)
 #define mkdtemp posix_mkdtemp
 #define mkstemp posix_mkstemp
+
+/* ---- Directories, links, times ---- */
+typedef int posix_order(const struct dirent **, const struct dirent **);
+
+static inline int alphasort(const struct dirent **a, const struct dirent **b)
+{
+    return strcmp((*a)->d_name, (*b)->d_name);
+}
+
+/* As many as tests make; no filter. */
+static inline int scandir(const char *path, struct dirent ***names, void *filter,
+                          posix_order *order)
+{
+    enum { MAX = 256 };
+    int n = 0;
+    DIR *d = opendir(path);
+    (void)filter;
+    *names = (struct dirent **)calloc(MAX, sizeof **names);
+    if (!d || !*names) return -1;
+    for (struct dirent *e; n < MAX && (e = readdir(d)) != NULL; n++) {
+        (*names)[n] = (struct dirent *)malloc(sizeof *e);
+        if (!(*names)[n]) return -1;
+        *(*names)[n] = *e;
+    }
+    closedir(d);
+    qsort(*names, (size_t)n, sizeof **names, (int (*)(const void *, const void *))order);
+    return n;
+}
+
+static inline int link(const char *from, const char *to)
+{
+    return CreateHardLinkA(to, from, NULL) ? 0 : -1;
+}
+
+static inline int posix_utime(const char *path, const struct utimbuf *when)
+{
+    struct utimbuf copy = *when;
+    return _utime(path, (struct _utimbuf *)&copy);
+}
+#define utime posix_utime
+
+/* A folder stands for what Windows has not: no more a file than they are. */
+#define mkfifo(path, mode)   _mkdir(path)
+#define symlink(target, path) _mkdir(path)
 
 /* ---- Pages and aligned memory: a region of its own each, which free knows by its address ---- */
 enum { PROT_NONE = 0, PROT_READ = 1, PROT_WRITE = 2, MAP_PRIVATE = 1, MAP_ANONYMOUS = 2 };
