@@ -1189,9 +1189,28 @@ Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t
 
 /* ---- Sampler ---- */
 
+/* Chooses tokens: a session has one of its own (q3n_session_set_sampler); hosts with logits from
+ * elsewhere make theirs. */
 typedef struct q3n_sampler q3n_sampler;
 
-typedef struct q3n_sampler_options {
+/* Masks and steers: changes logits [n_vocab] in place before a token is chosen from them, wherever
+ * one is: by q3n_sampler_sample, and by q3n_session_decode for every token and every draft of the
+ * module.  It works on a copy; the logits that sessions give and keep are the model's.
+ *
+ *   tokens  [n_tokens]  those that follow the session's text before the one to be chosen, drafts
+ *                       among them; none in q3n_sampler_sample, which chooses what follows the text
+ *
+ * What it does must depend on logits, text and tokens alone: then drafts change nothing, and how
+ * often it is called is no matter.  -inf masks a token; a position of which nothing is left is
+ * Q3N_ERR_NUMERIC.  It runs on the thread that called, and may call q3n_session_tokens and
+ * q3n_session_cancel, which stops q3n_session_decode, and nothing else of the session. */
+typedef struct q3n_logits_hook {
+    void (*edit)(void *user, float *logits, int n_vocab, const int32_t *tokens, int n_tokens);
+    void  *user;
+} q3n_logits_hook;
+
+typedef struct q3n_sampler_options {     /* begin with Q3N_INIT; zero = default                  */
+    size_t   size;
     float    temperature;          /* 0 = greedy: the largest logit, the lowest id among equals  */
     int      top_k;                /* 0 = off; keep the k largest, the lowest ids among equals   */
     float    top_p;                /* (0, 1]: keep the fewest tokens with so much probability
@@ -1200,11 +1219,12 @@ typedef struct q3n_sampler_options {
     float    repetition_penalty;   /* 0 or 1 = off; [HF]'s: logit / r if > 0, else logit x r     */
     int      penalty_window;       /* last tokens that count; 0 = 64                             */
     uint64_t seed;
+    q3n_logits_hook logits_hook;   /* edit NULL = none; else vocab_size floats more of memory    */
 } q3n_sampler_options;
 
-/* One per text and thread.  Order: repetition penalty, temperature, top-k, top-p, min-p.  What is
- * chosen from the same logits is the same on every machine.  Tokens below e^-86 of the largest
- * probability do not come.
+/* One per text and thread.  Order: hook, repetition penalty, temperature, top-k, top-p, min-p.
+ * What is chosen from the same logits is the same on every machine.  Tokens below e^-86 of the
+ * largest probability do not come.
  * Errors: Q3N_ERR_ARG (an option out of its range, or NaN), Q3N_ERR_MEMORY. */
 Q3N_DEF q3n_result q3n_sampler_create(q3n_sampler **out, const q3n_model *m,
                                       const q3n_sampler_options *o, q3n_error *err);
@@ -1217,12 +1237,23 @@ Q3N_DEF const q3n_error *q3n_sampler_error(const q3n_sampler *s);    /* of the l
 /* Remember a token that was not sampled, such as the prompt's. */
 Q3N_DEF void       q3n_sampler_accept(q3n_sampler *s, int32_t id);
 Q3N_DEF void       q3n_sampler_reset(q3n_sampler *s);    /* forget tokens, seed again */
+/* Begin the random numbers of another seed, the tokens remembered stay: for copies of a text that
+ * are to differ.  q3n_sampler_reset keeps to it. */
+Q3N_DEF void       q3n_sampler_seed(q3n_sampler *s, uint64_t seed);
 
-/* ---- Generating with drafts ---- */
+/* ---- Generating ---- */
 
-/* Evaluate `token`, which followed the session's text, and choose what comes next.  With drafts
- * (option speculate) several tokens are checked in one pass; how many is chosen while running, down
- * to none where drafts do not pay.
+/* Give the session a sampler of its own, in the place of the one it had; o NULL = none, as sessions
+ * begin.  Its memory comes on top of q3n_session_bytes.  q3n_session_reset resets it; evaluating,
+ * q3n_session_prefill and _rewind leave it as it is.
+ * Errors: as q3n_sampler_create; then the session has the sampler that it had. */
+Q3N_DEF q3n_result   q3n_session_set_sampler(q3n_session *s, const q3n_sampler_options *o);
+/* It is the session's: not to be destroyed, and gone with the session or when another is set. */
+Q3N_DEF q3n_sampler *q3n_session_sampler(const q3n_session *s);      /* NULL = none */
+
+/* Evaluate `token`, which followed the session's text, and let the session's sampler choose what
+ * comes next.  With drafts (option speculate) several tokens are checked in one pass; how many is
+ * chosen while running, down to none where drafts do not pay.
  *
  *   token    the last token chosen, not evaluated yet: from q3n_sampler_sample, or the last of
  *            `tokens` of the call before
@@ -1233,13 +1264,15 @@ Q3N_DEF void       q3n_sampler_reset(q3n_sampler *s);    /* forget tokens, seed 
  * Nothing is drafted beyond a token that ends the text (q3n_model_is_eos).  Greedy output is what
  * it is without drafts; sampled output has the same distribution ([SPEC]), and with looked-up
  * drafts the same tokens for a seed; the module's drafts use up random numbers of their own.
- * Errors: as q3n_session_eval, and Q3N_ERR_NUMERIC (no logit is a number above -inf); then session
- * and sampler are as before. */
-Q3N_DEF q3n_result q3n_session_decode(q3n_session *s, q3n_sampler *sampler, int32_t token,
-                                    int32_t *tokens, int max, int *n);
+ * Errors: as q3n_session_eval, Q3N_ERR_ARG (the session has no sampler), and Q3N_ERR_NUMERIC (no
+ * logit is a number above -inf, or the hook has left none); then session and sampler are as before.
+ */
+Q3N_DEF q3n_result q3n_session_decode(q3n_session *s, int32_t token, int32_t *tokens, int max,
+                                      int *n);
 
 /* What the MTP module would draft after `token`: drafts [n], n in 1 .. Q3N_MAX_DRAFT, each the
- * most probable one; logits [vocab] of the first (NULL = not wanted).  The session stays as it is.
+ * most probable one; logits [vocab] of the first (NULL = not wanted).  The session stays as it is,
+ * and its sampler and hook are not asked.
  * Errors: Q3N_ERR_UNSUPPORTED (no module, or speculate is not AUTO or MTP), Q3N_ERR_FULL.
  * After steps of q3n_session_decode the module may know the end of the text alone: one whose drafts
  * did not pay was left after. */
@@ -10351,6 +10384,7 @@ struct q3n_sampler {
     double              kept;        /* sum of block_sum                                         */
     q3n__level          level[3];    /* scratch of top-p                                         */
     q3n__candidate     *candidates;  /* [vocab]                                                  */
+    float              *edited;      /* [vocab] what the hook edits; NULL without one            */
 };
 
 /* Ranges of q3n_sampler_options: 0 is allowed everywhere, for it is what was not set; NaN nowhere.
@@ -10392,6 +10426,7 @@ static size_t q3n__sampler_layout(q3n_sampler *s, uint8_t *base)   /* bytes of t
         s->level[i].sum   = (float *)q3n__arena_take(&a, n_blocks, sizeof(float));
         s->level[i].count = (int32_t *)q3n__arena_take(&a, n_blocks, sizeof(int32_t));
     }
+    if (s->o.logits_hook.edit) s->edited = (float *)q3n__arena_take(&a, vocab, sizeof(float));
     return a.overflow ? SIZE_MAX : a.used;
 }
 
@@ -10403,8 +10438,8 @@ Q3N_DEF q3n_result q3n_sampler_create(q3n_sampler **out, const q3n_model *m,
     if (!m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model");
     q3n_sampler s;
     memset(&s, 0, sizeof s);
-    if (o) s.o = *o;
-    const q3n_result r = q3n__sampler_check(&s.o, err);
+    q3n_result r = q3n__struct_read(&s.o, sizeof s.o, o, "q3n_sampler_options", err);
+    if (r == Q3N_OK) r = q3n__sampler_check(&s.o, err);
     if (r != Q3N_OK) return r;
     s.allocator = m->allocator;
     s.vocab = q3n_model_config(m)->vocab_size;
@@ -10439,6 +10474,11 @@ Q3N_DEF void q3n_sampler_reset(q3n_sampler *s)
     s->rng = s->o.seed;
 }
 
+Q3N_DEF void q3n_sampler_seed(q3n_sampler *s, uint64_t seed)
+{
+    if (s) s->rng = s->o.seed = seed;
+}
+
 Q3N_DEF void q3n_sampler_accept(q3n_sampler *s, int32_t id)
 {
     if (!s || id < 0 || id >= s->vocab) return;
@@ -10455,11 +10495,18 @@ static float q3n__clean_logit(float x)
     return x == x ? x : -Q3N__INFINITY;
 }
 
-/* The logits to choose from: the given ones, or a copy with the penalty.  A token counts once,
- * however often it stands in the window: each is set from the given logits. */
-static const float *q3n__sampler_prepare(q3n_sampler *s, const float *logits)
+/* The logits to choose from: the given ones, or a copy as the hook leaves it, then one with the
+ * penalty.  A token counts once, however often it stands in the window: each is set from the hook's
+ * logits.  tokens [n]: what lies between the text and the token that is chosen. */
+static const float *q3n__sampler_prepare(q3n_sampler *s, const float *logits,
+                                         const int32_t *tokens, int n)
 {
     const float r = s->o.repetition_penalty;
+    if (s->edited) {
+        memcpy(s->edited, logits, (size_t)s->vocab * sizeof *logits);
+        (s->o.logits_hook.edit)(s->o.logits_hook.user, s->edited, s->vocab, tokens, n);
+        logits = s->edited;
+    }
     if (r == 1.0f || s->n_window == 0) return logits;
     memcpy(s->weights, logits, (size_t)s->vocab * sizeof *logits);
     for (int i = 0; i < s->n_window; i++) {
@@ -10820,15 +10867,17 @@ static void q3n__draft_point(q3n__draft *d, int32_t id)   /* greedy or looked up
 
 /* Draw a draft from a draft model's logits [vocab] with the sampler's filters, of the
  * Q3N__DRAFT_MAX largest: any distribution will do (see below), and top-k needs few exponentials.
- * Greedy: the largest; token 0 if no logit is a number.  The window is left as it is, for the draft
- * is not accepted yet. */
-static Q3N__UNUSED void q3n__sampler_draft(q3n_sampler *s, const float *logits, q3n__draft *d)
+ * Greedy: the largest.  0 = there is none, as no logit is a number.  The window is left as it is,
+ * for the draft is not accepted yet. */
+static int q3n__sampler_draft(q3n_sampler *s, const float *logits, const int32_t *tokens, int n,
+                              q3n__draft *d)
 {
-    const float *x = q3n__sampler_prepare(s, logits);
+    const float *x = q3n__sampler_prepare(s, logits, tokens, n);
     const float max = q3n__sampler_maxima(s, x);
-    if (s->o.temperature == 0.0f || max < -FLT_MAX) {
-        q3n__draft_point(d, max < -FLT_MAX ? 0 : q3n__sampler_best(s, x, max));
-        return;
+    if (max < -FLT_MAX) return 0;
+    if (s->o.temperature == 0.0f) {
+        q3n__draft_point(d, q3n__sampler_best(s, x, max));
+        return 1;
     }
     const int k = s->o.top_k > 0 && s->o.top_k < Q3N__DRAFT_MAX ? s->o.top_k : Q3N__DRAFT_MAX;
     q3n__sampler_filter(s, x, max, k);
@@ -10843,6 +10892,7 @@ static Q3N__UNUSED void q3n__sampler_draft(q3n_sampler *s, const float *logits, 
         }
     }
     d->id = q3n__sampler_draw(s);
+    return 1;
 }
 
 /* Leaves max(0, p - q) of the weights p, with q the draft's.  p stays if rounding leaves none. */
@@ -10890,15 +10940,16 @@ static int32_t q3n__sampler_verify(q3n_sampler *s, const q3n__draft *d)
 
 /* Choose the token that follows from the target's logits [vocab], given a draft or NULL, and
  * remember it: it has the sampler's distribution, and the draft is accepted if it is d->id.
+ * tokens [n]: for the hook.
  *
  * One random number is used for each token drawn, so that a text can be continued from its seed and
  * length.  That holds with a point mass: to keep it with probability p and to draw from the others
  * otherwise is to draw from p, so it is not looked at and the text is the same as without.  Drafts
  * from a distribution use more. */
-static q3n_result q3n__sampler_choose(q3n_sampler *s, const float *logits, const q3n__draft *d,
-                                      int32_t *token)
+static q3n_result q3n__sampler_choose(q3n_sampler *s, const float *logits, const int32_t *tokens,
+                                      int n, const q3n__draft *d, int32_t *token)
 {
-    const float *x = q3n__sampler_prepare(s, logits);
+    const float *x = q3n__sampler_prepare(s, logits, tokens, n);
     const float max = q3n__sampler_maxima(s, x);
     if (max < -FLT_MAX)
         return q3n__fail(&s->error, Q3N_ERR_NUMERIC, -1, "none of %d logits is a number above -inf:"
@@ -10918,7 +10969,7 @@ Q3N_DEF q3n_result q3n_sampler_sample(q3n_sampler *s, const float *logits, int32
     if (!s) return Q3N_ERR_ARG;
     if (!logits || !token)
         return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no logits, or no place for the token");
-    return q3n__sampler_choose(s, logits, NULL, token);
+    return q3n__sampler_choose(s, logits, NULL, 0, NULL, token);
 }
 
 Q3N_DEF const q3n_error *q3n_sampler_error(const q3n_sampler *s)
@@ -10955,6 +11006,7 @@ struct q3n_session {
     q3n_engine        *engine;       /* its own, or options.engine                               */
     q3n_cache          *cache;        /* or NULL                                                  */
     q3n_cache          *own_cache;    /* the same, if it is the session's to destroy              */
+    q3n_sampler        *sampler;      /* its own, or NULL                                         */
     q3n__shape          shape;
     q3n_error           error;
     q3n__atomic         cancel;       /* Q3N__IDLE, RUNNING or CANCELLED                          */
@@ -12155,13 +12207,14 @@ static void q3n__draft_logits(const q3n__run *r, const float *hidden, float *log
 
 /* The module's drafts after token, which follows the text: the first from the trunk's rows, the
  * others from the module's own output.  sampler NULL = the most probable of the whole vocabulary.
- * Pages must reach n tokens beyond the text. */
-static void q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, q3n__draft *draft,
-                           int n)
+ * Returns how many there are: fewer than n where the sampler finds nothing to choose.  Pages must
+ * reach n tokens beyond the text. */
+static int q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, q3n__draft *draft,
+                          int n)
 {
     q3n_engine *e = s->engine;
     const size_t d = (size_t)s->shape.hidden_size, V = (size_t)s->shape.vocab_size;
-    int32_t tokens[Q3N__MAX_HIDDEN];
+    int32_t tokens[Q3N__MAX_HIDDEN], after[Q3N_MAX_DRAFT + 1] = { token };
     const int rows = s->unread.n;                       /* the last is about `token` */
     q3n__session_copy_tokens(s, s->unread.mtp_length, rows - 1, tokens);
     tokens[rows - 1] = token;
@@ -12174,14 +12227,16 @@ static void q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, 
         memcpy(s->draft_hidden, out, d * sizeof(float));
         if (sampler) {
             q3n__draft_logits(&e->run, s->draft_hidden, logits);
-            q3n__sampler_draft(sampler, logits, &draft[i]);
+            if (!q3n__sampler_draft(sampler, logits, after, i + 1, &draft[i])) return i;
         } else {
             q3n__logits(&e->run, s->draft_hidden, 1, logits);
             q3n__draft_point(&draft[i], q3n__largest_logit(logits, s->shape.vocab_size));
         }
+        after[i + 1] = draft[i].id;
         if (i + 1 < n)
             out = q3n__mtp_run(s, e, &draft[i].id, s->draft_hidden, s->length + 1 + i, 1);
     }
+    return n;
 }
 
 /* Tokens of context that a looked-up draft must share with the end of the text, and the most that
@@ -12386,13 +12441,13 @@ static void q3n__draft_learn(q3n__learned *k, int n, double cost)
 }
 
 /* Make the drafts that the plan wants and put token and drafts into tokens; returns the rows. */
-static int q3n__drafts_make(q3n_session *s, q3n_sampler *sampler, q3n__drafts *p, int32_t *tokens)
+static int q3n__drafts_make(q3n_session *s, q3n__drafts *p, int32_t *tokens)
 {
     const int64_t start = q3n__now();
     const int rows = s->unread.n;
     if (p->n > 0 && p->source == Q3N_SPECULATE_MTP) {
-        q3n__draft_mtp(s, sampler, tokens[0], p->draft, p->n);
-        if (s->learned.step_us > 0.0 && rows <= Q3N_MAX_DRAFT + 1)
+        p->n = q3n__draft_mtp(s, s->sampler, tokens[0], p->draft, p->n);
+        if (s->learned.step_us > 0.0 && rows <= Q3N_MAX_DRAFT + 1 && p->n > 0)
             q3n__draft_learn(&s->learned, p->n, (double)(q3n__now() - start) / s->learned.step_us);
     }
     for (int i = 0; i < p->n; i++) {
@@ -12402,26 +12457,28 @@ static int q3n__drafts_make(q3n_session *s, q3n_sampler *sampler, q3n__drafts *p
     return 1 + p->n;
 }
 
-/* Choose from the rows' logits until a draft is wrong or the text ends: *n tokens.  Logits that
- * hold no number are an error in the first row; in others the next step comes upon them. */
-static q3n_result q3n__drafts_choose(q3n_session *s, q3n_sampler *sampler, const q3n__drafts *p,
+/* Choose from the logits of rows, a token and its drafts, until a draft is wrong or the text ends:
+ * *n tokens.  Logits that hold no number are an error in the first row; in others the next step
+ * comes upon them. */
+static q3n_result q3n__drafts_choose(q3n_session *s, const int32_t *rows, const q3n__drafts *p,
                                      const float *logits, int32_t *tokens, int *n)
 {
     const size_t V = (size_t)s->shape.vocab_size;
     for (int i = 0;; i++) {
-        const q3n_result r = q3n__sampler_choose(sampler, logits + (size_t)i * V,
+        const q3n_result r = q3n__sampler_choose(s->sampler, logits + (size_t)i * V, rows, i + 1,
                                                  i < p->n ? &p->draft[i] : NULL, &tokens[i]);
         if (r != Q3N_OK)
-            return i > 0 ? Q3N_OK : q3n__fail(&s->error, r, -1, "%s", sampler->error.message);
+            return i > 0 ? Q3N_OK : q3n__fail(&s->error, r, -1, "%s", s->sampler->error.message);
         *n = i + 1;
         if (i == p->n || tokens[i] != p->draft[i].id || q3n_model_is_eos(s->model, tokens[i]))
             return Q3N_OK;
     }
 }
 
-/* The pass over token and drafts, the choice, and the commit of what was right. */
-static q3n_result q3n__step(q3n_session *s, q3n_sampler *sampler, const int32_t *rows,
-                            q3n__drafts *p, int32_t *tokens, int *n)
+/* The pass over token and drafts, the choice, which a hook may cancel, and the commit of what was
+ * right. */
+static q3n_result q3n__step(q3n_session *s, const int32_t *rows, q3n__drafts *p, int32_t *tokens,
+                            int *n)
 {
     q3n_engine *e = s->engine;
     const size_t d = (size_t)s->shape.hidden_size;
@@ -12436,8 +12493,8 @@ static q3n_result q3n__step(q3n_session *s, q3n_sampler *sampler, const int32_t 
     float *logits = p->n > 0 ? s->draft_logits : s->logits;
     if (p->n == 0) s->has_logits = 0;                   /* not the text's, until the commit */
     q3n__logits(&e->run, q3n__engine_rows(e), p->n + 1, logits);
-    q3n_result r = q3n__call_end(s);
-    if (r == Q3N_OK) r = q3n__drafts_choose(s, sampler, p, logits, tokens, n);
+    q3n_result r = q3n__drafts_choose(s, rows, p, logits, tokens, n);
+    if (r == Q3N_OK) r = q3n__call_end(s);
     if (r != Q3N_OK) return r;
     memcpy(s->work_hidden, q3n__engine_rows(e) + (size_t)(*n - 1) * d, d * sizeof(float));
     q3n__session_commit(s, e, *n);
@@ -12465,8 +12522,8 @@ typedef struct {
     q3n__sampler_mark sampler;
 } q3n__step_mark;
 
-static q3n_result q3n__session_next(q3n_session *s, q3n_sampler *sampler, int32_t token,
-                                    int32_t *tokens, int max, int *n)
+static q3n_result q3n__session_decode(q3n_session *s, int32_t token, int32_t *tokens, int max,
+                                      int *n)
 {
     q3n_result r = q3n__check_causal(s);
     if (r == Q3N_OK) r = q3n__session_check(s, &token, 1, s->length);
@@ -12476,17 +12533,17 @@ static q3n_result q3n__session_next(q3n_session *s, q3n_sampler *sampler, int32_
     int32_t rows[Q3N_MAX_DRAFT + 1] = { token };
     q3n__drafts plan;
     q3n__session_begin(s, s->engine);
-    const q3n__step_mark mark = { s->learned, s->unread, q3n__sampler_save(sampler) };
+    const q3n__step_mark mark = { s->learned, s->unread, q3n__sampler_save(s->sampler) };
     q3n__drafts_plan(s, token, q3n__max_drafts(s, max), &plan);
     q3n__mtp_restart(s, &plan);
     r = q3n__session_reserve(s, s->engine, s->length, s->length + 1 + plan.n);
     if (r == Q3N_OK) {
-        q3n__drafts_make(s, sampler, &plan, rows);
-        r = q3n__step(s, sampler, rows, &plan, tokens, n);
+        q3n__drafts_make(s, &plan, rows);
+        r = q3n__step(s, rows, &plan, tokens, n);
     }
     if (r != Q3N_OK) {
         q3n__session_rollback(s);
-        q3n__sampler_restore(sampler, &mark.sampler);
+        q3n__sampler_restore(s->sampler, &mark.sampler);
         s->learned = mark.learned;
         s->unread = mark.unread;
         *n = 0;
@@ -12817,6 +12874,7 @@ Q3N_DEF void q3n_session_destroy(q3n_session *s)
     q3n__session_drop(s, s->state.kv.page);
     if (!s->options.engine) q3n_engine_destroy(s->engine);
     q3n_cache_destroy(s->own_cache);
+    q3n_sampler_destroy(s->sampler);
     q3n__free(&s->model->allocator, s);
 }
 
@@ -12878,7 +12936,9 @@ Q3N_DEF q3n_isa q3n_session_isa(const q3n_session *s)
 
 Q3N_DEF void q3n_session_reset(q3n_session *s)
 {
-    if (s) q3n__session_clear(s);
+    if (!s) return;
+    q3n__session_clear(s);
+    q3n_sampler_reset(s->sampler);
 }
 
 Q3N_DEF const q3n_error *q3n_session_error(const q3n_session *s)
@@ -13098,19 +13158,32 @@ Q3N_DEF const q3n_error *q3n_engine_error(const q3n_engine *e)
     return e ? &e->error : &q3n__no_object;
 }
 
-/* ---- Drafts ---- */
-Q3N_DEF q3n_result q3n_session_decode(q3n_session *s, q3n_sampler *sampler, int32_t token,
-                                    int32_t *tokens, int max, int *n)
+/* ---- Generating ---- */
+Q3N_DEF q3n_result q3n_session_set_sampler(q3n_session *s, const q3n_sampler_options *o)
+{
+    if (!s) return Q3N_ERR_ARG;
+    q3n_sampler *sampler = NULL;
+    const q3n_result r = o ? q3n_sampler_create(&sampler, s->model, o, &s->error) : Q3N_OK;
+    if (r != Q3N_OK) return r;
+    q3n_sampler_destroy(s->sampler);
+    s->sampler = sampler;
+    return Q3N_OK;
+}
+
+Q3N_DEF q3n_sampler *q3n_session_sampler(const q3n_session *s) { return s ? s->sampler : NULL; }
+
+Q3N_DEF q3n_result q3n_session_decode(q3n_session *s, int32_t token, int32_t *tokens, int max,
+                                      int *n)
 {
     if (n) *n = 0;
     if (!s) return Q3N_ERR_ARG;
-    if (!sampler || !tokens || !n || max < 1)
-        return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no sampler, or no place for a token");
-    if (sampler->vocab != s->shape.vocab_size)
-        return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "the sampler's model has %d tokens, the "
-                         "session's %d", sampler->vocab, s->shape.vocab_size);
+    if (!tokens || !n || max < 1)
+        return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no place for a token");
+    if (!s->sampler)
+        return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "the session has no sampler to choose tokens: "
+                         "q3n_session_set_sampler gives it one");
     q3n__call_begin(s);
-    return q3n__call_done(s, q3n__session_next(s, sampler, token, tokens, max, n));
+    return q3n__call_done(s, q3n__session_decode(s, token, tokens, max, n));
 }
 
 Q3N_DEF q3n_result q3n_session_draft(q3n_session *s, int32_t token, int32_t *drafts, int n,

@@ -19,7 +19,6 @@ namespace {
 struct Closer {
     void operator()(q3n_model *m) const { q3n_model_close(m); }
     void operator()(q3n_session *s) const { q3n_session_destroy(s); }
-    void operator()(q3n_sampler *s) const { q3n_sampler_destroy(s); }
 };
 template <typename T> using Owner = std::unique_ptr<T, Closer>;
 
@@ -36,26 +35,21 @@ Owner<q3n_model> open_model(const std::string &path)
     return Owner<q3n_model>(m);
 }
 
-Owner<q3n_session> create_session(const q3n_model &m, int capacity)
+// A session that chooses tokens itself.
+Owner<q3n_session> create_session(const q3n_model &m, int capacity, float temperature)
 {
     q3n_session_options o = Q3N_INIT(q3n_session_options);
     o.capacity = capacity;
     q3n_session *s = nullptr;
     q3n_error err = q3n_error();
     check(q3n_session_create(&s, &m, &o, &err), err.message);
-    return Owner<q3n_session>(s);
-}
-
-Owner<q3n_sampler> create_sampler(const q3n_model &m, float temperature)
-{
-    q3n_sampler_options o = q3n_sampler_options();
-    o.temperature = temperature;
-    o.top_p = 0.95f;
-    o.seed = 1;
-    q3n_sampler *s = nullptr;
-    q3n_error err = q3n_error();
-    check(q3n_sampler_create(&s, &m, &o, &err), err.message);
-    return Owner<q3n_sampler>(s);
+    Owner<q3n_session> session(s);
+    q3n_sampler_options sampling = Q3N_INIT(q3n_sampler_options);
+    sampling.temperature = temperature;
+    sampling.top_p = 0.95f;
+    sampling.seed = 1;
+    check(q3n_session_set_sampler(s, &sampling), q3n_session_error(s)->message);
+    return session;
 }
 
 std::vector<int32_t> tokenize(const q3n_model &m, const std::string &text)
@@ -72,25 +66,24 @@ std::vector<int32_t> tokenize(const q3n_model &m, const std::string &text)
 void tell(const std::string &path, const std::string &prompt, float temperature)
 {
     const Owner<q3n_model> model = open_model(path);
-    const Owner<q3n_session> session = create_session(*model, 1024);
-    const Owner<q3n_sampler> sampler = create_sampler(*model, temperature);
+    const Owner<q3n_session> session = create_session(*model, 1024, temperature);
 
-    std::vector<int32_t> ids = tokenize(*model, prompt);
+    const std::vector<int32_t> ids = tokenize(*model, prompt);
     std::vector<float> logits(static_cast<size_t>(q3n_model_config(model.get())->vocab_size));
     q3n_detokenizer decoder = q3n_detokenizer();
     decoder.skip_special = 1;
     char text[1024];
     size_t n = 0;
-    for (int i = 0; i < 200; i++) {
-        check(q3n_session_eval(session.get(), ids.data(), static_cast<int>(ids.size()),
-                               logits.data()), q3n_session_error(session.get())->message);
-        int32_t id = 0;
-        check(q3n_sampler_sample(sampler.get(), logits.data(), &id),
-              q3n_sampler_error(sampler.get())->message);
-        if (q3n_model_is_eos(model.get(), id)) break;
+    int32_t id = 0;
+    check(q3n_session_eval(session.get(), ids.data(), static_cast<int>(ids.size()),
+                           logits.data()), q3n_session_error(session.get())->message);
+    q3n_sampler *sampler = q3n_session_sampler(session.get());
+    check(q3n_sampler_sample(sampler, logits.data(), &id), q3n_sampler_error(sampler)->message);
+    for (int i = 0, n_chosen = 0; i < 200 && !q3n_model_is_eos(model.get(), id); i++) {
         check(q3n_detokenizer_next(&decoder, model.get(), id, text, sizeof text, &n));
         std::cout.write(text, static_cast<std::streamsize>(n)).flush();
-        ids.assign(1, id);
+        check(q3n_session_decode(session.get(), id, &id, 1, &n_chosen),
+              q3n_session_error(session.get())->message);
     }
     q3n_detokenizer_finish(&decoder, text, &n);
     std::cout.write(text, static_cast<std::streamsize>(n)) << '\n';

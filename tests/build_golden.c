@@ -19,7 +19,7 @@ int main(int argc, char **argv)
     q3n_sampler *sampler = NULL;
     q3n_error err = { 0 };
     q3n_session_options o = { .size = sizeof o, .capacity = 64, .n_threads = 2 };
-    q3n_sampler_options greedy = { 0 };
+    q3n_sampler_options greedy = Q3N_INIT(q3n_sampler_options);
     if (q3n_model_open_memory(&m, data, n, NULL, &err)
         || q3n_session_create(&s, m, &o, &err)
         || q3n_sampler_create(&sampler, m, &greedy, &err)) {

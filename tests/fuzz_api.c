@@ -328,9 +328,9 @@ static void call_next(world *w, q3n_session *s)
     int32_t tokens[8];
     int n = 0;
     const int length = q3n_session_length(s), max = 1 + take_int(w->in, 8);
-    if (!w->sampler || w->tokens_left < 16) return;
+    if (w->tokens_left < 16) return;
     w->tokens_left -= 9;
-    const q3n_result r = q3n_session_decode(s, w->sampler, w->last, tokens, max, &n);
+    const q3n_result r = q3n_session_decode(s, w->last, tokens, max, &n);
     check_session(s, r, length);
     if (r != Q3N_OK) return;
     require(n >= 1 && n <= max && q3n_session_length(s) == length + n, "drafts miscounted");
@@ -467,17 +467,32 @@ static float take_real(input *in)
     return k < 64 ? odd[k % 8] : (float)(k - 64) / 128.0f;
 }
 
-static void call_sampler(world *w)
+/* Masks by the token before, now and then everything. */
+static void mask(void *user, float *logits, int n_vocab, const int32_t *tokens, int n_tokens)
+{
+    const int last = n_tokens ? tokens[n_tokens - 1] : 0;
+    for (int i = 0; i < n_vocab; i++)
+        if ((i + last) % 5 == 0 || last % 11 == 7) logits[i] = -INFINITY;
+    require(last >= 0 && last < n_vocab && user, "the hook is told of a strange token");
+}
+
+static void call_sampler(world *w, q3n_session *s)
 {
     q3n_error err = { Q3N_OK, -1, "" };
-    q3n_sampler_options o;
-    memset(&o, 0, sizeof o);
+    q3n_sampler_options o = Q3N_INIT(q3n_sampler_options);
     o.temperature = take_real(w->in);
     o.top_k = take_count(w->in, 60);
     o.top_p = take_real(w->in);
     o.min_p = take_real(w->in);
     o.repetition_penalty = take_real(w->in);
     o.penalty_window = take_count(w->in, 9);
+    const int kind = take_int(w->in, 4);
+    if (kind == 1) o.logits_hook = (q3n_logits_hook){ mask, w };
+    if (s) {
+        const q3n_result set = q3n_session_set_sampler(s, kind ? &o : NULL);
+        if (set != Q3N_OK) check_error(q3n_session_error(s), set);
+        q3n_sampler_seed(q3n_session_sampler(s), (uint64_t)kind);
+    }
     q3n_sampler_destroy(w->sampler);
     w->sampler = NULL;
     const q3n_result r = q3n_sampler_create(&w->sampler, w->m, &o, &err);
@@ -634,7 +649,7 @@ static void walk(world *w)
         case 9: if (s) call_files(w, s); break;
         case 10: if (s) call_fork(w, k); break;
         case 11: call_batch(w); break;
-        case 12: call_sampler(w); call_sample(w); break;
+        case 12: call_sampler(w, s); call_sample(w); break;
         case 13: call_text(w); break;
         case 14: call_open_others(w); break;
         default: if (what & 16) call_make(w); else call_quantise(w); break;

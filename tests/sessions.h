@@ -84,6 +84,12 @@ static inline q3n_engine *create_engine(const q3n_model *m, const q3n_session_op
     return e;
 }
 
+static inline void set_sampler(q3n_session *s, q3n_sampler_options o)   /* all 0: greedy */
+{
+    o.size = sizeof o;
+    must(s, q3n_session_set_sampler(s, &o), Q3N_OK);
+}
+
 static inline q3n_session_options plain_options(int capacity)
 {
     q3n_session_options o = Q3N_INIT(q3n_session_options);

@@ -64,6 +64,8 @@ static const q3n_engine_options engine_options = {
     .size = sizeof engine_options, .batch_size = CAPACITY, .n_threads = 1 };
 static const q3n_cache_options cache_options = { .size = sizeof cache_options,
                                                  .max_bytes = 1 << 20 };
+static const q3n_sampler_options sampler_options = { .size = sizeof sampler_options,
+                                                      .top_k = 3 };
 static const q3n_rows rows = { zeros, 2, 64, NULL };
 static q3n_engine_item item[2];           /* the second has no session                            */
 static _Alignas(64) unsigned char file[2 << 20], place[16 << 20];    /* of the two _memory       */
@@ -125,6 +127,7 @@ static void fixture_open(const char *path)
     session_options.engine = f.engine;
     assert_int_equal(q3n_session_create(&f.s, f.m, &session_options, NULL), Q3N_OK);
     session_options.engine = NULL;
+    assert_int_equal(q3n_session_set_sampler(f.s, &sampler_options), Q3N_OK);
     assert_int_equal(q3n_session_eval(f.s, five_ids, LENGTH, NULL), Q3N_OK);
     assert_int_equal(q3n_session_snapshot(f.s, &f.snap), Q3N_OK);
     assert_int_equal(q3n_session_save(f.s, to.path), Q3N_OK);
@@ -291,7 +294,10 @@ CALL(q3n_sampler_create, q3n_sampler_create(P(0), P(1), P(2), P(3)))
 DO(q3n_sampler_destroy, q3n_sampler_destroy(P(0)))
 DO(q3n_sampler_accept, q3n_sampler_accept(P(0), N(1)))
 DO(q3n_sampler_reset, q3n_sampler_reset(P(0)))
-CALL(q3n_session_decode, q3n_session_decode(P(0), P(1), N(2), P(3), N(4), P(5)))
+DO(q3n_sampler_seed, q3n_sampler_seed(P(0), (uint64_t)a[1].i))
+CALL(q3n_session_set_sampler, q3n_session_set_sampler(P(0), P(1)))
+CALL(q3n_session_sampler, q3n_session_sampler(P(0)) != NULL)
+CALL(q3n_session_decode, q3n_session_decode(P(0), N(1), P(2), N(3), P(4)))
 CALL(q3n_session_draft, q3n_session_draft(P(0), N(1), P(2), N(3), P(4)))
 CALL(q3n_session_speculation, q3n_session_speculation(P(0), P(1)))
 CALL(q3n_type_bytes, q3n_type_bytes((q3n_type)N(0), a[1].i, a[2].i))
@@ -433,8 +439,11 @@ static const row table[] = {
     ROW(q3n_sampler_destroy, NOTHING, NULL, DRAFTS, MAY(NULL)),
     ROW(q3n_sampler_accept, NOTHING, NULL, DRAFTS, THE(SAMPLER), NUM(1, INT_MIN, INT_MAX)),
     ROW(q3n_sampler_reset, NOTHING, NULL, DRAFTS, THE(SAMPLER)),
-    ROW(q3n_session_decode, RESULT, NULL, DRAFTS, THE(SESSION), THE(SAMPLER), NUM(1, 0, DRAFTS_ID),
-        IN(to.ids), NUM(4, 1, INT_MAX), CNT(&to.i)),
+    ROW(q3n_sampler_seed, NOTHING, NULL, DRAFTS, THE(SAMPLER), NUM(1, INT_MIN, INT_MAX)),
+    ROW(q3n_session_set_sampler, RESULT, NULL, DRAFTS, THE(SESSION), MAY(&sampler_options)),
+    ROW(q3n_session_sampler, ANSWER, NULL, DRAFTS, THE(SESSION)),
+    ROW(q3n_session_decode, RESULT, NULL, DRAFTS, THE(SESSION), NUM(1, 0, DRAFTS_ID), IN(to.ids),
+        NUM(4, 1, INT_MAX), CNT(&to.i)),
     ROW(q3n_session_draft, RESULT, NULL, DRAFTS, THE(SESSION), NUM(1, 0, DRAFTS_ID), IN(to.ids),
         NUM(2, 1, Q3N_MAX_DRAFT), MAY(to.floats)),
     ROW(q3n_session_speculation, RESULT, NULL, DRAFTS, THE(SESSION), IN(&to.speculation)),

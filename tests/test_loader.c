@@ -1263,9 +1263,10 @@ static void evaluate_nonsense(const image *f, q3n_isa isa, int n_threads)
     for (int e = 0; e < q3n_model_config(m)->num_experts; e++) chosen += counts[e];
     assert_int_equal(chosen, 38 * q3n_model_config(m)->num_experts_per_tok);
 
-    q3n_sampler *sampler;
-    const q3n_sampler_options so = { .temperature = 1.0f, .top_k = 5, .top_p = 0.9f };
-    assert_int_equal(q3n_sampler_create(&sampler, m, &so, &err), Q3N_OK);
+    const q3n_sampler_options so = { .size = sizeof so, .temperature = 1.0f, .top_k = 5,
+                                     .top_p = 0.9f };
+    assert_int_equal(q3n_session_set_sampler(r.s, &so), Q3N_OK);
+    q3n_sampler *sampler = q3n_session_sampler(r.s);
     int numbers = 0, n_chosen = 0;
     for (int i = 0; i < COUNT(logits); i++) numbers += logits[i] > -INFINITY;
     int32_t token = 0;
@@ -1280,7 +1281,7 @@ static void evaluate_nonsense(const image *f, q3n_isa isa, int n_threads)
     assert_int_equal(q3n_session_rewind(r.s, length), Q3N_OK);
     for (int i = numbers = 0; i < COUNT(next); i++) numbers += next[i] > -INFINITY;
     const uint64_t rng = sampler->rng;
-    const q3n_result step = q3n_session_decode(r.s, sampler, token, &token, 1, &n_chosen);
+    const q3n_result step = q3n_session_decode(r.s, token, &token, 1, &n_chosen);
     assert_int_equal(step, numbers ? Q3N_OK : Q3N_ERR_NUMERIC);
     assert_int_equal(q3n_session_length(r.s), length + (step == Q3N_OK));
     if (step != Q3N_OK) {
@@ -1291,7 +1292,6 @@ static void evaluate_nonsense(const image *f, q3n_isa isa, int n_threads)
             assert_true(next[i] == logits[i] || (isnan(next[i]) && isnan(logits[i])));
     }
     n_without_numbers += step == Q3N_ERR_NUMERIC;
-    q3n_sampler_destroy(sampler);
     q3n_session_destroy(r.s);
     q3n_model_close(m);
 }

@@ -172,7 +172,8 @@ static void test_sampler_fails(void **state)
     q3n_error err = { .code = Q3N_OK };
     q3n_model *m = open_counted(&h, "qwen3_next");
     const int live = h.live;
-    const q3n_sampler_options o = { .temperature = 0.7f, .top_k = 5, .repetition_penalty = 1.1f };
+    const q3n_sampler_options o = { .size = sizeof o, .temperature = 0.7f, .top_k = 5,
+                                    .repetition_penalty = 1.1f };
     int k = 1;
     for (;; k++) {
         q3n_sampler *sampler = (q3n_sampler *)(uintptr_t)1;

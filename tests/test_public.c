@@ -888,7 +888,7 @@ static void test_sampler(void **state)
     for (int i = 0; i < n; i++) logits[i] = (float)(i % 7);
     q3n_sampler *s = NULL;
     q3n_error err = { .code = Q3N_OK };
-    q3n_sampler_options o = { .temperature = 0.0f };
+    q3n_sampler_options o = Q3N_INIT(q3n_sampler_options);
     assert_int_equal(q3n_sampler_create(&s, m, &o, &err), Q3N_OK);
     assert_int_equal(sample(s, logits), 6);     /* the lowest id among equals */
     q3n_sampler_destroy(s);
@@ -905,7 +905,8 @@ static void test_sampler(void **state)
     q3n_sampler_destroy(NULL);
 
     int32_t first[50];
-    o = (q3n_sampler_options){ .temperature = 1.5f, .top_k = 100, .seed = 7 };
+    o = (q3n_sampler_options){ .size = sizeof o, .temperature = 1.5f, .top_k = 100,
+                               .seed = 7 };
     assert_int_equal(q3n_sampler_create(&s, m, &o, &err), Q3N_OK);
     int different = 0;
     for (int i = 0; i < COUNT(first); i++) {
@@ -919,12 +920,13 @@ static void test_sampler(void **state)
         assert_int_equal(sample(s, logits), first[i]);
     q3n_sampler_destroy(s);
 
-    const q3n_sampler_options bad[] = { { .temperature = -1.0f }, { .top_k = -1 },
-                                        { .top_p = -0.5f }, { .top_p = 1.5f }, { .min_p = -0.1f },
-                                        { .min_p = 1.5f },
-                                        { .repetition_penalty = -1.0f }, { .penalty_window = -1 } };
+    q3n_sampler_options bad[] = { { .temperature = -1.0f }, { .top_k = -1 },
+                                  { .top_p = -0.5f }, { .top_p = 1.5f }, { .min_p = -0.1f },
+                                  { .min_p = 1.5f }, { .repetition_penalty = -1.0f },
+                                  { .penalty_window = -1 } };
     for (int i = 0; i < COUNT(bad); i++) {
         s = (q3n_sampler *)8;
+        bad[i].size = sizeof bad[i];
         assert_error(q3n_sampler_create(&s, m, &bad[i], &err), Q3N_ERR_ARG, &err);
         assert_null(s);
     }

@@ -3,6 +3,7 @@ import array
 import ctypes
 import inspect
 import json
+import math
 import os
 import pathlib
 import re
@@ -99,7 +100,7 @@ class Layout(unittest.TestCase):
         text = (ROOT / "qwen3next.h").read_text(encoding="utf-8")
         text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
         kinds = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "size_t": ctypes.c_size_t,
-                 "float": ctypes.c_float, "void": None}
+                 "uint64_t": ctypes.c_uint64, "float": ctypes.c_float, "void": None}
 
         def kind(declaration):
             if "*" in declaration or "[" in declaration:
@@ -471,6 +472,71 @@ class Sessions(unittest.TestCase):
         with self.assertRaises(ValueError):
             self.model.session(speculate="none such")
 
+    def test_sampler(self):
+        prompt = self.greedy[0]["prompt_ids"]
+        with self.model.session() as session:
+            with self.assertRaises(qwen3next.Error):
+                session.decode(1)
+            session.set_sampler(temperature=1.0, seed=3)
+            first = session.sampler
+            a = [first.sample(session.logits(prompt)) for _ in range(20)]
+            first.reset()
+            self.assertEqual([first.sample(session.logits()) for _ in range(20)], a)
+            first.seed(3)
+            self.assertEqual([first.sample(session.logits()) for _ in range(20)], a)
+            first.seed(4)
+            self.assertNotEqual([first.sample(session.logits()) for _ in range(20)], a)
+            session.set_sampler()
+            with self.assertRaises(ValueError):
+                first.sample(session.logits())
+            self.assertEqual(session.sampler.sample(session.logits()),
+                             self.greedy[0]["output_ids"][0])
+
+    def test_logits_hook(self):
+        """Masks what follows an even token to the odd ones, and the other way round."""
+        prompt = self.greedy[0]["prompt_ids"]
+
+        def steer(logits, tokens):
+            self.assertEqual(len(logits), self.model.vocab_size)
+            last = (session.tokens() + tokens)[-1]
+            for i in range(last % 2, len(logits), 2):
+                logits[i] = -math.inf
+        texts = []
+        for how in qwen3next.SPECULATE:
+            with self.subTest(how), self.model.session(speculate=how, draft=3) as session:
+                ids = list(session.generate_ids(prompt, 30, stop_at_eos=False, logits_hook=steer))
+                for last, token in zip(prompt[-1:] + ids, ids):
+                    self.assertNotEqual(last % 2, token % 2)
+                texts.append(ids)
+        self.assertEqual(texts, texts[:1] * len(qwen3next.SPECULATE))
+        with self.model.sampler(logits_hook=lambda logits, tokens: logits.__setitem__(5, 1e9)) as s:
+            self.assertEqual(s.sample(array.array("f", bytes(4 * self.model.vocab_size))), 5)
+
+    def test_logits_hook_that_raises(self):
+        prompt = self.greedy[0]["prompt_ids"]
+
+        class Stop(Exception):
+            pass
+
+        def edit(logits, tokens):
+            calls.append(tokens)
+            if len(calls) == stop:
+                raise Stop()
+        for how in qwen3next.SPECULATE:
+            for stop in range(1, 9):
+                calls = []
+                with self.subTest(how, stop=stop), \
+                        self.model.session(speculate=how, draft=3) as session:
+                    session.set_sampler(logits_hook=edit)
+                    ids, logits = [], session.logits(prompt)
+                    with self.assertRaises(Stop):
+                        ids.append(session.sampler.sample(logits))
+                        while len(ids) < 30:
+                            ids += session.decode(ids[-1])
+                    self.assertEqual(session.tokens(), prompt + ids[:-1])
+                    ids += session.decode(ids[-1]) if ids else [session.sampler.sample(logits)]
+                    self.assertEqual(ids, self.greedy[0]["output_ids"][:len(ids)])
+
 
 class Arguments(unittest.TestCase):
     """What is not what it stands for is refused, before C sees it."""
@@ -510,8 +576,9 @@ class Arguments(unittest.TestCase):
                 lambda i: self.model.sampler(top_k=i), lambda i: self.model.sampler(seed=i << 32),
                 lambda i: self.model.sampler(penalty_window=i),
                 sampler.accept, session.rewind, session.expert_counts,
-                lambda i: session.decode(sampler, i), lambda i: session.draft(i),
-                lambda i: session.decode(sampler, 1, i), lambda i: session.draft(1, i),
+                lambda i: session.set_sampler(top_k=i), lambda i: sampler.seed(i << 32),
+                lambda i: session.decode(i), lambda i: session.draft(i),
+                lambda i: session.decode(1, i), lambda i: session.draft(1, i),
                 lambda i: session.logits([i]), lambda i: session.prefill([i]),
                 lambda i: self.model.detokenize([i]), lambda i: session.all_logits([i]),
                 lambda i: engine.eval([], max_tokens=i),
@@ -522,7 +589,7 @@ class Arguments(unittest.TestCase):
                         with self.assertRaises(ValueError) as caught:
                             use(wrong)
                         self.assertIn("is not between", str(caught.exception))
-            for use in uses[12:24] + uses[:6]:
+            for use in uses[12:26] + uses[:6]:
                 for wrong in (1.0, 1.9, "1", None, [1]):
                     with self.assertRaises(TypeError):
                         use(wrong)

@@ -37,6 +37,7 @@ static q3n_sampler *create(int vocab, q3n_sampler_options o)
     m.config.vocab_size = vocab;
     q3n_sampler *s = NULL;
     q3n_error err = { .code = Q3N_OK };
+    o.size = sizeof o;
     if (q3n_sampler_create(&s, &m, &o, &err) != Q3N_OK) fail_msg("%s", err.message);
     assert_non_null(s);
     return s;
@@ -117,7 +118,7 @@ static void compare(q3n_sampler *s, int n, const int32_t *recent, int n_recent)
     q3n_sampler_options o = s->o;
     if (o.repetition_penalty == 1.0f) o.repetition_penalty = 0.0f;
     int n_want = plain_filter(logits, n, &o, recent, n_recent, want);
-    const float *x = q3n__sampler_prepare(s, logits);
+    const float *x = q3n__sampler_prepare(s, logits, NULL, 0);
     q3n__sampler_filter(s, x, q3n__sampler_maxima(s, x), o.top_k);
     const int n_got = kept_tokens(s, got);
     double sum = 0.0;
@@ -265,7 +266,7 @@ static int sample(q3n_sampler *s, const float *x)
 static int choose(q3n_sampler *s, const float *x, const q3n__draft *d)
 {
     int32_t id = 0;
-    return q3n__sampler_choose(s, x, d, &id) == Q3N_OK ? id : -1;
+    return q3n__sampler_choose(s, x, NULL, 0, d, &id) == Q3N_OK ? id : -1;
 }
 
 static void test_greedy(void **state)
@@ -467,7 +468,7 @@ static int draft_logits(int kind, const float *x, int n, float *y)
 static void make_draft(q3n_sampler *s, int kind, const float *y, int n, q3n__draft *d)
 {
     if (kind <= OPPOSITE) {
-        q3n__sampler_draft(s, y, d);
+        assert_true(q3n__sampler_draft(s, y, NULL, 0, d));
     } else if (kind == BY_HAND) {
         *d = (q3n__draft){ .n = 4, .ids = { n - 1, 0, n / 2, 1 }, .p = { .25f, .25f, .25f, .25f } };
         d->id = d->ids[random_below(4)];
@@ -566,7 +567,7 @@ static void test_drafts_that_change_nothing(void **state)
             if (!greedy) q3n__draft_point(&d, random_below(n + 2) - 1);
             const int32_t id = sample(a, logits);
             if (greedy && random_below(2)) {
-                q3n__sampler_draft(b, logits, &d);
+                assert_true(q3n__sampler_draft(b, logits, NULL, 0, &d));
                 assert_true(d.id == id && d.n == 1 && d.ids[0] == id && d.p[0] == 1.0f);
             }
             assert_int_equal(choose(b, logits, i % 5 ? &d : NULL), id);
@@ -583,9 +584,9 @@ static void check_residual(q3n_sampler *s, int n)
     q3n__draft d;
     double sum = 0.0;
     random_logits(n);
-    q3n__sampler_draft(s, logits, &d);
+    assert_true(q3n__sampler_draft(s, logits, NULL, 0, &d));
     random_logits(n);
-    const float *x = q3n__sampler_prepare(s, logits);
+    const float *x = q3n__sampler_prepare(s, logits, NULL, 0);
     q3n__sampler_filter(s, x, q3n__sampler_maxima(s, x), s->o.top_k);
     const int n_p = kept_tokens(s, got);
     int n_want = 0;
@@ -644,7 +645,8 @@ static void test_drafts_of_extreme_logits(void **state)
         random_logits(n);
         if (random_below(3) == 0) logits[random_below(n)] = INFINITY;
         for (int i = 0; nothing == 0 && i < n; i++) logits[i] = random_below(2) ? NAN : -INFINITY;
-        q3n__sampler_draft(s, logits, &d);
+        assert_int_equal(q3n__sampler_draft(s, logits, NULL, 0, &d), nothing != 0);
+        if (nothing == 0) q3n__draft_point(&d, 0);
         assert_in_range(d.n, 1, Q3N__DRAFT_MAX);
         double sum = 0.0;
         int among = 0;
@@ -702,6 +704,105 @@ static void test_random_numbers(void **state)
         assert_true(q3n__random_unit(&rng) == (double)(outputs[i] >> 11) / 9007199254740992.0);
 }
 
+/* Another seed: its own numbers, the tokens remembered stay; reset begins it again. */
+static void test_another_seed(void **state)
+{
+    (void)state;
+    const q3n_sampler_options o = { .temperature = 2.0f, .seed = 5, .repetition_penalty = 1.5f };
+    q3n_sampler_options other = o;
+    other.seed = 6;
+    q3n_sampler *a = create(500, o), *b = create(500, other);
+    for (int i = 0; i < 500; i++) logits[i] = (float)(i % 9) - 4.0f;
+    for (int i = 0; i < 30; i++) {
+        const int32_t id = sample(a, logits);
+        q3n_sampler_accept(b, id);
+    }
+    q3n_sampler_seed(a, 6);
+    for (int i = 0; i < 20; i++) assert_int_equal(sample(a, logits), sample(b, logits));
+    q3n_sampler_reset(a);
+    q3n_sampler_reset(b);
+    for (int i = 0; i < 20; i++) assert_int_equal(sample(a, logits), sample(b, logits));
+    q3n_sampler_destroy(a);
+    q3n_sampler_destroy(b);
+}
+
+/* ---- The hook ---- */
+typedef struct { int calls, forced, n_tokens; const int32_t *tokens; } hook_calls;
+
+/* forced: the only token left; -1 = none is; -2 = logits [10, 20) gain 100. */
+static void hook(void *user, float *x, int n_vocab, const int32_t *tokens, int n_tokens)
+{
+    hook_calls *h = (hook_calls *)user;
+    h->calls++;
+    h->tokens = tokens;
+    h->n_tokens = n_tokens;
+    for (int i = 0; h->forced == -2 && i < 20; i++) if (i >= 10) x[i] += 100.0f;
+    for (int i = 0; h->forced > -2 && i < n_vocab; i++)
+        if (i != h->forced) x[i] = i % 2 ? -INFINITY : NAN;
+}
+
+static void test_hook(void **state)
+{
+    (void)state;
+    static const q3n_sampler_options list[] = {
+        { .temperature = 0.0f }, { .temperature = 1.0f, .seed = 3 },
+        { .temperature = 1.0f, .top_k = 7 }, { .temperature = 1.0f, .top_p = 0.9f },
+        { .temperature = 1.0f, .min_p = 0.1f, .repetition_penalty = 1.3f },
+        { .repetition_penalty = 1e6f } };
+    float before[200];
+    for (int i = 0; i < 200; i++) before[i] = logits[i] = (float)(i * 7 % 50);
+    for (size_t k = 0; k < COUNT(list); k++) {
+        hook_calls h = { .forced = 0 };
+        q3n_sampler_options o = list[k];
+        o.logits_hook = (q3n_logits_hook){ hook, &h };
+        q3n_sampler *s = create(200, o);
+        for (int i = 0; i < 200; i++) {
+            h.forced = i;                        /* tokens that no filter would keep, and again */
+            assert_int_equal(sample(s, logits), i);
+            assert_int_equal(sample(s, logits), i);
+            assert_true(h.n_tokens == 0 && h.tokens == NULL && h.calls == 2 * i + 2);
+        }
+        const uint64_t rng = s->rng;
+        const int n_window = s->n_window, next = s->next;
+        int32_t token = -7;
+        h.forced = -1;
+        assert_int_equal(q3n_sampler_sample(s, logits, &token), Q3N_ERR_NUMERIC);
+        assert_non_null(strstr(q3n_sampler_error(s)->message, "masked"));
+        assert_true(token == -7 && s->rng == rng && s->n_window == n_window && s->next == next);
+        q3n__draft d;
+        assert_int_equal(q3n__sampler_draft(s, logits, &token, 1, &d), 0);
+        assert_true(h.tokens == &token && h.n_tokens == 1 && s->rng == rng);
+        h.forced = -2;
+        assert_in_range(sample(s, logits), 10, 19);
+        assert_memory_equal(logits, before, sizeof before);
+        q3n_sampler_destroy(s);
+    }
+}
+
+/* What the hook makes of logits is chosen from as logits of that kind are, penalty and all. */
+static void test_hook_comes_first(void **state)
+{
+    (void)state;
+    random_state = 55;
+    for (int round = 0; round < 100; round++) {
+        const int n = 20 + random_below(500);
+        hook_calls h = { .forced = -2 };
+        q3n_sampler_options o = random_options(n);
+        q3n_sampler *plain = create(n, o);
+        o.logits_hook = (q3n_logits_hook){ hook, &h };
+        q3n_sampler *hooked = create(n, o);
+        for (int i = 0; i < 20; i++) {
+            static float edited[5000];
+            random_logits(n);
+            memcpy(edited, logits, (size_t)n * sizeof *edited);
+            for (int k = 10; k < 20; k++) edited[k] += 100.0f;
+            assert_int_equal(sample(hooked, logits), sample(plain, edited));
+        }
+        q3n_sampler_destroy(plain);
+        q3n_sampler_destroy(hooked);
+    }
+}
+
 /* ---- Options, memory, time ---- */
 static void test_option_errors(void **state)
 {
@@ -723,7 +824,9 @@ static void test_option_errors(void **state)
     for (size_t k = 0; k < COUNT(list); k++) {
         q3n_sampler *s = (q3n_sampler *)&m;
         q3n_error err = { .code = Q3N_OK };
-        assert_int_equal(q3n_sampler_create(&s, &m, &list[k].o, &err), Q3N_ERR_ARG);
+        q3n_sampler_options o = list[k].o;
+        o.size = sizeof o;
+        assert_int_equal(q3n_sampler_create(&s, &m, &o, &err), Q3N_ERR_ARG);
         assert_null(s);
         if (!strstr(err.message, list[k].why)) fail_msg("'%s'", err.message);
     }
@@ -755,7 +858,9 @@ static void test_memory(void **state)
     static q3n_model m;
     m.allocator = (q3n_allocator){ counted_alloc, counted_free, NULL };
     m.config.vocab_size = 1000;
-    const q3n_sampler_options o = { .temperature = 1.0f, .top_k = 40, .top_p = 0.9f };
+    hook_calls h = { .forced = -2 };
+    const q3n_sampler_options o = { .size = sizeof o, .temperature = 1.0f, .top_k = 40,
+                                    .top_p = 0.9f, .logits_hook = { hook, &h } };
     q3n_sampler *s;
     assert_int_equal(q3n_sampler_create(&s, &m, &o, NULL), Q3N_OK);
     for (int i = 0; i < 1000; i++) logits[i] = (float)(i % 10);
@@ -838,7 +943,7 @@ static void test_linear_work(void **state)
             q3n__draft d;
             int id = sample(s, logits);
             assert_true(id >= 0 && id < BIG_VOCAB);
-            q3n__sampler_draft(s, other, &d);
+            assert_true(q3n__sampler_draft(s, other, NULL, 0, &d));
             id = choose(s, logits, &d);     /* rejected, but for chance */
             assert_true(id >= 0 && id < BIG_VOCAB);
         }
@@ -858,6 +963,8 @@ int main(void)
         cmocka_unit_test(test_drafts), cmocka_unit_test(test_drafts_that_change_nothing),
         cmocka_unit_test(test_residual), cmocka_unit_test(test_drafts_of_extreme_logits),
         cmocka_unit_test(test_seed), cmocka_unit_test(test_random_numbers),
+        cmocka_unit_test(test_another_seed), cmocka_unit_test(test_hook),
+        cmocka_unit_test(test_hook_comes_first),
         cmocka_unit_test(test_option_errors), cmocka_unit_test(test_memory),
         cmocka_unit_test(test_selection_is_bounded),
         cmocka_unit_test(test_every_isa_chooses_alike),

@@ -927,13 +927,12 @@ static void check_chosen(world *w, slot *s, const int32_t *tokens, int n, int to
 static void op_next(world *w)
 {
     slot *s = any_session(w);
-    q3n_sampler_options so = { .temperature = 0.0f, .seed = (uint64_t)below(w, 1000) };
+    q3n_sampler_options so = { .size = sizeof so, .seed = (uint64_t)below(w, 1000) };
     if (chance(w, 40)) {
         so.temperature = 1.0f;
         so.top_k = 1 + below(w, 4);
     }
-    q3n_sampler *sampler = NULL;
-    if (q3n_sampler_create(&sampler, w->m, &so, NULL) != Q3N_OK) world_fail(w, "no sampler");
+    if (q3n_session_set_sampler(s->s, &so) != Q3N_OK) world_fail(w, "no sampler");
     int32_t token = below(w, w->vocab), tokens[16];
     if (s->t.n > 0 && chance(w, 80)) token = argmax(reference_logits(&w->ref, &s->t), w->vocab);
     note(w, "next %d: behind %d, top_k %d", number(w, s), s->t.n, so.top_k);
@@ -941,13 +940,13 @@ static void op_next(world *w)
         const int room = s->capacity - s->t.n;
         int max = 1 + below(w, 16), n = -1;
         if (room == 0) {
-            refused(w, s, q3n_session_decode(s->s, sampler, token, tokens, max, &n), Q3N_ERR_FULL);
+            refused(w, s, q3n_session_decode(s->s, token, tokens, max, &n), Q3N_ERR_FULL);
             break;
         }
         if (max > room) max = room;
         if (w->idle && chance(w, 30)) s->s->learned.mtp_idle = Q3N__MTP_IDLE;
         arm(w, s);
-        const q3n_result r = q3n_session_decode(s->s, sampler, token, tokens, max, &n);
+        const q3n_result r = q3n_session_decode(s->s, token, tokens, max, &n);
         if (!successful(w, s, r)) continue;
         note(w, " %d", n);
         if (n < 1 || n > max) world_fail(w, "%d tokens, asked for %d", n, max);
@@ -956,7 +955,6 @@ static void op_next(world *w)
         token = tokens[n - 1];
         verify(w, s);
     }
-    q3n_sampler_destroy(sampler);
 }
 
 static void op_draft(world *w)

@@ -95,12 +95,9 @@ static q3n_result run_decode(q3n_session *s, q3n_engine *b, const int32_t *ids)
 {
     int32_t tokens[8];
     int n;
-    q3n_sampler *sampler = NULL;
     (void)b;
-    assert_int_equal(q3n_sampler_create(&sampler, q3n_session_model(s), NULL, NULL), Q3N_OK);
-    const q3n_result r = q3n_session_decode(s, sampler, ids[40], tokens, 8, &n);
-    q3n_sampler_destroy(sampler);
-    return r;
+    set_sampler(s, (q3n_sampler_options){ 0 });
+    return q3n_session_decode(s, ids[40], tokens, 8, &n);
 }
 
 static q3n_result run_batch(q3n_session *s, q3n_engine *b, const int32_t *ids)
@@ -438,7 +435,6 @@ typedef struct {
 typedef struct {
     commons     *all;
     q3n_session *s;
-    q3n_sampler *greedy;
     int          number;
     int          drafts;         /* 1 = with an MTP module; states come from workers without, too */
     uint64_t     rng;
@@ -562,8 +558,7 @@ static void worker_next(worker *k)
     const int32_t token = k->all->ids[k->line][k->n];
     if (k->drafts)
         worker_cancelled(k, q3n_session_draft(k->s, token, drafts, 3, NULL), "draft");
-    while (worker_cancelled(k, q3n_session_decode(k->s, k->greedy, token, tokens, 4, &n),
-                            "decode")) { }
+    while (worker_cancelled(k, q3n_session_decode(k->s, token, tokens, 4, &n), "decode")) { }
     k->n++;
     while (!k->why[0]) {
         const q3n_result r = q3n_session_rewind(k->s, k->n);
@@ -655,7 +650,7 @@ static void test_threads(void **state)
         o.speculate = i % 2 ? Q3N_SPECULATE_LOOKUP : Q3N_SPECULATE_AUTO;
         k[i].drafts = i % 2 == 0 && q3n_model_config(m)->num_mtp_layers > 0;
         assert_int_equal(q3n_session_fork(&k[i].s, parent, &o, NULL), Q3N_OK);
-        assert_int_equal(q3n_sampler_create(&k[i].greedy, m, NULL, NULL), Q3N_OK);
+        set_sampler(k[i].s, (q3n_sampler_options){ 0 });
         all->session[i] = k[i].s;
         k[i].all = all;
         k[i].number = i;
@@ -672,7 +667,6 @@ static void test_threads(void **state)
     for (int i = 0; i < N_WORKERS; i++) {
         if (k[i].why[0]) fail_msg("worker %d: %s", i, k[i].why);
         q3n_session_destroy(k[i].s);
-        q3n_sampler_destroy(k[i].greedy);
         free(k[i].logits);
     }
     assert_int_equal(all->n_cancelled, all->n_stopped);
@@ -801,21 +795,20 @@ static void within(q3n_session *s, q3n_result r, const memory_bound *k)
     assert_in_range(k->h->live_bytes, 0, k->bound);
 }
 
-static void wander(q3n_session *s, q3n_sampler *sampler, const int32_t *ids, int n,
-                   const memory_bound *k)
+static void wander(q3n_session *s, const int32_t *ids, int n, const memory_bound *k)
 {
     int32_t tokens[8];
     int got = 0;
     within(s, q3n_session_rewind(s, n / 2), k);
     for (int i = 0; i < 5; i++)
-        within(s, q3n_session_decode(s, sampler, ids[i], tokens, 8, &got), k);
+        within(s, q3n_session_decode(s, ids[i], tokens, 8, &got), k);
     within(s, q3n_session_prefill(s, ids, n / 3, NULL, NULL), k);
     within(s, q3n_session_prefill(s, ids, n, NULL, NULL), k);
     within(s, q3n_session_prefill(s, ids + 1, n - 1, NULL, NULL), k);
     within(s, q3n_session_prefill(s, ids, n, NULL, NULL), k);
     within(s, q3n_session_rewind(s, n - 1), k);
-    within(s, q3n_session_decode(s, sampler, ids[n - 1], tokens, 1, &got), k);
-    must(s, q3n_session_decode(s, sampler, ids[0], tokens, 1, &got), Q3N_ERR_FULL);
+    within(s, q3n_session_decode(s, ids[n - 1], tokens, 1, &got), k);
+    must(s, q3n_session_decode(s, ids[0], tokens, 1, &got), Q3N_ERR_FULL);
 }
 
 static void check_memory(const memory_case *k, q3n_type kv_type)
@@ -842,8 +835,6 @@ static void check_memory(const memory_case *k, q3n_type kv_type)
         must(longest, q3n_session_eval(longest, ids, k->capacity, NULL), Q3N_OK);
         q3n_session_destroy(longest);
     }
-    q3n_sampler *sampler = NULL;
-    assert_int_equal(q3n_sampler_create(&sampler, m, NULL, NULL), Q3N_OK);
     const size_t live = h.live_bytes;
     const int blocks = h.live;
     const size_t bytes = q3n_session_bytes(m, &o, &planned);
@@ -870,16 +861,16 @@ static void check_memory(const memory_case *k, q3n_type kv_type)
     assert_int_equal(h.live_bytes - live, planned.total + planned.snapshot);
     q3n_snapshot_free(snap);
     assert_int_equal(h.live_bytes - live, planned.total);
-    const memory_bound bound = { &h, live + planned.total };
+    set_sampler(s, (q3n_sampler_options){ 0 });
+    const memory_bound bound = { &h, h.live_bytes };
     h.most_bytes = h.live_bytes;
-    wander(s, sampler, ids, k->capacity, &bound);
+    wander(s, ids, k->capacity, &bound);
     /* in a call: pages of both texts, and ids */
-    assert_in_range(h.most_bytes - live, 0,
-                    planned.total + planned.kv_cache + 4 * (size_t)k->capacity + 128);
+    assert_in_range(h.most_bytes - bound.bound, 0,
+                    planned.kv_cache + 4 * (size_t)k->capacity + 128);
     q3n_session_destroy(s);
     assert_int_equal(h.live_bytes, live);
     assert_int_equal(h.live, blocks);
-    q3n_sampler_destroy(sampler);
     q3n_engine_destroy(b);
     q3n_model_close(m);
     assert_int_equal(h.live, 0);
@@ -1170,16 +1161,15 @@ static int64_t steps_from(const either *e, q3n_session *s, int n)
     const size_t V = (size_t)q3n_model_config(e->m)->vocab_size;
     q3n_session_options o = plain_options(COUNT(e->ids));
     q3n_session *plain = create_session(e->m, &o);
-    q3n_sampler *greedy = NULL;
     q3n_speculation before = Q3N_INIT(q3n_speculation), after = Q3N_INIT(q3n_speculation);
     float *logits = new_floats(V);
     int32_t tokens[12], token = e->ids[n];
     int chosen = 0;
-    assert_int_equal(q3n_sampler_create(&greedy, e->m, NULL, NULL), Q3N_OK);
+    set_sampler(s, (q3n_sampler_options){ 0 });
     must(plain, q3n_session_eval(plain, e->ids, n, NULL), Q3N_OK);
     q3n_session_speculation(s, &before);
     for (int i = 0; i < 5; i++) {
-        must(s, q3n_session_decode(s, greedy, token, tokens, COUNT(tokens), &chosen), Q3N_OK);
+        must(s, q3n_session_decode(s, token, tokens, COUNT(tokens), &chosen), Q3N_OK);
         for (int k = 0; k < chosen; k++) {
             must(plain, q3n_session_eval(plain, &token, 1, logits), Q3N_OK);
             token = tokens[k];
@@ -1189,7 +1179,6 @@ static int64_t steps_from(const either *e, q3n_session *s, int n)
     }
     q3n_session_speculation(s, &after);
     must(s, q3n_session_rewind(s, n), Q3N_OK);
-    q3n_sampler_destroy(greedy);
     q3n_session_destroy(plain);
     free(logits);
     return after.n_drafted - before.n_drafted;
@@ -1494,22 +1483,20 @@ static void test_expert_counts(void **state)
     o.speculate = Q3N_SPECULATE_LOOKUP;
     o.draft = 4;
     q3n_session *s = create_session(m, &o);
-    q3n_sampler *sampler = NULL;
-    assert_int_equal(q3n_sampler_create(&sampler, m, NULL, NULL), Q3N_OK);
+    set_sampler(s, (q3n_sampler_options){ 0 });
     int n = 0;
     must(s, q3n_session_eval(s, ids, 30, NULL), Q3N_OK);
     c.s = s;
     c.at = c.calls + 2;
     must(s, q3n_session_eval(s, ids + 30, 10, NULL), Q3N_ERR_CANCELLED);
     must(s, q3n_session_rewind(s, 20), Q3N_OK);
-    must(s, q3n_session_decode(s, sampler, ids[20], tokens, 8, &n), Q3N_OK);
+    must(s, q3n_session_decode(s, ids[20], tokens, 8, &n), Q3N_OK);
     assert_int_equal(n, 1);                      /* nothing is drafted where experts are counted */
     int64_t sum = 0;
     int l = 0;
     while (!cfg->layer_experts[l]) l++;
     for (int e = 0; e < cfg->num_experts; e++) sum += q3n_session_expert_counts(s, l)[e];
     assert_int_equal(sum, 31 * cfg->num_experts_per_tok);
-    q3n_sampler_destroy(sampler);
     q3n_session_destroy(s);
     q3n_model_close(m);
 }
@@ -1823,6 +1810,63 @@ static void test_snapshots_bf16(void **state)
     q3n_model_close(m);
 }
 
+/* ---- The session's sampler ---- */
+static void test_sampler(void **state)
+{
+    (void)state;
+    heap h = { 0 };
+    q3n_model *m = open_model("qwen3_next", &h);
+    const q3n_session_options o = plain_options(40);
+    const q3n_sampler_options bad = { .size = sizeof bad, .top_k = -1 };
+    const q3n_sampler_options so = { .size = sizeof so, .temperature = 2.0f, .seed = 3,
+                                     .repetition_penalty = 1.2f };
+    const int32_t ids[3] = { 1, 2, 3 };
+    int32_t tokens[4], first[10];
+    int n = 7;
+    q3n_session *s = create_session(m, &o);
+    assert_null(q3n_session_sampler(s));
+    must(s, q3n_session_eval(s, ids, 3, NULL), Q3N_OK);
+    must(s, q3n_session_decode(s, 4, tokens, 4, &n), Q3N_ERR_ARG);
+    assert_non_null(strstr(q3n_session_error(s)->message, "q3n_session_set_sampler"));
+    assert_int_equal(n, 0);
+    const int live = h.live;
+    set_sampler(s, so);
+    assert_int_equal(h.live, live + 1);
+    q3n_sampler *sampler = q3n_session_sampler(s);
+    for (int i = 0; i < COUNT(first); i++)
+        must(s, q3n_session_decode(s, i ? first[i - 1] : 4, first + i, 1, &n), Q3N_OK);
+    h.calls = 0;
+    h.fail_at = 1;                               /* what cannot be set leaves what there is */
+    must(s, q3n_session_set_sampler(s, &so), Q3N_ERR_MEMORY);
+    h.fail_at = 0;
+    must(s, q3n_session_set_sampler(s, &bad), Q3N_ERR_ARG);
+    assert_non_null(strstr(q3n_session_error(s)->message, "top_k"));
+    assert_ptr_equal(q3n_session_sampler(s), sampler);
+
+    /* Rewind leaves it as it is; reset forgets its tokens and seeds it. */
+    must(s, q3n_session_rewind(s, 3), Q3N_OK);
+    for (int reset = 0; reset < 2; reset++) {
+        int same = 0;
+        if (reset) {
+            q3n_session_reset(s);
+            must(s, q3n_session_eval(s, ids, 3, NULL), Q3N_OK);
+        }
+        for (int i = 0; i < COUNT(first); i++) {
+            must(s, q3n_session_decode(s, i ? tokens[0] : 4, tokens, 1, &n), Q3N_OK);
+            same += tokens[0] == first[i];
+        }
+        if (reset) assert_int_equal(same, COUNT(first));
+        else       assert_in_range(same, 0, COUNT(first) / 2);
+    }
+    must(s, q3n_session_set_sampler(s, NULL), Q3N_OK);
+    assert_int_equal(h.live, live);
+    must(s, q3n_session_decode(s, 4, tokens, 4, &n), Q3N_ERR_ARG);
+    set_sampler(s, so);
+    q3n_session_destroy(s);                      /* with its sampler */
+    q3n_model_close(m);
+    assert_int_equal(h.live, 0);
+}
+
 /* ---- All of them ---- */
 int main(int argc, char **argv)
 {
@@ -1852,6 +1896,7 @@ int main(int argc, char **argv)
         CASE(test_cache_bound, qwen3_dense),
         cmocka_unit_test(test_snapshots_bf16),
         cmocka_unit_test(test_strangers),
+        cmocka_unit_test(test_sampler),
         cmocka_unit_test(test_options),
         cmocka_unit_test(test_both_ways),
         cmocka_unit_test(test_classifier),

@@ -196,11 +196,10 @@ typedef struct {
     float            penalty;
 } generation;
 
-static q3n_sampler *greedy_sampler(const generation *g)
+static q3n_sampler *greedy_sampler(q3n_session *s, const generation *g)
 {
-    q3n_sampler *sampler = NULL;
-    const q3n_sampler_options o = { .repetition_penalty = g->penalty };
-    assert_int_equal(q3n_sampler_create(&sampler, g->m, &o, NULL), Q3N_OK);
+    set_sampler(s, (q3n_sampler_options){ .repetition_penalty = g->penalty });
+    q3n_sampler *sampler = q3n_session_sampler(s);
     for (int i = 0; i < g->n_prompt; i++) q3n_sampler_accept(sampler, g->prompt[i]);
     return sampler;
 }
@@ -209,7 +208,7 @@ static void generate_plain(generation *g, int n)
 {
     const q3n_session_options o = plain_options(g->n_prompt + n);
     q3n_session *s = create_session(g->m, &o);
-    q3n_sampler *sampler = greedy_sampler(g);
+    q3n_sampler *sampler = greedy_sampler(s, g);
     float *logits = new_floats((size_t)q3n_model_config(g->m)->vocab_size);
     must(s, q3n_session_eval(s, g->prompt, g->n_prompt, logits), Q3N_OK);
     for (int i = 0; i < n; i++) {
@@ -218,7 +217,6 @@ static void generate_plain(generation *g, int n)
     }
     g->n = n;
     free(logits);
-    q3n_sampler_destroy(sampler);
     q3n_session_destroy(s);
 }
 
@@ -228,7 +226,7 @@ static void check_generation(const generation *g, const q3n_session_options *o, 
                              q3n_speculation *stats)
 {
     q3n_session *s = create_session(g->m, o);
-    q3n_sampler *sampler = greedy_sampler(g);
+    q3n_sampler *sampler = greedy_sampler(s, g);
     float *logits = new_floats((size_t)q3n_model_config(g->m)->vocab_size);
     must(s, q3n_session_eval(s, g->prompt, g->n_prompt, logits), Q3N_OK);
     int32_t token = sample(sampler, logits), tokens[16];
@@ -240,7 +238,7 @@ static void check_generation(const generation *g, const q3n_session_options *o, 
         if (room == 0) break;
         if (max > room) max = room;
         if (max > g->n - 1 - at) max = g->n - 1 - at;
-        must(s, q3n_session_decode(s, sampler, token, tokens, max, &n), Q3N_OK);
+        must(s, q3n_session_decode(s, token, tokens, max, &n), Q3N_OK);
         assert_in_range(n, 1, max);
         n_steps++;
         for (int i = 0; i < n; i++) {
@@ -254,7 +252,7 @@ static void check_generation(const generation *g, const q3n_session_options *o, 
     }
     if (q3n_session_length(s) == q3n_session_capacity(s)) {
         int n = 0;
-        must(s, q3n_session_decode(s, sampler, token, tokens, 1, &n), Q3N_ERR_FULL);
+        must(s, q3n_session_decode(s, token, tokens, 1, &n), Q3N_ERR_FULL);
         assert_int_equal(at, q3n_session_capacity(s) - g->n_prompt);
     } else if (!q3n_model_is_eos(g->m, token)) {
         assert_int_equal(at, g->n - 1);
@@ -265,7 +263,6 @@ static void check_generation(const generation *g, const q3n_session_options *o, 
     assert_in_range(stats->n_accepted, stats->n_tokens - stats->n_steps, stats->n_drafted);
     if (step == 1 || o->speculate == Q3N_SPECULATE_OFF) assert_int_equal(stats->n_drafted, 0);
     free(logits);
-    q3n_sampler_destroy(sampler);
     q3n_session_destroy(s);
 }
 
@@ -325,17 +322,16 @@ static void check_step_drafts(q3n_model *m, q3n_speculate source, const int32_t 
     o.layer_hook = (q3n_layer_hook){ count_rows, &rows };
     q3n_session *s = create_session(m, &o);
     const generation g = { .m = m, .prompt = text, .n_prompt = n };
-    q3n_sampler *sampler = greedy_sampler(&g);
+    greedy_sampler(s, &g);
     int32_t tokens[8];
     q3n_speculation stats = Q3N_INIT(q3n_speculation);
     must(s, q3n_session_eval(s, text, n - 1, NULL), Q3N_OK);
     rows = 0;
-    must(s, q3n_session_decode(s, sampler, text[n - 1], tokens, 8, &n), Q3N_OK);
+    must(s, q3n_session_decode(s, text[n - 1], tokens, 8, &n), Q3N_OK);
     q3n_session_speculation(s, &stats);
     if (stats.n_drafted != n_want || stats.draft != n_want || rows != 1 + n_want)
         fail_msg("source %d: %d drafts, %d rows; expected %d drafts", (int)source,
                  (int)stats.n_drafted, rows, n_want);
-    q3n_sampler_destroy(sampler);
     q3n_session_destroy(s);
 }
 
@@ -427,10 +423,24 @@ static void test_greedy_stories(void **state)
 typedef struct {
     q3n_model *m;
     int        vocab, n;
+    int        hooked;           /* 1 = logits are edited before they are chosen from            */
     int32_t    ids[40], token;   /* token follows ids [n]                                        */
     int32_t    choice[TRIPLES][CHOICES];
     double     p[TRIPLES];
 } draw;
+
+/* A hook's work that depends on the last token alone. */
+static void lean(float *logits, int vocab, int32_t last)
+{
+    for (int i = 0; i < vocab; i++) logits[i] += 0.25f * (float)((i * 13 + last * 5) % 7);
+}
+
+static void lean_hook(void *user, float *logits, int n_vocab, const int32_t *tokens, int n_tokens)
+{
+    *(int *)user += 1;
+    assert_true(n_tokens > 0);
+    lean(logits, n_vocab, tokens[n_tokens - 1]);
+}
 
 /* The CHOICES largest logits with their probabilities. */
 static void choices_of(const float *logits, int vocab, int32_t *ids, double *p)
@@ -464,6 +474,8 @@ static void draw_expect(draw *d)
             must(s, q3n_session_eval(s, d->ids, d->n, NULL), Q3N_OK);
             must(s, q3n_session_eval(s, &d->token, 1, logits), Q3N_OK);
             if (depth) must(s, q3n_session_eval(s, d->choice[i], depth, logits), Q3N_OK);
+            if (d->hooked)
+                lean(logits, d->vocab, depth ? d->choice[i][depth - 1] : d->token);
             choices_of(logits, d->vocab, ids, p);
             for (int j = 0; j < size; j++) {
                 d->choice[i + j][depth] = ids[j / (size / CHOICES)];
@@ -515,9 +527,10 @@ static void check_draws(const draw *d, q3n_speculate speculate, int draft, int n
     o.draft = draft;
     q3n_session *s = create_session(d->m, &o);
     q3n_snapshot *snap = NULL;
-    q3n_sampler *sampler = NULL;
-    const q3n_sampler_options so = { .temperature = 1.0f, .top_k = CHOICES, .seed = 11 };
-    assert_int_equal(q3n_sampler_create(&sampler, d->m, &so, NULL), Q3N_OK);
+    q3n_sampler_options so = { .temperature = 1.0f, .top_k = CHOICES, .seed = 11 };
+    int n_edits = 0;
+    if (d->hooked) so.logits_hook = (q3n_logits_hook){ lean_hook, &n_edits };
+    set_sampler(s, so);
     must(s, q3n_session_eval(s, d->ids, d->n, NULL), Q3N_OK);
     must(s, q3n_session_snapshot(s, &snap), Q3N_OK);
     for (int i = 0; i < n; i++) {
@@ -525,8 +538,8 @@ static void check_draws(const draw *d, q3n_speculate speculate, int draft, int n
         int have = 0, some = 0, k = 0;
         must(s, q3n_session_restore(s, snap), Q3N_OK);
         for (; have < CHOICES; have += some)
-            must(s, q3n_session_decode(s, sampler, have ? out[have - 1] : d->token, out + have,
-                                     CHOICES - have, &some), Q3N_OK);
+            must(s, q3n_session_decode(s, have ? out[have - 1] : d->token, out + have,
+                                       CHOICES - have, &some), Q3N_OK);
         while (k < TRIPLES && memcmp(out, d->choice[k], sizeof out) != 0) k++;
         if (k == TRIPLES) fail_msg("%d %d %d is not to be chosen", out[0], out[1], out[2]);
         counts[k]++;
@@ -536,10 +549,10 @@ static void check_draws(const draw *d, q3n_speculate speculate, int draft, int n
     snprintf(what, sizeof what, "speculate %d, %d drafts, %d of %d accepted", (int)speculate, draft,
              (int)stats.n_accepted, (int)stats.n_drafted);
     check_counts(d, counts, n, what);
+    assert_true(d->hooked ? n_edits >= CHOICES * n : n_edits == 0);
     if (speculate != Q3N_SPECULATE_OFF && draft > 0 && stats.n_accepted < n / 10)
         fail_msg("%s: too few to say anything", what);
     q3n_snapshot_free(snap);
-    q3n_sampler_destroy(sampler);
     q3n_session_destroy(s);
 }
 
@@ -549,7 +562,7 @@ static void draw_for_module(draw *d, uint64_t *rng)
     q3n_session_options o = plain_options(40);
     o.speculate = Q3N_SPECULATE_MTP;
     q3n_session *s = create_session(d->m, &o);
-    float *logits = new_floats((size_t)d->vocab);
+    float *logits = new_floats((size_t)d->vocab), *guess = new_floats((size_t)d->vocab);
     int32_t draft, ids[CHOICES];
     double p[CHOICES];
     d->n = 10;
@@ -558,11 +571,17 @@ static void draw_for_module(draw *d, uint64_t *rng)
         d->token = random_below(rng, d->vocab);
         q3n_session_reset(s);
         must(s, q3n_session_eval(s, d->ids, d->n, NULL), Q3N_OK);
-        must(s, q3n_session_draft(s, d->token, &draft, 1, NULL), Q3N_OK);
+        must(s, q3n_session_draft(s, d->token, &draft, 1, guess), Q3N_OK);
         must(s, q3n_session_eval(s, &d->token, 1, logits), Q3N_OK);
+        if (d->hooked) {
+            lean(guess, d->vocab, d->token);
+            lean(logits, d->vocab, d->token);
+            draft = argmax(guess, d->vocab);
+        }
         choices_of(logits, d->vocab, ids, p);
         for (int i = 0; i < CHOICES; i++) found |= ids[i] == draft;
     }
+    free(guess);
     free(logits);
     q3n_session_destroy(s);
 }
@@ -609,18 +628,13 @@ static void test_sampled_speculation(void **state)
     check_draws(&d, Q3N_SPECULATE_LOOKUP, 1, n);
     check_draws(&d, Q3N_SPECULATE_LOOKUP, 3, n);
     check_draws(&d, Q3N_SPECULATE_AUTO, 2, n);
+    d.hooked = 1;
+    draw_for_module(&d, &rng);
+    draw_expect(&d);
+    check_draws(&d, Q3N_SPECULATE_OFF, 0, n);
+    check_draws(&d, Q3N_SPECULATE_MTP, 2, n);
+    check_draws(&d, Q3N_SPECULATE_AUTO, 0, n);
     q3n_model_close(d.m);
-}
-
-/* ---- Steps that fail ---- */
-static int stop_at = -2;         /* layer, -2 = none                                             */
-static int spoil_at = -2;        /* layer whose output becomes NaN: no logit is a number then    */
-
-static void stop_in_hook(void *user, int l, const float *x, int n, int d)
-{
-    for (size_t i = 0; l == spoil_at && i < (size_t)n * (size_t)d; i++)
-        ((float *)(uintptr_t)x)[i] = NAN;
-    if (l == stop_at) assert_int_equal(q3n_session_cancel(*(q3n_session **)user), 1);
 }
 
 /* All that the next steps depend on, beside the text. */
@@ -651,6 +665,238 @@ static memory_of_steps *remember(const q3n_session *s, const q3n_sampler *sample
     return m;
 }
 
+/* ---- A hook on logits: with drafts as without ---- */
+#define STEERED 60               /* tokens that are written                                      */
+
+typedef struct {
+    q3n_session *s;
+    int          n_calls;
+    int          empty_at;       /* position of which nothing is left, -1 = none                 */
+    int          cancel_at;      /* call that cancels, 0 = none                                  */
+    int          n_log;
+    struct { uint64_t context, logits; } log[STEERED * 20];
+} steering;
+
+/* About one token in sixteen may follow `last`. */
+static int may_follow(int32_t last, int32_t id)
+{
+    return (uint32_t)(id * 7919 + last * 131) % 97 < 6;
+}
+
+static uint64_t hash_bytes(uint64_t h, const void *data, size_t bytes)
+{
+    const uint8_t *p = (const uint8_t *)data;
+    for (size_t i = 0; i < bytes; i++) h = mix64(h + p[i] + 1);
+    return h;
+}
+
+/* Masks and leans by the last token, and notes which logits came after which text. */
+static void steer(void *user, float *logits, int n_vocab, const int32_t *tokens, int n_tokens)
+{
+    steering *k = (steering *)user;
+    int32_t text[400];
+    const int length = q3n_session_length(k->s), n = length + n_tokens;
+    assert_true(n > 0 && n <= COUNT(text));
+    assert_int_equal(q3n_session_tokens(k->s, 0, length, text), Q3N_OK);
+    if (n_tokens) memcpy(text + length, tokens, (size_t)n_tokens * sizeof *tokens);
+    assert_true(k->n_log < COUNT(k->log));
+    k->log[k->n_log].context = hash_bytes(0, text, (size_t)n * sizeof *text);
+    k->log[k->n_log++].logits = hash_bytes(0, logits, (size_t)n_vocab * sizeof *logits);
+    lean(logits, n_vocab, text[n - 1]);
+    for (int i = 0; i < n_vocab; i++)
+        if (n == k->empty_at || !may_follow(text[n - 1], i)) logits[i] = -INFINITY;
+    if (++k->n_calls == k->cancel_at) assert_int_equal(q3n_session_cancel(k->s), 1);
+}
+
+/* Write STEERED tokens after a prompt; returns how many drafts were accepted. */
+static int64_t write_steered(const q3n_model *m, const q3n_session_options *o,
+                             q3n_sampler_options so, int32_t *text, steering *k)
+{
+    const size_t V = (size_t)q3n_model_config(m)->vocab_size;
+    int32_t prompt[20];
+    uint64_t rng = 97;
+    q3n_speculation stats = Q3N_INIT(q3n_speculation);
+    float *logits = new_floats(V), *after = new_floats(V);
+    q3n_session *s = create_session(m, o);
+    memset(k, 0, sizeof *k);
+    k->s = s;
+    k->empty_at = -1;
+    so.logits_hook = (q3n_logits_hook){ steer, k };
+    set_sampler(s, so);
+    random_tokens(&rng, prompt, COUNT(prompt), (int)V);
+    must(s, q3n_session_eval(s, prompt, COUNT(prompt), logits), Q3N_OK);
+    text[0] = sample(q3n_session_sampler(s), logits);
+    must(s, q3n_session_logits(s, after), Q3N_OK);       /* the model's, not the hook's */
+    check_same(after, logits, V, "logits after the hook");
+    for (int at = 1, n = 0; at < STEERED; at += n)
+        must(s, q3n_session_decode(s, text[at - 1], text + at, STEERED - at, &n), Q3N_OK);
+    for (int i = 0; i < STEERED; i++)
+        assert_true(may_follow(i ? text[i - 1] : prompt[COUNT(prompt) - 1], text[i]));
+    q3n_session_speculation(s, &stats);
+    free(after);
+    free(logits);
+    q3n_session_destroy(s);
+    return stats.n_accepted;
+}
+
+/* Every choice of the plain text was made from the same logits, to the last bit. */
+static void check_log(const steering *plain, const steering *k)
+{
+    for (int i = 0; i < plain->n_log; i++) {
+        int found = 0;
+        for (int j = 0; j < k->n_log && !found; j++)
+            found = k->log[j].context == plain->log[i].context
+                 && k->log[j].logits == plain->log[i].logits;
+        if (!found) fail_msg("the hook never saw the logits of choice %d of the plain text", i);
+    }
+}
+
+static void test_hook(void **state)
+{
+    q3n_model *m = open_model((const char *)*state, NULL);
+    const int has_mtp = q3n_model_config(m)->num_mtp_layers > 0;
+    static const q3n_sampler_options how[] = {
+        { .temperature = 0.0f }, { .repetition_penalty = 1.2f, .penalty_window = 9 },
+        { .temperature = 1.0f, .seed = 3 }, { .temperature = 0.8f, .top_k = 5, .seed = 4 } };
+    static steering plain, k;
+    int32_t want[STEERED], got[STEERED];
+    int64_t accepted = 0;
+    m->eos.n = 0;
+    for (int i = 0; i < COUNT(how); i++) {
+        q3n_session_options o = plain_options(20 + STEERED + Q3N_MAX_DRAFT);
+        write_steered(m, &o, how[i], want, &plain);
+        assert_int_equal(plain.n_calls, STEERED);
+        for (int source = 1; source < Q3N_SPECULATE_COUNT; source++)
+            for (int draft = 0; draft <= 8; draft += SLOW ? 4 : 2) {
+                o.speculate = (q3n_speculate)source;
+                o.draft = draft;
+                if (source == Q3N_SPECULATE_MTP && !has_mtp) continue;
+                accepted += write_steered(m, &o, how[i], got, &k);
+                const int by_module = has_mtp && source != Q3N_SPECULATE_LOOKUP;
+                if (by_module && how[i].temperature > 0.0f) continue;    /* other random numbers */
+                assert_memory_equal(got, want, sizeof want);
+                check_log(&plain, &k);
+            }
+    }
+    assert_true(accepted > 20);
+    q3n_model_close(m);
+}
+
+/* Where the hook leaves nothing drafts end, and the step that begins there fails; so does one in
+ * which the hook cancels.  Both leave everything as it was. */
+static void test_hook_that_stops(void **state)
+{
+    (void)state;
+    enum { N = 20, EMPTY = N + 13 };
+    q3n_model *m = open_model("qwen3_next_mtp", NULL);
+    static steering k;
+    int32_t prompt[N], tokens[16];
+    uint64_t rng = 101;
+    random_tokens(&rng, prompt, N, q3n_model_config(m)->vocab_size);
+    m->eos.n = 0;
+    for (int source = 0; source < Q3N_SPECULATE_COUNT; source++) {
+        q3n_session_options o = plain_options(100);
+        const q3n_sampler_options so = { .temperature = source % 2 ? 1.0f : 0.0f, .seed = 5,
+                                         .repetition_penalty = 1.1f, .penalty_window = 32,
+                                         .logits_hook = { steer, &k } };
+        o.speculate = (q3n_speculate)source;
+        o.draft = 4;
+        q3n_session *s = create_session(m, &o);
+        k = (steering){ .s = s, .empty_at = EMPTY };
+        set_sampler(s, so);
+        must(s, q3n_session_eval(s, prompt, N - 1, NULL), Q3N_OK);
+        int32_t token = prompt[N - 1];
+        int n = 0;
+        for (int at = N; at < EMPTY; at += n, token = tokens[n - 1]) {
+            memory_of_steps *before = remember(s, q3n_session_sampler(s));
+            k.n_log = 0;
+            k.cancel_at = k.n_calls + 1;                 /* in the first choice or draft */
+            must(s, q3n_session_decode(s, token, tokens, 16, &n), Q3N_ERR_CANCELLED);
+            memory_of_steps *after = remember(s, q3n_session_sampler(s));
+            assert_memory_equal(after, before, sizeof *after);
+            free(before);
+            free(after);
+            k.cancel_at = 0;
+            must(s, q3n_session_decode(s, token, tokens, 16, &n), Q3N_OK);
+            assert_in_range(at + n, N + 1, EMPTY);
+        }
+        assert_int_equal(q3n_session_length(s), EMPTY - 1);
+        memory_of_steps *before = remember(s, q3n_session_sampler(s));
+        must(s, q3n_session_decode(s, token, tokens, 16, &n), Q3N_ERR_NUMERIC);
+        assert_non_null(strstr(q3n_session_error(s)->message, "masked"));
+        assert_int_equal(n, 0);
+        assert_int_equal(q3n_session_length(s), EMPTY - 1);
+        memory_of_steps *after = remember(s, q3n_session_sampler(s));
+        assert_memory_equal(after, before, sizeof *after);
+        k.empty_at = -1;
+        must(s, q3n_session_decode(s, token, tokens, 16, &n), Q3N_OK);
+        free(before);
+        free(after);
+        q3n_session_destroy(s);
+    }
+    q3n_model_close(m);
+}
+
+/* Sessions of a batch: who chooses from their logits asks the same hooks. */
+static void test_hook_in_a_batch(void **state)
+{
+    (void)state;
+    enum { N = 3 };
+    q3n_model *m = open_model("qwen3_next", NULL);
+    const size_t V = (size_t)q3n_model_config(m)->vocab_size;
+    static steering alone, k[N];
+    static int32_t want[STEERED], got[N][STEERED];
+    q3n_session_options o = plain_options(20 + STEERED);
+    m->eos.n = 0;
+    for (int greedy = 0; greedy < 2; greedy++) {
+        q3n_engine_item item[N];
+        int32_t prompt[20];
+        uint64_t rng = 97;
+        random_tokens(&rng, prompt, COUNT(prompt), (int)V);
+        q3n_sampler_options so = { .temperature = greedy ? 0.0f : 1.0f, .seed = 8 };
+        o.engine = NULL;
+        write_steered(m, &o, so, want, &alone);
+        q3n_engine *e = create_engine(m, &o);
+        o.engine = e;
+        for (int i = 0; i < N; i++) {
+            q3n_session *s = create_session(m, &o);
+            k[i] = (steering){ .s = s, .empty_at = -1 };
+            so.logits_hook = (q3n_logits_hook){ steer, &k[i] };
+            set_sampler(s, so);
+            item[i] = (q3n_engine_item){ .size = sizeof item[i], .session = s, .tokens = prompt,
+                                         .n = COUNT(prompt), .logits = new_floats(V) };
+        }
+        for (int at = 0; at < STEERED; at++) {
+            assert_int_equal(q3n_engine_eval(e, item, N, NULL), Q3N_OK);
+            for (int i = 0; i < N; i++) {
+                got[i][at] = sample(q3n_session_sampler(item[i].session), item[i].logits);
+                item[i].tokens = &got[i][at];
+                item[i].n = 1;
+                item[i].done = 0;
+            }
+        }
+        for (int i = 0; i < N; i++) {
+            assert_memory_equal(got[i], want, sizeof want);
+            check_log(&alone, &k[i]);
+            free(item[i].logits);
+            q3n_session_destroy(item[i].session);
+        }
+        q3n_engine_destroy(e);
+    }
+    q3n_model_close(m);
+}
+
+/* ---- Steps that fail ---- */
+static int stop_at = -2;         /* layer, -2 = none                                             */
+static int spoil_at = -2;        /* layer whose output becomes NaN: no logit is a number then    */
+
+static void stop_in_hook(void *user, int l, const float *x, int n, int d)
+{
+    for (size_t i = 0; l == spoil_at && i < (size_t)n * (size_t)d; i++)
+        ((float *)(uintptr_t)x)[i] = NAN;
+    if (l == stop_at) assert_int_equal(q3n_session_cancel(*(q3n_session **)user), 1);
+}
+
 typedef struct {
     q3n_model   *m;
     heap        *h;
@@ -673,7 +919,7 @@ static void step_after_failures(step_case *c, int32_t token, int32_t *tokens, in
         spoil_at = kind == 2 ? n_layers : -2;
         c->h->calls = 0;
         c->h->fail_at = l == -2;
-        const q3n_result r = q3n_session_decode(c->s, c->sampler, token, tokens, max, n);
+        const q3n_result r = q3n_session_decode(c->s, token, tokens, max, n);
         stop_at = spoil_at = -2;
         c->h->fail_at = 0;
         if (l == -2 && r == Q3N_OK) {            /* it asked for none */
@@ -688,7 +934,7 @@ static void step_after_failures(step_case *c, int32_t token, int32_t *tokens, in
         free(after);
     }
     free(before);
-    must(c->s, q3n_session_decode(c->s, c->sampler, token, tokens, max, n), Q3N_OK);
+    must(c->s, q3n_session_decode(c->s, token, tokens, max, n), Q3N_OK);
 }
 
 /* A text whose steps all fail first is the undisturbed text, with as many drafts.  draft 0: how
@@ -712,19 +958,18 @@ static void sampled_with_failures(q3n_speculate how, int draft, int idle)
         o.draft = draft;
         o.layer_hook = (q3n_layer_hook){ stop_in_hook, &c.s };
         c.s = create_session(c.m, &o);
-        assert_int_equal(q3n_sampler_create(&c.sampler, c.m, &so, NULL), Q3N_OK);
+        set_sampler(c.s, so);
+        c.sampler = q3n_session_sampler(c.s);
         must(c.s, q3n_session_eval(c.s, prompt, COUNT(prompt) - 1, NULL), Q3N_OK);
         int32_t token = prompt[COUNT(prompt) - 1];
         for (int at = 0, n = 0; at < COUNT(text[0]); at += n) {
             const int max = COUNT(text[0]) - at;
             if (idle) c.s->learned.mtp_idle = Q3N__MTP_IDLE + 1, c.s->learned.try_credit = 8.0;
             if (i) step_after_failures(&c, token, text[i] + at, max, &n);
-            else must(c.s, q3n_session_decode(c.s, c.sampler, token, text[i] + at, max, &n),
-                      Q3N_OK);
+            else must(c.s, q3n_session_decode(c.s, token, text[i] + at, max, &n), Q3N_OK);
             token = text[i][at + n - 1];
         }
         must(c.s, q3n_session_speculation(c.s, &stats[i]), Q3N_OK);
-        q3n_sampler_destroy(c.sampler);
         q3n_session_destroy(c.s);
     }
     assert_true(c.n_failed[0] > 10 && c.n_failed[1] == 1 && c.n_failed[2] > 1);
@@ -761,22 +1006,19 @@ static void test_sampled_lookup(void **state)
         q3n_session_options o = plain_options(COUNT(prompt) + COUNT(text[0]));
         const q3n_sampler_options so = {
             .temperature = 0.5f, .top_k = 4, .repetition_penalty = 0.5f, .seed = 13 };
-        q3n_sampler *sampler = NULL;
         o.speculate = i ? Q3N_SPECULATE_LOOKUP : Q3N_SPECULATE_OFF;
         o.draft = 5;
         q3n_session *s = create_session(m, &o);
-        assert_int_equal(q3n_sampler_create(&sampler, m, &so, NULL), Q3N_OK);
+        set_sampler(s, so);
         must(s, q3n_session_eval(s, prompt, COUNT(prompt) - 1, NULL), Q3N_OK);
         int32_t token = prompt[COUNT(prompt) - 1];
         for (int at = 0, n = 0; at < COUNT(text[0]); at += n) {
-            must(s, q3n_session_decode(s, sampler, token, text[i] + at, COUNT(text[0]) - at, &n),
-                 Q3N_OK);
+            must(s, q3n_session_decode(s, token, text[i] + at, COUNT(text[0]) - at, &n), Q3N_OK);
             token = text[i][at + n - 1];
         }
         q3n_speculation stats = Q3N_INIT(q3n_speculation);
         q3n_session_speculation(s, &stats);
         if (i) assert_true(stats.n_accepted > 5 && stats.n_accepted < stats.n_drafted);
-        q3n_sampler_destroy(sampler);
         q3n_session_destroy(s);
     }
     assert_memory_equal(text[0], text[1], sizeof text[0]);
@@ -795,6 +1037,10 @@ int main(void)
         GREEDY(qwen3_head_all_moe)
         cmocka_unit_test(test_greedy_stories),
         cmocka_unit_test(test_sampled_speculation),
+        CASE(test_hook, qwen3_next_mtp),
+        CASE(test_hook, qwen3_moe),
+        cmocka_unit_test(test_hook_that_stops),
+        cmocka_unit_test(test_hook_in_a_batch),
         cmocka_unit_test(test_failed_steps),
         CASE(test_sampled_lookup, qwen3_next),
         CASE(test_sampled_lookup, qwen3_moe),

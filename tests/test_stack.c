@@ -46,15 +46,13 @@ static void evaluate(q3n_session *s, const q3n_model *m, float *logits)
 {
     const int vocab = q3n_model_config(m)->vocab_size;
     int32_t tokens[600], out[Q3N_MAX_DRAFT + 1], last = 1;
-    q3n_sampler *sampler = NULL;
-    q3n_sampler_options o = { .temperature = 0.7f, .top_k = 20, .top_p = 0.9f };
+    const q3n_sampler_options o = { .temperature = 0.7f, .top_k = 20, .top_p = 0.9f };
     for (int i = 0; i < COUNT(tokens); i++) tokens[i] = i * i % 41 % vocab;
     must(s, q3n_session_eval(s, tokens, COUNT(tokens), logits), Q3N_OK);
     must(s, q3n_session_eval(s, tokens, 4, logits), Q3N_OK);
-    assert_int_equal(q3n_sampler_create(&sampler, m, &o, NULL), Q3N_OK);
+    set_sampler(s, o);
     for (int i = 0, n; i < 20; i++, last = out[n - 1])
-        must(s, q3n_session_decode(s, sampler, last, out, COUNT(out), &n), Q3N_OK);
-    q3n_sampler_destroy(sampler);
+        must(s, q3n_session_decode(s, last, out, COUNT(out), &n), Q3N_OK);
 }
 
 /* States: snapshots, back again, saved and read again, shared with a batch. */

@@ -61,6 +61,15 @@ static q3n_result create_cache_with(void *o)
     return r;
 }
 
+static q3n_result create_sampler_with(void *o)
+{
+    q3n_sampler *s = NULL;
+    const q3n_result r = q3n_sampler_create(&s, with.m, o, NULL);
+    assert_true((s != NULL) == (r == Q3N_OK));
+    q3n_sampler_destroy(s);
+    return r;
+}
+
 static q3n_result eval_with_outputs(void *o)
 {
     const q3n_result r = q3n_session_eval_outputs(with.s, one_id, 1, o);
@@ -115,6 +124,7 @@ static const struct {
     { SIZED(q3n_session_options), create_session_with },
     { SIZED(q3n_engine_options), create_engine_with },
     { SIZED(q3n_cache_options), create_cache_with },
+    { SIZED(q3n_sampler_options), create_sampler_with },
     { SIZED(q3n_outputs), eval_with_outputs },
     { SIZED(q3n_limit), eval_with_limit },
     { SIZED(q3n_config), read_config },

@@ -54,26 +54,22 @@ static void add_prompt(chat_run *r, int turn, int32_t *ids)
 static void write_text(chat_run *r)
 {
     bench *b = r->b;
-    const q3n_sampler_options sampling = { .temperature = 0.8f, .top_p = 0.95f, .seed = 1 };
-    q3n_error err = { .offset = -1 };
-    q3n_sampler *sampler = NULL;
+    const q3n_sampler_options sampling = { .size = sizeof sampling, .temperature = 0.8f,
+                                           .top_p = 0.95f, .seed = 1 };
     q3n_session *s = cli_create_session(&b->setup, b->m, &r->options);
     cli_bar bar = cli_bar_begin("writing the chat", "turns");
-    if (q3n_sampler_create(&sampler, b->m, &sampling, &err) != Q3N_OK) {
-        cli_fail_with("sampler", &err);
-    }
+    cli_check(q3n_session_set_sampler(s, &sampling), s);
     for (int i = 0; i < TURNS; i++) {
         int32_t *turn = r->ids + i * (r->n_prompt + r->n_answer), *answer = turn + r->n_prompt;
         add_prompt(r, i, turn);
         cli_eval(s, turn, r->n_prompt, b->logits);
         for (int t = 0; t < r->n_answer; t++) {
-            answer[t] = cli_sample(sampler, b->logits);
+            answer[t] = cli_sample(q3n_session_sampler(s), b->logits);
             cli_eval(s, answer + t, 1, b->logits);
         }
         cli_bar_update(&bar, i + 1, TURNS, NULL);
     }
     cli_bar_end(&bar);
-    q3n_sampler_destroy(sampler);
     q3n_session_destroy(s);
 }
 

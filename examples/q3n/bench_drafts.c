@@ -18,7 +18,6 @@ typedef struct draft_run {
     bench       *b;
     cli_ids      text[BENCH_TEXTS];
     int          n_texts;
-    q3n_sampler *sampler;        /* greedy */
     draft_case  *cases;          /* by threads, the first of each without drafts */
     int          n_cases;
     int32_t     *want[BENCH_TEXTS];      /* [n_decode] what is written without drafts */
@@ -33,14 +32,13 @@ static double write_behind(draft_run *r, const draft_case *c, const cli_ids *tex
     const bench *b = r->b;
     q3n_session_reset(c->s);
     cli_eval(c->s, text->id, (int)text->n, b->logits);
-    q3n_sampler_reset(r->sampler);
-    int32_t chosen[Q3N_MAX_DRAFT + 1] = { cli_sample(r->sampler, b->logits) };
+    int32_t chosen[Q3N_MAX_DRAFT + 1] = { cli_sample(q3n_session_sampler(c->s), b->logits) };
     const double start = cli_clock();
     for (int n = 0, n_chosen = 1; n < b->n_decode; n += n_chosen) {
         const int32_t token = chosen[n_chosen - 1];
         const int left = b->n_decode - n;
         const int max = left < CLI_COUNT(chosen) ? left : CLI_COUNT(chosen);
-        cli_check(q3n_session_decode(c->s, r->sampler, token, chosen, max, &n_chosen), c->s);
+        cli_check(q3n_session_decode(c->s, token, chosen, max, &n_chosen), c->s);
         memcpy(r->got + n, chosen, (size_t)n_chosen * sizeof *chosen);
     }
     return cli_clock() - start;
@@ -100,6 +98,7 @@ static void make_cases(draft_run *r)
     static const q3n_speculate sources[] = {
         Q3N_SPECULATE_OFF, Q3N_SPECULATE_MTP, Q3N_SPECULATE_LOOKUP, Q3N_SPECULATE_AUTO,
     };
+    const q3n_sampler_options greedy = Q3N_INIT(q3n_sampler_options);
     const bench *b = r->b;
     const int has_mtp = q3n_model_config(b->m)->num_mtp_layers > 0;
     size_t longest = 0;
@@ -116,6 +115,7 @@ static void make_cases(draft_run *r)
             draft_case *c = &r->cases[r->n_cases++];
             *c = (draft_case){ .how = sources[i], .thread = t };
             c->s = cli_create_session(&b->setup, b->m, &o);
+            cli_check(q3n_session_set_sampler(c->s, &greedy), c->s);
         }
     }
 }
@@ -172,8 +172,6 @@ static void print_text(const draft_run *r)
 void bench_drafts(bench *b)
 {
     draft_run r = { .b = b };
-    const q3n_sampler_options greedy = { .temperature = 0.0f };
-    q3n_error err = { .offset = -1 };
     const int n = b->prompts.value[0] > 0 ? b->prompts.value[0] : 1;
     if (b->n_decode == 0) cli_misuse("--mtp: there must be tokens to decode (-n)");
     bench_make_ids(b, n * BENCH_TEXTS);
@@ -183,9 +181,6 @@ void bench_drafts(bench *b)
         r.want[i] = cli_alloc((size_t)b->n_decode, sizeof *r.want[i]);
     }
     r.got = cli_alloc((size_t)b->n_decode, sizeof *r.got);
-    if (q3n_sampler_create(&r.sampler, b->m, &greedy, &err) != Q3N_OK) {
-        cli_fail_with("sampler", &err);
-    }
     make_cases(&r);
     bench_repeat(b, measure_round, &r);
     if (b->json) print_json(&r);
@@ -196,7 +191,6 @@ void bench_drafts(bench *b)
         free(r.text[i].id);
         free(r.want[i]);
     }
-    q3n_sampler_destroy(r.sampler);
     free(r.cases);
     free(r.got);
 }

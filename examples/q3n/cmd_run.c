@@ -32,7 +32,7 @@ typedef struct writer {
     const q3n_model   *m;
     q3n_cache   *cache;            /* NULL = none */
     q3n_session *session;
-    q3n_sampler *sampler;
+    q3n_sampler *sampler;          /* the session's */
     q3n_detokenizer  decoder;
     float       *logits;           /* [vocab] */
     size_t       n_loaded;         /* tokens that the session file had */
@@ -55,6 +55,7 @@ enum {
 static const q3n_sampler_options *sampler_options(const run_options *o, q3n_sampler_options *out)
 {
     *out = (q3n_sampler_options){
+        .size = sizeof *out,
         .temperature = o->greedy ? 0.0f : (float)o->temperature,
         .top_k = o->top_k, .top_p = (float)o->top_p, .min_p = (float)o->min_p,
         .repetition_penalty = (float)o->penalty, .penalty_window = o->last_n, .seed = o->seed,
@@ -154,6 +155,11 @@ static void open_session(writer *w, size_t longest)
     o.layer_hook = (q3n_layer_hook){ after_layer, w };
     if (w->cache) o.snapshot_every = w->o->snapshot_every;
     w->session = cli_create_session(&w->o->setup, w->m, &o);
+    q3n_sampler_options sampling;
+    if (q3n_session_set_sampler(w->session, sampler_options(w->o, &sampling)) != Q3N_OK) {
+        cli_fail_with("sampler", q3n_session_error(w->session));
+    }
+    w->sampler = q3n_session_sampler(w->session);
     const char *path = w->o->session_file;
     if (!path) return;
     const q3n_result r = q3n_session_load(w->session, path);
@@ -263,9 +269,8 @@ static const char *write_tokens(writer *w, int n)
         if (cli_interrupted())   return "interrupted";
         if (room == 0)           return "the context is full";
         const int max = left < room ? left : room;
-        const q3n_result r = q3n_session_decode(w->session, w->sampler, chosen[n_chosen - 1],
-                                                chosen, max < CLI_COUNT(chosen) ? max
-                                                                                : CLI_COUNT(chosen),
+        const q3n_result r = q3n_session_decode(w->session, chosen[n_chosen - 1], chosen,
+                                                max < CLI_COUNT(chosen) ? max : CLI_COUNT(chosen),
                                                 &n_chosen);
         if (r == Q3N_ERR_CANCELLED) return "interrupted";
         check_choice(w, r, q3n_session_error(w->session));
@@ -327,15 +332,10 @@ static const char *write_case(writer *w, const cli_ids *prompt)
 static void write_cases(run_options *o, const q3n_model *m, const cli_cases *prompts,
                         double load_start)
 {
-    q3n_sampler_options sampling;
-    q3n_error err = { .offset = -1 };
     writer w = { .o = o, .m = m, .stop_at_eos = o->stop_eos || !o->ignore_eos };
     open_cache(&w);
     open_session(&w, cli_cases_longest(prompts));
     w.logits = cli_alloc((size_t)q3n_model_config(m)->vocab_size, sizeof *w.logits);
-    if (q3n_sampler_create(&w.sampler, m, sampler_options(o, &sampling), &err) != Q3N_OK) {
-        cli_fail_with("sampler", &err);
-    }
     const double load_s = cli_clock() - load_start;
     const char *why = NULL;
     cli_catch_interrupt();
@@ -347,7 +347,6 @@ static void write_cases(run_options *o, const q3n_model *m, const cli_cases *pro
     free(w.logits);
     free(w.output.id);
     cli_buffer_free(&w.text);
-    q3n_sampler_destroy(w.sampler);
     q3n_session_destroy(w.session);
     q3n_cache_destroy(w.cache);
 }

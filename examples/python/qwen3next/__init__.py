@@ -10,6 +10,13 @@ Run as a program it does just that:
 
     python3 -m qwen3next build/models/stories.q3n "Once upon a time"
 
+A session chooses tokens with a sampler of its own, which a hook may mask or steer:
+
+    def no_digits(logits, tokens):        # [vocab_size], writable; what follows session.tokens()
+        for i in digits:
+            logits[i] = float("-inf")
+    session.set_sampler(temperature=0.8, top_p=0.95, seed=1, logits_hook=no_digits)
+
 A session goes back, is copied, saved and continued:
 
     session.prefill(ids)                  # evaluates what is not known yet, returns how many were
@@ -44,8 +51,8 @@ import threading
 import time
 import weakref
 from types import TracebackType
-from typing import (TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Optional, Sequence,
-                    SupportsIndex, Tuple, Type, TypeVar, Union)
+from typing import (TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Optional,
+                    Sequence, SupportsIndex, Tuple, Type, TypeVar, Union)
 
 ABI = 1                         # q3n_abi_version of the library: it must agree
 NO_SPECIAL, PREFIX, SUFFIX = 1, 2, 4    # flags of q3n_tokenize
@@ -69,6 +76,7 @@ Ids = Iterable[SupportsIndex]
 Text = Union[str, bytes, bytearray]
 # Numbers, or memory of float32 in one dimension: array('f'), numpy.ndarray, memoryview, ...
 Logits = Union[Sequence[float], Any]
+LogitsHook = Callable[[memoryview, List[int]], object]      # writable logits, tokens
 
 _P = ctypes.c_void_p
 _C_INT, _C_SIZE, _C_FLOAT = ctypes.c_int, ctypes.c_size_t, ctypes.c_float
@@ -223,10 +231,15 @@ class _Detokenizer(ctypes.Structure):
     _fields_ = [("pending", ctypes.c_ubyte * 4), ("n_pending", _C_INT), ("skip_special", _C_INT)]
 
 
-class _SamplerOptions(ctypes.Structure):
-    _fields_ = [("temperature", _C_FLOAT), ("top_k", _C_INT), ("top_p", _C_FLOAT),
-                ("min_p", _C_FLOAT), ("repetition_penalty", _C_FLOAT), ("penalty_window", _C_INT),
-                ("seed", ctypes.c_uint64)]
+class _LogitsHook(ctypes.Structure):
+    _fields_ = [("edit", _P), ("user", _P)]
+
+
+class _SamplerOptions(_Sized):
+    _fields_ = [("size", _C_SIZE), ("temperature", _C_FLOAT), ("top_k", _C_INT),
+                ("top_p", _C_FLOAT), ("min_p", _C_FLOAT), ("repetition_penalty", _C_FLOAT),
+                ("penalty_window", _C_INT), ("seed", ctypes.c_uint64),
+                ("logits_hook", _LogitsHook)]
 
 
 # C name of every struct above, for the test that compares sizes and offsets with the header.
@@ -237,7 +250,8 @@ STRUCTS = {"q3n_error": _Record, "q3n_allocator": _Allocator, "q3n_logger": _Log
            "q3n_cache_options": _CacheOptions, "q3n_cache_stats": _CacheStats,
            "q3n_engine_options": _EngineOptions, "q3n_engine_item": _EngineItem,
            "q3n_limit": _Limit, "q3n_speculation": _Speculation,
-           "q3n_detokenizer": _Detokenizer, "q3n_sampler_options": _SamplerOptions}
+           "q3n_detokenizer": _Detokenizer, "q3n_logits_hook": _LogitsHook,
+           "q3n_sampler_options": _SamplerOptions}
 
 _R = ctypes.POINTER
 _FUNCTIONS = {                  # name: (result, arguments...)
@@ -287,7 +301,9 @@ _FUNCTIONS = {                  # name: (result, arguments...)
     "q3n_session_checkpoint": (_C_INT, _P),
     "q3n_session_save": (_C_INT, _P, ctypes.c_char_p),
     "q3n_session_load": (_C_INT, _P, ctypes.c_char_p),
-    "q3n_session_decode": (_C_INT, _P, _P, ctypes.c_int32, _IDS, _C_INT, _R(_C_INT)),
+    "q3n_session_set_sampler": (_C_INT, _P, _R(_SamplerOptions)),
+    "q3n_session_sampler": (_P, _P),
+    "q3n_session_decode": (_C_INT, _P, ctypes.c_int32, _IDS, _C_INT, _R(_C_INT)),
     "q3n_session_draft": (_C_INT, _P, ctypes.c_int32, _IDS, _C_INT, _FLOATS),
     "q3n_session_speculation": (_C_INT, _P, _R(_Speculation)),
     "q3n_cache_create": (_C_INT, _R(_P), _P, _R(_CacheOptions), _R(_Record)),
@@ -309,6 +325,8 @@ _FUNCTIONS = {                  # name: (result, arguments...)
     "q3n_sampler_sample": (_C_INT, _P, _FLOATS, _R(ctypes.c_int32)),
     "q3n_sampler_error": (_R(_Record), _P),
     "q3n_sampler_accept": (None, _P, ctypes.c_int32),
+    "q3n_sampler_reset": (None, _P),
+    "q3n_sampler_seed": (None, _P, ctypes.c_uint64),
 }
 
 _lib: Optional[ctypes.CDLL] = None
@@ -628,17 +646,53 @@ class Model(_Owner):
         return text.raw[:n.value].decode("utf-8", "replace")
 
 
-class Sampler(_Owner):
-    """Chooses tokens: temperature (0 = greedy), top_k, top_p, min_p, repetition_penalty, ..."""
+_EDIT = ctypes.CFUNCTYPE(None, _P, _FLOATS, _C_INT, _IDS, _C_INT)
 
-    def __init__(self, model: Model, **options: float) -> None:
-        lib = load()
-        handle, record = _P(), _Record()
-        self._handle, self._model = None, model
-        _check(lib.q3n_sampler_create(ctypes.byref(handle), model.handle,
-                                      ctypes.byref(_struct(_SamplerOptions, **options)),
-                                      ctypes.byref(record)), record)
-        super().__init__(handle.value, lib.q3n_sampler_destroy, model)
+
+class _Hook:
+    """A callable as q3n_logits_hook.  What it raises masks everything and cancels the call; then
+    reraise() raises it where Python called."""
+
+    def __init__(self, edit: LogitsHook, cancel: Callable[[], object]) -> None:
+        self._edit, self._cancel = edit, cancel
+        self._raised: List[BaseException] = []
+        self._callback = _EDIT(self._call)
+        self.struct = _LogitsHook(edit=ctypes.cast(self._callback, _P).value)
+
+    def _call(self, user, logits, n_vocab, tokens, n_tokens):
+        address = ctypes.addressof(logits.contents)
+        try:
+            view = memoryview((_C_FLOAT * n_vocab).from_address(address)).cast("B").cast("f")
+            self._edit(view, tokens[:n_tokens])
+        except BaseException as e:
+            self._raised.append(e)
+            ctypes.memset(address, 0xFF, 4 * n_vocab)            # NaN
+            self._cancel()
+
+    def reraise(self) -> None:
+        raised, self._raised = self._raised, []
+        for e in raised:
+            raise e
+
+
+def _sampler_options(cancel: Callable[[], object], logits_hook: Optional[LogitsHook] = None,
+                     **options: Any) -> Tuple[_SamplerOptions, Optional[_Hook]]:
+    """q3n_sampler_options, and the hook that must live as long, or None."""
+    hook = None if logits_hook is None else _Hook(logits_hook, cancel)
+    if hook:
+        options["logits_hook"] = hook.struct
+    return _struct(_SamplerOptions, **options), hook
+
+
+class _Chooser:
+    """A sampler: it has a handle."""
+
+    _model: Model
+    _hook: Optional[_Hook] = None
+
+    @property
+    def handle(self) -> int:
+        raise NotImplementedError
 
     def sample(self, logits: Logits) -> int:
         """The token that is chosen by logits [vocab_size]: float32 in one dimension, or a sequence
@@ -646,12 +700,51 @@ class Sampler(_Owner):
         c_logits = _floats_of(logits, self._model.vocab_size, "logits")
         lib, token = load(), ctypes.c_int32()
         code = lib.q3n_sampler_sample(self.handle, c_logits, ctypes.byref(token))
+        if self._hook:
+            self._hook.reraise()
         if code != _OK:
             _check(code, lib.q3n_sampler_error(self.handle).contents)
         return token.value
 
     def accept(self, token: int) -> None:
+        """Remember a token that was not sampled, such as the prompt's."""
         load().q3n_sampler_accept(self.handle, token)
+
+    def reset(self) -> None:
+        """Forget tokens, seed again."""
+        load().q3n_sampler_reset(self.handle)
+
+    def seed(self, seed: int) -> None:
+        """Begin other random numbers; the tokens remembered stay."""
+        load().q3n_sampler_seed(self.handle, seed)
+
+
+class Sampler(_Owner, _Chooser):
+    """Chooses tokens by logits from anywhere: temperature (0 = greedy), top_k, top_p, min_p,
+    repetition_penalty, penalty_window, seed; logits_hook(logits, tokens) edits logits [vocab_size],
+    writable during the call, before a token is chosen."""
+
+    def __init__(self, model: Model, **options: Any) -> None:
+        lib = load()
+        handle, record = _P(), _Record()
+        self._handle, self._model = None, model
+        o, self._hook = _sampler_options(lambda: None, **options)
+        _check(lib.q3n_sampler_create(ctypes.byref(handle), model.handle, ctypes.byref(o),
+                                      ctypes.byref(record)), record)
+        super().__init__(handle.value, lib.q3n_sampler_destroy, model)
+
+
+class _SessionSampler(_Chooser):
+    """A session's own: gone with it, or when it gets another."""
+
+    def __init__(self, session: "Session", hook: Optional[_Hook]) -> None:
+        self._session, self._model, self._hook = weakref.proxy(session), session.model, hook
+
+    @property
+    def handle(self) -> int:
+        if self._session.sampler is not self:
+            raise ValueError("the session has another sampler")
+        return load().q3n_session_sampler(self._session.handle)
 
 
 class Cache(_Owner):
@@ -734,6 +827,7 @@ class Session(_Owner):
     def _adopt(self, model, handle, memory, cache, engine):
         self.model, self.memory, self.cache, self.engine = model, memory, cache, engine
         self._pace = _Pace()
+        self.sampler: Optional[_SessionSampler] = None
         super().__init__(handle, load().q3n_session_destroy, model, cache, engine)
 
     def __len__(self) -> int:
@@ -821,13 +915,24 @@ class Session(_Owner):
         """From any thread: stop the evaluation under way, which raises Error; False if none is."""
         return bool(load().q3n_session_cancel(self.handle))
 
-    def decode(self, sampler: Sampler, token: int,
-               max_tokens: int = MAX_DRAFT + 1) -> List[int]:
-        """Evaluate token and choose 1 .. max_tokens that follow; all but the last are evaluated."""
+    def set_sampler(self, **options: Any) -> None:
+        """Give the session a sampler of its own, with the options of Sampler: session.sampler.  Its
+        hook's tokens are those that follow session.tokens(), drafts among them."""
+        own = weakref.proxy(self)
+        o, hook = _sampler_options(lambda: own.cancel(), **options)
+        self._check(load().q3n_session_set_sampler(self.handle, ctypes.byref(o)))
+        self.sampler = _SessionSampler(self, hook)
+
+    def decode(self, token: int, max_tokens: int = MAX_DRAFT + 1) -> List[int]:
+        """Evaluate token and let the session's sampler choose 1 .. max_tokens that follow; all but
+        the last are evaluated."""
         max_tokens = min(_integer(max_tokens, _C_INT, "max_tokens", 1), MAX_DRAFT + 1)
         chosen, n = (ctypes.c_int32 * max_tokens)(), _C_INT()
-        self._evaluate(1, load().q3n_session_decode, sampler.handle, token, chosen, max_tokens,
-                       ctypes.byref(n))
+        code = self._pace.call(self.cancel, 1, load().q3n_session_decode, self.handle, token,
+                               chosen, max_tokens, ctypes.byref(n))
+        if self.sampler and self.sampler._hook:
+            self.sampler._hook.reraise()
+        self._check(code)
         return chosen[:n.value]
 
     def draft(self, token: int, n: int = 1) -> List[int]:
@@ -866,27 +971,31 @@ class Session(_Owner):
         return counts[:self.model.config["num_experts"]] if counts else None
 
     def generate_ids(self, prompt: Ids, max_tokens: int, stop_at_eos: bool = True,
-                     **sampling: float) -> Iterator[int]:
+                     **sampling: Any) -> Iterator[int]:
         """Yield up to max_tokens ids that continue prompt, ids after what was evaluated before;
         an empty prompt goes on from there.  With drafts the session may be MAX_DRAFT tokens ahead
-        of what was yielded; in the end all but the last are evaluated."""
+        of what was yielded; in the end all but the last are evaluated.  Options of sampling set
+        another sampler; without any the session's goes on, greedy if it has none."""
         if max_tokens < 1:
             return
         ids = _id_list(prompt)
-        with self.model.sampler(**sampling) as sampler:
-            for token in ids:
-                sampler.accept(token)
-            chosen = [sampler.sample(self.logits(ids or None))]
-            while True:
-                for token in chosen:
-                    if stop_at_eos and token in self.model.eos_ids:
-                        return
-                    yield token
-                max_tokens -= len(chosen)
-                if max_tokens < 1:
+        if sampling or self.sampler is None:
+            self.set_sampler(**sampling)
+        sampler = self.sampler
+        assert sampler is not None
+        for token in ids:
+            sampler.accept(token)
+        chosen = [sampler.sample(self.logits(ids or None))]
+        while True:
+            for token in chosen:
+                if stop_at_eos and token in self.model.eos_ids:
                     return
-                room = self.capacity - len(self)
-                chosen = self.decode(sampler, token, max(1, min(max_tokens, room, MAX_DRAFT + 1)))
+                yield token
+            max_tokens -= len(chosen)
+            if max_tokens < 1:
+                return
+            room = self.capacity - len(self)
+            chosen = self.decode(token, max(1, min(max_tokens, room, MAX_DRAFT + 1)))
 
     def generate(self, prompt: Union[Text, Ids], max_tokens: int,
                  **sampling: Any) -> Iterator[str]:
