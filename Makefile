@@ -129,8 +129,8 @@ PY = $(eval PY := $(shell $(FIND_PYTHON)))$(PY)
 .SUFFIXES:
 DEPS := deps deps-aarch64 deps-windows deps-wasm
 .PHONY: all help $(DEPS) demo test test-aarch64 test-windows test-wasm stress fuzz bench
-.PHONY: bench-sessions lint coverage models mutate install uninstall clean suites suite-inputs
-.PHONY: always list-suites
+.PHONY: bench-sessions lint coverage models mutate compile-cost install uninstall clean
+.PHONY: suites suite-inputs always list-suites
 
 # ---- deps together with other targets: those start afresh when everything is installed ----
 LATER := $(filter-out $(DEPS),$(MAKECMDGOALS))
@@ -235,7 +235,8 @@ $(B)/fuzz_%: $(B)/obj/fuzz_%.o $(B)/obj/exposed.o
 
 # ---- Models ----
 
-CONVERTER := $(filter-out tools/lint.py tools/coverage.py tools/mutate.py tools/unicode_tables.py \
+CONVERTER := $(filter-out tools/lint.py tools/coverage.py tools/compile_cost.py \
+                          tools/mutate.py tools/unicode_tables.py \
                tools/bench_table.py tools/plot_bench.py, $(wildcard tools/*.py))
 CONVERT    = @mkdir -p $(@D); $(PY) tools/convert.py
 
@@ -376,6 +377,9 @@ TAG         ?= parallel
 SUITES_WITH ?= parallel
 mutate: $(PARTS) $(MODELS)   ## Plant faults in section TAG=parallel, run SUITES_WITH="parallel"
 	@$(PY) tools/mutate.py $(TAG) $(SUITES_WITH) --cc $(CC) --build $(B)
+
+compile-cost:   ## CPU seconds, peak memory and size of the implementation, by what is left out
+	@$(PY) tools/compile_cost.py --cc "$(CC)"
 
 FUZZ_SECONDS ?= 60
 fuzz: build/corpus.made   ## Fuzz what reads files with libFuzzer (clang) for FUZZ_SECONDS=60

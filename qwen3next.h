@@ -6,7 +6,7 @@
  * and chosen at run time.  It is no server, no trainer, and reads no other model families.  What
  * makes files (quantised copies, random weights) is a header on top of it, tools/q3n_make.h.
  *
- * In ONE C file of your program:
+ * In one C file of its own, so that it is compiled once:
  *
  *     #define Q3N_IMPLEMENTATION
  *     #include "qwen3next.h"
@@ -117,6 +117,10 @@
  *     Q3N_NO_THREADS     the calling thread works alone (or the host's executor); threads of yours
  *                        may share models and caches all the same
  *     Q3N_NO_AVX2, Q3N_NO_AVX512, Q3N_NO_NEON, Q3N_NO_SIMD   leave kernels out
+ *
+ *     KB of code and constants, x86-64, gcc 12 -O2 (make compile-cost): 275; without SIMD 193, AVX2
+ *     231, AVX-512 238, files 268, threads 274.  Compiling takes 10 CPU seconds and 260 MB on a
+ *     Xeon of 2.5 GHz, 131 MB without SIMD.
  *
  * THREADS.  A model is immutable: share it.  A session belongs to one thread at a time and has a
  * pool of its own, or your executor.  Nothing is global, nothing is written that you cannot see.
@@ -13781,8 +13785,11 @@ static void q3n__attend_group(const q3n__attend_parts *f, q3n_type type, const q
 static Q3N__UNUSED void q3n__attend_groups(const q3n__attend_parts *f, q3n_type type,
                                            const q3n__attend *a)
 {
-    for (int i = 0; i < a->n; i += 4)
-        q3n__attend_group(f, type, a, i, a->n - i < 4 ? a->n - i : 4);
+    /* Three are two and one: as four of which one is dropped they took up to half as long again. */
+    for (int i = 0, T; i < a->n; i += T) {
+        T = a->n - i < 3 ? a->n - i : a->n - i == 3 ? 2 : 4;
+        q3n__attend_group(f, type, a, i, T);
+    }
 }
 
 /* Entries of the table for the types of matrices and of the KV cache: what they call asks for the
