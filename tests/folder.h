@@ -36,11 +36,11 @@ static inline int empty_folder(void **state)
 {
     (void)state;
     char name[400], path[400];
-    while (count_files(name) > 0) {
+    for (int left = count_files(NULL); left > 0 && count_files(name) > 0; left--) {
         in_folder(path, name);
         if (remove(path) != 0) return -1;
     }
-    return 0;
+    return count_files(NULL) == 0 ? 0 : -1;      /* an open file may linger on Windows */
 }
 
 static inline int remove_folder(void **state)

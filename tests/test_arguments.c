@@ -401,7 +401,7 @@ static const row table[] = {
     ROW(q3n_session_reuse, RESULT, NULL, DRAFTS, THE(SESSION), IN(five_ids), NUM(9, 1, CAPACITY),
         CNT_OR_NULL(&to.i)),
     ROW(q3n_session_checkpoint, RESULT, NULL, DRAFTS, THE(SESSION)),
-    ROW(q3n_session_save, RESULT, NULL, DRAFTS, THE(SESSION), IN(to.path)),
+    ROW(q3n_session_save, RESULT, NULL, DRAFTS, THE(SESSION), IN(made)),
     ROW(q3n_session_save_to, RESULT, NULL, DRAFTS, THE(SESSION), IN(&sink)),
     ROW(q3n_session_load, RESULT, NULL, DRAFTS, THE(SESSION), IN(to.path)),
     ROW(q3n_session_load_from, RESULT, NULL, DRAFTS, THE(SESSION), IN(&source)),

@@ -513,9 +513,11 @@ static void test_importance_of_tensors(void **state)
     q3n_error err = { Q3N_OK, -1, "" };
     q3n_quantize_options o = { .size = sizeof o,
                                .importance = some_importance, .importance_user = w };
+    char other[400];                    /* Windows does not replace a file that is open */
+    in_folder(other, "plain.q3n");
     for (int i = 0; i < 24; i++) w[i] = i < 4 ? 100.0f : 0.01f;
-    assert_int_equal(q3n_quantize_file(path, in, NULL, &err), Q3N_OK);
-    assert_int_equal(q3n_model_open(&plain, path, NULL, &err), Q3N_OK);
+    assert_int_equal(q3n_quantize_file(other, in, NULL, &err), Q3N_OK);
+    assert_int_equal(q3n_model_open(&plain, other, NULL, &err), Q3N_OK);
     assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_OK);
     assert_int_equal(q3n_model_open(&m, path, NULL, &err), Q3N_OK);
     for (int i = 0; i < q3n_model_n_tensors(m); i++) {
