@@ -333,7 +333,7 @@ list-suites:
 	@echo $(SUITES)
 
 # Configurations run side by side, so that every CPU has work to the end.
-$(TEST_CONFIGS:%=suites-%) suites-aarch64 suites-coverage: suites-%: suite-inputs
+$(TEST_CONFIGS:%=suites-%) $(addprefix suites-,aarch64 windows coverage): suites-%: suite-inputs
 	+@$(SUBMAKE) -k -Otarget config=$* suites || true
 
 suite-inputs:
