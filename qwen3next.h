@@ -3,8 +3,8 @@
  * One header, C11, no dependency but the C library and the operating system.  A model is a flat
  * file (.q3n, made by tools/convert.py from a published checkpoint) that is mapped, not loaded;
  * sessions hold the state of one text each; kernels for AVX2, AVX-512 and NEON are compiled in
- * and chosen at run time.  It is no server, no trainer, and reads no other model families.  What
- * makes files (quantised copies, random weights) is a header on top of it, tools/q3n_make.h.
+ * and chosen at run time.  It is neither a server nor a trainer, and reads no other model families.
+ * A second header, tools/q3n_make.h, makes files (quantised copies, random weights).
  *
  * In one C file of its own, so that it is compiled once:
  *
@@ -98,7 +98,7 @@
  *     - the output gate is applied before o_proj                                       (qwen3_next)
  *     - hybrid norms scale by 1 + w, DeltaNet's gated norm by w: files hold the factor (qwen3_next)
  *     - DeltaNet norms before its gate                                                 (qwen3_next)
- *     - checkpoints of qwen3_next group qkvz and ba by key head, qwen3_5 does not: files never do
+ *     - checkpoints of qwen3_next group qkvz and ba by key head, qwen3_5 does not, .q3n never does
  *     - value head h reads key head h / (Hv / Hk)                                      (qwen3_next)
  *     - q and k have unit length, q is also divided by sqrt(dk)                        (qwen3_next)
  *     - g = -exp(A_log) softplus(a + dt_bias) is a logarithm                           (qwen3_next)
@@ -106,16 +106,16 @@
  *     - router: softmax over all experts, then top-k, then renormalise if the file says so
  *                                                                              (qwen3_moe_nonorm)
  *     - the shared expert has a sigmoid gate of its own                                (qwen3_next)
- *     - older design checkpoints attend both ways and may have rotary tables of zeros
+ *     - older "design" checkpoints attend both ways and may have rotary tables of zeros
  *                                                                        (seed_patched_zero_rope)
  *
  * BUILD MACROS, to define before the implementation:
- *     Q3N_STATIC         all public functions static: this file alone can call them
+ *     Q3N_STATIC         all public functions static: only this file can call them
  *     Q3N_DEF            linkage of public functions, for instance __declspec(dllexport)
- *     Q3N_ASSERT(x)      default assert: for bugs of this file, never for input
+ *     Q3N_ASSERT(x)      default assert: for bugs in this file, never for input
  *     Q3N_NO_STDIO       no files: models open from memory only, none are written
- *     Q3N_NO_THREADS     the calling thread works alone (or the host's executor); threads of yours
- *                        may share models and caches all the same
+ *     Q3N_NO_THREADS     no threads of its own: the calling thread or your executor does the work;
+ *                        your threads may share models and caches all the same
  *     Q3N_NO_AVX2, Q3N_NO_AVX512, Q3N_NO_NEON, Q3N_NO_SIMD   leave kernels out
  *
  *     KB of code and constants, x86-64, gcc 12 -O2 (make compile-cost): 275; without SIMD 193, AVX2
@@ -123,62 +123,65 @@
  *     Xeon of 2.5 GHz, 131 MB without SIMD.
  *
  * THREADS.  A model is immutable: share it.  A session belongs to one thread at a time and has a
- * pool of its own, or your executor.  Nothing is global, nothing is written that you cannot see.
+ * pool of threads of its own, or your executor.  There is no writable global state.
  *
- * MEMORY.  Weights are mapped: the system keeps what is used and may drop it again.
- * Do not cut a file that is open: reading past its new end is a fault that no library can catch.
- * A session is one allocation and a page for every 256 tokens, taken before they are evaluated;
- * q3n_session_bytes tells what it comes to.  Snapshots and forks share pages.  A thread needs
- * 48 KiB of stack for this library, where the compiler optimises (33 are scores of attention).
+ * MEMORY.  Weights are mapped: the system keeps what is used and may drop it again.  Do not
+ * truncate an open file: reading beyond its new end is a fault that no library can catch.  A
+ * session allocates itself, its engine unless it is given one, and a page for every 256 tokens,
+ * before they are evaluated; q3n_session_bytes adds it up.  Snapshots and forks share pages.  A
+ * thread needs 48 KiB of stack for this library in an optimised build (33 of them for the scores of
+ * attention).
  *
- * ARGUMENTS.  A pointer may be NULL where its comment says so, and an array of which a count says
- * that it is empty.  Any other NULL, and a number out of its range, is Q3N_ERR_ARG; functions that
- * return no q3n_result then answer 0, NULL or what they answer where there is nothing, and those
- * that return nothing do nothing.  _close, _destroy and _free take NULL.  After an error handles
- * and counts to be given back are NULL and 0, unless a comment says otherwise; what arrays hold is
- * not defined, structs are as they were.
+ * ARGUMENTS.  A pointer may be NULL where its comment says so, and an array where its count is 0.
+ * Any other NULL, and any number out of its range, is Q3N_ERR_ARG; a function that does not return
+ * q3n_result then returns what it returns when there is nothing (0, NULL, an empty name), and a
+ * void one does nothing.  _close, _destroy and _free accept NULL.  After an error output handles
+ * are NULL and output counts 0, unless a comment says otherwise; output arrays are undefined,
+ * output structs unchanged.
  *
- * ERRORS.  Functions return q3n_result; the record says what was found and what was expected.  A
- * function that fails changes nothing.  Model and session files are taken for hostile: any bytes
- * give a model, a state or an error.  What a hostile one computes is its own affair: numbers, never
- * an access outside.
+ * ERRORS.  Functions that can fail return q3n_result; the error record says what was found and what
+ * was expected.  A function that fails changes nothing.  Model and session files are treated as
+ * hostile: any bytes give a model, a state or an error.  What a hostile one computes may be
+ * nonsense, but nothing out of bounds is ever accessed.
  *
- * FILES.  Paths are UTF-8, on Windows too.  Files that are read must be regular: nothing waits for
- * a pipe or a device.  A file that is written is called PATH.<16 digits>.part until it is whole and
- * on the disk; then it replaces the one under PATH, or the one that a link there leads to, whose
- * mode it takes, and group and owner where the system lets it.  A call that fails or is stopped
- * removes it and leaves the old file as it was; a process that is killed leaves both.  Windows
- * replaces no file that somebody has open.
+ * FILES.  Paths are UTF-8, on Windows too.  Files to be read must be regular: nothing waits for a
+ * pipe or a device.  A file being written is called PATH.<16 hex digits>.part until it is complete
+ * and on disk; then it replaces the file at PATH, or the one that a link there leads to, and takes
+ * over its mode, and its group and owner where the system permits.  A call that fails or is stopped
+ * removes it and leaves the old file as it was; a process that is killed leaves both.  Windows does
+ * not replace a file that is open elsewhere.
  *
- * DETERMINISM.  Arithmetic is f32 from the stored type, in an order that depends on the
- * instruction set alone; against quantised matrices the activations are bytes in groups of 32, and
- * sums within a group are exact integers.  For one ISA the same tokens give the same bits for any
- * number of threads and however the text is cut into calls.  Compile with -ffp-contract=off, or
- * this does not hold; -ffast-math is refused.
+ * DETERMINISM.  Weights are converted from their stored type and arithmetic is f32, in an order
+ * that depends only on the instruction set; for quantised matrices activations are quantised to
+ * bytes in groups of 32, and sums within a group are exact integers.  For one ISA the same tokens
+ * give the same bits for any number of threads and however the text is split into calls.  Compile
+ * with -ffp-contract=off, or this does not hold; -ffast-math is refused.
  *
- * ABI.  A program that was compiled with one version of this header may call a shared library of
- * another with the same Q3N_ABI, older or newer.  Q3N_ABI becomes one more when anything that is
- * there changes its layout, number or meaning, or goes; what comes new leaves it.
+ * ABI.  A program compiled with one version of this header may use a shared library of another,
+ * older or newer, with the same Q3N_ABI.  Q3N_ABI goes up by one when something that exists changes
+ * its layout, number or meaning, or is removed; additions leave it as it is.
  *     - Structs of options, outputs and statistics begin with `size`, which the caller sets to its
- *       own sizeof (Q3N_INIT).  They grow at their end and have no padding.  The library reads no
- *       byte beyond `size` and takes what is missing for 0, which is the default.  What it does not
- *       know must be 0, else Q3N_ERR_UNSUPPORTED: an option passed over in silence is a bug.  It
- *       writes no byte beyond `size`, and 0 where it knows nothing.  A size of 0 is Q3N_ERR_ARG.
- *     - Fields named `zero` wait for a meaning.
+ *       own sizeof (Q3N_INIT).  They grow at their end, and on 64-bit machines have no padding but
+ *       that of a q3n_executor in them.  The library reads no byte beyond `size` and takes missing
+ *       fields as 0, which is the default.  Fields that it does not know must be 0, else
+ *       Q3N_ERR_UNSUPPORTED: to ignore an option silently would be a bug.  It writes no byte beyond
+ *       `size`, and zeros into fields that it does not know.  A size of 0 is Q3N_ERR_ARG.
+ *     - Fields named `zero` are reserved and must be 0.
  *     - Structs that the library hands out as `const T *` (a model's q3n_config, q3n_tensor) may
  *       grow at their end: read them through the pointer, do not make arrays of them.
- *     - Pairs of a function and what it is given (allocator, logger, executor, progress, hooks,
+ *     - Structs of a callback and its user pointer (allocator, logger, executor, progress, hooks,
  *       sink, source), q3n_error, q3n_type_stats and q3n_detokenizer do not change.
- *     - Numbers of enums and flags do not change and are not used again.  New ones may come, also
- *       as results of old calls: a result that a program does not know is a failure.  ..._COUNT is
- *       of this header.
+ *     - Values of enums and flags do not change and are not reused.  New ones may come, also as
+ *       results of existing calls: treat a result that you do not know as a failure.  ..._COUNT is
+ *       that of the header you compiled with.
  *     - Handles are opaque and belong to the library that made them.
- *     - Words of messages and notes may change at any time, the bits of results with any version.
+ *     - The wording of messages and notes may change at any time, the bits of results with any
+ *       version.
  *     - Model files of version 1 stay readable, session files by the version that wrote them and
  *       later ones.
  *
- * LIMITS.  256 layers, heads of 1024, 2^24 tokens of vocabulary, little-endian 64-bit machines and
- * wasm32, where model and session share less than 4 GiB.
+ * LIMITS.  256 layers, a head_dim of 1024, a vocabulary of 2^24 tokens; little-endian 64-bit
+ * machines, and wasm32, where model and session together have less than 4 GiB.
  *
  * REFERENCES
  *     [HF]   Hugging Face transformers 5.17, models/qwen3_next, qwen3_moe, qwen3_5: the numerics
@@ -208,10 +211,10 @@
  *     32  u32    meta_crc        CRC-32 of bytes [0, meta_bytes) with this field taken as 0
  *     36  u8[28] zero
  *
- *   SECTION TABLE, at 64: n_sections records of 32 bytes.  A kind may stand once.
+ *   SECTION TABLE, at 64: n_sections records of 32 bytes, each kind at most once.
  *      0  u32    kind            1 CONFIG, 2 TENSORS, 3 NAMES, 4 TOKENIZER
  *      4  u32    flags           bit 0: a reader that does not know the kind must refuse the file;
- *                                without it an unknown section is passed over
+ *                                without it an unknown section is ignored
  *      8  u64    offset          multiple of 8, inside [64 + 32 n_sections, meta_bytes)
  *     16  u64    bytes
  *     24  u64    zero
@@ -222,15 +225,15 @@
  *      2  u16    zero
  *      4  u32    value_bytes     ints and floats: 8 x the number of values (arrays are > 8)
  *      8  u8[]   key, then (unaligned) value
- *     Unknown keys are passed over; a known key with another type or twice is an error.  Keys:
+ *     Unknown keys are ignored; a known key with another type, or given twice, is an error.  Keys:
  *     the fields of q3n_config by name (Q3N_CONFIG_LIST; family, rope_type, pooling,
  *     classifier_input and problem_type as strings), layer_types (ints, one a layer: 0 attention,
  *     1 DeltaNet), layer_experts (ints: 0 dense FFN, 1 experts), name (string, up to 255 bytes),
- *     eos_ids (ints, up to 16), bos_id, pad_id (of a classifier: passed over at the end of a text),
- *     labels (string: num_labels names, a byte 0 after each), chat (string: "none", "chatml",
- *     "qwen3", ...), tokenizer_pattern (string: "qwen2" or "qwen3_5"), tokenizer_nfc (int 0 or 1),
- *     tokenizer_prefix, tokenizer_suffix (ints, up to 16: ids put before and after a text),
- *     converter (string, for people).
+ *     eos_ids (ints, up to 16), pad_id (of a classifier: ignored at the end of a text), labels
+ *     (string: num_labels names, a byte 0 after each), chat (string, up to 31 bytes: "none",
+ *     "chatml", "qwen3", ...), tokenizer_pattern (string: "qwen2" or "qwen3_5"), tokenizer_nfc (int
+ *     0 or 1), tokenizer_prefix, tokenizer_suffix (ints, up to 16: ids put before and after a
+ *     text); and, ignored by this library, bos_id (int) and converter (string, for people).
  *
  *   TENSORS
  *      0  u32    n_tensors
@@ -269,7 +272,7 @@
  *   expert.
  *
  *   QUANTISED TYPES.  Rows are taken in tiles of 16, columns in blocks of 64 made of two groups of
- *   32; what is missing after the last row or column is zero weights.  A weight is scale x level;
+ *   32; rows and columns beyond the last are zero weights.  A weight is scale x level;
  *   a group of one row has one scale.  Tiles follow one another, in a tile its blocks from left to
  *   right, and a block is
  *       f16[2][16]   scales of the first group's 16 rows, then the second's
@@ -338,7 +341,7 @@
  * SESSION FILE FORMAT, version 1
  *
  * The state after a text, as a stream: written and read once, from the first byte to the last.
- * All numbers are little-endian.  One state has one sequence of bytes.
+ * All numbers are little-endian.  A state has exactly one encoding.
  *
  *   HEADER, 128 bytes
  *      0  u8[8]  magic           89 51 33 53 0D 0A 1A 0A  ("\x89Q3S\r\n\x1a\n")
@@ -481,13 +484,13 @@ typedef enum q3n_result {
 } q3n_result;
 
 /* What went wrong, in words for a person.  Filled when a function fails, left alone otherwise.
- * Does not change any more. */
+ * This struct is frozen. */
 typedef struct q3n_error {
     q3n_result code;
     int64_t    offset;         /* byte of the file where it was noticed, -1 if none              */
     char       message[500];   /* "layers.3.self_attn.q_proj.weight: shape [..], expected [..]":
-                                  UTF-8 in one line; bytes of names and paths that are none or
-                                  control characters stand there as \xNN                         */
+                                  UTF-8 in one line; control characters, and bytes of names and
+                                  paths that are not UTF-8, appear as \xNN                       */
 } q3n_error;
 
 Q3N_DEF const char *q3n_result_string(q3n_result r);  /* never NULL; static storage */
@@ -520,8 +523,9 @@ typedef enum q3n_type {
     Q3N_TYPE_COUNT
 } q3n_type;
 
-/* Instruction sets.  Each is compiled in and chosen at run time.  Families stand 32 apart; within
- * one a larger number has the kernels of the smaller ones, or better. */
+/* Instruction sets.  Each is compiled in and chosen at run time.  Numbers of different
+ * architectures are 32 apart; within one a larger number has the kernels of the smaller ones, or
+ * better. */
 #define Q3N_ISA_LIST(X)                                                                 \
     X(SCALAR, scalar, 1)                                                                \
     X(AVX2,   avx2,   32)                                                               \
@@ -537,22 +541,21 @@ typedef enum q3n_isa {
     Q3N__ISA_MAX = 1 << 16
 } q3n_isa;
 
-Q3N_DEF const char *q3n_type_name(q3n_type t);        /* "bf16"; NULL if t is none */
+Q3N_DEF const char *q3n_type_name(q3n_type t);        /* "bf16"; NULL = no such type */
 Q3N_DEF q3n_result  q3n_type_from_name(const char *name, q3n_type *out);
 /* Bytes of a matrix [rows, cols] in a type; 0 if there is no such type or size. */
 Q3N_DEF int64_t q3n_type_bytes(q3n_type type, int64_t rows, int64_t cols);
-Q3N_DEF const char *q3n_isa_name(q3n_isa isa);        /* "avx2"; NULL if isa is none, as AUTO */
+Q3N_DEF const char *q3n_isa_name(q3n_isa isa);        /* "avx2"; NULL for AUTO, unknown ones */
 Q3N_DEF q3n_result  q3n_isa_from_name(const char *name, q3n_isa *out);
 Q3N_DEF int         q3n_isa_supported(q3n_isa isa);   /* 1 if compiled in and CPU and OS allow it */
 Q3N_DEF q3n_isa     q3n_isa_best(void);
 
 /* ---- What the host may supply ---- */
 
-/* These pairs of functions and what they are given do not change any more: what is new is a new
- * field of the options that hold them. */
+/* These structs are frozen: anything new becomes a field of the options that hold them. */
 
-/* Memory.  Both functions or neither (then malloc and free).  Any alignment that malloc gives is
- * enough.  free gets the bytes that alloc got.  Evaluation asks for one page in 256 tokens.
+/* Memory.  Both functions or neither (then malloc and free).  malloc's alignment is enough.  free
+ * is told the bytes that alloc was asked for.  Evaluation allocates one page for every 256 tokens.
  * Sessions on several threads may call both at once. */
 typedef struct q3n_allocator {
     void *(*alloc)(void *user, size_t bytes);            /* NULL = out of memory */
@@ -620,7 +623,7 @@ typedef enum q3n_classifier_input {
 
 /* What the scores of a classification head are, with [HF]'s words in the file. */
 typedef enum q3n_problem_type {
-    Q3N_PROBLEM_NONE       = 0,                  /* not said: of one label as multi_label_.., of
+    Q3N_PROBLEM_NONE       = 0,                  /* not said: one label counts as multi_label_..,
                                                     more as single_label_..                      */
     Q3N_PROBLEM_REGRESSION = 1,                  /* values as they are                           */
     Q3N_PROBLEM_SINGLE_LABEL_CLASSIFICATION = 2, /* logits of labels that exclude one another    */
@@ -719,7 +722,7 @@ typedef struct q3n_config {
     unsigned char layer_experts[Q3N_MAX_LAYERS];  /* 0 dense FFN, 1 experts                     */
 } q3n_config;
 
-/* The name of field i of Q3N_CONFIG_LIST, NULL after the last; text becomes its value in words. */
+/* The name of field i of Q3N_CONFIG_LIST, NULL after the last; text receives its value. */
 Q3N_DEF const char *q3n_config_field(const q3n_config *c, int i, char text[64]);
 
 /* A field of Q3N_CONFIG_LIST by name, as a number, enums included.  Errors: Q3N_ERR_ARG (no such
@@ -756,16 +759,16 @@ Q3N_DEF q3n_result q3n_model_open(q3n_model **out, const char *path, const q3n_m
                                   q3n_error *err);
 
 /* The same from bytes [bytes] that the caller keeps, unchanged, until the model is closed.
- * data should be aligned to 64 bytes; Q3N_ERR_ARG if it is not. */
+ * data must be aligned to 64 bytes, else Q3N_ERR_ARG. */
 Q3N_DEF q3n_result q3n_model_open_memory(q3n_model **out, const void *data, size_t bytes,
                                          const q3n_model_options *o, q3n_error *err);
 Q3N_DEF void       q3n_model_close(q3n_model *m);     /* NULL is allowed */
 
-Q3N_DEF const q3n_config *q3n_model_config(const q3n_model *m);      /* lives as long as it     */
+Q3N_DEF const q3n_config *q3n_model_config(const q3n_model *m);      /* lives as long as m      */
 Q3N_DEF int               q3n_model_vocab_size(const q3n_model *m);
 Q3N_DEF int               q3n_model_hidden_size(const q3n_model *m);
 Q3N_DEF int               q3n_model_n_layers(const q3n_model *m);
-Q3N_DEF int               q3n_model_n_labels(const q3n_model *m);    /* 0 = classifies nothing  */
+Q3N_DEF int               q3n_model_n_labels(const q3n_model *m);    /* 0 = it is no classifier */
 Q3N_DEF int               q3n_model_context_length(const q3n_model *m);  /* tokens it is made for */
 Q3N_DEF int               q3n_model_layer_is_delta(const q3n_model *m, int l);
 Q3N_DEF int               q3n_model_layer_has_experts(const q3n_model *m, int l);
@@ -776,8 +779,8 @@ Q3N_DEF const char       *q3n_model_chat_kind(const q3n_model *m);   /* "none" i
 Q3N_DEF const int32_t    *q3n_model_eos_ids(const q3n_model *m, int *n);
 Q3N_DEF int               q3n_model_is_eos(const q3n_model *m, int32_t id);
 
-/* The name of label i of a classifier, NULL if the file has none or i is none.  It lives as long as
- * the model. */
+/* The name of label i of a classifier, NULL if the file has none or there is no label i.  It lives
+ * as long as the model. */
 Q3N_DEF const char       *q3n_model_label(const q3n_model *m, int i);
 
 /* What scores [num_labels] of q3n_session_classify mean: their softmax, the sigmoid of each, or
@@ -808,7 +811,7 @@ Q3N_DEF const q3n_tensor *q3n_model_find_tensor(const q3n_model *m, const char *
 Q3N_DEF q3n_result q3n_model_verify(const q3n_model *m, const q3n_progress *progress,
                                     q3n_error *err);
 
-typedef struct q3n_type_stats {          /* does not change any more                             */
+typedef struct q3n_type_stats {          /* frozen                                               */
     int64_t n_tensors, n_weights, bytes;
 } q3n_type_stats;
 
@@ -905,7 +908,7 @@ typedef struct q3n_session_memory {      /* begin with Q3N_INIT                 
  * 0 if the options are impossible.  memory (NULL = not wanted) explains it.  A call that gives the
  * session another text holds the pages of both until it ends.  Snapshots come on top: each takes
  * memory->snapshot, and pages that no session holds any more.  The threads' stacks are not
- * counted. */
+ * counted.  o NULL = defaults, here and in q3n_session_create. */
 Q3N_DEF size_t     q3n_session_bytes(const q3n_model *m, const q3n_session_options *o,
                                      q3n_session_memory *memory);
 Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
@@ -925,7 +928,7 @@ Q3N_DEF void       q3n_session_destroy(q3n_session *s);   /* NULL is allowed */
  */
 Q3N_DEF q3n_result q3n_session_eval(q3n_session *s, const int32_t *tokens, int n, float *logits);
 
-/* What to give back of an evaluation; NULL = not wanted. */
+/* What an evaluation gives back; NULL = not wanted. */
 typedef struct q3n_outputs {   /* begin with Q3N_INIT                                            */
     size_t size;
     float *logits;             /* [vocab]: last token                                            */
@@ -1084,7 +1087,7 @@ typedef struct q3n_cache_stats {         /* begin with Q3N_INIT                 
 Q3N_DEF q3n_result q3n_cache_create(q3n_cache **out, const q3n_model *m,
                                     const q3n_cache_options *o, q3n_error *err);
 Q3N_DEF void       q3n_cache_destroy(q3n_cache *c);    /* NULL is allowed; after its sessions */
-Q3N_DEF void       q3n_cache_clear(q3n_cache *c);      /* out of memory; into the directory */
+Q3N_DEF void       q3n_cache_clear(q3n_cache *c);      /* empties the memory, into the directory */
 /* Errors: Q3N_ERR_ARG (NULL, or the size of *out is 0). */
 Q3N_DEF q3n_result q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out);
 
@@ -1105,7 +1108,7 @@ typedef struct q3n_engine_options {      /* begin with Q3N_INIT; zero = default 
  * thread at a time, with all its sessions, but for q3n_engine_cancel; it outlives them.  Takes
  * q3n_engine_bytes of memory, and with several threads room for partial results of attention, up to
  * 4 (head_dim + 2) num_attention_heads floats for every 256 tokens of the longest session's text,
- * rounded up to a power of two. */
+ * rounded up to a power of two.  o NULL = defaults. */
 Q3N_DEF size_t     q3n_engine_bytes(const q3n_model *m, const q3n_engine_options *o);
 Q3N_DEF q3n_result q3n_engine_create(q3n_engine **out, const q3n_model *m,
                                      const q3n_engine_options *o, q3n_error *err);
@@ -1153,13 +1156,14 @@ Q3N_DEF int q3n_model_n_tokens(const q3n_model *m);   /* ids with a text; 0 = no
  *   flags              0: the ids of the text alone, wherever in a prompt it stands; or a sum of
  *                      NO_SPECIAL (special tokens in the text are plain text), PREFIX and SUFFIX
  *                      (ids that the tokenizer's post-processor puts before and after a text).
- *                      A prompt that the model goes on with gets PREFIX, a text that is classified
- *                      or embedded WHOLE, which gives what [HF]'s tokenizer(text) does
+ *                      A prompt to be continued gets PREFIX, a text to be classified or embedded
+ *                      WHOLE, which gives what [HF]'s tokenizer(text) does
  *   ids      [max]     out; NULL with max 0 to count
  *   n        out: number of ids of the whole text, also when it is > max
  *
- * Errors: Q3N_ERR_FULL (n > max; the first max ids are there), Q3N_ERR_UNSUPPORTED (no
- * tokenizer), Q3N_ERR_MEMORY.  Uses the model's allocator for O(longest word) bytes.  Thread-safe.
+ * Errors: Q3N_ERR_FULL (n > max; the first max ids are there), Q3N_ERR_UNSUPPORTED (no tokenizer),
+ * Q3N_ERR_MEMORY.  Uses the model's allocator for O(longest word) bytes, of the whole text where
+ * the file has added tokens that are searched after normalisation.  Thread-safe.
  */
 #define Q3N_TOKENIZE_NO_SPECIAL 1
 #define Q3N_TOKENIZE_PREFIX     2
@@ -1180,7 +1184,8 @@ typedef struct q3n_detokenizer {
 } q3n_detokenizer;
 
 /* Append the text of one token to out [max], without terminator; *n bytes are written.  Bytes that
- * can never become a character give U+FFFD, as everyone does.  *n is at most 3 (token bytes + 3).
+ * can never become a character give U+FFFD, as in other decoders.  *n is at most
+ * 3 (token bytes + 3).
  * Errors: Q3N_ERR_ARG (no such id), Q3N_ERR_FULL (nothing was taken in; *n is what is needed). */
 Q3N_DEF q3n_result q3n_detokenizer_next(q3n_detokenizer *dec, const q3n_model *m, int32_t id,
                                         char *out, size_t max, size_t *n);
