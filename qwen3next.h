@@ -1327,8 +1327,8 @@ Q3N_DEF q3n_result q3n_session_speculation(const q3n_session *s, q3n_speculation
  *     Q3N_NO_STDIO                                             none
  *
  * A new system is one more row: the same functions by the same names; nothing below this section
- * changes.  Later code may assume that they exist in every build.  Knows the types of the API
- * alone.
+ * changes.  Later code may assume that they exist in every build, but for those of files: with
+ * Q3N_NO_STDIO only FILES knows that they are missing.  Knows only the types of the API.
  * ===================================================================================== */
 #if defined(_WIN32)
 #  ifndef WIN32_LEAN_AND_MEAN
@@ -1627,8 +1627,8 @@ static void q3n__cond_wait(q3n__cond *c, q3n__mutex *m) { pthread_cond_wait(c, m
 static void q3n__cond_broadcast(q3n__cond *c) { pthread_cond_broadcast(c); }
 #  endif
 
-/* The lower of two limits of which 0 is none.  CPUs have three: those on line, the process's set,
- * the quota of its cgroups (how a container with --cpus=2 is held on a machine of 64). */
+/* The lower of two limits, where 0 means no limit.  CPUs have three: those on line, the process's
+ * set, the quota of its cgroups (how a container with --cpus=2 is held on a machine of 64). */
 static int q3n__limit_min(int a, int b) { return a == 0 || (b > 0 && b < a) ? b : a; }
 
 #  if defined(__linux__)
@@ -1680,7 +1680,7 @@ static int q3n__cgroup_cpus(const char *directory)
     return n > INT_MAX ? INT_MAX : (int)n;
 }
 
-/* The same of a cgroup and all above it: the lowest.  A container may be told a path of the host's
+/* The same for a cgroup and all above it: the lowest.  A container may be told a path of the host's
  * that is not there; what it was given then stands at the root. */
 static int q3n__cgroup_path_cpus(const char *root, const char *path, size_t path_len)
 {
@@ -1749,7 +1749,7 @@ static int q3n__cpu_count(void)
 }
 #endif
 
-/* ---- A clock that only goes forward, in microseconds; its zero is any moment ---- */
+/* ---- A monotonic clock, in microseconds from an arbitrary start ---- */
 static int64_t q3n__now(void)
 {
 #if defined(_WIN32)
@@ -1782,7 +1782,7 @@ enum { Q3N__FILE_BAD_PATH = -1, Q3N__FILE_IS_DIRECTORY = -2, Q3N__FILE_NOT_REGUL
 
 #define Q3N__PATH_ROOM 4096
 
-/* A file under whatever name; zeros = none. */
+/* Which file it is, whatever its name; zeros = none. */
 typedef struct { uint64_t volume, number; } q3n__file_id;
 
 typedef struct {
@@ -1827,8 +1827,7 @@ static int  q3n__file_exists(int code)
 {
     return code == ERROR_FILE_EXISTS || code == ERROR_ALREADY_EXISTS;
 }
-/* The system's words without the point and line end that they come with; a number if it has none.
- */
+/* The system's message without its full stop and line end; a number if it has none. */
 static void q3n__file_reason_of(int code, char *text, size_t room)
 {
     wchar_t wide[256];
@@ -1899,7 +1898,7 @@ static int q3n__file_open(q3n__file *f, const char *path, q3n__file_info *info)
     return code;
 }
 
-/* A file that must not exist yet, to be written; closed to others if `closed`. */
+/* A file that must not exist yet, to be written; if `closed`, others have no access. */
 static int q3n__file_create(q3n__file *f, const char *path, int closed)
 {
     (void)closed;
@@ -2018,7 +2017,7 @@ static int q3n__file_remove(const char *path)
 
 static void q3n__directory_sync(const char *path) { (void)path; }   /* MOVEFILE_WRITE_THROUGH */
 
-/* Tell of every regular file whose name begins with prefix. */
+/* Report every regular file whose name begins with prefix. */
 static int q3n__directory_list(const char *path, const char *prefix, q3n__file_found found,
                                void *user)
 {
@@ -2088,7 +2087,7 @@ static int q3n__file_look(const char *path, q3n__file_info *info)
     return stat(path, &st) == 0 ? q3n__file_inspect(&st, info) : errno;
 }
 
-/* open, closed where another program is started; file systems of networks may be interrupted */
+/* open, with close-on-exec; network file systems may be interrupted */
 static int q3n__file_descriptor(q3n__file *f, const char *path, int flags, mode_t mode)
 {
     do f->fd = open(path, flags | Q3N__O_CLOEXEC, mode); while (f->fd < 0 && errno == EINTR);
@@ -2107,7 +2106,7 @@ static int q3n__file_open(q3n__file *f, const char *path, q3n__file_info *info)
     return code;
 }
 
-/* A file that must not exist yet, to be written; closed to others if `closed`. */
+/* A file that must not exist yet, to be written; if `closed`, others have no access. */
 static int q3n__file_create(q3n__file *f, const char *path, int closed)
 {
     return q3n__file_descriptor(f, path, O_WRONLY | O_CREAT | O_EXCL, closed ? 0600 : 0666);
@@ -2120,7 +2119,8 @@ static int q3n__file_give(q3n__file *f, unsigned owner, unsigned group)
 }
 
 /* Group, owner and mode of the file that this one replaces.  Only root may give files away; others
- * may give them to groups of theirs.  A group that was not meant may do no more than all may. */
+ * may give them to groups of theirs.  Where the group could not be set, the one there gets no more
+ * rights than everybody. */
 static int q3n__file_adopt(q3n__file *f, const q3n__file_info *old)
 {
     struct stat st;
@@ -2227,7 +2227,7 @@ static void q3n__directory_sync(const char *path)
     q3n__file_close(&f);
 }
 
-/* Tell of every regular file whose name begins with prefix. */
+/* Report every regular file whose name begins with prefix. */
 static int q3n__directory_list(const char *path, const char *prefix, q3n__file_found found,
                                void *user)
 {
@@ -2259,7 +2259,7 @@ static void q3n__cpuid(uint32_t leaf, uint32_t sub, uint32_t r[4])
 #  endif
 }
 
-/* Which register files the operating system saves (XCR0; [SDM] vol. 1, 13.3). */
+/* Which registers the operating system saves (XCR0; [SDM] vol. 1, 13.3). */
 static uint64_t q3n__xcr0(void)
 {
 #  if defined(_MSC_VER) && !defined(__clang__)
@@ -2340,8 +2340,8 @@ static double   q3n__load_f64(const void *p) { double   v; memcpy(&v, p, 8); ret
  *     | 0 .. 63     | base, total       | bytes that were asked for ...
  *                     q3n__block_head
  *
- * total is what the host's free is told, as q3n_allocator promises.  80 bytes a block are the price
- * (64-bit machines): no caller allocates by the token. */
+ * total is what the host's free is told, as q3n_allocator promises.  That costs 80 bytes
+ * a block (64-bit machines): no caller allocates for each token. */
 #define Q3N__ALIGN 64
 
 typedef struct {
@@ -2383,7 +2383,7 @@ static void q3n__free(const q3n_allocator *a, void *memory)
  *     a.base = q3n__alloc(..., a.used);  a.used = 0;
  *     layout(s, &a);                                     the pointers are real
  *
- * overflow stays set once a size did not fit: it is asked after the first run, not after each take.
+ * overflow stays set once a size did not fit: check it after the first run, not after each take.
  */
 typedef struct {
     uint8_t *base;       /* NULL = only measure */
@@ -2439,7 +2439,7 @@ static void q3n__sift_down(uint8_t *x, size_t i, size_t n, size_t size, q3n__com
 
 /* Heap sort of n elements: in place, at most 2 n log2 n comparisons whatever their order.  qsort is
  * quadratic in some C libraries, for orders that a file may have, and allocates in others.  Not
- * stable: comparisons that must be add the place as their last key. */
+ * stable: comparisons that must be stable add the place as their last key. */
 static void q3n__sort(void *base, size_t n, size_t size, q3n__compare compare)
 {
     uint8_t *x = (uint8_t *)base;
@@ -2470,8 +2470,8 @@ static void q3n__crc_table_make(q3n__crc_table *c)
             c->t[k][i] = (c->t[k - 1][i] >> 8) ^ c->t[0][c->t[k - 1][i] & 255];
 }
 
-/* zlib's convention: crc is 0 at first, then the result so far, so that a checksum passes over any
- * cuts ("123456789" gives CBF43926, in one call or in nine). */
+/* zlib's convention: crc is 0 at first, then the result so far, so that data may be cut anywhere
+ * ("123456789" gives CBF43926, in one call or in nine). */
 static uint32_t q3n__crc32_with(const q3n__crc_table *c, uint32_t crc, const void *data,
                                 size_t bytes)
 {
@@ -2545,7 +2545,7 @@ static void q3n__hash_blocks(q3n__hash *h, const uint8_t *p, size_t n)   /* n of
     memcpy(h->lane, lane, sizeof lane);
 }
 
-/* In blocks of multiples of 64 bytes, but for the last one. */
+/* Every call but the last adds a multiple of 64 bytes. */
 static void q3n__hash_add(q3n__hash *h, const void *data, size_t bytes)
 {
     Q3N_ASSERT(h->bytes % 64 == 0);
@@ -2559,8 +2559,8 @@ static void q3n__hash_add(q3n__hash *h, const void *data, size_t bytes)
     h->bytes += bytes;
 }
 
-/* The lanes in order, so that words which changed lanes do not cancel.  bytes tells texts apart
- * that differ only in zeros at their end, which the last block is filled up with. */
+/* The lanes in order, so that words exchanged between lanes do not cancel.  bytes tells texts apart
+ * that differ only in zeros at their end, with which the last block is filled up. */
 static uint64_t q3n__hash_end(const q3n__hash *h)
 {
     uint64_t x = q3n__mix64(h->bytes ^ h->seed);
@@ -2592,8 +2592,8 @@ static uint64_t q3n__hash_of(uint64_t seed, const void *data, size_t bytes)
  * ===================================================================================== */
 
 /* Decode the character at p < end.  Returns its bytes, 1 to 4, or 0 if there is no valid UTF-8:
- * overlong forms, surrogates, numbers beyond U+10FFFF and unfinished characters are not.  *cp is
- * then the byte itself.  Valid are the sequences of Unicode 3.9, table 3-7:
+ * overlong forms, surrogates, numbers beyond U+10FFFF and unfinished characters are invalid.  *cp
+ * is then the byte itself.  Valid are the sequences of Unicode 3.9, table 3-7:
  *
  *     lead    00-7F   C2-DF   E0 (A0-BF)  E1-EC  ED (80-9F)  EE-EF   F0 (90-BF)  F1-F3  F4 (80-8F)
  *     bytes   1       2       3, second byte within brackets, else 80-BF   4, the same */
@@ -2727,7 +2727,7 @@ void q3n__log(const q3n_logger *l, q3n_log_level level, const char *format, ...)
     (l->log)(l->user, level, text);   /* <tgmath.h> has a macro log(x) */
 }
 
-/* The record of what is not there. */
+/* The error record of objects that are NULL. */
 static const q3n_error q3n__no_object = { Q3N_ERR_ARG, -1, "NULL was given for an object" };
 
 Q3N_DEF const char *q3n_result_string(q3n_result r)
@@ -2747,7 +2747,7 @@ Q3N_DEF int q3n_abi_version(void) { return Q3N_ABI; }
 /* ---- Structs that begin with their size ---- */
 #define Q3N__MAX_STRUCT 4096     /* a size above it is no size */
 
-/* Bytes that the caller's struct says to have, 0 if it says nothing of the kind. */
+/* The size that the caller's struct says it has, 0 if it can be none. */
 static size_t q3n__struct_size(const void *s)
 {
     size_t size;
@@ -2875,7 +2875,8 @@ static int q3n__input_read(q3n__input *in, void *data, size_t bytes)
 }
 
 /* r is how things went.  Returns r; if the system refused a read (code > 0), with its reason as the
- * message.  That the file ended (code < 0) the caller has put into words of the format already. */
+ * message.  That the file ended (code < 0) the caller has reported already, in terms of its format.
+ */
 static q3n_result q3n__input_close(q3n__input *in, q3n_result r, q3n_error *err)
 {
     q3n__file_close(&in->file);
@@ -2905,7 +2906,7 @@ static q3n_result q3n__input_map(q3n__mapping *out, const char *path, q3n_error 
     return q3n__input_close(&in, r, err);
 }
 
-/* found is called for each regular file of the directory, in the system's order. */
+/* found is called for each regular file of the directory whose name begins with prefix. */
 static q3n_result q3n__input_list(const char *path, const char *prefix, q3n__file_found found,
                                   void *user, q3n_error *err)
 {
@@ -3097,7 +3098,7 @@ static q3n_result q3n__input_list(const char *path, const char *prefix, q3n__fil
  * [6] PARALLEL                                                             >>parallel
  *
  * One primitive: q3n__parallel runs a task over [0, n) in ranges and waits.  Threads claim ranges
- * from a counter, so a thread that the system has put aside delays nobody; which thread computes a
+ * from a counter, so a thread that waits for a CPU holds up no others; which thread computes a
  * range never changes its result.  Kernels and model know nothing else of threads.
  *
  * A pool has one caller at a time.  Its workers wait between jobs; with an executor of the host's
@@ -3317,7 +3318,7 @@ static q3n_result q3n__pool_open(q3n__pool *p, int n_threads, const q3n_executor
  * What a tensor type is, and the kernel table: every function that the model needs from an
  * instruction set.  The scalar section defines what each entry computes; the model knows only this
  * struct.  Whatever the ISA, one output element depends on its own row and its own token, never on
- * how many tokens or rows a call covers: splitting work in other ranges changes no bit.
+ * how many tokens or rows a call covers: splitting the work otherwise changes no bit.
  * ===================================================================================== */
 typedef struct {
     const char *name;
@@ -3621,8 +3622,8 @@ typedef struct {
     int          n, width, n_channels, c0, c1;
 } q3n__conv;
 
-/* Logits of the sampler, in blocks of 64; every ISA gives the same bits, so that which token is
- * chosen depends on it no more than the logits do.  Formulas: section >>kernels-scalar. */
+/* Logits of the sampler, in blocks of 64.  Every ISA gives the same bits, so the choice of a token
+ * depends on the ISA through the logits only.  Formulas: section >>kernels-scalar. */
 #define Q3N__SAMPLER_BLOCK 64
 
 typedef struct q3n__kernels {
@@ -3656,8 +3657,8 @@ static void q3n__kernels_init(q3n__kernels *k, q3n_isa isa);
  * [8] CONFIG                                                                 >>config
  *
  * The geometry of a model: its fields by name, what may go together, and the tensor plan: which
- * tensors a geometry has, in the order of the file.  The loader binds by this plan and what makes
- * files writes by it, so they cannot differ.  Knows nothing of files or memory.
+ * tensors a geometry has, in the order of the file.  The loader binds by this plan and
+ * writers of files write by it, so they cannot differ.  Knows nothing of files or memory.
  *
  *     q3n_config { num_hidden_layers 48, layer_types 1,1,1,0,.. , num_experts 512, ... }
  *         q3n__config_modules(c, 3) -> ATTENTION | QK_NORM | EXPERTS | SHARED    what layer 3 has
@@ -3888,8 +3889,8 @@ static int64_t q3n__config_channels(const q3n_config *c)
          + (int64_t)c->linear_num_value_heads * c->linear_value_head_dim;
 }
 
-/* 64 bits: in a configuration that has not been checked yet two heads of 4096 x 1024 already add
- * up. */
+/* A length in elements: fields that are in their ranges make products of at most 2^24, but callers
+ * multiply lengths. */
 static int64_t q3n__config_dim(const q3n_config *c, q3n__dim id)
 {
     switch (id) {
@@ -3934,10 +3935,10 @@ static unsigned q3n__plan_types(const q3n_config *c, const q3n__plan_row *row, i
 {
     const unsigned floats = 1u << Q3N_TYPE_F32 | 1u << Q3N_TYPE_F16 | 1u << Q3N_TYPE_BF16;
     const unsigned fine = floats | 1u << Q3N_TYPE_Q8 | 1u << Q3N_TYPE_Q6;
+    /* A tied embedding is the head: it has the head's types. */
     const int is_head = row->module == Q3N__MODULE_HEAD
                      || (layer == Q3N__LAYER_NONE && c->tie_word_embeddings
                          && row->field == offsetof(q3n__weights, embed_tokens));
-    /* A tied embedding is the head: it has the head's types. */
     if (row->role == Q3N__ROLE_VEC) return 1u << Q3N_TYPE_F32;
     if (row->role == Q3N__ROLE_ROUTER) return floats;
     if (is_head || layer == Q3N__LAYER_MTP || row->module == Q3N__MODULE_MTP) return fine;
@@ -4026,7 +4027,7 @@ static q3n_result q3n__plan_visit(const q3n_config *c, q3n__plan_fn fn, void *us
 /* ---- Fields by name: Q3N_CONFIG_LIST as a table ----
  *
  * Everything that treats fields alike (files, listings, the check of ranges) walks this table
- * and reaches a field by its offset; memcpy, since the types are two. */
+ * and reaches a field by its offset, with memcpy, since there are two types. */
 typedef struct q3n__config_row {
     const char *name;
     char        kind;            /* 'I' int, 'B' 0 or 1, 'E' enum (all int), 'F' double          */
@@ -4066,8 +4067,8 @@ static const struct {
 #undef Q3N__WORDS
 };
 
-/* A walk over some forty rows: names are looked up when files are opened and options read, not
- * later. */
+/* A walk over forty rows: names are looked up when a file is opened or a host asks, not during
+ * evaluation. */
 static const q3n__config_row *q3n__config_find(const char *name)   /* NULL = no such field */
 {
     for (size_t i = 0; i < Q3N__N_CONFIG_ROWS; i++)
@@ -4109,7 +4110,7 @@ static double q3n__config_value(const q3n_config *c, const q3n__config_row *row)
     return i;
 }
 
-/* A configuration of the caller's. */
+/* Read a configuration of the caller's, whose size may be another. */
 static q3n_result q3n__config_read(q3n_config *c, const q3n_config *in, q3n_error *err)
 {
     if (!in) return q3n__fail(err, Q3N_ERR_ARG, -1, "no configuration");
@@ -4127,7 +4128,8 @@ Q3N_DEF q3n_result q3n_config_value(const q3n_config *c, const char *field, doub
     return Q3N_OK;
 }
 
-/* Doubles with 15 digits: a decimal number of so many comes back as it was written (DBL_DIG). */
+/* Doubles with 15 digits: a decimal number with that many comes back as it was written (DBL_DIG).
+ */
 Q3N_DEF const char *q3n_config_field(const q3n_config *c, int i, char text[64])
 {
     q3n_config config;
@@ -4351,12 +4353,12 @@ static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a);
  *     weights    the plan of the config -> m->weights, layers   type and shape are the plan's
  *     rope       frequencies;  tokenizer: tables
  *
- * The order is the argument: each step may use what those before it have proved, and no number of
- * the file is used before.  Sections and tensors may overlap: nothing is ever written to them.
- * Errors name the byte where they were noticed and what was expected there; Q3N_ERR_UNSUPPORTED
- * means a later library may read the file, Q3N_ERR_FORMAT that none will.  Tensor data are not
- * looked at, but for tables of rope: opening reads no weights.  Knows nothing of sessions, threads
- * and kernels.
+ * The order is what makes it safe: each step may use what those before it have proved, and no
+ * number of the file is used earlier.  Sections and tensors may overlap: nothing is ever written to
+ * them.  Errors name the byte where they were noticed and what was expected there;
+ * Q3N_ERR_UNSUPPORTED means a later library may read the file, Q3N_ERR_FORMAT that none will.
+ * Tensor data are not looked at, but for tables of rope: opening reads no weights.  Knows nothing
+ * of sessions, threads and kernels.
  * ===================================================================================== */
 /* Limits of what a file may ask for, so that what is allocated and searched is bounded before it
  * is. */
@@ -4364,8 +4366,8 @@ static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a);
 #define Q3N__MAX_TENSORS  (1 << 16)
 #define Q3N__MAX_IDS      16             /* in eos_ids, tokenizer_prefix and tokenizer_suffix     */
 #define Q3N__MAX_LABELS   (1 << 20)
-#define Q3N__MAX_NAME     255            /* bytes of the name, and of chat                       */
-#define Q3N__MAX_CHAT     31
+#define Q3N__MAX_NAME     255            /* bytes of the model's name                            */
+#define Q3N__MAX_CHAT     31             /* bytes of chat                                        */
 #define Q3N__SECTION_BYTES 32
 #define Q3N__HEADER_BYTES  64
 
@@ -4483,7 +4485,7 @@ static q3n_result q3n__load_header(q3n__load *ld, int skip_checksum)
     return Q3N_OK;
 }
 
-/* Each section lies after the table and inside the metadata.  Unknown kinds are passed over unless
+/* Each section lies after the table and inside the metadata.  Unknown kinds are ignored unless
  * their flag says that a reader must know them: so later versions can add what older ones may
  * ignore. */
 static q3n_result q3n__load_sections(q3n__load *ld)
@@ -4629,7 +4631,7 @@ static q3n_result q3n__load_ids(q3n__load *ld, const q3n__entry *e, q3n__ids *ou
     return Q3N_OK;
 }
 
-/* A token id, of which a classifier passes over those at the end of a text. */
+/* The padding token: a classifier ignores those at the end of a text. */
 static q3n_result q3n__load_pad_id(q3n__load *ld, const q3n__entry *e)
 {
     if (e->type != Q3N__VALUE_INT || e->n_values != 1) return q3n__entry_error(ld, e, "one int");
@@ -4745,9 +4747,9 @@ static q3n_result q3n__load_other(q3n__load *ld, const q3n__entry *e, size_t key
     }
 }
 
-/* Unknown keys are passed over, however often they stand there; the others may stand once.  What
- * has been seen is an array of the known keys: comparing each with all before it would be quadratic
- * in a file of many. */
+/* Unknown keys are ignored, however often they stand there; the others may stand once.  What has
+ * been seen is an array of the known keys: comparing each with all before it would be quadratic in
+ * a file of many. */
 static q3n_result q3n__load_entry(q3n__load *ld, const q3n__entry *e)
 {
     const q3n__config_row *row = q3n__config_find(e->key);
@@ -4771,8 +4773,8 @@ static q3n_result q3n__load_config(q3n__load *ld)
         const q3n_result r = q3n__load_entry(ld, &e);
         if (r != Q3N_OK) return r;
     }
-    /* Without these lists no layer is known; a file must have both, one number a layer. */
     if (got < 0) return Q3N_ERR_FORMAT;
+    /* Without these lists no layer is known; a file must have both, one number a layer. */
     const int layers = ld->m->config.num_hidden_layers;
     if (ld->n_types != layers || ld->n_experts != layers)
         return q3n__fail(ld->err, Q3N_ERR_FORMAT,
@@ -5156,7 +5158,7 @@ static q3n_result q3n__load_tokenizer(q3n__load *ld)
     return q3n__tokenizer_open(&m->tokenizer, &p, &m->allocator, ld->err);
 }
 
-/* What is odd and yet as the checkpoint has it: said to the host's logger, no error. */
+/* What is odd, but as the checkpoint has it: a note to the host's logger, no error. */
 static void q3n__load_warnings(const q3n_model *m)
 {
     if (m->config.rope_type == Q3N_ROPE_TABLE) {
@@ -5221,7 +5223,7 @@ static q3n_result q3n__model_load(q3n_model *m, int skip_checksum, q3n_error *er
     return r;
 }
 
-/* Of a model in any state of loading: what it has not got is NULL. */
+/* Frees a model in any state of loading: what is not made yet is NULL. */
 static void q3n__model_free(q3n_model *m)
 {
     const q3n_allocator a = m->allocator;
@@ -5262,7 +5264,7 @@ static q3n_result q3n__model_create(q3n_model **out, const q3n_model_options *o,
  * [10] UNICODE                                                              >>unicode
  *
  * UTF-8, character classes and Normalization Form C for the tokenizer.  Bytes that are no UTF-8
- * count as characters outside every class, which normalisation leaves alone.  The tables are
+ * count as characters of class OTHER, which normalisation leaves alone.  The tables are
  * printed by tools/unicode_tables.py and unpacked once per model: 14 KB of text become 60 KB.
  *
  * Later code may assume that a character's class and its normalisation depend on the tables alone,
@@ -5562,7 +5564,7 @@ typedef struct {
     uint32_t props;
     uint32_t mask;      /* Q3N__CLASS_*; 0 at the end of the text */
     int      bytes;     /* 0 at the end of the text */
-    int      valid;     /* 0: one byte that is no UTF-8, a stable character outside every class */
+    int      valid;     /* 0: one byte that is no UTF-8: class OTHER, stable, no code point */
 } q3n__char;
 
 /* The character at p <= end.  Bytes that are no UTF-8 are one character each, so that every place
@@ -5664,7 +5666,7 @@ static const uint8_t *q3n__find_unstable(const q3n__unicode *u, const uint8_t *p
 }
 
 /* The caller has reserved the room. */
-static void q3n__push_char(q3n__normalizer *z, uint32_t cp)   /* room has been made */
+static void q3n__push_char(q3n__normalizer *z, uint32_t cp)
 {
     const uint32_t c = q3n__char_props(z->unicode, cp) >> Q3N__RANK_SHIFT << 24 | cp;
     memcpy(z->chars.data + z->chars.bytes, &c, sizeof c);
@@ -5831,9 +5833,10 @@ static void q3n__normalizer_end(q3n__normalizer *z)
  *
  * Byte-level BPE.  Text goes through four steps, each a subsection: added tokens are cut out, the
  * rest is brought to NFC and cut into words by the pattern, each word's bytes are merged pair by
- * pair in order of rank.  Text passes in chunks: memory grows with the longest word only, time with
- * the length of the text (times its logarithm within one word).  Both the section of the file and
- * the text are hostile.  Of the model it knows the tokenizer and the allocator.
+ * pair in order of rank.  Text passes in chunks: memory grows with the longest word only (with the
+ * text, if NFC changes it and the file has added tokens that are searched after NFC), time with the
+ * length of the text (times its logarithm within one word).  Both the section of the file and the
+ * text are hostile.  Of the model it knows the tokenizer, the allocator and the ids around a text.
  *
  *     "<|im_start|>It's cafe\u0301"
  *      q3n__encode_text     <|im_start|>  is an added token: its id;  the rest is plain
@@ -5961,7 +5964,7 @@ static const uint8_t *q3n__word_end(const q3n__tokenizer *t, const uint8_t *p, c
  * Sorted by text, so that those which agree in their first bytes are neighbours and a search is a
  * range that becomes narrower:     first['<'] .. first['=']     all that begin with '<'
  *                                  byte 1 '|', byte 2 'i' ...   the longest that ended on the way
- * Texts of one token may be others' beginnings; the longest match at the first place wins. */
+ * The text of one token may begin another's: the longest match at the first place wins. */
 
 #define Q3N__TOKEN_SPECIAL      1u
 #define Q3N__TOKEN_LSTRIP       2u      /* takes the white space before it along */
@@ -6065,10 +6068,10 @@ static q3n__match q3n__next_added(const q3n__encoder *e, const q3n__added_index 
 
 /* The ranks of pairs: an open hash table of 2^k slots, k such that at most 2/3 are full.  Qwen3:
  * 151,387 merges, 2^18 slots of 8 bytes.  A slot holds half of the hash instead of the pair, which
- * is looked up in the file's list where the halves agree.  A pair lies at most so many slots from
- * its home, one that finds none is in a sorted list: so that no choice of merges makes a lookup
- * long, of pairs that are there or not.  Of Qwen3's merges three are in the list.  With insertion
- * alone bounded, at 4096, text of 20 kB and merges made for it took 4 s. */
+ * is looked up in the file's list where the halves agree.  A pair lies fewer than Q3N__MAX_PROBES
+ * slots from its home, or in a sorted list: so that no choice of merges makes a lookup long,
+ * whether the pair is there or not.  Of Qwen3's merges three are in the list.  With insertion alone
+ * bounded, at 4096, text of 20 kB and merges made for it took 4 s. */
 #define Q3N__MAX_PROBES 32
 
 struct q3n__merge_key { uint32_t left, right, rank; };
@@ -7928,9 +7931,9 @@ static void q3n__delta_gate_task(void *arg, int begin, int end)
  * chunks of 64 tokens and dk = dv = 128 it needs 3 dk dv + 2 x 64 (dk + dv) = 82 k a token and
  * head, against 4 dk dv = 66 k here; and here the result does not depend on how a text is cut.
  *
- *   r->a [n, d] in, r->b [n, d] out     layer: number among the DeltaNet layers, of which
- *   delta is [layer][Hv][dk, dv], conv [layer][width - 1, C]: 2 MiB and 96 KiB in the 80B
- *   (Hk 16, Hv 32, dk = dv = 128, width 4), whatever the length of the text
+ *   r->a [n, d] in, r->b [n, d] out     layer: number among the DeltaNet layers, of which delta is
+ *   [layer][Hv][dk, dv], conv [layer][width - 1, C]: 2 MiB and 96 KiB a layer in the 80B (Hk 16, Hv
+ *   32, dk = dv = 128, width 4), whatever the length of the text
  */
 static void q3n__deltanet(q3n__run *r, const q3n__layer *w, int layer)
 {
@@ -7963,7 +7966,8 @@ static void q3n__deltanet(q3n__run *r, const q3n__layer *w, int layer)
  * [16] MODEL                                                                  >>model
  *
  * The forward pass, in the words and letters of the reference: feed-forward networks and experts,
- * layers, the trunk, multi-token prediction.  Knows no type, no instruction set, no file.
+ * layers, the trunk, multi-token prediction.  Knows no instruction set, no file, and of types only
+ * which are quantised.
  *
  *     token -> embed -> x [d]
  *     each layer          x -> norm -> a -> attention or DeltaNet -> b,   x += b
@@ -8518,7 +8522,7 @@ static void q3n__page_copy(const q3n__shape *shape, q3n__page *to, q3n__page *fr
  * What it takes to go on after `length` tokens without evaluating one again: keys and values (the
  * pages), DeltaNet's matrices and convolution columns with nothing pending, the last hidden state
  * (the MTP module reads it with the next token), and logits if there were any.  Its maker fills it
- * in before anyone else sees it; from then on it is read alone, by any thread.  Matrices of bf16
+ * in before anyone else sees it; from then on it is only read, by any thread.  Matrices of bf16
  * take half the memory and are no longer exact. */
 struct q3n_snapshot {
     q3n__atomic      n_refs;
@@ -8736,8 +8740,8 @@ static q3n_result q3n__session_header_open(const q3n__session_header *h, q3n_err
     return Q3N_OK;
 }
 
-/* Whether a session of this model and shape can take the file, all its numbers aside: what the user
- * can do something about, in words that say what. */
+/* Whether a session of this model and shape can take the file, leaving its sizes aside: what the
+ * user can do something about, in words that say what. */
 static q3n_result q3n__session_header_fits(const q3n__session_header *h,
                                            const q3n__session_header *want, q3n_error *err)
 {
@@ -9008,7 +9012,7 @@ static q3n_result q3n__stream_end(q3n__stream *in, const q3n_snapshot *s)
  *     no            yes              without    begin after the text, when the session takes it
  *     yes           yes              with       from mtp_first on
  *
- * *out is set on success alone. */
+ * *out is set on success only. */
 static q3n_result q3n__stream_read(q3n__stream *in, q3n_snapshot **out, const q3n_model *m,
                                    const q3n__shape *shape, int capacity)
 {
@@ -9145,7 +9149,7 @@ typedef struct {
     uint64_t      file_order;    /* among files of one second                                    */
 } q3n__cache_item;
 
-/* A slot of the hash table of pages, which is there for the account alone: linear probing from the
+/* A slot of the hash table of pages, which serves the account only: linear probing from the
  * mixed address. */
 typedef struct {
     q3n__page *page;             /* NULL = free slot                                             */
@@ -9436,7 +9440,7 @@ static int q3n__cache_parse(const char *name, q3n__cache_item *e)
     return strcmp(name, again) == 0;
 }
 
-/* The item's file does not count any more; the item goes if that was all of it. */
+/* Forget the item's file, and the item if that was all of it. */
 static void q3n__cache_file_forget(q3n_cache *c, int i)
 {
     q3n__cache_item *e = &c->items[i];
@@ -9472,7 +9476,7 @@ static int q3n__cache_compare_age(const void *left, const void *right)
     return a->file_order == b->file_order ? 0 : a->file_order < b->file_order ? -1 : 1;
 }
 
-/* -1 = none.  One pass over all items. */
+/* The item with the oldest file, -1 = none.  One pass over all items. */
 static int q3n__cache_oldest_file(const q3n_cache *c)
 {
     int oldest = -1;
@@ -13351,7 +13355,7 @@ Q3N__DEFINE_ATTEND_SCALAR(q8, 1)
 
 /* x to bytes, the i-th at q + i * stride; returns the scale:
  *
- *     scale = max |x| / 127;   q = x 127 / max |x|, to the nearest integer, halves to even
+ *     scale = max |x| / 127;   q = x (127 / max |x|), to the nearest integer, halves to even
  *
  * The largest becomes 127 exactly and -128 is not used.  What is not finite becomes a scale of NaN,
  * so that it is seen in every product; what is as good as zero a scale of 0. */
@@ -13382,9 +13386,9 @@ static void q3n__store_kv_q8_scalar(const q3n__store_kv *s)
  * The inner sum is an exact integer: 32 products of |level| <= 128 and |q| <= 127.  The scales are
  * multiplied first, then with the sum: vector kernels do the same. */
 
-/* 64 activations to a block: scale = max |x| / 127 of a group, q = x / scale to the nearest
- * integer, halves to even.  A group that is as good as zero, or not finite, has q 0; its scale
- * says which. */
+/* 64 activations to a block: scale = max |x| / 127 of a group, q = x (127 / max |x|) to the nearest
+ * integer, halves to even; the factor is rounded to f32 first.  A group that is as good as zero, or
+ * not finite, has q 0; its scale says which. */
 static void q3n__quantize_x_group_scalar(q3n__x8 *y, int g, const float *x, int n)
 {
     const float m = q3n__largest_scalar(x, n);
@@ -13822,7 +13826,7 @@ static Q3N__UNUSED void q3n__attend_groups(const q3n__attend_parts *f, q3n_type 
     Q3N__DEFINE_ATTEND(bf16, BF16, isa)                                                            \
     Q3N__DEFINE_ATTEND(q8, Q8, isa)
 
-/* Tokens of the next tile: at most `most`, and no tile of one after a full one. */
+/* Tokens of the next tile: at most `max`, and no tile of one after a full one. */
 static Q3N__UNUSED int q3n__tile_tokens(int left, int max)
 {
     return left <= max ? left : left < 2 * max ? (left + 1) / 2 : max;
@@ -13898,11 +13902,11 @@ static Q3N__UNUSED void q3n__conv_shift(const q3n__conv *c)
 /* =====================================================================================
  * [27] KERNELS, AVX2                                                   >>kernels-avx2
  *
- * How all three ISA sections work.  An element of a product has one accumulator vector that walks
- * the columns in steps of one vector; a shorter last step reads zeros after the end; then one
- * order of horizontal sums.  Tiles of several rows and tokens only put independent elements next
- * to each other, so no tile shape changes a bit.  Loops over constants, marked Q3N__UNROLL, unroll
- * completely and their arrays live in registers.
+ * How the sections of AVX2, AVX-512 and NEON work.  An element of a product has one accumulator
+ * vector that walks the columns in steps of one vector; a shorter last step reads zeros after the
+ * end; then one order of horizontal sums.  Tiles of several rows and tokens only put independent
+ * elements next to each other, so no tile shape changes a bit.  Loops over constants, marked
+ * Q3N__UNROLL, unroll completely and their arrays live in registers.
  *
  * Whoever includes this file compiles every body in it: one more shape or type that is a constant
  * has to be worth that.  What a call or a branch does not slow is shared: the beginning and the end
@@ -13946,7 +13950,7 @@ Q3N__INLINE __m256 q3n__load8_avx2(q3n_type type, const void *row, size_t i)
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 
-/* The same as far as they are real, through a copy: AVX2 masks loads of 32 bits alone. */
+/* The same as far as they are real, through a copy: AVX2 masks only loads of 32 bits or more. */
 static __m256 q3n__load_avx2(q3n_type type, const void *row, size_t i, int n)
 {
     const size_t size = q3n__kv_element(type);
@@ -14092,7 +14096,7 @@ Q3N__INLINE void q3n__rows_avx2(q3n_type type, const q3n__matmul *m, int r, int 
     while (t < t1) {
         const int T = q3n__tile_tokens(t1 - t, Q3N__TOKENS_AVX2);
         switch (T) {
-        case 1:              /* the one twice */
+        case 1:              /* as two, the second a copy that is not stored */
         case 2: q3n__tile_avx2(type, 4, 2, m, r, t); break;
         case 3: q3n__tile_avx2(type, 4, 3, m, r, t); break;
         }
@@ -14285,8 +14289,8 @@ Q3N__INLINE void q3n__delta_read_avx2(int V, q3n__delta_cols_avx2 *p, const floa
     }
 }
 
-/* S <- decay S + k d' and, while S is at hand, o = S' q and read = S' next.  Constants: whether the
- * new S is kept; q and next are NULL if nobody needs what they read. */
+/* S <- decay S + k d' and, while S is at hand, o = S' q and read = S' next.  `keeps`, a constant,
+ * says whether the new S is stored; q and next are NULL if nobody needs what they read. */
 Q3N__INLINE void q3n__delta_step_avx2(int V, q3n__delta_cols_avx2 *p, int keeps,
                                       const float *q, const float *k, const float *next)
 {
@@ -14971,7 +14975,7 @@ static void q3n__rows_avx512(q3n_type type, const q3n__matmul *m, int r, int t, 
     while (t < t1) {
         const int T = q3n__tile_tokens(t1 - t, Q3N__TOKENS_AVX512);
         switch (T) {
-        case 1:              /* the one twice */
+        case 1:              /* as two, the second a copy that is not stored */
         case 2: q3n__tile_avx512(type, 4, 2, m, r, t); break;
         case 3: q3n__tile_avx512(type, 4, 3, m, r, t); break;
         case 4: q3n__tile_avx512(type, 4, 4, m, r, t); break;
