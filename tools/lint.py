@@ -32,24 +32,25 @@ TAG_LINE = re.compile(r" \*\s+(?:(\[\d+\])\s+|-\s+)?(\S.*?)\s+>>([\w-]+)\s*$")
 PUBLIC = re.compile(r"^Q3N_DEF\s[^;{]*?\b(q3n_[a-z0-9]\w*)\s*\(", re.M)
 HEAD = re.compile(r"^(?:static|extern|Q3N_DEF|Q3N__\w+|[A-Za-z_]\w*[\s*]).*\(")
 
-# The rooms of each header in their order: name, lines that it may have, its sections, and what no
-# code of it may name.  A section may have MAX_SECTION_LINES.
+# The rooms of each header in their order: name, lines that it may have (little more than it has:
+# who needs more says why where it is raised), its sections, and what no code of it may name.  A
+# section may have MAX_SECTION_LINES.
 ROOMS = (
     ("manual", 450, (), None),
-    ("api", 1000, ("api",), None),
+    ("api", 950, ("api",), None),
     ("ground", 2100, ("platform", "memory", "errors", "files", "parallel"),
      r"q3n_model\b|q3n_session|q3n__layer|q3n_config\b|Q3N_TYPE_"),
-    ("formats", 2200, ("types", "config", "loader"),
+    ("formats", 2100, ("types", "config", "loader"),
      r"q3n__engine|q3n__run\b|q3n__pool\b"),
-    ("words", 4500, ("unicode", "tokenizer"),
+    ("words", 4500, ("unicode", "tokenizer"),       # JSON, chat, constraints are to come
      r"q3n_session|q3n__engine|q3n__run\b|q3n__layer|Q3N_TYPE_"),
-    ("model", 1800, ("ops", "run", "attention", "deltanet", "model"),
+    ("model", 1700, ("ops", "run", "attention", "deltanet", "model"),
      r"q3n_session\b|q3n__engine|q3n__file|q3n__input|q3n__output|Q3N_TYPE_|Q3N_ISA_"),
-    ("engine", 4400, ("state", "session-files", "cache", "engine", "sampler", "session", "batch",
-                      "mtp", "evaluation", "reuse", "speculation"),
+    ("engine", 4300, ("state", "session-files", "cache", "engine", "sampler", "session", "batch",
+                      "speculation"),
      r"Q3N_ISA_(?!AUTO|SCALAR)|q3n__tokenizer"),
-    ("public", 800, ("public",), None),
-    ("kernels", 3600, ("kernels-scalar", "kernels-avx2", "kernels-avx512", "kernels-avx512vnni",
+    ("public", 700, ("public",), None),
+    ("kernels", 3400, ("kernels-scalar", "kernels-avx2", "kernels-avx512", "kernels-avx512vnni",
                        "kernels-neon", "dispatch"), r"q3n_session|q3n__engine|q3n__layer\b"),
 )
 MAKE_ROOMS = (
@@ -57,19 +58,16 @@ MAKE_ROOMS = (
     ("api", 250, ("api",), None),
     ("making", 1700, ("geometry", "quantise", "writer", "random"), r"q3n_session|q3n__engine"),
 )
-# What users include: sections, functions and names of these are checked.
-HEADERS = {"qwen3next.h": ROOMS, "tools/q3n_make.h": MAKE_ROOMS}
+# What users include: rooms, and the share of comments: of the lines of the implementation that are
+# not blank, those that are nothing but one.
+HEADERS = {"qwen3next.h": (ROOMS, (0.16, 0.24)), "tools/q3n_make.h": (MAKE_ROOMS, (0.08, 0.24))}
 MAX_LINES = 18000
 
 # Functions that are used before their bodies: why that cannot be otherwise.
 FORWARD = {"q3n__weight": "kernels close the file, single values of a matrix are asked for before",
            "q3n__kernels_init": "kernels close the file, the engine asks for their table",
            "q3n__tokenizer_close": "the loader frees what the tokenizer made",
-           "q3n__batch_engine": "a session may evaluate with the engine of a batch",
            "q3n__mtp_flush": "the module's rows are written when a session begins a call"}
-
-# Of the lines of the implementation that are not blank, those that are nothing but a comment.
-COMMENT_SHARE = (0.16, 0.24)
 
 # What nobody in the field says, and what we say instead: names and sentences of the library and
 # of the programs.
@@ -221,6 +219,8 @@ def check_rooms(lines, rooms, report, show):
         if size > MAX_SECTION_LINES:
             report(first, "section %s has %d lines, at most %d" % (tag, size, MAX_SECTION_LINES))
     for name, budget, tags, _ in rooms:
+        for tag in sorted(set(tags) - {tag for tag, _, _ in parts}):
+            report(1, "room %s: there is no section %s" % (name, tag))
         own = [p for p in parts if p[0] in tags]
         size = sum(last - first + 1 for _, first, last in own)
         if not tags:
@@ -259,10 +259,10 @@ def comment_share(lines):
     return comments / (comments + code) if comments + code else 0.0
 
 
-def check_comments(lines, parts, report, show):
-    first = next((first for tag, first, _ in parts if tag not in ("api",)), None)
+def check_comments(lines, wanted, report, show):
+    first = next((first for tag, first, _ in sections(lines) if tag != "api"), None)
     share = comment_share(lines[first - 1:]) if first else 0.0
-    low, high = COMMENT_SHARE
+    low, high = wanted
     if show:
         print("implementation: %.1f %% comments, between %.0f and %.0f"
               % (100 * share, 100 * low, 100 * high))
@@ -272,7 +272,7 @@ def check_comments(lines, parts, report, show):
 
 
 def check_knowledge(lines, rooms, report):
-    """Forward declarations are the listed ones, and rooms do not name what they must not know."""
+    """Forward declarations are those of FORWARD; no room names what it must not know."""
     for n, line in enumerate(lines, 1):
         m = re.match(r"(?:static|Q3N__INLINE)\s[^;={]*?\b(q3n__\w+)\s*\([^{]*\)\s*;", line)
         if m and m.group(1) not in FORWARD:
@@ -343,14 +343,13 @@ def check_symbols(path, report):
 def check_file(path, lines, report, show=False):
     """What one file can say alone; returns the number of its functions."""
     check_text(path, lines, report)
-    rooms = next((rooms for name, rooms in HEADERS.items() if path.match(name)), None)
+    rooms, comments = next((row for name, row in HEADERS.items() if path.match(name)), (None, None))
     if rooms:
         check_contents(lines, report)
         check_portability(lines, sections(lines), report)
         check_rooms(lines, rooms, report, show)
         check_knowledge(lines, rooms, report)
-    if rooms is ROOMS:
-        check_comments(lines, sections(lines), report, show)
+        check_comments(lines, comments, report, show)
     return check_functions(lines, report) if path.suffix in (".h", ".c") else 0
 
 
