@@ -6,6 +6,8 @@
  * and chosen at run time.  It is neither a server nor a trainer, and reads no other model families.
  * A second header, tools/q3n_make.h, makes files (quantised copies, random weights).
  *
+ * SPDX-License-Identifier: MIT (text: LICENSE)
+ *
  * In one C file of its own, so that it is compiled once:
  *
  *     #define Q3N_IMPLEMENTATION
@@ -123,7 +125,8 @@
  *     Xeon of 2.5 GHz, 131 MB without SIMD.
  *
  * THREADS.  A model is immutable: share it.  A session belongs to one thread at a time and has a
- * pool of threads of its own, or your executor.  There is no writable global state.
+ * pool of threads of its own, or your executor, or evaluates with an engine that it is given: then
+ * engine and sessions belong to one thread together.  There is no writable global state.
  *
  * MEMORY.  Weights are mapped: the system keeps what is used and may drop it again.  Do not
  * truncate an open file: reading beyond its new end is a fault that no library can catch.  A
@@ -969,7 +972,9 @@ Q3N_DEF q3n_result       q3n_session_tokens(const q3n_session *s, int first, int
 Q3N_DEF int              q3n_session_cancel(q3n_session *s);
 
 Q3N_DEF const q3n_model *q3n_session_model(const q3n_session *s);
-Q3N_DEF q3n_engine      *q3n_session_engine(const q3n_session *s);    /* its own or the given    */
+/* The engine that was given, or the session's own: that is gone with the session, has room for as
+ * much as it needs, and is not to be destroyed. */
+Q3N_DEF q3n_engine      *q3n_session_engine(const q3n_session *s);
 Q3N_DEF int              q3n_session_length(const q3n_session *s);    /* tokens evaluated so far */
 Q3N_DEF int              q3n_session_capacity(const q3n_session *s);
 Q3N_DEF int              q3n_session_n_threads(const q3n_session *s);
@@ -997,7 +1002,8 @@ Q3N_DEF void       q3n_snapshot_free(q3n_snapshot *snap);          /* NULL is al
 Q3N_DEF q3n_result q3n_session_restore(q3n_session *s, const q3n_snapshot *snap);
 
 /* A new session with the same text; o NULL = the options of s.  Pages are shared until one of the
- * two writes into them. */
+ * two writes into them.  It has no sampler (q3n_session_set_sampler); without option engine it has
+ * an engine of its own, with snapshot_bytes a cache of its own, which is empty. */
 Q3N_DEF q3n_result q3n_session_fork(q3n_session **out, q3n_session *s,
                                     const q3n_session_options *o, q3n_error *err);
 
@@ -1246,15 +1252,15 @@ Q3N_DEF const q3n_error *q3n_sampler_error(const q3n_sampler *s);    /* of the l
 /* Remember a token that was not sampled, such as the prompt's. */
 Q3N_DEF void       q3n_sampler_accept(q3n_sampler *s, int32_t id);
 Q3N_DEF void       q3n_sampler_reset(q3n_sampler *s);    /* forget tokens, seed again */
-/* Begin the random numbers of another seed, the tokens remembered stay: for copies of a text that
- * are to differ.  q3n_sampler_reset keeps to it. */
+/* Other random numbers from here on; the tokens remembered stay.  q3n_sampler_reset goes back to
+ * this seed. */
 Q3N_DEF void       q3n_sampler_seed(q3n_sampler *s, uint64_t seed);
 
 /* ---- Generating ---- */
 
 /* Give the session a sampler of its own, in the place of the one it had; o NULL = none, as sessions
- * begin.  Its memory comes on top of q3n_session_bytes.  q3n_session_reset resets it; evaluating,
- * q3n_session_prefill and _rewind leave it as it is.
+ * begin.  Its memory comes on top of q3n_session_bytes.  q3n_session_reset resets it; whatever
+ * else changes the text leaves it as it is.
  * Errors: as q3n_sampler_create; then the session has the sampler that it had. */
 Q3N_DEF q3n_result   q3n_session_set_sampler(q3n_session *s, const q3n_sampler_options *o);
 /* It is the session's: not to be destroyed, and gone with the session or when another is set. */
@@ -2755,13 +2761,11 @@ static size_t q3n__struct_size(const void *s)
     return size < sizeof size || size > Q3N__MAX_STRUCT ? 0 : size;
 }
 
-/* Read a struct of the caller's, NULL = all defaults, into out [room]: what it does not have is 0,
- * and what this library does not have must be. */
-static q3n_result q3n__struct_read(void *out, size_t room, const void *in, const char *name,
-                                   q3n_error *err)
+/* The caller's struct has a size, and zeros where this library, which knows [room], has none. */
+static q3n_result q3n__struct_check(const void *in, size_t room, const char *name, q3n_error *err)
 {
     const uint8_t *bytes = (const uint8_t *)in;
-    const size_t size = in ? q3n__struct_size(in) : sizeof room;
+    const size_t size = q3n__struct_size(in);
     if (size == 0)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "%s: its size is not set: begin with Q3N_INIT or "
                          ".size = sizeof", name);
@@ -2770,6 +2774,17 @@ static q3n_result q3n__struct_read(void *out, size_t room, const void *in, const
             return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "%s: byte %zu of %zu is of a field that "
                              "this version of the library, which has %zu, does not know", name, i,
                              size, room);
+    return Q3N_OK;
+}
+
+/* Read a struct of the caller's, NULL = all defaults, into out [room]: what it does not have is 0,
+ * and what this library does not have must be. */
+static q3n_result q3n__struct_read(void *out, size_t room, const void *in, const char *name,
+                                   q3n_error *err)
+{
+    const q3n_result r = in ? q3n__struct_check(in, room, name, err) : Q3N_OK;
+    if (r != Q3N_OK) return r;
+    const size_t size = in ? q3n__struct_size(in) : 0;
     memset(out, 0, room);
     if (in) memcpy(out, in, size < room ? size : room);
     memcpy(out, &room, sizeof room);
@@ -3335,6 +3350,8 @@ static const q3n__type_info q3n__types[Q3N_TYPE_COUNT] = {
 #undef Q3N__X
 };
 
+_Static_assert(Q3N_TYPE_COUNT <= 32, "types are bits of masks and places in q3n_model_stats");
+
 Q3N_DEF const char *q3n_type_name(q3n_type t)
 {
     return (unsigned)t < Q3N_TYPE_COUNT ? q3n__types[t].name : NULL;
@@ -3356,11 +3373,13 @@ static int q3n__is_quantised(q3n_type t) { return q3n__types[t].block_len > 1; }
 /* Bytes of one row of n elements, or of its share of a tile: rows that are a multiple of 16 start
  * at r * row_bytes in every type.  2048 elements: f32 8192, bf16 4096, q8 2176, q6 1664, q4 1152,
  * q3 896. */
-static size_t q3n__row_bytes(q3n_type t, int n)
+static uint64_t q3n__row_bytes64(q3n_type t, int64_t n)
 {
-    const int len = q3n__types[t].block_len;
-    return ((size_t)n + (size_t)len - 1) / (size_t)len * (size_t)q3n__types[t].block_bytes;
+    const uint64_t len = (uint64_t)q3n__types[t].block_len;
+    return ((uint64_t)n + len - 1) / len * (uint64_t)q3n__types[t].block_bytes;
 }
+
+static size_t q3n__row_bytes(q3n_type t, int n) { return (size_t)q3n__row_bytes64(t, n); }
 
 /* Rows as they are stored: whole tiles. */
 static int64_t q3n__stored_rows(q3n_type t, int64_t rows)
@@ -3513,7 +3532,7 @@ typedef struct {
     int32_t minus_sum[2];        /* -(sum of q): times a zero point it removes that              */
 } q3n__x8;
 
-#define Q3N__X8_LEAST 1e-30f     /* groups whose largest is smaller are zero                     */
+#define Q3N__X8_MIN 1e-30f     /* groups whose largest is smaller are zero                     */
 
 static int q3n__x8_blocks(int n) { return (n + 2 * Q3N__GROUP - 1) / (2 * Q3N__GROUP); }
 
@@ -4895,8 +4914,7 @@ static q3n_result q3n__load_tensor_place(q3n__load *ld, const uint8_t *p, int64_
         q3n__stored_rows(t->type, t->n_dims == 3 ? t->dim[1] : t->n_dims == 2 ? t->dim[0] : 1);
     /* In 64 bits, where size_t has 32: a row of 2^30 floats has 2^32 bytes.  Rows times bytes can
      * pass 2^64, so the size is compared through a division. */
-    const uint64_t row = ((uint64_t)cols + (uint64_t)ty->block_len - 1) / (uint64_t)ty->block_len
-                       * (uint64_t)ty->block_bytes;
+    const uint64_t row = q3n__row_bytes64(t->type, cols);
     if (row > file || (uint64_t)rows > file / row || slice != (uint64_t)rows * row)
         return q3n__fail(ld->err, Q3N_ERR_FORMAT, at + 48,
                          "%s: slice of %llu bytes, expected %lld rows "
@@ -9408,8 +9426,8 @@ static void q3n__cache_unhold(q3n_cache *c, const q3n_snapshot *s)
  * A name is a claim: key, length and every token are checked when the file is read. */
 #define Q3N__CACHE_PATH      4096
 #define Q3N__CACHE_NAME      64
-#define Q3N__CACHE_MOST_FILES 65536      /* that are taken note of                               */
-#define Q3N__CACHE_MOST_BYTES ((int64_t)1 << 46)   /* of each, so that their sum stays a number  */
+#define Q3N__CACHE_MAX_FILES 65536      /* that are taken note of                               */
+#define Q3N__CACHE_MAX_FILE_BYTES ((int64_t)1 << 46)   /* of each, so that their sum is a number */
 #define Q3N__CACHE_STALE      86400      /* seconds after which an unfinished file is abandoned  */
 
 static void q3n__cache_name(const q3n__cache_item *e, char name[Q3N__CACHE_NAME])
@@ -9580,10 +9598,10 @@ static void q3n__cache_found(void *user, const char *name, int64_t bytes, int64_
     q3n_cache *c = (q3n_cache *)user;
     q3n__cache_item e;
     if (q3n__cache_parse(name, &e)) {
-        if (c->n_items >= Q3N__CACHE_MOST_FILES || !q3n__cache_items_reserve(c)) return;
+        if (c->n_items >= Q3N__CACHE_MAX_FILES || !q3n__cache_items_reserve(c)) return;
         e.marked = 1;
         e.has_file = 1;
-        e.file_bytes = bytes < Q3N__CACHE_MOST_BYTES ? bytes : Q3N__CACHE_MOST_BYTES;
+        e.file_bytes = bytes < Q3N__CACHE_MAX_FILE_BYTES ? bytes : Q3N__CACHE_MAX_FILE_BYTES;
         e.file_time = when;
         e.file_order = ++c->file_order;
         c->items[c->n_items++] = e;
@@ -9615,9 +9633,9 @@ static void q3n__cache_scan(q3n_cache *c)
         return;
     }
     if (c->n_items == 0) return;
-    if (c->n_items >= Q3N__CACHE_MOST_FILES)
+    if (c->n_items >= Q3N__CACHE_MAX_FILES)
         q3n__log(&c->logger, Q3N_LOG_WARNING, "cache: %s: more than %d files, the others are"
-                 " not used", c->directory, Q3N__CACHE_MOST_FILES);
+                 " not used", c->directory, Q3N__CACHE_MAX_FILES);
     int gone = 0;
     q3n__sort(c->items, (size_t)c->n_items, sizeof *c->items, q3n__cache_compare_age);
     for (; c->max_directory_bytes > 0 && c->file_bytes > c->max_directory_bytes; gone++) {
@@ -9927,7 +9945,6 @@ struct q3n_engine {
     int                 has_mtp;
     int                 logit_rows;   /* of `logits`                                              */
     q3n__kernels        kernels;
-    q3n_isa             isa;
     q3n__pool           pool;
     q3n__run            run;
     q3n__segment       *segments;     /* [batch]                                                  */
@@ -9994,9 +10011,10 @@ static q3n_result q3n__engine_options_set(const q3n_model *m, const q3n_engine_o
                          o->batch_size);
     if (o->n_threads < 1 || o->n_threads > 1024)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "%d threads: expected 1 .. 1024", o->n_threads);
-    if (o->isa != Q3N_ISA_AUTO && !q3n_isa_name(o->isa))
+    if (o->isa == Q3N_ISA_AUTO) o->isa = q3n_isa_best();
+    if (!q3n_isa_name(o->isa))
         return q3n__fail(err, Q3N_ERR_ARG, -1, "isa %d is no instruction set", (int)o->isa);
-    if (o->isa != Q3N_ISA_AUTO && !q3n_isa_supported(o->isa))
+    if (!q3n_isa_supported(o->isa))
         return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1, "%s is not compiled in, or not of this "
                          "processor and system: the best here is %s", q3n_isa_name(o->isa),
                          q3n_isa_name(q3n_isa_best()));
@@ -10007,21 +10025,23 @@ static q3n_result q3n__engine_options_set(const q3n_model *m, const q3n_engine_o
 static q3n_result q3n__session_engine_options(const q3n_model *m, const q3n_session_options *o,
                                               q3n_engine_options *e, q3n_error *err)
 {
-    const q3n_engine_options own = {
+    if (o->engine) {
+        *e = o->engine->options;
+        return Q3N_OK;
+    }
+    q3n_engine_options own = {
         .size = sizeof own, .n_threads = o->n_threads, .isa = o->isa, .executor = o->executor,
         .layer_hook = o->layer_hook, .batch_size = o->batch == 0 ? 512 : o->batch };
-    q3n_engine_options fits = own;
-    if (fits.batch_size > o->capacity) fits.batch_size = o->capacity;
-    if (!o->engine) return q3n__engine_options_set(m, &fits, e, err);
-    *e = o->engine->options;
-    return Q3N_OK;
+    if (own.batch_size > o->capacity) own.batch_size = o->capacity;
+    return q3n__engine_options_set(m, &own, e, err);
 }
 
+/* Fill in defaults of o, and the options of the engine that is to evaluate. */
 static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session_options *in,
-                                           q3n_session_options *o, q3n_error *err)
+                                           q3n_session_options *o, q3n_engine_options *engine,
+                                           q3n_error *err)
 {
     const q3n_config *c = &m->config;
-    q3n_engine_options engine;
     q3n_result r = q3n__struct_read(o, sizeof *o, in, "q3n_session_options", err);
     if (r != Q3N_OK) return r;
     if (o->capacity == 0)
@@ -10047,11 +10067,8 @@ static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session
     if (c->rope_type == Q3N_ROPE_TABLE && o->capacity > m->weights.rope_positions)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "capacity %d: the model's rotary tables end at %d",
                          o->capacity, m->weights.rope_positions);
-    r = q3n__session_engine_options(m, o, &engine, err);
-    if (r != Q3N_OK) return r;
-    o->batch = engine.batch_size;
-    o->n_threads = engine.n_threads;
-    return q3n__check_sizes(c, &engine, o->capacity, SIZE_MAX / 4, err);
+    r = q3n__session_engine_options(m, o, engine, err);
+    return r != Q3N_OK ? r : q3n__check_sizes(c, engine, o->capacity, SIZE_MAX / 4, err);
 }
 
 static int q3n__wants_mtp(const q3n_model *m, const q3n_session_options *o)
@@ -10181,47 +10198,49 @@ static void q3n__engine_reserve(q3n_engine *e, int n_blocks)
     e->run.partial = e->split ? (q3n__softmax_partial *)(void *)(e->run.partial_o + at) : NULL;
 }
 
-/* Rows of logits that an engine computes at once. */
+/* Rows of logits that an engine computes at once for several sessions; a session's own engine has
+ * one: a row is 0.6 MB for a vocabulary of 151,936. */
 #define Q3N__LOGIT_ROWS 16
 
-/* Bytes of its one allocation, without the allocator's own head; 0 with err if it cannot be.
- * o: as q3n__engine_options_set leaves them; *threads gets the bytes of what is no scratch. */
+/* What an engine has room for besides its options. */
+typedef struct { int has_mtp, logit_rows; } q3n__engine_room;
+
+static q3n__engine_room q3n__engine_room_of(const q3n_model *m)
+{
+    return (q3n__engine_room){ m->config.num_mtp_layers > 0, Q3N__LOGIT_ROWS };
+}
+
+/* Bytes of its one allocation, without the allocator's own head; 0 if it cannot be.  o: as
+ * q3n__engine_options_set leaves them; *threads gets the bytes of what is no scratch. */
 static size_t q3n__engine_measure(q3n_engine *e, const q3n_model *m, const q3n_engine_options *o,
-                                  int has_mtp, size_t *threads)
+                                  q3n__engine_room room, size_t *threads)
 {
     memset(e, 0, sizeof *e);
     e->model = m;
     e->options = *o;
-    e->has_mtp = has_mtp;
-    e->logit_rows = o->batch_size < Q3N__LOGIT_ROWS ? o->batch_size : Q3N__LOGIT_ROWS;
+    e->has_mtp = room.has_mtp;
+    e->logit_rows = o->batch_size < room.logit_rows ? o->batch_size : room.logit_rows;
     q3n__arena a = { NULL, 0, 0 };
     q3n__arena_take(&a, 1, sizeof *e);
     q3n__engine_layout(&a, e, threads);
     return a.overflow ? 0 : a.used;
 }
 
-static void q3n__engine_free(q3n_engine *e)
-{
-    q3n__pool_close(&e->pool);
-    q3n__free(&e->model->allocator, e->split);
-    q3n__free(&e->model->allocator, e);
-}
-
 static q3n_result q3n__engine_make(q3n_engine **out, const q3n_model *m,
-                                   const q3n_engine_options *o, int has_mtp, q3n_error *err)
+                                   const q3n_engine_options *o, q3n__engine_room room,
+                                   q3n_error *err)
 {
     q3n_engine measured;
     size_t threads;
-    const size_t bytes = q3n__engine_measure(&measured, m, o, has_mtp, &threads);
+    const size_t bytes = q3n__engine_measure(&measured, m, o, room, &threads);
     q3n__arena a = { bytes ? (uint8_t *)q3n__alloc(&m->allocator, bytes) : NULL, 0, 0 };
     if (!a.base)
         return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for batches of %d tokens, %zu bytes: "
-                         "make batch_size smaller", o->batch_size, bytes);
+                         "make the batch smaller", o->batch_size, bytes);
     q3n_engine *e = (q3n_engine *)q3n__arena_take(&a, 1, sizeof *e);
     *e = measured;
     q3n__engine_layout(&a, e, &threads);
-    e->isa = o->isa == Q3N_ISA_AUTO ? q3n_isa_best() : o->isa;
-    q3n__kernels_init(&e->kernels, e->isa);
+    q3n__kernels_init(&e->kernels, o->isa);
     e->run.model = e->model;
     e->run.k = &e->kernels;
     e->run.pool = &e->pool;
@@ -11018,7 +11037,6 @@ struct q3n_session {
     q3n_session_options options;      /* with the defaults filled in                              */
     q3n_engine        *engine;       /* its own, or options.engine                               */
     q3n_cache          *cache;        /* or NULL                                                  */
-    q3n_cache          *own_cache;    /* the same, if it is the session's to destroy              */
     q3n_sampler        *sampler;      /* its own, or NULL                                         */
     q3n__shape          shape;
     q3n_error           error;
@@ -11113,17 +11131,23 @@ static void q3n__session_layout(q3n__arena *a, q3n_session *s, q3n_session_memor
     }
 }
 
-/* Everything that create needs to know; bytes of its one allocation without the allocator's own
- * head, 0 with err if it cannot be. */
+/* Everything that create needs to know, also the options of the engine; bytes of its one allocation
+ * without the allocator's own head, 0 with err if it cannot be. */
 static size_t q3n__session_measure(const q3n_model *m, const q3n_session_options *o,
-                                   q3n_session *s, q3n_session_memory *memory, q3n_error *err)
+                                   q3n_session *s, q3n_session_memory *memory,
+                                   q3n_engine_options *engine, q3n_error *err)
 {
     memset(s, 0, sizeof *s);
     memset(memory, 0, sizeof *memory);
     s->model = m;
-    if (q3n__session_options_set(m, o, &s->options, err) != Q3N_OK) return 0;
+    if (q3n__session_options_set(m, o, &s->options, engine, err) != Q3N_OK) return 0;
     if (s->options.engine && s->options.engine->model != m) {
         q3n__fail(err, Q3N_ERR_ARG, -1, "the engine is of another model");
+        return 0;
+    }
+    if (s->options.engine && q3n__wants_mtp(m, &s->options) && !s->options.engine->has_mtp) {
+        q3n__fail(err, Q3N_ERR_ARG, -1, "the engine is that of a session without the MTP module: "
+                  "q3n_engine_create makes one that has room for it");
         return 0;
     }
     if (s->options.cache && s->options.cache->model != m) {
@@ -11475,7 +11499,7 @@ static void q3n__session_advance(q3n_session *s, q3n_engine *e, const int32_t *t
     s->begun = 1;
 }
 
-/* One pass over all chunks, at most `batch` tokens together; the sessions have begun and have
+/* One pass over all chunks, at most batch_size tokens together; the sessions have begun and have
  * pages.  Afterwards q3n__engine_rows has the rows of all chunks, one after another.
  * Q3N_ERR_CANCELLED leaves the work undone: roll back. */
 static q3n_result q3n__engine_pass(q3n_engine *e, const q3n__chunk *chunk, int n_chunks)
@@ -11519,13 +11543,13 @@ typedef struct {
     size_t       n;
 } q3n__copy_arg;
 
-#define Q3N__COPY_PIECE 65536   /* floats */
+#define Q3N__COPY_RANGE 65536   /* floats */
 
 static void q3n__copy_task(void *arg, int begin, int end)
 {
     const q3n__copy_arg *j = (const q3n__copy_arg *)arg;
-    const size_t first = (size_t)begin * Q3N__COPY_PIECE;
-    size_t last = (size_t)end * Q3N__COPY_PIECE;
+    const size_t first = (size_t)begin * Q3N__COPY_RANGE;
+    size_t last = (size_t)end * Q3N__COPY_RANGE;
     if (last > j->n) last = j->n;
     if (j->from && j->to_f32)
         memcpy(j->to_f32 + first, j->from + first, (last - first) * sizeof(float));
@@ -11537,7 +11561,7 @@ static void q3n__copy_task(void *arg, int begin, int end)
 
 static void q3n__copy(q3n__pool *p, q3n__copy_arg arg)
 {
-    q3n__parallel(p, (int)((arg.n + Q3N__COPY_PIECE - 1) / Q3N__COPY_PIECE), 1, q3n__copy_task,
+    q3n__parallel(p, (int)((arg.n + Q3N__COPY_RANGE - 1) / Q3N__COPY_RANGE), 1, q3n__copy_task,
                   &arg);
 }
 
@@ -11704,7 +11728,7 @@ static q3n_result q3n__check_head(q3n_session *s, int wanted)
                      "classifies (q3n_session_classify)");
 }
 
-/* How many of the next n tokens go into one pass: at most `most`, and no further than the next
+/* How many of the next n tokens go into one pass: at most `max`, and no further than the next
  * point of snapshot_every. */
 static int q3n__session_stride(const q3n_session *s, int n, int max)
 {
@@ -11961,6 +11985,9 @@ static q3n_result q3n__session_prefill(q3n_session *s, const int32_t *tokens, in
  *
  * Many sessions at once: passes over tokens of several, as one transaction of all.
  * ===================================================================================== */
+/* The fields that an item has had from the first: what it has beyond them may be missing. */
+#define Q3N__ITEM_MIN (offsetof(q3n_engine_item, logits) + sizeof(float *))
+
 /* The items of a call, whose stride is the size that the caller has of one. */
 typedef struct {
     q3n_engine_item *first;
@@ -12145,14 +12172,13 @@ static void q3n__batch_end(q3n_engine *e, const q3n__items *items, int n, int co
 static q3n_result q3n__item_check(q3n_engine *e, const q3n__items *items, int i)
 {
     const q3n_engine_item *it = q3n__item(items, i);
-    const uint8_t *bytes = (const uint8_t *)it;
+    char name[24];
+    snprintf(name, sizeof name, "item %d", i);
     if (it->size != items->stride)
-        return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "item %d: size %zu, the first has %zu", i,
+        return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "%s: size %zu, the first has %zu", name,
                          it->size, items->stride);
-    for (size_t at = sizeof *it; at < it->size; at++)
-        if (bytes[at])
-            return q3n__fail(&e->error, Q3N_ERR_UNSUPPORTED, -1, "item %d: byte %zu is of a field "
-                             "that this version of the library does not know", i, at);
+    const q3n_result r = q3n__struct_check(it, sizeof *it, name, &e->error);
+    if (r != Q3N_OK) return r;
     if (!it->session || it->done < 0 || it->done > it->n || (!it->tokens && it->done < it->n))
         return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "item %d: no session, no tokens, or done "
                          "%d of %d tokens", i, it->done, it->n);
@@ -12166,9 +12192,11 @@ static q3n_result q3n__batch_eval(q3n_engine *e, const q3n__items *items, const 
     for (int i = 0; i < items->n && r == Q3N_OK; i++) r = q3n__item_check(e, items, i);
     if (r != Q3N_OK) return r;
     q3n__atomic_store(&e->cancel, Q3N__RUNNING);
-    for (; begun < items->n && r == Q3N_OK; begun++)
-        if (q3n__item_left(q3n__item(items, begun)) > 0)
-            r = q3n__batch_begin(e, q3n__item(items, begun), begun);
+    for (; begun < items->n; begun++) {          /* one that is refused is not touched at the end */
+        q3n_engine_item *it = q3n__item(items, begun);
+        if (q3n__item_left(it) > 0) r = q3n__batch_begin(e, it, begun);
+        if (r != Q3N_OK) break;
+    }
     if (r == Q3N_OK) r = q3n__batch_passes(e, items, limit);
     const q3n_result end = q3n__batch_call_end(e, items, begun);
     if (r == Q3N_OK) r = end;
@@ -12202,13 +12230,13 @@ static int32_t q3n__largest_logit(const float *logits, int n)   /* the first of 
  * merges have numbered by how common they are; the head is most of what a draft costs, and a token
  * that is never drafted is merely chosen without. */
 #define Q3N__DRAFT_VOCAB 4   /* one token in so many */
-#define Q3N__DRAFT_LEAST 2048
+#define Q3N__DRAFT_MIN 2048
 
 static void q3n__draft_logits(const q3n__run *r, const float *hidden, float *logits)
 {
     const int V = r->model->config.vocab_size;
     int n = (V / Q3N__DRAFT_VOCAB + 15) / 16 * 16;
-    if (n < Q3N__DRAFT_LEAST) n = Q3N__DRAFT_LEAST;
+    if (n < Q3N__DRAFT_MIN) n = Q3N__DRAFT_MIN;
     if (n > V) n = V;
     q3n__mat w = r->model->weights.lm_head;
     w.n_rows = n;
@@ -12254,8 +12282,8 @@ static int q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, q
 
 /* Tokens of context that a looked-up draft must share with the end of the text, and the most that
  * are compared; how far back is looked. */
-#define Q3N__LOOKUP_LEAST 2
-#define Q3N__LOOKUP_MOST  8
+#define Q3N__LOOKUP_MIN 2
+#define Q3N__LOOKUP_MAX  8
 #define Q3N__LOOKUP_SPAN  65536
 
 static int32_t q3n__text_at(const q3n_session *s, int32_t token, int i)   /* token ends the text */
@@ -12268,12 +12296,12 @@ static int32_t q3n__text_at(const q3n_session *s, int32_t token, int i)   /* tok
  * what followed that; returns how many of draft [n] there are: n or none. */
 static int q3n__draft_lookup(const q3n_session *s, int32_t token, q3n__draft *draft, int n)
 {
-    int best = Q3N__LOOKUP_LEAST - 1, best_at = -1;
+    int best = Q3N__LOOKUP_MIN - 1, best_at = -1;
     const int stop = s->length > Q3N__LOOKUP_SPAN ? s->length - Q3N__LOOKUP_SPAN : 0;
-    for (int at = s->length - 1; at >= stop && best < Q3N__LOOKUP_MOST; at--) {
+    for (int at = s->length - 1; at >= stop && best < Q3N__LOOKUP_MAX; at--) {
         if (q3n__text_at(s, token, at) != token) continue;
         int same = 1;
-        while (same < Q3N__LOOKUP_MOST && same <= at
+        while (same < Q3N__LOOKUP_MAX && same <= at
                && q3n__text_at(s, token, at - same) == q3n__text_at(s, token, s->length - same))
             same++;
         if (same > best) {
@@ -12371,7 +12399,7 @@ static int q3n__try_drafts(q3n__learned *k, double rate, int mtp)
 /* Steps with drafts in a row before one without: it keeps the unit of costs right. */
 #define Q3N__PLAIN_GAP   16
 
-/* Choose source and number of drafts: at most `most`, fixed by the options or by what pays. */
+/* Choose source and number of drafts: at most `max`, fixed by the options or by what pays. */
 static void q3n__drafts_plan(q3n_session *s, int32_t token, int max, q3n__drafts *plan)
 {
     const q3n_speculate want = s->options.speculate;
@@ -12601,7 +12629,7 @@ static q3n_result q3n__session_draft(q3n_session *s, int32_t token, int32_t *dra
 /* =====================================================================================
  * [25] PUBLIC                                                                >>public
  *
- * Public functions of models and sessions: check, delegate.
+ * Public functions of models, sessions and engines: check, delegate.
  * ===================================================================================== */
 static q3n_result q3n__model_options_read(q3n_model_options *o, const q3n_model_options *in,
                                           q3n_error *err)
@@ -12808,19 +12836,24 @@ static size_t q3n__with_head(size_t bytes)   /* what q3n__alloc asks of the allo
     return bytes + Q3N__ALIGN + sizeof(q3n__block_head);
 }
 
+/* A session's own engine serves no other, unless that gets on with the room of this one. */
+static q3n__engine_room q3n__own_engine_room(const q3n_session *s)
+{
+    return (q3n__engine_room){ s->shape.has_mtp, 1 };
+}
+
 Q3N_DEF size_t q3n_session_bytes(const q3n_model *m, const q3n_session_options *o,
                                  q3n_session_memory *memory)
 {
     q3n_session s;
     q3n_session_memory parts;
-    const size_t bytes = m ? q3n__session_measure(m, o, &s, &parts, NULL) : 0;
+    q3n_engine_options eo;
+    const size_t bytes = m ? q3n__session_measure(m, o, &s, &parts, &eo, NULL) : 0;
     if (bytes == 0) return 0;
     size_t engine = 0, threads = 0, split = 0;
     if (!s.options.engine) {
-        q3n_engine_options eo;
         q3n_engine e;
-        if (q3n__session_engine_options(m, &s.options, &eo, NULL) != Q3N_OK) return 0;
-        engine = q3n__engine_measure(&e, m, &eo, s.shape.has_mtp, &threads);
+        engine = q3n__engine_measure(&e, m, &eo, q3n__own_engine_room(&s), &threads);
         if (engine == 0) return 0;
         const int room = q3n__split_room(&e, s.n_blocks);
         split = room ? q3n__with_head(q3n__split_bytes(&e, room)) : 0;
@@ -12843,9 +12876,7 @@ static q3n_result q3n__session_open_cache(q3n_session *s, q3n_error *err)
     s->cache = s->options.cache;
     if (s->cache || s->options.snapshot_bytes == 0) return Q3N_OK;
     const q3n_cache_options o = { .size = sizeof o, .max_bytes = s->options.snapshot_bytes };
-    const q3n_result r = q3n_cache_create(&s->own_cache, s->model, &o, err);
-    s->cache = s->own_cache;
-    return r;
+    return q3n_cache_create(&s->cache, s->model, &o, err);
 }
 
 Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
@@ -12857,7 +12888,7 @@ Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
     q3n_session_memory memory;
     q3n_engine_options eo;
     q3n_error why = { Q3N_ERR_ARG, -1, "" };
-    const size_t bytes = q3n__session_measure(m, o, &measured, &memory, &why);
+    const size_t bytes = q3n__session_measure(m, o, &measured, &memory, &eo, &why);
     if (bytes == 0) return q3n__fail(err, why.code, -1, "%s", why.message);
     q3n__arena arena = { (uint8_t *)q3n__alloc(&m->allocator, bytes), 0, 0 };
     if (!arena.base)
@@ -12872,9 +12903,8 @@ Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
     q3n__session_clear(s);
     q3n__speculation_reset(s);
     s->engine = s->options.engine;
-    q3n_result r = q3n__session_engine_options(m, &s->options, &eo, err);
-    if (r == Q3N_OK && !s->engine)
-        r = q3n__engine_make(&s->engine, m, &eo, s->shape.has_mtp, err);
+    q3n_result r = Q3N_OK;
+    if (!s->engine) r = q3n__engine_make(&s->engine, m, &eo, q3n__own_engine_room(s), err);
     if (r == Q3N_OK) r = q3n__session_open_cache(s, err);
     if (r == Q3N_OK) *out = s;
     else             q3n_session_destroy(s);
@@ -12886,7 +12916,7 @@ Q3N_DEF void q3n_session_destroy(q3n_session *s)
     if (!s) return;
     q3n__session_drop(s, s->state.kv.page);
     if (!s->options.engine) q3n_engine_destroy(s->engine);
-    q3n_cache_destroy(s->own_cache);
+    if (s->cache != s->options.cache) q3n_cache_destroy(s->cache);
     q3n_sampler_destroy(s->sampler);
     q3n__free(&s->model->allocator, s);
 }
@@ -12941,10 +12971,13 @@ Q3N_DEF const q3n_model *q3n_session_model(const q3n_session *s) { return s ? s-
 Q3N_DEF q3n_engine *q3n_session_engine(const q3n_session *s) { return s ? s->engine : NULL; }
 Q3N_DEF int     q3n_session_length(const q3n_session *s)    { return s ? s->length : 0; }
 Q3N_DEF int     q3n_session_capacity(const q3n_session *s)  { return s ? s->options.capacity : 0; }
-Q3N_DEF int     q3n_session_n_threads(const q3n_session *s) { return s ? s->options.n_threads : 0; }
+Q3N_DEF int     q3n_session_n_threads(const q3n_session *s)
+{
+    return q3n_engine_n_threads(q3n_session_engine(s));
+}
 Q3N_DEF q3n_isa q3n_session_isa(const q3n_session *s)
 {
-    return s ? s->engine->isa : Q3N_ISA_AUTO;
+    return q3n_engine_isa(q3n_session_engine(s));
 }
 
 Q3N_DEF void q3n_session_reset(q3n_session *s)
@@ -13122,8 +13155,7 @@ Q3N_DEF size_t q3n_engine_bytes(const q3n_model *m, const q3n_engine_options *o)
     q3n_engine e;
     size_t threads;
     if (!m || q3n__engine_options_set(m, o, &options, NULL) != Q3N_OK) return 0;
-    const size_t bytes = q3n__engine_measure(&e, m, &options, m->config.num_mtp_layers > 0,
-                                             &threads);
+    const size_t bytes = q3n__engine_measure(&e, m, &options, q3n__engine_room_of(m), &threads);
     return bytes ? q3n__with_head(bytes) : 0;
 }
 
@@ -13134,22 +13166,28 @@ Q3N_DEF q3n_result q3n_engine_create(q3n_engine **out, const q3n_model *m,
     if (out) *out = NULL;
     if (!out || !m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model, or no place for the engine");
     const q3n_result r = q3n__engine_options_set(m, o, &options, err);
-    return r != Q3N_OK ? r : q3n__engine_make(out, m, &options, m->config.num_mtp_layers > 0, err);
+    return r != Q3N_OK ? r : q3n__engine_make(out, m, &options, q3n__engine_room_of(m), err);
 }
 
 Q3N_DEF void q3n_engine_destroy(q3n_engine *e)
 {
-    if (e) q3n__engine_free(e);
+    if (!e) return;
+    q3n__pool_close(&e->pool);
+    q3n__free(&e->model->allocator, e->split);
+    q3n__free(&e->model->allocator, e);
 }
 
 Q3N_DEF int q3n_engine_n_threads(const q3n_engine *e)  { return e ? e->options.n_threads : 0; }
 Q3N_DEF int q3n_engine_batch_size(const q3n_engine *e) { return e ? e->options.batch_size : 0; }
-Q3N_DEF q3n_isa q3n_engine_isa(const q3n_engine *e)    { return e ? e->isa : Q3N_ISA_AUTO; }
+Q3N_DEF q3n_isa q3n_engine_isa(const q3n_engine *e)
+{
+    return e ? e->options.isa : Q3N_ISA_AUTO;
+}
 
 Q3N_DEF q3n_result q3n_engine_eval(q3n_engine *e, q3n_engine_item *items, int n_items,
                                    const q3n_limit *limit)
 {
-    q3n_limit l = { 0 };
+    q3n_limit l = { 0 };                 /* gcc does not see that it is read or not used */
     if (!e) return Q3N_ERR_ARG;
     q3n_result r = q3n__struct_read(&l, sizeof l, limit, "q3n_limit", &e->error);
     if (r == Q3N_OK) r = q3n__check_zero(l.zero, "q3n_limit", &e->error);
@@ -13158,7 +13196,7 @@ Q3N_DEF q3n_result q3n_engine_eval(q3n_engine *e, q3n_engine_item *items, int n_
         return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "%d items, at most %d tokens: out of range",
                          n_items, l.max_tokens);
     const q3n__items all = { items, n_items ? q3n__struct_size(items) : 0, n_items };
-    if (n_items > 0 && all.stride < sizeof *items)
+    if (n_items > 0 && (all.stride < Q3N__ITEM_MIN || all.stride % _Alignof(q3n_engine_item) != 0))
         return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "q3n_engine_item: its size is not set: begin "
                          "with Q3N_INIT or .size = sizeof");
     return q3n__batch_eval(e, &all, &l);
@@ -13362,11 +13400,11 @@ Q3N__DEFINE_ATTEND_SCALAR(q8, 1)
 static float q3n__bytes_scalar(int8_t *q, size_t stride, const float *x, int n)
 {
     const float m = q3n__largest_scalar(x, n);
-    const int usable = m >= Q3N__X8_LEAST && m <= FLT_MAX;
+    const int usable = m >= Q3N__X8_MIN && m <= FLT_MAX;
     const float inverse = usable ? 127.0f / m : 0.0f;
     for (int i = 0; i < n; i++)
         q[(size_t)i * stride] = (int8_t)(usable ? lrintf(x[i] * inverse) : 0);
-    return usable ? m / 127.0f : m < Q3N__X8_LEAST ? 0.0f : NAN;
+    return usable ? m / 127.0f : m < Q3N__X8_MIN ? 0.0f : NAN;
 }
 
 /* One scale for a key, one for a value: over all D of a head, not in groups, so that attend has one
@@ -13392,7 +13430,7 @@ static void q3n__store_kv_q8_scalar(const q3n__store_kv *s)
 static void q3n__quantize_x_group_scalar(q3n__x8 *y, int g, const float *x, int n)
 {
     const float m = q3n__largest_scalar(x, n);
-    const int usable = m >= Q3N__X8_LEAST && m <= FLT_MAX;
+    const int usable = m >= Q3N__X8_MIN && m <= FLT_MAX;
     const float inverse = 127.0f / m;
     int sum = 0;
     memset(y->q + g * Q3N__GROUP, 0, Q3N__GROUP);
@@ -13401,7 +13439,7 @@ static void q3n__quantize_x_group_scalar(q3n__x8 *y, int g, const float *x, int 
         y->q[g * Q3N__GROUP + i] = (int8_t)q;
         sum += q;
     }
-    y->scale[g] = usable ? m / 127.0f : m < Q3N__X8_LEAST ? 0.0f : NAN;
+    y->scale[g] = usable ? m / 127.0f : m < Q3N__X8_MIN ? 0.0f : NAN;
     y->minus_sum[g] = -sum;
 }
 
@@ -14124,7 +14162,7 @@ Q3N__INLINE void q3n__matmul_avx2(q3n_type type, const q3n__matmul *m)
 
 /* Columns [c, c + 8 V) of T rows of out: out[t] += x[t][j] m[j] for rising j, so each element has
  * one sum, which a later call may take up (step0 > 0).  Of m a row is read once for T rows of x.  V
- * and T are constants in every use; rows after the last are copies of it. */
+ * and T are constants in every use. */
 Q3N__INLINE void q3n__mix_tile_avx2(q3n_type type, int V, int T, const q3n__mix *p, int c)
 {
     const size_t size = q3n__kv_element(type);
@@ -14136,9 +14174,8 @@ Q3N__INLINE void q3n__mix_tile_avx2(q3n_type type, int V, int T, const q3n__mix 
     for (int i = 0; i < V; i++) m[i] = (const uint8_t *)p->m + (size_t)(c + 8 * i) * size;
     Q3N__UNROLL
     for (int t = 0; t < T; t++) {
-        const size_t row = (size_t)(t < p->n ? t : p->n - 1);
-        x[t] = p->x + row * p->x_stride;
-        out[t] = p->out + row * p->out_stride + c;
+        x[t] = p->x + (size_t)t * p->x_stride;
+        out[t] = p->out + (size_t)t * p->out_stride + c;
         Q3N__UNROLL
         for (int i = 0; i < V; i++)
             s[t][i] = p->step0 == 0 ? _mm256_setzero_ps() : _mm256_loadu_ps(out[t] + 8 * i);
@@ -14718,7 +14755,7 @@ Q3N__INLINE void q3n__quantize_x_group_avx2(q3n__x8 *y, int g, const float *x, i
     top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0x4e));
     top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0xb1));
     const float m = q3n__bits_f32((uint32_t)_mm_cvtsi128_si32(top));
-    const int usable = m >= Q3N__X8_LEAST && m <= FLT_MAX;
+    const int usable = m >= Q3N__X8_MIN && m <= FLT_MAX;
     const __m256 inverse = _mm256_set1_ps(usable ? 127.0f / m : 0.0f);
     Q3N__UNROLL
     for (int i = 0; i < 4; i++) {
@@ -14733,7 +14770,7 @@ Q3N__INLINE void q3n__quantize_x_group_avx2(q3n__x8 *y, int g, const float *x, i
     __m128i all = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
     all = _mm_add_epi32(all, _mm_shuffle_epi32(all, 0x4e));
     all = _mm_add_epi32(all, _mm_shuffle_epi32(all, 0xb1));
-    y->scale[g] = usable ? m / 127.0f : m < Q3N__X8_LEAST ? 0.0f : NAN;
+    y->scale[g] = usable ? m / 127.0f : m < Q3N__X8_MIN ? 0.0f : NAN;
     y->minus_sum[g] = -_mm_cvtsi128_si32(all);
 }
 
@@ -15003,7 +15040,7 @@ static void q3n__matmul_avx512(q3n_type type, const q3n__matmul *m)
 /* ---- Attention: both products are out += x M with the vectors along M's rows ---- */
 
 /* Columns [c, c + 64) of T rows of out, as in AVX2: four lines of m, 4 T sums.  T is a constant in
- * every use; rows after the last are copies of it. */
+ * every use. */
 Q3N__INLINE void q3n__mix_tile_avx512(q3n_type type, int T, const q3n__mix *p, int c)
 {
     const size_t size = q3n__kv_element(type);
@@ -15015,9 +15052,8 @@ Q3N__INLINE void q3n__mix_tile_avx512(q3n_type type, int T, const q3n__mix *p, i
     for (int i = 0; i < 4; i++) m[i] = (const uint8_t *)p->m + (size_t)(c + 16 * i) * size;
     Q3N__UNROLL
     for (int t = 0; t < T; t++) {
-        const size_t row = (size_t)(t < p->n ? t : p->n - 1);
-        x[t] = p->x + row * p->x_stride;
-        out[t] = p->out + row * p->out_stride + c;
+        x[t] = p->x + (size_t)t * p->x_stride;
+        out[t] = p->out + (size_t)t * p->out_stride + c;
         Q3N__UNROLL
         for (int i = 0; i < 4; i++)
             s[t][i] = p->step0 == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(out[t] + 16 * i);
@@ -15616,14 +15652,14 @@ Q3N__INLINE void q3n__quantize_x_group_avx512vnni(q3n__x8 *y, int g, const float
     const __m512i max = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a), sign),
                                           _mm512_and_si512(_mm512_castps_si512(b), sign));
     const float m = q3n__bits_f32((uint32_t)_mm512_reduce_max_epi32(max));
-    const int usable = m >= Q3N__X8_LEAST && m <= FLT_MAX;
+    const int usable = m >= Q3N__X8_MIN && m <= FLT_MAX;
     const __m512 inverse = _mm512_set1_ps(usable ? 127.0f / m : 0.0f);
     const __mmask16 all = usable ? 0xffff : 0;
     const __m512i qa = _mm512_maskz_cvtps_epi32(all, _mm512_mul_ps(a, inverse));
     const __m512i qb = _mm512_maskz_cvtps_epi32(all, _mm512_mul_ps(b, inverse));
     _mm_storeu_si128((__m128i *)(void *)(y->q + 32 * g), _mm512_cvtepi32_epi8(qa));
     _mm_storeu_si128((__m128i *)(void *)(y->q + 32 * g + 16), _mm512_cvtepi32_epi8(qb));
-    y->scale[g] = usable ? m / 127.0f : m < Q3N__X8_LEAST ? 0.0f : NAN;
+    y->scale[g] = usable ? m / 127.0f : m < Q3N__X8_MIN ? 0.0f : NAN;
     y->minus_sum[g] = -_mm512_reduce_add_epi32(_mm512_add_epi32(qa, qb));
 }
 
@@ -15887,7 +15923,6 @@ Q3N__INLINE void q3n__mix_typed_neon(q3n_type type, const q3n__mix *p)
     switch (p->n) {
     case 1: q3n__mix_rows_neon(type, 1, p); break;
     case 2: q3n__mix_rows_neon(type, 2, p); break;
-    case 3: q3n__mix_rows_neon(type, 3, p); break;
     case 4: q3n__mix_rows_neon(type, 4, p); break;
     }
 }
@@ -16344,7 +16379,7 @@ Q3N__INLINE void q3n__quantize_x_group_neon(q3n__x8 *y, int g, const float *x, i
         max = vmaxq_s32(max, vreinterpretq_s32_f32(vabsq_f32(a[v])));
     }
     const float m = q3n__bits_f32((uint32_t)vmaxvq_s32(max));
-    const int usable = m >= Q3N__X8_LEAST && m <= FLT_MAX;
+    const int usable = m >= Q3N__X8_MIN && m <= FLT_MAX;
     const float32x4_t inverse = vdupq_n_f32(usable ? 127.0f / m : 0.0f);
     Q3N__UNROLL
     for (int v = 0; v < 8; v++) {
@@ -16355,7 +16390,7 @@ Q3N__INLINE void q3n__quantize_x_group_neon(q3n__x8 *y, int g, const float *x, i
     for (int v = 0; v < 8; v += 2)
         vst1_s8(y->q + Q3N__GROUP * g + 4 * v,
                 vmovn_s16(vcombine_s16(vmovn_s32(q[v]), vmovn_s32(q[v + 1]))));
-    y->scale[g] = usable ? m / 127.0f : m < Q3N__X8_LEAST ? 0.0f : NAN;
+    y->scale[g] = usable ? m / 127.0f : m < Q3N__X8_MIN ? 0.0f : NAN;
     y->minus_sum[g] = -vaddvq_s32(sum);
 }
 

@@ -186,6 +186,44 @@ static void test_draft_limits(void **state)
     q3n_model_close(m);
 }
 
+/* A session's own engine has room for the module only if that session drafts with it. */
+static void test_engine_of_another(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model("qwen3_next_mtp", NULL);
+    q3n_session_options o = plain_options(40), shared = o;
+    const int32_t ids[20] = { 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12 };
+    int32_t want[4], drafts[4];
+    q3n_error err = { .code = Q3N_OK };
+    for (int own = Q3N_SPECULATE_OFF; own < Q3N_SPECULATE_COUNT; own++) {
+        o.speculate = (q3n_speculate)own;
+        q3n_session *owner = create_session(m, &o), *s = NULL;
+        must(owner, q3n_session_eval(owner, ids, 20, NULL), Q3N_OK);
+        shared.engine = q3n_session_engine(owner);
+        for (int how = Q3N_SPECULATE_OFF; how < Q3N_SPECULATE_COUNT; how++) {
+            const int wants = how == Q3N_SPECULATE_AUTO || how == Q3N_SPECULATE_MTP;
+            const int has = own == Q3N_SPECULATE_AUTO || own == Q3N_SPECULATE_MTP;
+            shared.speculate = (q3n_speculate)how;
+            const q3n_result r = q3n_session_create(&s, m, &shared, &err);
+            assert_int_equal(r, wants && !has ? Q3N_ERR_ARG : Q3N_OK);
+            if (r != Q3N_OK) {
+                assert_null(s);
+                assert_non_null(strstr(err.message, "MTP"));
+                continue;
+            }
+            must(s, q3n_session_eval(s, ids, 20, NULL), Q3N_OK);
+            if (wants) {
+                must(s, q3n_session_draft(s, 7, drafts, 4, NULL), Q3N_OK);
+                must(owner, q3n_session_draft(owner, 7, want, 4, NULL), Q3N_OK);
+                assert_memory_equal(drafts, want, sizeof want);
+            }
+            q3n_session_destroy(s);
+        }
+        q3n_session_destroy(owner);
+    }
+    q3n_model_close(m);
+}
+
 /* ---- Speculation that is greedy changes no token ---- */
 typedef struct {
     const q3n_model *m;
@@ -1032,6 +1070,7 @@ int main(void)
         cmocka_unit_test(test_draft_stories),
         cmocka_unit_test(test_no_drafts_beyond_the_end),
         cmocka_unit_test(test_draft_limits),
+        cmocka_unit_test(test_engine_of_another),
 #define GREEDY(model) CASE(test_greedy_speculation, model),
         FAMILIES(GREEDY)
         GREEDY(qwen3_head_all_moe)

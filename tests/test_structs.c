@@ -263,6 +263,8 @@ static void test_items(void **state)
             p[2 * size - 1] = 0;
             p[size] ^= 8;
             assert_int_equal(q3n_engine_eval(with.engine, items, 2, NULL), Q3N_ERR_ARG);
+            items->size = size - 1;              /* the second would have no address of an item */
+            assert_int_equal(q3n_engine_eval(with.engine, items, 2, NULL), Q3N_ERR_ARG);
         }
         free(p);
     }
