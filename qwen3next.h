@@ -341,14 +341,15 @@
  *   (in f32, exactly as [HF] does at run time).  q and k rows of checkpoints with interleaved
  *   rotary pairs are permuted to the half-rotate form.
  *
- * SESSION FILE FORMAT, version 1
+ * SESSION FILE FORMAT, versions 1 and 2
  *
  * The state after a text, as a stream: written and read once, from the first byte to the last.
- * All numbers are little-endian.  A state has exactly one encoding.
+ * All numbers are little-endian.  A state has exactly one encoding: with a sampler it is version 2,
+ * without one version 1, which library 0.1 reads too.
  *
  *   HEADER, 128 bytes
  *      0  u8[8]  magic           89 51 33 53 0D 0A 1A 0A  ("\x89Q3S\r\n\x1a\n")
- *      8  u32    version         1; a reader refuses any other
+ *      8  u32    version         1, or 2 with a sampler; a reader refuses any other
  *     12  u32    header_bytes    128
  *     16  u64    header_hash     of bytes [0, 128) with this field taken as 0
  *     24  u64    file_bytes      size of the whole file
@@ -368,13 +369,16 @@
  *    112  u64    page_bytes      of one page in the file
  *    120  u32    mtp_first       the MTP module's keys begin at this token: 1 .. length, 1 at 0
  *                                and without the module
- *    124  u32    zero
+ *    124  u32    n_sampler       version 1: 0; version 2: 1 + tokens in the sampler's window,
+ *                                at most 1 + 2^24
  *
  *   SECTIONS, one after another, each padded with zeros to a multiple of 64 bytes
  *      delta_type[delta_len]     DeltaNet matrices: [DeltaNet layer][Hv][dk, dv]
  *      f32[conv_len]             inputs of the convolutions: [DeltaNet layer][width - 1, C]
  *      f32[hidden_size]          if has_hidden: last token, after the final norm
  *      f32[vocab_size]           if has_logits
+ *      u64, i32[n_sampler - 1]   if n_sampler: state of the random numbers (SplitMix64), and the
+ *                                tokens that the repetition penalty counts, the oldest first
  *      pages                     length / page_tokens of them, rounded up:
  *          i32[page_tokens]      tokens
  *          [layer][kv head]      keys [D, page_tokens] of kv_type, values [page_tokens, D]; of type
@@ -904,7 +908,8 @@ typedef struct q3n_session_memory {      /* begin with Q3N_INIT                 
     size_t total;                        /* all of these: the most that it holds between calls   */
     size_t initial;                      /* what q3n_session_create takes of it                  */
     size_t page;                         /* one page of 256 tokens                               */
-    size_t snapshot;                     /* one snapshot, without the pages that it shares       */
+    size_t snapshot;                     /* one snapshot, without the pages that it shares and
+                                            without a sampler's state                            */
 } q3n_session_memory;
 
 /* Bytes that a session of these options asks of the allocator when `capacity` tokens are in it;
@@ -988,8 +993,12 @@ Q3N_DEF const int64_t   *q3n_session_expert_counts(const q3n_session *s, int l);
 
 /* ---- Session: going back, copies ---- */
 
-/* Keep the state as it is now: pages are shared, DeltaNet's matrices copied.  A snapshot does not
- * change; free it before the model is closed.  Any thread may free it or restore from it.
+/* Keep the state as it is now: pages are shared, DeltaNet's matrices copied.  With a sampler its
+ * state too, random numbers and remembered tokens, but not its options: then what goes on from here
+ * is the text that would have gone on.  (Not where drafts of the module are sampled, as many as
+ * pay: how many that is depends on time, and they use up random numbers.  Option draft fixes it.)
+ * A snapshot does not change; free it before the model is closed.  Any thread may free it or
+ * restore from it.
  * Errors: Q3N_ERR_MEMORY, Q3N_ERR_UNSUPPORTED (a model that attends both ways). */
 Q3N_DEF q3n_result q3n_session_snapshot(q3n_session *s, q3n_snapshot **out);
 Q3N_DEF int        q3n_snapshot_length(const q3n_snapshot *snap);
@@ -998,12 +1007,16 @@ Q3N_DEF void       q3n_snapshot_free(q3n_snapshot *snap);          /* NULL is al
 
 /* Make the session what snap was, which may come from another session of the same model, with the
  * same kv_type.  Nothing is evaluated.  Where that session had no MTP module in use (speculate AUTO
- * or MTP) and this one has, the module begins with the text that follows. */
+ * or MTP) and this one has, the module begins with the text that follows.  A session with a sampler
+ * takes on the state of one, the last tokens if its penalty_window is smaller; what one of the two
+ * does not have is left alone.  Give it the same options to go on as that session would. */
 Q3N_DEF q3n_result q3n_session_restore(q3n_session *s, const q3n_snapshot *snap);
 
 /* A new session with the same text; o NULL = the options of s.  Pages are shared until one of the
- * two writes into them.  It has no sampler (q3n_session_set_sampler); without option engine it has
- * an engine of its own, with snapshot_bytes a cache of its own, which is empty. */
+ * two writes into them.  It gets a sampler of its own with options and state of that of s, if s has
+ * one: both choose the same, until q3n_sampler_seed.  Its hook is called with the same user.
+ * Without option engine it has an engine of its own, with snapshot_bytes a cache of its own, which
+ * is empty. */
 Q3N_DEF q3n_result q3n_session_fork(q3n_session **out, q3n_session *s,
                                     const q3n_session_options *o, q3n_error *err);
 
@@ -1029,7 +1042,7 @@ Q3N_DEF q3n_result q3n_session_prefill(q3n_session *s, const int32_t *tokens, in
 Q3N_DEF q3n_result q3n_session_reuse(q3n_session *s, const int32_t *tokens, int n, int *n_reused);
 
 /* Put a snapshot of the state into the cache; marked ones outlive those of snapshot_every.  Does
- * nothing without a cache. */
+ * nothing without a cache.  The cache finds states by their text: it keeps no sampler's. */
 Q3N_DEF q3n_result q3n_session_checkpoint(q3n_session *s);
 
 /* ---- Session files ---- */
@@ -1044,15 +1057,16 @@ typedef struct q3n_source {
     void *user;
 } q3n_source;
 
-/* Write the state: tokens, keys, values, matrices, hidden state and logits.  What is under path
- * stays as it is if that fails.  Errors: Q3N_ERR_ARG (path is the model's own file), _IO, _MEMORY,
- * _UNSUPPORTED. */
+/* Write the state: tokens, keys, values, matrices, hidden state and logits, and the sampler's as
+ * q3n_session_snapshot does.  What is under path stays as it is if that fails.  Errors: Q3N_ERR_ARG
+ * (path is the model's own file), _IO, _MEMORY, _UNSUPPORTED. */
 Q3N_DEF q3n_result q3n_session_save(q3n_session *s, const char *path);
 Q3N_DEF q3n_result q3n_session_save_to(q3n_session *s, const q3n_sink *sink);
 
 /* Continue a saved session; nothing is evaluated.  The file is bound to the bytes of the model's
  * metadata, which hold the checksums of its tensors, and to the session's kv_type; an MTP module
- * may be in use in one and not in the other (as q3n_session_restore).  Files are taken for hostile:
+ * may be in use in one and not in the other, and so may a sampler (as q3n_session_restore).  A
+ * token that was chosen and not evaluated is the caller's to keep.  Files are taken for hostile:
  * on error (Q3N_ERR_IO, _NO_FILE, _FORMAT, _CHECKSUM, _UNSUPPORTED: another model or kv_type,
  * _FULL: more tokens than the session's capacity, _MEMORY) the session is untouched. */
 Q3N_DEF q3n_result q3n_session_load(q3n_session *s, const char *path);
@@ -1259,8 +1273,8 @@ Q3N_DEF void       q3n_sampler_seed(q3n_sampler *s, uint64_t seed);
 /* ---- Generating ---- */
 
 /* Give the session a sampler of its own, in the place of the one it had; o NULL = none, as sessions
- * begin.  Its memory comes on top of q3n_session_bytes.  q3n_session_reset resets it; whatever
- * else changes the text leaves it as it is.
+ * begin.  Its memory comes on top of q3n_session_bytes.  q3n_session_reset resets it; snapshots,
+ * forks and files carry its state; whatever else changes the text leaves it as it is.
  * Errors: as q3n_sampler_create; then the session has the sampler that it had. */
 Q3N_DEF q3n_result   q3n_session_set_sampler(q3n_session *s, const q3n_sampler_options *o);
 /* It is the session's: not to be destroyed, and gone with the session or when another is set. */
@@ -8535,6 +8549,20 @@ static void q3n__page_copy(const q3n__shape *shape, q3n__page *to, q3n__page *fr
     to->n_used = n;
 }
 
+/* ---- What a sampler knows of a text ---- */
+typedef struct {
+    uint64_t rng;
+    int32_t  window[];           /* tokens that the penalty counts, the oldest first             */
+} q3n__sampler_state;
+
+#define Q3N__SAMPLER_MAX_WINDOW (1 << 24)
+
+/* n_sampler: 1 + tokens in the window, 0 = there is no sampler. */
+static size_t q3n__sampler_state_bytes(int n_sampler)
+{
+    return n_sampler ? sizeof(q3n__sampler_state) + (size_t)(n_sampler - 1) * sizeof(int32_t) : 0;
+}
+
 /* ---- Snapshots: one allocation each, and a hold on pages ----
  *
  * What it takes to go on after `length` tokens without evaluating one again: keys and values (the
@@ -8554,11 +8582,13 @@ struct q3n_snapshot {
                                     without the module                                           */
     int              has_hidden; /* not at length 0                                              */
     int              has_logits;
+    int              n_sampler;  /* 1 + tokens in the window of `sampler`; 0 = it has none       */
     q3n__page      **page;       /* [n_pages]                                                    */
     void            *delta;      /* [shape.delta_len] of delta_type                              */
     float           *conv;       /* [shape.conv_len]                                             */
     float           *hidden;     /* [d] of the last token, after the final norm                  */
     float           *logits;     /* [vocab] after the last token                                 */
+    q3n__sampler_state *sampler;
 };
 
 /* Arrays after the struct, measured or handed out: all but the pages have the shape's sizes. */
@@ -8570,16 +8600,21 @@ static void q3n__snapshot_layout(q3n__arena *a, q3n_snapshot *s)
     s->conv   = (float *)q3n__arena_take(a, h->conv_len, sizeof(float));
     s->hidden = (float *)q3n__arena_take(a, (size_t)h->hidden_size, sizeof(float));
     s->logits = (float *)q3n__arena_take(a, (size_t)h->vocab_size, sizeof(float));
+    if (s->n_sampler)
+        s->sampler = (q3n__sampler_state *)q3n__arena_take(
+            a, q3n__sampler_state_bytes(s->n_sampler), 1);
 }
 
 /* Bytes of the allocation, without pages; 0 = more than a size_t holds. */
-static size_t q3n__snapshot_measure(const q3n__shape *shape, q3n_type delta_type, int length)
+static size_t q3n__snapshot_measure(const q3n__shape *shape, q3n_type delta_type, int length,
+                                    int n_sampler)
 {
     q3n_snapshot s;
     memset(&s, 0, sizeof s);
     s.shape = *shape;
     s.delta_type = delta_type;
     s.n_pages = q3n__blocks_of(length);
+    s.n_sampler = n_sampler;
     q3n__arena a = { NULL, 0, 0 };
     q3n__arena_take(&a, 1, sizeof s);
     q3n__snapshot_layout(&a, &s);
@@ -8589,9 +8624,9 @@ static size_t q3n__snapshot_measure(const q3n__shape *shape, q3n_type delta_type
 /* A snapshot with one reference and no pages yet (NULL), everything else not filled in; NULL
  * without memory. */
 static q3n_snapshot *q3n__snapshot_alloc(const q3n_model *m, const q3n__shape *shape,
-                                         q3n_type delta_type, int length)
+                                         q3n_type delta_type, int length, int n_sampler)
 {
-    const size_t bytes = q3n__snapshot_measure(shape, delta_type, length);
+    const size_t bytes = q3n__snapshot_measure(shape, delta_type, length, n_sampler);
     q3n__arena a = { bytes ? (uint8_t *)q3n__alloc(&m->allocator, bytes) : NULL, 0, 0 };
     if (!a.base) return NULL;
     q3n_snapshot *s = (q3n_snapshot *)q3n__arena_take(&a, 1, sizeof *s);
@@ -8604,6 +8639,7 @@ static q3n_snapshot *q3n__snapshot_alloc(const q3n_model *m, const q3n__shape *s
     s->length = length;
     s->mtp_first = 1;
     s->n_pages = q3n__blocks_of(length);
+    s->n_sampler = n_sampler;
     q3n__snapshot_layout(&a, s);
     if (s->n_pages) memset(s->page, 0, (size_t)s->n_pages * sizeof *s->page);
     return s;
@@ -8642,7 +8678,7 @@ static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t 
  *
  *     header            q3n__stream_raw       128 bytes, hashed by itself
  *     delta, conv,      q3n__stream_arrays    each a section: hashed, padded to 64 bytes
- *     hidden, logits
+ *     hidden, logits, sampler
  *     every page        q3n__stream_page      tokens; then keys and values of all layers
  *     hash of sections  q3n__stream_raw       8 bytes
  *
@@ -8665,7 +8701,7 @@ typedef struct {
     uint32_t length, kv_type, delta_type, has_mtp, has_hidden, has_logits;
     uint32_t page_tokens, n_kv_layers, n_kv_heads, head_dim, hidden_size, vocab_size;
     uint64_t delta_len, conv_len, page_bytes;
-    uint32_t mtp_first, zero;
+    uint32_t mtp_first, n_sampler;
 } q3n__session_header;
 
 typedef char q3n__session_header_is_128[sizeof(q3n__session_header) == 128 ? 1 : -1];
@@ -8696,6 +8732,7 @@ static uint64_t q3n__snapshot_file_bytes(const q3n_snapshot *s)
          + q3n__padded(h->conv_len, sizeof(float))
          + (s->has_hidden ? q3n__padded((uint64_t)h->hidden_size, sizeof(float)) : 0)
          + (s->has_logits ? q3n__padded((uint64_t)h->vocab_size, sizeof(float)) : 0)
+         + q3n__padded(q3n__sampler_state_bytes(s->n_sampler), 1)
          + (uint64_t)q3n__blocks_of(s->length) * q3n__page_file_bytes(h) + sizeof(uint64_t);
 }
 
@@ -8714,7 +8751,7 @@ static void q3n__session_header_make(q3n__session_header *h, const q3n_model *m,
     const q3n__shape *shape = &s->shape;
     memset(h, 0, sizeof *h);
     memcpy(h->magic, q3n__session_magic, sizeof h->magic);
-    h->version = 1;
+    h->version = s->n_sampler ? 2 : 1;
     h->header_bytes = sizeof *h;
     h->file_bytes = q3n__snapshot_file_bytes(s);
     h->model_hash = q3n__model_hash(m);
@@ -8735,6 +8772,7 @@ static void q3n__session_header_make(q3n__session_header *h, const q3n_model *m,
     h->conv_len = shape->conv_len;
     h->page_bytes = q3n__page_file_bytes(shape);
     h->mtp_first = (uint32_t)s->mtp_first;
+    h->n_sampler = (uint32_t)s->n_sampler;
     h->header_hash = q3n__session_header_hash(*h);
 }
 
@@ -8746,10 +8784,10 @@ static q3n_result q3n__session_header_open(const q3n__session_header *h, q3n_err
         return q3n__fail(err, Q3N_ERR_FORMAT, 0,
                          "not a session file: the first bytes are %02x %02x %02x %02x, expected "
                          "89 51 33 53", h->magic[0], h->magic[1], h->magic[2], h->magic[3]);
-    if (h->version != 1)
+    if (h->version != 1 && h->version != 2)
         return q3n__fail(err, Q3N_ERR_UNSUPPORTED, 8,
-                         "session file of version %u, expected 1: use the library that wrote it",
-                         h->version);
+                         "session file of version %u, expected 1 or 2: use the library that wrote "
+                         "it", h->version);
     const uint64_t hash = q3n__session_header_hash(*h);
     if (h->header_hash != hash)
         return q3n__fail(err, Q3N_ERR_CHECKSUM, 16,
@@ -8795,7 +8833,7 @@ static q3n_result q3n__session_header_numbers(const q3n__session_header *h,
         { "header_bytes", 12, 4 }, { "page_tokens", 72, 4 }, { "n_kv_layers", 76, 4 },
         { "n_kv_heads", 80, 4 },   { "head_dim", 84, 4 },    { "hidden_size", 88, 4 },
         { "vocab_size", 92, 4 },   { "delta_len", 96, 8 },   { "conv_len", 104, 8 },
-        { "page_bytes", 112, 8 },  { "zero", 124, 4 },       { "file_bytes", 24, 8 },
+        { "page_bytes", 112, 8 },  { "file_bytes", 24, 8 },
     };
     for (size_t i = 0; i < sizeof field / sizeof *field; i++) {
         uint64_t x = 0, y = 0;
@@ -8813,7 +8851,8 @@ static q3n_result q3n__session_header_numbers(const q3n__session_header *h,
  * gets the shape of the file, which may have an MTP module where the session has none.  `want` is
  * the header that this library would have written; it is made twice as far as it is needed: the
  * file's size is known when length and flags have been found to be possible.  After Q3N_OK: length
- * 0 .. capacity, mtp_first 1 .. length (1 without the module), and every size is the model's. */
+ * 0 .. capacity, mtp_first 1 .. length (1 without the module), n_sampler 0 .. 1 + 2^24, and every
+ * other size is the model's. */
 static q3n_result q3n__session_header_check(const q3n__session_header *h, const q3n_model *m,
                                             int capacity, q3n_snapshot *like, q3n_error *err)
 {
@@ -8838,11 +8877,17 @@ static q3n_result q3n__session_header_check(const q3n__session_header *h, const 
     if (h->mtp_first < 1 || h->mtp_first > (has_mtp && h->length ? h->length : 1))
         return q3n__fail(err, Q3N_ERR_FORMAT, 120, "mtp_first is %u of %u tokens", h->mtp_first,
                          h->length);
+    if (h->version == 1 ? h->n_sampler != 0
+                        : h->n_sampler < 1 || h->n_sampler > Q3N__SAMPLER_MAX_WINDOW + 1)
+        return q3n__fail(err, Q3N_ERR_FORMAT, 124, "n_sampler is %u in version %u: expected 0 in "
+                         "version 1, else 1 .. %d", h->n_sampler, h->version,
+                         Q3N__SAMPLER_MAX_WINDOW + 1);
     like->delta_type = (q3n_type)h->delta_type;
     like->mtp_first = (int)h->mtp_first;
     like->has_hidden = (int)h->has_hidden;
     like->has_logits = (int)h->has_logits;
     like->length = (int)h->length;
+    like->n_sampler = (int)h->n_sampler;
     want.file_bytes = q3n__snapshot_file_bytes(like);
     return q3n__session_header_numbers(h, &want, err);
 }
@@ -8914,6 +8959,7 @@ static q3n_result q3n__stream_arrays(q3n__stream *s, const q3n_snapshot *snap)
         { snap->conv, h->conv_len * sizeof(float) },
         { snap->hidden, snap->has_hidden ? (size_t)h->hidden_size * sizeof(float) : 0 },
         { snap->logits, snap->has_logits ? (size_t)h->vocab_size * sizeof(float) : 0 },
+        { snap->sampler, q3n__sampler_state_bytes(snap->n_sampler) },
     };
     q3n_result r = Q3N_OK;
     for (size_t i = 0; i < sizeof section / sizeof *section && r == Q3N_OK; i++)
@@ -9004,6 +9050,7 @@ static q3n_result q3n__stream_pages(q3n__stream *in, q3n_snapshot *s)
  * for rows of the embedding. */
 static q3n_result q3n__stream_end(q3n__stream *in, const q3n_snapshot *s)
 {
+    const int V = s->shape.vocab_size;
     uint64_t expected = 0;
     const int64_t at = (int64_t)in->at;
     const q3n_result r = q3n__stream_raw(in, &expected, sizeof expected);
@@ -9015,10 +9062,14 @@ static q3n_result q3n__stream_end(q3n__stream *in, const q3n_snapshot *s)
                          (unsigned long long)hash, (unsigned long long)expected);
     for (int i = 0; i < s->length; i++) {
         const int32_t id = s->page[i / Q3N__KV_BLOCK]->tokens[i % Q3N__KV_BLOCK];
-        if (id < 0 || id >= s->shape.vocab_size)
+        if (id < 0 || id >= V)
             return q3n__fail(in->err, Q3N_ERR_FORMAT, -1, "token %d is %d, expected 0 .. %d", i, id,
-                             s->shape.vocab_size - 1);
+                             V - 1);
     }
+    for (int i = 0; i + 1 < s->n_sampler; i++)
+        if (s->sampler->window[i] < 0 || s->sampler->window[i] >= V)
+            return q3n__fail(in->err, Q3N_ERR_FORMAT, -1, "token %d of the sampler is %d, expected"
+                             " 0 .. %d", i, s->sampler->window[i], V - 1);
     return Q3N_OK;
 }
 
@@ -9050,11 +9101,12 @@ static q3n_result q3n__stream_read(q3n__stream *in, q3n_snapshot **out, const q3
     in->kv_bytes = like.shape.page_bytes - Q3N__PAGE_HEAD;
     if (shape->has_mtp) shape = &like.shape;             /* a file without the module: its pages */
     q3n__hash_begin(&in->hash, h.header_hash);
-    q3n_snapshot *s = q3n__snapshot_alloc(m, shape, like.delta_type, like.length);
+    q3n_snapshot *s = q3n__snapshot_alloc(m, shape, like.delta_type, like.length, like.n_sampler);
     if (!s)
         return q3n__fail(in->err, Q3N_ERR_MEMORY, -1, "no memory for the state of %d tokens, %zu"
                          " bytes without pages", like.length,
-                         q3n__snapshot_measure(shape, like.delta_type, like.length));
+                         q3n__snapshot_measure(shape, like.delta_type, like.length,
+                                               like.n_sampler));
     if (shape->has_mtp) s->mtp_first = like.mtp_first;
     s->has_hidden = like.has_hidden;
     s->has_logits = like.has_logits;
@@ -10383,8 +10435,6 @@ static int q3n__select(q3n__candidate *c, int n, double target, int by_mass)
 }
 
 /* ---- The sampler ---- */
-#define Q3N__SAMPLER_MAX_WINDOW (1 << 24)
-
 /* What every block of weights has from a floor on: sum and number of those >= floor, and of all
  * blocks together. */
 typedef struct {
@@ -10850,6 +10900,26 @@ static int32_t q3n__sampler_draw(q3n_sampler *s)
         if (u < 0.0) break;
     }
     return b * Q3N__SAMPLER_BLOCK + last;
+}
+
+/* ---- State: what snapshots carry ---- */
+
+/* Into st, which has room for n_window tokens. */
+static void q3n__sampler_get_state(const q3n_sampler *s, q3n__sampler_state *st)
+{
+    const int oldest = s->n_window < s->o.penalty_window ? 0 : s->next;
+    st->rng = s->rng;
+    for (int i = 0; i < s->n_window; i++)
+        st->window[i] = s->window[(oldest + i) % s->o.penalty_window];
+}
+
+/* Of a window of n tokens the last that fit are remembered. */
+static void q3n__sampler_set_state(q3n_sampler *s, const q3n__sampler_state *st, int n)
+{
+    s->rng = st->rng;
+    s->n_window = s->next = 0;
+    for (int i = n > s->o.penalty_window ? n - s->o.penalty_window : 0; i < n; i++)
+        q3n_sampler_accept(s, st->window[i]);
 }
 
 /* ---- Undoing ---- */
@@ -11565,10 +11635,10 @@ static void q3n__copy(q3n__pool *p, q3n__copy_arg arg)
                   &arg);
 }
 
-/* The state as a snapshot: of the text, or in a call of what is evaluated so far.  NULL = no
- * memory. */
+/* The state as a snapshot: of the text, or in a call of what is evaluated so far; with that of a
+ * sampler, or of none (NULL).  NULL = no memory. */
 static q3n_snapshot *q3n__session_take(q3n_session *s, q3n_engine *e, q3n_type delta_type,
-                                       int in_call)
+                                       int in_call, const q3n_sampler *sampler)
 {
     const q3n__shape *h = &s->shape;
     if (!in_call) {
@@ -11576,8 +11646,10 @@ static q3n_snapshot *q3n__session_take(q3n_session *s, q3n_engine *e, q3n_type d
         q3n__mtp_flush(s, e);
     }
     q3n_snapshot *snap = q3n__snapshot_alloc(s->model, h, delta_type,
-                                             in_call ? s->state.length : s->length);
+                                             in_call ? s->state.length : s->length,
+                                             sampler ? 1 + sampler->n_window : 0);
     if (!snap) return NULL;
+    if (sampler) q3n__sampler_get_state(sampler, snap->sampler);
     for (int b = 0; b < snap->n_pages; b++) {
         snap->page[b] = s->state.kv.page[b];
         q3n__page_retain(snap->page[b]);
@@ -11648,6 +11720,8 @@ static q3n_result q3n__session_restore(q3n_session *s, const q3n_snapshot *snap)
     s->has_logits = snap->has_logits;
     if (s->has_logits)
         memcpy(s->logits, snap->logits, (size_t)s->shape.vocab_size * sizeof(float));
+    if (s->sampler && snap->n_sampler)
+        q3n__sampler_set_state(s->sampler, snap->sampler, snap->n_sampler - 1);
     return Q3N_OK;
 }
 
@@ -11675,7 +11749,7 @@ static int q3n__session_put(q3n_session *s, q3n_engine *e, int in_call, int mark
     const int n = in_call ? s->state.length : s->length;
     if (!s->cache || n == 0 || !s->model->config.causal) return 1;
     const size_t pages = (size_t)q3n__blocks_of(n) * s->shape.page_bytes;
-    if (pages + q3n__snapshot_measure(&s->shape, s->options.snapshot_type, n)
+    if (pages + q3n__snapshot_measure(&s->shape, s->options.snapshot_type, n, 0)
         > s->cache->max_bytes) return 1;             /* it would not be kept */
     int32_t *text = q3n__session_text(s, n);
     if (!text) return 0;
@@ -11683,7 +11757,7 @@ static int q3n__session_put(q3n_session *s, q3n_engine *e, int in_call, int mark
                                        marked);
     q3n__free(&s->model->allocator, text);
     if (there) return 1;
-    q3n_snapshot *snap = q3n__session_take(s, e, s->options.snapshot_type, in_call);
+    q3n_snapshot *snap = q3n__session_take(s, e, s->options.snapshot_type, in_call, NULL);
     if (!snap) return 0;
     q3n__cache_put(s->cache, snap, marked);
     q3n__snapshot_release(snap);
@@ -12860,7 +12934,7 @@ Q3N_DEF size_t q3n_session_bytes(const q3n_model *m, const q3n_session_options *
     }
     parts.page = q3n__with_head(s.shape.page_bytes);
     parts.snapshot = q3n__with_head(q3n__snapshot_measure(&s.shape, s.options.snapshot_type,
-                                                          s.options.capacity));
+                                                          s.options.capacity, 0));
     parts.initial = q3n__with_head(bytes) + (engine ? q3n__with_head(engine) : 0);
     if (!q3n__mul_size(parts.page, (size_t)s.n_blocks, &parts.kv_cache)
         || !q3n__add_size(parts.initial + split, parts.kv_cache, &parts.total)) return 0;
@@ -13005,10 +13079,11 @@ static q3n_result q3n__session_snapshot(q3n_session *s, q3n_type delta_type, q3n
     *out = NULL;
     const q3n_result r = q3n__check_causal(s);
     if (r != Q3N_OK) return r;
-    *out = q3n__session_take(s, s->engine, delta_type, 0);
+    *out = q3n__session_take(s, s->engine, delta_type, 0, s->sampler);
     if (*out) return Q3N_OK;
     return q3n__fail(&s->error, Q3N_ERR_MEMORY, -1, "no memory for a snapshot of %zu bytes",
-                     q3n__snapshot_measure(&s->shape, delta_type, s->length));
+                     q3n__snapshot_measure(&s->shape, delta_type, s->length,
+                                           s->sampler ? 1 + s->sampler->n_window : 0));
 }
 
 Q3N_DEF q3n_result q3n_session_snapshot(q3n_session *s, q3n_snapshot **out)
@@ -13045,7 +13120,8 @@ Q3N_DEF q3n_result q3n_session_fork(q3n_session **out, q3n_session *s,
     if (r != Q3N_OK) return q3n__fail(err, r, -1, "%s", s->error.message);
     r = q3n_session_create(out, s->model, o ? o : &s->options, err);
     if (r == Q3N_OK) {
-        r = q3n__session_restore(*out, snap);
+        if (s->sampler) r = q3n_session_set_sampler(*out, &s->sampler->o);
+        if (r == Q3N_OK) r = q3n__session_restore(*out, snap);
         if (r != Q3N_OK) {
             q3n__fail(err, r, -1, "%s", (*out)->error.message);
             q3n_session_destroy(*out);

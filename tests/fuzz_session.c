@@ -88,6 +88,13 @@ static void make_model(void)
     require(q3n_model_open_memory(&model, data, (size_t)bytes, NULL, &err) == Q3N_OK, err.message);
 }
 
+static void give_sampler(q3n_session *s, int window)
+{
+    const q3n_sampler_options o = { .size = sizeof o, .temperature = 1.0f,
+                                    .repetition_penalty = 1.2f, .penalty_window = window };
+    require(q3n_session_set_sampler(s, &o) == Q3N_OK, "no sampler");
+}
+
 static void make_files(void)
 {
     for (int i = 0; i < N_FILES; i++) {
@@ -97,6 +104,8 @@ static void make_files(void)
         int32_t tokens[300];
         for (int t = 0; t < 300; t++) tokens[t] = (t * 7 + i) % 61;
         require(q3n_session_create(&s, model, &o, NULL) == Q3N_OK, "no session");
+        if (i % 3) give_sampler(s, 4 * i);
+        for (int t = 0; t < 5 * i; t++) q3n_sampler_accept(q3n_session_sampler(s), t);
         require(q3n_session_eval(s, tokens, i % 2 ? 300 : 5, NULL) == Q3N_OK, "no evaluation");
         require(q3n_session_save_to(s, &sink) == Q3N_OK, "not saved");
         q3n_session_destroy(s);
@@ -125,15 +134,22 @@ static void load(const memory *m, int number)
     const int32_t token = 3;
     require(q3n_session_create(&s, model, &o, NULL) == Q3N_OK, "no session");
     require(q3n_session_eval(s, &token, 1, logits) == Q3N_OK, "no evaluation");
+    if (m->bytes % 3) give_sampler(s, (int)(m->bytes % 13));
     const q3n_result r = q3n_session_load_from(s, &source);
-    const int n = q3n_session_length(s);
+    int n = q3n_session_length(s);
     if (r == Q3N_OK) {
         int32_t tokens[CAPACITY];
         require(n >= 0 && n <= CAPACITY, "a length beyond the capacity");
         require(q3n_session_tokens(s, 0, n, tokens) == Q3N_OK, "no tokens");
         for (int i = 0; i < n; i++) require(tokens[i] >= 0 && tokens[i] < 61, "a strange token");
         if (n > 0) q3n_session_logits(s, logits);
-        int32_t drafts[2];
+        int32_t drafts[2], chosen;
+        int n_chosen;
+        if (q3n_session_sampler(s) && n < CAPACITY) {
+            if (q3n_session_decode(s, token, &chosen, 1, &n_chosen) == Q3N_OK)
+                require(chosen >= 0 && chosen < 61, "a strange choice");
+            n = q3n_session_length(s);
+        }
         if (q3n_session_draft(s, token, drafts, 2, logits) == Q3N_OK)
             require(drafts[0] >= 0 && drafts[0] < 61 && drafts[1] >= 0 && drafts[1] < 61,
                     "a strange draft");

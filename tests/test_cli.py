@@ -749,6 +749,27 @@ class StateTest(CliTest):
                     self.run_cli(*args, id_list(prompt + [7, 8]), "-n", "3", *then)
                     self.assertIn("%d reused" % len(prompt), self.notes)
 
+    def test_sampling_goes_on(self):
+        """Two texts, one after another, in one run or in two: the sampler's state is kept."""
+        lines = [id_list(self.ids[:9]), id_list(self.ids[40:45])]
+        args = ["run", model("stories"), "-n", "12", "--json", "--append", "--speculate", "off",
+                "--temp", "1.2", "--top-k", "0", "--top-p", "1", "--repeat-penalty", "1.3"]
+        both = os.path.join(self.folder, "ids")
+        with open(both, "w", encoding="utf-8") as f:
+            f.write("\n".join(lines) + "\n")
+
+        def outputs(path, *more):
+            text = self.run_cli(*args, "--session", os.path.join(self.folder, path), *more)
+            return [json.loads(line)["output_ids"] for line in text.decode().splitlines()]
+        want = outputs("one.q3s", "--seed", "5", "--ids-file", both)
+        self.assertEqual(len(want), 2)
+        got = outputs("two.q3s", "--seed", "5", "--ids", lines[0])
+        got += outputs("two.q3s", "--ids", lines[1])
+        self.assertEqual(got, want)
+        self.assertNotIn("; seed", self.notes)
+        outputs("three.q3s", "--seed", "5", "--ids", lines[0])
+        self.assertNotEqual(outputs("three.q3s", "--seed", "6", "--ids", lines[1]), want[1:])
+
     def test_a_text_that_ended_goes_on(self):
         case = load(STORIES)["greedy"][1]
         text = self.run_cli("run", model("stories"), "-p", "<|endoftext|>" + case["prompt"],

@@ -492,6 +492,56 @@ class Sessions(unittest.TestCase):
             self.assertEqual(session.sampler.sample(session.logits()),
                              self.greedy[0]["output_ids"][0])
 
+    def test_sampler_goes_on(self):
+        """Saved, kept and forked: the text that would have been."""
+        prompt = self.greedy[0]["prompt_ids"]
+        sampling = dict(temperature=1.0, seed=3, repetition_penalty=1.2, penalty_window=20)
+
+        def go_on(session, token, n=20):
+            ids = [token]
+            while len(ids) <= n:
+                ids += session.decode(ids[-1], 1)
+            return ids[1:]
+        with tempfile.TemporaryDirectory() as folder, self.model.session() as session:
+            path = os.path.join(folder, "state")
+            token = list(session.generate_ids(prompt, 10, stop_at_eos=False, **sampling))[-1]
+            session.save(path)
+            snapshot = session.snapshot()
+            forks = [session.fork() for _ in range(2)]
+            want = go_on(session, token)
+            session.restore(snapshot)
+            self.assertEqual(go_on(session, token), want)
+            self.assertEqual(go_on(forks[0], token), want)
+            forks[1].sampler.seed(4)
+            self.assertNotEqual(go_on(forks[1], token), want)
+            with self.model.session() as other:
+                other.set_sampler(**dict(sampling, seed=9))
+                other.load(path)
+                self.assertEqual(go_on(other, token), want)
+
+    def test_forks_share_a_hook(self):
+        class Stop(Exception):
+            pass
+
+        def edit(logits, tokens):
+            calls.append(threading.get_ident())
+            if stop:
+                raise Stop()
+            logits[7] = math.inf
+        calls, stop = [], False
+        with self.model.session() as session:
+            session.set_sampler(logits_hook=edit)
+            session.logits([1, 2])
+            fork = session.fork()
+            self.assertEqual([session.decode(3, 1), fork.decode(4, 1)], [[7], [7]])
+            self.assertEqual(len(calls), 2)
+            stop = True
+            with self.assertRaises(Stop):
+                fork.decode(7, 1)
+            stop = False
+            self.assertEqual(session.decode(7, 1), [7])
+            self.assertEqual((session.tokens(), fork.tokens()), ([1, 2, 3, 7], [1, 2, 4]))
+
     def test_logits_hook(self):
         """Masks what follows an even token to the odd ones, and the other way round."""
         prompt = self.greedy[0]["prompt_ids"]

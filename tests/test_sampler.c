@@ -726,6 +726,45 @@ static void test_another_seed(void **state)
     q3n_sampler_destroy(b);
 }
 
+/* State: the window from its oldest token, into samplers with as large a window or another. */
+static void test_state(void **state)
+{
+    (void)state;
+    q3n__sampler_state *st = (q3n__sampler_state *)calloc(1, q3n__sampler_state_bytes(1 + 8));
+    assert_non_null(st);
+    for (int i = 0; i < 500; i++) logits[i] = (float)(i % 9) - 4.0f;
+    for (int n = 0; n < 30; n++)
+        for (int room = 1; room <= 11; room++) {
+            q3n_sampler_options o = { .temperature = 1.0f, .repetition_penalty = 1.5f,
+                                      .penalty_window = 8, .seed = 3 };
+            q3n_sampler *a = create(500, o);
+            for (int i = 0; i < n; i++) q3n_sampler_accept(a, 10 + i);
+            a->rng += (uint64_t)n;
+            const int kept = n < 8 ? n : 8, fit = kept < room ? kept : room;
+            assert_int_equal(a->n_window, kept);
+            q3n__sampler_get_state(a, st);
+            for (int i = 0; i < kept; i++) assert_int_equal(st->window[i], 10 + n - kept + i);
+            o.penalty_window = room;
+            o.seed = 99;
+            q3n_sampler *b = create(500, o), *c = create(500, o);
+            for (int i = 0; i < n % 5; i++) q3n_sampler_accept(b, 400 + i);
+            q3n__sampler_set_state(b, st, kept);
+            for (int i = fit; i > 0; i--) q3n_sampler_accept(c, 10 + n - i);
+            c->rng = a->rng;
+            assert_int_equal(b->n_window, fit);
+            assert_true(b->rng == a->rng);
+            for (int i = 0; i < 15; i++) {
+                const int32_t id = sample(b, logits);
+                assert_int_equal(id, sample(c, logits));
+                if (room == 8) assert_int_equal(id, sample(a, logits));
+            }
+            q3n_sampler_destroy(a);
+            q3n_sampler_destroy(b);
+            q3n_sampler_destroy(c);
+        }
+    free(st);
+}
+
 /* ---- The hook ---- */
 typedef struct { int calls, forced, n_tokens; const int32_t *tokens; } hook_calls;
 
@@ -963,7 +1002,8 @@ int main(void)
         cmocka_unit_test(test_drafts), cmocka_unit_test(test_drafts_that_change_nothing),
         cmocka_unit_test(test_residual), cmocka_unit_test(test_drafts_of_extreme_logits),
         cmocka_unit_test(test_seed), cmocka_unit_test(test_random_numbers),
-        cmocka_unit_test(test_another_seed), cmocka_unit_test(test_hook),
+        cmocka_unit_test(test_another_seed), cmocka_unit_test(test_state),
+        cmocka_unit_test(test_hook),
         cmocka_unit_test(test_hook_comes_first),
         cmocka_unit_test(test_option_errors), cmocka_unit_test(test_memory),
         cmocka_unit_test(test_selection_is_bounded),

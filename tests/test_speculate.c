@@ -568,9 +568,9 @@ static void check_draws(const draw *d, q3n_speculate speculate, int draft, int n
     q3n_sampler_options so = { .temperature = 1.0f, .top_k = CHOICES, .seed = 11 };
     int n_edits = 0;
     if (d->hooked) so.logits_hook = (q3n_logits_hook){ lean_hook, &n_edits };
-    set_sampler(s, so);
     must(s, q3n_session_eval(s, d->ids, d->n, NULL), Q3N_OK);
-    must(s, q3n_session_snapshot(s, &snap), Q3N_OK);
+    must(s, q3n_session_snapshot(s, &snap), Q3N_OK);     /* without the sampler, which goes on */
+    set_sampler(s, so);
     for (int i = 0; i < n; i++) {
         int32_t out[CHOICES];
         int have = 0, some = 0, k = 0;
@@ -875,6 +875,163 @@ static void test_hook_that_stops(void **state)
     q3n_model_close(m);
 }
 
+/* ---- What is kept goes on as the text that would have been ---- */
+#define KEPT 36                  /* tokens that are chosen                                       */
+
+typedef struct {
+    q3n_session_options o;
+    q3n_sampler_options so;
+    int32_t             text[20 + KEPT];     /* prompt, tokens                                   */
+    const char         *what;
+} kept_case;
+
+/* Go on in s from text [at], which is chosen and not evaluated: the rest must be the same. */
+static void check_goes_on(kept_case *k, q3n_session *s, int at, const char *how)
+{
+    assert_int_equal(q3n_session_length(s), at);
+    for (int n = 0; at + 1 < COUNT(k->text); at += n) {
+        int32_t tokens[KEPT];
+        must(s, q3n_session_decode(s, k->text[at], tokens, COUNT(k->text) - at - 1, &n), Q3N_OK);
+        for (int i = 0; i < n; i++)
+            if (tokens[i] != k->text[at + 1 + i])
+                fail_msg("%s, %s: token %d is %d, straight it is %d", k->what, how, at + 1 + i,
+                         tokens[i], k->text[at + 1 + i]);
+    }
+}
+
+/* Written, restored and forked before every step of the straight text. */
+static void check_kept(const q3n_model *m, kept_case *k)
+{
+    const int n_prompt = COUNT(k->text) - KEPT;
+    q3n_sampler_options other = k->so;       /* a sampler that has been somewhere else */
+    memory_file file[KEPT] = { { 0 } };
+    q3n_snapshot *snap[KEPT] = { NULL };
+    q3n_session *fork[KEPT] = { NULL };
+    q3n_session *s = create_session(m, &k->o), *same;
+    uint64_t rng = 97;
+    int steps[KEPT], n_steps = 0;
+    random_tokens(&rng, k->text, n_prompt, q3n_model_config(m)->vocab_size);
+    for (int i = 8; i < n_prompt; i++) k->text[i] = k->text[i - 8];
+    set_sampler(s, k->so);
+    for (int i = 0; i < n_prompt; i++) q3n_sampler_accept(q3n_session_sampler(s), k->text[i]);
+    must(s, q3n_session_eval(s, k->text, n_prompt - 1, NULL), Q3N_OK);
+    for (int at = n_prompt - 1, n = 0; at + 1 < COUNT(k->text); at += n, n_steps++) {
+        must(s, save_to(&file[n_steps], s, SIZE_MAX), Q3N_OK);
+        must(s, q3n_session_snapshot(s, &snap[n_steps]), Q3N_OK);
+        assert_int_equal(q3n_session_fork(&fork[n_steps], s, NULL, NULL), Q3N_OK);
+        steps[n_steps] = at;
+        must(s, q3n_session_decode(s, k->text[at], k->text + at + 1, COUNT(k->text) - at - 1, &n),
+             Q3N_OK);
+    }
+    same = create_session(m, &k->o);                     /* all in one, never kept */
+    set_sampler(same, k->so);
+    for (int i = 0; i < n_prompt; i++) q3n_sampler_accept(q3n_session_sampler(same), k->text[i]);
+    must(same, q3n_session_eval(same, k->text, n_prompt - 1, NULL), Q3N_OK);
+    check_goes_on(k, same, n_prompt - 1, "never kept");
+    q3n_session_destroy(same);
+    other.seed += 100;
+    for (int i = 0; i < n_steps; i++) {
+        same = create_session(m, &k->o);
+        set_sampler(same, other);
+        for (int t = 0; t < 7; t++) q3n_sampler_accept(q3n_session_sampler(same), t);
+        must(same, load_from(&file[i], same, SIZE_MAX), Q3N_OK);
+        check_goes_on(k, same, steps[i], "loaded");
+        q3n_session_destroy(same);
+        must(s, q3n_session_restore(s, snap[i]), Q3N_OK);
+        check_goes_on(k, s, steps[i], "restored");
+        check_goes_on(k, fork[i], steps[i], "forked");
+        q3n_session_destroy(fork[i]);
+        q3n_snapshot_free(snap[i]);
+        free(file[i].bytes);
+    }
+    q3n_session_destroy(s);
+}
+
+static void test_kept(void **state)
+{
+    q3n_model *m = open_model((const char *)*state, NULL);
+    const int has_mtp = q3n_model_config(m)->num_mtp_layers > 0;
+    int n_edits = 0;
+    static const q3n_sampler_options how[] = {
+        { .repetition_penalty = 1.3f, .penalty_window = 9 },
+        { .temperature = 1.0f, .top_k = 6, .seed = 3, .repetition_penalty = 1.2f,
+          .penalty_window = 30 } };
+    m->eos.n = 0;
+    for (int i = 0; i < COUNT(how); i++)
+        for (int source = 0; source < Q3N_SPECULATE_COUNT; source++) {
+            char what[80];
+            kept_case k = { .o = plain_options(60 + Q3N_MAX_DRAFT), .so = how[i], .what = what };
+            k.o.speculate = (q3n_speculate)source;
+            k.o.draft = 3;
+            k.o.kv_type = source % 2 ? Q3N_TYPE_F32 : Q3N_TYPE_F16;
+            if (source % 2) k.so.logits_hook = (q3n_logits_hook){ lean_hook, &n_edits };
+            snprintf(what, sizeof what, "sampling %d, source %d", i, source);
+            if (source == Q3N_SPECULATE_MTP && !has_mtp) continue;
+            check_kept(m, &k);
+        }
+    assert_true(n_edits > 1000);
+    q3n_model_close(m);
+}
+
+/* Forks choose the same until one is seeded; a sampler that one side lacks is nobody's loss; what a
+ * cache keeps is no sampler's. */
+static void test_kept_apart(void **state)
+{
+    (void)state;
+    enum { N = 20 };
+    q3n_model *m = open_model("qwen3_next", NULL);
+    q3n_session_options o = plain_options(100);
+    const q3n_sampler_options so = { .temperature = 2.0f, .seed = 3 };
+    int32_t ids[N], text[3][N];
+    uint64_t rng = 5;
+    q3n_session *s[3], *none = create_session(m, &o);
+    q3n_snapshot *with = NULL, *without = NULL;
+    memory_file file = { 0 };
+    o.snapshot_bytes = 1 << 24;
+    m->eos.n = 0;
+    random_tokens(&rng, ids, N, q3n_model_config(m)->vocab_size);
+    s[0] = create_session(m, &o);
+    set_sampler(s[0], so);
+    must(s[0], q3n_session_eval(s[0], ids, N, NULL), Q3N_OK);
+    for (int i = 1; i < 3; i++) assert_int_equal(q3n_session_fork(&s[i], s[0], &o, NULL), Q3N_OK);
+    q3n_sampler_seed(q3n_session_sampler(s[2]), 4);
+    for (int i = 0; i < 3; i++)
+        for (int at = 0, n; at < N; at++)
+            must(s[i], q3n_session_decode(s[i], at ? text[i][at - 1] : 7, text[i] + at, 1, &n),
+                 Q3N_OK);
+    assert_memory_equal(text[0], text[1], sizeof text[0]);
+    assert_memory_not_equal(text[0], text[2], sizeof text[0]);
+
+    q3n_sampler *a = q3n_session_sampler(s[0]);
+    const uint64_t numbers = a->rng;
+    must(s[0], q3n_session_snapshot(s[0], &with), Q3N_OK);
+    must(none, q3n_session_restore(none, with), Q3N_OK);      /* passes it over */
+    assert_null(q3n_session_sampler(none));
+    must(none, q3n_session_snapshot(none, &without), Q3N_OK);
+    must(none, save_to(&file, none, SIZE_MAX), Q3N_OK);
+    assert_int_equal(q3n__load_u32(file.bytes + 8), 1);
+    must(s[0], q3n_session_restore(s[0], without), Q3N_OK);   /* leaves it alone */
+    must(s[0], load_from(&file, s[0], SIZE_MAX), Q3N_OK);
+    assert_true(a->rng == numbers && a->n_window == N);
+    must(s[0], save_to(&file, s[0], SIZE_MAX), Q3N_OK);
+    assert_int_equal(q3n__load_u32(file.bytes + 8), 2);
+    assert_int_equal(q3n_snapshot_bytes(with) - q3n_snapshot_bytes(without), 128);
+
+    must(s[0], q3n_session_checkpoint(s[0]), Q3N_OK);
+    must(s[0], q3n_session_rewind(s[0], N), Q3N_OK);
+    must(s[0], q3n_session_prefill(s[0], ids, N - 1, NULL, NULL), Q3N_OK);
+    assert_true(a->rng == numbers && a->n_window == N);
+    q3n_sampler_accept(a, 1);
+    must(s[0], q3n_session_prefill(s[0], ids, N, NULL, NULL), Q3N_OK);
+    assert_true(a->rng == numbers && a->n_window == N + 1);
+    for (int i = 0; i < 3; i++) q3n_session_destroy(s[i]);
+    q3n_session_destroy(none);
+    q3n_snapshot_free(with);
+    q3n_snapshot_free(without);
+    free(file.bytes);
+    q3n_model_close(m);
+}
+
 /* Sessions of a batch: who chooses from their logits asks the same hooks. */
 static void test_hook_in_a_batch(void **state)
 {
@@ -1080,6 +1237,9 @@ int main(void)
         CASE(test_hook, qwen3_moe),
         cmocka_unit_test(test_hook_that_stops),
         cmocka_unit_test(test_hook_in_a_batch),
+        CASE(test_kept, qwen3_next_mtp),
+        CASE(test_kept, qwen3_moe),
+        cmocka_unit_test(test_kept_apart),
         cmocka_unit_test(test_failed_steps),
         CASE(test_sampled_lookup, qwen3_next),
         CASE(test_sampled_lookup, qwen3_moe),

@@ -136,7 +136,7 @@ static q3n_snapshot *make_snapshot(const q3n_model *m, const q3n__shape *shape, 
     static q3n__atomic counter;
     const int rubbish = (int)q3n__atomic_add(&counter, 1) & 255;
     const int origin = length <= 300 ? text / 10 * 10 : text;
-    q3n_snapshot *s = q3n__snapshot_alloc(m, shape, delta_type, length);
+    q3n_snapshot *s = q3n__snapshot_alloc(m, shape, delta_type, length, 0);
     if (!s) return NULL;
     uint32_t state = (uint32_t)(origin * 7919 + length + 1);
     fill(s->delta, shape->delta_len * (size_t)q3n__types[delta_type].block_bytes, &state);
@@ -180,6 +180,26 @@ static q3n_snapshot *new_snapshot(const q3n_model *m, const q3n__shape *shape, q
     return s;
 }
 
+/* The snapshot with the state of a sampler that remembers n tokens, in its place. */
+static q3n_snapshot *with_sampler(q3n_snapshot *s, int n)
+{
+    const q3n__shape *h = &s->shape;
+    q3n_snapshot *t = q3n__snapshot_alloc(s->model, h, s->delta_type, s->length, 1 + n);
+    assert_non_null(t);
+    memcpy(t->delta, s->delta, h->delta_len * (size_t)q3n__types[s->delta_type].block_bytes);
+    memcpy(t->conv, s->conv, h->conv_len * sizeof *s->conv);
+    memcpy(t->hidden, s->hidden, (size_t)h->hidden_size * sizeof *s->hidden);
+    memcpy(t->logits, s->logits, (size_t)h->vocab_size * sizeof *s->logits);
+    t->has_hidden = s->has_hidden;
+    t->has_logits = s->has_logits;
+    t->mtp_first = s->mtp_first;
+    for (int i = 0; i < s->n_pages; i++) q3n__page_retain(t->page[i] = s->page[i]);
+    t->sampler->rng = UINT64_C(0x0123456789abcdef) + (uint64_t)n;
+    for (int i = 0; i < n; i++) t->sampler->window[i] = token_at(n, i);
+    q3n__snapshot_release(s);
+    return t;
+}
+
 static void check_same(const q3n_snapshot *a, const q3n_snapshot *b)
 {
     const q3n__shape *h = &a->shape;
@@ -188,6 +208,9 @@ static void check_same(const q3n_snapshot *a, const q3n_snapshot *b)
     assert_int_equal(a->has_hidden, b->has_hidden);
     assert_int_equal(a->has_logits, b->has_logits);
     assert_int_equal(a->bytes, b->bytes);
+    assert_int_equal(a->n_sampler, b->n_sampler);
+    if (a->n_sampler)
+        assert_memory_equal(a->sampler, b->sampler, q3n__sampler_state_bytes(a->n_sampler));
     assert_memory_equal(a->delta, b->delta,
                         h->delta_len * (size_t)q3n__types[a->delta_type].block_bytes);
     assert_memory_equal(a->conv, b->conv, h->conv_len * sizeof *a->conv);
@@ -416,6 +439,7 @@ static void test_round_trip(void **state)
                 q3n__shape_make(m, kv_types[type], mtp, &shape);
                 const q3n_type delta_type = i % 2 ? Q3N_TYPE_BF16 : Q3N_TYPE_F32;
                 q3n_snapshot *s = new_snapshot(m, &shape, delta_type, 1, lengths[i]);
+                if (i % 3) s = with_sampler(s, 30 * i);
                 check_round_trip(s, path);
                 q3n__snapshot_release(s);
             }
@@ -437,6 +461,8 @@ static void test_round_trip_small(void **state)
                 const q3n__shape shape = small_shape(kv_types[type]);
                 q3n_snapshot *s = new_snapshot(m, &shape, bf16 ? Q3N_TYPE_BF16 : Q3N_TYPE_F32, 4,
                                                length);
+                check_round_trip(s, path);
+                s = with_sampler(s, length % 5 == 0 ? 0 : length / 2);
                 check_round_trip(s, path);
                 q3n__snapshot_release(s);
             }
@@ -475,7 +501,7 @@ static void test_truncated(void **state)
     q3n_snapshot *back;
     q3n_model *m = open_model(&h, "qwen3_next");
     const q3n__shape shape = small_shape(Q3N_TYPE_Q8);
-    q3n_snapshot *s = new_snapshot(m, &shape, Q3N_TYPE_F32, 0, 21);
+    q3n_snapshot *s = with_sampler(new_snapshot(m, &shape, Q3N_TYPE_F32, 0, 21), 20);
     bytes_io b = written(s);
     const int64_t live = h.live;
     for (size_t cut = 0; cut < b.bytes; cut++) {
@@ -505,15 +531,15 @@ static void test_truncated(void **state)
     close_model(&h, m);
 }
 
-static void test_flipped(void **state)
+static void check_flipped(int n_sampler)
 {
-    (void)state;
     host h;
     q3n_error err;
     q3n_snapshot *back;
     q3n_model *m = open_model(&h, "qwen3_next");
     const q3n__shape shape = small_shape(Q3N_TYPE_F32);
     q3n_snapshot *s = new_snapshot(m, &shape, Q3N_TYPE_BF16, 0, 21);
+    if (n_sampler) s = with_sampler(s, n_sampler - 1);
     bytes_io b = written(s);
     const int64_t live = h.live;
     for (size_t bit = 0; bit < 8 * b.bytes; bit += bit < 8 * 256 ? 1 : 3) {
@@ -530,6 +556,13 @@ static void test_flipped(void **state)
     close_model(&h, m);
 }
 
+static void test_flipped(void **state)
+{
+    (void)state;
+    check_flipped(0);
+    check_flipped(11);
+}
+
 /* Both hashes made right again after a change. */
 static void sign(bytes_io *b)
 {
@@ -542,7 +575,8 @@ static void sign(bytes_io *b)
 }
 
 /* A field of 4 or 8 bytes is changed and everything signed.  That can be right only for a length
- * with as many pages, or for another first token of the MTP module. */
+ * with as many pages, for another first token of the MTP module, or for as many tokens of the
+ * sampler as take the same room. */
 static q3n_result read_changed(const bytes_io *b, const q3n_snapshot *s, size_t at, uint64_t value,
                                q3n_error *err)
 {
@@ -559,17 +593,20 @@ static q3n_result read_changed(const bytes_io *b, const q3n_snapshot *s, size_t 
     const int length = at == 48 && (uint32_t)value > 256 && (uint32_t)value <= 512;
     const uint32_t last = s->shape.has_mtp ? (uint32_t)s->length : 1;
     const int first = at == 120 && (uint32_t)value >= 1 && (uint32_t)value <= last;
-    assert_true((same || length || first) == (r == Q3N_OK));
+    const uint32_t n_sampler = (uint32_t)value;
+    const int sampler = at == 124 && s->n_sampler && n_sampler >= 1 && n_sampler < 100
+        && (8 + 4 * (n_sampler - 1) + 63) / 64 == (8 + 4 * ((uint32_t)s->n_sampler - 1) + 63) / 64;
+    assert_true((same || length || first || sampler) == (r == Q3N_OK));
     q3n__snapshot_release(back);
     free(changed.data);
     return r;
 }
 
-static void test_hostile(void **state)
+static void check_hostile(int n_sampler)
 {
-    (void)state;
     static const uint64_t values[] = { 0, 1, 2, 3, 4, 5, 6, 7, 255, 256, 257, 599, 600, 601,
-                                       1 << 20, 0x7fffffff, 0x80000000, 0xfffffffe, 0xffffffff,
+                                       1 << 20, 1 << 24, (1 << 24) + 1, (1 << 24) + 2, 0x7fffffff,
+                                       0x80000000, 0xfffffffe, 0xffffffff,
                                        (uint64_t)1 << 32, ((uint64_t)1 << 62) - 1,
                                        (uint64_t)1 << 62, (uint64_t)1 << 63, UINT64_MAX - 63,
                                        UINT64_MAX };
@@ -578,6 +615,7 @@ static void test_hostile(void **state)
     q3n_model *m = open_model(&h, "qwen3_next");
     const q3n__shape shape = small_shape(Q3N_TYPE_F16);
     q3n_snapshot *s = new_snapshot(m, &shape, Q3N_TYPE_F32, 0, 301);
+    if (n_sampler) s = with_sampler(s, n_sampler - 1);
     bytes_io b = written(s);
     const int64_t live = h.live;
     for (size_t at = 8; at < 128; at += at >= 16 && (at < 48 || at >= 96) ? 8 : 4) {
@@ -605,6 +643,16 @@ static void test_hostile(void **state)
     assert_int_equal(read_changed(&b, s, 56, Q3N_TYPE_F16, &err), Q3N_ERR_FORMAT);
     assert_int_equal(read_changed(&b, s, 84, 3, &err), Q3N_ERR_FORMAT);
     assert_non_null(strstr(err.message, "head_dim is 3, expected 2"));
+    assert_int_equal(read_changed(&b, s, 124, (1 << 24) + 2, &err), Q3N_ERR_FORMAT);
+    assert_non_null(strstr(err.message, "n_sampler is 16777218"));
+    assert_int_equal(read_changed(&b, s, 124, n_sampler ? 0 : 1, &err), Q3N_ERR_FORMAT);
+    assert_non_null(strstr(err.message, n_sampler ? "0 in version 2" : "1 in version 1"));
+    assert_int_equal(read_changed(&b, s, 8, n_sampler ? 1 : 2, &err), Q3N_ERR_FORMAT);
+    assert_non_null(strstr(err.message, "n_sampler"));
+    assert_int_equal(read_changed(&b, s, 8, 3, &err), Q3N_ERR_UNSUPPORTED);
+    assert_non_null(strstr(err.message, "version 3, expected 1 or 2"));
+    assert_int_equal(q3n__load_u32(b.data + 8), n_sampler ? 2 : 1);
+    assert_int_equal(q3n__load_u32(b.data + 124), n_sampler);
 
     /* A token outside the vocabulary, in a file that is right otherwise. */
     q3n_snapshot *back;
@@ -618,8 +666,122 @@ static void test_hostile(void **state)
         assert_non_null(strstr(err.message, "token 300"));
         assert_int_equal(h.live, live);
     }
+    if (n_sampler) {                                     /* and one that the sampler remembers */
+        const int32_t good = token_at(0, 300);
+        const size_t pages = 2 * (size_t)q3n__page_file_bytes(&shape);
+        const size_t room = (8 + 4 * (size_t)(n_sampler - 1) + 63) / 64 * 64;
+        const size_t window = b.bytes - 8 - pages - room + 8;
+        memcpy(b.data + token_300, &good, 4);
+        for (int i = 0; i < COUNT(bad); i++) {
+            memcpy(b.data + window + 12, &bad[i], 4);
+            sign(&b);
+            assert_int_equal(read_back(&back, &b, s, 600, &err), Q3N_ERR_FORMAT);
+            assert_non_null(strstr(err.message, "token 3 of the sampler"));
+            assert_int_equal(h.live, live);
+        }
+    }
     free(b.data);
     q3n__snapshot_release(s);
+    close_model(&h, m);
+}
+
+static void test_hostile(void **state)
+{
+    (void)state;
+    check_hostile(0);
+    check_hostile(18);
+}
+
+/* ---- A file of version 1, written by library 0.1 ----
+ *
+ * q3n_session_save after tokens 7 i + 3 modulo the vocabulary, i < 12, evaluated with logits by the
+ * scalar kernels, KV cache of q8, from tests/golden/qwen3_next.  It is bound to the model's file:
+ * that part of the header is made to agree, for the converter may write other metadata. */
+#define VERSION_1 "tests/golden/session_v1/qwen3_next.q3s"
+
+static bytes_io read_version_1(const q3n_model *m)
+{
+    bytes_io b = { .room = 200000 };
+    FILE *f = fopen(VERSION_1, "rb");
+    assert_non_null(f);
+    assert_non_null(b.data = (uint8_t *)malloc(b.room));
+    b.bytes = fread(b.data, 1, b.room, f);
+    fclose(f);
+    uint64_t header_hash, hash;
+    uint8_t zeroed[128];
+    memcpy(zeroed, b.data, 128);
+    memset(zeroed + 16, 0, 8);
+    memcpy(&header_hash, b.data + 16, 8);
+    memcpy(&hash, b.data + b.bytes - 8, 8);
+    assert_true(header_hash == hash_as_written(0, zeroed, 128));
+    assert_true(hash == hash_as_written(header_hash, b.data + 128, b.bytes - 136));
+    assert_int_equal(q3n__load_u32(b.data + 8), 1);
+    assert_int_equal(q3n__load_u32(b.data + 124), 0);
+    const uint64_t model[2] = { q3n__model_hash(m), m->bytes };
+    memcpy(b.data + 32, model, sizeof model);
+    sign(&b);
+    return b;
+}
+
+static void test_version_1(void **state)
+{
+    (void)state;
+    enum { N = 12, MORE = 6 };
+    host h;
+    q3n_model *m = open_model(&h, "qwen3_next");
+    const int V = m->config.vocab_size;
+    bytes_io b = read_version_1(m), again = { 0 };
+    const q3n_source source = { read_bytes, &b };
+    const q3n_sink sink = { write_bytes, &again };
+    const q3n_engine_options eo = { .size = sizeof eo, .n_threads = 1, .isa = Q3N_ISA_SCALAR };
+    const q3n_sampler_options so = { .size = sizeof so, .seed = 77 };
+    int32_t ids[N], got[N], token[2] = { 5, 5 };
+    float *logits[2];
+    double scale = 0.0;
+    q3n_engine *e = NULL;
+    q3n_session *s[2];                                   /* loaded, evaluated */
+    for (int i = 0; i < N; i++) ids[i] = (7 * i + 3) % V;
+    assert_int_equal(q3n_engine_create(&e, m, &eo, NULL), Q3N_OK);
+    const q3n_session_options o = { .size = sizeof o, .engine = e, .capacity = 64,
+                                    .kv_type = Q3N_TYPE_Q8 };
+    for (int k = 0; k < 2; k++) {
+        assert_non_null(logits[k] = (float *)malloc((size_t)V * sizeof(float)));
+        assert_int_equal(q3n_session_create(&s[k], m, &o, NULL), Q3N_OK);
+        if (k == 0) {
+            assert_int_equal(q3n_session_load_from(s[0], &source), Q3N_OK);
+            assert_int_equal(q3n_session_save_to(s[0], &sink), Q3N_OK);
+        } else {
+            assert_int_equal(q3n_session_eval(s[1], ids, N, NULL), Q3N_OK);
+        }
+        assert_int_equal(q3n_session_logits(s[k], logits[k]), Q3N_OK);
+    }
+    assert_int_equal(again.bytes, b.bytes);              /* without a sampler the same version */
+    assert_memory_equal(again.data, b.data, b.bytes);
+    assert_int_equal(q3n_session_length(s[0]), N);
+    assert_int_equal(q3n_session_tokens(s[0], 0, N, got), Q3N_OK);
+    assert_memory_equal(got, ids, sizeof ids);
+    for (int i = 0; i < V; i++) scale = fmax(scale, fabs((double)logits[1][i]));
+    for (int i = 0; i < V; i++)
+        assert_true(fabs((double)logits[0][i] - (double)logits[1][i]) <= 5e-5 * scale);
+    for (int k = 0; k < 2; k++)
+        assert_int_equal(q3n_session_set_sampler(s[k], &so), Q3N_OK);
+    b.at = 0;                                            /* a file without leaves the sampler be */
+    q3n_sampler_accept(q3n_session_sampler(s[0]), 9);
+    assert_int_equal(q3n_session_load_from(s[0], &source), Q3N_OK);
+    assert_int_equal(s[0]->sampler->n_window, 1);
+    assert_true(s[0]->sampler->rng == 77);
+    for (int i = 0, n = 0; i < MORE; i++) {
+        for (int k = 0; k < 2; k++)
+            assert_int_equal(q3n_session_decode(s[k], token[k], &token[k], 1, &n), Q3N_OK);
+        assert_int_equal(token[0], token[1]);
+    }
+    for (int k = 0; k < 2; k++) {
+        q3n_session_destroy(s[k]);
+        free(logits[k]);
+    }
+    q3n_engine_destroy(e);
+    free(again.data);
+    free(b.data);
     close_model(&h, m);
 }
 
@@ -825,7 +987,7 @@ static int has(q3n_cache *c, const q3n__shape *shape, int text, int n, int marke
 
 static size_t cost(const q3n__shape *shape, int length, int n_pages)
 {
-    return q3n__snapshot_measure(shape, Q3N_TYPE_F32, length) + Q3N__CACHE_HEAD
+    return q3n__snapshot_measure(shape, Q3N_TYPE_F32, length, 0) + Q3N__CACHE_HEAD
          + (size_t)n_pages * (shape->page_bytes + Q3N__CACHE_HEAD);
 }
 
@@ -1471,6 +1633,7 @@ int main(void)
         cmocka_unit_test(test_truncated),
         cmocka_unit_test(test_flipped),
         cmocka_unit_test(test_hostile),
+        cmocka_unit_test(test_version_1),
         cmocka_unit_test(test_other_model),
         cmocka_unit_test(test_failing),
         cmocka_unit_test(test_save_fails),

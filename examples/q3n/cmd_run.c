@@ -12,6 +12,7 @@ typedef struct run_options {
     double    temperature, top_p, min_p, penalty;
     int       top_k, last_n, greedy;
     uint64_t  seed;
+    int       seeded;              /* 1 = the seed was given */
     int       ignore_eos, stop_eos, special, echo, json, quiet;
     const char *session_file, *cache_dir;
     int       append;              /* the prompt goes after the text of session_file */
@@ -165,20 +166,28 @@ static void open_session(writer *w, size_t longest)
     const q3n_result r = q3n_session_load(w->session, path);
     if (r != Q3N_OK && r != Q3N_ERR_NO_FILE) cli_fail_with(path, q3n_session_error(w->session));
     w->n_loaded = (size_t)q3n_session_length(w->session);
+    if (w->o->seeded) q3n_sampler_seed(w->sampler, w->o->seed);
     q3n_error err = { .offset = -1 };
     if (q3n_file_check(path, &err) != Q3N_OK) cli_fail_with(path, &err);
 }
 
-/* Evaluates what was written last, so that the state is that of the whole text, and keeps it.  A
- * token that ended the text is left out: what follows may begin with it or not. */
-static void keep_state(writer *w)
+/* Evaluates what was written last, so that the state is that of the whole text.  A token that ended
+ * the text is left out: what follows may begin with it or not. */
+static void finish_text(writer *w)
 {
-    if (!w->cache && !w->o->session_file) return;
-    w->saving = 1;
     const int length = q3n_session_length(w->session);
+    w->saving = 1;
     if (w->last_pending && length < q3n_session_capacity(w->session)) {
         cli_eval(w->session, &w->output.id[w->output.n - 1], 1, NULL);
     }
+    w->saving = w->last_pending = 0;
+}
+
+static void keep_state(writer *w)
+{
+    if (!w->cache && !w->o->session_file) return;
+    finish_text(w);
+    w->saving = 1;
     if (q3n_session_length(w->session) == 0) return;
     cli_check(q3n_session_checkpoint(w->session), w->session);
     const char *path = w->o->session_file;
@@ -202,13 +211,21 @@ static void whole_text(const writer *w, const cli_ids *prompt, cli_ids *out)
     memcpy(out->id + before, prompt->id + skip, (prompt->n - skip) * sizeof *out->id);
 }
 
+/* A text that goes on is sampled as if it had never stopped, another one from the seed. */
+static void begin_sampling(writer *w, const cli_ids *text, int length)
+{
+    const size_t first = w->o->append ? (size_t)length : 0;
+    if (first == 0) q3n_sampler_reset(w->sampler);
+    for (size_t i = first; i < text->n; i++) q3n_sampler_accept(w->sampler, text->id[i]);
+}
+
 /* Evaluates what the session does not have yet; returns 0 if it was interrupted. */
 static int read_prompt(writer *w, const cli_ids *prompt)
 {
     const double start = cli_clock();
+    const int length = q3n_session_length(w->session);
     cli_ids text;
     whole_text(w, prompt, &text);
-    q3n_sampler_reset(w->sampler);
     /* An echo on the same terminal would be drawn over. */
     const int drawn = !w->o->quiet && !(w->o->echo && cli_is_terminal(stdout));
     w->progress = (prompt_progress){ .bar = cli_bar_begin("prompt", "tokens"), .shown = drawn,
@@ -219,7 +236,7 @@ static int read_prompt(writer *w, const cli_ids *prompt)
     cli_bar_end(&w->progress.bar);
     if (r != Q3N_ERR_CANCELLED) {
         cli_check(r, w->session);
-        for (size_t i = 0; i < text.n; i++) q3n_sampler_accept(w->sampler, text.id[i]);
+        begin_sampling(w, &text, length);
         w->n_prompt += text.n;
         w->n_reused += (size_t)w->progress.n_reused;
         w->prompt_s += cli_clock() - start;
@@ -302,7 +319,8 @@ static void print_speed(const writer *w, double load_s, const char *why)
     print_drafts(w);
     fprintf(stderr, "; %s, %d threads", q3n_isa_name(q3n_session_isa(w->session)),
             q3n_session_n_threads(w->session));
-    if (!w->o->greedy) fprintf(stderr, "; seed %llu", (unsigned long long)w->o->seed);
+    const int goes_on = w->o->append && w->n_loaded && !w->o->seeded;     /* from that run's */
+    if (!w->o->greedy && !goes_on) fprintf(stderr, "; seed %llu", (unsigned long long)w->o->seed);
     if (why) fprintf(stderr, "; %s", why);
     fprintf(stderr, "\n");
 }
@@ -325,6 +343,7 @@ static const char *write_case(writer *w, const cli_ids *prompt)
         w->decode_s += cli_clock() - start;
     }
     emit_end(w);
+    if (w->o->append) finish_text(w);
     w->n_output += w->output.n;
     return why;
 }
@@ -373,7 +392,8 @@ static int parse_options(run_options *o, int argc, char **argv, cli_words *words
         { "--repeat-penalty --repetition-penalty", "X", CLI_REAL, &o->penalty, 0.01, 100,
           "divides the logits of recent tokens; 1: off (1)" },
         { "--repeat-last-n", "N", CLI_INT, &o->last_n, 1, 1 << 24, "tokens that are recent (64)" },
-        { "-s --seed", "N", CLI_U64, &o->seed, 0, 0, "of the random numbers (the time)" },
+        { "-s --seed", "N", CLI_U64, &o->seed, 0, 0,
+          "of the random numbers (the time; with --append those of the text go on)" },
         { "--ignore-eos", NULL, CLI_FLAG, &o->ignore_eos, 0, 0,
           "do not stop at the end of the text (default with --ids and -n)" },
         { "--stop-eos", NULL, CLI_FLAG, &o->stop_eos, 0, 0, "stop there (default with a text)" },
@@ -410,7 +430,8 @@ static int parse_options(run_options *o, int argc, char **argv, cli_words *words
     if (o->n == NOT_GIVEN) o->n = DEFAULT_N;
     if (o->temperature == 0.0) o->greedy = 1;
     /* Drafts keep the distribution, not the text of a seed: how many there are depends on time. */
-    const int any_text = o->greedy || o->seed == drawn || o->setup.draft;
+    o->seeded = o->seed != drawn;
+    const int any_text = o->greedy || !o->seeded || o->setup.draft;
     if (!o->setup.speculate) o->setup.speculate = any_text ? "auto" : "off";
     if (o->append && !o->session_file) cli_misuse("--append is for a --session");
     return 1;

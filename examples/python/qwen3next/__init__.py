@@ -650,14 +650,20 @@ _EDIT = ctypes.CFUNCTYPE(None, _P, _FLOATS, _C_INT, _IDS, _C_INT)
 
 
 class _Hook:
-    """A callable as q3n_logits_hook.  What it raises masks everything and cancels the call; then
-    reraise() raises it where Python called."""
+    """A callable as q3n_logits_hook, for a sampler and its forks.  What it raises masks everything
+    and cancels the call under way on its thread, and is in raised then."""
 
-    def __init__(self, edit: LogitsHook, cancel: Callable[[], object]) -> None:
-        self._edit, self._cancel = edit, cancel
-        self._raised: List[BaseException] = []
+    def __init__(self, edit: LogitsHook) -> None:
+        self._edit, self._call_of = edit, threading.local()
         self._callback = _EDIT(self._call)
         self.struct = _LogitsHook(edit=ctypes.cast(self._callback, _P).value)
+
+    def around(self, function, cancel, raised):
+        """function, to be called on any thread: what the hook raises in it is put into raised."""
+        def call(*args):
+            self._call_of.cancel, self._call_of.raised = cancel, raised
+            return function(*args)
+        return call
 
     def _call(self, user, logits, n_vocab, tokens, n_tokens):
         address = ctypes.addressof(logits.contents)
@@ -665,20 +671,19 @@ class _Hook:
             view = memoryview((_C_FLOAT * n_vocab).from_address(address)).cast("B").cast("f")
             self._edit(view, tokens[:n_tokens])
         except BaseException as e:
-            self._raised.append(e)
+            self._call_of.raised.append(e)
             ctypes.memset(address, 0xFF, 4 * n_vocab)            # NaN
-            self._cancel()
-
-    def reraise(self) -> None:
-        raised, self._raised = self._raised, []
-        for e in raised:
-            raise e
+            self._call_of.cancel()
 
 
-def _sampler_options(cancel: Callable[[], object], logits_hook: Optional[LogitsHook] = None,
+def _hooked(hook, function, cancel, raised):
+    return hook.around(function, cancel, raised) if hook else function
+
+
+def _sampler_options(logits_hook: Optional[LogitsHook] = None,
                      **options: Any) -> Tuple[_SamplerOptions, Optional[_Hook]]:
     """q3n_sampler_options, and the hook that must live as long, or None."""
-    hook = None if logits_hook is None else _Hook(logits_hook, cancel)
+    hook = None if logits_hook is None else _Hook(logits_hook)
     if hook:
         options["logits_hook"] = hook.struct
     return _struct(_SamplerOptions, **options), hook
@@ -699,9 +704,11 @@ class _Chooser:
         of numbers."""
         c_logits = _floats_of(logits, self._model.vocab_size, "logits")
         lib, token = load(), ctypes.c_int32()
-        code = lib.q3n_sampler_sample(self.handle, c_logits, ctypes.byref(token))
-        if self._hook:
-            self._hook.reraise()
+        raised: List[BaseException] = []
+        sample = _hooked(self._hook, lib.q3n_sampler_sample, lambda: None, raised)
+        code = sample(self.handle, c_logits, ctypes.byref(token))
+        for e in raised:
+            raise e
         if code != _OK:
             _check(code, lib.q3n_sampler_error(self.handle).contents)
         return token.value
@@ -728,7 +735,7 @@ class Sampler(_Owner, _Chooser):
         lib = load()
         handle, record = _P(), _Record()
         self._handle, self._model = None, model
-        o, self._hook = _sampler_options(lambda: None, **options)
+        o, self._hook = _sampler_options(**options)
         _check(lib.q3n_sampler_create(ctypes.byref(handle), model.handle, ctypes.byref(o),
                                       ctypes.byref(record)), record)
         super().__init__(handle.value, lib.q3n_sampler_destroy, model)
@@ -896,19 +903,21 @@ class Session(_Owner):
         self._check(load().q3n_session_restore(self.handle, snapshot.handle))
 
     def fork(self) -> Session:
-        """A new session with the same text and options."""
+        """A new session with the same text, options and sampler, in the same state."""
         handle, record = _P(), _Record()
         _check(load().q3n_session_fork(ctypes.byref(handle), self.handle, None,
                                        ctypes.byref(record)), record)
         other = Session.__new__(Session)
         other._adopt(self.model, handle.value, dict(self.memory), self.cache, self.engine)
+        if self.sampler:
+            other.sampler = _SessionSampler(other, self.sampler._hook)
         return other
 
     def save(self, path: Path) -> None:
         self._check(load().q3n_session_save(self.handle, _text(os.fsencode(path), "path")))
 
     def load(self, path: Path) -> None:
-        """Continue a saved session."""
+        """Continue a saved session; a sampler that was set before takes on the state of its."""
         self._check(load().q3n_session_load(self.handle, _text(os.fsencode(path), "path")))
 
     def cancel(self) -> bool:
@@ -918,8 +927,7 @@ class Session(_Owner):
     def set_sampler(self, **options: Any) -> None:
         """Give the session a sampler of its own, with the options of Sampler: session.sampler.  Its
         hook's tokens are those that follow session.tokens(), drafts among them."""
-        own = weakref.proxy(self)
-        o, hook = _sampler_options(lambda: own.cancel(), **options)
+        o, hook = _sampler_options(**options)
         self._check(load().q3n_session_set_sampler(self.handle, ctypes.byref(o)))
         self.sampler = _SessionSampler(self, hook)
 
@@ -928,10 +936,13 @@ class Session(_Owner):
         the last are evaluated."""
         max_tokens = min(_integer(max_tokens, _C_INT, "max_tokens", 1), MAX_DRAFT + 1)
         chosen, n = (ctypes.c_int32 * max_tokens)(), _C_INT()
-        code = self._pace.call(self.cancel, 1, load().q3n_session_decode, self.handle, token,
-                               chosen, max_tokens, ctypes.byref(n))
-        if self.sampler and self.sampler._hook:
-            self.sampler._hook.reraise()
+        raised: List[BaseException] = []
+        decode = _hooked(self.sampler and self.sampler._hook, load().q3n_session_decode,
+                         self.cancel, raised)
+        code = self._pace.call(self.cancel, 1, decode, self.handle, token, chosen, max_tokens,
+                               ctypes.byref(n))
+        for e in raised:
+            raise e
         self._check(code)
         return chosen[:n.value]
 
