@@ -274,8 +274,8 @@ static q3n_session_options take_session_options(world *w)
     o.capacity = take_count(in, 400);
     o.batch = take_int(in, 40);
     o.n_threads = 1;
-    const int isa = take_int(in, 7);
-    o.isa = isa == 6 ? (q3n_isa)77 : isa_at(isa - 1);        /* AUTO first */
+    const int isa = take_int(in, N_ISAS + 2);                /* AUTO, those of the list, none */
+    o.isa = isa > N_ISAS ? (q3n_isa)77 : isa_at(isa - 1);
     const unsigned flags = take(in);
     if (flags & 1) o.isa = Q3N_ISA_SCALAR;
     o.count_experts = flags >> 1 & 1;

@@ -22,12 +22,19 @@ static inline q3n_isa isa_at(int i)
     return i >= 0 && i < N_ISAS ? list[i] : Q3N_ISA_AUTO;
 }
 
-/* The next of the list, the first after AUTO, and AUTO after the last. */
-static inline q3n_isa isa_after(q3n_isa isa)
+/* Its place in the list; N_ISAS if it has none. */
+static inline int isa_place(q3n_isa isa)
 {
     int i = 0;
-    while (isa != Q3N_ISA_AUTO && isa_at(i) != isa) i++;
-    return isa_at(isa == Q3N_ISA_AUTO ? 0 : i + 1);
+    while (i < N_ISAS && isa_at(i) != isa) i++;
+    return i;
+}
+
+/* The next of the list, the first after AUTO, and AUTO after the last and after what is no
+ * instruction set. */
+static inline q3n_isa isa_after(q3n_isa isa)
+{
+    return isa_at(isa == Q3N_ISA_AUTO ? 0 : isa_place(isa) + 1);
 }
 
 #ifdef Q3N__IMPLEMENTED
@@ -37,10 +44,9 @@ static inline q3n_isa isa_after(q3n_isa isa)
 static inline int isa_runs(q3n_isa isa, const char *test)
 {
     static const char *told[N_ISAS];
-    int i = 0;
-    while (isa_at(i) != isa) i++;
+    const int i = isa_place(isa);
     if (q3n_isa_supported(isa)) return 1;
-    if (q3n__isas[i].bind && told[i] != test) {
+    if (i < N_ISAS && q3n__isas[i].bind && told[i] != test) {
         printf("skipped: %s(%s): this processor lacks it\n", test, q3n_isa_name(isa));
         fflush(stdout);
         told[i] = test;

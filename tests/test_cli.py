@@ -945,9 +945,10 @@ class InterruptTest(CliTest):
             heed_interrupts()
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         run = self.start("init", path, "--preset", "tiny", "--vocab", "150000", "--hidden-size",
-                         "256", preexec_fn=ignore_hangup)
+                         "256", "--threads", "1", preexec_fn=ignore_hangup)
         wait_until(lambda: catches_interrupt(run.pid) and os.listdir(self.folder))
         run.send_signal(signal.SIGHUP)
+        self.assertNotIn("big.q3n", os.listdir(self.folder), "it was done before the signal came")
         out, notes = run.communicate()
         self.assertEqual((run.returncode, notes), (0, b""))
         self.assertEqual(os.listdir(self.folder), ["big.q3n"])

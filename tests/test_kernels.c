@@ -164,6 +164,20 @@ static double sum_error(int n) { return (n / lanes() + 8) * U; }
 
 #define FOR_EACH_ISA(test) run_on_each_isa(__func__, test)
 
+/* Each has a table of its own: no two are the same kernels by another name. */
+static void test_tables(void **state)
+{
+    (void)state;
+    q3n__kernels table[N_ISAS];
+    for (int i = 0; i < N_ISAS; i++) {
+        if (!isa_runs(isa_at(i), __func__)) continue;
+        q3n__kernels_init(&table[i], isa_at(i));
+        for (int j = 0; j < i; j++)
+            if (q3n_isa_supported(isa_at(j)))
+                assert_memory_not_equal(&table[i], &table[j], sizeof table[i]);
+    }
+}
+
 static void run_on_each_isa(const char *name, void (*test)(void))
 {
     for (isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
@@ -1388,6 +1402,7 @@ static void test_from_f32(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_tables),
         cmocka_unit_test(test_to_f32),
         cmocka_unit_test(test_from_f32),
         cmocka_unit_test(test_exp),

@@ -555,6 +555,7 @@ class Sessions(unittest.TestCase):
         for how in qwen3next.SPECULATE:
             with self.subTest(how), self.model.session(speculate=how, draft=3) as session:
                 ids = list(session.generate_ids(prompt, 30, stop_at_eos=False, logits_hook=steer))
+                self.assertEqual(len(ids), 30)
                 for last, token in zip(prompt[-1:] + ids, ids):
                     self.assertNotEqual(last % 2, token % 2)
                 texts.append(ids)

@@ -361,7 +361,7 @@ static q3n_session_options session_options(world *w)
     o.batch = batches[below(w, COUNT(batches))];
     o.n_threads = 1 + below(w, 3);
     if (chance(w, 10)) o.executor = (q3n_executor){ run_backwards, &w->n_runs, 3 };
-    if (chance(w, 70)) o.engine = w->batch[below(w, COUNT(w->batch))];
+    if (chance(w, 85)) o.engine = w->batch[chance(w, 80) ? 0 : 1];      /* most share the first */
     if (w->cache && chance(w, 60)) o.cache = w->cache;
     else if (chance(w, 50))        o.snapshot_bytes = (size_t)1 << (12 + below(w, 12));
     o.snapshot_every = chance(w, 30) ? 1 + below(w, 100) : 0;
@@ -792,7 +792,7 @@ static void plan_make(world *w, plan *p, int b)
     for (int i = 0; i < N_SLOTS; i++) {
         slot *s = &w->slots[i];
         const int room = s->capacity - s->t.n, k = p->n;
-        if (!s->s || s->batch != b || chance(w, 25)) continue;
+        if (!s->s || s->batch != b || chance(w, 15)) continue;
         p->slot[k] = s;
         p->before[k] = s->t;
         p->more[k].n = room == 0 || chance(w, 10) ? 0 : step_length(w, s->t.n, room);
@@ -827,6 +827,41 @@ static void plan_verify(world *w, plan *p)
         if (item->n > 0 && item->done == item->n && item->logits)
             compare_logits(w, item->logits, &s->t, "q3n_engine_eval");
     }
+}
+
+/* A session that b does not evaluate; NULL = there is none. */
+static slot *stranger(world *w, const q3n_engine *b)
+{
+    const int first = below(w, N_SLOTS);
+    for (int i = 0; i < N_SLOTS; i++) {
+        slot *s = &w->slots[(first + i) % N_SLOTS];
+        if (s->s && q3n_session_engine(s->s) != b) return s;
+    }
+    return NULL;
+}
+
+/* With an item of a stranger somewhere among them the call is refused whole. */
+static void plan_refuse(world *w, q3n_engine *b, plan *p)
+{
+    static const int32_t token[1] = { 0 };
+    q3n_engine_item item[N_SLOTS + 1];
+    slot *s = stranger(w, b);
+    const int at = below(w, p->n + 1);
+    int taken = 0;
+    if (!s) return;
+    for (int i = 0; i <= p->n; i++)
+        item[i] = i == at ? (q3n_engine_item){ .size = sizeof *item, .session = s->s,
+                                               .tokens = token, .n = 1 }
+                          : p->item[taken++];
+    const q3n_result r = q3n_engine_eval(b, item, p->n + 1, NULL);
+    note(w, " with %d of another engine", number(w, s));
+    refused(w, s, r, Q3N_ERR_ARG);
+    if (q3n_engine_error(b)->code != Q3N_ERR_ARG)
+        world_fail(w, "the record: %s", q3n_engine_error(b)->message);
+    for (int i = 0; i <= p->n; i++)
+        if (item[i].done != (i == at ? 0 : p->item[i - (i > at)].done))
+            world_fail(w, "a refused call changed done of item %d", i);
+    plan_verify(w, p);
 }
 
 /* One call that is cancelled or short of memory; 1 if it failed, and then changed nothing. */
@@ -868,6 +903,7 @@ static void plan_run(world *w, q3n_engine *b, plan *p, const q3n_limit *limit)
     for (int i = 0; i < p->n; i++) left += p->item[i].n;
     for (int first = 1; left > 0 || first; first = 0) {
         const int before = plan_done(p);
+        if (chance(w, 5)) plan_refuse(w, b, p);
         if (!chance(w, 10) || plan_fail(w, b, p, limit)) {
             const q3n_result r = q3n_engine_eval(b, p->item, p->n, limit);
             if (r != Q3N_OK) world_fail(w, "batch: %s", q3n_engine_error(b)->message);
@@ -884,12 +920,21 @@ static void plan_run(world *w, q3n_engine *b, plan *p, const q3n_limit *limit)
     }
 }
 
+/* Mostly the one of more sessions. */
+static int pick_engine(world *w)
+{
+    int n[COUNT(((world *)0)->batch)] = { 0 };
+    for (int i = 0; i < N_SLOTS; i++)
+        if (w->slots[i].s && w->slots[i].batch >= 0) n[w->slots[i].batch]++;
+    return chance(w, 90) ? n[1] > n[0] : below(w, COUNT(n));
+}
+
 static void op_batch(world *w)
 {
     plan *p = (plan *)calloc(1, sizeof *p);
     assert_non_null(p);
     p->logits = new_floats((size_t)N_SLOTS * (size_t)w->vocab);
-    const int b = below(w, COUNT(w->batch));
+    const int b = pick_engine(w);
     q3n_limit limit = Q3N_INIT(q3n_limit);
     if (chance(w, 40)) limit.max_tokens = 1 + below(w, 40);
     if (chance(w, 20)) limit.max_microseconds = 1 + below(w, 500);
