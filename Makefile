@@ -64,17 +64,17 @@ WASM := build/wasm
 
 # ---- Names of the libraries ----
 #
-# The shared library's name carries what changes when programs must be linked again: the major
-# version.  In build/ the file has the name that is linked; make install adds the version.
+# The shared library's name carries what changes when programs must be compiled again: Q3N_ABI.  In
+# build/ the file has the name that is linked; make install adds the version.
 VERSION := $(shell sed -n 's/^\#define Q3N_VERSION_[MP][A-Z]* *\([0-9]*\)$$/\1/p' qwen3next.h)
-MAJOR   := $(word 1,$(VERSION))
 VERSION := $(subst $() ,.,$(VERSION))
+ABI     := $(shell sed -n 's/^\#define Q3N_ABI  *\([0-9]*\).*/\1/p' qwen3next.h)
 MACHINE := $(shell $(CC) -dumpmachine 2>/dev/null)
 STATIC  := libqwen3next.a
 EXPORT  := __attribute__((visibility("default")))
 ifneq ($(findstring darwin,$(MACHINE)),)
   SHARED       := libqwen3next.dylib
-  SHARED_NAME  := libqwen3next.$(MAJOR).dylib
+  SHARED_NAME  := libqwen3next.$(ABI).dylib
   SHARED_FILE  := libqwen3next.$(VERSION).dylib
   SHARED_FLAGS  = -Wl,-install_name,$(LIBDIR)/$(SHARED_NAME) -Wl,-current_version,$(VERSION)
 else ifneq ($(findstring mingw,$(MACHINE)),)
@@ -85,7 +85,7 @@ else ifneq ($(findstring mingw,$(MACHINE)),)
   EXE          := .exe
 else
   SHARED       := libqwen3next.so
-  SHARED_NAME  := libqwen3next.so.$(MAJOR)
+  SHARED_NAME  := libqwen3next.so.$(ABI)
   SHARED_FILE  := libqwen3next.so.$(VERSION)
   SHARED_FLAGS  = -Wl,-soname,$(SHARED_NAME) -Wl,--version-script,tools/qwen3next.map
 endif

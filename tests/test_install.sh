@@ -52,6 +52,10 @@ version_of_header() {
     sed -n 's/^#define Q3N_VERSION_[MP][A-Z]* *\([0-9]*\)$/\1/p' qwen3next.h | paste -s -d.
 }
 
+abi_of_header() {
+    sed -n 's/^#define Q3N_ABI  *\([0-9]*\).*/\1/p' qwen3next.h
+}
+
 # Names of the API: what is declared where Q3N_DEF stands.
 api_of() {    # HEADER...
     local header
@@ -105,7 +109,7 @@ test_exports() {
         "$(nm -g --defined-only "$prefix/lib/libqwen3next.a" | awk 'NF == 3 { print $3 }' | sort)" \
         "$want"
     expect "versions of symbols" "$(nm -D --defined-only --with-symbol-versions \
-        "$prefix/lib/$soname" | grep -c "@@QWEN3NEXT_${version%%.*}\$")" "$(wc -l <<< "$want")"
+        "$prefix/lib/$soname" | grep -c "@@QWEN3NEXT_$abi\$")" "$(wc -l <<< "$want")"
 }
 
 # ---- Ways to build with it ----
@@ -233,7 +237,8 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 prefix=$out/prefix
 version=$(version_of_header)
-soname=libqwen3next.so.${version%%.*}
+abi=$(abi_of_header)
+soname=libqwen3next.so.$abi
 n_tensors=$(build/q3n info "$MODEL" --tensors --json | sed 's/.*"tensors"//' \
     | grep -o '"name"' | wc -l)
 if [ "$(uname)" != Linux ]; then
