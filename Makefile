@@ -146,11 +146,11 @@ all: $(PROGRAMS)   ## Build the command line q3n, the shared library and the exa
 
 # ---- Programs ----
 
-# Holds the compiler's command line: when that changes, everything is made again.
+# Holds the command lines: when they change, everything is made again.  On macOS they name LIBDIR.
+COMMANDS = $(COMPILE_C) $(COMPILE_CXX) $(LDFLAGS) $(SHARED_FLAGS)
 $(B)/flags: always
 	@mkdir -p $(@D)
-	@printf '%s\n' '$(COMPILE_C) $(COMPILE_CXX) $(LDFLAGS)' | cmp -s - $@ \
-	    || printf '%s\n' '$(COMPILE_C) $(COMPILE_CXX) $(LDFLAGS)' > $@
+	@printf '%s\n' '$(COMMANDS)' | cmp -s - $@ || printf '%s\n' '$(COMMANDS)' > $@
 
 $(B)/obj/q3n/%.o: examples/q3n/%.c $(B)/flags
 	@mkdir -p $(@D)
