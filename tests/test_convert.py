@@ -285,10 +285,13 @@ class Quantised(Case):
         x = np.ones((40, 33), "<f4")
         x[35, 32] = np.nan
         with self.assertRaises(ValueError) as e:
-            q4 = q3n_file.Definitions().types["q4"]
-            quantize.Encoder().encode(q4, x.tobytes(), 40, 33)
+            definitions = q3n_file.Definitions()
+            quantize.Encoder(definitions.abi).encode(definitions.types["q4"], x.tobytes(), 40, 33)
         row, text = e.exception.args
         self.assertIn("row %d, column 32: nan" % (35 - row), text)
+        other = definitions.abi + 1
+        with self.assertRaisesRegex(q3n_file.ConvertError, "expected the header's %d:" % other):
+            quantize.Encoder(other)
 
 
 # ---- The file ----

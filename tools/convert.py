@@ -289,9 +289,9 @@ class Progress:
 class Writer:
     """Writes the tensors of a plan into an open file, a block of rows at a time."""
 
-    def __init__(self, f, progress, quantised, allow_nan):
+    def __init__(self, f, progress, encoder, allow_nan):
         self.f, self.progress, self.allow_nan = f, progress, allow_nan
-        self.encoder = quantize.Encoder() if quantised else None
+        self.encoder = encoder               # None = nothing is quantised
 
     def encode(self, m, start, data, count, type_):
         try:
@@ -390,7 +390,8 @@ def write_plan(plan, args, definitions):
     try:
         with files.Output(args.out) as f:
             quantised = any(t.type.block_len > 1 for t in tensors)
-            Writer(f, progress, quantised, args.allow_nan).plan(
+            encoder = quantize.Encoder(definitions.abi) if quantised else None
+            Writer(f, progress, encoder, args.allow_nan).plan(
                 plan, groups, lambda: meta(file_bytes), file_bytes)
     finally:
         progress.end()

@@ -48,7 +48,7 @@ Field = collections.namedtuple("Field", "name kind least most")
 
 
 class Definitions:
-    """What the headers say: types by name, fields by name, words of the enums, recipes."""
+    """What the headers say: types by name, fields by name, words of the enums, recipes, the ABI."""
 
     def __init__(self, path=HEADER, make_path=MAKE_HEADER):
         try:
@@ -56,6 +56,10 @@ class Definitions:
             make_text = files.read_text(make_path, MAX_HEADER)
         except ConvertError as e:
             raise ConvertError("%s (the converter reads the headers)" % e)
+        abi = re.search(r"#define Q3N_ABI (\d+)", text)
+        if not abi:
+            raise ConvertError("%s: found no Q3N_ABI" % path)
+        self.abi = int(abi.group(1))
         self.types, self.fields = {}, collections.OrderedDict()
         for macro in ("Q3N_FLOAT_TYPE_LIST", "Q3N_QUANT_TYPE_LIST"):
             for _, name, number, length, size in self._rows(text, macro, 5, path):

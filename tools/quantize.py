@@ -60,15 +60,20 @@ def cpu_count():
 
 
 class Encoder:
-    """encode() splits rows over threads: the library works outside Python's lock."""
+    """encode() splits rows over threads: the library works outside Python's lock.  abi is the
+    Q3N_ABI of the header that was read."""
 
-    def __init__(self):
+    def __init__(self, abi):
         path = find_library()
         try:
             lib = ctypes.CDLL(os.path.abspath(path))
+            found = lib.q3n_abi_version()
             self.function = lib.q3n_quantize_rows
         except (OSError, AttributeError) as e:
             raise ConvertError("%s: cannot be used: %s: run `make`" % (path, e))
+        if found != abi:
+            raise ConvertError("%s: found the ABI %d, expected the header's %d: run `make`"
+                               % (path, found, abi))
         self.function.restype = ctypes.c_int
         self.function.argtypes = [ctypes.c_int, ctypes.POINTER(_Rows), ctypes.c_void_p,
                                   ctypes.c_size_t, ctypes.POINTER(_Error)]
