@@ -75,9 +75,10 @@ extern "C" {
 
 /* ---- Geometries ---- */
 
-/* Fill *out with a named geometry: "tiny" "small" "80b" "80b_a3b" (the design model), "g1" "g2"
- * "g3" (benchmarks) and published models such as "qwen3-next-80b-a3b", "qwen3-30b-a3b",
- * "qwen3-0.6b".  Errors: Q3N_ERR_ARG with the list of names in err. */
+/* Fill *out, whose size must be set and of which no more is read, with a named geometry: "tiny"
+ * "small" "80b" "80b_a3b" (the design model), "g1" "g2" "g3" (benchmarks) and published models such
+ * as "qwen3-next-80b-a3b", "qwen3-30b-a3b", "qwen3-0.6b".  Errors: Q3N_ERR_ARG; where there is no
+ * such geometry, with the list of names in err. */
 Q3N_DEF q3n_result  q3n_config_preset(const char *name, q3n_config *out, q3n_error *err);
 Q3N_DEF const char *q3n_config_preset_name(int i);    /* i = 0, 1, ...; NULL after the last */
 
@@ -310,11 +311,12 @@ Q3N_DEF const char *q3n_config_preset_name(int i)
 Q3N_DEF q3n_result q3n_config_preset(const char *name, q3n_config *out, q3n_error *err)
 {
     if (!name || !out) return q3n__fail(err, Q3N_ERR_ARG, -1, "no name, or no configuration");
-    q3n_config c = Q3N_INIT(q3n_config);
-    const q3n_result r = q3n__config_read(&c, out, err);
-    if (r != Q3N_OK) return r;
+    if (q3n__struct_size(out) == 0)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "q3n_config: its size is not set: begin with "
+                         "Q3N_INIT or .size = sizeof");
     for (size_t i = 0; i < Q3N__N_PRESETS; i++)
         if (strcmp(q3n__presets[i].name, name) == 0) {
+            q3n_config c;
             q3n__preset_fill(&q3n__presets[i], &c);
             return q3n__struct_write(out, sizeof c, &c);
         }
