@@ -275,7 +275,7 @@ void cli_cases_free(cli_cases *cases);
     { names_of_batch, "N", CLI_INT, &(s).batch, 1, 1 << 20,                                       \
       "batch size: tokens evaluated at once (512)" },                                             \
     { "--isa", "NAME", CLI_ISA, &(s).isa, 0, 0,                                                   \
-      "best instruction set to use (the best there is)" },                                        \
+      "instruction set to use (the best there is)" },                                             \
     { "--kv --kv-type", "TYPE", CLI_KV_TYPE, &(s).kv, 0, 0, "of the KV cache (f32)" },            \
     { "--snapshot-type", "TYPE", CLI_STATE_TYPE, &(s).snapshot_type, 0, 0,                        \
       "of DeltaNet's states in snapshots; only f32 is exact (f32)" },                             \
