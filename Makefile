@@ -109,7 +109,11 @@ STORIES       := build/models/stories.q3n
 TOKENIZER     := build/models/tokenizer_qwen3.q3n
 MODELS        := $(patsubst %,build/models/%.q3n,$(HF_GOLDENS) $(KERAS_GOLDENS)) \
                  $(STORIES) $(TOKENIZER)
-PROGRAMS      := $(B)/q3n $(B)/$(SHARED) $(B)/$(STATIC) $(B)/embed $(B)/embed_cpp
+PROGRAMS      := $(B)/q3n $(B)/$(SHARED) $(B)/$(STATIC) $(B)/embed
+# For other machines there is a C compiler alone.
+ifeq ($(filter aarch64 windows,$(config)),)
+  PROGRAMS    += $(B)/embed_cpp
+endif
 
 # Without -j on the command line every CPU is used.
 ifeq ($(MAKELEVEL),0)
