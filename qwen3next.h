@@ -56,15 +56,15 @@
  *     [7] TYPES                           >>types
  *     [8] CONFIG                          >>config
  *     [9] LOADER                          >>loader
- *    [10] UNICODE                         >>unicode
- *    [11] TOKENIZER                       >>tokenizer
- *    [12] OPS                             >>ops
- *    [13] RUN                             >>run
- *    [14] ATTENTION                       >>attention
- *    [15] DELTANET                        >>deltanet
- *    [16] MODEL                           >>model
- *    [17] STATE                           >>state
- *    [18] SESSION FILES                   >>session-files
+ *    [10] STATE                           >>state
+ *    [11] SESSION FILES                   >>session-files
+ *    [12] UNICODE                         >>unicode
+ *    [13] TOKENIZER                       >>tokenizer
+ *    [14] OPS                             >>ops
+ *    [15] RUN                             >>run
+ *    [16] ATTENTION                       >>attention
+ *    [17] DELTANET                        >>deltanet
+ *    [18] MODEL                           >>model
  *    [19] CACHE                           >>cache
  *    [20] ENGINE                          >>engine
  *    [21] SAMPLER                         >>sampler
@@ -3580,24 +3580,6 @@ static const q3n__x8 *q3n__matmul_xq(const q3n__matmul *m, int t)
  * key or value: f32 [Q3N__KV_BLOCK]. */
 #define Q3N__KV_BLOCK 256
 
-/* Bytes of one element in a KV cache. */
-static size_t q3n__kv_element(q3n_type t)
-{
-    return q3n__is_quantised(t) ? 1 : (size_t)q3n__types[t].block_bytes;
-}
-
-/* Where the scales of a block's keys or values lie, in bytes from their start. */
-static size_t q3n__kv_scales_at(q3n_type t, int dim)
-{
-    return Q3N__KV_BLOCK * (size_t)dim * q3n__kv_element(t);
-}
-
-/* Bytes of the keys of a block, scales included; the values take as many. */
-static size_t q3n__kv_side_bytes(q3n_type t, int dim)
-{
-    return q3n__kv_scales_at(t, dim) + (q3n__is_quantised(t) ? Q3N__KV_BLOCK * sizeof(float) : 0);
-}
-
 /* Softmax attention of n queries over one block, not yet normalised:
  *   s_j = <q, k_j>,  m = max_j s_j,  l = sum_j e^(s_j - m),  o = sum_j e^(s_j - m) v_j
  * over the first n_keys[i] keys for query i.  With n_keys 0: m = -FLT_MAX, l = 0, o = 0.  What
@@ -5293,7 +5275,818 @@ static q3n_result q3n__model_create(q3n_model **out, const q3n_model_options *o,
 }
 
 /* =====================================================================================
- * [10] UNICODE                                                              >>unicode
+ * [10] STATE                                                                  >>state
+ *
+ * What a session knows of its text, as things that can be kept and passed on: pages, which are
+ * counted and shared, and snapshots, which do not change.  Knows nothing of evaluation.
+ *
+ *     session A, 700 tokens     page 0 --- page 1 --- page 2 (188 slots)
+ *     snapshot at 600           page 0 --- page 1 --- page 2, of which it knows 88
+ *     session B, from it        page 0 --- page 1 --- a copy of its 88 slots, as soon as B appends
+ *
+ * A page is written by its only holder, or by the session that made it, in slots that no text has;
+ * whoever shares it reads no slot beyond its own length, so they need no lock.  Counts of
+ * references are atomic and the last holder frees: any thread may release.  Memory comes from the
+ * model's allocator, which outlives all of them.
+ * ===================================================================================== */
+
+/* ---- KV cache: pages of Q3N__KV_BLOCK tokens ----
+ *
+ *     position p of a text is slot p % 256 of page p / 256
+ *
+ *     page    n_refs, n_used, n_layers, tokens[256] | block | block | ... | block
+ *             (Q3N__PAGE_HEAD bytes)                  layer 0,      ...    last layer,
+ *                                                     kv head 0            last kv head
+ *     block   k [D, 256]   scales f32[256] if q8      one "side"
+ *             v [256, D]   scales f32[256] if q8      the other, of as many bytes
+ *
+ * Layers are those with attention, counted among themselves.  Sides are multiples of 256 bytes and
+ * pages aligned to 64, so both begin on a cache line.  Keys are transposed so that neighbouring
+ * lanes of a vector are the scores of neighbouring keys and nothing is summed across lanes; values
+ * are not, for an output is a sum of whole rows of v. */
+
+/* Tokens of a text with what all attention layers keep of them: [layer][kv head], of each keys and
+ * then values.  The MTP module's layer is the last, if the session drafts with it.  Sessions and
+ * snapshots share pages; nobody writes slots that another of them uses (q3n__session_reserve).
+ * Kernels load whole vectors of keys, beyond the last one that counts, and drop what lies there. */
+typedef struct q3n__page {
+    q3n__atomic n_refs;
+    int         n_used;          /* slots written so far: for the one session that may append    */
+    int         n_layers;        /* that it has room for: sessions with an MTP module share pages
+                                    with sessions without                                        */
+    int32_t     tokens[Q3N__KV_BLOCK];
+} q3n__page;
+
+#define Q3N__PAGE_HEAD ((sizeof(q3n__page) + Q3N__ALIGN - 1) / Q3N__ALIGN * Q3N__ALIGN)
+
+typedef struct {
+    q3n__page **page;            /* [blocks], as far as the text goes                            */
+    q3n_type    type;
+    int         n_kv_heads, dim;
+    int         skip;            /* leading tokens that have no key, as in the MTP module        */
+} q3n__kv_cache;
+
+/* Bytes of one element in a KV cache. */
+static size_t q3n__kv_element(q3n_type t)
+{
+    return q3n__is_quantised(t) ? 1 : (size_t)q3n__types[t].block_bytes;
+}
+
+/* Where the scales of a block's keys or values lie, in bytes from their start. */
+static size_t q3n__kv_scales_at(q3n_type t, int dim)
+{
+    return Q3N__KV_BLOCK * (size_t)dim * q3n__kv_element(t);
+}
+
+/* Bytes of the keys of a block, scales included; the values take as many. */
+static size_t q3n__kv_side_bytes(q3n_type t, int dim)
+{
+    return q3n__kv_scales_at(t, dim) + (q3n__is_quantised(t) ? Q3N__KV_BLOCK * sizeof(float) : 0);
+}
+
+/* Bytes of one layer and head: the keys, and after them as many of values. */
+static size_t q3n__kv_block_bytes(q3n_type type, int dim)
+{
+    return 2 * q3n__kv_side_bytes(type, dim);
+}
+
+/* Where a layer's keys of one head begin in a page; its values are q3n__kv_side_bytes further. */
+static uint8_t *q3n__page_block(q3n__page *page, const q3n__kv_cache *kv, int layer, int head)
+{
+    const size_t i = (size_t)layer * (size_t)kv->n_kv_heads + (size_t)head;
+    return (uint8_t *)page + Q3N__PAGE_HEAD + i * q3n__kv_block_bytes(kv->type, kv->dim);
+}
+
+static uint8_t *q3n__kv_block(const q3n__kv_cache *kv, int layer, int block, int head)
+{
+    return q3n__page_block(kv->page[block], kv, layer, head);
+}
+
+/* Sizes that follow from the model and a session's options: states of one shape fit each other, and
+ * those that differ in has_mtp alone too, for the module's layer is a page's last. */
+typedef struct {
+    q3n_type kv_type;
+    int      has_mtp;            /* pages hold the MTP module's layer too                        */
+    int      n_kv_layers, n_kv_heads, head_dim;
+    size_t   page_bytes;
+    size_t   delta_len, conv_len;   /* floats of all DeltaNet layers                             */
+    int      hidden_size, vocab_size;
+} q3n__shape;
+
+/* Pages of n tokens: n / 256, rounded up; n up to INT_MAX. */
+static int q3n__blocks_of(int n_tokens)
+{
+    return n_tokens / Q3N__KV_BLOCK + (n_tokens % Q3N__KV_BLOCK != 0);
+}
+
+static size_t q3n__page_bytes(const q3n__shape *shape, int n_layers)
+{
+    return Q3N__PAGE_HEAD + (size_t)n_layers * (size_t)shape->n_kv_heads
+                            * q3n__kv_block_bytes(shape->kv_type, shape->head_dim);
+}
+
+/* The shape of a session of m.  has_mtp: the session runs the MTP module, whose keys and values are
+ * one more attention layer.  Lengths do not overflow: the loader bounds the configuration, and
+ * q3n__check_sizes the rest on 32 bits. */
+static void q3n__shape_make(const q3n_model *m, q3n_type kv_type, int has_mtp, q3n__shape *s)
+{
+    const q3n_config *c = &m->config;
+    int n_delta = 0;
+    for (int l = 0; l < c->num_hidden_layers; l++) n_delta += c->layer_types[l];
+    memset(s, 0, sizeof *s);
+    s->kv_type = kv_type;
+    s->has_mtp = has_mtp;
+    s->n_kv_layers = c->num_hidden_layers - n_delta + has_mtp;
+    s->n_kv_heads = c->num_key_value_heads;
+    s->head_dim = c->head_dim;
+    s->page_bytes = q3n__page_bytes(s, s->n_kv_layers);
+    s->delta_len = (size_t)n_delta * (size_t)c->linear_num_value_heads
+                 * (size_t)c->linear_key_head_dim * (size_t)c->linear_value_head_dim;
+    if (n_delta > 0)
+        s->conv_len = (size_t)n_delta * (size_t)(c->linear_conv_kernel_dim - 1)
+                    * (size_t)q3n__config_channels(c);
+    s->hidden_size = c->hidden_size;
+    s->vocab_size = c->vocab_size;
+}
+
+/* The same with the module's layer, or without it. */
+static void q3n__shape_set_mtp(q3n__shape *s, int has_mtp)
+{
+    s->n_kv_layers += has_mtp - s->has_mtp;
+    s->has_mtp = has_mtp;
+    s->page_bytes = q3n__page_bytes(s, s->n_kv_layers);
+}
+
+/* ---- Pages ---- */
+
+/* A page with one reference and room for the shape's layers; NULL without memory. */
+static q3n__page *q3n__page_alloc(const q3n_model *m, const q3n__shape *shape)
+{
+    q3n__page *p = (q3n__page *)q3n__alloc(&m->allocator, shape->page_bytes);
+    if (!p) return NULL;
+    memset(p, 0, shape->page_bytes);       /* what is never written goes into files as zeros */
+    p->n_refs = 1;
+    p->n_layers = shape->n_kv_layers;
+    return p;
+}
+
+static void q3n__page_retain(q3n__page *p) { q3n__atomic_add(&p->n_refs, 1); }
+
+static void q3n__page_release(const q3n_model *m, q3n__page *p)   /* NULL is allowed */
+{
+    if (p && q3n__atomic_add(&p->n_refs, -1) == 1) q3n__free(&m->allocator, p);
+}
+
+/* The first n slots of a page, in the layers that both have, and not a byte of the others, which
+ * someone may be writing.  Slot j of the keys is element j of each of D rows of 256 (they are
+ * transposed), of the values row j.  Both pages are of the shape's kv_type. */
+static void q3n__page_copy(const q3n__shape *shape, q3n__page *to, q3n__page *from, int n)
+{
+    const q3n__kv_cache kv = { NULL, shape->kv_type, shape->n_kv_heads, shape->head_dim, 0 };
+    const size_t D = (size_t)shape->head_dim, e = q3n__kv_element(shape->kv_type);
+    const size_t side = q3n__kv_side_bytes(kv.type, kv.dim);
+    const size_t scales = q3n__kv_scales_at(kv.type, kv.dim);
+    const int n_layers = from->n_layers < to->n_layers ? from->n_layers : to->n_layers;
+    memcpy(to->tokens, from->tokens, (size_t)n * sizeof *to->tokens);
+    for (int i = 0; i < n_layers * shape->n_kv_heads; i++) {
+        uint8_t *y = q3n__page_block(to, &kv, 0, i);
+        const uint8_t *x = q3n__page_block(from, &kv, 0, i);
+        for (size_t d = 0; d < D; d++)
+            memcpy(y + d * Q3N__KV_BLOCK * e, x + d * Q3N__KV_BLOCK * e, (size_t)n * e);
+        memcpy(y + side, x + side, (size_t)n * D * e);
+        if (!q3n__is_quantised(kv.type)) continue;
+        memcpy(y + scales, x + scales, (size_t)n * sizeof(float));
+        memcpy(y + side + scales, x + side + scales, (size_t)n * sizeof(float));
+    }
+    to->n_used = n;
+}
+
+/* ---- What a sampler knows of a text ---- */
+typedef struct {
+    uint64_t rng;
+    int32_t  window[];           /* tokens that the penalty counts, the oldest first             */
+} q3n__sampler_state;
+
+#define Q3N__SAMPLER_MAX_WINDOW (1 << 24)
+
+/* n_sampler: 1 + tokens in the window, 0 = there is no sampler. */
+static size_t q3n__sampler_state_bytes(int n_sampler)
+{
+    return n_sampler ? sizeof(q3n__sampler_state) + (size_t)(n_sampler - 1) * sizeof(int32_t) : 0;
+}
+
+/* ---- Snapshots: one allocation each, and a hold on pages ----
+ *
+ * What it takes to go on after `length` tokens without evaluating one again: keys and values (the
+ * pages), DeltaNet's matrices and convolution columns with nothing pending, the last hidden state
+ * (the MTP module reads it with the next token), and logits if there were any.  Its maker fills it
+ * in before anyone else sees it; from then on it is only read, by any thread.  Matrices of bf16
+ * take half the memory and are no longer exact. */
+struct q3n_snapshot {
+    q3n__atomic      n_refs;
+    const q3n_model *model;
+    q3n__shape       shape;
+    size_t           bytes;      /* of this allocation                                           */
+    q3n_type         delta_type; /* f32 or bf16                                                  */
+    int              length;     /* tokens                                                       */
+    int              n_pages;    /* q3n__blocks_of(length)                                       */
+    int              mtp_first;  /* the MTP module's keys begin at this token, 1 or more; 1
+                                    without the module                                           */
+    int              has_hidden; /* not at length 0                                              */
+    int              has_logits;
+    int              n_sampler;  /* 1 + tokens in the window of `sampler`; 0 = it has none       */
+    q3n__page      **page;       /* [n_pages]                                                    */
+    void            *delta;      /* [shape.delta_len] of delta_type                              */
+    float           *conv;       /* [shape.conv_len]                                             */
+    float           *hidden;     /* [d] of the last token, after the final norm                  */
+    float           *logits;     /* [vocab] after the last token                                 */
+    q3n__sampler_state *sampler;
+};
+
+/* Arrays after the struct, measured or handed out: all but the pages have the shape's sizes. */
+static void q3n__snapshot_layout(q3n__arena *a, q3n_snapshot *s)
+{
+    const q3n__shape *h = &s->shape;
+    s->page   = (q3n__page **)q3n__arena_take(a, (size_t)s->n_pages, sizeof *s->page);
+    s->delta  = q3n__arena_take(a, h->delta_len, (size_t)q3n__types[s->delta_type].block_bytes);
+    s->conv   = (float *)q3n__arena_take(a, h->conv_len, sizeof(float));
+    s->hidden = (float *)q3n__arena_take(a, (size_t)h->hidden_size, sizeof(float));
+    s->logits = (float *)q3n__arena_take(a, (size_t)h->vocab_size, sizeof(float));
+    if (s->n_sampler)
+        s->sampler = (q3n__sampler_state *)q3n__arena_take(
+            a, q3n__sampler_state_bytes(s->n_sampler), 1);
+}
+
+/* Bytes of the allocation, without pages; 0 = more than a size_t holds. */
+static size_t q3n__snapshot_measure(const q3n__shape *shape, q3n_type delta_type, int length,
+                                    int n_sampler)
+{
+    q3n_snapshot s;
+    memset(&s, 0, sizeof s);
+    s.shape = *shape;
+    s.delta_type = delta_type;
+    s.n_pages = q3n__blocks_of(length);
+    s.n_sampler = n_sampler;
+    q3n__arena a = { NULL, 0, 0 };
+    q3n__arena_take(&a, 1, sizeof s);
+    q3n__snapshot_layout(&a, &s);
+    return a.overflow ? 0 : a.used;
+}
+
+/* A snapshot with one reference and no pages yet (NULL), everything else not filled in; NULL
+ * without memory. */
+static q3n_snapshot *q3n__snapshot_alloc(const q3n_model *m, const q3n__shape *shape,
+                                         q3n_type delta_type, int length, int n_sampler)
+{
+    const size_t bytes = q3n__snapshot_measure(shape, delta_type, length, n_sampler);
+    q3n__arena a = { bytes ? (uint8_t *)q3n__alloc(&m->allocator, bytes) : NULL, 0, 0 };
+    if (!a.base) return NULL;
+    q3n_snapshot *s = (q3n_snapshot *)q3n__arena_take(&a, 1, sizeof *s);
+    memset(s, 0, sizeof *s);
+    s->n_refs = 1;
+    s->model = m;
+    s->shape = *shape;
+    s->bytes = bytes;
+    s->delta_type = delta_type;
+    s->length = length;
+    s->mtp_first = 1;
+    s->n_pages = q3n__blocks_of(length);
+    s->n_sampler = n_sampler;
+    q3n__snapshot_layout(&a, s);
+    if (s->n_pages) memset(s->page, 0, (size_t)s->n_pages * sizeof *s->page);
+    return s;
+}
+
+static void q3n__snapshot_retain(q3n_snapshot *s) { q3n__atomic_add(&s->n_refs, 1); }
+
+static void q3n__snapshot_release(q3n_snapshot *s)   /* NULL is allowed */
+{
+    if (!s || q3n__atomic_add(&s->n_refs, -1) != 1) return;
+    const q3n_model *m = s->model;
+    for (int i = 0; i < s->n_pages; i++) q3n__page_release(m, s->page[i]);
+    q3n__free(&m->allocator, s);
+}
+
+/* How many of tokens [n] the text of `length` tokens in page begins with: whole pages are compared,
+ * and the first that differs is looked into. */
+static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t *tokens, int n)
+{
+    const int max = length < n ? length : n;
+    for (int i = 0; i < max; i += Q3N__KV_BLOCK) {
+        const int32_t *x = page[i / Q3N__KV_BLOCK]->tokens;
+        const int count = max - i < Q3N__KV_BLOCK ? max - i : Q3N__KV_BLOCK;
+        if (memcmp(x, tokens + i, (size_t)count * sizeof *x) == 0) continue;
+        int t = 0;
+        while (x[t] == tokens[i + t]) t++;
+        return i + t;
+    }
+    return max;
+}
+
+/* =====================================================================================
+ * [11] SESSION FILES                                                  >>session-files
+ *
+ * A snapshot to bytes and back (SESSION FILE FORMAT).  One walk over its sections serves both ways:
+ *
+ *     header            q3n__stream_raw       128 bytes, hashed by itself
+ *     delta, conv,      q3n__stream_arrays    each a section: hashed, padded to 64 bytes
+ *     hidden, logits, sampler
+ *     every page        q3n__stream_page      tokens; then keys and values of all layers
+ *     hash of sections  q3n__stream_raw       8 bytes
+ *
+ * A snapshot's arrays lie in memory as they lie in the file: nothing is converted.  What is read is
+ * hostile: sizes come from the shape, which comes from the model; the file's numbers are compared
+ * with those and believed in nothing but length and flags.  Arrays are made after the header has
+ * passed, pages as their bytes arrive, and nothing is handed out before the last hash is right.
+ * Hashes find damage, not forgery: what a made-up state computes is its maker's affair, but every
+ * token in it is checked to be one.
+ * Knows models by their hash and size, and nothing of sessions but shape and capacity.
+ * ===================================================================================== */
+/* Not text: the first byte is above 127, and copying as text changes the line ends that follow. */
+static const uint8_t q3n__session_magic[8] = { 0x89, 'Q', '3', 'S', '\r', '\n', 0x1a, '\n' };
+
+/* The 128 bytes of the header as they are; fields are described with the format. */
+typedef struct {
+    uint8_t  magic[8];
+    uint32_t version, header_bytes;
+    uint64_t header_hash, file_bytes, model_hash, model_bytes;
+    uint32_t length, kv_type, delta_type, has_mtp, has_hidden, has_logits;
+    uint32_t page_tokens, n_kv_layers, n_kv_heads, head_dim, hidden_size, vocab_size;
+    uint64_t delta_len, conv_len, page_bytes;
+    uint32_t mtp_first, n_sampler;
+} q3n__session_header;
+
+typedef char q3n__session_header_is_128[sizeof(q3n__session_header) == 128 ? 1 : -1];
+
+/* What a model is: its metadata, which hold the checksum of every tensor.  Byte 24 of the file is
+ * meta_bytes, which the loader has checked; tensors are not read, so this is quick. */
+static uint64_t q3n__model_hash(const q3n_model *m)
+{
+    return q3n__hash_of(0, m->data, (size_t)q3n__load_u64(m->data + 24));
+}
+
+/* ---- Sizes ---- */
+static uint64_t q3n__padded(uint64_t len, size_t element) { return (len * element + 63) / 64 * 64; }
+
+/* Of one page in the file: tokens, keys and values, but no counts.  All are multiples of 64 bytes,
+ * so nothing of a page is padded. */
+static uint64_t q3n__page_file_bytes(const q3n__shape *shape)
+{
+    return sizeof ((q3n__page *)0)->tokens + (shape->page_bytes - Q3N__PAGE_HEAD);
+}
+
+/* Of the file that a snapshot makes; its pages and arrays are not looked at. */
+static uint64_t q3n__snapshot_file_bytes(const q3n_snapshot *s)
+{
+    const q3n__shape *h = &s->shape;
+    return sizeof(q3n__session_header)
+         + q3n__padded(h->delta_len, (size_t)q3n__types[s->delta_type].block_bytes)
+         + q3n__padded(h->conv_len, sizeof(float))
+         + (s->has_hidden ? q3n__padded((uint64_t)h->hidden_size, sizeof(float)) : 0)
+         + (s->has_logits ? q3n__padded((uint64_t)h->vocab_size, sizeof(float)) : 0)
+         + q3n__padded(q3n__sampler_state_bytes(s->n_sampler), 1)
+         + (uint64_t)q3n__blocks_of(s->length) * q3n__page_file_bytes(h) + sizeof(uint64_t);
+}
+
+/* ---- Header ---- */
+static uint64_t q3n__session_header_hash(q3n__session_header h)
+{
+    h.header_hash = 0;
+    return q3n__hash_of(0, &h, sizeof h);
+}
+
+/* Of model m and a snapshot's shape, types, length and flags.  One snapshot has one header, so a
+ * reader can make the one that it expects and compare. */
+static void q3n__session_header_make(q3n__session_header *h, const q3n_model *m,
+                                     const q3n_snapshot *s)
+{
+    const q3n__shape *shape = &s->shape;
+    memset(h, 0, sizeof *h);
+    memcpy(h->magic, q3n__session_magic, sizeof h->magic);
+    h->version = s->n_sampler ? 2 : 1;
+    h->header_bytes = sizeof *h;
+    h->file_bytes = q3n__snapshot_file_bytes(s);
+    h->model_hash = q3n__model_hash(m);
+    h->model_bytes = m->bytes;
+    h->length = (uint32_t)s->length;
+    h->kv_type = (uint32_t)shape->kv_type;
+    h->delta_type = (uint32_t)s->delta_type;
+    h->has_mtp = (uint32_t)shape->has_mtp;
+    h->has_hidden = (uint32_t)s->has_hidden;
+    h->has_logits = (uint32_t)s->has_logits;
+    h->page_tokens = Q3N__KV_BLOCK;
+    h->n_kv_layers = (uint32_t)shape->n_kv_layers;
+    h->n_kv_heads = (uint32_t)shape->n_kv_heads;
+    h->head_dim = (uint32_t)shape->head_dim;
+    h->hidden_size = (uint32_t)shape->hidden_size;
+    h->vocab_size = (uint32_t)shape->vocab_size;
+    h->delta_len = shape->delta_len;
+    h->conv_len = shape->conv_len;
+    h->page_bytes = q3n__page_file_bytes(shape);
+    h->mtp_first = (uint32_t)s->mtp_first;
+    h->n_sampler = (uint32_t)s->n_sampler;
+    h->header_hash = q3n__session_header_hash(*h);
+}
+
+/* Whether this is a header at all, undamaged, of this version: magic before version before hash,
+ * so that a file of a later version is told apart from a damaged one. */
+static q3n_result q3n__session_header_open(const q3n__session_header *h, q3n_error *err)
+{
+    if (memcmp(h->magic, q3n__session_magic, sizeof h->magic) != 0)
+        return q3n__fail(err, Q3N_ERR_FORMAT, 0,
+                         "not a session file: the first bytes are %02x %02x %02x %02x, expected "
+                         "89 51 33 53", h->magic[0], h->magic[1], h->magic[2], h->magic[3]);
+    if (h->version != 1 && h->version != 2)
+        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, 8,
+                         "session file of version %u, expected 1 or 2: use the library that wrote "
+                         "it", h->version);
+    const uint64_t hash = q3n__session_header_hash(*h);
+    if (h->header_hash != hash)
+        return q3n__fail(err, Q3N_ERR_CHECKSUM, 16,
+                         "hash of the header is %016llx, expected %016llx: the file is damaged",
+                         (unsigned long long)hash, (unsigned long long)h->header_hash);
+    return Q3N_OK;
+}
+
+/* Whether a session of this model and shape can take the file, leaving its sizes aside: what the
+ * user can do something about, in words that say what. */
+static q3n_result q3n__session_header_fits(const q3n__session_header *h,
+                                           const q3n__session_header *want, q3n_error *err)
+{
+    if (h->model_hash != want->model_hash || h->model_bytes != want->model_bytes)
+        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, 32,
+                         "the session is of another model: metadata %016llx of a file of %llu bytes"
+                         " (%u layers with keys, hidden size %u, %u tokens of vocabulary), expected"
+                         " %016llx and %llu bytes: open that model, or evaluate the text again",
+                         (unsigned long long)h->model_hash, (unsigned long long)h->model_bytes,
+                         h->n_kv_layers, h->hidden_size, h->vocab_size,
+                         (unsigned long long)want->model_hash,
+                         (unsigned long long)want->model_bytes);
+    if (h->kv_type >= Q3N_TYPE_COUNT)
+        return q3n__fail(err, Q3N_ERR_FORMAT, 52, "kv_type %u is no type", h->kv_type);
+    if (h->kv_type != want->kv_type)
+        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, 52,
+                         "keys and values are %s, the session's %s: make it with kv_type %s",
+                         q3n__types[h->kv_type].name, q3n__types[want->kv_type].name,
+                         q3n__types[h->kv_type].name);
+    if (h->has_mtp != want->has_mtp)
+        return q3n__fail(err, Q3N_ERR_FORMAT, 60, "has_mtp is %u, expected 0, or 1 if the model has"
+                         " an MTP module", h->has_mtp);
+    return Q3N_OK;
+}
+
+/* Numbers that follow from the model, and from what the file says of itself: equal in a header
+ * that this library writes, so any other file is none of its own.  file_bytes stands last, for it
+ * follows from the others. */
+static q3n_result q3n__session_header_numbers(const q3n__session_header *h,
+                                              const q3n__session_header *want, q3n_error *err)
+{
+    static const struct { const char *name; int at, bytes; } field[] = {
+        { "header_bytes", 12, 4 }, { "page_tokens", 72, 4 }, { "n_kv_layers", 76, 4 },
+        { "n_kv_heads", 80, 4 },   { "head_dim", 84, 4 },    { "hidden_size", 88, 4 },
+        { "vocab_size", 92, 4 },   { "delta_len", 96, 8 },   { "conv_len", 104, 8 },
+        { "page_bytes", 112, 8 },  { "file_bytes", 24, 8 },
+    };
+    for (size_t i = 0; i < sizeof field / sizeof *field; i++) {
+        uint64_t x = 0, y = 0;
+        memcpy(&x, (const uint8_t *)h + field[i].at, (size_t)field[i].bytes);
+        memcpy(&y, (const uint8_t *)want + field[i].at, (size_t)field[i].bytes);
+        if (x != y)
+            return q3n__fail(err, Q3N_ERR_FORMAT, field[i].at,
+                             "%s is %llu, expected %llu: not a file of this library",
+                             field[i].name, (unsigned long long)x, (unsigned long long)y);
+    }
+    return Q3N_OK;
+}
+
+/* Fill `like`, a snapshot without arrays, from a header that a session of like->shape can take; it
+ * gets the shape of the file, which may have an MTP module where the session has none.  `want` is
+ * the header that this library would have written; it is made twice as far as it is needed: the
+ * file's size is known when length and flags have been found to be possible.  After Q3N_OK: length
+ * 0 .. capacity, mtp_first 1 .. length (1 without the module), n_sampler 0 .. 1 + 2^24, and every
+ * other size is the model's. */
+static q3n_result q3n__session_header_check(const q3n__session_header *h, const q3n_model *m,
+                                            int capacity, q3n_snapshot *like, q3n_error *err)
+{
+    q3n__session_header want;
+    const int has_mtp = m->config.num_mtp_layers > 0 ? h->has_mtp == 1 : 0;
+    q3n__shape_set_mtp(&like->shape, has_mtp);
+    like->delta_type = Q3N_TYPE_F32;
+    q3n__session_header_make(&want, m, like);
+    q3n_result r = q3n__session_header_open(h, err);
+    if (r == Q3N_OK) r = q3n__session_header_fits(h, &want, err);
+    if (r != Q3N_OK) return r;
+    if (h->delta_type != Q3N_TYPE_F32 && h->delta_type != Q3N_TYPE_BF16)
+        return q3n__fail(err, Q3N_ERR_FORMAT, 56, "delta_type is %u, expected %d (f32) or %d"
+                         " (bf16)", h->delta_type, Q3N_TYPE_F32, Q3N_TYPE_BF16);
+    if (h->has_hidden != (h->length > 0) || h->has_logits > h->has_hidden)
+        return q3n__fail(err, Q3N_ERR_FORMAT, 64, "has_hidden %u and has_logits %u of %u tokens:"
+                         " expected a hidden state, and perhaps logits, of any tokens",
+                         h->has_hidden, h->has_logits, h->length);
+    if (h->length > (uint32_t)capacity)
+        return q3n__fail(err, Q3N_ERR_FULL, 48, "%u tokens do not fit a session of %d: make it with"
+                         " a larger capacity", h->length, capacity);
+    if (h->mtp_first < 1 || h->mtp_first > (has_mtp && h->length ? h->length : 1))
+        return q3n__fail(err, Q3N_ERR_FORMAT, 120, "mtp_first is %u of %u tokens", h->mtp_first,
+                         h->length);
+    if (h->version == 1 ? h->n_sampler != 0
+                        : h->n_sampler < 1 || h->n_sampler > Q3N__SAMPLER_MAX_WINDOW + 1)
+        return q3n__fail(err, Q3N_ERR_FORMAT, 124, "n_sampler is %u in version %u: expected 0 in "
+                         "version 1, else 1 .. %d", h->n_sampler, h->version,
+                         Q3N__SAMPLER_MAX_WINDOW + 1);
+    like->delta_type = (q3n_type)h->delta_type;
+    like->mtp_first = (int)h->mtp_first;
+    like->has_hidden = (int)h->has_hidden;
+    like->has_logits = (int)h->has_logits;
+    like->length = (int)h->length;
+    like->n_sampler = (int)h->n_sampler;
+    want.file_bytes = q3n__snapshot_file_bytes(like);
+    return q3n__session_header_numbers(h, &want, err);
+}
+
+/* ---- Sections: the same walk writes and reads ---- */
+
+/* One direction of it.  In memory sections have no padding; on the way through they have.  The
+ * host's sink or source sees the bytes in order, each once, and need not be able to seek. */
+typedef struct {
+    const q3n_sink   *sink;      /* NULL = read from source                                      */
+    const q3n_source *source;
+    int64_t           size;      /* of the file that is read, -1 = not known                     */
+    q3n__hash         hash;      /* of the sections so far                                       */
+    uint64_t          at, bytes; /* so far, in all                                               */
+    size_t            kv_bytes;  /* of one page's keys and values                                */
+    q3n_error        *err;
+} q3n__stream;
+
+/* Bytes to or from the host, as they are: not hashed, not padded. */
+static q3n_result q3n__stream_raw(q3n__stream *s, void *data, size_t bytes)
+{
+    const int failed = s->sink ? (s->sink->write)(s->sink->user, data, bytes)
+                               : (s->source->read)(s->source->user, data, bytes);
+    if (failed)
+        return q3n__fail(s->err, Q3N_ERR_IO, (int64_t)s->at, "cannot %s bytes %llu .. %llu of %llu"
+                         " of the session%s", s->sink ? "write" : "read",
+                         (unsigned long long)s->at, (unsigned long long)(s->at + bytes),
+                         (unsigned long long)s->bytes, s->sink ? "" : " (cut off?)");
+    s->at += bytes;
+    return Q3N_OK;
+}
+
+/* A multiple of 64 bytes that counts for the hash: before it is written, after it is read. */
+static q3n_result q3n__stream_blocks(q3n__stream *s, void *data, size_t bytes)
+{
+    if (s->sink) q3n__hash_add(&s->hash, data, bytes);
+    const q3n_result r = q3n__stream_raw(s, data, bytes);
+    if (!s->sink && r == Q3N_OK) q3n__hash_add(&s->hash, data, bytes);
+    return r;
+}
+
+/* Bytes are hashed in steps that stay in the processor's cache between file and hash. */
+#define Q3N__STREAM_STEP ((size_t)128 << 10)
+
+/* A section of bytes at data.  What is beyond a multiple of 64 goes through `last`, whose zeros are
+ * the padding: data has no room for it. */
+static q3n_result q3n__stream_section(q3n__stream *s, void *data, size_t bytes)
+{
+    uint8_t *p = (uint8_t *)data, last[64] = { 0 };
+    const size_t tail = bytes % sizeof last;
+    q3n_result r = Q3N_OK;
+    for (size_t left = bytes - tail, count; left > 0 && r == Q3N_OK; left -= count, p += count) {
+        count = left < Q3N__STREAM_STEP ? left : Q3N__STREAM_STEP;
+        r = q3n__stream_blocks(s, p, count);
+    }
+    if (tail == 0 || r != Q3N_OK) return r;
+    if (s->sink) memcpy(last, p, tail);
+    r = q3n__stream_blocks(s, last, sizeof last);
+    if (!s->sink && r == Q3N_OK) memcpy(p, last, tail);
+    return r;
+}
+
+/* All of a snapshot but the pages, in the file's order; sections of 0 bytes are not there. */
+static q3n_result q3n__stream_arrays(q3n__stream *s, const q3n_snapshot *snap)
+{
+    const q3n__shape *h = &snap->shape;
+    const struct { void *data; size_t bytes; } section[] = {
+        { snap->delta, h->delta_len * (size_t)q3n__types[snap->delta_type].block_bytes },
+        { snap->conv, h->conv_len * sizeof(float) },
+        { snap->hidden, snap->has_hidden ? (size_t)h->hidden_size * sizeof(float) : 0 },
+        { snap->logits, snap->has_logits ? (size_t)h->vocab_size * sizeof(float) : 0 },
+        { snap->sampler, q3n__sampler_state_bytes(snap->n_sampler) },
+    };
+    q3n_result r = Q3N_OK;
+    for (size_t i = 0; i < sizeof section / sizeof *section && r == Q3N_OK; i++)
+        r = q3n__stream_section(s, section[i].data, section[i].bytes);
+    return r;
+}
+
+/* Bytes of the file, a multiple of 64, for which there is no room in memory: zeros are written,
+ * what is read is dropped. */
+static q3n_result q3n__stream_gap(q3n__stream *s, size_t bytes)
+{
+    uint8_t zeros[1024] = { 0 };
+    q3n_result r = Q3N_OK;
+    for (size_t count; bytes > 0 && r == Q3N_OK; bytes -= count) {
+        count = bytes < sizeof zeros ? bytes : sizeof zeros;
+        r = q3n__stream_blocks(s, zeros, count);
+    }
+    return r;
+}
+
+/* One page: tokens, then what memory and file both have of keys and values.  The MTP module's
+ * layer, the last, may be in the file alone. */
+static q3n_result q3n__stream_page(q3n__stream *s, const q3n__shape *shape, q3n__page *page)
+{
+    const size_t room = q3n__page_bytes(shape, page->n_layers) - Q3N__PAGE_HEAD;
+    const size_t bytes = room < s->kv_bytes ? room : s->kv_bytes;
+    q3n_result r = q3n__stream_section(s, page->tokens, sizeof page->tokens);
+    if (r == Q3N_OK) r = q3n__stream_section(s, (uint8_t *)page + Q3N__PAGE_HEAD, bytes);
+    return r == Q3N_OK ? q3n__stream_gap(s, s->kv_bytes - bytes) : r;
+}
+
+/* ---- Writing ---- */
+
+/* The used slots of a snapshot's last page, zeros after them; NULL without memory.  The page itself
+ * may hold more: a session that shares it writes its later tokens there, perhaps right now. */
+static q3n__page *q3n__snapshot_last_page(const q3n_snapshot *s)
+{
+    q3n__page *p = q3n__page_alloc(s->model, &s->shape);
+    if (!p) return NULL;
+    memset((uint8_t *)p + Q3N__PAGE_HEAD, 0, s->shape.page_bytes - Q3N__PAGE_HEAD);
+    q3n__page_copy(&s->shape, p, s->page[s->n_pages - 1], s->length % Q3N__KV_BLOCK);
+    return p;
+}
+
+/* The whole stream to sink, in order.  The hash of the sections is seeded with the header's, so a
+ * header put before the sections of another file does not go unseen. */
+static q3n_result q3n__snapshot_write(const q3n_snapshot *s, const q3n_sink *sink, q3n_error *err)
+{
+    q3n__session_header h;
+    q3n__session_header_make(&h, s->model, s);
+    q3n__page *last = NULL;
+    if (s->length % Q3N__KV_BLOCK != 0 && (last = q3n__snapshot_last_page(s)) == NULL)
+        return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a page of %zu bytes",
+                         s->shape.page_bytes);
+    q3n__stream out = { .sink = sink, .bytes = h.file_bytes, .err = err,
+                        .kv_bytes = s->shape.page_bytes - Q3N__PAGE_HEAD };
+    q3n__hash_begin(&out.hash, h.header_hash);
+    q3n_result r = q3n__stream_raw(&out, &h, sizeof h);
+    if (r == Q3N_OK) r = q3n__stream_arrays(&out, s);
+    for (int i = 0; i < s->n_pages && r == Q3N_OK; i++)
+        r = q3n__stream_page(&out, &s->shape, last && i == s->n_pages - 1 ? last : s->page[i]);
+    uint64_t hash = q3n__hash_end(&out.hash);
+    if (r == Q3N_OK) r = q3n__stream_raw(&out, &hash, sizeof hash);
+    q3n__page_release(s->model, last);
+    return r;
+}
+
+/* ---- Reading ---- */
+
+/* All pages of s, made one by one: a file that says more than it has takes one page more than its
+ * bytes.  On error those that are there belong to s all the same. */
+static q3n_result q3n__stream_pages(q3n__stream *in, q3n_snapshot *s)
+{
+    q3n_result r = Q3N_OK;
+    for (int i = 0; i < s->n_pages && r == Q3N_OK; i++) {
+        q3n__page *p = s->page[i] = q3n__page_alloc(s->model, &s->shape);
+        if (!p)
+            return q3n__fail(in->err, Q3N_ERR_MEMORY, -1, "no memory for page %d of %d, %zu bytes",
+                             i + 1, s->n_pages, s->shape.page_bytes);
+        p->n_used = s->length - i * Q3N__KV_BLOCK;
+        if (p->n_used > Q3N__KV_BLOCK) p->n_used = Q3N__KV_BLOCK;
+        r = q3n__stream_page(in, &s->shape, p);
+    }
+    return r;
+}
+
+/* The hash of all sections, and every token within the vocabulary: later code takes ids of pages
+ * for rows of the embedding. */
+static q3n_result q3n__stream_end(q3n__stream *in, const q3n_snapshot *s)
+{
+    const int V = s->shape.vocab_size;
+    uint64_t expected = 0;
+    const int64_t at = (int64_t)in->at;
+    const q3n_result r = q3n__stream_raw(in, &expected, sizeof expected);
+    if (r != Q3N_OK) return r;
+    const uint64_t hash = q3n__hash_end(&in->hash);
+    if (hash != expected)
+        return q3n__fail(in->err, Q3N_ERR_CHECKSUM, at,
+                         "hash of the session is %016llx, expected %016llx: the file is damaged",
+                         (unsigned long long)hash, (unsigned long long)expected);
+    for (int i = 0; i < s->length; i++) {
+        const int32_t id = s->page[i / Q3N__KV_BLOCK]->tokens[i % Q3N__KV_BLOCK];
+        if (id < 0 || id >= V)
+            return q3n__fail(in->err, Q3N_ERR_FORMAT, -1, "token %d is %d, expected 0 .. %d", i, id,
+                             V - 1);
+    }
+    for (int i = 0; i + 1 < s->n_sampler; i++)
+        if (s->sampler->window[i] < 0 || s->sampler->window[i] >= V)
+            return q3n__fail(in->err, Q3N_ERR_FORMAT, -1, "token %d of the sampler is %d, expected"
+                             " 0 .. %d", i, s->sampler->window[i], V - 1);
+    return Q3N_OK;
+}
+
+/* Header, checks, arrays, pages, hash.  Pages have the module's layer if file and session have it:
+ *
+ *     in the file   in the session   pages      keys of the module
+ *     no            no               without    none
+ *     yes           no               without    read and dropped
+ *     no            yes              without    begin after the text, when the session takes it
+ *     yes           yes              with       from mtp_first on
+ *
+ * *out is set on success only. */
+static q3n_result q3n__stream_read(q3n__stream *in, q3n_snapshot **out, const q3n_model *m,
+                                   const q3n__shape *shape, int capacity)
+{
+    q3n__session_header h;
+    q3n_snapshot like;
+    memset(&like, 0, sizeof like);
+    like.shape = *shape;
+    in->bytes = sizeof h;
+    q3n_result r = q3n__stream_raw(in, &h, sizeof h);
+    if (r == Q3N_OK) r = q3n__session_header_check(&h, m, capacity, &like, in->err);
+    if (r != Q3N_OK) return r;
+    if (in->size >= 0 && (uint64_t)in->size != h.file_bytes)
+        return q3n__fail(in->err, Q3N_ERR_FORMAT, 24, "the file has %lld bytes, its header says"
+                         " %llu: it was not copied whole", (long long)in->size,
+                         (unsigned long long)h.file_bytes);
+    in->bytes = h.file_bytes;
+    in->kv_bytes = like.shape.page_bytes - Q3N__PAGE_HEAD;
+    if (shape->has_mtp) shape = &like.shape;             /* a file without the module: its pages */
+    q3n__hash_begin(&in->hash, h.header_hash);
+    q3n_snapshot *s = q3n__snapshot_alloc(m, shape, like.delta_type, like.length, like.n_sampler);
+    if (!s)
+        return q3n__fail(in->err, Q3N_ERR_MEMORY, -1, "no memory for the state of %d tokens, %zu"
+                         " bytes without pages", like.length,
+                         q3n__snapshot_measure(shape, like.delta_type, like.length,
+                                               like.n_sampler));
+    if (shape->has_mtp) s->mtp_first = like.mtp_first;
+    s->has_hidden = like.has_hidden;
+    s->has_logits = like.has_logits;
+    r = q3n__stream_arrays(in, s);
+    if (r == Q3N_OK) r = q3n__stream_pages(in, s);
+    if (r == Q3N_OK) r = q3n__stream_end(in, s);
+    if (r == Q3N_OK) *out = s;
+    else             q3n__snapshot_release(s);
+    return r;
+}
+
+/* What a session of that shape and capacity can take, from a host's stream; *out is NULL on error.
+ * Reads to the last hash and no further: what follows in the stream is the host's. */
+static q3n_result q3n__snapshot_read(q3n_snapshot **out, const q3n_model *m,
+                                     const q3n__shape *shape, int capacity,
+                                     const q3n_source *source, q3n_error *err)
+{
+    q3n__stream in = { .source = source, .size = -1, .err = err };
+    *out = NULL;
+    return q3n__stream_read(&in, out, m, shape, capacity);
+}
+
+/* ---- Files ---- */
+/* A file as a sink or source: both return 0 for success, as hosts' functions do. */
+static int q3n__sink_output(void *user, const void *data, size_t bytes)
+{
+    return !q3n__output_write((q3n__output *)user, data, bytes);
+}
+
+static int q3n__source_input(void *user, void *data, size_t bytes)
+{
+    return !q3n__input_read((q3n__input *)user, data, bytes);
+}
+
+/* To the file under path, which has another name until it is complete; on failure nothing is left
+ * of it and the old file is as it was.  Messages get the path in front. */
+static q3n_result q3n__snapshot_save(const q3n_snapshot *s, const char *path, q3n_error *err)
+{
+    q3n__output out;
+    q3n_result r = q3n__output_open(&out, path, &s->model->file, err);
+    if (r != Q3N_OK) return r;
+    q3n_error why = { Q3N_OK, -1, "" };
+    const q3n_sink sink = { q3n__sink_output, &out };
+    r = q3n__snapshot_write(s, &sink, &why);
+    if (r != Q3N_OK) q3n__fail(err, r, why.offset, "%s: %s", path, why.message);
+    return q3n__output_close(&out, r, err);
+}
+
+/* As q3n__snapshot_read, from the file under path.  Its size is known, so that one cut off, or one
+ * that goes on after its end, is refused before anything is allocated. */
+static q3n_result q3n__snapshot_open(q3n_snapshot **out, const q3n_model *m,
+                                     const q3n__shape *shape, int capacity, const char *path,
+                                     q3n_error *err)
+{
+    *out = NULL;
+    q3n__input file;
+    q3n_result r = q3n__input_open(&file, path, err);
+    if (r != Q3N_OK) return r;
+    q3n_error why = { Q3N_OK, -1, "" };
+    const q3n_source source = { q3n__source_input, &file };
+    q3n__stream in = { .source = &source, .size = file.info.bytes, .err = &why };
+    r = q3n__stream_read(&in, out, m, shape, capacity);
+    if (r != Q3N_OK) q3n__fail(err, r, why.offset, "%s: %s", path, why.message);
+    return q3n__input_close(&file, r, err);
+}
+
+/* =====================================================================================
+ * [12] UNICODE                                                              >>unicode
  *
  * UTF-8, character classes and Normalization Form C for the tokenizer.  Bytes that are no UTF-8
  * count as characters of class OTHER, which normalisation leaves alone.  The tables are
@@ -5861,7 +6654,7 @@ static void q3n__normalizer_end(q3n__normalizer *z)
 }
 
 /* =====================================================================================
- * [11] TOKENIZER                                                          >>tokenizer
+ * [13] TOKENIZER                                                          >>tokenizer
  *
  * Byte-level BPE.  Text goes through four steps, each a subsection: added tokens are cut out, the
  * rest is brought to NFC and cut into words by the pattern, each word's bytes are merged pair by
@@ -6828,12 +7621,12 @@ Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t
 }
 
 /* =====================================================================================
- * [12] OPS                                                                      >>ops
+ * [14] OPS                                                                      >>ops
  *
- * Portable drivers over the kernel table: linear layers, rotary embedding, the KV cache.  Each is
- * one parallel region or less.  They know shapes and items of work, not the model's layers, and no
- * session.  Later code may assume that an output element has the same bits however its rows and
- * tokens are cut into ranges and tiles, and for any number of threads.
+ * Portable drivers over the kernel table: linear layers, rotary embedding, the merge of partial
+ * softmaxes.  Each is one parallel region or less.  They know shapes and items of work, not the
+ * model's layers, and no session.  Later code may assume that an output element has the same bits
+ * however its rows and tokens are cut into ranges and tiles, and for any number of threads.
  * ===================================================================================== */
 
 /* ---- Linear layers: y = x W' (+ bias) ---- */
@@ -6987,60 +7780,6 @@ static void q3n__rope_rotate(float *x, const float *cosines, const float *sines,
     }
 }
 
-/* ---- KV cache: pages of Q3N__KV_BLOCK tokens ----
- *
- *     position p of a text is slot p % 256 of page p / 256
- *
- *     page    n_refs, n_used, n_layers, tokens[256] | block | block | ... | block
- *             (Q3N__PAGE_HEAD bytes)                  layer 0,      ...    last layer,
- *                                                     kv head 0            last kv head
- *     block   k [D, 256]   scales f32[256] if q8      one "side"
- *             v [256, D]   scales f32[256] if q8      the other, of as many bytes
- *
- * Layers are those with attention, counted among themselves.  Sides are multiples of 256 bytes and
- * pages aligned to 64, so both begin on a cache line.  Keys are transposed so that neighbouring
- * lanes of a vector are the scores of neighbouring keys and nothing is summed across lanes; values
- * are not, for an output is a sum of whole rows of v. */
-
-/* Tokens of a text with what all attention layers keep of them: [layer][kv head], of each keys and
- * then values.  The MTP module's layer is the last, if the session drafts with it.  Sessions and
- * snapshots share pages; nobody writes slots that another of them uses (q3n__session_reserve).
- * Kernels load whole vectors of keys, beyond the last one that counts, and drop what lies there. */
-typedef struct q3n__page {
-    q3n__atomic n_refs;
-    int         n_used;          /* slots written so far: for the one session that may append    */
-    int         n_layers;        /* that it has room for: sessions with an MTP module share pages
-                                    with sessions without                                        */
-    int32_t     tokens[Q3N__KV_BLOCK];
-} q3n__page;
-
-#define Q3N__PAGE_HEAD ((sizeof(q3n__page) + Q3N__ALIGN - 1) / Q3N__ALIGN * Q3N__ALIGN)
-
-typedef struct {
-    q3n__page **page;            /* [blocks], as far as the text goes                            */
-    q3n_type    type;
-    int         n_kv_heads, dim;
-    int         skip;            /* leading tokens that have no key, as in the MTP module        */
-} q3n__kv_cache;
-
-/* Bytes of one layer and head: the keys, and after them as many of values. */
-static size_t q3n__kv_block_bytes(q3n_type type, int dim)
-{
-    return 2 * q3n__kv_side_bytes(type, dim);
-}
-
-/* Where a layer's keys of one head begin in a page; its values are q3n__kv_side_bytes further. */
-static uint8_t *q3n__page_block(q3n__page *page, const q3n__kv_cache *kv, int layer, int head)
-{
-    const size_t i = (size_t)layer * (size_t)kv->n_kv_heads + (size_t)head;
-    return (uint8_t *)page + Q3N__PAGE_HEAD + i * q3n__kv_block_bytes(kv->type, kv->dim);
-}
-
-static uint8_t *q3n__kv_block(const q3n__kv_cache *kv, int layer, int block, int head)
-{
-    return q3n__page_block(kv->page[block], kv, layer, head);
-}
-
 /* ---- Attention over blocks: merging partial softmaxes ----
  *
  * A block gives (m, l, o), relative to its own maximum (see q3n__attend).  What is known of all
@@ -7067,7 +7806,7 @@ static void q3n__attend_merge(q3n__softmax_partial *run, float *O, q3n__softmax_
 }
 
 /* =====================================================================================
- * [13] RUN                                                                      >>run
+ * [15] RUN                                                                      >>run
  *
  * What one pass over some tokens works with: the sessions' states, activations, and the small steps
  * that go over all rows.  One path serves one token and five hundred, of one session or of several:
@@ -7327,7 +8066,7 @@ static void q3n__embed(const q3n__run *r, const int32_t *tokens)
 }
 
 /* =====================================================================================
- * [14] ATTENTION                                                          >>attention
+ * [16] ATTENTION                                                          >>attention
  *
  * Grouped-query attention over pages of keys and values (q3n__attention, at the end).  g = H / K
  * query heads share a kv head, so their queries lie together and read each key and value once:
@@ -7629,7 +8368,7 @@ static void q3n__attention(q3n__run *r, const q3n__layer *w, int layer)
 }
 
 /* =====================================================================================
- * [15] DELTANET                                                            >>deltanet
+ * [17] DELTANET                                                            >>deltanet
  *
  * The gated delta rule with its convolution (q3n__deltanet, at the end), for runs that store their
  * states and for runs that leave them pending.
@@ -7995,7 +8734,7 @@ static void q3n__deltanet(q3n__run *r, const q3n__layer *w, int layer)
 }
 
 /* =====================================================================================
- * [16] MODEL                                                                  >>model
+ * [18] MODEL                                                                  >>model
  *
  * The forward pass, in the words and letters of the reference: feed-forward networks and experts,
  * layers, the trunk, multi-token prediction.  Knows no instruction set, no file, and of types only
@@ -8432,745 +9171,6 @@ static void q3n__logits(const q3n__run *r, const float *hidden, int n, float *lo
     const q3n__linear out = { w, NULL, hidden, r->mixed_q, logits, w->n_cols, w->n_rows };
     if (q3n__is_quantised(w->type)) q3n__quantize_rows(r, r->mixed_q, hidden, n, w->n_cols);
     q3n__linear_all(r->pool, r->k, &out, 1, n);
-}
-
-/* =====================================================================================
- * [17] STATE                                                                  >>state
- *
- * What a session knows of its text, as things that can be kept and passed on: pages, which are
- * counted and shared, and snapshots, which do not change.  Knows nothing of evaluation.
- *
- *     session A, 700 tokens     page 0 --- page 1 --- page 2 (188 slots)
- *     snapshot at 600           page 0 --- page 1 --- page 2, of which it knows 88
- *     session B, from it        page 0 --- page 1 --- a copy of its 88 slots, as soon as B appends
- *
- * A page is written by its only holder, or by the session that made it, in slots that no text has;
- * whoever shares it reads no slot beyond its own length, so they need no lock.  Counts of
- * references are atomic and the last holder frees: any thread may release.  Memory comes from the
- * model's allocator, which outlives all of them.
- * ===================================================================================== */
-
-/* Sizes that follow from the model and a session's options: states of one shape fit each other, and
- * those that differ in has_mtp alone too, for the module's layer is a page's last. */
-typedef struct {
-    q3n_type kv_type;
-    int      has_mtp;            /* pages hold the MTP module's layer too                        */
-    int      n_kv_layers, n_kv_heads, head_dim;
-    size_t   page_bytes;
-    size_t   delta_len, conv_len;   /* floats of all DeltaNet layers                             */
-    int      hidden_size, vocab_size;
-} q3n__shape;
-
-/* Pages of n tokens: n / 256, rounded up; n up to INT_MAX. */
-static int q3n__blocks_of(int n_tokens)
-{
-    return n_tokens / Q3N__KV_BLOCK + (n_tokens % Q3N__KV_BLOCK != 0);
-}
-
-static size_t q3n__page_bytes(const q3n__shape *shape, int n_layers)
-{
-    return Q3N__PAGE_HEAD + (size_t)n_layers * (size_t)shape->n_kv_heads
-                            * q3n__kv_block_bytes(shape->kv_type, shape->head_dim);
-}
-
-/* The shape of a session of m.  has_mtp: the session runs the MTP module, whose keys and values are
- * one more attention layer.  Lengths do not overflow: the loader bounds the configuration, and
- * q3n__check_sizes the rest on 32 bits. */
-static void q3n__shape_make(const q3n_model *m, q3n_type kv_type, int has_mtp, q3n__shape *s)
-{
-    const q3n_config *c = &m->config;
-    int n_delta = 0;
-    for (int l = 0; l < c->num_hidden_layers; l++) n_delta += c->layer_types[l];
-    memset(s, 0, sizeof *s);
-    s->kv_type = kv_type;
-    s->has_mtp = has_mtp;
-    s->n_kv_layers = c->num_hidden_layers - n_delta + has_mtp;
-    s->n_kv_heads = c->num_key_value_heads;
-    s->head_dim = c->head_dim;
-    s->page_bytes = q3n__page_bytes(s, s->n_kv_layers);
-    s->delta_len = (size_t)n_delta * (size_t)c->linear_num_value_heads
-                 * (size_t)c->linear_key_head_dim * (size_t)c->linear_value_head_dim;
-    if (n_delta > 0)
-        s->conv_len = (size_t)n_delta * (size_t)(c->linear_conv_kernel_dim - 1)
-                    * (size_t)q3n__config_channels(c);
-    s->hidden_size = c->hidden_size;
-    s->vocab_size = c->vocab_size;
-}
-
-/* The same with the module's layer, or without it. */
-static void q3n__shape_set_mtp(q3n__shape *s, int has_mtp)
-{
-    s->n_kv_layers += has_mtp - s->has_mtp;
-    s->has_mtp = has_mtp;
-    s->page_bytes = q3n__page_bytes(s, s->n_kv_layers);
-}
-
-/* ---- Pages ---- */
-
-/* A page with one reference and room for the shape's layers; NULL without memory. */
-static q3n__page *q3n__page_alloc(const q3n_model *m, const q3n__shape *shape)
-{
-    q3n__page *p = (q3n__page *)q3n__alloc(&m->allocator, shape->page_bytes);
-    if (!p) return NULL;
-    memset(p, 0, shape->page_bytes);       /* what is never written goes into files as zeros */
-    p->n_refs = 1;
-    p->n_layers = shape->n_kv_layers;
-    return p;
-}
-
-static void q3n__page_retain(q3n__page *p) { q3n__atomic_add(&p->n_refs, 1); }
-
-static void q3n__page_release(const q3n_model *m, q3n__page *p)   /* NULL is allowed */
-{
-    if (p && q3n__atomic_add(&p->n_refs, -1) == 1) q3n__free(&m->allocator, p);
-}
-
-/* The first n slots of a page, in the layers that both have, and not a byte of the others, which
- * someone may be writing.  Slot j of the keys is element j of each of D rows of 256 (they are
- * transposed), of the values row j.  Both pages are of the shape's kv_type. */
-static void q3n__page_copy(const q3n__shape *shape, q3n__page *to, q3n__page *from, int n)
-{
-    const q3n__kv_cache kv = { NULL, shape->kv_type, shape->n_kv_heads, shape->head_dim, 0 };
-    const size_t D = (size_t)shape->head_dim, e = q3n__kv_element(shape->kv_type);
-    const size_t side = q3n__kv_side_bytes(kv.type, kv.dim);
-    const size_t scales = q3n__kv_scales_at(kv.type, kv.dim);
-    const int n_layers = from->n_layers < to->n_layers ? from->n_layers : to->n_layers;
-    memcpy(to->tokens, from->tokens, (size_t)n * sizeof *to->tokens);
-    for (int i = 0; i < n_layers * shape->n_kv_heads; i++) {
-        uint8_t *y = q3n__page_block(to, &kv, 0, i);
-        const uint8_t *x = q3n__page_block(from, &kv, 0, i);
-        for (size_t d = 0; d < D; d++)
-            memcpy(y + d * Q3N__KV_BLOCK * e, x + d * Q3N__KV_BLOCK * e, (size_t)n * e);
-        memcpy(y + side, x + side, (size_t)n * D * e);
-        if (!q3n__is_quantised(kv.type)) continue;
-        memcpy(y + scales, x + scales, (size_t)n * sizeof(float));
-        memcpy(y + side + scales, x + side + scales, (size_t)n * sizeof(float));
-    }
-    to->n_used = n;
-}
-
-/* ---- What a sampler knows of a text ---- */
-typedef struct {
-    uint64_t rng;
-    int32_t  window[];           /* tokens that the penalty counts, the oldest first             */
-} q3n__sampler_state;
-
-#define Q3N__SAMPLER_MAX_WINDOW (1 << 24)
-
-/* n_sampler: 1 + tokens in the window, 0 = there is no sampler. */
-static size_t q3n__sampler_state_bytes(int n_sampler)
-{
-    return n_sampler ? sizeof(q3n__sampler_state) + (size_t)(n_sampler - 1) * sizeof(int32_t) : 0;
-}
-
-/* ---- Snapshots: one allocation each, and a hold on pages ----
- *
- * What it takes to go on after `length` tokens without evaluating one again: keys and values (the
- * pages), DeltaNet's matrices and convolution columns with nothing pending, the last hidden state
- * (the MTP module reads it with the next token), and logits if there were any.  Its maker fills it
- * in before anyone else sees it; from then on it is only read, by any thread.  Matrices of bf16
- * take half the memory and are no longer exact. */
-struct q3n_snapshot {
-    q3n__atomic      n_refs;
-    const q3n_model *model;
-    q3n__shape       shape;
-    size_t           bytes;      /* of this allocation                                           */
-    q3n_type         delta_type; /* f32 or bf16                                                  */
-    int              length;     /* tokens                                                       */
-    int              n_pages;    /* q3n__blocks_of(length)                                       */
-    int              mtp_first;  /* the MTP module's keys begin at this token, 1 or more; 1
-                                    without the module                                           */
-    int              has_hidden; /* not at length 0                                              */
-    int              has_logits;
-    int              n_sampler;  /* 1 + tokens in the window of `sampler`; 0 = it has none       */
-    q3n__page      **page;       /* [n_pages]                                                    */
-    void            *delta;      /* [shape.delta_len] of delta_type                              */
-    float           *conv;       /* [shape.conv_len]                                             */
-    float           *hidden;     /* [d] of the last token, after the final norm                  */
-    float           *logits;     /* [vocab] after the last token                                 */
-    q3n__sampler_state *sampler;
-};
-
-/* Arrays after the struct, measured or handed out: all but the pages have the shape's sizes. */
-static void q3n__snapshot_layout(q3n__arena *a, q3n_snapshot *s)
-{
-    const q3n__shape *h = &s->shape;
-    s->page   = (q3n__page **)q3n__arena_take(a, (size_t)s->n_pages, sizeof *s->page);
-    s->delta  = q3n__arena_take(a, h->delta_len, (size_t)q3n__types[s->delta_type].block_bytes);
-    s->conv   = (float *)q3n__arena_take(a, h->conv_len, sizeof(float));
-    s->hidden = (float *)q3n__arena_take(a, (size_t)h->hidden_size, sizeof(float));
-    s->logits = (float *)q3n__arena_take(a, (size_t)h->vocab_size, sizeof(float));
-    if (s->n_sampler)
-        s->sampler = (q3n__sampler_state *)q3n__arena_take(
-            a, q3n__sampler_state_bytes(s->n_sampler), 1);
-}
-
-/* Bytes of the allocation, without pages; 0 = more than a size_t holds. */
-static size_t q3n__snapshot_measure(const q3n__shape *shape, q3n_type delta_type, int length,
-                                    int n_sampler)
-{
-    q3n_snapshot s;
-    memset(&s, 0, sizeof s);
-    s.shape = *shape;
-    s.delta_type = delta_type;
-    s.n_pages = q3n__blocks_of(length);
-    s.n_sampler = n_sampler;
-    q3n__arena a = { NULL, 0, 0 };
-    q3n__arena_take(&a, 1, sizeof s);
-    q3n__snapshot_layout(&a, &s);
-    return a.overflow ? 0 : a.used;
-}
-
-/* A snapshot with one reference and no pages yet (NULL), everything else not filled in; NULL
- * without memory. */
-static q3n_snapshot *q3n__snapshot_alloc(const q3n_model *m, const q3n__shape *shape,
-                                         q3n_type delta_type, int length, int n_sampler)
-{
-    const size_t bytes = q3n__snapshot_measure(shape, delta_type, length, n_sampler);
-    q3n__arena a = { bytes ? (uint8_t *)q3n__alloc(&m->allocator, bytes) : NULL, 0, 0 };
-    if (!a.base) return NULL;
-    q3n_snapshot *s = (q3n_snapshot *)q3n__arena_take(&a, 1, sizeof *s);
-    memset(s, 0, sizeof *s);
-    s->n_refs = 1;
-    s->model = m;
-    s->shape = *shape;
-    s->bytes = bytes;
-    s->delta_type = delta_type;
-    s->length = length;
-    s->mtp_first = 1;
-    s->n_pages = q3n__blocks_of(length);
-    s->n_sampler = n_sampler;
-    q3n__snapshot_layout(&a, s);
-    if (s->n_pages) memset(s->page, 0, (size_t)s->n_pages * sizeof *s->page);
-    return s;
-}
-
-static void q3n__snapshot_retain(q3n_snapshot *s) { q3n__atomic_add(&s->n_refs, 1); }
-
-static void q3n__snapshot_release(q3n_snapshot *s)   /* NULL is allowed */
-{
-    if (!s || q3n__atomic_add(&s->n_refs, -1) != 1) return;
-    const q3n_model *m = s->model;
-    for (int i = 0; i < s->n_pages; i++) q3n__page_release(m, s->page[i]);
-    q3n__free(&m->allocator, s);
-}
-
-/* How many of tokens [n] the text of `length` tokens in page begins with: whole pages are compared,
- * and the first that differs is looked into. */
-static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t *tokens, int n)
-{
-    const int max = length < n ? length : n;
-    for (int i = 0; i < max; i += Q3N__KV_BLOCK) {
-        const int32_t *x = page[i / Q3N__KV_BLOCK]->tokens;
-        const int count = max - i < Q3N__KV_BLOCK ? max - i : Q3N__KV_BLOCK;
-        if (memcmp(x, tokens + i, (size_t)count * sizeof *x) == 0) continue;
-        int t = 0;
-        while (x[t] == tokens[i + t]) t++;
-        return i + t;
-    }
-    return max;
-}
-
-/* =====================================================================================
- * [18] SESSION FILES                                                  >>session-files
- *
- * A snapshot to bytes and back (SESSION FILE FORMAT).  One walk over its sections serves both ways:
- *
- *     header            q3n__stream_raw       128 bytes, hashed by itself
- *     delta, conv,      q3n__stream_arrays    each a section: hashed, padded to 64 bytes
- *     hidden, logits, sampler
- *     every page        q3n__stream_page      tokens; then keys and values of all layers
- *     hash of sections  q3n__stream_raw       8 bytes
- *
- * A snapshot's arrays lie in memory as they lie in the file: nothing is converted.  What is read is
- * hostile: sizes come from the shape, which comes from the model; the file's numbers are compared
- * with those and believed in nothing but length and flags.  Arrays are made after the header has
- * passed, pages as their bytes arrive, and nothing is handed out before the last hash is right.
- * Hashes find damage, not forgery: what a made-up state computes is its maker's affair, but every
- * token in it is checked to be one.
- * Knows models by their hash and size, and nothing of sessions but shape and capacity.
- * ===================================================================================== */
-/* Not text: the first byte is above 127, and copying as text changes the line ends that follow. */
-static const uint8_t q3n__session_magic[8] = { 0x89, 'Q', '3', 'S', '\r', '\n', 0x1a, '\n' };
-
-/* The 128 bytes of the header as they are; fields are described with the format. */
-typedef struct {
-    uint8_t  magic[8];
-    uint32_t version, header_bytes;
-    uint64_t header_hash, file_bytes, model_hash, model_bytes;
-    uint32_t length, kv_type, delta_type, has_mtp, has_hidden, has_logits;
-    uint32_t page_tokens, n_kv_layers, n_kv_heads, head_dim, hidden_size, vocab_size;
-    uint64_t delta_len, conv_len, page_bytes;
-    uint32_t mtp_first, n_sampler;
-} q3n__session_header;
-
-typedef char q3n__session_header_is_128[sizeof(q3n__session_header) == 128 ? 1 : -1];
-
-/* What a model is: its metadata, which hold the checksum of every tensor.  Byte 24 of the file is
- * meta_bytes, which the loader has checked; tensors are not read, so this is quick. */
-static uint64_t q3n__model_hash(const q3n_model *m)
-{
-    return q3n__hash_of(0, m->data, (size_t)q3n__load_u64(m->data + 24));
-}
-
-/* ---- Sizes ---- */
-static uint64_t q3n__padded(uint64_t len, size_t element) { return (len * element + 63) / 64 * 64; }
-
-/* Of one page in the file: tokens, keys and values, but no counts.  All are multiples of 64 bytes,
- * so nothing of a page is padded. */
-static uint64_t q3n__page_file_bytes(const q3n__shape *shape)
-{
-    return sizeof ((q3n__page *)0)->tokens + (shape->page_bytes - Q3N__PAGE_HEAD);
-}
-
-/* Of the file that a snapshot makes; its pages and arrays are not looked at. */
-static uint64_t q3n__snapshot_file_bytes(const q3n_snapshot *s)
-{
-    const q3n__shape *h = &s->shape;
-    return sizeof(q3n__session_header)
-         + q3n__padded(h->delta_len, (size_t)q3n__types[s->delta_type].block_bytes)
-         + q3n__padded(h->conv_len, sizeof(float))
-         + (s->has_hidden ? q3n__padded((uint64_t)h->hidden_size, sizeof(float)) : 0)
-         + (s->has_logits ? q3n__padded((uint64_t)h->vocab_size, sizeof(float)) : 0)
-         + q3n__padded(q3n__sampler_state_bytes(s->n_sampler), 1)
-         + (uint64_t)q3n__blocks_of(s->length) * q3n__page_file_bytes(h) + sizeof(uint64_t);
-}
-
-/* ---- Header ---- */
-static uint64_t q3n__session_header_hash(q3n__session_header h)
-{
-    h.header_hash = 0;
-    return q3n__hash_of(0, &h, sizeof h);
-}
-
-/* Of model m and a snapshot's shape, types, length and flags.  One snapshot has one header, so a
- * reader can make the one that it expects and compare. */
-static void q3n__session_header_make(q3n__session_header *h, const q3n_model *m,
-                                     const q3n_snapshot *s)
-{
-    const q3n__shape *shape = &s->shape;
-    memset(h, 0, sizeof *h);
-    memcpy(h->magic, q3n__session_magic, sizeof h->magic);
-    h->version = s->n_sampler ? 2 : 1;
-    h->header_bytes = sizeof *h;
-    h->file_bytes = q3n__snapshot_file_bytes(s);
-    h->model_hash = q3n__model_hash(m);
-    h->model_bytes = m->bytes;
-    h->length = (uint32_t)s->length;
-    h->kv_type = (uint32_t)shape->kv_type;
-    h->delta_type = (uint32_t)s->delta_type;
-    h->has_mtp = (uint32_t)shape->has_mtp;
-    h->has_hidden = (uint32_t)s->has_hidden;
-    h->has_logits = (uint32_t)s->has_logits;
-    h->page_tokens = Q3N__KV_BLOCK;
-    h->n_kv_layers = (uint32_t)shape->n_kv_layers;
-    h->n_kv_heads = (uint32_t)shape->n_kv_heads;
-    h->head_dim = (uint32_t)shape->head_dim;
-    h->hidden_size = (uint32_t)shape->hidden_size;
-    h->vocab_size = (uint32_t)shape->vocab_size;
-    h->delta_len = shape->delta_len;
-    h->conv_len = shape->conv_len;
-    h->page_bytes = q3n__page_file_bytes(shape);
-    h->mtp_first = (uint32_t)s->mtp_first;
-    h->n_sampler = (uint32_t)s->n_sampler;
-    h->header_hash = q3n__session_header_hash(*h);
-}
-
-/* Whether this is a header at all, undamaged, of this version: magic before version before hash,
- * so that a file of a later version is told apart from a damaged one. */
-static q3n_result q3n__session_header_open(const q3n__session_header *h, q3n_error *err)
-{
-    if (memcmp(h->magic, q3n__session_magic, sizeof h->magic) != 0)
-        return q3n__fail(err, Q3N_ERR_FORMAT, 0,
-                         "not a session file: the first bytes are %02x %02x %02x %02x, expected "
-                         "89 51 33 53", h->magic[0], h->magic[1], h->magic[2], h->magic[3]);
-    if (h->version != 1 && h->version != 2)
-        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, 8,
-                         "session file of version %u, expected 1 or 2: use the library that wrote "
-                         "it", h->version);
-    const uint64_t hash = q3n__session_header_hash(*h);
-    if (h->header_hash != hash)
-        return q3n__fail(err, Q3N_ERR_CHECKSUM, 16,
-                         "hash of the header is %016llx, expected %016llx: the file is damaged",
-                         (unsigned long long)hash, (unsigned long long)h->header_hash);
-    return Q3N_OK;
-}
-
-/* Whether a session of this model and shape can take the file, leaving its sizes aside: what the
- * user can do something about, in words that say what. */
-static q3n_result q3n__session_header_fits(const q3n__session_header *h,
-                                           const q3n__session_header *want, q3n_error *err)
-{
-    if (h->model_hash != want->model_hash || h->model_bytes != want->model_bytes)
-        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, 32,
-                         "the session is of another model: metadata %016llx of a file of %llu bytes"
-                         " (%u layers with keys, hidden size %u, %u tokens of vocabulary), expected"
-                         " %016llx and %llu bytes: open that model, or evaluate the text again",
-                         (unsigned long long)h->model_hash, (unsigned long long)h->model_bytes,
-                         h->n_kv_layers, h->hidden_size, h->vocab_size,
-                         (unsigned long long)want->model_hash,
-                         (unsigned long long)want->model_bytes);
-    if (h->kv_type >= Q3N_TYPE_COUNT)
-        return q3n__fail(err, Q3N_ERR_FORMAT, 52, "kv_type %u is no type", h->kv_type);
-    if (h->kv_type != want->kv_type)
-        return q3n__fail(err, Q3N_ERR_UNSUPPORTED, 52,
-                         "keys and values are %s, the session's %s: make it with kv_type %s",
-                         q3n__types[h->kv_type].name, q3n__types[want->kv_type].name,
-                         q3n__types[h->kv_type].name);
-    if (h->has_mtp != want->has_mtp)
-        return q3n__fail(err, Q3N_ERR_FORMAT, 60, "has_mtp is %u, expected 0, or 1 if the model has"
-                         " an MTP module", h->has_mtp);
-    return Q3N_OK;
-}
-
-/* Numbers that follow from the model, and from what the file says of itself: equal in a header
- * that this library writes, so any other file is none of its own.  file_bytes stands last, for it
- * follows from the others. */
-static q3n_result q3n__session_header_numbers(const q3n__session_header *h,
-                                              const q3n__session_header *want, q3n_error *err)
-{
-    static const struct { const char *name; int at, bytes; } field[] = {
-        { "header_bytes", 12, 4 }, { "page_tokens", 72, 4 }, { "n_kv_layers", 76, 4 },
-        { "n_kv_heads", 80, 4 },   { "head_dim", 84, 4 },    { "hidden_size", 88, 4 },
-        { "vocab_size", 92, 4 },   { "delta_len", 96, 8 },   { "conv_len", 104, 8 },
-        { "page_bytes", 112, 8 },  { "file_bytes", 24, 8 },
-    };
-    for (size_t i = 0; i < sizeof field / sizeof *field; i++) {
-        uint64_t x = 0, y = 0;
-        memcpy(&x, (const uint8_t *)h + field[i].at, (size_t)field[i].bytes);
-        memcpy(&y, (const uint8_t *)want + field[i].at, (size_t)field[i].bytes);
-        if (x != y)
-            return q3n__fail(err, Q3N_ERR_FORMAT, field[i].at,
-                             "%s is %llu, expected %llu: not a file of this library",
-                             field[i].name, (unsigned long long)x, (unsigned long long)y);
-    }
-    return Q3N_OK;
-}
-
-/* Fill `like`, a snapshot without arrays, from a header that a session of like->shape can take; it
- * gets the shape of the file, which may have an MTP module where the session has none.  `want` is
- * the header that this library would have written; it is made twice as far as it is needed: the
- * file's size is known when length and flags have been found to be possible.  After Q3N_OK: length
- * 0 .. capacity, mtp_first 1 .. length (1 without the module), n_sampler 0 .. 1 + 2^24, and every
- * other size is the model's. */
-static q3n_result q3n__session_header_check(const q3n__session_header *h, const q3n_model *m,
-                                            int capacity, q3n_snapshot *like, q3n_error *err)
-{
-    q3n__session_header want;
-    const int has_mtp = m->config.num_mtp_layers > 0 ? h->has_mtp == 1 : 0;
-    q3n__shape_set_mtp(&like->shape, has_mtp);
-    like->delta_type = Q3N_TYPE_F32;
-    q3n__session_header_make(&want, m, like);
-    q3n_result r = q3n__session_header_open(h, err);
-    if (r == Q3N_OK) r = q3n__session_header_fits(h, &want, err);
-    if (r != Q3N_OK) return r;
-    if (h->delta_type != Q3N_TYPE_F32 && h->delta_type != Q3N_TYPE_BF16)
-        return q3n__fail(err, Q3N_ERR_FORMAT, 56, "delta_type is %u, expected %d (f32) or %d"
-                         " (bf16)", h->delta_type, Q3N_TYPE_F32, Q3N_TYPE_BF16);
-    if (h->has_hidden != (h->length > 0) || h->has_logits > h->has_hidden)
-        return q3n__fail(err, Q3N_ERR_FORMAT, 64, "has_hidden %u and has_logits %u of %u tokens:"
-                         " expected a hidden state, and perhaps logits, of any tokens",
-                         h->has_hidden, h->has_logits, h->length);
-    if (h->length > (uint32_t)capacity)
-        return q3n__fail(err, Q3N_ERR_FULL, 48, "%u tokens do not fit a session of %d: make it with"
-                         " a larger capacity", h->length, capacity);
-    if (h->mtp_first < 1 || h->mtp_first > (has_mtp && h->length ? h->length : 1))
-        return q3n__fail(err, Q3N_ERR_FORMAT, 120, "mtp_first is %u of %u tokens", h->mtp_first,
-                         h->length);
-    if (h->version == 1 ? h->n_sampler != 0
-                        : h->n_sampler < 1 || h->n_sampler > Q3N__SAMPLER_MAX_WINDOW + 1)
-        return q3n__fail(err, Q3N_ERR_FORMAT, 124, "n_sampler is %u in version %u: expected 0 in "
-                         "version 1, else 1 .. %d", h->n_sampler, h->version,
-                         Q3N__SAMPLER_MAX_WINDOW + 1);
-    like->delta_type = (q3n_type)h->delta_type;
-    like->mtp_first = (int)h->mtp_first;
-    like->has_hidden = (int)h->has_hidden;
-    like->has_logits = (int)h->has_logits;
-    like->length = (int)h->length;
-    like->n_sampler = (int)h->n_sampler;
-    want.file_bytes = q3n__snapshot_file_bytes(like);
-    return q3n__session_header_numbers(h, &want, err);
-}
-
-/* ---- Sections: the same walk writes and reads ---- */
-
-/* One direction of it.  In memory sections have no padding; on the way through they have.  The
- * host's sink or source sees the bytes in order, each once, and need not be able to seek. */
-typedef struct {
-    const q3n_sink   *sink;      /* NULL = read from source                                      */
-    const q3n_source *source;
-    int64_t           size;      /* of the file that is read, -1 = not known                     */
-    q3n__hash         hash;      /* of the sections so far                                       */
-    uint64_t          at, bytes; /* so far, in all                                               */
-    size_t            kv_bytes;  /* of one page's keys and values                                */
-    q3n_error        *err;
-} q3n__stream;
-
-/* Bytes to or from the host, as they are: not hashed, not padded. */
-static q3n_result q3n__stream_raw(q3n__stream *s, void *data, size_t bytes)
-{
-    const int failed = s->sink ? (s->sink->write)(s->sink->user, data, bytes)
-                               : (s->source->read)(s->source->user, data, bytes);
-    if (failed)
-        return q3n__fail(s->err, Q3N_ERR_IO, (int64_t)s->at, "cannot %s bytes %llu .. %llu of %llu"
-                         " of the session%s", s->sink ? "write" : "read",
-                         (unsigned long long)s->at, (unsigned long long)(s->at + bytes),
-                         (unsigned long long)s->bytes, s->sink ? "" : " (cut off?)");
-    s->at += bytes;
-    return Q3N_OK;
-}
-
-/* A multiple of 64 bytes that counts for the hash: before it is written, after it is read. */
-static q3n_result q3n__stream_blocks(q3n__stream *s, void *data, size_t bytes)
-{
-    if (s->sink) q3n__hash_add(&s->hash, data, bytes);
-    const q3n_result r = q3n__stream_raw(s, data, bytes);
-    if (!s->sink && r == Q3N_OK) q3n__hash_add(&s->hash, data, bytes);
-    return r;
-}
-
-/* Bytes are hashed in steps that stay in the processor's cache between file and hash. */
-#define Q3N__STREAM_STEP ((size_t)128 << 10)
-
-/* A section of bytes at data.  What is beyond a multiple of 64 goes through `last`, whose zeros are
- * the padding: data has no room for it. */
-static q3n_result q3n__stream_section(q3n__stream *s, void *data, size_t bytes)
-{
-    uint8_t *p = (uint8_t *)data, last[64] = { 0 };
-    const size_t tail = bytes % sizeof last;
-    q3n_result r = Q3N_OK;
-    for (size_t left = bytes - tail, count; left > 0 && r == Q3N_OK; left -= count, p += count) {
-        count = left < Q3N__STREAM_STEP ? left : Q3N__STREAM_STEP;
-        r = q3n__stream_blocks(s, p, count);
-    }
-    if (tail == 0 || r != Q3N_OK) return r;
-    if (s->sink) memcpy(last, p, tail);
-    r = q3n__stream_blocks(s, last, sizeof last);
-    if (!s->sink && r == Q3N_OK) memcpy(p, last, tail);
-    return r;
-}
-
-/* All of a snapshot but the pages, in the file's order; sections of 0 bytes are not there. */
-static q3n_result q3n__stream_arrays(q3n__stream *s, const q3n_snapshot *snap)
-{
-    const q3n__shape *h = &snap->shape;
-    const struct { void *data; size_t bytes; } section[] = {
-        { snap->delta, h->delta_len * (size_t)q3n__types[snap->delta_type].block_bytes },
-        { snap->conv, h->conv_len * sizeof(float) },
-        { snap->hidden, snap->has_hidden ? (size_t)h->hidden_size * sizeof(float) : 0 },
-        { snap->logits, snap->has_logits ? (size_t)h->vocab_size * sizeof(float) : 0 },
-        { snap->sampler, q3n__sampler_state_bytes(snap->n_sampler) },
-    };
-    q3n_result r = Q3N_OK;
-    for (size_t i = 0; i < sizeof section / sizeof *section && r == Q3N_OK; i++)
-        r = q3n__stream_section(s, section[i].data, section[i].bytes);
-    return r;
-}
-
-/* Bytes of the file, a multiple of 64, for which there is no room in memory: zeros are written,
- * what is read is dropped. */
-static q3n_result q3n__stream_gap(q3n__stream *s, size_t bytes)
-{
-    uint8_t zeros[1024] = { 0 };
-    q3n_result r = Q3N_OK;
-    for (size_t count; bytes > 0 && r == Q3N_OK; bytes -= count) {
-        count = bytes < sizeof zeros ? bytes : sizeof zeros;
-        r = q3n__stream_blocks(s, zeros, count);
-    }
-    return r;
-}
-
-/* One page: tokens, then what memory and file both have of keys and values.  The MTP module's
- * layer, the last, may be in the file alone. */
-static q3n_result q3n__stream_page(q3n__stream *s, const q3n__shape *shape, q3n__page *page)
-{
-    const size_t room = q3n__page_bytes(shape, page->n_layers) - Q3N__PAGE_HEAD;
-    const size_t bytes = room < s->kv_bytes ? room : s->kv_bytes;
-    q3n_result r = q3n__stream_section(s, page->tokens, sizeof page->tokens);
-    if (r == Q3N_OK) r = q3n__stream_section(s, (uint8_t *)page + Q3N__PAGE_HEAD, bytes);
-    return r == Q3N_OK ? q3n__stream_gap(s, s->kv_bytes - bytes) : r;
-}
-
-/* ---- Writing ---- */
-
-/* The used slots of a snapshot's last page, zeros after them; NULL without memory.  The page itself
- * may hold more: a session that shares it writes its later tokens there, perhaps right now. */
-static q3n__page *q3n__snapshot_last_page(const q3n_snapshot *s)
-{
-    q3n__page *p = q3n__page_alloc(s->model, &s->shape);
-    if (!p) return NULL;
-    memset((uint8_t *)p + Q3N__PAGE_HEAD, 0, s->shape.page_bytes - Q3N__PAGE_HEAD);
-    q3n__page_copy(&s->shape, p, s->page[s->n_pages - 1], s->length % Q3N__KV_BLOCK);
-    return p;
-}
-
-/* The whole stream to sink, in order.  The hash of the sections is seeded with the header's, so a
- * header put before the sections of another file does not go unseen. */
-static q3n_result q3n__snapshot_write(const q3n_snapshot *s, const q3n_sink *sink, q3n_error *err)
-{
-    q3n__session_header h;
-    q3n__session_header_make(&h, s->model, s);
-    q3n__page *last = NULL;
-    if (s->length % Q3N__KV_BLOCK != 0 && (last = q3n__snapshot_last_page(s)) == NULL)
-        return q3n__fail(err, Q3N_ERR_MEMORY, -1, "no memory for a page of %zu bytes",
-                         s->shape.page_bytes);
-    q3n__stream out = { .sink = sink, .bytes = h.file_bytes, .err = err,
-                        .kv_bytes = s->shape.page_bytes - Q3N__PAGE_HEAD };
-    q3n__hash_begin(&out.hash, h.header_hash);
-    q3n_result r = q3n__stream_raw(&out, &h, sizeof h);
-    if (r == Q3N_OK) r = q3n__stream_arrays(&out, s);
-    for (int i = 0; i < s->n_pages && r == Q3N_OK; i++)
-        r = q3n__stream_page(&out, &s->shape, last && i == s->n_pages - 1 ? last : s->page[i]);
-    uint64_t hash = q3n__hash_end(&out.hash);
-    if (r == Q3N_OK) r = q3n__stream_raw(&out, &hash, sizeof hash);
-    q3n__page_release(s->model, last);
-    return r;
-}
-
-/* ---- Reading ---- */
-
-/* All pages of s, made one by one: a file that says more than it has takes one page more than its
- * bytes.  On error those that are there belong to s all the same. */
-static q3n_result q3n__stream_pages(q3n__stream *in, q3n_snapshot *s)
-{
-    q3n_result r = Q3N_OK;
-    for (int i = 0; i < s->n_pages && r == Q3N_OK; i++) {
-        q3n__page *p = s->page[i] = q3n__page_alloc(s->model, &s->shape);
-        if (!p)
-            return q3n__fail(in->err, Q3N_ERR_MEMORY, -1, "no memory for page %d of %d, %zu bytes",
-                             i + 1, s->n_pages, s->shape.page_bytes);
-        p->n_used = s->length - i * Q3N__KV_BLOCK;
-        if (p->n_used > Q3N__KV_BLOCK) p->n_used = Q3N__KV_BLOCK;
-        r = q3n__stream_page(in, &s->shape, p);
-    }
-    return r;
-}
-
-/* The hash of all sections, and every token within the vocabulary: later code takes ids of pages
- * for rows of the embedding. */
-static q3n_result q3n__stream_end(q3n__stream *in, const q3n_snapshot *s)
-{
-    const int V = s->shape.vocab_size;
-    uint64_t expected = 0;
-    const int64_t at = (int64_t)in->at;
-    const q3n_result r = q3n__stream_raw(in, &expected, sizeof expected);
-    if (r != Q3N_OK) return r;
-    const uint64_t hash = q3n__hash_end(&in->hash);
-    if (hash != expected)
-        return q3n__fail(in->err, Q3N_ERR_CHECKSUM, at,
-                         "hash of the session is %016llx, expected %016llx: the file is damaged",
-                         (unsigned long long)hash, (unsigned long long)expected);
-    for (int i = 0; i < s->length; i++) {
-        const int32_t id = s->page[i / Q3N__KV_BLOCK]->tokens[i % Q3N__KV_BLOCK];
-        if (id < 0 || id >= V)
-            return q3n__fail(in->err, Q3N_ERR_FORMAT, -1, "token %d is %d, expected 0 .. %d", i, id,
-                             V - 1);
-    }
-    for (int i = 0; i + 1 < s->n_sampler; i++)
-        if (s->sampler->window[i] < 0 || s->sampler->window[i] >= V)
-            return q3n__fail(in->err, Q3N_ERR_FORMAT, -1, "token %d of the sampler is %d, expected"
-                             " 0 .. %d", i, s->sampler->window[i], V - 1);
-    return Q3N_OK;
-}
-
-/* Header, checks, arrays, pages, hash.  Pages have the module's layer if file and session have it:
- *
- *     in the file   in the session   pages      keys of the module
- *     no            no               without    none
- *     yes           no               without    read and dropped
- *     no            yes              without    begin after the text, when the session takes it
- *     yes           yes              with       from mtp_first on
- *
- * *out is set on success only. */
-static q3n_result q3n__stream_read(q3n__stream *in, q3n_snapshot **out, const q3n_model *m,
-                                   const q3n__shape *shape, int capacity)
-{
-    q3n__session_header h;
-    q3n_snapshot like;
-    memset(&like, 0, sizeof like);
-    like.shape = *shape;
-    in->bytes = sizeof h;
-    q3n_result r = q3n__stream_raw(in, &h, sizeof h);
-    if (r == Q3N_OK) r = q3n__session_header_check(&h, m, capacity, &like, in->err);
-    if (r != Q3N_OK) return r;
-    if (in->size >= 0 && (uint64_t)in->size != h.file_bytes)
-        return q3n__fail(in->err, Q3N_ERR_FORMAT, 24, "the file has %lld bytes, its header says"
-                         " %llu: it was not copied whole", (long long)in->size,
-                         (unsigned long long)h.file_bytes);
-    in->bytes = h.file_bytes;
-    in->kv_bytes = like.shape.page_bytes - Q3N__PAGE_HEAD;
-    if (shape->has_mtp) shape = &like.shape;             /* a file without the module: its pages */
-    q3n__hash_begin(&in->hash, h.header_hash);
-    q3n_snapshot *s = q3n__snapshot_alloc(m, shape, like.delta_type, like.length, like.n_sampler);
-    if (!s)
-        return q3n__fail(in->err, Q3N_ERR_MEMORY, -1, "no memory for the state of %d tokens, %zu"
-                         " bytes without pages", like.length,
-                         q3n__snapshot_measure(shape, like.delta_type, like.length,
-                                               like.n_sampler));
-    if (shape->has_mtp) s->mtp_first = like.mtp_first;
-    s->has_hidden = like.has_hidden;
-    s->has_logits = like.has_logits;
-    r = q3n__stream_arrays(in, s);
-    if (r == Q3N_OK) r = q3n__stream_pages(in, s);
-    if (r == Q3N_OK) r = q3n__stream_end(in, s);
-    if (r == Q3N_OK) *out = s;
-    else             q3n__snapshot_release(s);
-    return r;
-}
-
-/* What a session of that shape and capacity can take, from a host's stream; *out is NULL on error.
- * Reads to the last hash and no further: what follows in the stream is the host's. */
-static q3n_result q3n__snapshot_read(q3n_snapshot **out, const q3n_model *m,
-                                     const q3n__shape *shape, int capacity,
-                                     const q3n_source *source, q3n_error *err)
-{
-    q3n__stream in = { .source = source, .size = -1, .err = err };
-    *out = NULL;
-    return q3n__stream_read(&in, out, m, shape, capacity);
-}
-
-/* ---- Files ---- */
-/* A file as a sink or source: both return 0 for success, as hosts' functions do. */
-static int q3n__sink_output(void *user, const void *data, size_t bytes)
-{
-    return !q3n__output_write((q3n__output *)user, data, bytes);
-}
-
-static int q3n__source_input(void *user, void *data, size_t bytes)
-{
-    return !q3n__input_read((q3n__input *)user, data, bytes);
-}
-
-/* To the file under path, which has another name until it is complete; on failure nothing is left
- * of it and the old file is as it was.  Messages get the path in front. */
-static q3n_result q3n__snapshot_save(const q3n_snapshot *s, const char *path, q3n_error *err)
-{
-    q3n__output out;
-    q3n_result r = q3n__output_open(&out, path, &s->model->file, err);
-    if (r != Q3N_OK) return r;
-    q3n_error why = { Q3N_OK, -1, "" };
-    const q3n_sink sink = { q3n__sink_output, &out };
-    r = q3n__snapshot_write(s, &sink, &why);
-    if (r != Q3N_OK) q3n__fail(err, r, why.offset, "%s: %s", path, why.message);
-    return q3n__output_close(&out, r, err);
-}
-
-/* As q3n__snapshot_read, from the file under path.  Its size is known, so that one cut off, or one
- * that goes on after its end, is refused before anything is allocated. */
-static q3n_result q3n__snapshot_open(q3n_snapshot **out, const q3n_model *m,
-                                     const q3n__shape *shape, int capacity, const char *path,
-                                     q3n_error *err)
-{
-    *out = NULL;
-    q3n__input file;
-    q3n_result r = q3n__input_open(&file, path, err);
-    if (r != Q3N_OK) return r;
-    q3n_error why = { Q3N_OK, -1, "" };
-    const q3n_source source = { q3n__source_input, &file };
-    q3n__stream in = { .source = &source, .size = file.info.bytes, .err = &why };
-    r = q3n__stream_read(&in, out, m, shape, capacity);
-    if (r != Q3N_OK) q3n__fail(err, r, why.offset, "%s: %s", path, why.message);
-    return q3n__input_close(&file, r, err);
 }
 
 /* =====================================================================================
