@@ -69,15 +69,18 @@
  *    [20] ENGINE                          >>engine
  *    [21] SAMPLER                         >>sampler
  *    [22] SESSION                         >>session
- *    [23] BATCH                           >>batch
- *    [24] SPECULATION                     >>speculation
- *    [25] PUBLIC                          >>public
- *    [26] KERNELS, SCALAR: the definition >>kernels-scalar
- *    [27] KERNELS, AVX2                   >>kernels-avx2
- *    [28] KERNELS, AVX-512                >>kernels-avx512
- *    [29] KERNELS, AVX-512 VNNI           >>kernels-avx512vnni
- *    [30] KERNELS, NEON                   >>kernels-neon
- *    [31] DISPATCH: one row per ISA       >>dispatch
+ *    [23] MTP                             >>mtp
+ *    [24] CHECKPOINTS                     >>checkpoints
+ *    [25] EVALUATION                      >>evaluation
+ *    [26] REUSE                           >>reuse
+ *    [27] SPECULATION                     >>speculation
+ *    [28] PUBLIC                          >>public
+ *    [29] KERNELS, SCALAR: the definition >>kernels-scalar
+ *    [30] KERNELS, AVX2                   >>kernels-avx2
+ *    [31] KERNELS, AVX-512                >>kernels-avx512
+ *    [32] KERNELS, AVX-512 VNNI           >>kernels-avx512vnni
+ *    [33] KERNELS, NEON                   >>kernels-neon
+ *    [34] DISPATCH: one row per ISA       >>dispatch
  *
  * THE MODEL ON ONE PAGE.  Shapes are row-major, slowest first; x W' is a linear layer with W
  * [out, in].
@@ -11322,29 +11325,6 @@ static void q3n__unread_drop(q3n_session *s, int n)
 
 /* ---- Transactions ---- */
 
-/* One public function that evaluates is one call, from q3n__call_begin to q3n__call_end: requests
- * to cancel count between them.  The end comes before the commit, so that a call which took a
- * request is undone, and once more when the function returns, for calls that failed.  A call that
- * succeeds without it would have answered a request and gone on. */
-static void q3n__call_begin(q3n_session *s)
-{
-    q3n__atomic_store(&s->engine->cancel, Q3N__RUNNING);
-    q3n__atomic_store(&s->cancel, Q3N__RUNNING);
-}
-
-static q3n_result q3n__call_end(q3n_session *s)
-{
-    const int batch = q3n__leave(&s->engine->cancel), session = q3n__leave(&s->cancel);
-    return batch || session ? q3n__cancelled(&s->error) : Q3N_OK;
-}
-
-static q3n_result q3n__call_done(q3n_session *s, q3n_result r)
-{
-    q3n__leave(&s->engine->cancel);
-    q3n__leave(&s->cancel);
-    return r;
-}
-
 static void q3n__session_clear_counts(q3n_session *s)
 {
     memset(s->counts, 0, (size_t)s->model->config.num_hidden_layers
@@ -11382,8 +11362,6 @@ static void q3n__session_flush(q3n_session *s, q3n_engine *e)
     s->state.delta = s->delta[s->delta_now];
     q3n__flush(&e->run, &s->state, s->n_delta);
 }
-
-static void q3n__mtp_flush(q3n_session *s, q3n_engine *e);
 
 /* Begin a call after the session's text.  What a cancelled call did to the matrices is finished
  * first: it changes nothing that can be seen. */
@@ -11464,8 +11442,6 @@ static void q3n__session_rollback(q3n_session *s)
     s->state.length = s->length;
 }
 
-/* ---- Passes ---- */
-
 /* Point the layers at the state that the pass reads and at the one that it writes. */
 static void q3n__session_point(q3n_session *s, int n, int last)
 {
@@ -11482,6 +11458,33 @@ static void q3n__session_point(q3n_session *s, int n, int last)
     s->deferred = s->shape.has_mtp && last && !s->begun && !s->has_saved && s->unread.n > 0
                 && n <= Q3N_MAX_DRAFT + 1 && s->unread.n + n <= Q3N__MAX_HIDDEN;
 }
+
+/* ---- The text ---- */
+
+static void q3n__session_copy_tokens(const q3n_session *s, int first, int n, int32_t *tokens)
+{
+    for (int i = 0, count; i < n; i += count) {
+        const int slot = (first + i) % Q3N__KV_BLOCK;
+        count = n - i < Q3N__KV_BLOCK - slot ? n - i : Q3N__KV_BLOCK - slot;
+        memcpy(tokens + i, s->state.kv.page[(first + i) / Q3N__KV_BLOCK]->tokens + slot,
+               (size_t)count * sizeof *tokens);
+    }
+}
+
+/* The first n tokens in one array, to be freed; NULL = no memory. */
+static int32_t *q3n__session_text(const q3n_session *s, int n)
+{
+    int32_t *text = (int32_t *)q3n__alloc(&s->model->allocator, (size_t)n * sizeof *text);
+    if (text) q3n__session_copy_tokens(s, 0, n, text);
+    return text;
+}
+
+/* =====================================================================================
+ * [23] MTP                                                                       >>mtp
+ *
+ * The model's multi-token-prediction module in a session: it follows the text a few rows late, and
+ * drafts what may come next.  Whether drafts are right is no matter here.
+ * ===================================================================================== */
 
 /* The MTP module over positions [first, first + n) of a session; see q3n__mtp_forward.  The last
  * chunk's rows are in run.a afterwards; returns the last one. */
@@ -11541,70 +11544,75 @@ static void q3n__mtp_follow(q3n_session *s, q3n_engine *e, const int32_t *tokens
     if (s->work_mtp < p + n) s->work_mtp = p + n;
 }
 
-/* The final norms of a pass's rows. */
-static const float *q3n__engine_rows(const q3n_engine *e)
+static int32_t q3n__largest_logit(const float *logits, int n)   /* the first of equals; no NaN */
 {
-    return e->hidden ? e->hidden + e->model->config.hidden_size : e->run.a;
+    int32_t best = 0;
+    for (int i = 1; i < n; i++)
+        if (logits[i] > logits[best] || logits[best] != logits[best]) best = i;
+    return best;
 }
 
-/* A pass has evaluated n tokens of s, rows from row0. */
-static void q3n__session_advance(q3n_session *s, q3n_engine *e, const int32_t *tokens, int row0,
-                                 int n)
+/* Logits for a draft of one row: of the first tokens of the vocabulary alone, which byte-pair
+ * merges have numbered by how common they are; the head is most of what a draft costs, and a token
+ * that is never drafted is merely chosen without. */
+#define Q3N__DRAFT_VOCAB 4   /* one token in so many */
+#define Q3N__DRAFT_MIN 2048
+
+static void q3n__draft_logits(const q3n__run *r, const float *hidden, float *logits)
 {
-    q3n__state *st = &s->state;
-    const size_t d = (size_t)s->shape.hidden_size;
-    const float *rows = q3n__engine_rows(e) + (size_t)row0 * d;
-    const int end = st->length + n, first = st->kv_valid > st->length ? st->kv_valid : st->length;
-    for (int p = first; p < end; p++)
-        st->kv.page[p / Q3N__KV_BLOCK]->tokens[p % Q3N__KV_BLOCK] = tokens[p - st->length];
-    if (first < end)
-        for (int b = first / Q3N__KV_BLOCK; b < q3n__blocks_of(end); b++)
-            st->kv.page[b]->n_used = q3n__slots_of(end, b);
-    if (s->deferred)
-        memcpy(q3n__unread_row(s, s->unread.n), rows, (size_t)n * d * sizeof(float));
-    else if (s->shape.has_mtp)
-        q3n__mtp_follow(s, e, tokens, row0, n);
-    memcpy(s->work_hidden, rows + (size_t)(n - 1) * d, d * sizeof(float));
-    st->length = end;
-    s->begun = 1;
+    const int V = r->model->config.vocab_size;
+    int n = (V / Q3N__DRAFT_VOCAB + 15) / 16 * 16;
+    if (n < Q3N__DRAFT_MIN) n = Q3N__DRAFT_MIN;
+    if (n > V) n = V;
+    q3n__mat w = r->model->weights.lm_head;
+    w.n_rows = n;
+    const q3n__linear out = { &w, NULL, hidden, r->mixed_q, logits, w.n_cols, n };
+    if (q3n__is_quantised(w.type)) q3n__quantize_rows(r, r->mixed_q, hidden, 1, w.n_cols);
+    q3n__linear_all(r->pool, r->k, &out, 1, 1);
+    for (int i = n; i < V; i++) logits[i] = -Q3N__INFINITY;
 }
 
-/* One pass over all chunks, at most batch_size tokens together; the sessions have begun and have
- * pages.  Afterwards q3n__engine_rows has the rows of all chunks, one after another.
- * Q3N_ERR_CANCELLED leaves the work undone: roll back. */
-static q3n_result q3n__engine_pass(q3n_engine *e, const q3n__chunk *chunk, int n_chunks)
+/* The module's drafts after token, which follows the text: the first from the trunk's rows, the
+ * others from the module's own output.  sampler NULL = the most probable of the whole vocabulary.
+ * Returns how many there are: fewer than n where the sampler finds nothing to choose.  Pages must
+ * reach n tokens beyond the text. */
+static int q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, q3n__draft *draft,
+                          int n)
 {
-    q3n__run *r = &e->run;
-    int rows = 0;
-    const int64_t start = q3n__now();
-    for (int i = 0; i < n_chunks; i++) {
-        q3n_session *s = chunk[i].s;
-        q3n__session_point(s, chunk[i].n, chunk[i].last);
-        if (!s->deferred && !s->begun && !s->has_saved && s->unread.n > 1) {
-            q3n__mtp_flush(s, e);
-            s->work_mtp = s->unread.mtp_length;
+    q3n_engine *e = s->engine;
+    const size_t d = (size_t)s->shape.hidden_size, V = (size_t)s->shape.vocab_size;
+    int32_t tokens[Q3N__MAX_HIDDEN], after[Q3N_MAX_DRAFT + 1] = { token };
+    const int rows = s->unread.n;                       /* the last is about `token` */
+    q3n__session_copy_tokens(s, s->unread.mtp_length, rows - 1, tokens);
+    tokens[rows - 1] = token;
+    const float *out = q3n__mtp_run(s, e, tokens, q3n__unread_row(s, 0), s->unread.mtp_length,
+                                    rows);
+    q3n__unread_drop(s, rows - 1);
+    s->work_mtp = s->length;
+    for (int i = 0; i < n; i++) {
+        float *logits = s->draft_logits + (size_t)i * V;
+        memcpy(s->draft_hidden, out, d * sizeof(float));
+        if (sampler) {
+            q3n__draft_logits(&e->run, s->draft_hidden, logits);
+            if (!q3n__sampler_draft(sampler, logits, after, i + 1, &draft[i])) return i;
+        } else {
+            q3n__logits(&e->run, s->draft_hidden, 1, logits);
+            q3n__draft_point(&draft[i], q3n__largest_logit(logits, s->shape.vocab_size));
         }
+        after[i + 1] = draft[i].id;
+        if (i + 1 < n)
+            out = q3n__mtp_run(s, e, &draft[i].id, s->draft_hidden, s->length + 1 + i, 1);
     }
-    for (int i = 0; i < n_chunks; i++) {
-        e->segments[i] = (q3n__segment){ &chunk[i].s->state, rows, chunk[i].n };
-        memcpy(e->tokens + rows, chunk[i].tokens, (size_t)chunk[i].n * sizeof *e->tokens);
-        rows += chunk[i].n;
-    }
-    r->segments = e->segments;
-    r->n_segments = n_chunks;
-    r->n = rows;
-    const int done = q3n__forward(r, e->tokens, &e->options.layer_hook);
-    r->segments = NULL;
-    if (!done) return Q3N_ERR_CANCELLED;
-    const size_t d = (size_t)e->model->config.hidden_size;
-    if (e->hidden) memcpy(e->hidden + d, r->a, (size_t)rows * d * sizeof(float));
-    for (int i = 0, row0 = 0; i < n_chunks; row0 += chunk[i++].n)
-        q3n__session_advance(chunk[i].s, e, chunk[i].tokens, row0, chunk[i].n);
-    q3n__engine_learn(e, rows, q3n__now() - start);
-    return Q3N_OK;
+    return n;
 }
 
-/* ---- Snapshots ---- */
+/* =====================================================================================
+ * [24] CHECKPOINTS                                                       >>checkpoints
+ *
+ * Snapshots of a session, into the cache and out of it: between calls, and in a call of what is
+ * evaluated so far.
+ * ===================================================================================== */
+
 typedef struct {
     const float *from;
     float       *to_f32;
@@ -11725,24 +11733,6 @@ static q3n_result q3n__session_restore(q3n_session *s, const q3n_snapshot *snap)
     return Q3N_OK;
 }
 
-static void q3n__session_copy_tokens(const q3n_session *s, int first, int n, int32_t *tokens)
-{
-    for (int i = 0, count; i < n; i += count) {
-        const int slot = (first + i) % Q3N__KV_BLOCK;
-        count = n - i < Q3N__KV_BLOCK - slot ? n - i : Q3N__KV_BLOCK - slot;
-        memcpy(tokens + i, s->state.kv.page[(first + i) / Q3N__KV_BLOCK]->tokens + slot,
-               (size_t)count * sizeof *tokens);
-    }
-}
-
-/* The first n tokens in one array, to be freed; NULL = no memory. */
-static int32_t *q3n__session_text(const q3n_session *s, int n)
-{
-    int32_t *text = (int32_t *)q3n__alloc(&s->model->allocator, (size_t)n * sizeof *text);
-    if (text) q3n__session_copy_tokens(s, 0, n, text);
-    return text;
-}
-
 /* Put the state into the cache unless it is there.  0 = no memory. */
 static int q3n__session_put(q3n_session *s, q3n_engine *e, int in_call, int marked)
 {
@@ -11773,7 +11763,37 @@ static void q3n__session_put_due(q3n_session *s, q3n_engine *e, int in_call, int
         q3n__session_put(s, e, in_call, 0);
 }
 
-/* ---- Evaluation ---- */
+/* =====================================================================================
+ * [25] EVALUATION                                                         >>evaluation
+ *
+ * Tokens of one session or of many through the model, as one transaction of all.
+ * ===================================================================================== */
+
+/* ---- Calls ---- */
+
+/* One public function that evaluates is one call, from q3n__call_begin to q3n__call_end: requests
+ * to cancel count between them.  The end comes before the commit, so that a call which took a
+ * request is undone, and once more when the function returns, for calls that failed.  A call that
+ * succeeds without it would have answered a request and gone on. */
+static void q3n__call_begin(q3n_session *s)
+{
+    q3n__atomic_store(&s->engine->cancel, Q3N__RUNNING);
+    q3n__atomic_store(&s->cancel, Q3N__RUNNING);
+}
+
+static q3n_result q3n__call_end(q3n_session *s)
+{
+    const int batch = q3n__leave(&s->engine->cancel), session = q3n__leave(&s->cancel);
+    return batch || session ? q3n__cancelled(&s->error) : Q3N_OK;
+}
+
+static q3n_result q3n__call_done(q3n_session *s, q3n_result r)
+{
+    q3n__leave(&s->engine->cancel);
+    q3n__leave(&s->cancel);
+    return r;
+}
+
 static q3n_result q3n__session_check(q3n_session *s, const int32_t *tokens, int n, int length)
 {
     const q3n_config *c = &s->model->config;
@@ -11802,6 +11822,13 @@ static q3n_result q3n__check_head(q3n_session *s, int wanted)
                      "classifies (q3n_session_classify)");
 }
 
+static q3n_result q3n__check_causal(q3n_session *s)
+{
+    if (s->model->config.causal) return Q3N_OK;
+    return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1,
+                     "the model attends both ways: its state cannot be continued");
+}
+
 /* How many of the next n tokens go into one pass: at most `max`, and no further than the next
  * point of snapshot_every. */
 static int q3n__session_stride(const q3n_session *s, int n, int max)
@@ -11811,6 +11838,73 @@ static int q3n__session_stride(const q3n_session *s, int n, int max)
     if (every > 0 && n > every - s->state.length % every) n = every - s->state.length % every;
     return n;
 }
+
+/* ---- Passes ---- */
+
+/* The final norms of a pass's rows. */
+static const float *q3n__engine_rows(const q3n_engine *e)
+{
+    return e->hidden ? e->hidden + e->model->config.hidden_size : e->run.a;
+}
+
+/* A pass has evaluated n tokens of s, rows from row0. */
+static void q3n__session_advance(q3n_session *s, q3n_engine *e, const int32_t *tokens, int row0,
+                                 int n)
+{
+    q3n__state *st = &s->state;
+    const size_t d = (size_t)s->shape.hidden_size;
+    const float *rows = q3n__engine_rows(e) + (size_t)row0 * d;
+    const int end = st->length + n, first = st->kv_valid > st->length ? st->kv_valid : st->length;
+    for (int p = first; p < end; p++)
+        st->kv.page[p / Q3N__KV_BLOCK]->tokens[p % Q3N__KV_BLOCK] = tokens[p - st->length];
+    if (first < end)
+        for (int b = first / Q3N__KV_BLOCK; b < q3n__blocks_of(end); b++)
+            st->kv.page[b]->n_used = q3n__slots_of(end, b);
+    if (s->deferred)
+        memcpy(q3n__unread_row(s, s->unread.n), rows, (size_t)n * d * sizeof(float));
+    else if (s->shape.has_mtp)
+        q3n__mtp_follow(s, e, tokens, row0, n);
+    memcpy(s->work_hidden, rows + (size_t)(n - 1) * d, d * sizeof(float));
+    st->length = end;
+    s->begun = 1;
+}
+
+/* One pass over all chunks, at most batch_size tokens together; the sessions have begun and have
+ * pages.  Afterwards q3n__engine_rows has the rows of all chunks, one after another.
+ * Q3N_ERR_CANCELLED leaves the work undone: roll back. */
+static q3n_result q3n__engine_pass(q3n_engine *e, const q3n__chunk *chunk, int n_chunks)
+{
+    q3n__run *r = &e->run;
+    int rows = 0;
+    const int64_t start = q3n__now();
+    for (int i = 0; i < n_chunks; i++) {
+        q3n_session *s = chunk[i].s;
+        q3n__session_point(s, chunk[i].n, chunk[i].last);
+        if (!s->deferred && !s->begun && !s->has_saved && s->unread.n > 1) {
+            q3n__mtp_flush(s, e);
+            s->work_mtp = s->unread.mtp_length;
+        }
+    }
+    for (int i = 0; i < n_chunks; i++) {
+        e->segments[i] = (q3n__segment){ &chunk[i].s->state, rows, chunk[i].n };
+        memcpy(e->tokens + rows, chunk[i].tokens, (size_t)chunk[i].n * sizeof *e->tokens);
+        rows += chunk[i].n;
+    }
+    r->segments = e->segments;
+    r->n_segments = n_chunks;
+    r->n = rows;
+    const int done = q3n__forward(r, e->tokens, &e->options.layer_hook);
+    r->segments = NULL;
+    if (!done) return Q3N_ERR_CANCELLED;
+    const size_t d = (size_t)e->model->config.hidden_size;
+    if (e->hidden) memcpy(e->hidden + d, r->a, (size_t)rows * d * sizeof(float));
+    for (int i = 0, row0 = 0; i < n_chunks; row0 += chunk[i++].n)
+        q3n__session_advance(chunk[i].s, e, chunk[i].tokens, row0, chunk[i].n);
+    q3n__engine_learn(e, rows, q3n__now() - start);
+    return Q3N_OK;
+}
+
+/* ---- One session ---- */
 
 /* Evaluate tokens [n] in the call under way; out is filled as far as it is wanted. */
 static q3n_result q3n__session_passes(q3n_session *s, const int32_t *tokens, int n,
@@ -11933,132 +12027,8 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
     return Q3N_OK;
 }
 
-/* ---- Going back ---- */
+/* ---- Many sessions ---- */
 
-/* Begin a call at the longest beginning of tokens [n] that costs nothing: the text itself, a
- * snapshot, or without DeltaNet any part of the text, of which the last token is evaluated again.
- * What the text's pages hold of tokens [0, kv_valid) is not stored again.  only_reuse: nothing is
- * evaluated after that.  Returns how many tokens are there.  Nothing is lost: the call can be
- * rolled back. */
-static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n, int only_reuse)
-{
-    q3n_engine *e = s->engine;
-    const int m = s->model->config.causal
-                ? q3n__common_prefix(s->state.kv.page, s->length, tokens, n) : 0;
-    const int stay = m == s->length, any = s->n_delta == 0;
-    q3n__mtp_flush(s, e);
-    q3n__session_begin(s, e);
-    int cut = m < n - 1 ? m : n - 1;
-    if ((s->shape.has_mtp || only_reuse) && cut == m && cut > 0)
-        cut--;                            /* token m, or the caller, needs the row of token m - 1 */
-    const int min = stay ? s->length : any ? cut : 0;
-    q3n_snapshot *snap = s->cache ? q3n__cache_find(s->cache, &s->shape, s->options.snapshot_type,
-                                                    tokens, n, min) : NULL;
-    if (!snap && stay) return s->length;
-    const int own = !snap || snap->length <= m;
-    if (snap || !any) q3n__session_load_work(s, e, snap);
-    else s->state.length = cut;
-    if (own) q3n__session_adopt(s, s->state.kv.page, q3n__blocks_of(m));
-    else     q3n__session_adopt(s, snap->page, snap->n_pages);
-    s->state.kv_valid = own ? m : s->state.length;
-    if (own) {                                           /* the module's keys, or what is left */
-        s->work_mtp = m;
-        s->work_first = s->unread.mtp_first < m ? s->unread.mtp_first : m > 0 ? m : 1;
-    }
-    s->seek_logits = snap && snap->has_logits && snap->length == n;
-    if (s->seek_logits) {
-        memcpy(s->logits, snap->logits, (size_t)s->shape.vocab_size * sizeof(float));
-        s->has_logits = 0;                  /* not the text's, until the call ends well */
-    }
-    q3n__snapshot_release(snap);
-    return s->state.length;
-}
-
-/* From where q3n__session_seek left off to tokens [n], and commit. */
-static q3n_result q3n__session_go_on(q3n_session *s, const int32_t *tokens, int from, int n,
-                                     const q3n_outputs *out)
-{
-    q3n_result r = Q3N_OK;
-    const int stored = s->state.kv_valid > from ? s->state.kv_valid : from;
-    const int stays = !s->has_saved && from == n;        /* the text is what was asked for */
-    if (stays && out->logits)
-        memcpy(out->logits, q3n__session_last_logits(s),
-               (size_t)s->shape.vocab_size * sizeof(float));
-    if (stored < n) r = q3n__session_reserve(s, s->engine, stored, n);
-    if (r == Q3N_OK && from < n) r = q3n__session_passes(s, tokens + from, n - from, out);
-    if (r == Q3N_OK) r = q3n__call_end(s);
-    if (r != Q3N_OK) {
-        q3n__session_rollback(s);
-        return r;
-    }
-    if (stays) return Q3N_OK;
-    const int has_logits = from == n && s->seek_logits;
-    const q3n_outputs none = Q3N_INIT(q3n_outputs);
-    q3n__session_finish(s, has_logits ? &none : out);
-    if (has_logits) {
-        s->has_logits = 1;
-        if (out->logits)
-            memcpy(out->logits, s->logits, (size_t)s->shape.vocab_size * sizeof(float));
-    }
-    return Q3N_OK;
-}
-
-static q3n_result q3n__check_causal(q3n_session *s)
-{
-    if (s->model->config.causal) return Q3N_OK;
-    return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1,
-                     "the model attends both ways: its state cannot be continued");
-}
-
-static q3n_result q3n__session_rewind(q3n_session *s, int length)
-{
-    if (length < 0 || length > s->length)
-        return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "rewind to %d: the session has %d tokens",
-                         length, s->length);
-    q3n_result r = q3n__check_causal(s);
-    if (r == Q3N_OK && (length == s->length || length == 0)) r = q3n__call_end(s);
-    if (r != Q3N_OK || length == s->length) return r;
-    const q3n_outputs none = Q3N_INIT(q3n_outputs);
-    if (length == 0) {
-        q3n__session_begin(s, s->engine);
-        q3n__session_load_work(s, s->engine, NULL);
-        q3n__session_adopt(s, NULL, 0);
-        q3n__session_commit(s, s->engine, -1);
-        return Q3N_OK;
-    }
-    int32_t *text = q3n__session_text(s, length);
-    if (!text) return q3n__fail(&s->error, Q3N_ERR_MEMORY, -1, "no memory for %d ids", length);
-    const int from = q3n__session_seek(s, text, length, 0);
-    int64_t *counts = s->state.expert_counts;             /* evaluating again is not counted */
-    s->state.expert_counts = NULL;
-    r = q3n__session_go_on(s, text, from, length, &none);
-    s->state.expert_counts = counts;
-    q3n__free(&s->model->allocator, text);
-    return r;
-}
-
-/* tokens [n] from where that is cheapest; only_reuse: no further than what is there. */
-static q3n_result q3n__session_prefill(q3n_session *s, const int32_t *tokens, int n, float *logits,
-                                    int only_reuse, int *n_reused)
-{
-    q3n_result r = q3n__session_check(s, tokens, n, 0);
-    if (r == Q3N_OK) r = q3n__check_head(s, logits != NULL);
-    if (r != Q3N_OK) return r;
-    const q3n_outputs out = { .logits = logits };
-    const int m = s->model->config.causal
-                ? q3n__common_prefix(s->state.kv.page, s->length, tokens, n) : 0;
-    const int from = q3n__session_seek(s, tokens, n, only_reuse);
-    int end = n, reused = from;
-    if (only_reuse) end = reused = s->n_delta == 0 && m > from ? m : from;
-    if (n_reused) *n_reused = reused;
-    return q3n__session_go_on(s, tokens, from, end, &out);
-}
-
-/* =====================================================================================
- * [23] BATCH                                                                  >>batch
- *
- * Many sessions at once: passes over tokens of several, as one transaction of all.
- * ===================================================================================== */
 /* The fields that an item has had from the first: what it has beyond them may be missing. */
 #define Q3N__ITEM_MIN (offsetof(q3n_engine_item, logits) + sizeof(float *))
 
@@ -12279,7 +12249,125 @@ static q3n_result q3n__batch_eval(q3n_engine *e, const q3n__items *items, const 
 }
 
 /* =====================================================================================
- * [24] SPECULATION                                                      >>speculation
+ * [26] REUSE                                                                   >>reuse
+ *
+ * Going back, and prompts that begin as something does that is known.
+ * ===================================================================================== */
+
+/* Begin a call at the longest beginning of tokens [n] that costs nothing: the text itself, a
+ * snapshot, or without DeltaNet any part of the text, of which the last token is evaluated again.
+ * What the text's pages hold of tokens [0, kv_valid) is not stored again.  only_reuse: nothing is
+ * evaluated after that.  Returns how many tokens are there.  Nothing is lost: the call can be
+ * rolled back. */
+static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n, int only_reuse)
+{
+    q3n_engine *e = s->engine;
+    const int m = s->model->config.causal
+                ? q3n__common_prefix(s->state.kv.page, s->length, tokens, n) : 0;
+    const int stay = m == s->length, any = s->n_delta == 0;
+    q3n__mtp_flush(s, e);
+    q3n__session_begin(s, e);
+    int cut = m < n - 1 ? m : n - 1;
+    if ((s->shape.has_mtp || only_reuse) && cut == m && cut > 0)
+        cut--;                            /* token m, or the caller, needs the row of token m - 1 */
+    const int min = stay ? s->length : any ? cut : 0;
+    q3n_snapshot *snap = s->cache ? q3n__cache_find(s->cache, &s->shape, s->options.snapshot_type,
+                                                    tokens, n, min) : NULL;
+    if (!snap && stay) return s->length;
+    const int own = !snap || snap->length <= m;
+    if (snap || !any) q3n__session_load_work(s, e, snap);
+    else s->state.length = cut;
+    if (own) q3n__session_adopt(s, s->state.kv.page, q3n__blocks_of(m));
+    else     q3n__session_adopt(s, snap->page, snap->n_pages);
+    s->state.kv_valid = own ? m : s->state.length;
+    if (own) {                                           /* the module's keys, or what is left */
+        s->work_mtp = m;
+        s->work_first = s->unread.mtp_first < m ? s->unread.mtp_first : m > 0 ? m : 1;
+    }
+    s->seek_logits = snap && snap->has_logits && snap->length == n;
+    if (s->seek_logits) {
+        memcpy(s->logits, snap->logits, (size_t)s->shape.vocab_size * sizeof(float));
+        s->has_logits = 0;                  /* not the text's, until the call ends well */
+    }
+    q3n__snapshot_release(snap);
+    return s->state.length;
+}
+
+/* From where q3n__session_seek left off to tokens [n], and commit. */
+static q3n_result q3n__session_go_on(q3n_session *s, const int32_t *tokens, int from, int n,
+                                     const q3n_outputs *out)
+{
+    q3n_result r = Q3N_OK;
+    const int stored = s->state.kv_valid > from ? s->state.kv_valid : from;
+    const int stays = !s->has_saved && from == n;        /* the text is what was asked for */
+    if (stays && out->logits)
+        memcpy(out->logits, q3n__session_last_logits(s),
+               (size_t)s->shape.vocab_size * sizeof(float));
+    if (stored < n) r = q3n__session_reserve(s, s->engine, stored, n);
+    if (r == Q3N_OK && from < n) r = q3n__session_passes(s, tokens + from, n - from, out);
+    if (r == Q3N_OK) r = q3n__call_end(s);
+    if (r != Q3N_OK) {
+        q3n__session_rollback(s);
+        return r;
+    }
+    if (stays) return Q3N_OK;
+    const int has_logits = from == n && s->seek_logits;
+    const q3n_outputs none = Q3N_INIT(q3n_outputs);
+    q3n__session_finish(s, has_logits ? &none : out);
+    if (has_logits) {
+        s->has_logits = 1;
+        if (out->logits)
+            memcpy(out->logits, s->logits, (size_t)s->shape.vocab_size * sizeof(float));
+    }
+    return Q3N_OK;
+}
+
+static q3n_result q3n__session_rewind(q3n_session *s, int length)
+{
+    if (length < 0 || length > s->length)
+        return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "rewind to %d: the session has %d tokens",
+                         length, s->length);
+    q3n_result r = q3n__check_causal(s);
+    if (r == Q3N_OK && (length == s->length || length == 0)) r = q3n__call_end(s);
+    if (r != Q3N_OK || length == s->length) return r;
+    const q3n_outputs none = Q3N_INIT(q3n_outputs);
+    if (length == 0) {
+        q3n__session_begin(s, s->engine);
+        q3n__session_load_work(s, s->engine, NULL);
+        q3n__session_adopt(s, NULL, 0);
+        q3n__session_commit(s, s->engine, -1);
+        return Q3N_OK;
+    }
+    int32_t *text = q3n__session_text(s, length);
+    if (!text) return q3n__fail(&s->error, Q3N_ERR_MEMORY, -1, "no memory for %d ids", length);
+    const int from = q3n__session_seek(s, text, length, 0);
+    int64_t *counts = s->state.expert_counts;             /* evaluating again is not counted */
+    s->state.expert_counts = NULL;
+    r = q3n__session_go_on(s, text, from, length, &none);
+    s->state.expert_counts = counts;
+    q3n__free(&s->model->allocator, text);
+    return r;
+}
+
+/* tokens [n] from where that is cheapest; only_reuse: no further than what is there. */
+static q3n_result q3n__session_prefill(q3n_session *s, const int32_t *tokens, int n, float *logits,
+                                    int only_reuse, int *n_reused)
+{
+    q3n_result r = q3n__session_check(s, tokens, n, 0);
+    if (r == Q3N_OK) r = q3n__check_head(s, logits != NULL);
+    if (r != Q3N_OK) return r;
+    const q3n_outputs out = { .logits = logits };
+    const int m = s->model->config.causal
+                ? q3n__common_prefix(s->state.kv.page, s->length, tokens, n) : 0;
+    const int from = q3n__session_seek(s, tokens, n, only_reuse);
+    int end = n, reused = from;
+    if (only_reuse) end = reused = s->n_delta == 0 && m > from ? m : from;
+    if (n_reused) *n_reused = reused;
+    return q3n__session_go_on(s, tokens, from, end, &out);
+}
+
+/* =====================================================================================
+ * [27] SPECULATION                                                      >>speculation
  *
  * Several tokens a pass: drafts come from the model's MTP module or from the text itself, one pass
  * of the trunk checks them, and what is rejected is forgotten like a cancelled call.  How many
@@ -12292,67 +12380,6 @@ typedef struct {
 } q3n__drafts;
 
 /* ---- Drafts ---- */
-static int32_t q3n__largest_logit(const float *logits, int n)   /* the first of equals; no NaN */
-{
-    int32_t best = 0;
-    for (int i = 1; i < n; i++)
-        if (logits[i] > logits[best] || logits[best] != logits[best]) best = i;
-    return best;
-}
-
-/* Logits for a draft of one row: of the first tokens of the vocabulary alone, which byte-pair
- * merges have numbered by how common they are; the head is most of what a draft costs, and a token
- * that is never drafted is merely chosen without. */
-#define Q3N__DRAFT_VOCAB 4   /* one token in so many */
-#define Q3N__DRAFT_MIN 2048
-
-static void q3n__draft_logits(const q3n__run *r, const float *hidden, float *logits)
-{
-    const int V = r->model->config.vocab_size;
-    int n = (V / Q3N__DRAFT_VOCAB + 15) / 16 * 16;
-    if (n < Q3N__DRAFT_MIN) n = Q3N__DRAFT_MIN;
-    if (n > V) n = V;
-    q3n__mat w = r->model->weights.lm_head;
-    w.n_rows = n;
-    const q3n__linear out = { &w, NULL, hidden, r->mixed_q, logits, w.n_cols, n };
-    if (q3n__is_quantised(w.type)) q3n__quantize_rows(r, r->mixed_q, hidden, 1, w.n_cols);
-    q3n__linear_all(r->pool, r->k, &out, 1, 1);
-    for (int i = n; i < V; i++) logits[i] = -Q3N__INFINITY;
-}
-
-/* The module's drafts after token, which follows the text: the first from the trunk's rows, the
- * others from the module's own output.  sampler NULL = the most probable of the whole vocabulary.
- * Returns how many there are: fewer than n where the sampler finds nothing to choose.  Pages must
- * reach n tokens beyond the text. */
-static int q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, q3n__draft *draft,
-                          int n)
-{
-    q3n_engine *e = s->engine;
-    const size_t d = (size_t)s->shape.hidden_size, V = (size_t)s->shape.vocab_size;
-    int32_t tokens[Q3N__MAX_HIDDEN], after[Q3N_MAX_DRAFT + 1] = { token };
-    const int rows = s->unread.n;                       /* the last is about `token` */
-    q3n__session_copy_tokens(s, s->unread.mtp_length, rows - 1, tokens);
-    tokens[rows - 1] = token;
-    const float *out = q3n__mtp_run(s, e, tokens, q3n__unread_row(s, 0), s->unread.mtp_length,
-                                    rows);
-    q3n__unread_drop(s, rows - 1);
-    s->work_mtp = s->length;
-    for (int i = 0; i < n; i++) {
-        float *logits = s->draft_logits + (size_t)i * V;
-        memcpy(s->draft_hidden, out, d * sizeof(float));
-        if (sampler) {
-            q3n__draft_logits(&e->run, s->draft_hidden, logits);
-            if (!q3n__sampler_draft(sampler, logits, after, i + 1, &draft[i])) return i;
-        } else {
-            q3n__logits(&e->run, s->draft_hidden, 1, logits);
-            q3n__draft_point(&draft[i], q3n__largest_logit(logits, s->shape.vocab_size));
-        }
-        after[i + 1] = draft[i].id;
-        if (i + 1 < n)
-            out = q3n__mtp_run(s, e, &draft[i].id, s->draft_hidden, s->length + 1 + i, 1);
-    }
-    return n;
-}
 
 /* Tokens of context that a looked-up draft must share with the end of the text, and the most that
  * are compared; how far back is looked. */
@@ -12701,7 +12728,7 @@ static q3n_result q3n__session_draft(q3n_session *s, int32_t token, int32_t *dra
 }
 
 /* =====================================================================================
- * [25] PUBLIC                                                                >>public
+ * [28] PUBLIC                                                                >>public
  *
  * Public functions of models, sessions and engines: check, delegate.
  * ===================================================================================== */
@@ -13329,7 +13356,7 @@ Q3N_DEF q3n_result q3n_session_speculation(const q3n_session *s, q3n_speculation
 }
 
 /* =====================================================================================
- * [26] KERNELS, SCALAR: the definition                               >>kernels-scalar
+ * [29] KERNELS, SCALAR: the definition                               >>kernels-scalar
  *
  * Written from the equations; every other ISA is tested against these.  Operands, strides and what
  * may alias stand with the structs in TYPES; here is what the numbers are.
@@ -14014,7 +14041,7 @@ static Q3N__UNUSED void q3n__conv_shift(const q3n__conv *c)
 }
 
 /* =====================================================================================
- * [27] KERNELS, AVX2                                                   >>kernels-avx2
+ * [30] KERNELS, AVX2                                                   >>kernels-avx2
  *
  * How the sections of AVX2, AVX-512 and NEON work.  An element of a product has one accumulator
  * vector that walks the columns in steps of one vector; a shorter last step reads zeros after the
@@ -14893,7 +14920,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [28] KERNELS, AVX-512                                              >>kernels-avx512
+ * [31] KERNELS, AVX-512                                              >>kernels-avx512
  *
  * As the AVX2 section, with vectors of 16, masks for all widths and 32 registers: tiles are wider,
  * so a weight that was loaded serves 6 tokens and not 3.  Sums of float products go over 16 lanes
@@ -15515,7 +15542,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [29] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
+ * [32] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
  *
  * Quantised matrices.  A vector of weights is 4 columns of 16 rows, so 16 lanes are 16 rows: four
  * activations are broadcast, multiplied and added to the lanes' 32-bit sums by one instruction
@@ -15762,7 +15789,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [30] KERNELS, NEON                                                   >>kernels-neon
+ * [33] KERNELS, NEON                                                   >>kernels-neon
  *
  * Baseline AArch64: no extension is asked for, so there is no target region.  32 registers of four
  * floats allow wider tiles than those of AVX2.  There are no masked loads: tails go through four
@@ -16511,7 +16538,7 @@ static void q3n__bind_neon(q3n__kernels *k)
 #endif
 
 /* =====================================================================================
- * [31] DISPATCH: one row per ISA                                           >>dispatch
+ * [34] DISPATCH: one row per ISA                                           >>dispatch
  *
  * Which kernels a table gets: names, what this machine has, binding.  The only code that knows all
  * ISAs; everything before it knows q3n__kernels_init, q3n_isa_best and the table.  Nothing is

@@ -46,7 +46,8 @@ ROOMS = (
      r"q3n_session|q3n__engine|q3n__run\b|q3n__layer|Q3N_TYPE_"),
     ("model", 1700, ("ops", "run", "attention", "deltanet", "model"),
      r"q3n_session\b|q3n__engine|q3n__file|q3n__input|q3n__output|Q3N_TYPE_|Q3N_ISA_"),
-    ("engine", 3550, ("cache", "engine", "sampler", "session", "batch", "speculation"),
+    ("engine", 3750, ("cache", "engine", "sampler", "session", "mtp", "checkpoints", "evaluation",
+                      "reuse", "speculation"),
      r"Q3N_ISA_(?!AUTO|SCALAR)|q3n__tokenizer"),
     ("public", 700, ("public",), None),
     ("kernels", 3400, ("kernels-scalar", "kernels-avx2", "kernels-avx512", "kernels-avx512vnni",
@@ -65,8 +66,7 @@ MAX_LINES = 18000
 # Functions that are used before their bodies: why that cannot be otherwise.
 FORWARD = {"q3n__weight": "kernels close the file, single values of a matrix are asked for before",
            "q3n__kernels_init": "kernels close the file, the engine asks for their table",
-           "q3n__tokenizer_close": "the loader frees what the tokenizer made",
-           "q3n__mtp_flush": "the module's rows are written when a session begins a call"}
+           "q3n__tokenizer_close": "the loader frees what the tokenizer made"}
 
 # What nobody in the field says, and what we say instead: names and sentences of the library and
 # of the programs.
