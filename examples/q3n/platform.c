@@ -25,7 +25,7 @@ static const int interrupts[] = {
 #endif
 };
 
-/* Which are ignored stays so: nohup, jobs in the background. */
+/* Those that are ignored stay so: nohup, jobs in the background. */
 static void set_handlers(void (*handler)(int))
 {
     for (int i = 0; i < CLI_COUNT(interrupts); i++)
