@@ -153,10 +153,13 @@ int cli_parse(const cli_syntax *syntax, int argc, char **argv, cli_words *words)
 /* From now on --help calls fn instead of printing help: manual and completion are made so. */
 typedef void cli_describe_fn(const cli_syntax *syntax);
 void cli_describe_by(cli_describe_fn *fn);
-#define CLI_HELP "print this"               /* what -h and --help do */
+extern const cli_option cli_help_option;    /* -h --help, which every command has */
 
+/* Takes the next of names ("-n --tokens"), of n bytes; NULL after the last. */
+const char *cli_next_name(const char **names, size_t *n);
 /* Name i of the table of a kind, NULL after the last and for kinds without a table. */
 const char *cli_choice_at(cli_kind kind, int i);
+q3n_isa     cli_isa(int i);                 /* i of Q3N_ISA_LIST, AUTO after the last */
 
 /* The name that is meant by the len bytes of typed, if one of names ("--a --b") is near; *best is
  * the distance that must be beaten, and then what it is. */
@@ -290,9 +293,6 @@ void cli_cases_free(cli_cases *cases);
 #define CLI_SESSION_OPTIONS(s)                                                                    \
     CLI_THREADS_OPTION(s), CLI_CONTEXT_OPTIONS(s, "-b --batch --batch-size", "off")
 
-/* Instruction set i of this machine, worst first; AUTO after the last. */
-q3n_isa cli_isa(int i);
-
 q3n_logger cli_logger(const cli_setup *setup);   /* setup must live as long */
 /* The model is setup->model or else the first word, which is taken away. */
 q3n_model *cli_open_model(cli_setup *setup, cli_words *words);
@@ -352,6 +352,7 @@ typedef struct cli_command {
 
 const cli_command *cli_command_at(int i);        /* NULL after the last */
 void cli_print_usage(FILE *f);                   /* the commands */
+void cli_print_version(void);                    /* "q3n 1.2.3" */
 /* The command that argv[0] names; fails if there is none. */
 int  cli_run_command(int argc, char **argv);
 

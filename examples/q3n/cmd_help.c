@@ -4,17 +4,20 @@
 
 #include <string.h>
 
+/* Runs the command with --help. */
+static int describe(const char *command)
+{
+    char name[32], option[] = "--help";
+    snprintf(name, sizeof name, "%s", command);
+    char *asked[] = { name, option, NULL };
+    return cli_run_command(2, asked);
+}
+
 void cli_describe_all(cli_describe_fn *fn)
 {
-    char option[] = "--help";
     const cli_command *c;
     cli_describe_by(fn);
-    for (int i = 0; (c = cli_command_at(i)) != NULL; i++) {
-        char name[32];
-        snprintf(name, sizeof name, "%s", c->name);
-        char *asked[] = { name, option, NULL };
-        cli_run_command(2, asked);
-    }
+    for (int i = 0; (c = cli_command_at(i)) != NULL; i++) describe(c->name);
 }
 
 /* ---- The manual page: roff with the macros of man(7) ---- */
@@ -38,14 +41,13 @@ static void print_roff(const char *text)
 /* "-n --tokens" in bold with commas, then the value in italics. */
 static void print_roff_option(const cli_option *o)
 {
-    char names[80];
+    const char *names = o->names, *next;
+    char name[80];
     printf(".TP\n\\fB");
-    for (const char *p = o->names; *p; p += *p == ' ') {
-        const size_t n = strcspn(p, " ");
-        snprintf(names, sizeof names, "%.*s", (int)n, p);
-        print_roff(names);
-        p += n;
-        if (*p) printf("\\fR, \\fB");
+    for (size_t n; (next = cli_next_name(&names, &n)) != NULL;) {
+        snprintf(name, sizeof name, "%.*s", (int)n, next);
+        print_roff(name);
+        if (*names) printf("\\fR, \\fB");
     }
     if (o->value) {
         printf("\\fR \\fI");
@@ -62,22 +64,21 @@ static void print_roff_option(const cli_option *o)
 
 static void print_roff_command(const cli_syntax *syntax)
 {
-    const cli_option help = { "-h --help", NULL, CLI_FLAG, NULL, 0, 0, CLI_HELP };
     printf(".SS \"q3n ");
     print_roff(syntax->synopsis);
     printf("\"\n");
     print_roff(syntax->about);
     printf("\n");
     for (int i = 0; i < syntax->n_options; i++) print_roff_option(&syntax->options[i]);
-    print_roff_option(&help);
+    print_roff_option(&cli_help_option);
 }
 
 static void print_man(void)
 {
     const cli_command *c;
-    const int v = q3n_version();
-    printf(".\\\" Made by q3n help --man.\n"
-           ".TH Q3N 1 \"\" \"q3n %d.%d.%d\" \"User Commands\"\n"
+    printf(".\\\" Made by q3n help --man.\n.TH Q3N 1 \"\" \"");
+    cli_print_version();
+    printf("\" \"User Commands\"\n"
            ".SH NAME\nq3n \\- run, examine and make .q3n language models\n"
            ".SH SYNOPSIS\n.B q3n\n\\fICOMMAND\\fR \\fIMODEL.q3n\\fR [\\fIoptions\\fR]\n.br\n"
            ".B q3n\n\\fB\\-\\-help\\fR | \\fB\\-\\-version\\fR\n"
@@ -85,8 +86,7 @@ static void print_man(void)
            "Runs Qwen3-Next, Qwen3.5, Qwen3-MoE and Qwen3 models on the CPU.  A model is a file,\n"
            "made from a published checkpoint by\n.BR q3n\\-convert .\n"
            "An option may also be written \\fB\\-\\-name=value\\fR; \\fB\\-\\-\\fR ends the\n"
-           "options.  The commands:\n",
-           v / 10000, v / 100 % 100, v % 100);
+           "options.  The commands:\n");
     for (int i = 0; (c = cli_command_at(i)) != NULL; i++) {
         printf(".TP\n.B %s\n%s\n", c->name, c->about);
     }
@@ -117,12 +117,7 @@ int cmd_help(int argc, char **argv)
     if (man + (shell != NULL) + words.n > 1) {
         cli_misuse("give one of COMMAND, --man and --completion");
     }
-    if (words.n) {
-        char name[32], option[] = "--help";
-        snprintf(name, sizeof name, "%s", words.word[0]);
-        char *asked[] = { name, option, NULL };
-        return cli_run_command(2, asked);
-    }
+    if (words.n)    return describe(words.word[0]);
     if (man)        print_man();
     else if (shell) cli_print_completion(shell);
     else            cli_print_usage(stdout);

@@ -223,7 +223,9 @@ static void print_memory(const q3n_model *m, const q3n_session_options *o, const
 static void print_isas(void)
 {
     printf("instruction sets\n  %-32s", "of this machine");
-    for (int i = 0; cli_isa(i); i++) printf(" %s", q3n_isa_name(cli_isa(i)));
+    for (int i = 0; cli_isa(i); i++) {
+        if (q3n_isa_supported(cli_isa(i))) printf(" %s", q3n_isa_name(cli_isa(i)));
+    }
     printf("\n");
 }
 
@@ -320,8 +322,9 @@ static void json_rest(const q3n_model *m, const plan *p)
         cli_json_string(stdout, name, strlen(name));
     }
     printf("], \"isas\": [");
-    for (int i = 0; cli_isa(i); i++) {
-        printf("%s\"%s\"", i ? ", " : "", q3n_isa_name(cli_isa(i)));
+    for (int i = 0, n = 0; cli_isa(i); i++) {
+        if (!q3n_isa_supported(cli_isa(i))) continue;
+        printf("%s\"%s\"", n++ ? ", " : "", q3n_isa_name(cli_isa(i)));
     }
     printf("], ");
     json_plan(p);

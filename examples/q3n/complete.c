@@ -19,6 +19,12 @@ static void print_command_name(const cli_syntax *syntax)
     printf("%.*s", (int)strcspn(syntax->synopsis, " "), syntax->synopsis);
 }
 
+/* Is it q3n help, whose word is a command? */
+static int takes_command(const cli_syntax *syntax)
+{
+    return strncmp(syntax->synopsis, "help ", 5) == 0;
+}
+
 static void print_commands(const char *before_each)
 {
     const cli_command *c;
@@ -64,7 +70,7 @@ static void bash_command(const cli_syntax *syntax)
 {
     printf("        ");
     print_command_name(syntax);
-    printf(")\n            options='-h --help");
+    printf(")\n            options='%s", cli_help_option.names);
     for (int i = 0; i < syntax->n_options; i++) printf(" %s", syntax->options[i].names);
     printf("'\n            case $previous in\n");
     for (int i = 0; i < syntax->n_options; i++) {
@@ -76,7 +82,7 @@ static void bash_command(const cli_syntax *syntax)
         print_choices(o->kind);
         printf("' ;;\n");
     }
-    if (strncmp(syntax->synopsis, "help ", 5) == 0) {
+    if (takes_command(syntax)) {
         printf("                help) words='");
         print_commands(" ");
         printf("' ;;\n");
@@ -121,11 +127,10 @@ static void zsh_option(const cli_option *o)
     const int several = strchr(o->names, ' ') != NULL;
     printf("                ");
     if (several) printf("'(%s)'{", o->names);
-    for (const char *p = o->names; *p; p += *p == ' ') {
-        const size_t n = strcspn(p, " ");
-        printf("%s%.*s%s", several ? "" : "'", (int)n, p, o->value && n > 2 ? "=" : "");
-        p += n;
-        if (*p) printf(",");
+    const char *names = o->names, *name;
+    for (size_t n; (name = cli_next_name(&names, &n)) != NULL;) {
+        printf("%s%.*s%s", several ? "" : "'", (int)n, name, o->value && n > 2 ? "=" : "");
+        if (*names) printf(",");
     }
     printf("%s[", several ? "}'" : "");
     print_quoted(o->help, "[]:\\");
@@ -147,13 +152,12 @@ static void zsh_option(const cli_option *o)
 
 static void zsh_command(const cli_syntax *syntax)
 {
-    const cli_option help = { "-h --help", NULL, CLI_FLAG, NULL, 0, 0, CLI_HELP };
     printf("        ");
     print_command_name(syntax);
     printf(")\n            _arguments \\\n");
     for (int i = 0; i < syntax->n_options; i++) zsh_option(&syntax->options[i]);
-    zsh_option(&help);
-    if (strncmp(syntax->synopsis, "help ", 5) == 0) {
+    zsh_option(&cli_help_option);
+    if (takes_command(syntax)) {
         printf("                ':command:(");
         print_commands(" ");
         printf(")' ;;\n");
@@ -191,11 +195,10 @@ static void fish_option(const cli_syntax *syntax, const cli_option *o)
     printf("complete -c q3n -n '__fish_seen_subcommand_from ");
     print_command_name(syntax);
     printf("'");
-    for (const char *p = o->names; *p; p += *p == ' ') {
-        const size_t n = strcspn(p, " ");
-        if (strncmp(p, "--", 2) == 0) printf(" -l %.*s", (int)n - 2, p + 2);
-        else                          printf(" -s %.*s", (int)n - 1, p + 1);
-        p += n;
+    const char *names = o->names, *name;
+    for (size_t n; (name = cli_next_name(&names, &n)) != NULL;) {
+        if (strncmp(name, "--", 2) == 0) printf(" -l %.*s", (int)n - 2, name + 2);
+        else                             printf(" -s %.*s", (int)n - 1, name + 1);
     }
     if (cli_choice_at(o->kind, 0)) {
         printf(" -x -a '");
@@ -211,13 +214,8 @@ static void fish_option(const cli_syntax *syntax, const cli_option *o)
 
 static void fish_command(const cli_syntax *syntax)
 {
-    const cli_option help = { "-h --help", NULL, CLI_FLAG, NULL, 0, 0, CLI_HELP };
     for (int i = 0; i < syntax->n_options; i++) fish_option(syntax, &syntax->options[i]);
-    fish_option(syntax, &help);
-}
-
-static void fish_tail(void)
-{
+    fish_option(syntax, &cli_help_option);
 }
 
 /* ---- All ---- */
@@ -228,16 +226,16 @@ void cli_print_completion(const char *shell)
         const char      *name;
         void           (*head)(void);
         cli_describe_fn *command;
-        void           (*tail)(void);
+        void           (*tail)(void);      /* NULL = nothing */
     } shells[] = {
         { "bash", bash_head, bash_command, bash_tail },
         { "zsh",  zsh_head,  zsh_command,  zsh_tail },
-        { "fish", fish_head, fish_command, fish_tail },
+        { "fish", fish_head, fish_command, NULL },
     };
     for (int i = 0; i < CLI_COUNT(shells); i++) {
         if (strcmp(shells[i].name, shell) != 0) continue;
         shells[i].head();
         cli_describe_all(shells[i].command);
-        shells[i].tail();
+        if (shells[i].tail) shells[i].tail();
     }
 }

@@ -40,6 +40,12 @@ void cli_print_usage(FILE *f)
                "Exit status: " CLI_EXIT_STATUS "\n");
 }
 
+void cli_print_version(void)
+{
+    const int v = q3n_version();
+    printf("q3n %d.%d.%d", v / 10000, v / 100 % 100, v % 100);
+}
+
 int cli_run_command(int argc, char **argv)
 {
     for (int i = 0; i < CLI_COUNT(commands); i++) {
@@ -70,8 +76,8 @@ int main(int argc, char **argv)
         return cli_finish();
     }
     if (strcmp(argv[1], "--version") == 0) {
-        const int v = q3n_version();
-        printf("q3n %d.%d.%d\n", v / 10000, v / 100 % 100, v % 100);
+        cli_print_version();
+        printf("\n");
         return cli_finish();
     }
     return cli_run_command(argc - 1, argv + 1);

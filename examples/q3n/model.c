@@ -53,19 +53,6 @@ q3n_model *cli_open_memory(cli_setup *setup, const void *data, size_t bytes)
 
 /* ---- Sessions ---- */
 
-q3n_isa cli_isa(int i)
-{
-    static const q3n_isa list[] = {
-#define CLI_ISA(ID, id, number) Q3N_ISA_##ID,
-        Q3N_ISA_LIST(CLI_ISA)
-#undef CLI_ISA
-    };
-    for (int k = 0; k < CLI_COUNT(list); k++) {
-        if (q3n_isa_supported(list[k]) && i-- == 0) return list[k];
-    }
-    return Q3N_ISA_AUTO;
-}
-
 /* The names were checked by options.c. */
 static void set_isa(q3n_session_options *o, const char *name)
 {

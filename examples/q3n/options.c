@@ -66,14 +66,22 @@ int cli_parse_list(const char *name, const char *text, int min, int *values, int
 
 /* ---- Tables of names ---- */
 
-static const char *isa_at(int i)
+const char *cli_next_name(const char **names, size_t *n)
+{
+    const char *name = *names + strspn(*names, " ");
+    *n = strcspn(name, " ");
+    *names = name + *n;
+    return *n ? name : NULL;
+}
+
+q3n_isa cli_isa(int i)
 {
     static const q3n_isa list[] = {
-#define OPTIONS_ISA(ID, id, number) Q3N_ISA_##ID,
-        Q3N_ISA_LIST(OPTIONS_ISA)
-#undef OPTIONS_ISA
+#define CLI_ISA(ID, id, number) Q3N_ISA_##ID,
+        Q3N_ISA_LIST(CLI_ISA)
+#undef CLI_ISA
     };
-    return i < CLI_COUNT(list) ? q3n_isa_name(list[i]) : NULL;
+    return i < CLI_COUNT(list) ? list[i] : Q3N_ISA_AUTO;
 }
 
 static const char *type_at(int i)
@@ -102,7 +110,7 @@ static const char *shell_at(int i)
 const char *cli_choice_at(cli_kind kind, int i)
 {
     switch (kind) {
-    case CLI_ISA:        return isa_at(i);
+    case CLI_ISA:        return q3n_isa_name(cli_isa(i));
     case CLI_TYPE:       return type_at(i);
     case CLI_KV_TYPE:    return kv_type_at(i);
     case CLI_STATE_TYPE: return state_type_at(i);
@@ -139,6 +147,8 @@ static const char *parse_choice(cli_kind kind, const char *option, const char *v
 
 /* ---- Help ---- */
 
+const cli_option cli_help_option = { "-h --help", NULL, CLI_FLAG, NULL, 0, 0, "print this" };
+
 static void print_option(const cli_option *o)
 {
     char left[80], names[CHOICES_ROOM];
@@ -158,7 +168,8 @@ static void print_help(const cli_syntax *syntax)
 {
     printf("Usage: q3n %s\n\n%s\n\nOptions:\n", syntax->synopsis, syntax->about);
     for (int i = 0; i < syntax->n_options; i++) print_option(&syntax->options[i]);
-    printf("  %-28s %s\n\nExit status: " CLI_EXIT_STATUS "\n", "-h, --help", CLI_HELP);
+    print_option(&cli_help_option);
+    printf("\nExit status: " CLI_EXIT_STATUS "\n");
 }
 
 static cli_describe_fn *describe = print_help;
@@ -173,12 +184,11 @@ void cli_describe_by(cli_describe_fn *fn)
 /* The len bytes of arg are one of the names; _ counts as -. */
 static int has_name(const char *names, const char *arg, size_t len)
 {
-    for (const char *p = names; *p; p += *p == ' ') {
-        const size_t n = strcspn(p, " ");
+    const char *name;
+    for (size_t n; (name = cli_next_name(&names, &n)) != NULL;) {
         size_t i = 0;
-        while (n == len && i < n && p[i] == (arg[i] == '_' ? '-' : arg[i])) i++;
+        while (n == len && i < n && name[i] == (arg[i] == '_' ? '-' : arg[i])) i++;
         if (n == len && i == n) return 1;
-        p += n;
     }
     return 0;
 }
@@ -224,17 +234,15 @@ static int distance(const char *a, size_t n_a, const char *b, size_t n_b)
 const char *cli_nearest(const char *names, const char *typed, size_t len, int *best)
 {
     static char found[64];
-    const char *nearest = NULL;
-    for (const char *p = names; *p; p += *p == ' ') {
-        const size_t n = strcspn(p, " ");
-        const int far = n < sizeof found ? distance(p, n, typed, len) : *best;
+    const char *nearest = NULL, *name;
+    for (size_t n; (name = cli_next_name(&names, &n)) != NULL;) {
+        const int far = n < sizeof found ? distance(name, n, typed, len) : *best;
         if (far < *best) {
             *best = far;
             nearest = found;
-            memcpy(found, p, n);
+            memcpy(found, name, n);
             found[n] = 0;
         }
-        p += n;
     }
     return nearest;
 }
