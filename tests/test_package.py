@@ -96,6 +96,8 @@ class Installed(unittest.TestCase):
         with zipfile.ZipFile(wheel) as archive:
             self.assertIsNone(archive.testzip())
             self.assertIn("qwen3next/libqwen3next.so", archive.namelist())
+            licence, = [n for n in archive.namelist() if n.endswith(".dist-info/LICENSE")]
+            self.assertEqual(archive.read(licence), (ROOT / "LICENSE").read_bytes())
         self.run_python("-m", "pip", "install", "--quiet", "--force-reinstall", str(wheel))
         self.check_installed()
 
