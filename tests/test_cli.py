@@ -1351,7 +1351,6 @@ class FileTest(CliTest):
         self.run_cli("bench", "--read", model("stories"), status=2)
         self.run_cli("bench", "--read", "--mtp", status=2)
 
-
     def check_samples(self, row, key, n):
         samples = row[key + "_samples"]
         self.assertEqual(len(samples), n)

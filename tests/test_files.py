@@ -253,6 +253,7 @@ class Outputs(Case):
                 elif name == "fchmod":
                     continue
                 before = self.listing()
+
                 def fail(*_, **__):
                     raise OSError(errno.EIO, os.strerror(errno.EIO))
                 with self.subTest(name, old=old), mock.patch.object(os, name, fail):

@@ -253,8 +253,8 @@ def print_rows(label, result, depths, ours=(), theirs=()):
             row, first = find_row(result, place, threads), place is decodes[0]
             if not row and not first:
                 continue
-            ratios = [ratio(p, threads, ours, theirs) for p in ((prefill, place) if first
-                                                                 else (place,))]
+            places = (prefill, place) if first else (place,)
+            ratios = [ratio(p, threads, ours, theirs) for p in places]
             say((LINE % (label if first else "  at depth %d" % place[2], threads,
                          spread(find_row(result, prefill, threads)) if first else "", spread(row),
                          *bandwidth(row), " ".join(ratios))).rstrip())

@@ -82,9 +82,9 @@ def find_checkpoint(path):
     """A folder that holds one Keras file and no safetensors stands for that file."""
     if not os.path.exists(path):
         name = re.match(r"[\w-][\w.-]*/[\w.-]+$", path)
-        raise ConvertError("%s: no such file or folder%s" % (path, ": if it is on the Hugging Face "
-                           "hub, download it (hf download %s --local-dir DIR) and give the folder"
-                           % path if name else ""))
+        hint = (": if it is on the Hugging Face hub, download it (hf download %s --local-dir DIR) "
+                "and give the folder" % path)
+        raise ConvertError("%s: no such file or folder%s" % (path, hint if name else ""))
     if os.path.isdir(path):
         names = os.listdir(path)
         keras = [n for n in names if is_keras(n)]

@@ -170,9 +170,8 @@ def _check_together(c, where):
          "rotary_dim: found %(rotary_dim)d, expected an even number up to head_dim, %(head_dim)d")
     need(c["rope_type"] != "table" or c["rotary_dim"] == c["head_dim"],
          "rotary_dim: found %(rotary_dim)d, expected head_dim, %(head_dim)d, for rope_type table")
-    need(c["rope_type"] != "yarn" or (
-        c["rope_original_max_position"] > 0 and c["rope_theta"] > 1
-        and c["rope_beta_fast"] >= c["rope_beta_slow"] > 0),
+    need(c["rope_type"] != "yarn" or (c["rope_original_max_position"] > 0 and c["rope_theta"] > 1
+                                      and c["rope_beta_fast"] >= c["rope_beta_slow"] > 0),
          "rope_type yarn: found rope_original_max_position %(rope_original_max_position)d, "
          "rope_theta %(rope_theta)g, beta_fast %(rope_beta_fast)g and beta_slow "
          "%(rope_beta_slow)g, expected a position above 0, theta above 1 and beta_fast >= "

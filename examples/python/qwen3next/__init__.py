@@ -46,7 +46,6 @@ import operator
 import os
 import pathlib
 import signal
-import sys
 import threading
 import time
 import weakref
@@ -317,8 +316,8 @@ _FUNCTIONS = {                  # name: (result, arguments...)
     "q3n_engine_error": (_R(_Record), _P),
     "q3n_tokenize": (_C_INT, _P, ctypes.c_char_p, _C_SIZE, _C_INT, _IDS, _C_SIZE, _R(_C_SIZE)),
     "q3n_detokenize": (_C_INT, _P, _IDS, _C_SIZE, ctypes.c_char_p, _C_SIZE, _R(_C_SIZE)),
-    "q3n_detokenizer_next": (_C_INT, _R(_Detokenizer), _P, ctypes.c_int32, ctypes.c_char_p, _C_SIZE,
-                         _R(_C_SIZE)),
+    "q3n_detokenizer_next": (_C_INT, _R(_Detokenizer), _P, ctypes.c_int32, ctypes.c_char_p,
+                             _C_SIZE, _R(_C_SIZE)),
     "q3n_detokenizer_finish": (None, _R(_Detokenizer), ctypes.c_char_p, _R(_C_SIZE)),
     "q3n_sampler_create": (_C_INT, _R(_P), _P, _R(_SamplerOptions), _R(_Record)),
     "q3n_sampler_destroy": (None, _P),
@@ -362,7 +361,7 @@ def load(path: Optional[Path] = None) -> ctypes.CDLL:
 
 
 def _prepare(lib, path):
-    """Checks that lib is the library, of our ABI, and gives its functions their types."""
+    """lib, when it is the library, of our ABI: its functions get their types, and checks."""
     if not hasattr(lib, "q3n_version"):
         raise OSError("%s is another library: it has no q3n_version" % path)
     version = lib.q3n_version()
@@ -381,6 +380,7 @@ def _prepare(lib, path):
 
 
 def _check(code, record=None):
+    """Raises Error, with what the record says or else the code means, if a call failed."""
     if code != _OK:
         text = record.message if record is not None else b""
         text = text or load().q3n_result_string(code)
@@ -431,6 +431,7 @@ def _floats(n):
 
 
 def _named(function, name):
+    """The number of a name by q3n_..._from_name; None is the default, 0."""
     value = _C_INT()
     if name is None:
         return 0
@@ -442,6 +443,7 @@ def _named(function, name):
 
 
 def _fields(struct):
+    """The numbers in a struct by name."""
     return {name: getattr(struct, name) for name, _ in struct._fields_
             if name not in ("size", "zero")}
 
@@ -636,6 +638,7 @@ class Model(_Owner):
         return out
 
     def detokenize(self, ids: Ids) -> str:
+        """The text of ids; bytes that are no character become U+FFFD."""
         lib, n = load(), _C_SIZE()
         c_ids, n_ids = _id_array(ids)
         code = lib.q3n_detokenize(self.handle, c_ids, n_ids, None, 0, ctypes.byref(n))
@@ -774,13 +777,14 @@ class Cache(_Owner):
         load().q3n_cache_clear(self.handle)
 
     def stats(self) -> Dict[str, int]:
+        """What is in it, and how often a state was found."""
         stats = _CacheStats()
         _check(load().q3n_cache_stats_get(self.handle, ctypes.byref(stats)))
         return _fields(stats)
 
 
 class Snapshot(_Owner):
-    """A state that a session was in: len() tokens, bytes beside the pages that it shares."""
+    """A state that a session was in: len() is its tokens."""
 
     def __init__(self, model: Model, handle: Optional[int]) -> None:
         super().__init__(handle, load().q3n_snapshot_free, model)
@@ -790,6 +794,7 @@ class Snapshot(_Owner):
 
     @property
     def bytes(self) -> int:
+        """Its memory beside the pages that it shares with the session."""
         return load().q3n_snapshot_bytes(self.handle)
 
 
@@ -802,10 +807,12 @@ def _session_options(isa, kv_type, **options):
 
 
 class Session(_Owner):
-    """The state of one text.  Options: capacity, batch, n_threads (0 = the library's default),
-    isa, kv_type, snapshot_type and speculate ("auto": drafts where they pay, by which a seed no
-    longer gives one text) by name, draft, count_experts; cache=Cache or snapshot_bytes,
-    snapshot_every; engine=Engine, whose batch_size, n_threads and isa it then has."""
+    """The state of one text; len() is its tokens.
+
+    Options: capacity, batch, n_threads (0 = the library's default), isa, kv_type, snapshot_type and
+    speculate ("auto": drafts where they pay, by which a seed no longer gives one text) by name,
+    draft, count_experts; cache=Cache or snapshot_bytes, snapshot_every; engine=Engine, whose
+    batch_size, n_threads and isa it then has."""
 
     model: Model
     memory: Dict[str, int]               # planned bytes, by part
@@ -842,9 +849,11 @@ class Session(_Owner):
 
     @property
     def capacity(self) -> int:
+        """The most tokens that it can hold."""
         return load().q3n_session_capacity(self.handle)
 
     def reset(self) -> None:
+        """Begin an empty text."""
         load().q3n_session_reset(self.handle)
 
     def _check(self, code):
@@ -895,11 +904,13 @@ class Session(_Owner):
         self._evaluate(max(len(self), 1), load().q3n_session_rewind, length)
 
     def snapshot(self) -> Snapshot:
+        """The state as it is now, for restore."""
         handle = _P()
         self._check(load().q3n_session_snapshot(self.handle, ctypes.byref(handle)))
         return Snapshot(self.model, handle.value)
 
     def restore(self, snapshot: Snapshot) -> None:
+        """Go to a state of this session, or of another one of the model with the same kv_type."""
         self._check(load().q3n_session_restore(self.handle, snapshot.handle))
 
     def fork(self) -> Session:
@@ -914,6 +925,7 @@ class Session(_Owner):
         return other
 
     def save(self, path: Path) -> None:
+        """Write a file with which load continues."""
         self._check(load().q3n_session_save(self.handle, _text(os.fsencode(path), "path")))
 
     def load(self, path: Path) -> None:
@@ -953,7 +965,7 @@ class Session(_Owner):
         return drafts[:n]
 
     def speculation(self) -> Dict[str, int]:
-        """Steps of next, tokens that they gave, drafted and accepted ones."""
+        """Steps of decode, tokens that they gave, drafted and accepted ones, as numbers by name."""
         s = _Speculation()
         _check(load().q3n_session_speculation(self.handle, ctypes.byref(s)))
         return _fields(s)
@@ -1017,7 +1029,7 @@ class Session(_Owner):
         decoder, text = _Detokenizer(skip_special=1), ctypes.create_string_buffer(1 << 12)
         for token in self.generate_ids(ids, max_tokens, **sampling):
             _check(lib.q3n_detokenizer_next(ctypes.byref(decoder), self.model.handle, token, text,
-                                        len(text), ctypes.byref(n)))
+                                            len(text), ctypes.byref(n)))
             if n.value:
                 yield text.raw[:n.value].decode("utf-8")
         lib.q3n_detokenizer_finish(ctypes.byref(decoder), text, ctypes.byref(n))
@@ -1034,7 +1046,7 @@ class EngineItem:
         self._ids, self.n = _id_array(ids)
         self._logits, c_logits = _floats(session.model.vocab_size if logits else 0)
         self._item = _EngineItem(tokens=self._ids, n=self.n,
-                                logits=c_logits and ctypes.cast(c_logits, _FLOATS))
+                                 logits=c_logits and ctypes.cast(c_logits, _FLOATS))
 
     @property
     def done(self) -> int:
