@@ -8,13 +8,18 @@ The figures of the compiler depend on the machine: compare two headers in one ru
 import argparse
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-VARIANTS = ("", "Q3N_NO_SIMD", "Q3N_NO_AVX2", "Q3N_NO_AVX512", "Q3N_NO_NEON", "Q3N_NO_STDIO",
-            "Q3N_NO_THREADS")
+
+
+def variants(header):
+    """Nothing, and each macro of the header that leaves something out."""
+    text = pathlib.Path(header).read_text(encoding="utf-8")
+    return ["", *sorted(set(re.findall(r"\bQ3N_NO_[A-Z0-9]+\b", text)))]
 
 
 def measure(command, out):
@@ -33,12 +38,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("header", nargs="?", default=str(ROOT / "qwen3next.h"))
     parser.add_argument("--cc", default=os.environ.get("CC", "cc"))
-    parser.add_argument("--flags", default="-std=c11 -O2")
+    parser.add_argument("--flags", default="-std=c11 -O2 -ffp-contract=off")
     args = parser.parse_args()
     print("%-16s %8s %9s %8s" % ("left out", "CPU s", "peak MB", "KB"))
     with tempfile.TemporaryDirectory() as folder:
         out = os.path.join(folder, "qwen3next.o")
-        for macro in VARIANTS:
+        for macro in variants(args.header):
             command = shlex.split(args.cc) + shlex.split(args.flags) + ["-DQ3N_IMPLEMENTATION"]
             command += ["-D" + macro] if macro else []
             print("%-16s %8.1f %9.0f %8.0f" % ((macro or "nothing",) + measure(
