@@ -69,7 +69,7 @@ void tell(const std::string &path, const std::string &prompt, float temperature)
     const Owner<q3n_session> session = create_session(*model, 1024, temperature);
 
     const std::vector<int32_t> ids = tokenize(*model, prompt);
-    std::vector<float> logits(static_cast<size_t>(q3n_model_config(model.get())->vocab_size));
+    std::vector<float> logits(static_cast<size_t>(q3n_model_vocab_size(model.get())));
     q3n_detokenizer decoder = q3n_detokenizer();
     decoder.skip_special = 1;
     char text[1024];
