@@ -4,7 +4,7 @@
 #
 # The release is built in build/, every other configuration in build/<config>/.  Yours: CC, CXX,
 # CPPFLAGS, CFLAGS, CXXFLAGS, LDFLAGS (they come last, so they win), PYTHON, and where to install:
-# DESTDIR, PREFIX, BINDIR, LIBDIR, INCLUDEDIR, DATADIR, MANDIR (see "Installing").
+# DESTDIR, PREFIX, BINDIR, LIBDIR, INCLUDEDIR, DATADIR, DOCDIR, MANDIR (see "Installing").
 
 config ?= release
 B      := $(if $(filter release,$(config)),build,build/$(config))
@@ -239,9 +239,10 @@ $(B)/fuzz_%: $(B)/obj/fuzz_%.o $(B)/obj/exposed.o
 
 # ---- Models ----
 
-CONVERTER := $(filter-out tools/lint.py tools/coverage.py tools/compile_cost.py \
-                          tools/mutate.py tools/unicode_tables.py \
-               tools/bench_table.py tools/plot_bench.py, $(wildcard tools/*.py))
+# convert.py and what it imports: this is installed.
+CONVERTER := $(patsubst %,tools/%.py,convert files hf_checkpoint hf_config hf_names \
+               keras_checkpoint lora matrix model_plan q3n_file quantize safetensors_file \
+               tokenizer_file)
 CONVERT    = @mkdir -p $(@D); $(PY) tools/convert.py
 
 define MODEL_FROM_DIRECTORY
@@ -436,6 +437,7 @@ BINDIR      ?= $(PREFIX)/bin
 LIBDIR      ?= $(PREFIX)/lib
 INCLUDEDIR  ?= $(PREFIX)/include
 DATADIR     ?= $(PREFIX)/share
+DOCDIR      ?= $(DATADIR)/doc/qwen3next
 MANDIR      ?= $(DATADIR)/man
 BASHDIR     ?= $(DATADIR)/bash-completion/completions
 ZSHDIR      ?= $(DATADIR)/zsh/site-functions
@@ -456,7 +458,7 @@ INSTALLED := $(BINDIR):$(B)/q3n$(EXE) $(BINDIR):$(P)/q3n-convert \
     $(if $(SHARED_FILE),$(LIBDIR):$(P)/$(SHARED_FILE)) $(LIBDIR)/pkgconfig:$(P)/qwen3next.pc \
     $(CMAKEDIR):$(P)/qwen3next-config.cmake $(CMAKEDIR):$(P)/qwen3next-config-version.cmake \
     $(MANDIR)/man1:$(P)/q3n.1 $(BASHDIR):$(P)/q3n $(ZSHDIR):$(P)/_q3n $(FISHDIR):$(P)/q3n.fish \
-    $(CONVERTER:%=$(TOOLDIR):%)
+    $(DOCDIR):LICENSE $(CONVERTER:%=$(TOOLDIR):%)
 folder_of = $(firstword $(subst :, ,$(1)))
 file_of   = $(lastword $(subst :, ,$(1)))
 GENERATED := $(filter $(P)/%,$(foreach i,$(INSTALLED),$(call file_of,$(i))))
@@ -506,6 +508,7 @@ uninstall:   ## Remove what install copied, by the same PREFIX
 	@rm -f $(foreach i,$(INSTALLED),$(DESTDIR)$(call folder_of,$(i))/$(notdir $(call file_of,$(i))))
 	$(if $(SHARED_FILE),@rm -f $(DESTDIR)$(LIBDIR)/$(SHARED_NAME) $(DESTDIR)$(LIBDIR)/$(SHARED))
 	@rm -rf $(DESTDIR)$(CMAKEDIR) $(DESTDIR)$(TOOLDIR)
+	@rmdir $(DESTDIR)$(DOCDIR) 2> /dev/null || true
 
 # ---- The rest ----
 
@@ -514,7 +517,7 @@ clean:   ## Remove build/
 
 endif
 
-deps:   ## Install what is missing: C and C++ compiler, cmocka, Python with numpy and h5py
+deps:   ## Install missing compilers, cmocka, cmake, pkg-config, python3-venv, numpy, h5py
 	@CC='$(CC)' CXX='$(CXX)' PYTHON='$(PYTHON)' tools/deps.sh build build
 
 deps-aarch64:   ## Install cross compiler, qemu-user and cmocka for test-aarch64

@@ -71,7 +71,8 @@ test_files() {
         lib/libqwen3next.a "lib/libqwen3next.so.$version" lib/pkgconfig/qwen3next.pc \
         lib/cmake/qwen3next/qwen3next-config.cmake share/man/man1/q3n.1 \
         share/bash-completion/completions/q3n share/zsh/site-functions/_q3n \
-        share/fish/vendor_completions.d/q3n.fish share/qwen3next/convert.py; do
+        share/fish/vendor_completions.d/q3n.fish share/qwen3next/convert.py \
+        share/doc/qwen3next/LICENSE; do
         [ -s "$prefix/$file" ] || fail "$file is not installed"
     done
     for file in q3n q3n-convert; do
@@ -215,6 +216,9 @@ test_cmake_install() {
     sed -i 's/(kind .*)/(kind qwen3next static)/' "$out/find/CMakeLists.txt"
     cmake_in "$out/find" "$out/find/build" -DCMAKE_PREFIX_PATH="$out/alone/prefix"
     check_program "cmake, install" "$out/find/build/program_qwen3next" static
+    expect "cmake, install: qwen3next.pc" \
+        "$(find "$out/alone/prefix" -name qwen3next.pc -exec sed -n 's/^includedir=//p' {} +)" \
+        '${prefix}/include'
 }
 
 test_converter() {
@@ -227,6 +231,14 @@ test_converter() {
     "$prefix/bin/q3n" quantize "$MODEL" "$out/quantized.q3n" --type q8 > /dev/null 2>&1
     cmp "$out/dense.q3n" "$out/quantized.q3n" || fail "q3n-convert and q3n quantize differ"
     ok "q3n-convert with the installed header and library"
+    # Also what is imported only when it is needed.
+    local module modules=$prefix/share/qwen3next
+    for module in $(sed -nE 's/^ *(import|from) ([a-z0-9_]+).*/\2/p' "$modules"/*.py); do
+        if [ -e "tools/$module.py" ] && ! [ -e "$modules/$module.py" ]; then
+            fail "q3n-convert: $module.py is not installed"
+        fi
+    done
+    ok "q3n-convert: all modules"
 }
 
 test_uninstall() {

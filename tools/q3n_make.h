@@ -1,5 +1,7 @@
 /* q3n_make.h - makes model files for qwen3next.h: quantised copies, models with random weights
  *
+ * SPDX-License-Identifier: MIT (text: LICENSE)
+ *
  * A second header on top of the first, C11, for tools and tests: a program that only runs models
  * has no use for it.  It calls private functions of qwen3next.h, so both are of one version, and
  * the implementation of one stands after that of the other.  In ONE C file of your program, and
