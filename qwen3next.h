@@ -54,33 +54,34 @@
  *     [5] FILES                           >>files
  *     [6] PARALLEL                        >>parallel
  *     [7] TYPES                           >>types
- *     [8] CONFIG                          >>config
- *     [9] LOADER                          >>loader
- *    [10] STATE                           >>state
- *    [11] SESSION FILES                   >>session-files
- *    [12] UNICODE                         >>unicode
- *    [13] TOKENIZER                       >>tokenizer
- *    [14] OPS                             >>ops
- *    [15] RUN                             >>run
- *    [16] ATTENTION                       >>attention
- *    [17] DELTANET                        >>deltanet
- *    [18] MODEL                           >>model
- *    [19] CACHE                           >>cache
- *    [20] ENGINE                          >>engine
- *    [21] SAMPLER                         >>sampler
- *    [22] SESSION                         >>session
- *    [23] MTP                             >>mtp
- *    [24] CHECKPOINTS                     >>checkpoints
- *    [25] EVALUATION                      >>evaluation
- *    [26] REUSE                           >>reuse
- *    [27] SPECULATION                     >>speculation
- *    [28] PUBLIC                          >>public
- *    [29] KERNELS, SCALAR: the definition >>kernels-scalar
- *    [30] KERNELS, AVX2                   >>kernels-avx2
- *    [31] KERNELS, AVX-512                >>kernels-avx512
- *    [32] KERNELS, AVX-512 VNNI           >>kernels-avx512vnni
- *    [33] KERNELS, NEON                   >>kernels-neon
- *    [34] DISPATCH: one row per ISA       >>dispatch
+ *     [8] TENSORS                         >>tensors
+ *     [9] CONFIG                          >>config
+ *    [10] LOADER                          >>loader
+ *    [11] STATE                           >>state
+ *    [12] SESSION FILES                   >>session-files
+ *    [13] UNICODE                         >>unicode
+ *    [14] TOKENIZER                       >>tokenizer
+ *    [15] OPS                             >>ops
+ *    [16] RUN                             >>run
+ *    [17] ATTENTION                       >>attention
+ *    [18] DELTANET                        >>deltanet
+ *    [19] MODEL                           >>model
+ *    [20] CACHE                           >>cache
+ *    [21] ENGINE                          >>engine
+ *    [22] SAMPLER                         >>sampler
+ *    [23] SESSION                         >>session
+ *    [24] MTP                             >>mtp
+ *    [25] CHECKPOINTS                     >>checkpoints
+ *    [26] EVALUATION                      >>evaluation
+ *    [27] REUSE                           >>reuse
+ *    [28] SPECULATION                     >>speculation
+ *    [29] PUBLIC                          >>public
+ *    [30] KERNELS, SCALAR: the definition >>kernels-scalar
+ *    [31] KERNELS, AVX2                   >>kernels-avx2
+ *    [32] KERNELS, AVX-512                >>kernels-avx512
+ *    [33] KERNELS, AVX-512 VNNI           >>kernels-avx512vnni
+ *    [34] KERNELS, NEON                   >>kernels-neon
+ *    [35] DISPATCH: one row per ISA       >>dispatch
  *
  * THE MODEL ON ONE PAGE.  Shapes are row-major, slowest first; x W' is a linear layer with W
  * [out, in].
@@ -97,6 +98,28 @@
  *     DeltaNet     S <- e^g S;  S <- S + k (beta (v - S'k))';  o = S'q;  norm(o) w silu(z); Wout'
  *     experts      p = softmax(x Wrouter'); y = sum over the k largest of p_e expert_e(x)
  *                  + sigmoid(x wg') shared(x)
+ *
+ * WORDS, one meaning each.  Those of the field (prompt, prefill, decode, draft, logits, chunk, KV
+ * cache ...) are not listed.
+ *     text           the tokens of a session, from its first to its last
+ *     state          what evaluating a text leaves: pages, DeltaNet's matrices, the columns before
+ *                    each convolution, the last hidden state
+ *     page           256 tokens of a text, with the keys and values that all layers have of them
+ *     KV block       what one layer and one kv head have in a page
+ *     snapshot       a state that is kept and does not change; a checkpoint is one in a cache,
+ *                    marked to be evicted after the others
+ *     pass           one walk of some rows through all layers; a row is a token that is evaluated,
+ *                    with its activations, a segment the rows of one session
+ *     tile, block    of quantised matrices: 16 rows together; 64 columns of a tile, or of their
+ *                    input
+ *     group          32 columns of a block, which share a scale
+ *     slice          one expert's matrix in a tensor of three dimensions
+ *     weight         a number of the model's file
+ *     mixer          what lets a layer's tokens see one another: attention or DeltaNet
+ *     trunk, module  the model's own layers; its multi-token-prediction (MTP) module
+ *     golden         a small checkpoint with the outputs of [HF], in tests/golden
+ *     design         a family: grouped-query attention with rotary embedding and experts, as Keras
+ *                    files hold it
  *
  * TRAPS, each with a test that fails when it is stepped in (the goldens of the family named):
  *     - q_proj holds query and gate head by head, not all queries then all gates       (qwen3_next)
@@ -202,203 +225,9 @@
  *     [CRC]  Kounavis, Berry: A systematic approach to building high performance software-based CRC
  *            generators, ISCC 2005
  *
- * FILE FORMAT  .q3n, version 1
- *
- * All numbers are little-endian; offsets count bytes from the start of the file.  The file is
- * used in place: the header, the sections and the tensors are read through the mapping and
- * nothing is unpacked.  `meta_bytes` below covers header and sections; the tensors follow.
- *
- *   HEADER, 64 bytes
- *      0  u8[8]  magic           89 51 33 4E 0D 0A 1A 0A  ("\x89Q3N\r\n\x1a\n")
- *      8  u32    version         1; a reader refuses any other
- *     12  u32    n_sections      at most 64
- *     16  u64    file_bytes      size of the whole file
- *     24  u64    meta_bytes      header + section table + all sections
- *     32  u32    meta_crc        CRC-32 of bytes [0, meta_bytes) with this field taken as 0
- *     36  u8[28] zero
- *
- *   SECTION TABLE, at 64: n_sections records of 32 bytes, each kind at most once.
- *      0  u32    kind            1 CONFIG, 2 TENSORS, 3 NAMES, 4 TOKENIZER
- *      4  u32    flags           bit 0: a reader that does not know the kind must refuse the file;
- *                                without it an unknown section is ignored
- *      8  u64    offset          multiple of 8, inside [64 + 32 n_sections, meta_bytes)
- *     16  u64    bytes
- *     24  u64    zero
- *
- *   CONFIG: key/value entries back to back, each padded with zeros to a multiple of 8 bytes.
- *      0  u8     key_bytes       1 .. 255
- *      1  u8     type            1 int (i64 values), 2 float (f64 values), 3 string (UTF-8)
- *      2  u16    zero
- *      4  u32    value_bytes     ints and floats: 8 x the number of values (arrays are > 8)
- *      8  u8[]   key, then (unaligned) value
- *     Unknown keys are ignored; a known key with another type, or given twice, is an error.  Keys:
- *     the fields of q3n_config by name (Q3N_CONFIG_LIST; family, rope_type, pooling,
- *     classifier_input and problem_type as strings), layer_types (ints, one a layer: 0 attention,
- *     1 DeltaNet), layer_experts (ints: 0 dense FFN, 1 experts), name (string, up to 255 bytes),
- *     eos_ids (ints, up to 16), pad_id (of a classifier: ignored at the end of a text), labels
- *     (string: num_labels names, a byte 0 after each), chat (string, up to 31 bytes: "none",
- *     "chatml", "qwen3", ...), tokenizer_pattern (string: "qwen2" or "qwen3_5"), tokenizer_nfc (int
- *     0 or 1), tokenizer_prefix, tokenizer_suffix (ints, up to 16: ids put before and after a
- *     text); and, ignored by this library, bos_id (int) and converter (string, for people).
- *
- *   TENSORS
- *      0  u32    n_tensors
- *      4  u32    record_bytes    80 in version 1; larger records may follow, the rest is ignored
- *      8  records of record_bytes each:
- *          0  u32  name_offset   in NAMES
- *          4  u32  name_bytes    1 .. 255
- *          8  u32  type          id of Q3N_TYPE_LIST; an unknown one is an error
- *         12  u32  n_dims        1 .. 3
- *         16  u64  dim[3]        slowest first, unused ones 1
- *         40  u64  offset        multiple of 64, >= meta_bytes
- *         48  u64  slice_bytes   bytes of one slice: [dim1, dim2] of three dimensions, else all
- *         56  u64  stride        bytes from one slice to the next (three dimensions), else 0
- *         64  u32  crc           CRC-32 of the slices in order, without what lies between them
- *         68  u8[12] zero
- *
- *   NAMES: the tensor names, without terminator.
- *
- *   TOKENIZER (optional: a model without one works on ids)
- *      0  u32    n_tokens        ids 0 .. n_tokens - 1, added tokens included
- *      4  u32    n_merges
- *      8  u32    n_added
- *     12  u32    zero
- *     16  u32[n_tokens + 1]      token_offset: token i is bytes [offset[i], offset[i + 1]) of TEXT
- *         u32[3][n_merges]       left id, right id, result id; in order of rank
- *         u32[2][n_added]        id, flags: 1 special, 2 lstrip, 4 rstrip, 8 normalized,
- *                                16 single_word
- *         u8[]                   TEXT: raw bytes of every token (the byte-to-unicode map is undone)
- *     An id with no token has length 0.
- *
- *   TENSOR DATA: float types row by row as they are, quantised types in tiles.  Each tensor starts
- *   at a multiple of 64 and ends before the next; gaps are zero.  The experts of a layer are three
- *   tensors of three dimensions, mlp.experts.{gate,up,down}_proj.weight, whose slices interleave:
- *   expert e is gate | up | down, each at a multiple of 64, and the whole starts at a multiple of
- *   4096, so that the three tensors have one stride (a multiple of 4096) and one read fetches an
- *   expert.
- *
- *   QUANTISED TYPES.  Rows are taken in tiles of 16, columns in blocks of 64 made of two groups of
- *   32; rows and columns beyond the last are zero weights.  A weight is scale x level;
- *   a group of one row has one scale.  Tiles follow one another, in a tile its blocks from left to
- *   right, and a block is
- *       f16[2][16]   scales of the first group's 16 rows, then the second's
- *       codes of the first group, codes of the second; 512, 384, 256 or 192 bytes each (q8 .. q3)
- *   A code belongs to row r (0 .. 15) and column 4 s + j (s 0 .. 7, j 0 .. 3) of the group; b is
- *   4 r + j, the byte's place in a line of 64 bytes.  bits [x, y) count from the lowest:
- *       q8   code = byte 64 s + b                                        level = code - 128
- *       q6   bits [0, 4) of the code: as q4; bits [4, 6): bits [2 (s % 4), 2 (s % 4) + 2) of byte
- *            256 + 64 (s / 4) + b                                        level = code - 32
- *       q4   bits [4 (s / 4), 4 (s / 4) + 4) of byte 64 (s % 4) + b      level = q4_level[code]
- *       q3   bits [0, 2): bits [2 (s % 4), 2 (s % 4) + 2) of byte 64 (s / 4) + b; bit 2: bit s of
- *            byte 128 + b                                                level = q3_level[code]
- *       q4_level   -70 -54 -42 -33 -25 -18 -11 -5 1 7 13 19 26 34 44 57
- *       q3_level   -73 -46 -27 -11 2 16 32 54
- *   So 64 bytes hold 4 columns of 16 rows: lanes are rows, and nothing is summed across lanes.
- *
- *   WHICH TENSOR MAY HAVE WHICH TYPE.  vec: f32.  router: f32, f16, bf16.  mat: any but q3, which
- *   only experts may have; lm_head, the embedding if it is the head too, and all of mtp: a float
- *   type, q8 or q6.
- *
- *   TENSORS BY NAME.  `lN` is layers.N.  d hidden_size, V vocab_size, H heads, K kv heads,
- *   D head_dim, E experts, I width.
- *      embed_tokens.weight                      mat [V, d]
- *      norm.weight                              vec [d]
- *      lm_head.weight                           mat [V, d]      absent if tie_word_embeddings
- *      score.weight, score.bias                 router [num_labels, d or V], vec (bias optional)
- *      rope.cos, rope.sin                       vec [positions, D/2]   only if rope_type is "table"
- *      lN.input_layernorm.weight                vec [d]
- *      lN.post_attention_layernorm.weight       vec [d]
- *    attention
- *      lN.self_attn.q_proj.weight               mat [H D, d]; gated: [H 2D, d], per head D rows of
- *                                               query, then D of gate
- *      lN.self_attn.{k,v}_proj.weight           mat [K D, d]
- *      lN.self_attn.o_proj.weight               mat [d, H D]
- *      lN.self_attn.{q,k,v,o}_proj.bias         vec             if attention_bias
- *      lN.self_attn.{q,k}_norm.weight           vec [D]         if qk_norm
- *    DeltaNet (Hk key heads of dk, Hv value heads of dv, channels C = 2 Hk dk + Hv dv)
- *      lN.linear_attn.in_proj_qkvz.weight       mat [C + Hv dv, d]: all q, all k, all v, all z
- *      lN.linear_attn.in_proj_ba.weight         router [2 Hv, d]: all b, all a
- *      lN.linear_attn.conv1d.weight             vec [width, C]: transposed, oldest column first
- *      lN.linear_attn.{A_log,dt_bias}           vec [Hv]
- *      lN.linear_attn.norm.weight               vec [dv]
- *      lN.linear_attn.out_proj.weight           mat [d, Hv dv]
- *    dense FFN
- *      lN.mlp.{gate,up}_proj.weight             mat [I, d]      I = intermediate_size
- *      lN.mlp.down_proj.weight                  mat [d, I]
- *      lN.mlp.{gate,up,down}_proj.bias          vec             if mlp_bias
- *    experts
- *      lN.mlp.gate.weight                       router [E, d]
- *      lN.mlp.gate.bias                         vec [E]         if router_bias
- *      lN.mlp.experts.{gate,up}_proj.weight     mat [E, I, d]   I = moe_intermediate_size
- *      lN.mlp.experts.down_proj.weight          mat [E, d, I]
- *      lN.mlp.experts.{gate,up,down}_proj.bias  vec [E, I], [E, I], [E, d]   if mlp_bias
- *      lN.mlp.shared_expert.{gate,up}_proj.weight   mat [Is, d]  if shared_expert_intermediate_size
- *      lN.mlp.shared_expert.down_proj.weight    mat [d, Is]
- *      lN.mlp.shared_expert_gate.weight         router [1, d]
- *    multi-token prediction (num_mtp_layers = 1)
- *      mtp.fc.weight                            mat [d, 2d]
- *      mtp.{pre_fc_norm_embedding,pre_fc_norm_hidden,norm}.weight   vec [d]
- *      mtp.layers.0....                         a layer with attention, experts as the trunk's
- *
- *   Norms hold the factor itself: where the family scales by 1 + w the writer has added the 1
- *   (in f32, exactly as [HF] does at run time).  q and k rows of checkpoints with interleaved
- *   rotary pairs are permuted to the half-rotate form.
- *
- * SESSION FILE FORMAT, versions 1 and 2
- *
- * The state after a text, as a stream: written and read once, from the first byte to the last.
- * All numbers are little-endian.  A state has exactly one encoding: with a sampler it is version 2,
- * without one version 1, which library 0.1 reads too.
- *
- *   HEADER, 128 bytes
- *      0  u8[8]  magic           89 51 33 53 0D 0A 1A 0A  ("\x89Q3S\r\n\x1a\n")
- *      8  u32    version         1, or 2 with a sampler; a reader refuses any other
- *     12  u32    header_bytes    128
- *     16  u64    header_hash     of bytes [0, 128) with this field taken as 0
- *     24  u64    file_bytes      size of the whole file
- *     32  u64    model_hash      of bytes [0, meta_bytes) of the model's file, which hold the
- *                                checksum of every tensor
- *     40  u64    model_bytes     size of the model's file
- *     48  u32    length          tokens
- *     52  u32    kv_type         id of Q3N_TYPE_LIST: f32, f16, bf16 or q8
- *     56  u32    delta_type      f32 or bf16
- *     60  u32    has_mtp         1 = pages hold the MTP module's layer too, as their last.  Readers
- *                                without the module pass over it; one that has the module and
- *                                reads a file without begins the module's keys after the text
- *     64  u32    has_hidden, has_logits      0 or 1; has_hidden is length > 0
- *     72  u32    page_tokens     256
- *     76  u32    n_kv_layers (the module's included), n_kv_heads, head_dim, hidden_size, vocab_size
- *     96  u64    delta_len, conv_len         elements
- *    112  u64    page_bytes      of one page in the file
- *    120  u32    mtp_first       the MTP module's keys begin at this token: 1 .. length, 1 at 0
- *                                and without the module
- *    124  u32    n_sampler       version 1: 0; version 2: 1 + tokens in the sampler's window,
- *                                at most 1 + 2^24
- *
- *   SECTIONS, one after another, each padded with zeros to a multiple of 64 bytes
- *      delta_type[delta_len]     DeltaNet matrices: [DeltaNet layer][Hv][dk, dv]
- *      f32[conv_len]             inputs of the convolutions: [DeltaNet layer][width - 1, C]
- *      f32[hidden_size]          if has_hidden: last token, after the final norm
- *      f32[vocab_size]           if has_logits
- *      u64, i32[n_sampler - 1]   if n_sampler: state of the random numbers (SplitMix64), and the
- *                                tokens that the repetition penalty counts, the oldest first
- *      pages                     length / page_tokens of them, rounded up:
- *          i32[page_tokens]      tokens
- *          [layer][kv head]      keys [D, page_tokens] of kv_type, values [page_tokens, D]; of type
- *                                q8 signed bytes and after keys and values f32[page_tokens] scales
- *                                What lies after the last token is zero.
- *
- *   END
- *      u64       sections_hash      of all sections, seeded with header_hash
- *
- *   HASH.  Words of 64 bits, K = 0x9E3779B97F4A7C15, all arithmetic modulo 2^64.
- *      lane[i] = mix(seed + K (i + 1))                         i = 0 .. 7
- *      lane[i] = rotate_left((lane[i] ^ word[i]) K, 29)        for every 64 bytes; zeros fill up
- *      hash    = mix(bytes ^ seed); for each lane hash = rotate_left((hash ^ mix(lane)) K, 29);
- *                mix(hash) at the end
- *      mix(x): x = (x ^ x >> 30) 0xBF58476D1CE4E5B9; x = (x ^ x >> 27) 0x94D049BB133111EB;
- *              x ^ x >> 31
- *   Every step is a bijection of the lane and of the word: no change of one word goes unseen.
+ * FILE FORMATS are described, byte by byte, beside the code that reads them: .q3n in >>loader, with
+ * names and shapes of tensors in >>tensors, quantised types in >>types and the tokenizer's part in
+ * >>tokenizer; session files in >>session-files, their hash in >>memory.
  */
 
 /* ---- Where there is no implementation: one line says why, and nothing of it is compiled ---- */
@@ -510,9 +339,9 @@ Q3N_DEF int         q3n_abi_version(void);            /* its Q3N_ABI: must be th
 /* ---- Tensor types and instruction sets ---- */
 
 /* One row per stored type: ID, name, number in the file, elements and bytes per block.  The float
- * types are plain arrays, row after row.  The quantised ones keep 16 rows together in tiles (FILE
- * FORMAT, QUANTISED TYPES): there a block is one row's share of 64 columns, so that bits per
- * weight are 8 x bytes / elements: 8.5, 6.5, 4.5, 3.5. */
+ * types are plain arrays, row after row.  The quantised ones keep 16 rows together in tiles
+ * (section >>types): there a block is one row's share of 64 columns, so that bits per weight are
+ * 8 x bytes / elements: 8.5, 6.5, 4.5, 3.5. */
 #define Q3N_TYPE_LIST(X)                                                                \
     Q3N_FLOAT_TYPE_LIST(X)                                                              \
     Q3N_QUANT_TYPE_LIST(X)
@@ -2519,7 +2348,16 @@ static uint32_t q3n__crc32(uint32_t crc, const void *data, size_t bytes)
     return q3n__crc32_with(&c, crc, data, bytes);
 }
 
-/* ---- Hash of 64 bits: SESSION FILE FORMAT, HASH ----
+/* ---- HASH of 64 bits, as session files have it ----
+ *
+ * Words of 64 bits, K = 0x9E3779B97F4A7C15, all arithmetic modulo 2^64.
+ *     lane[i] = mix(seed + K (i + 1))                         i = 0 .. 7
+ *     lane[i] = rotate_left((lane[i] ^ word[i]) K, 29)        for every 64 bytes; zeros fill up
+ *     hash    = mix(bytes ^ seed); for each lane hash = rotate_left((hash ^ mix(lane)) K, 29);
+ *               mix(hash) at the end
+ *     mix(x): x = (x ^ x >> 30) 0xBF58476D1CE4E5B9; x = (x ^ x >> 27) 0x94D049BB133111EB;
+ *             x ^ x >> 31
+ * Every step is a bijection of the lane and of the word: no change of one word goes unseen.
  *
  * For damage and for finding equal texts, not against forgery: who writes a file can make its hash.
  * Eight lanes, because a step is a multiplication that waits for the one before it in its lane: 17
@@ -3448,13 +3286,26 @@ static uint16_t q3n__f32_to_f16(float f)
     return (uint16_t)(sign | ((a - 0x38000000u + 0xfffu + ((a >> 13) & 1)) >> 13));
 }
 
-/* ---- Quantised weights: see QUANTISED TYPES in the file format ----
+/* ---- Quantised weights: QUANTISED TYPES of the file format ----
  *
- * A tile is 16 rows, a block of it 64 columns: scales, then the codes of two groups of 32 columns.
+ * Rows are taken in tiles of 16, columns in blocks of 64 made of two groups of 32; rows and columns
+ * beyond the last are zero weights.  A weight is scale x level; a group of one row has one scale.
+ * Tiles follow one another, in a tile its blocks from left to right:
  *
  *     q4     0      32      64            320           576           bytes in a block of a tile
  *            | s0   | s1    | codes 0     | codes 1     |   next block of the same 16 rows
- *     s      f16 [16], one a row          codes: 4 lines of 64 bytes = 16 rows x 4 columns
+ *     s      f16[16], a scale for each row: s0 of the first group, s1 of the second
+ *     codes  of a group: 512, 384, 256 or 192 bytes (q8, q6, q4, q3), lines of 64 bytes
+ *
+ * A code belongs to row r (0 .. 15) and column 4 s + j (s 0 .. 7, j 0 .. 3) of its group;
+ * b = 4 r + j is the place of its byte in a line.  Bits [x, y) count from the lowest:
+ *
+ *     q8   byte 64 s + b                                               level = code - 128
+ *     q4   bits [4 (s / 4), 4 (s / 4) + 4) of byte 64 (s % 4) + b      level = q4_levels[code]
+ *     q6   bits [0, 4) of the code as q4; bits [4, 6): bits [2 (s % 4), 2 (s % 4) + 2) of byte
+ *          256 + 64 (s / 4) + b                                        level = code - 32
+ *     q3   bits [0, 2) of the code: bits [2 (s % 4), 2 (s % 4) + 2) of byte 64 (s / 4) + b; bit 2:
+ *          bit s of byte 128 + b                                       level = q3_levels[code]
  *
  * Where is row 21, column 75 of a q4 matrix of 2048 columns?  A row's share is 2048 / 64 x 36 =
  * 1152 bytes, so its tile (rows 16 to 31) begins at 16 x 1152 = 18432 and block 75 / 64 = 1 at +
@@ -3464,8 +3315,8 @@ static uint16_t q3n__f32_to_f16(float f)
  *     scale  18432 + 576 + 2 x 5             = 19018
  *     code   18432 + 576 + 64 + 64 x 2 + 23  = 19223, low half; its high half is column 91
  *
- * A line of 64 bytes is one vector: 16 lanes of 32 bits, a row each, 4 columns in a lane, which is
- * what dot products of bytes take.  Nothing is summed across lanes. */
+ * A line is one vector: 16 lanes of 32 bits, a row each, 4 columns in a lane, which is what dot
+ * products of bytes take.  Nothing is summed across lanes. */
 
 #define Q3N__Q8_ZERO 128         /* level = code - zero                                          */
 #define Q3N__Q6_ZERO 32
@@ -3672,21 +3523,19 @@ static float q3n__weight(float x, float max, float scale);
 static void q3n__kernels_init(q3n__kernels *k, q3n_isa isa);
 
 /* =====================================================================================
- * [8] CONFIG                                                                 >>config
+ * [8] TENSORS                                                               >>tensors
  *
- * The geometry of a model: its fields by name, what may go together, and the tensor plan: which
- * tensors a geometry has, in the order of the file.  The loader binds by this plan and
- * writers of files write by it, so they cannot differ.  Knows nothing of files or memory.
+ * Which tensors a model of some geometry has, in the order of the file, and what they are bound to.
+ * The loader binds by this plan and writers of files write by it, so they cannot differ.
  *
  *     q3n_config { num_hidden_layers 48, layer_types 1,1,1,0,.. , num_experts 512, ... }
  *         q3n__config_modules(c, 3) -> ATTENTION | QK_NORM | EXPERTS | SHARED    what layer 3 has
  *         rows of Q3N__LAYER_LIST with such a module, dims as Q3N__DIM_LIST says
  *         -> q3n__plan_item { "layers.3.self_attn.q_proj.weight", MAT, [8192, 2048], .. }
  *
- * A new field is a row of Q3N_CONFIG_LIST, a new tensor a row of a list here and a field of
- * q3n__layer: the loader and what makes or shows files follow.  Later code may assume of a
- * geometry that q3n_config_check took: every field is in its range, every tensor has at most 2^46
- * elements and lengths up to 2^26, heads are multiples, each layer has what its kind needs.
+ * A new tensor is a row of a list here and a field of q3n__layer or q3n__weights: the loader and
+ * what makes or shows files follow.  Knows of a geometry only its numbers, which q3n_config_check
+ * has held against their ranges; nothing of files or memory.
  * ===================================================================================== */
 
 /* ---- What the tensors are bound to ---- */
@@ -3732,6 +3581,57 @@ typedef struct q3n__weights {
     const float *mtp_norm_embedding, *mtp_norm_hidden, *mtp_norm;
     int          rope_positions;
 } q3n__weights;
+
+/* ---- TENSORS BY NAME: names, shapes and types in the file ----
+ *
+ * `lN` is layers.N.  d hidden_size, V vocab_size, H heads, K kv heads, D head_dim, E experts,
+ * I width.
+ *
+ *      embed_tokens.weight                      mat [V, d]
+ *      norm.weight                              vec [d]
+ *      lm_head.weight                           mat [V, d]      absent if tie_word_embeddings
+ *      score.weight, score.bias                 router [num_labels, d or V], vec (bias optional)
+ *      rope.cos, rope.sin                       vec [positions, D/2]   only if rope_type is "table"
+ *      lN.input_layernorm.weight                vec [d]
+ *      lN.post_attention_layernorm.weight       vec [d]
+ *    attention
+ *      lN.self_attn.q_proj.weight               mat [H D, d]; gated: [H 2D, d], per head D rows of
+ *                                               query, then D of gate
+ *      lN.self_attn.{k,v}_proj.weight           mat [K D, d]
+ *      lN.self_attn.o_proj.weight               mat [d, H D]
+ *      lN.self_attn.{q,k,v,o}_proj.bias         vec             if attention_bias
+ *      lN.self_attn.{q,k}_norm.weight           vec [D]         if qk_norm
+ *    DeltaNet (Hk key heads of dk, Hv value heads of dv, channels C = 2 Hk dk + Hv dv)
+ *      lN.linear_attn.in_proj_qkvz.weight       mat [C + Hv dv, d]: all q, all k, all v, all z
+ *      lN.linear_attn.in_proj_ba.weight         router [2 Hv, d]: all b, all a
+ *      lN.linear_attn.conv1d.weight             vec [width, C]: transposed, oldest column first
+ *      lN.linear_attn.{A_log,dt_bias}           vec [Hv]
+ *      lN.linear_attn.norm.weight               vec [dv]
+ *      lN.linear_attn.out_proj.weight           mat [d, Hv dv]
+ *    dense FFN
+ *      lN.mlp.{gate,up}_proj.weight             mat [I, d]      I = intermediate_size
+ *      lN.mlp.down_proj.weight                  mat [d, I]
+ *      lN.mlp.{gate,up,down}_proj.bias          vec             if mlp_bias
+ *    experts
+ *      lN.mlp.gate.weight                       router [E, d]
+ *      lN.mlp.gate.bias                         vec [E]         if router_bias
+ *      lN.mlp.experts.{gate,up}_proj.weight     mat [E, I, d]   I = moe_intermediate_size
+ *      lN.mlp.experts.down_proj.weight          mat [E, d, I]
+ *      lN.mlp.experts.{gate,up,down}_proj.bias  vec [E, I], [E, I], [E, d]   if mlp_bias
+ *      lN.mlp.shared_expert.{gate,up}_proj.weight   mat [Is, d]  if shared_expert_intermediate_size
+ *      lN.mlp.shared_expert.down_proj.weight    mat [d, Is]
+ *      lN.mlp.shared_expert_gate.weight         router [1, d]
+ *    multi-token prediction (num_mtp_layers = 1)
+ *      mtp.fc.weight                            mat [d, 2d]
+ *      mtp.{pre_fc_norm_embedding,pre_fc_norm_hidden,norm}.weight   vec [d]
+ *      mtp.layers.0....                         a layer with attention, experts as the trunk's
+ *
+ * Norms hold the factor itself: where the family scales by 1 + w the writer has added the 1 (in
+ * f32, exactly as [HF] does at run time).  q and k rows of checkpoints with interleaved rotary
+ * pairs are permuted to the half-rotate form.
+ *
+ * Types: vec f32; router f32, f16, bf16; mat any but q3, which only experts may have.  lm_head, the
+ * embedding if it is the head too, and all of mtp: a float type, q8 or q6. */
 
 /* ---- Tensor plan ----
  *
@@ -3836,7 +3736,7 @@ enum {
     Q3N__MODULE_EXPERTS_BIAS = 1 << 14, Q3N__MODULE_SHARED = 1 << 15
 };
 
-/* Lengths of dimensions, as the manual's list of tensors names them; c is the configuration.  ONE
+/* Lengths of dimensions, as the list of names above has them; c is the configuration.  ONE
  * closes the list of a tensor's dimensions; ROW is a length of 1 that counts as one, so that
  * shared_expert_gate [1, d] is a matrix; ANY is whatever the file has (positions of a table). */
 #define Q3N__DIM_LIST(X)                                                                \
@@ -4041,6 +3941,18 @@ static q3n_result q3n__plan_visit(const q3n_config *c, q3n__plan_fn fn, void *us
     if (r != Q3N_OK) return r;
     return q3n__plan_visit_rows(c, q3n__layer_rows, n_layer, Q3N__LAYER_MTP, fn, user);
 }
+
+/* =====================================================================================
+ * [9] CONFIG                                                                 >>config
+ *
+ * The geometry of a model: its fields by name, and what may go together.  Knows nothing of files or
+ * memory.
+ *
+ * A new field is a row of Q3N_CONFIG_LIST: files, listings and the check of ranges follow.  Later
+ * code may assume of a geometry that q3n_config_check took: every field is in its range, every
+ * tensor has at most 2^46 elements and lengths up to 2^26, heads are multiples, each layer has what
+ * its kind needs.
+ * ===================================================================================== */
 
 /* ---- Fields by name: Q3N_CONFIG_LIST as a table ----
  *
@@ -4358,7 +4270,7 @@ static q3n_result q3n__tokenizer_open(q3n__tokenizer *t, const q3n__tokenizer_pa
 static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a);
 
 /* =====================================================================================
- * [9] LOADER                                                                 >>loader
+ * [10] LOADER                                                                >>loader
  *
  * Turns the bytes of a file into a q3n_model: header, sections, configuration, tensor table, then
  * binds every tensor of the plan to its field, checking type, shape and place.  After q3n__bind
@@ -4378,6 +4290,73 @@ static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a);
  * Tensor data are not looked at, but for tables of rope: opening reads no weights.  Knows nothing
  * of sessions, threads and kernels.
  * ===================================================================================== */
+
+/* ---- FILE FORMAT  .q3n, version 1 ----
+ *
+ * All numbers are little-endian; offsets count bytes from the start of the file.  The file is
+ * used in place: the header, the sections and the tensors are read through the mapping and
+ * nothing is unpacked.  `meta_bytes` below covers header and sections; the tensors follow.
+ *
+ *   HEADER, 64 bytes
+ *      0  u8[8]  magic           89 51 33 4E 0D 0A 1A 0A  ("\x89Q3N\r\n\x1a\n")
+ *      8  u32    version         1; a reader refuses any other
+ *     12  u32    n_sections      at most 64
+ *     16  u64    file_bytes      size of the whole file
+ *     24  u64    meta_bytes      header + section table + all sections
+ *     32  u32    meta_crc        CRC-32 of bytes [0, meta_bytes) with this field taken as 0
+ *     36  u8[28] zero
+ *
+ *   SECTION TABLE, at 64: n_sections records of 32 bytes, each kind at most once.
+ *      0  u32    kind            1 CONFIG, 2 TENSORS, 3 NAMES, 4 TOKENIZER
+ *      4  u32    flags           bit 0: a reader that does not know the kind must refuse the file;
+ *                                without it an unknown section is ignored
+ *      8  u64    offset          multiple of 8, inside [64 + 32 n_sections, meta_bytes)
+ *     16  u64    bytes
+ *     24  u64    zero
+ *
+ *   CONFIG: key/value entries back to back, each padded with zeros to a multiple of 8 bytes.
+ *      0  u8     key_bytes       1 .. 255
+ *      1  u8     type            1 int (i64 values), 2 float (f64 values), 3 string (UTF-8)
+ *      2  u16    zero
+ *      4  u32    value_bytes     ints and floats: 8 x the number of values (arrays are > 8)
+ *      8  u8[]   key, then (unaligned) value
+ *     Unknown keys are ignored; a known key with another type, or given twice, is an error.  Keys:
+ *     the fields of q3n_config by name (Q3N_CONFIG_LIST; family, rope_type, pooling,
+ *     classifier_input and problem_type as strings), layer_types (ints, one a layer: 0 attention,
+ *     1 DeltaNet), layer_experts (ints: 0 dense FFN, 1 experts), name (string, up to 255 bytes),
+ *     eos_ids (ints, up to 16), pad_id (of a classifier: ignored at the end of a text), labels
+ *     (string: num_labels names, a byte 0 after each), chat (string, up to 31 bytes: "none",
+ *     "chatml", "qwen3", ...), tokenizer_pattern (string: "qwen2" or "qwen3_5"), tokenizer_nfc (int
+ *     0 or 1), tokenizer_prefix, tokenizer_suffix (ints, up to 16: ids put before and after a
+ *     text); and, ignored by this library, bos_id (int) and converter (string, for people).
+ *
+ *   TENSORS
+ *      0  u32    n_tensors
+ *      4  u32    record_bytes    80 in version 1; larger records may follow, the rest is ignored
+ *      8  records of record_bytes each:
+ *          0  u32  name_offset   in NAMES
+ *          4  u32  name_bytes    1 .. 255
+ *          8  u32  type          id of Q3N_TYPE_LIST; an unknown one is an error
+ *         12  u32  n_dims        1 .. 3
+ *         16  u64  dim[3]        slowest first, unused ones 1
+ *         40  u64  offset        multiple of 64, >= meta_bytes
+ *         48  u64  slice_bytes   bytes of one slice: [dim1, dim2] of three dimensions, else all
+ *         56  u64  stride        bytes from one slice to the next (three dimensions), else 0
+ *         64  u32  crc           CRC-32 of the slices in order, without what lies between them
+ *         68  u8[12] zero
+ *
+ *   NAMES: the tensor names, without terminator.
+ *
+ *   TENSOR DATA: float types row by row as they are, quantised types in tiles.  Each tensor starts
+ *   at a multiple of 64 and ends before the next; gaps are zero.  The experts of a layer are three
+ *   tensors of three dimensions, mlp.experts.{gate,up,down}_proj.weight, whose slices interleave:
+ *   expert e is gate | up | down, each at a multiple of 64, and the whole starts at a multiple of
+ *   4096, so that the three tensors have one stride (a multiple of 4096) and one read fetches an
+ *   expert.
+ *
+ *   TOKENIZER is in section >>tokenizer (Opening), tensors by name in >>tensors, the tiles of
+ *   quantised types in >>types. */
+
 /* Limits of what a file may ask for, so that what is allocated and searched is bounded before it
  * is. */
 #define Q3N__MAX_SECTIONS 64
@@ -5278,7 +5257,7 @@ static q3n_result q3n__model_create(q3n_model **out, const q3n_model_options *o,
 }
 
 /* =====================================================================================
- * [10] STATE                                                                  >>state
+ * [11] STATE                                                                  >>state
  *
  * What a session knows of its text, as things that can be kept and passed on: pages, which are
  * counted and shared, and snapshots, which do not change.  Knows nothing of evaluation.
@@ -5587,7 +5566,7 @@ static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t 
 }
 
 /* =====================================================================================
- * [11] SESSION FILES                                                  >>session-files
+ * [12] SESSION FILES                                                  >>session-files
  *
  * A snapshot to bytes and back (SESSION FILE FORMAT).  One walk over its sections serves both ways:
  *
@@ -5605,6 +5584,55 @@ static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t 
  * token in it is checked to be one.
  * Knows models by their hash and size, and nothing of sessions but shape and capacity.
  * ===================================================================================== */
+
+/* ---- SESSION FILE FORMAT, versions 1 and 2 ----
+ *
+ * The state after a text, as a stream: written and read once, from the first byte to the last.
+ * All numbers are little-endian.  A state has exactly one encoding: with a sampler it is version 2,
+ * without one version 1, which library 0.1 reads too.
+ *
+ *   HEADER, 128 bytes
+ *      0  u8[8]  magic           89 51 33 53 0D 0A 1A 0A  ("\x89Q3S\r\n\x1a\n")
+ *      8  u32    version         1, or 2 with a sampler; a reader refuses any other
+ *     12  u32    header_bytes    128
+ *     16  u64    header_hash     of bytes [0, 128) with this field taken as 0
+ *     24  u64    file_bytes      size of the whole file
+ *     32  u64    model_hash      of bytes [0, meta_bytes) of the model's file, which hold the
+ *                                checksum of every tensor
+ *     40  u64    model_bytes     size of the model's file
+ *     48  u32    length          tokens
+ *     52  u32    kv_type         id of Q3N_TYPE_LIST: f32, f16, bf16 or q8
+ *     56  u32    delta_type      f32 or bf16
+ *     60  u32    has_mtp         1 = pages hold the MTP module's layer too, as their last.  Readers
+ *                                without the module pass over it; one that has the module and
+ *                                reads a file without begins the module's keys after the text
+ *     64  u32    has_hidden, has_logits      0 or 1; has_hidden is length > 0
+ *     72  u32    page_tokens     256
+ *     76  u32    n_kv_layers (the module's included), n_kv_heads, head_dim, hidden_size, vocab_size
+ *     96  u64    delta_len, conv_len         elements
+ *    112  u64    page_bytes      of one page in the file
+ *    120  u32    mtp_first       the MTP module's keys begin at this token: 1 .. length, 1 at 0
+ *                                and without the module
+ *    124  u32    n_sampler       version 1: 0; version 2: 1 + tokens in the sampler's window,
+ *                                at most 1 + 2^24
+ *
+ *   SECTIONS, one after another, each padded with zeros to a multiple of 64 bytes
+ *      delta_type[delta_len]     DeltaNet matrices: [DeltaNet layer][Hv][dk, dv]
+ *      f32[conv_len]             inputs of the convolutions: [DeltaNet layer][width - 1, C]
+ *      f32[hidden_size]          if has_hidden: last token, after the final norm
+ *      f32[vocab_size]           if has_logits
+ *      u64, i32[n_sampler - 1]   if n_sampler: state of the random numbers (SplitMix64), and the
+ *                                tokens that the repetition penalty counts, the oldest first
+ *      pages                     length / page_tokens of them, rounded up:
+ *          i32[page_tokens]      tokens
+ *          [layer][kv head]      keys [D, page_tokens] of kv_type, values [page_tokens, D]; of type
+ *                                q8 signed bytes and after keys and values f32[page_tokens] scales
+ *                                What lies after the last token is zero.
+ *
+ *   END
+ *      u64       sections_hash      of all sections, seeded with header_hash; see HASH in section
+ *                                   >>memory */
+
 /* Not text: the first byte is above 127, and copying as text changes the line ends that follow. */
 static const uint8_t q3n__session_magic[8] = { 0x89, 'Q', '3', 'S', '\r', '\n', 0x1a, '\n' };
 
@@ -6089,7 +6117,7 @@ static q3n_result q3n__snapshot_open(q3n_snapshot **out, const q3n_model *m,
 }
 
 /* =====================================================================================
- * [12] UNICODE                                                              >>unicode
+ * [13] UNICODE                                                              >>unicode
  *
  * UTF-8, character classes and Normalization Form C for the tokenizer.  Bytes that are no UTF-8
  * count as characters of class OTHER, which normalisation leaves alone.  The tables are
@@ -6657,7 +6685,7 @@ static void q3n__normalizer_end(q3n__normalizer *z)
 }
 
 /* =====================================================================================
- * [13] TOKENIZER                                                          >>tokenizer
+ * [14] TOKENIZER                                                          >>tokenizer
  *
  * Byte-level BPE.  Text goes through four steps, each a subsection: added tokens are cut out, the
  * rest is brought to NFC and cut into words by the pattern, each word's bytes are merged pair by
@@ -7261,6 +7289,20 @@ static int q3n__detokenizer_input(const q3n__tokenizer *t, const q3n_detokenizer
 
 /* ---- Opening: the section of a hostile file becomes tables ----
  *
+ * TOKENIZER (optional: a model without one works on ids)
+ *    0  u32    n_tokens        ids 0 .. n_tokens - 1, added tokens included
+ *    4  u32    n_merges
+ *    8  u32    n_added
+ *   12  u32    zero
+ *   16  u32[n_tokens + 1]      token_offset: token i is bytes [offset[i], offset[i + 1]) of TEXT
+ *       u32[3][n_merges]       left id, right id, result id; in order of rank
+ *       u32[2][n_added]        id, flags: 1 special, 2 lstrip, 4 rstrip, 8 normalized,
+ *                              16 single_word
+ *       u8[]                   TEXT: raw bytes of every token (the byte-to-unicode map is undone)
+ *   An id with no token has length 0.
+ *
+ * Into tables:
+ *
  * split (sizes, in 64 bits) -> check_tokens (offsets, bytes) -> add_merges -> add_added.  Each step
  * relies on those before it; a failure anywhere frees all. */
 
@@ -7283,7 +7325,7 @@ static q3n_result q3n__tokenizer_bad(const q3n__tokenizer_layout *l, const uint8
                      (unsigned)i, (unsigned)found, (unsigned)l->n_tokens, (unsigned)l->text_bytes);
 }
 
-/* Find the parts of the section: see TOKENIZER in FILE FORMAT.  n_merges is bounded so that sizes
+/* Find the parts of the section.  n_merges is bounded so that sizes
  * and rank + 1 fit 32 bits; TEXT is what remains after the lists. */
 static q3n_result q3n__tokenizer_split(q3n__tokenizer *t, q3n__tokenizer_layout *l)
 {
@@ -7624,7 +7666,7 @@ Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t
 }
 
 /* =====================================================================================
- * [14] OPS                                                                      >>ops
+ * [15] OPS                                                                      >>ops
  *
  * Portable drivers over the kernel table: linear layers, rotary embedding, the merge of partial
  * softmaxes.  Each is one parallel region or less.  They know shapes and items of work, not the
@@ -7809,7 +7851,7 @@ static void q3n__attend_merge(q3n__softmax_partial *run, float *O, q3n__softmax_
 }
 
 /* =====================================================================================
- * [15] RUN                                                                      >>run
+ * [16] RUN                                                                      >>run
  *
  * What one pass over some tokens works with: the sessions' states, activations, and the small steps
  * that go over all rows.  One path serves one token and five hundred, of one session or of several:
@@ -8069,7 +8111,7 @@ static void q3n__embed(const q3n__run *r, const int32_t *tokens)
 }
 
 /* =====================================================================================
- * [16] ATTENTION                                                          >>attention
+ * [17] ATTENTION                                                          >>attention
  *
  * Grouped-query attention over pages of keys and values (q3n__attention, at the end).  g = H / K
  * query heads share a kv head, so their queries lie together and read each key and value once:
@@ -8371,7 +8413,7 @@ static void q3n__attention(q3n__run *r, const q3n__layer *w, int layer)
 }
 
 /* =====================================================================================
- * [17] DELTANET                                                            >>deltanet
+ * [18] DELTANET                                                            >>deltanet
  *
  * The gated delta rule with its convolution (q3n__deltanet, at the end), for runs that store their
  * states and for runs that leave them pending.
@@ -8737,7 +8779,7 @@ static void q3n__deltanet(q3n__run *r, const q3n__layer *w, int layer)
 }
 
 /* =====================================================================================
- * [18] MODEL                                                                  >>model
+ * [19] MODEL                                                                  >>model
  *
  * The forward pass, in the words and letters of the reference: feed-forward networks and experts,
  * layers, the trunk, multi-token prediction.  Knows no instruction set, no file, and of types only
@@ -9177,7 +9219,7 @@ static void q3n__logits(const q3n__run *r, const float *hidden, int n, float *lo
 }
 
 /* =====================================================================================
- * [19] CACHE                                                                  >>cache
+ * [20] CACHE                                                                  >>cache
  *
  * Snapshots by the text that led to them, for any number of threads.  An item is a text, in memory,
  * in a file, or both; items are sorted by length, so that one pass over a text finds the longest
@@ -9953,7 +9995,7 @@ Q3N_DEF q3n_result q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out)
 }
 
 /* =====================================================================================
- * [20] ENGINE                                                                >>engine
+ * [21] ENGINE                                                                >>engine
  *
  * What evaluates: threads, kernels and the scratch of one pass, in one allocation that is measured
  * first and then handed out.  A session makes one for itself, or many are given the same.  Options
@@ -10338,7 +10380,7 @@ static void q3n__engine_learn(q3n_engine *e, int rows, int64_t us)
 }
 
 /* =====================================================================================
- * [21] SAMPLER                                                              >>sampler
+ * [22] SAMPLER                                                              >>sampler
  *
  * Chooses the next token from logits.  Each filter keeps the tokens ranked before some place in
  * the order "larger first, lower id among equals", so finding that place takes a selection, not a
@@ -11083,7 +11125,7 @@ Q3N_DEF const q3n_error *q3n_sampler_error(const q3n_sampler *s)
 }
 
 /* =====================================================================================
- * [22] SESSION                                                              >>session
+ * [23] SESSION                                                              >>session
  *
  * Evaluation as transactions.  Between calls a session holds its text; a call works beside it -
  * in a second set of matrices, in slots of pages after the text, in pending rows - and ends with
@@ -11480,7 +11522,7 @@ static int32_t *q3n__session_text(const q3n_session *s, int n)
 }
 
 /* =====================================================================================
- * [23] MTP                                                                       >>mtp
+ * [24] MTP                                                                      >>mtp
  *
  * The model's multi-token-prediction module in a session: it follows the text a few rows late, and
  * drafts what may come next.  Whether drafts are right is no matter here.
@@ -11607,7 +11649,7 @@ static int q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, q
 }
 
 /* =====================================================================================
- * [24] CHECKPOINTS                                                       >>checkpoints
+ * [25] CHECKPOINTS                                                      >>checkpoints
  *
  * Snapshots of a session, into the cache and out of it: between calls, and in a call of what is
  * evaluated so far.
@@ -11764,7 +11806,7 @@ static void q3n__session_put_due(q3n_session *s, q3n_engine *e, int in_call, int
 }
 
 /* =====================================================================================
- * [25] EVALUATION                                                         >>evaluation
+ * [26] EVALUATION                                                        >>evaluation
  *
  * Tokens of one session or of many through the model, as one transaction of all.
  * ===================================================================================== */
@@ -12249,7 +12291,7 @@ static q3n_result q3n__batch_eval(q3n_engine *e, const q3n__items *items, const 
 }
 
 /* =====================================================================================
- * [26] REUSE                                                                   >>reuse
+ * [27] REUSE                                                                  >>reuse
  *
  * Going back, and prompts that begin as something does that is known.
  * ===================================================================================== */
@@ -12367,7 +12409,7 @@ static q3n_result q3n__session_prefill(q3n_session *s, const int32_t *tokens, in
 }
 
 /* =====================================================================================
- * [27] SPECULATION                                                      >>speculation
+ * [28] SPECULATION                                                      >>speculation
  *
  * Several tokens a pass: drafts come from the model's MTP module or from the text itself, one pass
  * of the trunk checks them, and what is rejected is forgotten like a cancelled call.  How many
@@ -12728,7 +12770,7 @@ static q3n_result q3n__session_draft(q3n_session *s, int32_t token, int32_t *dra
 }
 
 /* =====================================================================================
- * [28] PUBLIC                                                                >>public
+ * [29] PUBLIC                                                                >>public
  *
  * Public functions of models, sessions and engines: check, delegate.
  * ===================================================================================== */
@@ -13356,7 +13398,7 @@ Q3N_DEF q3n_result q3n_session_speculation(const q3n_session *s, q3n_speculation
 }
 
 /* =====================================================================================
- * [29] KERNELS, SCALAR: the definition                               >>kernels-scalar
+ * [30] KERNELS, SCALAR: the definition                               >>kernels-scalar
  *
  * Written from the equations; every other ISA is tested against these.  Operands, strides and what
  * may alias stand with the structs in TYPES; here is what the numbers are.
@@ -14041,7 +14083,7 @@ static Q3N__UNUSED void q3n__conv_shift(const q3n__conv *c)
 }
 
 /* =====================================================================================
- * [30] KERNELS, AVX2                                                   >>kernels-avx2
+ * [31] KERNELS, AVX2                                                   >>kernels-avx2
  *
  * How the sections of AVX2, AVX-512 and NEON work.  An element of a product has one accumulator
  * vector that walks the columns in steps of one vector; a shorter last step reads zeros after the
@@ -14920,7 +14962,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [31] KERNELS, AVX-512                                              >>kernels-avx512
+ * [32] KERNELS, AVX-512                                              >>kernels-avx512
  *
  * As the AVX2 section, with vectors of 16, masks for all widths and 32 registers: tiles are wider,
  * so a weight that was loaded serves 6 tokens and not 3.  Sums of float products go over 16 lanes
@@ -15542,7 +15584,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [32] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
+ * [33] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
  *
  * Quantised matrices.  A vector of weights is 4 columns of 16 rows, so 16 lanes are 16 rows: four
  * activations are broadcast, multiplied and added to the lanes' 32-bit sums by one instruction
@@ -15789,7 +15831,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [33] KERNELS, NEON                                                   >>kernels-neon
+ * [34] KERNELS, NEON                                                   >>kernels-neon
  *
  * Baseline AArch64: no extension is asked for, so there is no target region.  32 registers of four
  * floats allow wider tiles than those of AVX2.  There are no masked loads: tails go through four
@@ -16538,7 +16580,7 @@ static void q3n__bind_neon(q3n__kernels *k)
 #endif
 
 /* =====================================================================================
- * [34] DISPATCH: one row per ISA                                           >>dispatch
+ * [35] DISPATCH: one row per ISA                                           >>dispatch
  *
  * Which kernels a table gets: names, what this machine has, binding.  The only code that knows all
  * ISAs; everything before it knows q3n__kernels_init, q3n_isa_best and the table.  Nothing is

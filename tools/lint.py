@@ -36,11 +36,12 @@ HEAD = re.compile(r"^(?:static|extern|Q3N_DEF|Q3N__\w+|[A-Za-z_]\w*[\s*]).*\(")
 # who needs more says why where it is raised), its sections, and what no code of it may name.  A
 # section may have MAX_SECTION_LINES.
 ROOMS = (
-    ("manual", 450, (), None),
+    ("manual", 280, (), None),
     ("api", 950, ("api",), None),
     ("ground", 2100, ("platform", "memory", "errors", "files", "parallel"),
      r"q3n_model\b|q3n_session|q3n__layer|q3n_config\b|Q3N_TYPE_"),
-    ("formats", 2850, ("types", "config", "loader", "state", "session-files"),
+    ("formats", 3050, ("types", "tensors", "config", "loader", "state",
+                       "session-files"),
      r"q3n__engine|q3n__run\b|q3n__pool\b"),
     ("words", 4500, ("unicode", "tokenizer"),       # JSON, chat, constraints are to come
      r"q3n_session|q3n__engine|q3n__run\b|q3n__layer|Q3N_TYPE_"),

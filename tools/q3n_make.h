@@ -42,7 +42,7 @@
  * BUILD MACROS are those of qwen3next.h and hold for both: Q3N_STATIC and Q3N_DEF for these
  * functions too; with Q3N_NO_STDIO files are made in memory only; Q3N_NO_THREADS.
  *
- * What the manual of qwen3next.h says of arguments, errors, files and the ABI, and its FILE FORMAT,
+ * What qwen3next.h says of arguments, errors, files and the ABI in its manual, and the FILE FORMAT,
  * hold here; q3n_rows is one of the structs that do not change.  Nothing is global: any threads may
  * call these functions at once, also with one open model.  A call that makes a file has threads of
  * its own while it runs.
