@@ -667,6 +667,43 @@ typedef struct q3n_model_stats {         /* begin with Q3N_INIT                 
 /* Errors: Q3N_ERR_ARG (NULL, or the size of *out is 0). */
 Q3N_DEF q3n_result q3n_model_stats_get(const q3n_model *m, q3n_model_stats *out);
 
+/* ---- Engine: what evaluates ---- */
+
+typedef struct q3n_engine q3n_engine;
+
+/* Called after each layer during evaluation, on the thread that called eval: x [n, d] is the
+ * residual stream after layer l (l = -1: the embeddings; l = layers: after the final norm). */
+typedef struct q3n_layer_hook {
+    void (*layer)(void *user, int l, const float *x, int n, int d);
+    void  *user;
+} q3n_layer_hook;
+
+typedef struct q3n_engine_options {      /* begin with Q3N_INIT; zero = default                  */
+    size_t         size;
+    int            n_threads;            /* 0 = one per CPU of the process, within its quota     */
+    int            batch_size;           /* most tokens of one pass, at most 65536; 0 = 512.  A
+                                            session's own engine takes its capacity if that is less,
+                                            or 0 and the model attends both ways                 */
+    q3n_isa        isa;                  /* AUTO (0) = the best there is, else exactly this one:
+                                            Q3N_ERR_UNSUPPORTED if q3n_isa_supported says no     */
+    int            zero;                 /* 0                                                    */
+    q3n_executor   executor;             /* run = NULL: the engine makes its own threads         */
+    q3n_layer_hook layer_hook;
+} q3n_engine_options;
+
+/* Threads, kernels and the scratch of one pass, for any number of sessions (option engine).  One
+ * thread at a time, with all its sessions, but for q3n_engine_cancel; it outlives them.  Takes
+ * q3n_engine_bytes of memory, and with several threads room for partial results of attention, up to
+ * 4 (head_dim + 2) num_attention_heads floats for every 256 tokens of the longest session's text,
+ * rounded up to a power of two.  o NULL = defaults. */
+Q3N_DEF size_t     q3n_engine_bytes(const q3n_model *m, const q3n_engine_options *o);
+Q3N_DEF q3n_result q3n_engine_create(q3n_engine **out, const q3n_model *m,
+                                     const q3n_engine_options *o, q3n_error *err);
+Q3N_DEF void       q3n_engine_destroy(q3n_engine *e);  /* NULL is allowed; after its sessions */
+Q3N_DEF int        q3n_engine_n_threads(const q3n_engine *e);
+Q3N_DEF int        q3n_engine_batch_size(const q3n_engine *e);
+Q3N_DEF q3n_isa    q3n_engine_isa(const q3n_engine *e);
+
 /* ---- Session: the state of one text ---- */
 
 /* Tokens, keys and values of the attention layers in pages of 256 tokens, DeltaNet matrices,
@@ -675,14 +712,6 @@ Q3N_DEF q3n_result q3n_model_stats_get(const q3n_model *m, q3n_model_stats *out)
 typedef struct q3n_session  q3n_session;
 typedef struct q3n_snapshot q3n_snapshot;
 typedef struct q3n_cache    q3n_cache;
-typedef struct q3n_engine   q3n_engine;
-
-/* Called after each layer during evaluation, on the thread that called eval: x [n, d] is the
- * residual stream after layer l (l = -1: the embeddings; l = layers: after the final norm). */
-typedef struct q3n_layer_hook {
-    void (*layer)(void *user, int l, const float *x, int n, int d);
-    void  *user;
-} q3n_layer_hook;
 
 /* Where q3n_session_decode takes its drafts from. */
 typedef enum q3n_speculate {
@@ -697,16 +726,13 @@ typedef struct q3n_session_options {     /* begin with Q3N_INIT; zero = default 
     size_t         size;
     int            capacity;             /* most tokens; 0 = max_position_embeddings.  Memory is
                                             taken as they come, 256 at a time                    */
-    int            batch;                /* most tokens evaluated at once, 0 = 512               */
-    int            n_threads;            /* 0 = one per CPU of the process, within its quota     */
-    q3n_isa        isa;                  /* AUTO (0) = the best there is, else exactly this one:
-                                            Q3N_ERR_UNSUPPORTED if q3n_isa_supported says no     */
-    q3n_executor   executor;             /* run = NULL: the session makes its own threads        */
-    q3n_layer_hook layer_hook;
-    q3n_engine    *engine;               /* evaluates, instead of one that the session makes: then
-                                            batch, n_threads, isa, executor and layer_hook are the
-                                            engine's.  Both belong to one thread, and it outlives
-                                            the session                                          */
+    q3n_type       kv_type;              /* KV cache: f32 (0, default), f16, bf16, or q8: bytes
+                                            and one scale for each head's key and value          */
+    q3n_engine    *engine;               /* evaluates, for other sessions too: they belong to one
+                                            thread together, and it outlives them.  NULL = the
+                                            session makes an engine of its own                   */
+    const q3n_engine_options *engine_options;   /* of its own engine, NULL = defaults; read when
+                                            the session is made.  An error beside `engine`       */
     q3n_cache     *cache;                /* snapshots go here and come from here; it outlives the
                                             session                                              */
     size_t         snapshot_bytes;       /* without a cache: > 0 = a cache of the session's own
@@ -714,8 +740,6 @@ typedef struct q3n_session_options {     /* begin with Q3N_INIT; zero = default 
     int            snapshot_every;       /* tokens between snapshots put into the cache; 0 = at
                                             marked points only: ends of q3n_session_prefill,
                                             q3n_session_checkpoint                               */
-    q3n_type       kv_type;              /* KV cache: f32 (0, default), f16, bf16, or q8: bytes
-                                            and one scale for each head's key and value          */
     q3n_type       snapshot_type;        /* DeltaNet matrices in snapshots and the cache: f32 (0),
                                             which is exact, or bf16, half the bytes and nearly so;
                                             forks and files are exact                            */
@@ -725,6 +749,7 @@ typedef struct q3n_session_options {     /* begin with Q3N_INIT; zero = default 
                                             1 .. Q3N_MAX_DRAFT                                   */
     int            count_experts;        /* 1 = keep counts for q3n_session_expert_counts; then
                                             q3n_session_decode drafts nothing                    */
+    int            zero;                 /* 0                                                    */
 } q3n_session_options;
 
 #define Q3N_MAX_DRAFT 8
@@ -762,9 +787,9 @@ Q3N_DEF void       q3n_session_destroy(q3n_session *s);   /* NULL is allowed */
  *   logits  [vocab]   out: unnormalised log-probability of the next token; NULL = not wanted
  *
  * Errors: Q3N_ERR_ARG (id or n out of range), Q3N_ERR_FULL, Q3N_ERR_UNSUPPORTED (a model that
- * attends both ways takes a text whole: length 0, n <= batch), Q3N_ERR_MEMORY (for the next page
- * of 256 tokens; taken before anything is evaluated), Q3N_ERR_CANCELLED.  On error the session is
- * as before and q3n_session_error tells more.
+ * attends both ways takes a text whole: length 0, n <= batch_size), Q3N_ERR_MEMORY (for the next
+ * page of 256 tokens; taken before anything is evaluated), Q3N_ERR_CANCELLED.  On error the session
+ * is as before and q3n_session_error tells more.
  */
 Q3N_DEF q3n_result q3n_session_eval(q3n_session *s, const int32_t *tokens, int n, float *logits);
 
@@ -814,8 +839,6 @@ Q3N_DEF const q3n_model *q3n_session_model(const q3n_session *s);
 Q3N_DEF q3n_engine      *q3n_session_engine(const q3n_session *s);
 Q3N_DEF int              q3n_session_length(const q3n_session *s);    /* tokens evaluated so far */
 Q3N_DEF int              q3n_session_capacity(const q3n_session *s);
-Q3N_DEF int              q3n_session_n_threads(const q3n_session *s);
-Q3N_DEF q3n_isa          q3n_session_isa(const q3n_session *s);
 Q3N_DEF void             q3n_session_reset(q3n_session *s);           /* back to length 0 */
 Q3N_DEF const q3n_error *q3n_session_error(const q3n_session *s);     /* of the last failure */
 
@@ -943,31 +966,7 @@ Q3N_DEF void       q3n_cache_clear(q3n_cache *c);      /* empties the memory, in
 /* Errors: Q3N_ERR_ARG (NULL, or the size of *out is 0). */
 Q3N_DEF q3n_result q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out);
 
-/* ---- Engine: what evaluates, many sessions at once ---- */
-
-typedef struct q3n_engine_options {      /* begin with Q3N_INIT; zero = default                  */
-    size_t         size;
-    int            n_threads;            /* 0 = one per CPU of the process, within its quota     */
-    int            batch_size;           /* most tokens of one pass; 0 = 512, at most 65536      */
-    q3n_isa        isa;                  /* AUTO (0) = the best there is, else exactly this one:
-                                            Q3N_ERR_UNSUPPORTED if q3n_isa_supported says no     */
-    int            zero;                 /* 0                                                    */
-    q3n_executor   executor;             /* run = NULL: the engine makes its own threads         */
-    q3n_layer_hook layer_hook;
-} q3n_engine_options;
-
-/* Threads, kernels and the scratch of one pass, for any number of sessions (option engine).  One
- * thread at a time, with all its sessions, but for q3n_engine_cancel; it outlives them.  Takes
- * q3n_engine_bytes of memory, and with several threads room for partial results of attention, up to
- * 4 (head_dim + 2) num_attention_heads floats for every 256 tokens of the longest session's text,
- * rounded up to a power of two.  o NULL = defaults. */
-Q3N_DEF size_t     q3n_engine_bytes(const q3n_model *m, const q3n_engine_options *o);
-Q3N_DEF q3n_result q3n_engine_create(q3n_engine **out, const q3n_model *m,
-                                     const q3n_engine_options *o, q3n_error *err);
-Q3N_DEF void       q3n_engine_destroy(q3n_engine *e);  /* NULL is allowed; after its sessions */
-Q3N_DEF int        q3n_engine_n_threads(const q3n_engine *e);
-Q3N_DEF int        q3n_engine_batch_size(const q3n_engine *e);
-Q3N_DEF q3n_isa    q3n_engine_isa(const q3n_engine *e);
+/* ---- Several sessions at once ---- */
 
 typedef struct q3n_engine_item {         /* begin with Q3N_INIT; all of an array of one size     */
     size_t         size;
@@ -10126,9 +10125,12 @@ static q3n_result q3n__session_engine_options(const q3n_model *m, const q3n_sess
         *e = o->engine->options;
         return Q3N_OK;
     }
-    q3n_engine_options own = {
-        .size = sizeof own, .n_threads = o->n_threads, .isa = o->isa, .executor = o->executor,
-        .layer_hook = o->layer_hook, .batch_size = o->batch == 0 ? 512 : o->batch };
+    q3n_engine_options own;
+    const q3n_result r = q3n__struct_read(&own, sizeof own, o->engine_options,
+                                          "q3n_engine_options", err);
+    if (r != Q3N_OK) return r;
+    /* A model that attends both ways takes a text whole. */
+    if (own.batch_size == 0) own.batch_size = m->config.causal ? 512 : 65536;
     if (own.batch_size > o->capacity) own.batch_size = o->capacity;
     return q3n__engine_options_set(m, &own, e, err);
 }
@@ -10140,6 +10142,7 @@ static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session
 {
     const q3n_config *c = &m->config;
     q3n_result r = q3n__struct_read(o, sizeof *o, in, "q3n_session_options", err);
+    if (r == Q3N_OK) r = q3n__check_zero(o->zero, "q3n_session_options", err);
     if (r != Q3N_OK) return r;
     if (o->capacity == 0)
         o->capacity = c->rope_type == Q3N_ROPE_TABLE
@@ -10161,6 +10164,8 @@ static q3n_result q3n__session_options_set(const q3n_model *m, const q3n_session
         return q3n__fail(err, Q3N_ERR_UNSUPPORTED, -1,
                          "the model has no multi-token-prediction module: choose speculate AUTO "
                          "or LOOKUP");
+    if (o->engine && o->engine_options)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "an engine, and options of another: leave one out");
     if (c->rope_type == Q3N_ROPE_TABLE && o->capacity > m->weights.rope_positions)
         return q3n__fail(err, Q3N_ERR_ARG, -1, "capacity %d: the model's rotary tables end at %d",
                          o->capacity, m->weights.rope_positions);
@@ -11848,7 +11853,7 @@ static q3n_result q3n__session_check(q3n_session *s, const int32_t *tokens, int 
     if (!c->causal && (length > 0 || n > batch))
         return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1,
                          "the model attends both ways: reset the session "
-                         "and evaluate the whole text, at most %d tokens (batch), at once",
+                         "and evaluate the whole text, at most %d tokens (batch_size), at once",
                          batch);
     for (int i = 0; i < n; i++)
         if (tokens[i] < 0 || tokens[i] >= c->vocab_size)
@@ -13048,6 +13053,7 @@ Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
     s->engine = s->options.engine;
     q3n_result r = Q3N_OK;
     if (!s->engine) r = q3n__engine_make(&s->engine, m, &eo, q3n__own_engine_room(s), err);
+    s->options.engine_options = s->options.engine || !s->engine ? NULL : &s->engine->options;
     if (r == Q3N_OK) r = q3n__session_open_cache(s, err);
     if (r == Q3N_OK) *out = s;
     else             q3n_session_destroy(s);
@@ -13114,14 +13120,6 @@ Q3N_DEF const q3n_model *q3n_session_model(const q3n_session *s) { return s ? s-
 Q3N_DEF q3n_engine *q3n_session_engine(const q3n_session *s) { return s ? s->engine : NULL; }
 Q3N_DEF int     q3n_session_length(const q3n_session *s)    { return s ? s->length : 0; }
 Q3N_DEF int     q3n_session_capacity(const q3n_session *s)  { return s ? s->options.capacity : 0; }
-Q3N_DEF int     q3n_session_n_threads(const q3n_session *s)
-{
-    return q3n_engine_n_threads(q3n_session_engine(s));
-}
-Q3N_DEF q3n_isa q3n_session_isa(const q3n_session *s)
-{
-    return q3n_engine_isa(q3n_session_engine(s));
-}
 
 Q3N_DEF void q3n_session_reset(q3n_session *s)
 {

@@ -18,7 +18,8 @@ int main(int argc, char **argv)
     q3n_session *s = NULL;
     q3n_sampler *sampler = NULL;
     q3n_error err = { 0 };
-    q3n_session_options o = { .size = sizeof o, .capacity = 64, .n_threads = 2 };
+    const q3n_engine_options two = { .size = sizeof two, .n_threads = 2 };
+    q3n_session_options o = { .size = sizeof o, .capacity = 64, .engine_options = &two };
     q3n_sampler_options greedy = Q3N_INIT(q3n_sampler_options);
     if (q3n_model_open_memory(&m, data, n, NULL, &err)
         || q3n_session_create(&s, m, &o, &err)

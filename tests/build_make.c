@@ -31,7 +31,8 @@ int main(void)
     q3n_model *m = NULL;
     q3n_session *s = NULL;
     q3n_error err = { Q3N_OK, -1, "" };
-    const q3n_session_options o = { .size = sizeof o, .capacity = 8, .n_threads = 1 };
+    const q3n_engine_options one = { .size = sizeof one, .n_threads = 1 };
+    const q3n_session_options o = { .size = sizeof o, .capacity = 8, .engine_options = &one };
     const int32_t id = 1;
     float logits[64], ones[64];
     unsigned char codes[16 * 68];

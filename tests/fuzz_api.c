@@ -11,6 +11,7 @@
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
 #include "q3n_make.h"
+#include "engines.h"
 #include "isas.h"
 #include "messages.h"
 
@@ -233,7 +234,8 @@ typedef struct {
     q3n_session    *s[N_SESSIONS];
     q3n_snapshot   *snap;
     q3n_cache      *cache;
-    q3n_engine      *batch;
+    q3n_engine     *batch;
+    q3n_engine_options own;               /* of the engine of the session that is made next */
     q3n_sampler    *sampler;
     int32_t         last;                 /* token */
     file            saved;                /* by q3n_session_save_to */
@@ -272,17 +274,19 @@ static q3n_session_options take_session_options(world *w)
     input *in = w->in;
     q3n_session_options o = Q3N_INIT(q3n_session_options);
     o.capacity = take_count(in, 400);
-    o.batch = take_int(in, 40);
-    o.n_threads = 1;
+    w->own = one_thread;
+    w->own.batch_size = take_int(in, 40);
+    o.engine_options = &w->own;
     const int isa = take_int(in, N_ISAS + 2);                /* AUTO, those of the list, none */
-    o.isa = isa > N_ISAS ? (q3n_isa)77 : isa_at(isa - 1);
+    w->own.isa = isa > N_ISAS ? (q3n_isa)77 : isa_at(isa - 1);
     const unsigned flags = take(in);
-    if (flags & 1) o.isa = Q3N_ISA_SCALAR;
+    if (flags & 1) w->own.isa = Q3N_ISA_SCALAR;
     o.count_experts = flags >> 1 & 1;
     if (flags & 4) o.cache = w->cache;
     if (flags & 8) o.snapshot_bytes = 1000u * take(in);
     if (flags & 16) o.snapshot_every = take_count(in, 20);
     if (flags & 32) o.engine = w->batch;
+    if (o.engine && !(flags & 128)) o.engine_options = NULL;        /* both are an error */
     o.kv_type = (q3n_type)take_int(in, Q3N_TYPE_COUNT + 1);
     o.snapshot_type = flags & 64 ? Q3N_TYPE_BF16 : Q3N_TYPE_F32;
     o.speculate = (q3n_speculate)take_int(in, Q3N_SPECULATE_COUNT + 1);
@@ -556,13 +560,11 @@ static void call_open_others(world *w)
         q3n_cache_destroy(w->cache);
         r = q3n_cache_create(&w->cache, w->m, &o, &err);
     } else {
-        const q3n_session_options o = take_session_options(w);
+        take_session_options(w);
         q3n_engine_destroy(w->batch);
         w->batch = NULL;
-        const q3n_engine_options eo = { .size = sizeof eo, .n_threads = 1, .batch_size = o.batch,
-                                        .isa = o.isa };
-        if (q3n_engine_bytes(w->m, &eo) > MAX_SESSION_BYTES) return;
-        r = q3n_engine_create(&w->batch, w->m, &eo, &err);
+        if (q3n_engine_bytes(w->m, &w->own) > MAX_SESSION_BYTES) return;
+        r = q3n_engine_create(&w->batch, w->m, &w->own, &err);
     }
     if (r != Q3N_OK) check_error(&err, r);
 }
@@ -686,8 +688,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     if (m) {
         q3n_model_stats stats = Q3N_INIT(q3n_model_stats);
         q3n_model_stats_get(m, &stats);
-        world w = { &in, m, q3n_model_config(m)->vocab_size, MAX_TOKENS, { NULL }, NULL, NULL, NULL,
-                    NULL, 0, { NULL, 0 }, NULL };
+        world w = { .in = &in, .m = m, .vocab = q3n_model_config(m)->vocab_size,
+                    .tokens_left = MAX_TOKENS };
         look_through(m);
         if (w.vocab <= MAX_VOCAB && stats.n_weights_active <= MAX_WEIGHTS) {
             w.row = (float *)malloc(4 * (size_t)w.vocab * sizeof *w.row);

@@ -7,6 +7,7 @@
  */
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
+#include "engines.h"
 #include "messages.h"
 
 #include <stdint.h>
@@ -70,7 +71,8 @@ static void tokenize(const q3n_model *m)
 static void evaluate(const q3n_model *m)
 {
     q3n_session_options o = { .size = sizeof o,
-                              .capacity = 4, .batch = 2, .n_threads = 1, .count_experts = 1 };
+                              .capacity = 4, .count_experts = 1,
+                              .engine_options = OWN_ENGINE(.batch_size = 2, .n_threads = 1) };
     q3n_model_stats stats = Q3N_INIT(q3n_model_stats);
     q3n_model_stats_get(m, &stats);
     const size_t bytes = q3n_session_bytes(m, &o, NULL);

@@ -53,11 +53,14 @@ static int read_memory(void *user, void *data, size_t bytes)
 static q3n_model *model;
 static memory     file[N_FILES];
 
+static const q3n_engine_options own_engine = { .size = sizeof own_engine, .batch_size = 64,
+                                               .n_threads = 1 };
+
 static q3n_session_options options_of(int number)
 {
     static const q3n_type kv_types[4] = { Q3N_TYPE_F32, Q3N_TYPE_F16, Q3N_TYPE_BF16, Q3N_TYPE_Q8 };
     return (q3n_session_options){
-        .size = sizeof(q3n_session_options), .capacity = CAPACITY, .batch = 64, .n_threads = 1,
+        .size = sizeof(q3n_session_options), .capacity = CAPACITY, .engine_options = &own_engine,
         .kv_type = kv_types[number % 4],
         .speculate = number / 4 % 2 ? Q3N_SPECULATE_MTP : Q3N_SPECULATE_OFF,
     };

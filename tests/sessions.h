@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engines.h"
 #include "golden.h"
 
 #include <dirent.h>
@@ -67,21 +68,19 @@ static inline void must(q3n_session *s, q3n_result r, q3n_result want)
                  q3n_result_string(want));
 }
 
-/* An engine as a session of these options would make for itself. */
-static inline q3n_engine_options engine_options(const q3n_session_options *o)
+static inline q3n_engine *create_engine(const q3n_model *m, const q3n_engine_options *o)
 {
-    return (q3n_engine_options){ .size = sizeof(q3n_engine_options), .n_threads = o->n_threads,
-                                 .batch_size = o->batch, .isa = o->isa, .executor = o->executor,
-                                 .layer_hook = o->layer_hook };
-}
-
-static inline q3n_engine *create_engine(const q3n_model *m, const q3n_session_options *o)
-{
-    const q3n_engine_options eo = engine_options(o);
     q3n_engine *e = NULL;
     q3n_error err;
-    if (q3n_engine_create(&e, m, &eo, &err) != Q3N_OK) fail_msg("engine: %s", err.message);
+    if (q3n_engine_create(&e, m, o, &err) != Q3N_OK) fail_msg("engine: %s", err.message);
     return e;
+}
+
+/* An engine for several sessions; NULL = one of the session's own, of these options. */
+static inline void set_engine(q3n_session_options *o, q3n_engine *e, const q3n_engine_options *own)
+{
+    o->engine = e;
+    o->engine_options = e ? NULL : own;
 }
 
 static inline void set_sampler(q3n_session *s, q3n_sampler_options o)   /* all 0: greedy */
@@ -94,7 +93,7 @@ static inline q3n_session_options plain_options(int capacity)
 {
     q3n_session_options o = Q3N_INIT(q3n_session_options);
     o.capacity = capacity;
-    o.n_threads = 1;
+    o.engine_options = &one_thread;
     return o;
 }
 

@@ -58,7 +58,7 @@ static struct {
 static const int32_t five_ids[CAPACITY] = { 1, 2, 3, 4, 5 };
 static const float zeros[MAX_VOCAB];
 static q3n_session_options session_options = {
-    .size = sizeof session_options, .capacity = CAPACITY, .n_threads = 1,
+    .size = sizeof session_options, .capacity = CAPACITY,
     .speculate = Q3N_SPECULATE_AUTO, .draft = 2 };
 static const q3n_engine_options engine_options = {
     .size = sizeof engine_options, .batch_size = CAPACITY, .n_threads = 1 };
@@ -125,8 +125,10 @@ static void fixture_open(const char *path)
     assert_int_equal(q3n_engine_create(&f.engine, f.m, &engine_options, NULL), Q3N_OK);
     assert_int_equal(q3n_sampler_create(&f.sampler, f.m, NULL, NULL), Q3N_OK);
     session_options.engine = f.engine;
+    session_options.engine_options = NULL;
     assert_int_equal(q3n_session_create(&f.s, f.m, &session_options, NULL), Q3N_OK);
     session_options.engine = NULL;
+    session_options.engine_options = &engine_options;
     assert_int_equal(q3n_session_set_sampler(f.s, &sampler_options), Q3N_OK);
     assert_int_equal(q3n_session_eval(f.s, five_ids, LENGTH, NULL), Q3N_OK);
     assert_int_equal(q3n_session_snapshot(f.s, &f.snap), Q3N_OK);
@@ -249,8 +251,6 @@ CALL(q3n_session_cancel, q3n_session_cancel(P(0)))
 CALL(q3n_session_model, q3n_session_model(P(0)) != NULL)
 CALL(q3n_session_length, (long long)q3n_session_length(P(0)))
 CALL(q3n_session_capacity, (long long)q3n_session_capacity(P(0)))
-CALL(q3n_session_n_threads, (long long)q3n_session_n_threads(P(0)))
-CALL(q3n_session_isa, (long long)q3n_session_isa(P(0)))
 DO(q3n_session_reset, q3n_session_reset(P(0)))
 CALL(q3n_session_error, q3n_session_error(P(0))->code - Q3N_ERR_ARG)
 CALL(q3n_session_expert_counts, q3n_session_expert_counts(P(0), N(1)) != NULL)
@@ -383,8 +383,6 @@ static const row table[] = {
     ROW(q3n_session_model, ANSWER, NULL, DRAFTS, THE(SESSION)),
     ROW(q3n_session_length, ANSWER, NULL, DRAFTS, THE(SESSION)),
     ROW(q3n_session_capacity, ANSWER, NULL, DRAFTS, THE(SESSION)),
-    ROW(q3n_session_n_threads, ANSWER, NULL, DRAFTS, THE(SESSION)),
-    ROW(q3n_session_isa, ANSWER, NULL, DRAFTS, THE(SESSION)),
     ROW(q3n_session_reset, NOTHING, NULL, DRAFTS, THE(SESSION)),
     ROW(q3n_session_error, ANSWER, NULL, DRAFTS, THE(SESSION)),
     ROW(q3n_session_expert_counts, ANSWER, NULL, DRAFTS, THE(SESSION), NUM(0, 0, INT_MAX - 1)),

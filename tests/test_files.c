@@ -35,6 +35,7 @@ int main(void)
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
 #include "q3n_make.h"
+#include "engines.h"
 #include "folder.h"
 
 #define COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))
@@ -149,7 +150,7 @@ static int open_all(void **state)
     q3n_error err = { Q3N_OK, -1, "" };
     if (make_folder("files") != 0) return -1;
     snprintf(model_path, sizeof model_path, "%s.q3n", folder);
-    q3n_session_options o = { .size = sizeof o, .n_threads = 1 };
+    q3n_session_options o = { .size = sizeof o, .engine_options = &one_thread };
     if (q3n_init_file(model_path, &c, NULL, &err) != Q3N_OK
         || q3n_model_open(&model, model_path, NULL, &err) != Q3N_OK
         || q3n_session_create(&session, model, &o, &err) != Q3N_OK) {
@@ -935,7 +936,8 @@ static void test_cache(void **state)
         const q3n_cache_options o = { .size = sizeof o, .max_bytes = 1 << 24, .directory = folder,
                                       .logger = { count_warnings, &n_warnings } };
         assert_int_equal(q3n_cache_create(&cache, model, &o, &err), Q3N_OK);
-        const q3n_session_options so = { .size = sizeof so, .n_threads = 1, .cache = cache };
+        const q3n_session_options so = { .size = sizeof so, .cache = cache,
+                                         .engine_options = &one_thread };
         assert_int_equal(q3n_session_create(&s, model, &so, &err), Q3N_OK);
         assert_int_equal(q3n_session_prefill(s, ids, 300, NULL, &n_reused), Q3N_OK);
         q3n_session_destroy(s);

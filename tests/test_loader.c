@@ -16,6 +16,7 @@
 #include "q3n_make.h"
 #include "messages.h"
 #include "steps.h"
+#include "engines.h"
 #include "golden.h"
 #include "isas.h"
 
@@ -289,8 +290,7 @@ static void evaluate_some(const q3n_model *m)
 {
     q3n_session_options o = Q3N_INIT(q3n_session_options);
     o.capacity = 8;
-    o.batch = 2;
-    o.n_threads = 1;
+    o.engine_options = OWN_ENGINE(.batch_size = 2, .n_threads = 1);
     const size_t bytes = q3n_session_bytes(m, &o, NULL);
     if (bytes == 0 || bytes > ((size_t)64 << 20)) return;
     q3n_session *s = NULL;
@@ -1244,12 +1244,9 @@ static void evaluate_nonsense(const image *f, q3n_isa isa, int n_threads)
     routes r = { NULL, 0 };
     q3n_session_options o = Q3N_INIT(q3n_session_options);
     o.capacity = 40;
-    o.batch = 16;
-    o.n_threads = n_threads;
-    o.isa = isa;
     o.count_experts = 1;
-    o.layer_hook.layer = check_routes;
-    o.layer_hook.user = &r;
+    o.engine_options = OWN_ENGINE(.batch_size = 16, .n_threads = n_threads, .isa = isa,
+                                  .layer_hook = { check_routes, &r });
     assert_int_equal(q3n_session_create(&r.s, m, &o, &err), Q3N_OK);
     int32_t ids[40];
     float logits[40];

@@ -21,6 +21,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "engines.h"
 #include "failing.h"
 #include "golden.h"
 
@@ -51,12 +52,19 @@ static q3n_model *open_counted(heap *h, const char *name)
     return m;
 }
 
-static q3n_session_options session_options(int n_threads)
+static q3n_engine_options engine_of(int n_threads)
+{
+    q3n_engine_options o = one_thread;
+    o.batch_size = 16;
+    o.n_threads = n_threads;
+    return o;
+}
+
+static q3n_session_options session_options(const q3n_engine_options *engine)
 {
     q3n_session_options o = Q3N_INIT(q3n_session_options);
     o.capacity = 100;
-    o.batch = 16;
-    o.n_threads = n_threads;
+    o.engine_options = engine;
     return o;
 }
 
@@ -101,7 +109,8 @@ static void test_session_fails(void **state)
     q3n_model *m = open_counted(&h, "qwen3_next");
     const int live = h.live;
     for (int n_threads = 1; n_threads <= 4; n_threads++) {
-        const q3n_session_options o = session_options(n_threads);
+        const q3n_engine_options eo = engine_of(n_threads);
+        const q3n_session_options o = session_options(&eo);
         for (int k = 1; ; k++) {
             q3n_session *s = (q3n_session *)(uintptr_t)1;
             h.calls = 0;
@@ -129,7 +138,8 @@ static void test_eval_fails(void **state)
     q3n_error err;
     q3n_model *m = open_counted(&h, (const char *)*state);
     const size_t V = (size_t)q3n_model_config(m)->vocab_size;
-    q3n_session_options o = session_options(2);
+    const q3n_engine_options eo = engine_of(2);
+    q3n_session_options o = session_options(&eo);
     o.capacity = 600;
     int32_t ids[600];
     for (int i = 0; i < COUNT(ids); i++) ids[i] = (int32_t)((size_t)(i * 37) % V);
@@ -282,7 +292,8 @@ static void test_eval_allocates_pages(void **state)
     q3n_model *m = open_counted(&h, name);
     const q3n_config *c = q3n_model_config(m);
     for (int n_threads = 1; n_threads <= 3; n_threads += 2) {
-        q3n_session_options o = session_options(n_threads);
+        const q3n_engine_options eo = engine_of(n_threads);
+        q3n_session_options o = session_options(&eo);
         if (c->rope_type != Q3N_ROPE_TABLE) o.capacity = 300;
         q3n_session *s = NULL;
         assert_int_equal(q3n_session_create(&s, m, &o, &err), Q3N_OK);
@@ -357,19 +368,22 @@ static void test_session_bytes(void **state)
     for (int i = 0; i < COUNT(capacities); i++)
         for (int k = 0; k < COUNT(batches); k++)
             for (int type = 0; type <= Q3N_TYPE_Q8; type++) {
-                q3n_session_options o = Q3N_INIT(q3n_session_options);
+                const q3n_engine_options eo = { .size = sizeof eo, .batch_size = batches[k],
+                                                .n_threads = 1 + (i + k) % 4 };
+                q3n_session_options o = session_options(&eo);
                 o.capacity = capacities[i];
-                o.batch = batches[k];
                 o.kv_type = (q3n_type)type;
-                o.n_threads = 1 + (i + k) % 4;
                 o.count_experts = k % 2;
                 check_session_bytes(m, &h, &o);
                 assert_int_equal(h.live, live);
             }
-    q3n_session_options bad = session_options(1);
+    q3n_engine_options eo = engine_of(1);
+    q3n_session_options bad = session_options(&eo);
     bad.capacity = -1;
     assert_int_equal(q3n_session_bytes(m, &bad, NULL), 0);
-    bad = session_options(1025);
+    bad.capacity = 100;
+    assert_true(q3n_session_bytes(m, &bad, NULL) > 0);
+    eo.n_threads = 1025;
     assert_int_equal(q3n_session_bytes(m, &bad, NULL), 0);
     q3n_model_close(m);
     assert_int_equal(h.live, 0);
@@ -389,7 +403,8 @@ static void test_rubbish(void **state)
     assert_non_null(logits);
     const int32_t ids[5] = { 3, 1, 4, 1, 5 };
     for (int i = 0; i < 2; i++) {
-        const q3n_session_options o = session_options(1 + i);
+        const q3n_engine_options eo = engine_of(1 + i);
+        const q3n_session_options o = session_options(&eo);
         q3n_session *s = NULL;
         assert_int_equal(q3n_session_create(&s, m[i], &o, &err), Q3N_OK);
         assert_int_equal(q3n_session_eval(s, ids, 5, logits + (size_t)i * V), Q3N_OK);
@@ -412,7 +427,8 @@ typedef struct {
 static void *text_main(void *arg)
 {
     text_job *j = (text_job *)arg;
-    const q3n_session_options o = session_options(j->n_threads);
+    const q3n_engine_options eo = engine_of(j->n_threads);
+    const q3n_session_options o = session_options(&eo);
     q3n_session *s = NULL;
     j->result = q3n_session_create(&s, j->m, &o, NULL);
     for (int round = 0; round < 4 && j->result == Q3N_OK; round++) {

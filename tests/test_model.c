@@ -15,14 +15,22 @@
 #include "sessions.h"
 
 /* ---- Models and sessions ---- */
-static q3n_session_options options_of(q3n_isa isa)
+static q3n_engine_options engine_of(q3n_isa isa)
 {
-    q3n_session_options o = Q3N_INIT(q3n_session_options);
-    o.capacity = 256;
-    o.n_threads = 1;
+    q3n_engine_options o = one_thread;
     o.isa = isa;
     return o;
 }
+
+static q3n_session_options options_of(const q3n_engine_options *engine)
+{
+    q3n_session_options o = Q3N_INIT(q3n_session_options);
+    o.capacity = 256;
+    o.engine_options = engine;
+    return o;
+}
+
+static q3n_isa isa_of(const q3n_session *s) { return q3n_engine_isa(q3n_session_engine(s)); }
 
 static float *new_logits(const q3n_model *m, int n)
 {
@@ -142,11 +150,11 @@ static void check_case(const q3n_model *m, q3n_isa isa, const char *golden, cons
     int32_t *ids = golden_ids(golden_member(golden, "input_ids"), &n);
     float *logits = new_logits(m, n);
     trace t = trace_new(m);
-    q3n_session_options o = options_of(isa);
-    o.layer_hook.layer = trace_layer;
-    o.layer_hook.user = &t;
+    q3n_engine_options eo = engine_of(isa);
+    eo.layer_hook = (q3n_layer_hook){ trace_layer, &t };
+    const q3n_session_options o = options_of(&eo);
     q3n_session *s = create_session(m, &o);
-    assert_int_equal(q3n_session_isa(s), isa);
+    assert_int_equal(isa_of(s), isa);
     evaluate(s, ids, n, logits);
     snprintf(what, sizeof what, "%s, %d tokens, %s", name, n, q3n_isa_name(isa));
     const char *hidden = golden_member(golden, "hidden_last_token");
@@ -165,7 +173,8 @@ static void check_greedy(const q3n_model *m, q3n_isa isa, const char *golden)
     int32_t *ids = golden_ids(golden_member(golden, "prompt_ids"), &n);
     int32_t *want = golden_ids(golden_member(golden, "output_ids"), &n_out);
     float *logits = new_logits(m, 1);
-    const q3n_session_options o = options_of(isa);
+    const q3n_engine_options eo = engine_of(isa);
+    const q3n_session_options o = options_of(&eo);
     q3n_session *s = create_session(m, &o);
     assert_true(n_out > 0);
     assert_int_equal(q3n_session_eval(s, ids, n, logits), Q3N_OK);
@@ -219,9 +228,9 @@ static void test_golden_classifier(void **state)
             int32_t *ids = golden_ids(golden_member(one, "input_ids"), &n);
             double *want = golden_numbers(golden_member(one, "class_logits"), &count);
             trace t = trace_new(m);
-            q3n_session_options o = options_of(isa);
-            o.layer_hook.layer = trace_layer;
-            o.layer_hook.user = &t;
+            q3n_engine_options eo = engine_of(isa);
+            eo.layer_hook = (q3n_layer_hook){ trace_layer, &t };
+            const q3n_session_options o = options_of(&eo);
             q3n_session *s = create_session(m, &o);
             assert_int_equal(count, n_labels);
             assert_int_equal(q3n_session_classify(s, ids, n, scores), Q3N_OK);
@@ -260,7 +269,8 @@ static void test_golden_keras(void **state)
         assert_int_equal(count, n * V);
         for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
             if (!isa_runs(isa, __func__)) continue;
-            q3n_session_options o = options_of(isa);
+            const q3n_engine_options eo = engine_of(isa);
+            q3n_session_options o = options_of(&eo);
             o.capacity = n;
             float *logits = new_logits(m, n);
             q3n_session *s = create_session(m, &o);
@@ -325,7 +335,7 @@ static void check_identity(const identity *id, const q3n_session_options *o, con
     if (cut) evaluate_cut(s, id->ids, id->n, cut, logits);
     else     evaluate(s, id->ids, id->n, logits);
     snprintf(what, sizeof what, "%s, %s, %d threads, batch %d", cut ? cut->name : "one call",
-             q3n_isa_name(q3n_session_isa(s)), o->n_threads, o->batch);
+             q3n_isa_name(isa_of(s)), o->engine_options->n_threads, o->engine_options->batch_size);
     check_same(logits, id->want, (size_t)id->n * (size_t)q3n_model_config(id->m)->vocab_size, what);
     q3n_session_destroy(s);
     free(logits);
@@ -344,32 +354,33 @@ static int32_t *random_ids(int n, int vocab)
     return ids;
 }
 
-static void check_threads(const identity *id, q3n_session_options o)
+static void check_threads(const identity *id, q3n_isa isa)
 {
+    q3n_engine_options eo = engine_of(isa);
+    const q3n_session_options o = options_of(&eo);
     static const int threads[] = { 1, 2, 3, 7 }, batches[] = { 1, 5, 64 };
     for (int i = 0; i < COUNT(threads); i++)
         for (int k = 0; k < COUNT(batches); k++) {
-            o.n_threads = threads[i];
-            o.batch = batches[k];
+            eo.n_threads = threads[i];
+            eo.batch_size = batches[k];
             check_identity(id, &o, NULL);
         }
     int calls = 0;
-    o.executor.run = run_backwards;
-    o.executor.user = &calls;
-    o.executor.n_threads = 3;
+    eo.executor = (q3n_executor){ run_backwards, &calls, 3 };
     check_identity(id, &o, NULL);
     assert_true(calls > 0);
 }
 
 static void check_all_cuttings(const q3n_model *m, q3n_isa isa, const int32_t *ids, int n)
 {
-    q3n_session_options o = options_of(isa);
+    const q3n_engine_options eo = engine_of(isa);
+    const q3n_session_options o = options_of(&eo);
     float *want = new_logits(m, n);
     q3n_session *s = create_session(m, &o);
     evaluate(s, ids, n, want);
     const identity id = { m, ids, n, want };
     for (int i = 0; i < COUNT(cuttings); i++) check_identity(&id, &o, &cuttings[i]);
-    if (isa == q3n_isa_best()) check_threads(&id, o);
+    if (isa == q3n_isa_best()) check_threads(&id, isa);
 
     /* logits of the last token alone, with and without all others; then the same session anew */
     const size_t V = (size_t)q3n_model_config(m)->vocab_size;
@@ -407,7 +418,8 @@ static void test_identity_bidirectional(void **state)
     int32_t *ids = random_ids(9, q3n_model_config(m)->vocab_size);
     for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
         if (!isa_runs(isa, __func__)) continue;
-        q3n_session_options o = options_of(isa);
+        q3n_engine_options eo = engine_of(isa);
+        q3n_session_options o = options_of(&eo);
         o.capacity = 9;
         float *want = new_logits(m, 9);
         q3n_session *s = create_session(m, &o);
@@ -419,8 +431,8 @@ static void test_identity_bidirectional(void **state)
         assert_int_equal(q3n_session_length(s), 8);
         q3n_session_destroy(s);
         const identity id = { m, ids, 9, want };
-        for (o.n_threads = 2; o.n_threads <= 7; o.n_threads++) check_identity(&id, &o, NULL);
-        o.batch = 8;
+        for (eo.n_threads = 2; eo.n_threads <= 7; eo.n_threads++) check_identity(&id, &o, NULL);
+        eo.batch_size = 8;
         s = create_session(m, &o);
         assert_int_equal(q3n_session_eval(s, ids, 9, NULL), Q3N_ERR_UNSUPPORTED);
         q3n_session_destroy(s);
@@ -449,7 +461,8 @@ static void test_identity_long(void **state)
     int32_t *ids = random_ids(n, q3n_model_config(m)->vocab_size);
     for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
         if (is_too_slow(isa) || !isa_runs(isa, __func__)) continue;
-        q3n_session_options o = options_of(isa);
+        q3n_engine_options eo = engine_of(isa);
+        q3n_session_options o = options_of(&eo);
         o.capacity = 1024;
         float *want = new_logits(m, n);
         q3n_session *s = create_session(m, &o);
@@ -458,17 +471,16 @@ static void test_identity_long(void **state)
         const identity id = { m, ids, n, want };
         check_identity(&id, &o, &one);
         int calls = 0;
-        q3n_session_options e = o;
-        e.executor.run = run_backwards;
-        e.executor.user = &calls;
-        e.executor.n_threads = 4;
-        check_identity(&id, &e, &few);
-        check_identity(&id, &e, &one);
-        o.n_threads = 2;
+        eo.executor = (q3n_executor){ run_backwards, &calls, 4 };
+        check_identity(&id, &o, &few);
+        check_identity(&id, &o, &one);
+        assert_true(calls > 0);
+        eo.executor.run = NULL;
+        eo.n_threads = 2;
         check_identity(&id, &o, &few);
         check_identity(&id, &o, &edges);
-        o.n_threads = 3;
-        o.batch = 64;
+        eo.n_threads = 3;
+        eo.batch_size = 64;
         check_identity(&id, &o, &edges);
         if (isa == q3n_isa_best()) check_identity(&id, &o, &one);
         free(want);
@@ -539,12 +551,12 @@ static void test_attention_long(void **state)
         for (int n_threads = 1; n_threads <= 2; n_threads++) {   /* two split few tokens */
             attention_check c = { NULL, q3n_model_config(m)->num_hidden_layers, 0, 0 };
             for (int l = 0; l < c.n_layers; l++) c.n_attention += !m->layers[l].is_delta;
-            q3n_session_options o = options_of(isa);
+            q3n_engine_options eo = engine_of(isa);
+            eo.batch_size = 100;
+            eo.n_threads = n_threads;
+            eo.layer_hook = (q3n_layer_hook){ check_attention, &c };
+            q3n_session_options o = options_of(&eo);
             o.capacity = 1024;
-            o.batch = 100;
-            o.n_threads = n_threads;
-            o.layer_hook.layer = check_attention;
-            o.layer_hook.user = &c;
             c.s = create_session(m, &o);
             assert_true(c.n_attention > 0 && !m->layers[c.n_layers - 1].is_delta);
             assert_int_equal(q3n_session_eval(c.s, ids, n - 4, NULL), Q3N_OK);
@@ -573,7 +585,8 @@ static void test_kv_types(void **state)
     int32_t *ids = random_ids(n, V);
     for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
         if (!isa_runs(isa, __func__)) continue;
-        q3n_session_options o = options_of(isa);
+        const q3n_engine_options eo = engine_of(isa);
+        q3n_session_options o = options_of(&eo);
         float *want = new_logits(m, 1), *got = new_logits(m, 1), *piecewise = new_logits(m, n);
         q3n_session *s = create_session(m, &o);
         assert_int_equal(q3n_session_eval(s, ids, n, want), Q3N_OK);
@@ -627,7 +640,8 @@ static void test_quantised(void **state)
         for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
             if (is_too_slow(isa) || !isa_runs(isa, __func__)) continue;
             check_all_cuttings(small, isa, ids, n);
-            const q3n_session_options o = options_of(isa);
+            const q3n_engine_options eo = engine_of(isa);
+            const q3n_session_options o = options_of(&eo);
             q3n_session *a = create_session(m, &o), *b = create_session(small, &o);
             evaluate(a, ids, n, want);
             evaluate(b, ids, n, got);
@@ -673,9 +687,10 @@ static void test_errors_change_nothing(void **state)
     q3n_model *m = open_model((const char *)*state, NULL);
     const int V = q3n_model_config(m)->vocab_size;
     int32_t *ids = random_ids(40, V);
-    q3n_session_options o = options_of(q3n_isa_best());
+    q3n_engine_options eo = one_thread;
+    eo.batch_size = 4;
+    q3n_session_options o = options_of(&eo);
     o.capacity = 20;
-    o.batch = 4;
     float *want = new_logits(m, 20), *got = new_logits(m, 20);
     q3n_session *s = create_session(m, &o);
     evaluate(s, ids, 20, want);

@@ -13,6 +13,7 @@
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
 #include "q3n_make.h"
+#include "engines.h"
 #include "folder.h"
 
 #define COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))
@@ -82,7 +83,8 @@ static void test_names(void **state)
         const q3n_cache_options co = { .size = sizeof co,
                                        .max_bytes = 1 << 24, .directory = directory };
         assert_int_equal(q3n_cache_create(&cache, m, &co, &err), Q3N_OK);
-        const q3n_session_options so = { .size = sizeof so, .n_threads = 1, .cache = cache };
+        const q3n_session_options so = { .size = sizeof so, .cache = cache,
+                                         .engine_options = &one_thread };
         assert_int_equal(q3n_session_create(&s, m, &so, &err), Q3N_OK);
         assert_int_equal(q3n_session_prefill(s, ids, 300, NULL, &n_reused), Q3N_OK);
         assert_int_equal(n_reused, round ? 300 : 0);

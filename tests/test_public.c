@@ -3,6 +3,7 @@
  * nothing but its pages. */
 #include "qwen3next.h"
 #include "q3n_make.h"
+#include "engines.h"
 #include "isas.h"
 #include "sample.h"
 
@@ -344,7 +345,9 @@ static void test_allocator(void **state)
     assert_true(c.bytes < 1000000);     /* the weights stay where they are */
 
     const q3n_session_options so = { .size = sizeof so,
-                                     .capacity = 100, .batch = 16, .n_threads = 3 };
+                                     .capacity = 100,
+                                     .engine_options = OWN_ENGINE(.batch_size = 16,
+                                                                  .n_threads = 3) };
     const counter before = c;
     q3n_session_memory memory = Q3N_INIT(q3n_session_memory);
     const size_t bytes = q3n_session_bytes(m, &so, &memory);
@@ -461,23 +464,24 @@ static void test_executor(void **state)
     q3n_model *m = open_model(HYBRID);
     const size_t n = 2 * (size_t)vocab(m);
     float *want = new_floats(n), *got = new_floats(n);
-    const q3n_session_options alone = { .size = sizeof alone, .capacity = 128, .n_threads = 1 };
+    const q3n_session_options alone = { .size = sizeof alone, .capacity = 128,
+                                        .engine_options = &one_thread };
     evaluate_prompts(m, &alone, want);
 
-    q3n_session_options o = { .size = sizeof o, .capacity = 128 };
+    q3n_engine_options eo = Q3N_INIT(q3n_engine_options);
+    const q3n_session_options o = { .size = sizeof o, .capacity = 128, .engine_options = &eo };
     void (*const runs[])(void *, int, void (*)(void *, int), void *) = { run_on_threads,
                                                                          run_backwards };
     for (int i = 0; i < COUNT(runs); i++) {
-        o.executor = (q3n_executor){ runs[i], &n_runs, 4 };
+        eo.executor = (q3n_executor){ runs[i], &n_runs, 4 };
         n_runs = 0;
         evaluate_prompts(m, &o, got);
         assert_true(n_runs > 0);
         assert_memory_equal(got, want, n * sizeof *got);
     }
-    for (int threads = 2; threads <= 5; threads++) {
-        const q3n_session_options own = { .size = sizeof own,
-                                          .capacity = 128, .n_threads = threads };
-        evaluate_prompts(m, &own, got);
+    eo.executor.run = NULL;
+    for (eo.n_threads = 2; eo.n_threads <= 5; eo.n_threads++) {
+        evaluate_prompts(m, &o, got);
         assert_memory_equal(got, want, n * sizeof *got);
     }
     free(want);
@@ -495,7 +499,8 @@ static void *evaluate_alone(void *memory)
 {
     worker *w = memory;
     const size_t n = 2 * (size_t)vocab(w->m);
-    const q3n_session_options o = { .size = sizeof o, .capacity = 128, .n_threads = 2 };
+    const q3n_session_options o = { .size = sizeof o, .capacity = 128,
+                                    .engine_options = OWN_ENGINE(.n_threads = 2) };
     float *got = new_floats(n);
     evaluate_prompts(w->m, &o, got);
     w->same = memcmp(got, w->want, n * sizeof *got) == 0;
@@ -508,7 +513,8 @@ static void test_concurrent_sessions(void **state)
     (void)state;
     q3n_model *m = open_model(HYBRID);
     float *want = new_floats(2 * (size_t)vocab(m));
-    const q3n_session_options o = { .size = sizeof o, .capacity = 128, .n_threads = 1 };
+    const q3n_session_options o = { .size = sizeof o, .capacity = 128,
+                                    .engine_options = &one_thread };
     evaluate_prompts(m, &o, want);
     pthread_t thread[3];
     worker w[3];
@@ -544,8 +550,8 @@ static void test_layer_hook(void **state)
     q3n_model *m = open_model(HYBRID);
     const q3n_config *c = q3n_model_config(m);
     hook_log log = { .next = -1 };
-    const q3n_session_options o = { .size = sizeof o,
-                                    .capacity = 32, .layer_hook = { log_layer, &log } };
+    const q3n_engine_options eo = { .size = sizeof eo, .layer_hook = { log_layer, &log } };
+    const q3n_session_options o = { .size = sizeof o, .capacity = 32, .engine_options = &eo };
     q3n_session *s = create_session(m, &o);
     float *hidden = new_floats((size_t)c->hidden_size);
     const q3n_outputs out = { .size = sizeof out, .hidden = hidden };
@@ -573,15 +579,23 @@ static void test_session_options(void **state)
     q3n_session *s = create_session(m, NULL);
     assert_int_equal(q3n_session_capacity(s), 512);     /* max_position_embeddings */
     assert_int_equal(q3n_session_length(s), 0);
-    assert_true(q3n_session_n_threads(s) >= 1);
-    assert_int_equal(q3n_session_isa(s), q3n_isa_best());
+    assert_true(q3n_engine_n_threads(q3n_session_engine(s)) >= 1);
+    assert_int_equal(q3n_engine_batch_size(q3n_session_engine(s)), 512);
+    assert_int_equal(q3n_engine_isa(q3n_session_engine(s)), q3n_isa_best());
     q3n_session_destroy(s);
     q3n_session_destroy(NULL);
 
+    q3n_engine *other = NULL;
+    assert_int_equal(q3n_engine_create(&other, m, &one_thread, NULL), Q3N_OK);
     q3n_session_options bad[] = {
-        { .capacity = -1 }, { .batch = -1 }, { .n_threads = -1 }, { .n_threads = 1 << 30 },
-        { .kv_type = Q3N_TYPE_COUNT }, { .isa = (q3n_isa)2 },
-        { .executor = { run_backwards, NULL, 0 } } };
+        { .capacity = -1 }, { .kv_type = Q3N_TYPE_COUNT },
+        { .engine_options = &(q3n_engine_options){ .n_threads = 1 } },      /* without a size */
+        { .engine_options = OWN_ENGINE(.batch_size = -1) },
+        { .engine_options = OWN_ENGINE(.n_threads = -1) },
+        { .engine_options = OWN_ENGINE(.n_threads = 1 << 30) },
+        { .engine_options = OWN_ENGINE(.isa = (q3n_isa)2) },
+        { .engine_options = OWN_ENGINE(.executor = { run_backwards, NULL, 0 }) },
+        { .engine_options = &one_thread, .engine = other } };
     for (int i = 0; i < COUNT(bad); i++) {
         bad[i].size = sizeof bad[i];
         q3n_error err = { .code = Q3N_OK };
@@ -590,20 +604,24 @@ static void test_session_options(void **state)
         assert_error(q3n_session_create(&s, m, &bad[i], &err), Q3N_ERR_ARG, &err);
         assert_null(s);
     }
-    const q3n_session_options scalar = { .size = sizeof scalar,
-                                         .capacity = 16, .isa = Q3N_ISA_SCALAR, .n_threads = 2 };
+    q3n_engine_destroy(other);
+    const q3n_session_options scalar = { .size = sizeof scalar, .capacity = 16,
+                                         .engine_options = OWN_ENGINE(.isa = Q3N_ISA_SCALAR,
+                                                                      .n_threads = 2) };
     s = create_session(m, &scalar);
-    assert_int_equal(q3n_session_isa(s), Q3N_ISA_SCALAR);
-    assert_int_equal(q3n_session_n_threads(s), 2);
+    assert_int_equal(q3n_engine_isa(q3n_session_engine(s)), Q3N_ISA_SCALAR);
+    assert_int_equal(q3n_engine_n_threads(q3n_session_engine(s)), 2);
+    assert_int_equal(q3n_engine_batch_size(q3n_session_engine(s)), 16);
     assert_int_equal(q3n_session_capacity(s), 16);
     q3n_session_destroy(s);
 
     for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {     /* this or none */
-        const q3n_session_options exact = { .size = sizeof exact, .capacity = 16, .isa = isa };
+        const q3n_session_options exact = { .size = sizeof exact, .capacity = 16,
+                                            .engine_options = OWN_ENGINE(.isa = isa) };
         q3n_error err = { .code = Q3N_OK };
         if (q3n_isa_supported(isa)) {
             s = create_session(m, &exact);
-            assert_int_equal(q3n_session_isa(s), isa);
+            assert_int_equal(q3n_engine_isa(q3n_session_engine(s)), isa);
             q3n_session_destroy(s);
         } else {
             assert_error(q3n_session_create(&s, m, &exact, &err), Q3N_ERR_UNSUPPORTED, &err);
@@ -648,7 +666,8 @@ static void test_eval_errors(void **state)
 {
     (void)state;
     q3n_model *m = open_model(HYBRID);
-    const q3n_session_options o = { .size = sizeof o, .capacity = 12, .batch = 4 };
+    const q3n_session_options o = { .size = sizeof o, .capacity = 12,
+                                    .engine_options = OWN_ENGINE(.batch_size = 4) };
     q3n_session *s = create_session(m, &o);
     const size_t n = (size_t)vocab(m);
     float *want = new_floats(n), *got = new_floats(n);
@@ -680,7 +699,8 @@ static void test_outputs(void **state)
 {
     (void)state;
     q3n_model *m = open_model(HYBRID);
-    const q3n_session_options o = { .size = sizeof o, .capacity = 32, .batch = 4 };
+    const q3n_session_options o = { .size = sizeof o, .capacity = 32,
+                                    .engine_options = OWN_ENGINE(.batch_size = 4) };
     q3n_session *s = create_session(m, &o);
     const size_t n = (size_t)vocab(m), d = (size_t)q3n_model_config(m)->hidden_size;
     float *last = new_floats(n), *all = new_floats(9 * n), *one = new_floats(n);

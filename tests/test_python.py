@@ -174,7 +174,7 @@ class Golden(unittest.TestCase):
         case = self.golden["cases"][-1]
         ids, want = case["input_ids"], case["last_logits"]
         for n_threads in (1, 2, 3):
-            with self.model.session(capacity=256, batch=32, n_threads=n_threads) as session:
+            with self.model.session(capacity=256, batch_size=32, n_threads=n_threads) as session:
                 session.logits(ids[:1])
                 session.logits(ids[1:50])
                 self.assert_logits(session.logits(ids[50:]), want)
@@ -431,6 +431,8 @@ class Sessions(unittest.TestCase):
 
     def test_engine(self):
         with self.model.engine(n_threads=2) as engine:
+            with self.assertRaises(qwen3next.Error):           # an engine, and options of another
+                self.model.session(engine=engine, n_threads=2)
             sessions = [self.model.session(engine=engine) for _ in range(3)]
             items = engine.eval(zip(sessions, (self.ids[:100], self.ids[:280], self.ids)))
             for item, n in zip(items, (100, 280, 330)):
@@ -617,8 +619,9 @@ class Arguments(unittest.TestCase):
                 self.model.engine() as engine:
             session.logits([1, 2])
             uses = [
-                lambda i: self.model.session(capacity=i), lambda i: self.model.session(batch=i),
-                lambda i: self.model.session(n_threads=i), lambda i: self.model.session(draft=i),
+                lambda i: self.model.session(capacity=i), lambda i: self.model.session(draft=i),
+                lambda i: self.model.session(n_threads=i),
+                lambda i: self.model.session(batch_size=i),
                 lambda i: self.model.session(snapshot_every=i),
                 lambda i: self.model.engine(batch_size=i),
                 lambda i: self.model.session(snapshot_bytes=i << 32),
@@ -764,7 +767,7 @@ class Interrupts(unittest.TestCase):
                 self.cancelled.wait(300)
         self.after_layer = after_layer
         hook = qwen3next._LayerHook(layer=ctypes.cast(after_layer, ctypes.c_void_p).value)
-        self.options = {"layer_hook": hook, "n_threads": 1, "batch": 16}
+        self.options = {"layer_hook": hook, "n_threads": 1, "batch_size": 16}
 
     def interrupted(self, call, *args):
         self.armed, self.layers = True, 0
@@ -790,8 +793,7 @@ class Interrupts(unittest.TestCase):
             self.assertEqual(session.logits(), want)
 
     def test_engine(self):
-        options = {"layer_hook": self.options["layer_hook"], "n_threads": 1, "batch_size": 16}
-        with self.model.engine(**options) as engine, \
+        with self.model.engine(**self.options) as engine, \
                 self.model.session(engine=engine) as session:
             self.interrupted(engine.eval, [(session, self.ids)])
             self.assertEqual(len(session), 0)

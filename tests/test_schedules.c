@@ -44,6 +44,7 @@ static int common_prefix(const text *a, const text *b)
 typedef struct {
     const q3n_model    *m;
     q3n_session_options o;
+    q3n_engine_options  own;
     q3n_session        *session[4], *drafting;
     text                t[4];
     int                 vocab, next, n_rows, max_rows;
@@ -56,6 +57,8 @@ static void reference_open(reference *r, const q3n_model *m, const q3n_session_o
     memset(r, 0, sizeof *r);
     r->m = m;
     r->o = *o;
+    r->own = *o->engine_options;
+    r->o.engine_options = &r->own;
     r->vocab = q3n_model_config(m)->vocab_size;
     r->max_rows = r->vocab > 1000 ? 2 * MOST : 8 * MOST;
     r->keys = (uint64_t *)malloc((size_t)r->max_rows * sizeof *r->keys);
@@ -152,7 +155,9 @@ typedef struct {
     const char  *name;
     heap         heap;
     q3n_model   *m;
-    q3n_session_options base;    /* kv type, instruction set and hook of all                     */
+    q3n_session_options base;    /* kv type of all                                               */
+    q3n_engine_options engine;   /* instruction set and hook of all                              */
+    q3n_engine_options own;      /* of the session that is made next                             */
     int          vocab, capacity, has_delta, has_mtp;
     int          idle;           /* 1 = modules fall after their texts, as if they did not pay   */
     reference    ref;
@@ -358,10 +363,12 @@ static q3n_session_options session_options(world *w)
     static const int batches[] = { 1, 2, 5, 16, 64, 0 };
     q3n_session_options o = w->base;
     o.capacity = chance(w, 75) ? w->capacity : w->capacity / 3 + 1;
-    o.batch = batches[below(w, COUNT(batches))];
-    o.n_threads = 1 + below(w, 3);
-    if (chance(w, 10)) o.executor = (q3n_executor){ run_backwards, &w->n_runs, 3 };
-    if (chance(w, 85)) o.engine = w->batch[chance(w, 80) ? 0 : 1];      /* most share the first */
+    w->own = w->engine;
+    w->own.batch_size = batches[below(w, COUNT(batches))];
+    w->own.n_threads = 1 + below(w, 3);
+    if (chance(w, 10)) w->own.executor = (q3n_executor){ run_backwards, &w->n_runs, 3 };
+    /* Most share the first engine. */
+    set_engine(&o, chance(w, 85) ? w->batch[chance(w, 80) ? 0 : 1] : NULL, &w->own);
     if (w->cache && chance(w, 60)) o.cache = w->cache;
     else if (chance(w, 50))        o.snapshot_bytes = (size_t)1 << (12 + below(w, 12));
     o.snapshot_every = chance(w, 30) ? 1 + below(w, 100) : 0;
@@ -390,8 +397,9 @@ static void slot_set(world *w, slot *s, q3n_session *session, const q3n_session_
 
 static void describe(world *w, const q3n_session_options *o)
 {
+    const q3n_engine_options *own = o->engine_options;
     note(w, " {capacity %d, batch %d, %d threads, engine %d, cache %s, every %d, speculate %d, "
-         "draft %d}", o->capacity, o->batch, o->n_threads,
+         "draft %d}", o->capacity, own ? own->batch_size : 0, own ? own->n_threads : 0,
          o->engine ? o->engine == w->batch[1] : -1,
          o->cache ? "shared" : o->snapshot_bytes ? "own" : "none", o->snapshot_every,
          (int)o->speculate, o->draft);
@@ -1112,24 +1120,25 @@ static void world_open(world *w, unsigned long seed)
     q3n_isa isa = isa_at(below(w, N_ISAS));
     if (chance(w, 60) || !q3n_isa_supported(isa)) isa = q3n_isa_best();
     if (isa == Q3N_ISA_SCALAR && w->capacity > 60) w->capacity = 60;     /* slow */
-    w->base.isa = isa;
+    w->engine = (q3n_engine_options){ .size = sizeof w->engine, .isa = isa };
     note(w, "%s, KV %s, %s, capacity %d", w->name, q3n_type_name(w->base.kv_type),
          q3n_isa_name(isa), w->capacity);
     world_sources(w);
 
     q3n_session_options o = w->base;
-    w->base.layer_hook = (q3n_layer_hook){ cancel_in_hook, w };
+    q3n_engine_options eo = w->engine;
+    eo.n_threads = 1;
+    o.engine_options = &eo;
     o.capacity = MOST;
-    o.n_threads = 1;
     if (c->rope_type == Q3N_ROPE_TABLE) o.capacity = w->capacity;
     reference_open(&w->ref, w->m, &o);
     w->logits = new_floats((size_t)(w->vocab > 1000 ? 50 : MOST) * (size_t)w->vocab);
-    o.layer_hook = w->base.layer_hook;
+    eo.layer_hook = w->engine.layer_hook = (q3n_layer_hook){ cancel_in_hook, w };
     for (int i = 0; i < COUNT(w->batch); i++) {
-        o.n_threads = 1 + below(w, 3);
-        o.batch = chance(w, 30) ? 1 + below(w, 8) : 64;
-        note(w, ", batch of %d on %d", o.batch, o.n_threads);
-        w->batch[i] = create_engine(w->m, &o);
+        eo.n_threads = 1 + below(w, 3);
+        eo.batch_size = chance(w, 30) ? 1 + below(w, 8) : 64;
+        note(w, ", batch of %d on %d", eo.batch_size, eo.n_threads);
+        w->batch[i] = create_engine(w->m, &eo);
     }
     world_cache(w);
 }

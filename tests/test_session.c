@@ -129,15 +129,17 @@ static int cancel_once(const cancel_case *k, const cancellable *what, int at)
     const int in_batch = what->run == run_batch;
     canceller c = { .at = -1, .on_thread = at % 7 == 3, .n_layers = cfg->num_hidden_layers };
     q3n_session_options o = plain_options(80);
+    q3n_engine_options eo = one_thread;
+    o.engine_options = &eo;
     float *logits = new_floats(V);
-    o.batch = 8;
+    eo.batch_size = 8;
     o.speculate = k->speculate;
     o.draft = 3;
-    o.n_threads = 1 + (at & 1);
-    o.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
-    c.b = create_engine(k->m, &o);
+    eo.n_threads = 1 + (at & 1);
+    eo.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
+    c.b = create_engine(k->m, o.engine_options);
     q3n_engine *b = c.b;
-    o.engine = in_batch ? b : NULL;
+    set_engine(&o, in_batch ? b : NULL, &eo);
     c.s = create_session(k->m, &o);
     must(c.s, q3n_session_eval(c.s, k->ids, 40, NULL), Q3N_OK);
     if (!in_batch) c.b = NULL;
@@ -218,10 +220,12 @@ static void test_cancel_one(void **state)
     const int32_t ids[4] = { 1, 2, 3, 4 };
     canceller c = { .at = -1, .n_layers = q3n_model_config(m)->num_hidden_layers };
     q3n_session_options o = plain_options(40);
-    o.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
+    q3n_engine_options eo = one_thread;
+    o.engine_options = &eo;
+    eo.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
     q3n_engine *b = NULL;
-    b = create_engine(m, &o);
-    o.engine = b;
+    b = create_engine(m, o.engine_options);
+    set_engine(&o, b, NULL);
     q3n_session *s[3];
     q3n_engine_item items[3];
     for (int i = 0; i < 3; i++) {
@@ -309,13 +313,15 @@ static void signal_everywhere(const cancel_case *k, const cancellable *what)
     const int in_batch = what->run == run_batch;
     raiser x = { .at = -1 };
     q3n_session_options o = plain_options(80);
-    o.batch = 8;
+    q3n_engine_options eo = one_thread;
+    o.engine_options = &eo;
+    eo.batch_size = 8;
     o.speculate = k->speculate;
     o.draft = 3;
-    o.executor = (q3n_executor){ run_and_raise, &x, 2 };
+    eo.executor = (q3n_executor){ run_and_raise, &x, 2 };
     q3n_engine *b = NULL;
-    b = create_engine(k->m, &o);
-    o.engine = in_batch ? b : NULL;
+    b = create_engine(k->m, o.engine_options);
+    set_engine(&o, in_batch ? b : NULL, &eo);
     q3n_session *s = create_session(k->m, &o);
     signalled = s;
     float *got = new_floats(V);
@@ -387,10 +393,12 @@ static void test_cancel_ready(void **state)
     random_tokens(&rng, ids, COUNT(ids), (int)V);
     canceller c = { .at = -1, .n_layers = q3n_model_config(m)->num_hidden_layers };
     q3n_session_options o = plain_options(40);
-    o.batch = 4;
-    o.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
-    c.b = create_engine(m, &o);
-    o.engine = c.b;
+    q3n_engine_options eo = one_thread;
+    o.engine_options = &eo;
+    eo.batch_size = 4;
+    eo.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
+    c.b = create_engine(m, o.engine_options);
+    set_engine(&o, c.b, NULL);
     float *want = new_floats(3 * V);
     q3n_session *s[2] = { create_session(m, &o), create_session(m, &o) };
     for (int i = 0; i < 2; i++) must(s[i], q3n_session_eval(s[i], ids, 5, want), Q3N_OK);
@@ -630,6 +638,8 @@ static void test_threads(void **state)
     worker *k = (worker *)calloc(N_WORKERS, sizeof *k);
     assert_true(all && k);
     q3n_session_options o = plain_options(LINE);
+    q3n_engine_options eo = one_thread;
+    o.engine_options = &eo;
     commons_open(all, m, &o);
     all->rounds = SLOW ? 25 : 120;
     char directory[64];                          /* where the cache keeps what it has no room for */
@@ -646,7 +656,7 @@ static void test_threads(void **state)
     q3n_session *parent = create_session(m, &o);
     must(parent, q3n_session_eval(parent, all->ids[0], SHARED, NULL), Q3N_OK);
     for (int i = 0; i < N_WORKERS; i++) {
-        o.n_threads = 1 + (i == 0);
+        eo.n_threads = 1 + (i == 0);
         o.speculate = i % 2 ? Q3N_SPECULATE_LOOKUP : Q3N_SPECULATE_AUTO;
         k[i].drafts = i % 2 == 0 && q3n_model_config(m)->num_mtp_layers > 0;
         assert_int_equal(q3n_session_fork(&k[i].s, parent, &o, NULL), Q3N_OK);
@@ -694,9 +704,11 @@ static int continue_session(char **argv)
     q3n_model *m = NULL;
     q3n_session *s = NULL;
     q3n_session_options o = plain_options(400);
+    q3n_engine_options eo = one_thread;
+    o.engine_options = &eo;
     const int32_t token = 7;
     int ok = 0;
-    o.n_threads = 2;
+    eo.n_threads = 2;
     o.speculate = Q3N_SPECULATE_AUTO;
     if (q3n_type_from_name(argv[3], &o.kv_type) != Q3N_OK
         || q3n_model_open(&m, argv[2], NULL, NULL) != Q3N_OK
@@ -819,18 +831,19 @@ static void check_memory(const memory_case *k, q3n_type kv_type)
     uint64_t rng = 31;
     random_tokens(&rng, ids, COUNT(ids), q3n_model_config(m)->vocab_size);
     q3n_session_options o = plain_options(k->capacity);
+    q3n_engine_options eo = one_thread;
+    o.engine_options = &eo;
     q3n_engine *b = NULL;
     q3n_session_memory planned = Q3N_INIT(q3n_session_memory);
     o.kv_type = kv_type;
-    o.n_threads = 2;
-    o.batch = 50;
+    eo.n_threads = 2;
+    eo.batch_size = 50;
     o.speculate = k->speculate;
     if (k->shared) {                 /* its scratch grows with the longest text */
         const size_t before = h.live_bytes;
-        b = create_engine(m, &o);
-        const q3n_engine_options eo = engine_options(&o);
+        b = create_engine(m, &eo);
         assert_int_equal(q3n_engine_bytes(m, &eo), h.live_bytes - before);
-        o.engine = b;
+        set_engine(&o, b, NULL);
         q3n_session *longest = create_session(m, &o);
         must(longest, q3n_session_eval(longest, ids, k->capacity, NULL), Q3N_OK);
         q3n_session_destroy(longest);
@@ -909,6 +922,8 @@ static void crowd_open(crowd *c, const char *name, int have, int first)
 {
     uint64_t rng = 37;
     q3n_session_options o = plain_options(400);
+    q3n_engine_options eo = one_thread;
+    o.engine_options = &eo;
     memset(c, 0, sizeof *c);
     c->m = open_model(name, NULL);
     c->vocab = q3n_model_config(c->m)->vocab_size;
@@ -916,10 +931,10 @@ static void crowd_open(crowd *c, const char *name, int have, int first)
     c->logits = new_floats(N_ITEMS * V);
     c->want = new_floats(N_ITEMS * V);
     q3n_session *alone = create_session(c->m, &o);
-    o.n_threads = 2;
-    o.batch = 128;
-    c->b = create_engine(c->m, &o);
-    o.engine = c->b;
+    eo.n_threads = 2;
+    eo.batch_size = 128;
+    c->b = create_engine(c->m, o.engine_options);
+    set_engine(&o, c->b, NULL);
     for (int i = 0; i < N_ITEMS; i++) {
         const int n = i ? 1 : first;
         random_tokens(&rng, c->ids[i], 300, c->vocab);
@@ -1063,7 +1078,7 @@ static void test_batch_errors(void **state)
     q3n_model *other = open_model("qwen3_moe", NULL);
     q3n_session_options o = plain_options(20);
     q3n_session *foreign = create_session(other, &o), *lone = create_session(c.m, &o), *small;
-    o.engine = c.b;
+    set_engine(&o, c.b, NULL);
     small = create_session(c.m, &o);
     const q3n_engine_item good = c.item[7];
     const int32_t bad_ids[2] = { 1, c.vocab };
@@ -1284,7 +1299,9 @@ static void test_beyond_the_context(void **state)
     int32_t *ids = (int32_t *)calloc((size_t)n, sizeof *ids);
     canceller c = { .at = -1 };                  /* counts the layers */
     q3n_session_options o = plain_options(0);
-    o.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
+    q3n_engine_options eo = one_thread;
+    o.engine_options = &eo;
+    eo.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
     q3n_session *s = create_session(m, &o);
     char number[16];
     assert_non_null(ids);
@@ -1363,7 +1380,7 @@ static void test_options(void **state)
     const q3n_cache_options co = { .size = sizeof co, .max_bytes = 1 << 20 };
     const q3n_session_options plain = plain_options(20);
     assert_int_equal(q3n_cache_create(&cache, other, &co, &err), Q3N_OK);
-    batch = create_engine(other, &plain);
+    batch = create_engine(other, plain.engine_options);
     q3n_session_options bad[] = {
         { .snapshot_type = Q3N_TYPE_F16 }, { .snapshot_type = Q3N_TYPE_Q8 },
         { .snapshot_type = Q3N_TYPE_COUNT }, { .snapshot_every = -1 }, { .draft = -1 },
@@ -1438,8 +1455,10 @@ static void test_classifier(void **state)
     uint64_t rng = 61;
     random_tokens(&rng, ids, COUNT(ids), q3n_model_config(m)->vocab_size);
     q3n_session_options o = plain_options(COUNT(ids));
+    q3n_engine_options eo = one_thread;
+    o.engine_options = &eo;
     o.snapshot_bytes = (size_t)8 << 20;
-    o.batch = 50;
+    eo.batch_size = 50;
     float *want = new_floats(d), *got = new_floats(d), scores[2][16];
     memory_file f = { 0 };
     q3n_session *s = create_session(m, &o);
@@ -1475,10 +1494,12 @@ static void test_expert_counts(void **state)
     const q3n_config *cfg = q3n_model_config(m);
     canceller c = { .at = -1 };
     q3n_session_options o = plain_options(60);
+    q3n_engine_options eo = one_thread;
+    o.engine_options = &eo;
     int32_t ids[60], tokens[8];
     uint64_t rng = 67;
     random_tokens(&rng, ids, COUNT(ids), cfg->vocab_size);
-    o.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
+    eo.layer_hook = (q3n_layer_hook){ cancel_in_hook, &c };
     o.count_experts = 1;
     o.speculate = Q3N_SPECULATE_LOOKUP;
     o.draft = 4;
@@ -1624,6 +1645,8 @@ static void test_reevaluate(void **state)
     uint64_t rng = 59;
     random_tokens(&rng, ids, COUNT(ids), (int)V);
     q3n_session_options o = plain_options(COUNT(ids));
+    q3n_engine_options eo = one_thread;
+    o.engine_options = &eo;
     float *want = new_floats(2 * V);
     o.snapshot_bytes = (size_t)64 << 20;
     o.speculate = Q3N_SPECULATE_AUTO;
@@ -1631,7 +1654,7 @@ static void test_reevaluate(void **state)
     must(from, q3n_session_eval(from, ids, COUNT(ids) - 2, want), Q3N_OK);
     q3n_snapshot *snap = NULL;
     must(from, q3n_session_snapshot(from, &snap), Q3N_OK);
-    o.n_threads = 2;
+    eo.n_threads = 2;
     for (int i = 0; i < 3; i++) {
         q3n_session *s = create_session(m, &o);
         must(s, q3n_session_restore(s, snap), Q3N_OK);
@@ -1668,10 +1691,10 @@ static void test_snapshot_every(void **state)
     o.snapshot_bytes = (size_t)64 << 20;
     o.snapshot_every = 48;
     float *want = new_floats(2 * V);
-    q3n_engine *b = create_engine(m, &o);
+    q3n_engine *b = create_engine(m, o.engine_options);
     for (int in_batch = 0; in_batch < 2; in_batch++)
         for (int at = 48; at < COUNT(ids); at += 48) {
-            o.engine = in_batch ? b : NULL;
+            set_engine(&o, in_batch ? b : NULL, &one_thread);
             q3n_session *s = create_session(m, &o);
             q3n_engine_item item = { .size = sizeof item, .session = s, .tokens = ids,
                                      .n = COUNT(ids) };
@@ -1707,9 +1730,11 @@ static void test_many_pages(void **state)
     uint64_t rng = 83;
     random_tokens(&rng, ids, COUNT(ids), (int)V);
     q3n_session_options o = plain_options(COUNT(ids));
+    q3n_engine_options eo = one_thread;
+    o.engine_options = &eo;
     float *want = new_floats(2 * V);
     q3n_session *plain = create_session(m, &o);
-    o.n_threads = 3;
+    eo.n_threads = 3;
     q3n_session *s = create_session(m, &o);
     must(plain, q3n_session_eval(plain, ids, 1010, NULL), Q3N_OK);
     must(s, q3n_session_eval(s, ids, 500, NULL), Q3N_OK);

@@ -95,8 +95,10 @@ static void check_draft_source(const q3n_model *m, q3n_session_options *o, const
         if (!(fabs(got - last[i]) <= 5e-5 * scale))
             fail_msg("draft's logit %d is %g, expected %g", i, got, last[i]);
     }
-    o->n_threads = 2;
-    o->batch = o->isa == Q3N_ISA_SCALAR ? 7 : 0;
+    q3n_engine_options eo = *o->engine_options;
+    eo.n_threads = 2;
+    eo.batch_size = eo.isa == Q3N_ISA_SCALAR ? 7 : 0;
+    o->engine_options = &eo;
     check_draft_paths(m, o, ids, n, logits);
     free(logits);
     free(drafts);
@@ -111,7 +113,9 @@ static void check_draft_golden(const q3n_model *m, const int32_t *ids, int n, co
         const int slow = isa == Q3N_ISA_SCALAR && !last;
         for (int i = 0; i < COUNT(sources); i++) {
             q3n_session_options o = plain_options(n + 8);
-            o.isa = isa;
+            q3n_engine_options eo = one_thread;
+            o.engine_options = &eo;
+            eo.isa = isa;
             o.speculate = sources[i];
             check_draft_source(m, &o, ids, slow && n > 40 ? 40 : n, want, last);
         }
@@ -208,7 +212,7 @@ static void test_engine_of_another(void **state)
         o.speculate = (q3n_speculate)own;
         q3n_session *owner = create_session(m, &o), *s = NULL;
         must(owner, q3n_session_eval(owner, ids, 20, NULL), Q3N_OK);
-        shared.engine = q3n_session_engine(owner);
+        set_engine(&shared, q3n_session_engine(owner), NULL);
         for (int how = Q3N_SPECULATE_OFF; how < Q3N_SPECULATE_COUNT; how++) {
             const int wants = how == Q3N_SPECULATE_AUTO || how == Q3N_SPECULATE_MTP;
             const int has = own == Q3N_SPECULATE_AUTO || own == Q3N_SPECULATE_MTP;
@@ -323,10 +327,12 @@ static int64_t check_speculation(const generation *g, int capacity, int all)
         if (source == Q3N_SPECULATE_MTP && !q3n_model_config(g->m)->num_mtp_layers) continue;
         for (int i = 0; i < (small ? n_few : COUNT(drafts)); i++) {
             q3n_session_options o = plain_options(capacity);
+            q3n_engine_options eo = one_thread;
+            o.engine_options = &eo;
             q3n_speculation stats = Q3N_INIT(q3n_speculation);
             o.speculate = (q3n_speculate)source;
             o.draft = small ? few[i] : drafts[i];
-            o.n_threads = 1 + i % 2;
+            eo.n_threads = 1 + i % 2;
             check_generation(g, &o, i == 3 ? 1 : i % 2 ? 16 : 0, &stats);
             accepted += stats.n_accepted;
             if (source == Q3N_SPECULATE_MTP && o.draft && i != 3 && stats.n_steps > 3)
@@ -364,9 +370,11 @@ static void check_step_drafts(q3n_model *m, q3n_speculate source, const int32_t 
 {
     int rows = 0;
     q3n_session_options o = plain_options(60);
+    q3n_engine_options eo = one_thread;
+    o.engine_options = &eo;
     o.speculate = source;
     o.draft = 4;
-    o.layer_hook = (q3n_layer_hook){ count_rows, &rows };
+    eo.layer_hook = (q3n_layer_hook){ count_rows, &rows };
     q3n_session *s = create_session(m, &o);
     const generation g = { .m = m, .prompt = text, .n_prompt = n };
     greedy_sampler(s, &g);
@@ -1058,10 +1066,10 @@ static void test_hook_in_a_batch(void **state)
         uint64_t rng = 97;
         random_tokens(&rng, prompt, COUNT(prompt), (int)V);
         q3n_sampler_options so = { .temperature = greedy ? 0.0f : 1.0f, .seed = 8 };
-        o.engine = NULL;
+        set_engine(&o, NULL, &one_thread);
         write_steered(m, &o, so, want, &alone);
-        q3n_engine *e = create_engine(m, &o);
-        o.engine = e;
+        q3n_engine *e = create_engine(m, o.engine_options);
+        set_engine(&o, e, NULL);
         for (int i = 0; i < N; i++) {
             q3n_session *s = create_session(m, &o);
             k[i] = (steering){ .s = s, .empty_at = -1 };
@@ -1156,11 +1164,13 @@ static void sampled_with_failures(q3n_speculate how, int draft, int idle)
     c.m->eos.n = 0;
     for (int i = 0; i < 2; i++) {
         q3n_session_options o = plain_options(COUNT(prompt) + COUNT(text[0]));
+        q3n_engine_options eo = one_thread;
+        o.engine_options = &eo;
         const q3n_sampler_options so = { .temperature = 1.0f, .top_k = 4, .seed = 17,
                                          .repetition_penalty = 1.1f, .penalty_window = 32 };
         o.speculate = how;
         o.draft = draft;
-        o.layer_hook = (q3n_layer_hook){ stop_in_hook, &c.s };
+        eo.layer_hook = (q3n_layer_hook){ stop_in_hook, &c.s };
         c.s = create_session(c.m, &o);
         set_sampler(c.s, so);
         c.sampler = q3n_session_sampler(c.s);

@@ -71,7 +71,7 @@ static void keep(q3n_session *s, const q3n_model *m, const char *path)
     must(s, q3n_session_save(s, path), Q3N_OK);
     must(s, q3n_session_load(s, path), Q3N_OK);
     remove(path);
-    batch = create_engine(m, &o);
+    batch = create_engine(m, o.engine_options);
     o.engine = batch;
     assert_int_equal(q3n_session_create(&other, m, &o, &err), Q3N_OK);
     q3n_engine_item item = { .size = sizeof item, .session = other, .tokens = tokens, .n = 3 };
@@ -92,7 +92,9 @@ static void sessions(const job *j)
     q3n_cache_options co = { .size = sizeof co, .max_bytes = 1 << 20, .directory = directory };
     assert_int_equal(q3n_cache_create(&cache, m, &co, &err), Q3N_OK);
     q3n_session_options o = plain_options(700);
-    o.isa = j->isa;
+    q3n_engine_options eo = one_thread;
+    o.engine_options = &eo;
+    eo.isa = j->isa;
     o.kv_type = j->kv_type;
     o.cache = cache;
     o.snapshot_every = 200;

@@ -139,10 +139,10 @@ static const struct {
 static int setup(void **state)
 {
     (void)state;
-    q3n_session_options o = { .size = sizeof o, .capacity = 8, .n_threads = 1 };
+    q3n_session_options o = { .size = sizeof o, .capacity = 8 };
     const q3n_cache_options co = { .size = sizeof co, .max_bytes = 1 << 20 };
     with.m = open_model("qwen3_next", NULL);
-    o.engine = with.engine = create_engine(with.m, &o);
+    o.engine = with.engine = create_engine(with.m, &one_thread);
     with.s = create_session(with.m, &o);
     return q3n_cache_create(&with.cache, with.m, &co, NULL);
 }
@@ -238,7 +238,7 @@ static void test_items(void **state)
     (void)state;
     const size_t full = sizeof(q3n_engine_item);
     q3n_session_options o = plain_options(8);
-    o.engine = with.engine;
+    set_engine(&o, with.engine, NULL);
     q3n_session *s[2] = { create_session(with.m, &o), create_session(with.m, &o) };
     for (size_t size = 0; size <= full + MORE; size += sizeof(void *)) {
         unsigned char *p = malloc(2 * size + sizeof size);

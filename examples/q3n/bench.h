@@ -71,6 +71,7 @@ typedef struct bench {
     q3n_model_stats stats;
     const char     *isa;
     bench_list      prompts, threads, depths, batches;
+    q3n_engine_options engine[BENCH_LIST];  /* by threads */
     int             n_decode, repeats, json;
     double          limit;       /* seconds: no repetition begins that would end later */
     int             done;        /* repetitions */

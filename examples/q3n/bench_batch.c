@@ -74,12 +74,11 @@ static void make_sessions(batch_run *r, int thread, int room)
     bench *b = r->b;
     q3n_error err = { .offset = -1 };
     q3n_session_options o = bench_options(b, thread, room);
-    const q3n_engine_options eo = { .size = sizeof eo, .n_threads = o.n_threads,
-                                    .batch_size = o.batch, .isa = o.isa };
-    if (q3n_engine_create(&r->engine[thread], b->m, &eo, &err) != Q3N_OK) {
+    if (q3n_engine_create(&r->engine[thread], b->m, o.engine_options, &err) != Q3N_OK) {
         cli_fail_with(b->setup.model, &err);
     }
     o.engine = r->engine[thread];
+    o.engine_options = NULL;
     r->session[thread] = cli_alloc((size_t)r->max, sizeof *r->session[thread]);
     for (int i = 0; i < r->max; i++) {
         r->session[thread][i] = cli_create_session(&b->setup, b->m, &o);

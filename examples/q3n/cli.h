@@ -204,9 +204,9 @@ const char *cli_json_read_string(cli_buffer *out, const char *text, size_t n, si
 typedef struct cli_setup {
     const char *model;
     int         verbose;
-    int         threads, ctx, batch;   /* 0 = default */
-    int         draft;
+    int         ctx, draft;            /* 0 = default */
     const char *isa, *kv, *speculate, *snapshot_type;
+    q3n_engine_options engine;         /* size and isa are set when the model is opened */
     q3n_allocator allocator;           /* of the model and its sessions */
 } cli_setup;
 
@@ -275,7 +275,7 @@ void cli_cases_free(cli_cases *cases);
 #define CLI_CONTEXT_OPTIONS(s, names_of_batch, speculate_default)                                 \
     { "-c --ctx --ctx-size", "N", CLI_INT, &(s).ctx, 1, 1 << 30,                                  \
       "context size in tokens (what the model was made for)" },                                   \
-    { names_of_batch, "N", CLI_INT, &(s).batch, 1, 1 << 20,                                       \
+    { names_of_batch, "N", CLI_INT, &(s).engine.batch_size, 1, 1 << 16,                           \
       "batch size: tokens evaluated at once (512)" },                                             \
     { "--isa", "NAME", CLI_ISA, &(s).isa, 0, 0,                                                   \
       "instruction set to use (the best there is)" },                                             \
@@ -288,7 +288,7 @@ void cli_cases_free(cli_cases *cases);
       "drafted tokens a step; 0: as many as pay (0)" }
 
 #define CLI_THREADS_OPTION(s)                                                                     \
-    { "-t --threads", "N", CLI_INT, &(s).threads, 0, 1024, "threads (0: one a CPU)" }
+    { "-t --threads", "N", CLI_INT, &(s).engine.n_threads, 0, 1024, "threads (0: one a CPU)" }
 
 #define CLI_SESSION_OPTIONS(s)                                                                    \
     CLI_THREADS_OPTION(s), CLI_CONTEXT_OPTIONS(s, "-b --batch --batch-size", "off")
@@ -298,6 +298,7 @@ q3n_logger cli_logger(const cli_setup *setup);   /* setup must live as long */
 q3n_model *cli_open_model(cli_setup *setup, cli_words *words);
 q3n_model *cli_open_memory(cli_setup *setup, const void *data, size_t bytes);
 const char *cli_speculate_name(int s);           /* of a q3n_speculate; NULL if s is none */
+/* Its engine_options are those of setup, which must live as long. */
 q3n_session_options cli_session_options(const cli_setup *setup);
 /* The same for texts of up to n tokens; --ctx, if given, must hold them. */
 q3n_session_options cli_fit_options(const cli_setup *setup, const q3n_model *m, size_t n);

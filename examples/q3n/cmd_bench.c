@@ -36,7 +36,7 @@ int bench_largest(const bench_list *list)
 q3n_session_options bench_options(const bench *b, int thread, int n)
 {
     q3n_session_options o = cli_fit_options(&b->setup, b->m, (size_t)n);
-    o.n_threads = b->threads.value[thread];
+    o.engine_options = &b->engine[thread];
     return o;
 }
 
@@ -128,6 +128,10 @@ static void open_and_eval(bench *b, cli_words *words)
     b->m = b->memory ? cli_open_memory(&b->setup, b->memory, b->memory_bytes)
                      : cli_open_model(&b->setup, words);
     b->open_s = cli_clock() - start;
+    for (int t = 0; t < b->threads.n; t++) {
+        b->engine[t] = b->setup.engine;
+        b->engine[t].n_threads = b->threads.value[t];
+    }
     if (!q3n_model_config(b->m)->causal) {
         cli_fail("%s attends both ways: it cannot decode, so there is nothing to measure",
                  b->setup.model);
@@ -137,7 +141,7 @@ static void open_and_eval(bench *b, cli_words *words)
     const int32_t id = 0;
     cli_eval(s, &id, 1, logits);
     b->first_token_s = cli_clock() - start;
-    b->isa = q3n_isa_name(q3n_session_isa(s));
+    b->isa = q3n_isa_name(q3n_engine_isa(q3n_session_engine(s)));
     free(logits);
     q3n_session_destroy(s);
 }

@@ -153,7 +153,9 @@ static void open_session(writer *w, size_t longest)
 {
     q3n_session_options o = cli_fit_options(&w->o->setup, w->m, longest);
     o.cache = w->cache;
-    o.layer_hook = (q3n_layer_hook){ after_layer, w };
+    q3n_engine_options engine = w->o->setup.engine;
+    engine.layer_hook = (q3n_layer_hook){ after_layer, w };
+    o.engine_options = &engine;
     if (w->cache) o.snapshot_every = w->o->snapshot_every;
     w->session = cli_create_session(&w->o->setup, w->m, &o);
     q3n_sampler_options sampling;
@@ -317,8 +319,9 @@ static void print_speed(const writer *w, double load_s, const char *why)
     fprintf(stderr, "; wrote %zu", w->n_output);
     if (w->decode_s > 0.0) fprintf(stderr, ", %.1f tokens/s", (double)w->n_output / w->decode_s);
     print_drafts(w);
-    fprintf(stderr, "; %s, %d threads", q3n_isa_name(q3n_session_isa(w->session)),
-            q3n_session_n_threads(w->session));
+    const q3n_engine *engine = q3n_session_engine(w->session);
+    fprintf(stderr, "; %s, %d threads", q3n_isa_name(q3n_engine_isa(engine)),
+            q3n_engine_n_threads(engine));
     const int goes_on = w->o->append && w->n_loaded && !w->o->seeded;     /* from that run's */
     if (!w->o->greedy && !goes_on) fprintf(stderr, "; seed %llu", (unsigned long long)w->o->seed);
     if (why) fprintf(stderr, "; %s", why);

@@ -23,6 +23,19 @@ static q3n_model_options model_options(const cli_setup *setup)
                                 .allocator = setup->allocator, .logger = cli_logger(setup) };
 }
 
+/* The name of the ISA was checked by options.c. */
+static void set_engine(cli_setup *setup)
+{
+    q3n_engine_options *o = &setup->engine;
+    o->size = sizeof *o;
+    if (!setup->isa) return;
+    (void)q3n_isa_from_name(setup->isa, &o->isa);
+    if (!q3n_isa_supported(o->isa)) {
+        cli_fail("this machine cannot run %s: its best instruction set is %s", setup->isa,
+                 q3n_isa_name(q3n_isa_best()));
+    }
+}
+
 q3n_model *cli_open_model(cli_setup *setup, cli_words *words)
 {
     if (!setup->model) {
@@ -34,6 +47,7 @@ q3n_model *cli_open_model(cli_setup *setup, cli_words *words)
     const q3n_model_options options = model_options(setup);
     q3n_error err = { .offset = -1 };
     q3n_model *m = NULL;
+    set_engine(setup);
     if (q3n_model_open(&m, setup->model, &options, &err) != Q3N_OK) {
         cli_fail_with(setup->model, &err);
     }
@@ -45,6 +59,7 @@ q3n_model *cli_open_memory(cli_setup *setup, const void *data, size_t bytes)
     const q3n_model_options options = model_options(setup);
     q3n_error err = { .offset = -1 };
     q3n_model *m = NULL;
+    set_engine(setup);
     if (q3n_model_open_memory(&m, data, bytes, &options, &err) != Q3N_OK) {
         cli_fail_with(setup->model, &err);
     }
@@ -52,16 +67,6 @@ q3n_model *cli_open_memory(cli_setup *setup, const void *data, size_t bytes)
 }
 
 /* ---- Sessions ---- */
-
-/* The names were checked by options.c. */
-static void set_isa(q3n_session_options *o, const char *name)
-{
-    (void)q3n_isa_from_name(name, &o->isa);
-    if (!q3n_isa_supported(o->isa)) {
-        cli_fail("this machine cannot run %s: its best instruction set is %s", name,
-                 q3n_isa_name(q3n_isa_best()));
-    }
-}
 
 static const char *const speculate_names[Q3N_SPECULATE_COUNT] = {
     [Q3N_SPECULATE_OFF] = "off", [Q3N_SPECULATE_AUTO]   = "auto",
@@ -83,10 +88,9 @@ static void set_speculate(q3n_session_options *o, const char *name)
 q3n_session_options cli_session_options(const cli_setup *setup)
 {
     q3n_session_options o = {
-        .size = sizeof o, .capacity = setup->ctx, .batch = setup->batch,
-        .n_threads = setup->threads, .draft = setup->draft,
+        .size = sizeof o, .capacity = setup->ctx, .draft = setup->draft,
+        .engine_options = &setup->engine,
     };
-    if (setup->isa)           set_isa(&o, setup->isa);
     if (setup->kv)            (void)q3n_type_from_name(setup->kv, &o.kv_type);
     if (setup->snapshot_type) (void)q3n_type_from_name(setup->snapshot_type, &o.snapshot_type);
     if (setup->speculate)     set_speculate(&o, setup->speculate);
@@ -109,8 +113,7 @@ q3n_session_options cli_fit_options(const cli_setup *setup, const q3n_model *m, 
                  c->max_position_embeddings);
     }
     /* A model that attends both ways takes a text whole. */
-    if (!c->causal && !setup->ctx)   o.capacity = (int)n;
-    if (!c->causal && !setup->batch) o.batch = o.capacity;
+    if (!c->causal && !setup->ctx) o.capacity = (int)n;
     return o;
 }
 

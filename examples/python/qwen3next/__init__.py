@@ -174,12 +174,18 @@ class _LayerHook(ctypes.Structure):
     _fields_ = [("layer", _P), ("user", _P)]
 
 
+class _EngineOptions(_Sized):
+    _fields_ = [("size", _C_SIZE), ("n_threads", _C_INT), ("batch_size", _C_INT),
+                ("isa", _C_INT), ("zero", _C_INT), ("executor", _Executor),
+                ("layer_hook", _LayerHook)]
+
+
 class _SessionOptions(_Sized):
-    _fields_ = [("size", _C_SIZE), ("capacity", _C_INT), ("batch", _C_INT), ("n_threads", _C_INT),
-                ("isa", _C_INT), ("executor", _Executor), ("layer_hook", _LayerHook),
-                ("engine", _P), ("cache", _P), ("snapshot_bytes", _C_SIZE),
-                ("snapshot_every", _C_INT), ("kv_type", _C_INT), ("snapshot_type", _C_INT),
-                ("speculate", _C_INT), ("draft", _C_INT), ("count_experts", _C_INT)]
+    _fields_ = [("size", _C_SIZE), ("capacity", _C_INT), ("kv_type", _C_INT), ("engine", _P),
+                ("engine_options", ctypes.POINTER(_EngineOptions)), ("cache", _P),
+                ("snapshot_bytes", _C_SIZE), ("snapshot_every", _C_INT),
+                ("snapshot_type", _C_INT), ("speculate", _C_INT), ("draft", _C_INT),
+                ("count_experts", _C_INT), ("zero", _C_INT)]
 
 
 class _SessionMemory(_Sized):
@@ -203,12 +209,6 @@ class _CacheStats(_Sized):
                 ("file_bytes", ctypes.c_int64), ("n_hits", ctypes.c_int64),
                 ("n_misses", ctypes.c_int64), ("n_evicted", ctypes.c_int64),
                 ("n_own", ctypes.c_int64)]
-
-
-class _EngineOptions(_Sized):
-    _fields_ = [("size", _C_SIZE), ("n_threads", _C_INT), ("batch_size", _C_INT),
-                ("isa", _C_INT), ("zero", _C_INT), ("executor", _Executor),
-                ("layer_hook", _LayerHook)]
 
 
 class _EngineItem(_Sized):
@@ -798,21 +798,31 @@ class Snapshot(_Owner):
         return load().q3n_snapshot_bytes(self.handle)
 
 
+def _engine_options(isa=None, **options):
+    o = _struct(_EngineOptions, **options)
+    o.isa = _named(load().q3n_isa_from_name, isa)
+    return o
+
+
 def _session_options(isa, kv_type, **options):
-    lib = load()
+    """Those that an engine has are of the session's own."""
+    names = [name for name in ("n_threads", "batch_size", "executor", "layer_hook")
+             if name in options]
+    own = {name: options.pop(name) for name in names}
     o = _struct(_SessionOptions, **options)
-    o.kv_type = _named(lib.q3n_type_from_name, kv_type)
-    o.isa = _named(lib.q3n_isa_from_name, isa)
+    o.kv_type = _named(load().q3n_type_from_name, kv_type)
+    if own or isa is not None:
+        o.engine_options = ctypes.pointer(_engine_options(isa, **own))
     return o
 
 
 class Session(_Owner):
     """The state of one text; len() is its tokens.
 
-    Options: capacity, batch, n_threads (0 = the library's default), isa, kv_type, snapshot_type and
-    speculate ("auto": drafts where they pay, by which a seed no longer gives one text) by name,
-    draft, count_experts; cache=Cache or snapshot_bytes, snapshot_every; engine=Engine, whose
-    batch_size, n_threads and isa it then has."""
+    Options: capacity, kv_type, snapshot_type and speculate ("auto": drafts where they pay, by which
+    a seed no longer gives one text) by name, draft, count_experts; cache=Cache or snapshot_bytes,
+    snapshot_every; engine=Engine, or for an engine of its own n_threads, batch_size (0 = the
+    library's default) and isa."""
 
     model: Model
     memory: Dict[str, int]               # planned bytes, by part
@@ -1065,8 +1075,7 @@ class Engine(_Owner):
         lib = load()
         self._handle = None
         handle, record = _P(), _Record()
-        o = _struct(_EngineOptions, **options)
-        o.isa = _named(lib.q3n_isa_from_name, isa)
+        o = _engine_options(isa, **options)
         _check(lib.q3n_engine_create(ctypes.byref(handle), model.handle, ctypes.byref(o),
                                      ctypes.byref(record)), record)
         self._pace = _Pace()
