@@ -56,32 +56,34 @@
  *     [7] TYPES                           >>types
  *     [8] TENSORS                         >>tensors
  *     [9] CONFIG                          >>config
- *    [10] LOADER                          >>loader
- *    [11] STATE                           >>state
- *    [12] SESSION FILES                   >>session-files
- *    [13] UNICODE                         >>unicode
- *    [14] TOKENIZER                       >>tokenizer
- *    [15] OPS                             >>ops
- *    [16] RUN                             >>run
- *    [17] ATTENTION                       >>attention
- *    [18] DELTANET                        >>deltanet
- *    [19] MODEL                           >>model
- *    [20] CACHE                           >>cache
- *    [21] ENGINE                          >>engine
- *    [22] SAMPLER                         >>sampler
- *    [23] SESSION                         >>session
- *    [24] MTP                             >>mtp
- *    [25] CHECKPOINTS                     >>checkpoints
- *    [26] EVALUATION                      >>evaluation
- *    [27] REUSE                           >>reuse
- *    [28] SPECULATION                     >>speculation
- *    [29] PUBLIC                          >>public
- *    [30] KERNELS, SCALAR: the definition >>kernels-scalar
- *    [31] KERNELS, AVX2                   >>kernels-avx2
- *    [32] KERNELS, AVX-512                >>kernels-avx512
- *    [33] KERNELS, AVX-512 VNNI           >>kernels-avx512vnni
- *    [34] KERNELS, NEON                   >>kernels-neon
- *    [35] DISPATCH: one row per ISA       >>dispatch
+ *    [10] MODEL FILES                     >>model-files
+ *    [11] LOADER                          >>loader
+ *    [12] STATE                           >>state
+ *    [13] SESSION FILES                   >>session-files
+ *    [14] UNICODE                         >>unicode
+ *    [15] VOCABULARY                      >>vocabulary
+ *    [16] TOKENIZER                       >>tokenizer
+ *    [17] OPS                             >>ops
+ *    [18] RUN                             >>run
+ *    [19] ATTENTION                       >>attention
+ *    [20] DELTANET                        >>deltanet
+ *    [21] MODEL                           >>model
+ *    [22] CACHE                           >>cache
+ *    [23] ENGINE                          >>engine
+ *    [24] SAMPLER                         >>sampler
+ *    [25] SESSION                         >>session
+ *    [26] MTP                             >>mtp
+ *    [27] CHECKPOINTS                     >>checkpoints
+ *    [28] EVALUATION                      >>evaluation
+ *    [29] REUSE                           >>reuse
+ *    [30] SPECULATION                     >>speculation
+ *    [31] PUBLIC                          >>public
+ *    [32] KERNELS, SCALAR: the definition >>kernels-scalar
+ *    [33] KERNELS, AVX2                   >>kernels-avx2
+ *    [34] KERNELS, AVX-512                >>kernels-avx512
+ *    [35] KERNELS, AVX-512 VNNI           >>kernels-avx512vnni
+ *    [36] KERNELS, NEON                   >>kernels-neon
+ *    [37] DISPATCH: one row per ISA       >>dispatch
  *
  * THE MODEL ON ONE PAGE.  Shapes are row-major, slowest first; x W' is a linear layer with W
  * [out, in].
@@ -225,9 +227,9 @@
  *     [CRC]  Kounavis, Berry: A systematic approach to building high performance software-based CRC
  *            generators, ISCC 2005
  *
- * FILE FORMATS are described, byte by byte, beside the code that reads them: .q3n in >>loader, with
- * names and shapes of tensors in >>tensors, quantised types in >>types and the tokenizer's part in
- * >>tokenizer; session files in >>session-files, their hash in >>memory.
+ * FILE FORMATS are described, byte by byte, beside the code that reads them: .q3n in >>model-files,
+ * with names and shapes of tensors in >>tensors, quantised types in >>types and the tokenizer's
+ * part in >>vocabulary; session files in >>session-files, their hash in >>memory.
  */
 
 /* ---- Where there is no implementation: one line says why, and nothing of it is compiled ---- */
@@ -1037,13 +1039,15 @@ typedef struct q3n_detokenizer {
 /* Append the text of one token to out [max], without terminator; *n bytes are written.  Bytes that
  * can never become a character give U+FFFD, as in other decoders.  *n is at most
  * 3 (token bytes + 3).
- * Errors: Q3N_ERR_ARG (no such id), Q3N_ERR_FULL (nothing was taken in; *n is what is needed). */
+ * Errors: Q3N_ERR_ARG (no such id), Q3N_ERR_FULL (nothing was taken in; *n is what is needed),
+ * Q3N_ERR_UNSUPPORTED (no tokenizer). */
 Q3N_DEF q3n_result q3n_detokenizer_next(q3n_detokenizer *dec, const q3n_model *m, int32_t id,
                                         char *out, size_t max, size_t *n);
 /* What is left at the end: an unfinished character gives U+FFFD.  out has room for 3 bytes. */
 Q3N_DEF void       q3n_detokenizer_finish(q3n_detokenizer *dec, char *out, size_t *n);
 
-/* Ids to text at once.  *n is the length of the whole text; Q3N_ERR_FULL if it is > max. */
+/* Ids to text at once.  *n is the length of the whole text; Q3N_ERR_FULL if it is > max.  Other
+ * errors: as q3n_detokenizer_next. */
 Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t n_ids,
                                   char *out, size_t max, size_t *n);
 
@@ -3660,6 +3664,7 @@ typedef struct q3n__plan_item {
     char      name[96];
     q3n__role role;
     int       optional;          /* a file may lack it                                           */
+    unsigned  module;            /* Q3N__MODULE_*: whose it is                                   */
     int       experts;           /* one of the three tensors whose slices interleave             */
     unsigned  types;             /* bit t is set: type t is allowed                              */
     int       layer;             /* Q3N__LAYER_NONE, 0 .. num_hidden_layers - 1, Q3N__LAYER_MTP  */
@@ -3844,6 +3849,12 @@ static unsigned q3n__config_modules(const q3n_config *c, int l)
     return modules;
 }
 
+/* Whether a row or item of the plan is embed_tokens. */
+static int q3n__is_embedding(int layer, size_t field)
+{
+    return layer == Q3N__LAYER_NONE && field == offsetof(q3n__weights, embed_tokens);
+}
+
 /* Types that an item may have: the rules of the file format, so that no file can be made in which a
  * few bytes saved spoil every token.  Routers decide between experts, and the head between words;
  * both are small beside the experts.  In short: vectors f32; routers floats; the head and MTP
@@ -3854,8 +3865,7 @@ static unsigned q3n__plan_types(const q3n_config *c, const q3n__plan_row *row, i
     const unsigned fine = floats | 1u << Q3N_TYPE_Q8 | 1u << Q3N_TYPE_Q6;
     /* A tied embedding is the head: it has the head's types. */
     const int is_head = row->module == Q3N__MODULE_HEAD
-                     || (layer == Q3N__LAYER_NONE && c->tie_word_embeddings
-                         && row->field == offsetof(q3n__weights, embed_tokens));
+                     || (c->tie_word_embeddings && q3n__is_embedding(layer, row->field));
     if (row->role == Q3N__ROLE_VEC) return 1u << Q3N_TYPE_F32;
     if (row->role == Q3N__ROLE_ROUTER) return floats;
     if (is_head || layer == Q3N__LAYER_MTP || row->module == Q3N__MODULE_MTP) return fine;
@@ -3890,6 +3900,7 @@ static void q3n__plan_item_make(const q3n_config *c, const q3n__plan_row *row, i
     else if (l == Q3N__LAYER_MTP) snprintf(name, size, "mtp.layers.0.%s", row->name);
     else                          snprintf(name, size, "layers.%d.%s", l, row->name);
     item->role = row->role;
+    item->module = row->module;
     item->layer = l;
     item->field = row->field;
     item->experts = row->module == Q3N__MODULE_EXPERTS && row->role == Q3N__ROLE_MAT;
@@ -4205,89 +4216,74 @@ Q3N_DEF q3n_result q3n_config_check(const q3n_config *c, q3n_error *err)
     return r == Q3N_OK ? q3n__config_check(&config, err) : r;
 }
 
-/* ---- The tokenizer as the model holds it; section >>tokenizer makes and uses it ----
+/* ---- What follows from it: rotary frequencies ---- */
+
+/* Dimension j (of R / 2, as a real number) whose wave turns `rotations` times within the original
+ * context ([YaRN] 3.2): theta^(-2 j / R) L = 2 pi rotations, solved for j. */
+static double q3n__yarn_dim(const q3n_config *c, double rotations)
+{
+    const double two_pi = 6.283185307179586;
+    return c->rotary_dim * log(c->rope_original_max_position / (rotations * two_pi))
+         / (2.0 * log(c->rope_theta));
+}
+
+/* inv_freq[j] = theta^(-2j / R), in radians a token, j = 0 .. R / 2 - 1; "linear" divides all by
+ * the factor, "yarn" those that turn slowly, with a ramp between beta_fast and beta_slow rotations
+ * ([HF] modeling_rope_utils).  Doubles: at position 10^6 rounding to a float turns the angle by
+ * 0.06.
  *
- * Lists stay in the mapped file (const uint8_t *: they lie at any byte, read with q3n__load_u32);
- * what is allocated are tables to search: pairs 8 bytes x 2^k, unicode 60 KB, added, flags. */
-
-/* How text is cut into words before merging: the Split patterns of the published tokenizer.json. */
-typedef enum q3n__pattern {
-    Q3N__PATTERN_QWEN2,       /* letters \p{L}; "qwen2" in the file */
-    Q3N__PATTERN_QWEN3_5      /* letters and marks [\p{L}\p{M}]; "qwen3_5" */
-} q3n__pattern;
-
-/* What the loader found in the file: all that the tokenizer knows of a model. */
-typedef struct q3n__tokenizer_params {
-    const uint8_t *section;       /* [bytes] TOKENIZER, mapped; stays as long as the tokenizer */
-    size_t         bytes;
-    int64_t        file_offset;   /* of the section, for error records */
-    int            vocab_size;
-    q3n__pattern   pattern;
-    int            nfc;           /* 1 = text is brought to Normalization Form C first */
-} q3n__tokenizer_params;
-
-typedef struct q3n__unicode q3n__unicode;      /* character classes and normalisation */
-typedef struct q3n__pair_slot q3n__pair_slot;  /* hash table: pair of ids -> merge */
-typedef struct q3n__merge_key q3n__merge_key;  /* a merge that found no place in it */
-typedef struct q3n__added q3n__added;          /* an added token */
-
-/* Added tokens sorted by text; those that start with byte b are [first[b], first[b + 1]).  Most
- * bytes of a text start none, which two numbers of this array tell. */
-typedef struct q3n__added_index {
-    const q3n__added *tokens;
-    uint32_t          first[257];
-} q3n__added_index;
-
-/* The lists of the file and the tables that make them quick to search; constant once it is open, so
- * that threads share it.  What each table promises stands where it is built (section >>tokenizer).
+ *     ramp   0 up to low: turns often, distances between near tokens: as it is
+ *            1 from high on: turned less than beta_slow times in training: stretched by the factor
  */
-typedef struct q3n__tokenizer {
-    uint32_t          n_tokens;        /* 0 = the model has no tokenizer */
-    uint32_t          vocab_size;      /* >= n_tokens */
-    const uint8_t    *token_offset;    /* u32[n_tokens + 1] */
-    const uint8_t    *merges;          /* u32[n_merges][3] */
-    const uint8_t    *text;            /* bytes of all tokens */
-    q3n__pattern      pattern;
-    int               nfc;
-    uint32_t          byte_id[256];    /* token of each single byte */
-    q3n__unicode     *unicode;
-    q3n__pair_slot   *pairs;
-    uint32_t          pairs_shift;     /* slot = hash >> shift; 2^(64 - shift) slots */
-    uint32_t          n_crowded;
-    q3n__merge_key   *crowded;         /* [n_crowded] sorted: merges that found no slot near home */
-    q3n__added       *added;           /* [n_added] after both indexes */
-    uint8_t          *added_text;      /* texts of `normalized` tokens, where NFC changes them */
-    uint8_t          *flags;           /* [n_tokens] Q3N__TOKEN_*, 0 unless added */
-    q3n__added_index  raw;             /* searched in the text as given */
-    q3n__added_index  normalized;      /* searched after normalisation */
-} q3n__tokenizer;
+static void q3n__rope_frequencies(const q3n_config *c, double *inv_freq)
+{
+    /* [HF] rounds the ends of the ramp outwards and holds them inside [0, R - 1]; equal ends would
+     * divide by 0. */
+    double low = 0, high = 0;
+    if (c->rope_type == Q3N_ROPE_YARN) {
+        low  = floor(q3n__yarn_dim(c, c->rope_beta_fast));
+        high = ceil(q3n__yarn_dim(c, c->rope_beta_slow));
+        if (!(low > 0)) low = 0;
+        if (!(high < c->rotary_dim - 1)) high = c->rotary_dim - 1;
+        if (high <= low) high = low + 0.001;
+    }
+    for (int j = 0; j < c->rotary_dim / 2; j++) {
+        const double f = pow(c->rope_theta, -2.0 * j / c->rotary_dim);
+        double ramp = 0.0;                                 /* share of the divided frequency */
+        if (c->rope_type == Q3N_ROPE_LINEAR) ramp = 1.0;
+        if (c->rope_type == Q3N_ROPE_YARN) {
+            ramp = (j - low) / (high - low);
+            ramp = ramp < 0 ? 0 : ramp > 1 ? 1 : ramp;
+        }
+        inv_freq[j] = f * (1.0 - ramp) + (ramp > 0 ? f / c->rope_factor * ramp : 0.0);
+    }
+}
 
-/* Check the section and build the tables.  On failure nothing is left allocated and t is zeroed.
- * Errors: Q3N_ERR_FORMAT, Q3N_ERR_MEMORY. */
-static q3n_result q3n__tokenizer_open(q3n__tokenizer *t, const q3n__tokenizer_params *p,
-                                      const q3n_allocator *a, q3n_error *err);
-static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a);
+/* What cos and sin are multiplied by: with yarn scores would grow with the context ([YaRN] 3.4). */
+static double q3n__rope_scale(const q3n_config *c)
+{
+    if (c->rope_attention_factor > 0) return c->rope_attention_factor;
+    return c->rope_type == Q3N_ROPE_YARN ? 0.1 * log(c->rope_factor) + 1.0 : 1.0;
+}
 
 /* =====================================================================================
- * [10] LOADER                                                                >>loader
+ * [10] MODEL FILES                                                      >>model-files
  *
- * Turns the bytes of a file into a q3n_model: header, sections, configuration, tensor table, then
- * binds every tensor of the plan to its field, checking type, shape and place.  After q3n__bind
- * succeeds nothing looks up a name or checks a shape again.  Its input is hostile.
+ * The bytes of a .q3n file, and an open file as all later code knows it (q3n_model).  Here are the
+ * format and the first steps of loading; the LOADER binds what they find.  The input is hostile.
  *
  *     header     sizes, version, checksum                       every section then lies in the file
  *     sections   where CONFIG, TENSORS, NAMES, TOKENIZER are
  *     config     keys -> q3n_config                             and numbers that fit together
  *     tensors    records -> m->tensors, names sorted            every tensor then lies in the file
  *     weights    the plan of the config -> m->weights, layers   type and shape are the plan's
- *     rope       frequencies;  tokenizer: tables
+ *     rope       frequencies
  *
  * The order is what makes it safe: each step may use what those before it have proved, and no
  * number of the file is used earlier.  Sections and tensors may overlap: nothing is ever written to
  * them.  Errors name the byte where they were noticed and what was expected there;
- * Q3N_ERR_UNSUPPORTED means a later library may read the file, Q3N_ERR_FORMAT that none will.
- * Tensor data are not looked at, but for tables of rope: opening reads no weights.  Knows nothing
- * of sessions, threads and kernels.
+ * Q3N_ERR_UNSUPPORTED means that a later library may read the file, Q3N_ERR_FORMAT that none will.
+ * Knows of the tokenizer where its section lies, and nothing of sessions, threads and kernels.
  * ===================================================================================== */
 
 /* ---- FILE FORMAT  .q3n, version 1 ----
@@ -4353,8 +4349,8 @@ static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a);
  *   4096, so that the three tensors have one stride (a multiple of 4096) and one read fetches an
  *   expert.
  *
- *   TOKENIZER is in section >>tokenizer (Opening), tensors by name in >>tensors, the tiles of
- *   quantised types in >>types. */
+ *   TOKENIZER is in section >>vocabulary, tensors by name in >>tensors, the tiles of quantised
+ *   types in >>types. */
 
 /* Limits of what a file may ask for, so that what is allocated and searched is bounded before it
  * is. */
@@ -4381,9 +4377,22 @@ typedef struct {
     int     n;
 } q3n__ids;
 
+typedef struct {
+    const uint8_t *data;                 /* NULL = the file has no such section                  */
+    size_t         offset, bytes;
+} q3n__section;
+
+/* How text is cut into words before merging: the Split patterns of the published tokenizer.json. */
+typedef enum q3n__pattern {
+    Q3N__PATTERN_QWEN2,       /* letters \p{L}; "qwen2" in the file */
+    Q3N__PATTERN_QWEN3_5      /* letters and marks [\p{L}\p{M}]; "qwen3_5" */
+} q3n__pattern;
+
+typedef struct q3n__tokenizer q3n__tokenizer;   /* section >>tokenizer */
+
 /* An open file.  Written while it is loaded, constant afterwards.  What points into `data`:
- * tensors, layers, weights, labels, the tokenizer's lists.  What is allocated: see q3n__model_free.
- */
+ * tensors, layers, weights, labels, the tokenizer's lists.  What is allocated: see q3n__model_free,
+ * and q3n__tokenizer_close. */
 struct q3n_model {
     q3n_allocator  allocator;
     q3n_logger     logger;
@@ -4399,6 +4408,8 @@ struct q3n_model {
     q3n__pattern   pattern;
     int            nfc;
     int            n_tensors;
+    const uint8_t *records;              /* of the tensors, record_bytes each, in the file       */
+    size_t         record_bytes;
     q3n_tensor    *tensors;              /* [n_tensors], in the order of the file                */
     char          *names;                /* their names, each with a 0 after                     */
     const q3n_tensor **by_name;          /* [n_tensors], sorted by name                          */
@@ -4407,13 +4418,9 @@ struct q3n_model {
     double        *inv_freq;             /* [rotary_dim / 2]                                     */
     double         rope_scale;           /* multiplies cos and sin                               */
     int            has_quantised;        /* 1 = a tensor has a quantised type                    */
-    q3n__tokenizer tokenizer;            /* n_tokens 0 = none                                    */
+    q3n__section   words;                /* TOKENIZER of the file                                */
+    q3n__tokenizer *tokenizer;           /* made of it when all else is loaded; NULL = none      */
 };
-
-typedef struct {
-    const uint8_t *data;                 /* NULL = the file has no such section                  */
-    size_t         offset, bytes;
-} q3n__section;
 
 /* Configuration keys that are no fields of q3n_config.  The enum numbers the names below it. */
 enum { Q3N__KEY_LAYER_TYPES, Q3N__KEY_LAYER_EXPERTS, Q3N__KEY_EOS_IDS, Q3N__KEY_NAME, Q3N__KEY_CHAT,
@@ -4802,6 +4809,16 @@ static q3n_result q3n__load_config(q3n__load *ld)
     return Q3N_OK;
 }
 
+/* =====================================================================================
+ * [11] LOADER                                                                >>loader
+ *
+ * The tensors of a model file: their records become a table, and each tensor of the plan is bound
+ * to its field, with type, shape and place checked.  After q3n__load_weights nothing looks up a
+ * name or checks a shape again.  Tensor data are not looked at, but for tables of rope: opening
+ * reads no weights.  Also what a model weighs, and whether its data are whole.
+ * Knows what MODEL FILES knows.
+ * ===================================================================================== */
+
 /* ---- Tensor table ---- */
 
 /* By name, then as in the file.  Sorted, so that no choice of names makes a search long: at most
@@ -4971,6 +4988,8 @@ static q3n_result q3n__load_tensors(q3n__load *ld)
                          "%u tensor records of %u bytes do "
                          "not fit a section of %zu",
                          n, record, s->bytes);
+    m->records = s->data + 8;
+    m->record_bytes = record;
     q3n_result r = q3n__load_table_alloc(ld, n);
     for (uint32_t i = 0; i < n && r == Q3N_OK; i++) {
         const size_t in_section = 8 + (size_t)i * record;
@@ -5088,70 +5107,20 @@ static q3n_result q3n__load_weights(q3n__load *ld)
     return Q3N_OK;
 }
 
-/* ---- Rotary frequencies ---- */
-
-/* Dimension j (of R / 2, as a real number) whose wave turns `rotations` times within the original
- * context ([YaRN] 3.2): theta^(-2 j / R) L = 2 pi rotations, solved for j. */
-static double q3n__yarn_dim(const q3n_config *c, double rotations)
-{
-    const double two_pi = 6.283185307179586;
-    return c->rotary_dim * log(c->rope_original_max_position / (rotations * two_pi))
-         / (2.0 * log(c->rope_theta));
-}
-
-/* inv_freq[j] = theta^(-2j / R), in radians a token, j = 0 .. R / 2 - 1; "linear" divides all by
- * the factor, "yarn" those that turn slowly, with a ramp between beta_fast and beta_slow rotations
- * ([HF] modeling_rope_utils).  Doubles: at position 10^6 rounding to a float turns the angle by
- * 0.06.
- *
- *     ramp   0 up to low: turns often, distances between near tokens: as it is
- *            1 from high on: turned less than beta_slow times in training: stretched by the factor
- */
+/* Room for the frequencies, and these; positions and their angles come with evaluation. */
 static q3n_result q3n__load_rope(q3n__load *ld)
 {
     q3n_model *m = ld->m;
-    const q3n_config *c = &m->config;
-    const int half = c->rotary_dim / 2;
-    m->inv_freq = (double *)q3n__alloc(&m->allocator, ((size_t)half + 1) * sizeof *m->inv_freq);
+    const size_t half = (size_t)m->config.rotary_dim / 2;
+    m->inv_freq = (double *)q3n__alloc(&m->allocator, (half + 1) * sizeof *m->inv_freq);
     if (!m->inv_freq)
         return q3n__fail(ld->err, Q3N_ERR_MEMORY, -1, "no memory for rotary frequencies");
-    m->rope_scale = c->rope_attention_factor > 0 ? c->rope_attention_factor
-                  : c->rope_type == Q3N_ROPE_YARN ? 0.1 * log(c->rope_factor) + 1.0 : 1.0;
-    /* [HF] rounds the ends of the ramp outwards and holds them inside [0, R - 1]; equal ends would
-     * divide by 0. */
-    double low = 0, high = 0;
-    if (c->rope_type == Q3N_ROPE_YARN) {
-        low  = floor(q3n__yarn_dim(c, c->rope_beta_fast));
-        high = ceil(q3n__yarn_dim(c, c->rope_beta_slow));
-        if (!(low > 0)) low = 0;
-        if (!(high < c->rotary_dim - 1)) high = c->rotary_dim - 1;
-        if (high <= low) high = low + 0.001;
-    }
-    for (int j = 0; j < half; j++) {
-        /* Radians a token of pair j, before scaling. */
-        const double f = pow(c->rope_theta, -2.0 * j / c->rotary_dim);
-        double ramp = 0.0;                                 /* share of the divided frequency */
-        if (c->rope_type == Q3N_ROPE_LINEAR) ramp = 1.0;
-        if (c->rope_type == Q3N_ROPE_YARN) {
-            ramp = (j - low) / (high - low);
-            ramp = ramp < 0 ? 0 : ramp > 1 ? 1 : ramp;
-        }
-        m->inv_freq[j] = f * (1.0 - ramp) + (ramp > 0 ? f / c->rope_factor * ramp : 0.0);
-    }
+    q3n__rope_frequencies(&m->config, m->inv_freq);
+    m->rope_scale = q3n__rope_scale(&m->config);
     return Q3N_OK;
 }
 
-/* ---- Tokenizer and the whole ---- */
-/* The tables of the tokenizer; a model without the section works on ids. */
-static q3n_result q3n__load_tokenizer(q3n__load *ld)
-{
-    q3n_model *m = ld->m;
-    const q3n__section *s = &ld->section[Q3N__SECTION_TOKENIZER];
-    if (!s->data) return Q3N_OK;
-    const q3n__tokenizer_params p = { s->data, s->bytes, (int64_t)s->offset, m->config.vocab_size,
-                                      m->pattern, m->nfc };
-    return q3n__tokenizer_open(&m->tokenizer, &p, &m->allocator, ld->err);
-}
+/* ---- The whole ---- */
 
 /* What is odd, but as the checkpoint has it: a note to the host's logger, no error. */
 static void q3n__load_warnings(const q3n_model *m)
@@ -5171,34 +5140,6 @@ static void q3n__load_warnings(const q3n_model *m)
                  "the model attends both ways: a text is evaluated whole");
 }
 
-/* Count a tensor.  decode_bytes is what one token reads at batch 1: k of E experts, a row of the
- * embedding (unless it is the head too), all of the rest.  The MTP module counts apart: plain
- * decoding does not read it. */
-static void q3n__stats_add(q3n_model_stats *out, const q3n_config *c, const q3n_tensor *t)
-{
-    int64_t n = t->dim[0] * t->dim[1] * t->dim[2], bytes = t->bytes;
-    out->types[t->type].n_tensors++;
-    out->types[t->type].n_weights += n;
-    out->types[t->type].bytes += bytes;
-    if (strncmp(t->name, "mtp.", 4) == 0) {
-        out->mtp_weights += n;
-        return;
-    }
-    out->n_weights += n;
-    /* k of E experts, whatever the router chooses: they are of one size. */
-    if (strstr(t->name, ".mlp.experts.") && c->num_experts > 0) {
-        n = n / c->num_experts * c->num_experts_per_tok;
-        bytes = bytes / c->num_experts * c->num_experts_per_tok;
-    }
-    /* One row, if no head shares the table; with a tied head all of it is read as the head. */
-    if (strcmp(t->name, "embed_tokens.weight") == 0 && !c->tie_word_embeddings) {
-        n = t->dim[1];
-        bytes /= t->dim[0];
-    }
-    out->n_weights_active += n;
-    out->decode_bytes += bytes;
-}
-
 /* The steps of the banner.  On failure the caller frees m, whatever it has by then. */
 static q3n_result q3n__model_load(q3n_model *m, int skip_checksum, q3n_error *err)
 {
@@ -5213,16 +5154,15 @@ static q3n_result q3n__model_load(q3n_model *m, int skip_checksum, q3n_error *er
     if (r == Q3N_OK) r = q3n__load_tensors(&ld);
     if (r == Q3N_OK) r = q3n__load_weights(&ld);
     if (r == Q3N_OK) r = q3n__load_rope(&ld);
-    if (r == Q3N_OK) r = q3n__load_tokenizer(&ld);
     if (r == Q3N_OK) q3n__load_warnings(m);
+    m->words = ld.section[Q3N__SECTION_TOKENIZER];
     return r;
 }
 
-/* Frees a model in any state of loading: what is not made yet is NULL. */
+/* Frees a model in any state of loading: what is not made yet is NULL.  Its tokenizer is gone. */
 static void q3n__model_free(q3n_model *m)
 {
     const q3n_allocator a = m->allocator;
-    q3n__tokenizer_close(&m->tokenizer, &a);
     q3n__free(&a, (void *)m->labels);
     q3n__free(&a, m->inv_freq);
     q3n__free(&a, m->layers);
@@ -5255,8 +5195,115 @@ static q3n_result q3n__model_create(q3n_model **out, const q3n_model_options *o,
     return Q3N_OK;
 }
 
+/* ---- What a model weighs, and whether it is whole ---- */
+
+static int64_t q3n__tensor_len(const q3n_tensor *t) { return t->dim[0] * t->dim[1] * t->dim[2]; }
+
+/* A tensor of a file, whether or not something reads it. */
+static void q3n__stats_count(q3n_model_stats *out, const q3n_tensor *t)
+{
+    q3n_type_stats *type = &out->types[t->type];
+    type->n_tensors++;
+    type->n_weights += q3n__tensor_len(t);
+    type->bytes += t->bytes;
+    out->n_weights += q3n__tensor_len(t);
+}
+
+/* What one token reads of a tensor that the plan has: k of E experts, whichever the router chooses,
+ * since all are of one size; a row of the embedding, unless that is the head too; all of the rest.
+ * Plain decoding does not read the MTP module, which counts apart. */
+static void q3n__stats_read(q3n_model_stats *out, const q3n_config *c, const q3n__plan_item *item,
+                            const q3n_tensor *t)
+{
+    int64_t n = q3n__tensor_len(t), bytes = t->bytes;
+    if (item->layer == Q3N__LAYER_MTP || item->module == Q3N__MODULE_MTP) {
+        out->n_weights -= n;
+        out->mtp_weights += n;
+        return;
+    }
+    if (item->experts || item->module == Q3N__MODULE_EXPERTS_BIAS) {
+        n = n / c->num_experts * c->num_experts_per_tok;
+        bytes = bytes / c->num_experts * c->num_experts_per_tok;
+    } else if (q3n__is_embedding(item->layer, item->field) && !c->tie_word_embeddings) {
+        n = t->dim[1];
+        bytes /= t->dim[0];
+    }
+    out->n_weights_active += n;
+    out->decode_bytes += bytes;
+}
+
+typedef struct {
+    const q3n_model *m;
+    q3n_model_stats *out;
+} q3n__stats;
+
+/* q3n__plan_fn */
+static q3n_result q3n__stats_item(void *user, const q3n__plan_item *item)
+{
+    const q3n__stats *s = (const q3n__stats *)user;
+    const q3n_tensor *t = q3n__find_tensor(s->m, item->name);
+    if (t) q3n__stats_read(s->out, &s->m->config, item, t);   /* else it is an optional one */
+    return Q3N_OK;
+}
+
+static void q3n__stats_make(const q3n_model *m, q3n_model_stats *out)
+{
+    *out = (q3n_model_stats)Q3N_INIT(q3n_model_stats);
+    out->file_bytes = (int64_t)m->bytes;
+    for (int i = 0; i < m->n_tensors; i++) q3n__stats_count(out, &m->tensors[i]);
+    q3n__stats s = { m, out };
+    q3n__plan_visit(&m->config, q3n__stats_item, &s);
+}
+
+#define Q3N__VERIFY_STEP ((size_t)16 << 20)   /* bytes from one report of progress to the next */
+
+typedef struct {
+    q3n__crc_table      table;
+    const q3n_progress *progress;        /* NULL = none                                          */
+    int64_t             done, total;     /* bytes                                                */
+} q3n__verify;
+
+/* The checksum of a tensor: of its slices in order.  0 = the host stopped it. */
+static int q3n__verify_tensor(q3n__verify *v, const q3n_tensor *t, uint32_t *crc)
+{
+    const q3n_progress *p = v->progress;
+    const size_t n_slices = t->n_dims == 3 ? (size_t)t->dim[0] : 1;
+    const size_t slice = (size_t)t->bytes / n_slices;
+    *crc = 0;
+    for (size_t k = 0; k < n_slices; k++)
+        for (size_t at = 0, count; at < slice; at += count) {
+            count = slice - at < Q3N__VERIFY_STEP ? slice - at : Q3N__VERIFY_STEP;
+            *crc = q3n__crc32_with(&v->table, *crc, (const uint8_t *)t->data + k * t->stride + at,
+                                   count);
+            v->done += (int64_t)count;
+            if (p && p->report && p->report(p->user, v->done, v->total)) return 0;
+        }
+    return 1;
+}
+
+/* Every tensor against the checksum of its record, at byte 64; the records were checked when the
+ * file was opened. */
+static q3n_result q3n__model_verify(const q3n_model *m, const q3n_progress *progress,
+                                    q3n_error *err)
+{
+    q3n__verify v = { .progress = progress };
+    q3n__crc_table_make(&v.table);
+    for (int i = 0; i < m->n_tensors; i++) v.total += m->tensors[i].bytes;
+    for (int i = 0; i < m->n_tensors; i++) {
+        const q3n_tensor *t = &m->tensors[i];
+        const uint32_t expected = q3n__load_u32(m->records + (size_t)i * m->record_bytes + 64);
+        uint32_t crc;
+        if (!q3n__verify_tensor(&v, t, &crc))
+            return q3n__fail(err, Q3N_ERR_CANCELLED, -1, "cancelled");
+        if (crc != expected)
+            return q3n__fail(err, Q3N_ERR_CHECKSUM, t->offset, "%s: checksum is %08x, expected"
+                             " %08x: the file is damaged", t->name, crc, expected);
+    }
+    return Q3N_OK;
+}
+
 /* =====================================================================================
- * [11] STATE                                                                  >>state
+ * [12] STATE                                                                  >>state
  *
  * What a session knows of its text, as things that can be kept and passed on: pages, which are
  * counted and shared, and snapshots, which do not change.  Knows nothing of evaluation.
@@ -5565,7 +5612,7 @@ static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t 
 }
 
 /* =====================================================================================
- * [12] SESSION FILES                                                  >>session-files
+ * [13] SESSION FILES                                                  >>session-files
  *
  * A snapshot to bytes and back (SESSION FILE FORMAT).  One walk over its sections serves both ways:
  *
@@ -6116,7 +6163,7 @@ static q3n_result q3n__snapshot_open(q3n_snapshot **out, const q3n_model *m,
 }
 
 /* =====================================================================================
- * [13] UNICODE                                                              >>unicode
+ * [14] UNICODE                                                              >>unicode
  *
  * UTF-8, character classes and Normalization Form C for the tokenizer.  Bytes that are no UTF-8
  * count as characters of class OTHER, which normalisation leaves alone.  The tables are
@@ -6320,7 +6367,7 @@ static const char q3n__packed_decompositions[][94] = {
  *                         at or before U+0E01 (at most 73 steps); its low 10 bits
  *     decompose           by_composed[hash(cp)], linear probing: 2060 entries in 4096 slots
  *     compose             by_parts[hash(first, second)]: 940 of them */
-struct q3n__unicode {
+typedef struct q3n__unicode {
     uint32_t run[Q3N__N_CHAR_RUNS + 1];   /* first code point << 10 | properties, then 0x110000 */
     uint16_t page[0x1100];                /* run that holds code point i << 8 */
     uint16_t latin[256];                  /* properties of the first code points */
@@ -6329,7 +6376,7 @@ struct q3n__unicode {
     uint32_t second[Q3N__N_DECOMPOSITIONS];   /* 0 = decomposes to `first` alone */
     uint16_t by_composed[Q3N__HASH_SIZE];     /* entry + 1, 0 = empty */
     uint16_t by_parts[Q3N__HASH_SIZE];        /* those that may be composed again */
-};
+} q3n__unicode;
 
 /* A number: digits '#' .. '>' are worth 1 .. 28 and lead on, the last is '@' .. '~' without the
  * backslash, worth 0 .. 61.  Zeros end the lines of a table. */
@@ -6684,14 +6731,483 @@ static void q3n__normalizer_end(q3n__normalizer *z)
 }
 
 /* =====================================================================================
- * [14] TOKENIZER                                                          >>tokenizer
+ * [15] VOCABULARY                                                        >>vocabulary
+ *
+ * What the tokenizer knows of a model: tokens, merges and added tokens, in lists of the file, and
+ * the tables that make them quick to search.  The section of the file is hostile.
+ *
+ * Later code may assume that a q3n__tokenizer does not change once it is open: any number of
+ * threads may use it.  What has been checked nothing checks again: token offsets ascend within the
+ * text, ids of merges and of added tokens are below n_tokens, every single byte has a token.  Knows
+ * of a model its section, some numbers and the allocator.
+ * ===================================================================================== */
+
+/* ---- TOKENIZER, the section of a model file; a model without one works on ids ----
+ *
+ *      0  u32    n_tokens        ids 0 .. n_tokens - 1, added tokens included
+ *      4  u32    n_merges
+ *      8  u32    n_added
+ *     12  u32    zero
+ *     16  u32[n_tokens + 1]      token_offset: token i is bytes [offset[i], offset[i + 1]) of TEXT
+ *         u32[3][n_merges]       left id, right id, result id; in order of rank
+ *         u32[2][n_added]        id, flags: 1 special, 2 lstrip, 4 rstrip, 8 normalized,
+ *                                16 single_word
+ *         u8[]                   TEXT: raw bytes of every token (the byte-to-unicode map is undone)
+ *     An id with no token has length 0. */
+
+/* ---- What a tokenizer is made of ---- */
+
+/* What the loader found in the file: all that the tokenizer knows of a model. */
+typedef struct q3n__tokenizer_params {
+    const uint8_t *section;       /* [bytes] TOKENIZER, mapped; stays as long as the tokenizer */
+    size_t         bytes;
+    int64_t        file_offset;   /* of the section, for error records */
+    int            vocab_size;
+    q3n__pattern   pattern;
+    int            nfc;           /* 1 = text is brought to Normalization Form C first */
+} q3n__tokenizer_params;
+
+/* Flags of an added token, as the file has them: all but the last. */
+#define Q3N__TOKEN_SPECIAL      1u
+#define Q3N__TOKEN_LSTRIP       2u      /* takes the white space before it along */
+#define Q3N__TOKEN_RSTRIP       4u
+#define Q3N__TOKEN_NORMALIZED   8u      /* searched in the normalised text */
+#define Q3N__TOKEN_SINGLE_WORD 16u      /* only where no word character touches it */
+#define Q3N__TOKEN_FLAGS       31u      /* those that the file may set */
+#define Q3N__TOKEN_ADDED      128u      /* always, so that flags tell added tokens from others */
+
+#define Q3N__MAX_ADDED 4096     /* bytes; at worst, finding a token takes as many steps a byte */
+
+typedef struct q3n__added {
+    const uint8_t *text;
+    uint32_t       bytes, id, flags;
+} q3n__added;
+
+/* A merge that found no slot near the home of its pair. */
+typedef struct { uint32_t left, right, rank; } q3n__merge_key;
+
+/* A slot of the table of pairs: see q3n__pair_slot_of. */
+typedef struct {
+    uint32_t check;              /* low half of the pair's hash                                  */
+    uint32_t rank_1;             /* rank + 1, 0 = empty                                          */
+} q3n__pair_slot;
+
+/* Added tokens sorted by text; those that start with byte b are [first[b], first[b + 1]).  Most
+ * bytes of a text start none, which two numbers of this array tell. */
+typedef struct q3n__added_index {
+    const q3n__added *tokens;
+    uint32_t          first[257];
+} q3n__added_index;
+
+/* Lists stay in the mapped file: const uint8_t *, since they lie at any byte and are read with
+ * q3n__load_u32.  Allocated are the tables: pairs, 8 bytes x 2^k, unicode, 60 KB, added tokens and
+ * flags.  What each table promises stands where it is built. */
+struct q3n__tokenizer {
+    uint32_t          n_tokens;        /* 1 or more */
+    uint32_t          vocab_size;      /* >= n_tokens */
+    const uint8_t    *token_offset;    /* u32[n_tokens + 1] */
+    const uint8_t    *merges;          /* u32[n_merges][3] */
+    const uint8_t    *text;            /* bytes of all tokens */
+    q3n__pattern      pattern;
+    int               nfc;
+    uint32_t          byte_id[256];    /* token of each single byte */
+    q3n__unicode     *unicode;
+    q3n__pair_slot   *pairs;
+    uint32_t          pairs_shift;     /* slot = hash >> shift; 2^(64 - shift) slots */
+    uint32_t          n_crowded;
+    q3n__merge_key   *crowded;         /* [n_crowded] sorted: merges that found no slot near home */
+    q3n__added       *added;           /* [n_added] after both indexes */
+    uint8_t          *added_text;      /* texts of `normalized` tokens, where NFC changes them */
+    uint8_t          *flags;           /* [n_tokens] Q3N__TOKEN_*, 0 unless added */
+    q3n__added_index  raw;             /* searched in the text as given */
+    q3n__added_index  normalized;      /* searched after normalisation */
+};
+
+/* ---- Ranks of pairs ----
+ *
+ * An open hash table of 2^k slots, k such that at most 2/3 are full.  Qwen3: 151,387 merges, 2^18
+ * slots of 8 bytes.  A slot holds half of the hash instead of the pair, which is looked up in the
+ * file's list where the halves agree.  A pair lies fewer than Q3N__MAX_PROBES slots from its home,
+ * or in a sorted list: so that no choice of merges makes a lookup long, whether the pair exists or
+ * not.  Of Qwen3's merges three are in the list.  When only insertion was bounded, at 4096, text of
+ * 20 kB and merges made for it took 4 s. */
+#define Q3N__NO_RANK     UINT32_MAX
+#define Q3N__MAX_PROBES  32
+
+/* The high bits choose the slot, the low half is the slot's check. */
+static uint64_t q3n__pair_hash(uint32_t left, uint32_t right)
+{
+    uint64_t h = ((uint64_t)left << 32 | right) * Q3N__GOLDEN;
+    h ^= h >> 32;
+    return h * 0xD6E8FEB86659FD93u;
+}
+
+/* By pair, then by rank: the first of equal pairs is the one that counts. */
+static int q3n__compare_merges(const void *left, const void *right)
+{
+    const q3n__merge_key *a = (const q3n__merge_key *)left, *b = (const q3n__merge_key *)right;
+    Q3N__STEP();
+    if (a->left != b->left) return a->left < b->left ? -1 : 1;
+    if (a->right != b->right) return a->right < b->right ? -1 : 1;
+    return a->rank < b->rank ? -1 : a->rank > b->rank;
+}
+
+/* The lowest rank of a pair in the sorted list. */
+static uint32_t q3n__crowded_rank(const q3n__tokenizer *t, uint32_t left, uint32_t right)
+{
+    const q3n__merge_key key = { left, right, 0 };
+    uint32_t low = 0, high = t->n_crowded;
+    while (low < high) {
+        const uint32_t middle = low + (high - low) / 2;
+        if (q3n__compare_merges(&t->crowded[middle], &key) < 0) low = middle + 1;
+        else                                                    high = middle;
+    }
+    if (low == t->n_crowded) return Q3N__NO_RANK;         /* also if there is no list */
+    const q3n__merge_key *found = &t->crowded[low];
+    return found->left == left && found->right == right ? found->rank : Q3N__NO_RANK;
+}
+
+/* The slot of a pair: that which holds it, else the empty one where it would go; NULL if there is
+ * neither within the probes. */
+static inline q3n__pair_slot *q3n__pair_slot_of(const q3n__tokenizer *t, uint32_t left,
+                                                uint32_t right)
+{
+    const uint64_t h = q3n__pair_hash(left, right), mask = UINT64_MAX >> t->pairs_shift;
+    const uint64_t home = h >> t->pairs_shift;
+    for (uint64_t i = home; i < home + Q3N__MAX_PROBES; i++) {
+        q3n__pair_slot *slot = &t->pairs[i & mask];
+        Q3N__STEP();
+        if (!slot->rank_1) return slot;
+        if (slot->check != (uint32_t)h) continue;
+        const uint8_t *merge = t->merges + 12 * (size_t)(slot->rank_1 - 1);
+        if (q3n__load_u32(merge) == left && q3n__load_u32(merge + 4) == right) return slot;
+    }
+    return NULL;
+}
+
+/* Rank of the merge of two neighbours, Q3N__NO_RANK if they do not merge. */
+static uint32_t q3n__pair_rank(const q3n__tokenizer *t, uint32_t left, uint32_t right)
+{
+    const q3n__pair_slot *slot = q3n__pair_slot_of(t, left, right);
+    return slot ? slot->rank_1 - 1 : q3n__crowded_rank(t, left, right);   /* 0 - 1: no rank */
+}
+
+/* rank is below n_merges: it came out of the table. */
+static uint32_t q3n__merge_result(const q3n__tokenizer *t, uint32_t rank)
+{
+    return q3n__load_u32(t->merges + 12 * (size_t)rank + 8);
+}
+
+/* ---- Tokens ---- */
+
+/* Bytes of a token; 0 if id has none. */
+static size_t q3n__token_bytes(const q3n__tokenizer *t, uint32_t id, const uint8_t **text)
+{
+    *text = NULL;
+    if (id >= t->n_tokens) return 0;
+    const uint32_t start = q3n__load_u32(t->token_offset + 4 * (size_t)id);
+    const uint32_t stop = q3n__load_u32(t->token_offset + 4 * (size_t)id + 4);
+    *text = t->text + start;
+    return stop - start;
+}
+
+/* ---- Opening: the section of a hostile file becomes tables ----
+ *
+ * split (sizes, in 64 bits) -> check_tokens (offsets, bytes) -> add_merges -> add_added.  Each step
+ * relies on those before it; a failure anywhere frees all. */
+
+typedef struct {
+    const q3n__tokenizer_params *params;
+    q3n_error                   *err;
+    uint32_t                     n_tokens, n_merges, n_added;
+    const uint8_t               *added;        /* u32[n_added][2] */
+    size_t                       text_bytes;
+} q3n__tokenizer_layout;
+
+/* Errors of one entry: what is number i of its list, `where` lies in the section, found is its
+ * value. */
+static q3n_result q3n__tokenizer_bad(const q3n__tokenizer_layout *l, const uint8_t *where,
+                                     const char *what, uint32_t i, uint32_t found)
+{
+    return q3n__fail(l->err, Q3N_ERR_FORMAT,
+                     l->params->file_offset + (int64_t)(where - l->params->section),
+                     "tokenizer: %s %u: found %u, of %u tokens in %u bytes of text", what,
+                     (unsigned)i, (unsigned)found, (unsigned)l->n_tokens, (unsigned)l->text_bytes);
+}
+
+/* Find the parts of the section.  n_merges is bounded so that sizes
+ * and rank + 1 fit 32 bits; TEXT is what remains after the lists. */
+static q3n_result q3n__tokenizer_split(q3n__tokenizer *t, q3n__tokenizer_layout *l)
+{
+    const q3n__tokenizer_params *p = l->params;
+    if (p->bytes < 16)
+        return q3n__fail(l->err, Q3N_ERR_FORMAT, p->file_offset,
+                         "tokenizer: section of %zu bytes, expected at least 16", p->bytes);
+    l->n_tokens = q3n__load_u32(p->section);
+    l->n_merges = q3n__load_u32(p->section + 4);
+    l->n_added = q3n__load_u32(p->section + 8);
+    if (l->n_tokens < 1 || p->vocab_size < 1 || l->n_tokens > (uint32_t)p->vocab_size)
+        return q3n__fail(l->err, Q3N_ERR_FORMAT, p->file_offset,
+                         "tokenizer: %u tokens, expected 1 to vocab_size %d", (unsigned)l->n_tokens,
+                         p->vocab_size);
+    if (l->n_added > l->n_tokens || l->n_merges > UINT32_MAX / 4)
+        return q3n__fail(l->err, Q3N_ERR_FORMAT, p->file_offset + 4,
+                         "tokenizer: %u merges and %u added tokens are too many for %u tokens",
+                         (unsigned)l->n_merges, (unsigned)l->n_added, (unsigned)l->n_tokens);
+    const uint64_t fixed = 16 + 4 * ((uint64_t)l->n_tokens + 1) + 12 * (uint64_t)l->n_merges
+                         + 8 * (uint64_t)l->n_added;
+    if (fixed > p->bytes)
+        return q3n__fail(l->err, Q3N_ERR_FORMAT, p->file_offset,
+                         "tokenizer: %u tokens, %u merges and %u added tokens need %llu bytes, the "
+                         "section has %zu", (unsigned)l->n_tokens, (unsigned)l->n_merges,
+                         (unsigned)l->n_added, (unsigned long long)fixed, p->bytes);
+    t->n_tokens = l->n_tokens;
+    t->vocab_size = (uint32_t)p->vocab_size;
+    t->pattern = p->pattern;
+    t->nfc = p->nfc;
+    t->token_offset = p->section + 16;
+    t->merges = t->token_offset + 4 * ((size_t)l->n_tokens + 1);
+    l->added = t->merges + 12 * (size_t)l->n_merges;
+    t->text = l->added + 8 * (size_t)l->n_added;
+    l->text_bytes = p->bytes - (size_t)fixed;
+    return Q3N_OK;
+}
+
+/* Offsets ascend within the text; every byte has a token of its own, the first that there is.  So
+ * any bytes can be encoded, and words begin without a lookup that could fail. */
+static q3n_result q3n__tokenizer_check_tokens(q3n__tokenizer *t, const q3n__tokenizer_layout *l)
+{
+    memset(t->byte_id, 0xFF, sizeof t->byte_id);
+    uint32_t start = q3n__load_u32(t->token_offset);
+    for (uint32_t i = 0; i < l->n_tokens; i++) {
+        const uint8_t *next = t->token_offset + 4 * ((size_t)i + 1);
+        const uint32_t stop = q3n__load_u32(next);
+        if (stop < start || stop > l->text_bytes)
+            return q3n__tokenizer_bad(l, next, "end of token", i, stop);
+        if (stop - start == 1 && t->byte_id[t->text[start]] == UINT32_MAX)
+            t->byte_id[t->text[start]] = i;
+        start = stop;
+    }
+    for (uint32_t b = 0; b < 256; b++)
+        if (t->byte_id[b] == UINT32_MAX)
+            return q3n__fail(l->err, Q3N_ERR_FORMAT, l->params->file_offset,
+                             "tokenizer: no token for the single byte 0x%02X, all 256 need one",
+                             (unsigned)b);
+    return Q3N_OK;
+}
+
+/* Bytes of a token; 0 for ids that are left free. */
+static uint32_t q3n__token_length(const q3n__tokenizer *t, uint32_t id)   /* id < n_tokens */
+{
+    const uint8_t *text;
+    return (uint32_t)q3n__token_bytes(t, id, &text);
+}
+
+/* Put merge `rank` into the table, unless its pair is there already: the lower rank wins.  One that
+ * finds no slot is appended to crowded.  The result must be as long as left and right together;
+ * that its bytes are theirs is the file's affair. */
+static q3n_result q3n__add_merge(q3n__tokenizer *t, const q3n__tokenizer_layout *l, uint32_t rank,
+                                 q3n__buffer *crowded, const q3n_allocator *a)
+{
+    const uint8_t *merge = t->merges + 12 * (size_t)rank;
+    const uint32_t left = q3n__load_u32(merge), right = q3n__load_u32(merge + 4);
+    const uint32_t result = q3n__load_u32(merge + 8);
+    if (left >= l->n_tokens) return q3n__tokenizer_bad(l, merge, "left id of merge", rank, left);
+    if (right >= l->n_tokens)
+        return q3n__tokenizer_bad(l, merge + 4, "right id of merge", rank, right);
+    if (result >= l->n_tokens)
+        return q3n__tokenizer_bad(l, merge + 8, "result of merge", rank, result);
+    const uint32_t n_left = q3n__token_length(t, left), n_right = q3n__token_length(t, right);
+    if (n_left == 0 || n_right == 0 || q3n__token_length(t, result) - n_left != n_right)
+        return q3n__tokenizer_bad(l, merge + 8, "length of the result of merge", rank,
+                                  q3n__token_length(t, result));
+
+    q3n__pair_slot *slot = q3n__pair_slot_of(t, left, right);
+    if (slot) {
+        const q3n__pair_slot first = { (uint32_t)q3n__pair_hash(left, right), rank + 1 };
+        if (!slot->rank_1) *slot = first;
+        return Q3N_OK;
+    }
+    const q3n__merge_key key = { left, right, rank };
+    if (!q3n__reserve(crowded, sizeof key, a))
+        return q3n__fail(l->err, Q3N_ERR_MEMORY, -1, "tokenizer: out of memory for merges");
+    memcpy(crowded->data + crowded->bytes, &key, sizeof key);
+    crowded->bytes += sizeof key;
+    return Q3N_OK;
+}
+
+/* 1.5 n slots or more, so that a third at least is empty.  pairs and crowded belong to t at once,
+ * also when a merge is bad: q3n__tokenizer_close frees them. */
+static q3n_result q3n__tokenizer_add_merges(q3n__tokenizer *t, const q3n__tokenizer_layout *l,
+                                            const q3n_allocator *a)
+{
+    uint32_t bits = 4;
+    while ((1ull << bits) < l->n_merges + (uint64_t)l->n_merges / 2) bits++;
+    size_t bytes;
+    if (!q3n__mul_size(sizeof *t->pairs, (size_t)1 << bits, &bytes)
+        || !(t->pairs = (q3n__pair_slot *)q3n__alloc(a, bytes)))
+        return q3n__fail(l->err, Q3N_ERR_MEMORY, -1, "tokenizer: out of memory for %u merges",
+                         (unsigned)l->n_merges);
+    memset(t->pairs, 0, bytes);
+    t->pairs_shift = 64 - bits;
+    q3n__buffer crowded = { NULL, 0, 0 };
+    q3n_result r = Q3N_OK;
+    for (uint32_t rank = 0; rank < l->n_merges && r == Q3N_OK; rank++)
+        r = q3n__add_merge(t, l, rank, &crowded, a);
+    t->crowded = (q3n__merge_key *)(void *)crowded.data;
+    t->n_crowded = (uint32_t)(crowded.bytes / sizeof *t->crowded);
+    if (t->n_crowded)
+        q3n__sort(t->crowded, t->n_crowded, sizeof *t->crowded, q3n__compare_merges);
+    return r;
+}
+
+/* Order of q3n__tokenizer.added: raw ones first, then by text, then by id. */
+static int q3n__compare_added(const void *left, const void *right)
+{
+    const q3n__added *x = (const q3n__added *)left, *y = (const q3n__added *)right;
+    const uint32_t nx = x->flags & Q3N__TOKEN_NORMALIZED, ny = y->flags & Q3N__TOKEN_NORMALIZED;
+    Q3N__STEP();
+    if (nx != ny) return nx < ny ? -1 : 1;
+    const int order = memcmp(x->text, y->text, x->bytes < y->bytes ? x->bytes : y->bytes);
+    if (order != 0) return order;
+    if (x->bytes != y->bytes) return x->bytes < y->bytes ? -1 : 1;
+    return x->id < y->id ? -1 : x->id > y->id;
+}
+
+/* first[b]: how many of the n sorted tokens begin with a byte below b; first[256] is n. */
+static void q3n__index_added(q3n__added_index *x, const q3n__added *tokens, uint32_t n)
+{
+    x->tokens = tokens;
+    for (uint32_t b = 0, i = 0; b < 257; b++) {
+        while (i < n && tokens[i].text[0] < b) i++;
+        x->first[b] = i;
+    }
+}
+
+/* Tokens that are searched in normalised text are themselves normalised.  Two passes: the buffer
+ * moves while it grows, so texts are pointed at only when all are in it. */
+static q3n_result q3n__normalize_added(q3n__tokenizer *t, uint32_t n_added, const q3n_allocator *a)
+{
+    q3n__normalizer z = q3n__normalizer_begin(t->unicode, a);
+    int ok = 1;
+    for (uint32_t i = 0; i < n_added && ok; i++) {
+        q3n__added *x = &t->added[i];
+        if (!(x->flags & Q3N__TOKEN_NORMALIZED)) continue;
+        const size_t before = z.out.bytes;
+        ok = q3n__append_nfc(&z, x->text, x->text + x->bytes) && z.out.bytes <= UINT32_MAX;
+        x->bytes = (uint32_t)(z.out.bytes - before);
+    }
+    const uint8_t *text = z.out.data;
+    for (uint32_t i = 0; i < n_added && ok; i++) {
+        q3n__added *x = &t->added[i];
+        if (!(x->flags & Q3N__TOKEN_NORMALIZED)) continue;
+        x->text = text;
+        text += x->bytes;
+    }
+    t->added_text = z.out.data;
+    z.out.data = NULL;
+    q3n__normalizer_end(&z);
+    return ok ? Q3N_OK : Q3N_ERR_MEMORY;
+}
+
+/* Read and index the list of added tokens.  Their texts stay in the mapped section, but for those
+ * that NFC may change.  An id may stand once, its text has 1 to 4096 bytes. */
+static q3n_result q3n__tokenizer_add_added(q3n__tokenizer *t, const q3n__tokenizer_layout *l,
+                                           const q3n_allocator *a)
+{
+    uint32_t n_raw = 0;
+    memset(t->flags, 0, l->n_tokens);
+    for (uint32_t i = 0; i < l->n_added; i++) {
+        const uint8_t *record = l->added + 8 * (size_t)i;
+        q3n__added *x = &t->added[i];
+        x->id = q3n__load_u32(record);
+        if (x->id >= l->n_tokens)
+            return q3n__tokenizer_bad(l, record, "id of added token", i, x->id);
+        if (t->flags[x->id])
+            return q3n__tokenizer_bad(l, record, "repeated id of added token", i, x->id);
+        x->bytes = (uint32_t)q3n__token_bytes(t, x->id, &x->text);
+        if (x->bytes < 1 || x->bytes > Q3N__MAX_ADDED)
+            return q3n__tokenizer_bad(l, record, "length of added token", i, x->bytes);
+        x->flags = Q3N__TOKEN_ADDED | (q3n__load_u32(record + 4) & Q3N__TOKEN_FLAGS);
+        t->flags[x->id] = (uint8_t)x->flags;
+        n_raw += !(x->flags & Q3N__TOKEN_NORMALIZED);
+    }
+    if (t->nfc && n_raw < l->n_added && q3n__normalize_added(t, l->n_added, a) != Q3N_OK)
+        return q3n__fail(l->err, Q3N_ERR_MEMORY, -1, "tokenizer: out of memory for added tokens");
+    q3n__sort(t->added, l->n_added, sizeof *t->added, q3n__compare_added);
+    q3n__index_added(&t->raw, t->added, n_raw);
+    q3n__index_added(&t->normalized, t->added + n_raw, l->n_added - n_raw);
+    return Q3N_OK;
+}
+
+/* Also of a tokenizer that is half open; NULL is allowed. */
+static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a)
+{
+    if (!t) return;
+    q3n__free(a, t->unicode);
+    q3n__free(a, t->pairs);
+    q3n__free(a, t->crowded);
+    q3n__free(a, t->added);
+    q3n__free(a, t->added_text);
+    q3n__free(a, t->flags);
+    q3n__free(a, t);
+}
+
+/* The tables of t, which is zeroed: everything is NULL until it is made, so that
+ * q3n__tokenizer_close works from anywhere. */
+static q3n_result q3n__tokenizer_make(q3n__tokenizer *t, const q3n__tokenizer_params *p,
+                                      const q3n_allocator *a, q3n_error *err)
+{
+    q3n__tokenizer_layout l = { p, err, 0, 0, 0, NULL, 0 };
+    q3n_result r = q3n__tokenizer_split(t, &l);
+    if (r != Q3N_OK) return r;
+    size_t bytes;
+    t->unicode = (q3n__unicode *)q3n__alloc(a, sizeof *t->unicode);
+    t->flags = (uint8_t *)q3n__alloc(a, l.n_tokens);
+    t->added = q3n__mul_size(sizeof *t->added, (size_t)l.n_added + 1, &bytes)
+                   ? (q3n__added *)q3n__alloc(a, bytes) : NULL;
+    if (!t->unicode || !t->flags || !t->added)
+        return q3n__fail(err, Q3N_ERR_MEMORY, -1, "tokenizer: out of memory for %u tokens",
+                         (unsigned)l.n_tokens);
+    q3n__unicode_init(t->unicode);
+    r = q3n__tokenizer_check_tokens(t, &l);
+    if (r == Q3N_OK) r = q3n__tokenizer_add_merges(t, &l, a);
+    if (r == Q3N_OK) r = q3n__tokenizer_add_added(t, &l, a);
+    return r;
+}
+
+/* Check the section and make the tokenizer; *out is NULL on failure, and nothing left allocated.
+ * Errors: Q3N_ERR_FORMAT, Q3N_ERR_MEMORY. */
+static q3n_result q3n__tokenizer_open(q3n__tokenizer **out, const q3n__tokenizer_params *p,
+                                      const q3n_allocator *a, q3n_error *err)
+{
+    q3n__tokenizer *t = (q3n__tokenizer *)q3n__alloc(a, sizeof *t);
+    *out = NULL;
+    if (!t) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "tokenizer: out of memory");
+    memset(t, 0, sizeof *t);
+    const q3n_result r = q3n__tokenizer_make(t, p, a, err);
+    if (r == Q3N_OK) *out = t;
+    else             q3n__tokenizer_close(t, a);
+    return r;
+}
+
+/* Of a model that is loaded; without the section it works on ids. */
+static q3n_result q3n__model_open_tokenizer(q3n_model *m, q3n_error *err)
+{
+    const q3n__tokenizer_params p = { m->words.data, m->words.bytes, (int64_t)m->words.offset,
+                                      m->config.vocab_size, m->pattern, m->nfc };
+    return p.section ? q3n__tokenizer_open(&m->tokenizer, &p, &m->allocator, err) : Q3N_OK;
+}
+
+/* =====================================================================================
+ * [16] TOKENIZER                                                          >>tokenizer
  *
  * Byte-level BPE.  Text goes through four steps, each a subsection: added tokens are cut out, the
  * rest is brought to NFC and cut into words by the pattern, each word's bytes are merged pair by
  * pair in order of rank.  Text passes in chunks: memory grows with the longest word only (with the
  * text, if NFC changes it and the file has added tokens that are searched after NFC), time with the
- * length of the text (times its logarithm within one word).  Both the section of the file and the
- * text are hostile.  Of the model it knows the tokenizer, the allocator and the ids around a text.
+ * length of the text (times its logarithm within one word).  The text is hostile.  Of the model it
+ * knows the vocabulary, the allocator and the ids around a text.
  *
  *     "<|im_start|>It's cafe\u0301"
  *      q3n__encode_text     <|im_start|>  is an added token: its id;  the rest is plain
@@ -6699,10 +7215,6 @@ static void q3n__normalizer_end(q3n__normalizer *z)
  *      q3n__encode_normal   added tokens that are searched after NFC
  *      q3n__encode_words    "It" | "'s" | " caf\u00E9"
  *      q3n__encode_short    each word's bytes, merged, become ids
- *
- * A q3n__tokenizer is written by q3n__tokenizer_open alone: any number of threads may use it.  What
- * it has checked nothing checks again: token offsets ascend within the text, ids of merges and of
- * added tokens are below n_tokens, every single byte has a token.
  * ===================================================================================== */
 
 /* ---- What one call of q3n_tokenize holds ---- */
@@ -6821,21 +7333,6 @@ static const uint8_t *q3n__word_end(const q3n__tokenizer *t, const uint8_t *p, c
  *                                  byte 1 '|', byte 2 'i' ...   the longest that ended on the way
  * The text of one token may begin another's: the longest match at the first place wins. */
 
-#define Q3N__TOKEN_SPECIAL      1u
-#define Q3N__TOKEN_LSTRIP       2u      /* takes the white space before it along */
-#define Q3N__TOKEN_RSTRIP       4u
-#define Q3N__TOKEN_NORMALIZED   8u      /* searched in the normalised text */
-#define Q3N__TOKEN_SINGLE_WORD 16u      /* only where no word character touches it */
-#define Q3N__TOKEN_FLAGS       31u      /* those that the file may set */
-#define Q3N__TOKEN_ADDED      128u      /* always, so that flags tell added tokens from others */
-
-#define Q3N__MAX_ADDED 4096     /* bytes; at worst, finding a token takes as many steps a byte */
-
-struct q3n__added {
-    const uint8_t *text;
-    uint32_t       bytes, id, flags;
-};
-
 typedef struct {
     const q3n__added *token;            /* NULL = none, then start = stop = end of the text */
     const uint8_t    *start, *stop;     /* with the white space that it takes along */
@@ -6918,87 +7415,7 @@ static q3n__match q3n__next_added(const q3n__encoder *e, const q3n__added_index 
  * Words of up to 64 bytes look through all ranks after each merge; longer ones, which text made to
  * be slow has, use a heap: n log n. */
 
-#define Q3N__NO_RANK    UINT32_MAX
 #define Q3N__SHORT_WORD 64
-
-/* The ranks of pairs: an open hash table of 2^k slots, k such that at most 2/3 are full.  Qwen3:
- * 151,387 merges, 2^18 slots of 8 bytes.  A slot holds half of the hash instead of the pair, which
- * is looked up in the file's list where the halves agree.  A pair lies fewer than Q3N__MAX_PROBES
- * slots from its home, or in a sorted list: so that no choice of merges makes a lookup long,
- * whether the pair is there or not.  Of Qwen3's merges three are in the list.  With insertion alone
- * bounded, at 4096, text of 20 kB and merges made for it took 4 s. */
-#define Q3N__MAX_PROBES 32
-
-struct q3n__merge_key { uint32_t left, right, rank; };
-
-struct q3n__pair_slot {
-    uint32_t check;              /* low half of the pair's hash */
-    uint32_t rank_1;             /* rank + 1, 0 = empty */
-};
-
-/* The high bits choose the slot, the low half is the slot's check. */
-static uint64_t q3n__pair_hash(uint32_t left, uint32_t right)
-{
-    uint64_t h = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u;
-    h ^= h >> 32;
-    return h * 0xD6E8FEB86659FD93u;
-}
-
-/* By pair, then by rank: the first of equal pairs is the one that counts. */
-static int q3n__compare_merges(const void *left, const void *right)
-{
-    const q3n__merge_key *a = (const q3n__merge_key *)left, *b = (const q3n__merge_key *)right;
-    Q3N__STEP();
-    if (a->left != b->left) return a->left < b->left ? -1 : 1;
-    if (a->right != b->right) return a->right < b->right ? -1 : 1;
-    return a->rank < b->rank ? -1 : a->rank > b->rank;
-}
-
-/* The lowest rank of a pair in the sorted list. */
-static uint32_t q3n__crowded_rank(const q3n__tokenizer *t, uint32_t left, uint32_t right)
-{
-    const q3n__merge_key key = { left, right, 0 };
-    uint32_t low = 0, high = t->n_crowded;
-    while (low < high) {
-        const uint32_t middle = low + (high - low) / 2;
-        if (q3n__compare_merges(&t->crowded[middle], &key) < 0) low = middle + 1;
-        else                                                    high = middle;
-    }
-    if (low == t->n_crowded) return Q3N__NO_RANK;         /* also if there is no list */
-    const q3n__merge_key *found = &t->crowded[low];
-    return found->left == left && found->right == right ? found->rank : Q3N__NO_RANK;
-}
-
-/* The slot of a pair: that which holds it, else the empty one where it would go; NULL if there is
- * neither within the probes. */
-static inline q3n__pair_slot *q3n__pair_slot_of(const q3n__tokenizer *t, uint32_t left,
-                                                uint32_t right)
-{
-    const uint64_t h = q3n__pair_hash(left, right), mask = UINT64_MAX >> t->pairs_shift;
-    const uint64_t home = h >> t->pairs_shift;
-    for (uint64_t i = home; i < home + Q3N__MAX_PROBES; i++) {
-        q3n__pair_slot *slot = &t->pairs[i & mask];
-        Q3N__STEP();
-        if (!slot->rank_1) return slot;
-        if (slot->check != (uint32_t)h) continue;
-        const uint8_t *merge = t->merges + 12 * (size_t)(slot->rank_1 - 1);
-        if (q3n__load_u32(merge) == left && q3n__load_u32(merge + 4) == right) return slot;
-    }
-    return NULL;
-}
-
-/* Rank of the merge of two neighbours, Q3N__NO_RANK if they do not merge. */
-static uint32_t q3n__pair_rank(const q3n__tokenizer *t, uint32_t left, uint32_t right)
-{
-    const q3n__pair_slot *slot = q3n__pair_slot_of(t, left, right);
-    return slot ? slot->rank_1 - 1 : q3n__crowded_rank(t, left, right);   /* 0 - 1: no rank */
-}
-
-/* rank is below n_merges: it came out of the table. */
-static uint32_t q3n__merge_result(const q3n__tokenizer *t, uint32_t rank)
-{
-    return q3n__load_u32(t->merges + 12 * (size_t)rank + 8);
-}
 
 /* n <= Q3N__SHORT_WORD bytes: look for the best pair afresh after each merge.  `<` takes the
  * leftmost of equal ranks.  A merge changes two pairs only: with the token before and with the one
@@ -7265,17 +7682,6 @@ static size_t q3n__decode_bytes(q3n_detokenizer *dec, const uint8_t *p, size_t b
     return n;
 }
 
-/* Bytes of a token; 0 if id has none. */
-static size_t q3n__token_bytes(const q3n__tokenizer *t, uint32_t id, const uint8_t **text)
-{
-    *text = NULL;
-    if (id >= t->n_tokens) return 0;
-    const uint32_t start = q3n__load_u32(t->token_offset + 4 * (size_t)id);
-    const uint32_t stop = q3n__load_u32(t->token_offset + 4 * (size_t)id + 4);
-    *text = t->text + start;
-    return stop - start;
-}
-
 /* The bytes that id adds to the text.  0 = id lies outside the vocabulary. */
 static int q3n__detokenizer_input(const q3n__tokenizer *t, const q3n_detokenizer *dec, int32_t id,
                               const uint8_t **text, size_t *bytes)
@@ -7286,291 +7692,12 @@ static int q3n__detokenizer_input(const q3n__tokenizer *t, const q3n_detokenizer
     return 1;
 }
 
-/* ---- Opening: the section of a hostile file becomes tables ----
- *
- * TOKENIZER (optional: a model without one works on ids)
- *    0  u32    n_tokens        ids 0 .. n_tokens - 1, added tokens included
- *    4  u32    n_merges
- *    8  u32    n_added
- *   12  u32    zero
- *   16  u32[n_tokens + 1]      token_offset: token i is bytes [offset[i], offset[i + 1]) of TEXT
- *       u32[3][n_merges]       left id, right id, result id; in order of rank
- *       u32[2][n_added]        id, flags: 1 special, 2 lstrip, 4 rstrip, 8 normalized,
- *                              16 single_word
- *       u8[]                   TEXT: raw bytes of every token (the byte-to-unicode map is undone)
- *   An id with no token has length 0.
- *
- * Into tables:
- *
- * split (sizes, in 64 bits) -> check_tokens (offsets, bytes) -> add_merges -> add_added.  Each step
- * relies on those before it; a failure anywhere frees all. */
-
-typedef struct {
-    const q3n__tokenizer_params *params;
-    q3n_error                   *err;
-    uint32_t                     n_tokens, n_merges, n_added;
-    const uint8_t               *added;        /* u32[n_added][2] */
-    size_t                       text_bytes;
-} q3n__tokenizer_layout;
-
-/* Errors of one entry: what is number i of its list, `where` lies in the section, found is its
- * value. */
-static q3n_result q3n__tokenizer_bad(const q3n__tokenizer_layout *l, const uint8_t *where,
-                                     const char *what, uint32_t i, uint32_t found)
-{
-    return q3n__fail(l->err, Q3N_ERR_FORMAT,
-                     l->params->file_offset + (int64_t)(where - l->params->section),
-                     "tokenizer: %s %u: found %u, of %u tokens in %u bytes of text", what,
-                     (unsigned)i, (unsigned)found, (unsigned)l->n_tokens, (unsigned)l->text_bytes);
-}
-
-/* Find the parts of the section.  n_merges is bounded so that sizes
- * and rank + 1 fit 32 bits; TEXT is what remains after the lists. */
-static q3n_result q3n__tokenizer_split(q3n__tokenizer *t, q3n__tokenizer_layout *l)
-{
-    const q3n__tokenizer_params *p = l->params;
-    if (p->bytes < 16)
-        return q3n__fail(l->err, Q3N_ERR_FORMAT, p->file_offset,
-                         "tokenizer: section of %zu bytes, expected at least 16", p->bytes);
-    l->n_tokens = q3n__load_u32(p->section);
-    l->n_merges = q3n__load_u32(p->section + 4);
-    l->n_added = q3n__load_u32(p->section + 8);
-    if (l->n_tokens < 1 || p->vocab_size < 1 || l->n_tokens > (uint32_t)p->vocab_size)
-        return q3n__fail(l->err, Q3N_ERR_FORMAT, p->file_offset,
-                         "tokenizer: %u tokens, expected 1 to vocab_size %d", (unsigned)l->n_tokens,
-                         p->vocab_size);
-    if (l->n_added > l->n_tokens || l->n_merges > UINT32_MAX / 4)
-        return q3n__fail(l->err, Q3N_ERR_FORMAT, p->file_offset + 4,
-                         "tokenizer: %u merges and %u added tokens are too many for %u tokens",
-                         (unsigned)l->n_merges, (unsigned)l->n_added, (unsigned)l->n_tokens);
-    const uint64_t fixed = 16 + 4 * ((uint64_t)l->n_tokens + 1) + 12 * (uint64_t)l->n_merges
-                         + 8 * (uint64_t)l->n_added;
-    if (fixed > p->bytes)
-        return q3n__fail(l->err, Q3N_ERR_FORMAT, p->file_offset,
-                         "tokenizer: %u tokens, %u merges and %u added tokens need %llu bytes, the "
-                         "section has %zu", (unsigned)l->n_tokens, (unsigned)l->n_merges,
-                         (unsigned)l->n_added, (unsigned long long)fixed, p->bytes);
-    t->n_tokens = l->n_tokens;
-    t->vocab_size = (uint32_t)p->vocab_size;
-    t->pattern = p->pattern;
-    t->nfc = p->nfc;
-    t->token_offset = p->section + 16;
-    t->merges = t->token_offset + 4 * ((size_t)l->n_tokens + 1);
-    l->added = t->merges + 12 * (size_t)l->n_merges;
-    t->text = l->added + 8 * (size_t)l->n_added;
-    l->text_bytes = p->bytes - (size_t)fixed;
-    return Q3N_OK;
-}
-
-/* Offsets ascend within the text; every byte has a token of its own, the first that there is.  So
- * any bytes can be encoded, and words begin without a lookup that could fail. */
-static q3n_result q3n__tokenizer_check_tokens(q3n__tokenizer *t, const q3n__tokenizer_layout *l)
-{
-    memset(t->byte_id, 0xFF, sizeof t->byte_id);
-    uint32_t start = q3n__load_u32(t->token_offset);
-    for (uint32_t i = 0; i < l->n_tokens; i++) {
-        const uint8_t *next = t->token_offset + 4 * ((size_t)i + 1);
-        const uint32_t stop = q3n__load_u32(next);
-        if (stop < start || stop > l->text_bytes)
-            return q3n__tokenizer_bad(l, next, "end of token", i, stop);
-        if (stop - start == 1 && t->byte_id[t->text[start]] == UINT32_MAX)
-            t->byte_id[t->text[start]] = i;
-        start = stop;
-    }
-    for (uint32_t b = 0; b < 256; b++)
-        if (t->byte_id[b] == UINT32_MAX)
-            return q3n__fail(l->err, Q3N_ERR_FORMAT, l->params->file_offset,
-                             "tokenizer: no token for the single byte 0x%02X, all 256 need one",
-                             (unsigned)b);
-    return Q3N_OK;
-}
-
-/* Bytes of a token; 0 for ids that are left free. */
-static uint32_t q3n__token_length(const q3n__tokenizer *t, uint32_t id)   /* id < n_tokens */
-{
-    const uint8_t *text;
-    return (uint32_t)q3n__token_bytes(t, id, &text);
-}
-
-/* Put merge `rank` into the table, unless its pair is there already: the lower rank wins.  One that
- * finds no slot is appended to crowded.  The result must be as long as left and right together;
- * that its bytes are theirs is the file's affair. */
-static q3n_result q3n__add_merge(q3n__tokenizer *t, const q3n__tokenizer_layout *l, uint32_t rank,
-                                 q3n__buffer *crowded, const q3n_allocator *a)
-{
-    const uint8_t *merge = t->merges + 12 * (size_t)rank;
-    const uint32_t left = q3n__load_u32(merge), right = q3n__load_u32(merge + 4);
-    const uint32_t result = q3n__load_u32(merge + 8);
-    if (left >= l->n_tokens) return q3n__tokenizer_bad(l, merge, "left id of merge", rank, left);
-    if (right >= l->n_tokens)
-        return q3n__tokenizer_bad(l, merge + 4, "right id of merge", rank, right);
-    if (result >= l->n_tokens)
-        return q3n__tokenizer_bad(l, merge + 8, "result of merge", rank, result);
-    const uint32_t n_left = q3n__token_length(t, left), n_right = q3n__token_length(t, right);
-    if (n_left == 0 || n_right == 0 || q3n__token_length(t, result) - n_left != n_right)
-        return q3n__tokenizer_bad(l, merge + 8, "length of the result of merge", rank,
-                                  q3n__token_length(t, result));
-
-    q3n__pair_slot *slot = q3n__pair_slot_of(t, left, right);
-    if (slot) {
-        const q3n__pair_slot first = { (uint32_t)q3n__pair_hash(left, right), rank + 1 };
-        if (!slot->rank_1) *slot = first;
-        return Q3N_OK;
-    }
-    const q3n__merge_key key = { left, right, rank };
-    if (!q3n__reserve(crowded, sizeof key, a))
-        return q3n__fail(l->err, Q3N_ERR_MEMORY, -1, "tokenizer: out of memory for merges");
-    memcpy(crowded->data + crowded->bytes, &key, sizeof key);
-    crowded->bytes += sizeof key;
-    return Q3N_OK;
-}
-
-/* 1.5 n slots or more, so that a third at least is empty.  pairs and crowded belong to t at once,
- * also when a merge is bad: q3n__tokenizer_close frees them. */
-static q3n_result q3n__tokenizer_add_merges(q3n__tokenizer *t, const q3n__tokenizer_layout *l,
-                                            const q3n_allocator *a)
-{
-    uint32_t bits = 4;
-    while ((1ull << bits) < l->n_merges + (uint64_t)l->n_merges / 2) bits++;
-    size_t bytes;
-    if (!q3n__mul_size(sizeof *t->pairs, (size_t)1 << bits, &bytes)
-        || !(t->pairs = (q3n__pair_slot *)q3n__alloc(a, bytes)))
-        return q3n__fail(l->err, Q3N_ERR_MEMORY, -1, "tokenizer: out of memory for %u merges",
-                         (unsigned)l->n_merges);
-    memset(t->pairs, 0, bytes);
-    t->pairs_shift = 64 - bits;
-    q3n__buffer crowded = { NULL, 0, 0 };
-    q3n_result r = Q3N_OK;
-    for (uint32_t rank = 0; rank < l->n_merges && r == Q3N_OK; rank++)
-        r = q3n__add_merge(t, l, rank, &crowded, a);
-    t->crowded = (q3n__merge_key *)(void *)crowded.data;
-    t->n_crowded = (uint32_t)(crowded.bytes / sizeof *t->crowded);
-    if (t->n_crowded)
-        q3n__sort(t->crowded, t->n_crowded, sizeof *t->crowded, q3n__compare_merges);
-    return r;
-}
-
-/* Order of q3n__tokenizer.added: raw ones first, then by text, then by id. */
-static int q3n__compare_added(const void *left, const void *right)
-{
-    const q3n__added *x = (const q3n__added *)left, *y = (const q3n__added *)right;
-    const uint32_t nx = x->flags & Q3N__TOKEN_NORMALIZED, ny = y->flags & Q3N__TOKEN_NORMALIZED;
-    Q3N__STEP();
-    if (nx != ny) return nx < ny ? -1 : 1;
-    const int order = memcmp(x->text, y->text, x->bytes < y->bytes ? x->bytes : y->bytes);
-    if (order != 0) return order;
-    if (x->bytes != y->bytes) return x->bytes < y->bytes ? -1 : 1;
-    return x->id < y->id ? -1 : x->id > y->id;
-}
-
-/* first[b]: how many of the n sorted tokens begin with a byte below b; first[256] is n. */
-static void q3n__index_added(q3n__added_index *x, const q3n__added *tokens, uint32_t n)
-{
-    x->tokens = tokens;
-    for (uint32_t b = 0, i = 0; b < 257; b++) {
-        while (i < n && tokens[i].text[0] < b) i++;
-        x->first[b] = i;
-    }
-}
-
-/* Tokens that are searched in normalised text are themselves normalised.  Two passes: the buffer
- * moves while it grows, so texts are pointed at only when all are in it. */
-static q3n_result q3n__normalize_added(q3n__tokenizer *t, uint32_t n_added, const q3n_allocator *a)
-{
-    q3n__normalizer z = q3n__normalizer_begin(t->unicode, a);
-    int ok = 1;
-    for (uint32_t i = 0; i < n_added && ok; i++) {
-        q3n__added *x = &t->added[i];
-        if (!(x->flags & Q3N__TOKEN_NORMALIZED)) continue;
-        const size_t before = z.out.bytes;
-        ok = q3n__append_nfc(&z, x->text, x->text + x->bytes) && z.out.bytes <= UINT32_MAX;
-        x->bytes = (uint32_t)(z.out.bytes - before);
-    }
-    const uint8_t *text = z.out.data;
-    for (uint32_t i = 0; i < n_added && ok; i++) {
-        q3n__added *x = &t->added[i];
-        if (!(x->flags & Q3N__TOKEN_NORMALIZED)) continue;
-        x->text = text;
-        text += x->bytes;
-    }
-    t->added_text = z.out.data;
-    z.out.data = NULL;
-    q3n__normalizer_end(&z);
-    return ok ? Q3N_OK : Q3N_ERR_MEMORY;
-}
-
-/* Read and index the list of added tokens.  Their texts stay in the mapped section, but for those
- * that NFC may change.  An id may stand once, its text has 1 to 4096 bytes. */
-static q3n_result q3n__tokenizer_add_added(q3n__tokenizer *t, const q3n__tokenizer_layout *l,
-                                           const q3n_allocator *a)
-{
-    uint32_t n_raw = 0;
-    memset(t->flags, 0, l->n_tokens);
-    for (uint32_t i = 0; i < l->n_added; i++) {
-        const uint8_t *record = l->added + 8 * (size_t)i;
-        q3n__added *x = &t->added[i];
-        x->id = q3n__load_u32(record);
-        if (x->id >= l->n_tokens)
-            return q3n__tokenizer_bad(l, record, "id of added token", i, x->id);
-        if (t->flags[x->id])
-            return q3n__tokenizer_bad(l, record, "repeated id of added token", i, x->id);
-        x->bytes = (uint32_t)q3n__token_bytes(t, x->id, &x->text);
-        if (x->bytes < 1 || x->bytes > Q3N__MAX_ADDED)
-            return q3n__tokenizer_bad(l, record, "length of added token", i, x->bytes);
-        x->flags = Q3N__TOKEN_ADDED | (q3n__load_u32(record + 4) & Q3N__TOKEN_FLAGS);
-        t->flags[x->id] = (uint8_t)x->flags;
-        n_raw += !(x->flags & Q3N__TOKEN_NORMALIZED);
-    }
-    if (t->nfc && n_raw < l->n_added && q3n__normalize_added(t, l->n_added, a) != Q3N_OK)
-        return q3n__fail(l->err, Q3N_ERR_MEMORY, -1, "tokenizer: out of memory for added tokens");
-    q3n__sort(t->added, l->n_added, sizeof *t->added, q3n__compare_added);
-    q3n__index_added(&t->raw, t->added, n_raw);
-    q3n__index_added(&t->normalized, t->added + n_raw, l->n_added - n_raw);
-    return Q3N_OK;
-}
-
-/* Also of a tokenizer that is half open, or zeroed. */
-static void q3n__tokenizer_close(q3n__tokenizer *t, const q3n_allocator *a)
-{
-    q3n__free(a, t->unicode);
-    q3n__free(a, t->pairs);
-    q3n__free(a, t->crowded);
-    q3n__free(a, t->added);
-    q3n__free(a, t->added_text);
-    q3n__free(a, t->flags);
-    memset(t, 0, sizeof *t);
-}
-
-/* Everything is NULL until it is made, so that q3n__tokenizer_close works from anywhere. */
-static q3n_result q3n__tokenizer_open(q3n__tokenizer *t, const q3n__tokenizer_params *p,
-                                      const q3n_allocator *a, q3n_error *err)
-{
-    q3n__tokenizer_layout l = { p, err, 0, 0, 0, NULL, 0 };
-    memset(t, 0, sizeof *t);
-    q3n_result r = q3n__tokenizer_split(t, &l);
-    if (r != Q3N_OK) goto done;
-    size_t bytes;
-    t->unicode = (q3n__unicode *)q3n__alloc(a, sizeof *t->unicode);
-    t->flags = (uint8_t *)q3n__alloc(a, l.n_tokens);
-    t->added = q3n__mul_size(sizeof *t->added, (size_t)l.n_added + 1, &bytes)
-                   ? (q3n__added *)q3n__alloc(a, bytes) : NULL;
-    if (!t->unicode || !t->flags || !t->added) {
-        r = q3n__fail(err, Q3N_ERR_MEMORY, -1, "tokenizer: out of memory for %u tokens",
-                      (unsigned)l.n_tokens);
-        goto done;
-    }
-    q3n__unicode_init(t->unicode);
-    r = q3n__tokenizer_check_tokens(t, &l);
-    if (r == Q3N_OK) r = q3n__tokenizer_add_merges(t, &l, a);
-    if (r == Q3N_OK) r = q3n__tokenizer_add_added(t, &l, a);
-done:
-    if (r != Q3N_OK) q3n__tokenizer_close(t, a);
-    return r;
-}
-
 /* ---- Public functions ---- */
 
-Q3N_DEF int q3n_model_n_tokens(const q3n_model *m) { return m ? (int)m->tokenizer.n_tokens : 0; }
+Q3N_DEF int q3n_model_n_tokens(const q3n_model *m)
+{
+    return m && m->tokenizer ? (int)m->tokenizer->n_tokens : 0;
+}
 
 /* One encoder on the stack; it allocates for long words and for text that NFC changes only. */
 Q3N_DEF q3n_result q3n_tokenize(const q3n_model *m, const char *text, size_t bytes, int flags,
@@ -7579,9 +7706,9 @@ Q3N_DEF q3n_result q3n_tokenize(const q3n_model *m, const char *text, size_t byt
     if (n) *n = 0;
     if (!m || !n || (!text && bytes) || (!ids && max)
         || (flags & ~(Q3N_TOKENIZE_NO_SPECIAL | Q3N_TOKENIZE_WHOLE))) return Q3N_ERR_ARG;
-    if (m->tokenizer.n_tokens == 0) return Q3N_ERR_UNSUPPORTED;
-    q3n__encoder e = { &m->tokenizer, (flags & Q3N_TOKENIZE_NO_SPECIAL) != 0,
-                       q3n__normalizer_begin(m->tokenizer.unicode, &m->allocator),
+    if (!m->tokenizer) return Q3N_ERR_UNSUPPORTED;
+    q3n__encoder e = { m->tokenizer, (flags & Q3N_TOKENIZE_NO_SPECIAL) != 0,
+                       q3n__normalizer_begin(m->tokenizer->unicode, &m->allocator),
                        { NULL, 0, 0 }, ids, max, 0 };
     const uint8_t *p = (const uint8_t *)text;
     if (flags & Q3N_TOKENIZE_PREFIX) q3n__emit_ids(&e, &m->prefix);
@@ -7600,14 +7727,13 @@ Q3N_DEF const char *q3n_token_text(const q3n_model *m, int32_t id, size_t *bytes
     const uint8_t *text;
     if (bytes) *bytes = 0;
     if (!m || !bytes) return NULL;
-    *bytes = id < 0 ? 0 : q3n__token_bytes(&m->tokenizer, (uint32_t)id, &text);
+    if (m->tokenizer && id >= 0) *bytes = q3n__token_bytes(m->tokenizer, (uint32_t)id, &text);
     return *bytes ? (const char *)text : NULL;
 }
 
 Q3N_DEF int q3n_token_is_special(const q3n_model *m, int32_t id)
 {
-    return m && id >= 0 && (uint32_t)id < m->tokenizer.n_tokens
-        && (m->tokenizer.flags[id] & Q3N__TOKEN_SPECIAL);
+    return id >= 0 && id < q3n_model_n_tokens(m) && (m->tokenizer->flags[id] & Q3N__TOKEN_SPECIAL);
 }
 
 /* A trial on a copy counts first: if out is too small, dec is as before and the id can be given
@@ -7620,7 +7746,8 @@ Q3N_DEF q3n_result q3n_detokenizer_next(q3n_detokenizer *dec, const q3n_model *m
     if (n) *n = 0;
     if (!dec || !m || !n || (!out && max) || dec->n_pending < 0 || dec->n_pending > 3)
         return Q3N_ERR_ARG;
-    if (!q3n__detokenizer_input(&m->tokenizer, dec, id, &text, &bytes)) return Q3N_ERR_ARG;
+    if (!m->tokenizer) return Q3N_ERR_UNSUPPORTED;
+    if (!q3n__detokenizer_input(m->tokenizer, dec, id, &text, &bytes)) return Q3N_ERR_ARG;
     q3n_detokenizer trial = *dec;
     *n = q3n__decode_bytes(&trial, text, bytes, NULL);
     if (*n > max) return Q3N_ERR_FULL;
@@ -7644,13 +7771,14 @@ Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t
 {
     if (n) *n = 0;
     if (!m || !n || (!ids && n_ids) || (!out && max)) return Q3N_ERR_ARG;
+    if (!m->tokenizer) return Q3N_ERR_UNSUPPORTED;
     for (int writing = 0; writing < 2; writing++) {
         q3n_detokenizer dec = { { 0 }, 0, 0 };
         size_t total = 0;
         for (size_t i = 0; i < n_ids; i++) {
             const uint8_t *text;
             size_t bytes;
-            if (!q3n__detokenizer_input(&m->tokenizer, &dec, ids[i], &text, &bytes)) {
+            if (!q3n__detokenizer_input(m->tokenizer, &dec, ids[i], &text, &bytes)) {
                 *n = 0;
                 return Q3N_ERR_ARG;
             }
@@ -7665,7 +7793,7 @@ Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t
 }
 
 /* =====================================================================================
- * [15] OPS                                                                      >>ops
+ * [17] OPS                                                                      >>ops
  *
  * Portable drivers over the kernel table: linear layers, rotary embedding, the merge of partial
  * softmaxes.  Each is one parallel region or less.  They know shapes and items of work, not the
@@ -7850,7 +7978,7 @@ static void q3n__attend_merge(q3n__softmax_partial *run, float *O, q3n__softmax_
 }
 
 /* =====================================================================================
- * [16] RUN                                                                      >>run
+ * [18] RUN                                                                      >>run
  *
  * What one pass over some tokens works with: the sessions' states, activations, and the small steps
  * that go over all rows.  One path serves one token and five hundred, of one session or of several:
@@ -8110,7 +8238,7 @@ static void q3n__embed(const q3n__run *r, const int32_t *tokens)
 }
 
 /* =====================================================================================
- * [17] ATTENTION                                                          >>attention
+ * [19] ATTENTION                                                          >>attention
  *
  * Grouped-query attention over pages of keys and values (q3n__attention, at the end).  g = H / K
  * query heads share a kv head, so their queries lie together and read each key and value once:
@@ -8412,7 +8540,7 @@ static void q3n__attention(q3n__run *r, const q3n__layer *w, int layer)
 }
 
 /* =====================================================================================
- * [18] DELTANET                                                            >>deltanet
+ * [20] DELTANET                                                            >>deltanet
  *
  * The gated delta rule with its convolution (q3n__deltanet, at the end), for runs that store their
  * states and for runs that leave them pending.
@@ -8778,7 +8906,7 @@ static void q3n__deltanet(q3n__run *r, const q3n__layer *w, int layer)
 }
 
 /* =====================================================================================
- * [19] MODEL                                                                  >>model
+ * [21] MODEL                                                                  >>model
  *
  * The forward pass, in the words and letters of the reference: feed-forward networks and experts,
  * layers, the trunk, multi-token prediction.  Knows no instruction set, no file, and of types only
@@ -9218,7 +9346,7 @@ static void q3n__logits(const q3n__run *r, const float *hidden, int n, float *lo
 }
 
 /* =====================================================================================
- * [20] CACHE                                                                  >>cache
+ * [22] CACHE                                                                  >>cache
  *
  * Snapshots by the text that led to them, for any number of threads.  An item is a text, in memory,
  * in a file, or both; items are sorted by length, so that one pass over a text finds the longest
@@ -9994,7 +10122,7 @@ Q3N_DEF q3n_result q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out)
 }
 
 /* =====================================================================================
- * [21] ENGINE                                                                >>engine
+ * [23] ENGINE                                                                >>engine
  *
  * What evaluates: threads, kernels and the scratch of one pass, in one allocation that is measured
  * first and then handed out.  A session makes one for itself, or many are given the same.  Options
@@ -10385,7 +10513,7 @@ static void q3n__engine_learn(q3n_engine *e, int rows, int64_t us)
 }
 
 /* =====================================================================================
- * [22] SAMPLER                                                              >>sampler
+ * [24] SAMPLER                                                              >>sampler
  *
  * Chooses the next token from logits.  Each filter keeps the tokens ranked before some place in
  * the order "larger first, lower id among equals", so finding that place takes a selection, not a
@@ -11130,7 +11258,7 @@ Q3N_DEF const q3n_error *q3n_sampler_error(const q3n_sampler *s)
 }
 
 /* =====================================================================================
- * [23] SESSION                                                              >>session
+ * [25] SESSION                                                              >>session
  *
  * Evaluation as transactions.  Between calls a session holds its text; a call works beside it -
  * in a second set of matrices, in slots of pages after the text, in pending rows - and ends with
@@ -11527,7 +11655,7 @@ static int32_t *q3n__session_text(const q3n_session *s, int n)
 }
 
 /* =====================================================================================
- * [24] MTP                                                                      >>mtp
+ * [26] MTP                                                                      >>mtp
  *
  * The model's multi-token-prediction module in a session: it follows the text a few rows late, and
  * drafts what may come next.  Whether drafts are right is no matter here.
@@ -11654,7 +11782,7 @@ static int q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, q
 }
 
 /* =====================================================================================
- * [25] CHECKPOINTS                                                      >>checkpoints
+ * [27] CHECKPOINTS                                                      >>checkpoints
  *
  * Snapshots of a session, into the cache and out of it: between calls, and in a call of what is
  * evaluated so far.
@@ -11811,7 +11939,7 @@ static void q3n__session_put_due(q3n_session *s, q3n_engine *e, int in_call, int
 }
 
 /* =====================================================================================
- * [26] EVALUATION                                                        >>evaluation
+ * [28] EVALUATION                                                        >>evaluation
  *
  * Tokens of one session or of many through the model, as one transaction of all.
  * ===================================================================================== */
@@ -12296,7 +12424,7 @@ static q3n_result q3n__batch_eval(q3n_engine *e, const q3n__items *items, const 
 }
 
 /* =====================================================================================
- * [27] REUSE                                                                  >>reuse
+ * [29] REUSE                                                                  >>reuse
  *
  * Going back, and prompts that begin as something does that is known.
  * ===================================================================================== */
@@ -12414,7 +12542,7 @@ static q3n_result q3n__session_prefill(q3n_session *s, const int32_t *tokens, in
 }
 
 /* =====================================================================================
- * [28] SPECULATION                                                      >>speculation
+ * [30] SPECULATION                                                      >>speculation
  *
  * Several tokens a pass: drafts come from the model's MTP module or from the text itself, one pass
  * of the trunk checks them, and what is rejected is forgotten like a cancelled call.  How many
@@ -12775,7 +12903,7 @@ static q3n_result q3n__session_draft(q3n_session *s, int32_t token, int32_t *dra
 }
 
 /* =====================================================================================
- * [29] PUBLIC                                                                >>public
+ * [31] PUBLIC                                                                >>public
  *
  * Public functions of models, sessions and engines: check, delegate.
  * ===================================================================================== */
@@ -12784,6 +12912,24 @@ static q3n_result q3n__model_options_read(q3n_model_options *o, const q3n_model_
 {
     const q3n_result r = q3n__struct_read(o, sizeof *o, in, "q3n_model_options", err);
     return r == Q3N_OK ? q3n__check_zero(o->zero, "q3n_model_options", err) : r;
+}
+
+Q3N_DEF void q3n_model_close(q3n_model *m)
+{
+    if (!m) return;
+    q3n__tokenizer_close(m->tokenizer, &m->allocator);
+    q3n__model_free(m);
+}
+
+/* Load the file that m->data is, and its tokenizer; on failure m is closed. */
+static q3n_result q3n__model_start(q3n_model **out, q3n_model *m, int skip_checksum,
+                                   q3n_error *err)
+{
+    q3n_result r = q3n__model_load(m, skip_checksum, err);
+    if (r == Q3N_OK) r = q3n__model_open_tokenizer(m, err);
+    if (r == Q3N_OK) *out = m;
+    else             q3n_model_close(m);
+    return r;
 }
 
 Q3N_DEF q3n_result q3n_model_open_memory(q3n_model **out, const void *data, size_t bytes,
@@ -12800,10 +12946,7 @@ Q3N_DEF q3n_result q3n_model_open_memory(q3n_model **out, const void *data, size
     if (r != Q3N_OK) return r;
     m->data = (const uint8_t *)data;
     m->bytes = bytes;
-    r = q3n__model_load(m, options.skip_checksum, err);
-    if (r == Q3N_OK) *out = m;
-    else             q3n__model_free(m);
-    return r;
+    return q3n__model_start(out, m, options.skip_checksum, err);
 }
 
 Q3N_DEF q3n_result q3n_model_open(q3n_model **out, const char *path, const q3n_model_options *o,
@@ -12828,13 +12971,8 @@ Q3N_DEF q3n_result q3n_model_open(q3n_model **out, const char *path, const q3n_m
     m->file = map.id;
     m->mapped = 1;
     q3n_error why_not;
-    r = q3n__model_load(m, options.skip_checksum, &why_not);
-    if (r == Q3N_OK) {
-        *out = m;
-        return r;
-    }
-    q3n__model_free(m);
-    return q3n__fail(err, r, why_not.offset, "%s: %s", path, why_not.message);
+    r = q3n__model_start(out, m, options.skip_checksum, &why_not);
+    return r == Q3N_OK ? r : q3n__fail(err, r, why_not.offset, "%s: %s", path, why_not.message);
 }
 
 Q3N_DEF q3n_result q3n_file_check(const char *path, q3n_error *err)
@@ -12844,11 +12982,6 @@ Q3N_DEF q3n_result q3n_file_check(const char *path, q3n_error *err)
     const q3n_result r = q3n__output_open(&o, path, NULL, err);
     if (r == Q3N_OK) q3n__output_close(&o, Q3N_ERR_CANCELLED, NULL);
     return r;
-}
-
-Q3N_DEF void q3n_model_close(q3n_model *m)
-{
-    if (m) q3n__model_free(m);
 }
 
 Q3N_DEF const q3n_config *q3n_model_config(const q3n_model *m)  { return m ? &m->config : NULL; }
@@ -12927,54 +13060,18 @@ Q3N_DEF const q3n_tensor *q3n_model_find_tensor(const q3n_model *m, const char *
     return m && name ? q3n__find_tensor(m, name) : NULL;
 }
 
-/* Progress is told every so many bytes. */
-#define Q3N__VERIFY_STEP ((size_t)16 << 20)
-
 Q3N_DEF q3n_result q3n_model_verify(const q3n_model *m, const q3n_progress *progress,
                                     q3n_error *err)
 {
     if (!m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model");
-    q3n__crc_table table;
-    q3n__crc_table_make(&table);
-    int64_t done = 0, total = 0;
-    const uint8_t *records = NULL;
-    size_t record = 0;
-    for (uint32_t i = 0; i < q3n__load_u32(m->data + 12); i++) {
-        const uint8_t *p = m->data + Q3N__HEADER_BYTES + (size_t)i * Q3N__SECTION_BYTES;
-        if (q3n__load_u32(p) == Q3N__SECTION_TENSORS) records = m->data + q3n__load_u64(p + 8);
-    }
-    record = q3n__load_u32(records + 4);
-    for (int i = 0; i < m->n_tensors; i++) total += m->tensors[i].bytes;
-    for (int i = 0; i < m->n_tensors; i++) {
-        const q3n_tensor *t = &m->tensors[i];
-        const size_t n_slices = t->n_dims == 3 ? (size_t)t->dim[0] : 1,
-                     slice = (size_t)t->bytes / n_slices;
-        uint32_t crc = 0;
-        for (size_t k = 0; k < n_slices; k++)
-            for (size_t at = 0; at < slice; at += Q3N__VERIFY_STEP) {
-                const size_t count = slice - at < Q3N__VERIFY_STEP ? slice - at : Q3N__VERIFY_STEP;
-                crc = q3n__crc32_with(&table, crc, (const uint8_t *)t->data + k * t->stride + at,
-                                      count);
-                done += (int64_t)count;
-                if (progress && progress->report && progress->report(progress->user, done, total))
-                    return q3n__fail(err, Q3N_ERR_CANCELLED, -1, "cancelled");
-            }
-        const uint32_t expected = q3n__load_u32(records + 8 + (size_t)i * record + 64);
-        if (crc != expected)
-            return q3n__fail(err, Q3N_ERR_CHECKSUM, t->offset,
-                             "%s: checksum is %08x, expected %08x: the file "
-                             "is damaged",
-                             t->name, crc, expected);
-    }
-    return Q3N_OK;
+    return q3n__model_verify(m, progress, err);
 }
 
 Q3N_DEF q3n_result q3n_model_stats_get(const q3n_model *m, q3n_model_stats *out)
 {
     if (!m || !out) return Q3N_ERR_ARG;
-    q3n_model_stats stats = Q3N_INIT(q3n_model_stats);
-    stats.file_bytes = (int64_t)m->bytes;
-    for (int i = 0; i < m->n_tensors; i++) q3n__stats_add(&stats, &m->config, &m->tensors[i]);
+    q3n_model_stats stats;
+    q3n__stats_make(m, &stats);
     return q3n__struct_write(out, sizeof stats, &stats);
 }
 
@@ -13396,7 +13493,7 @@ Q3N_DEF q3n_result q3n_session_speculation(const q3n_session *s, q3n_speculation
 }
 
 /* =====================================================================================
- * [30] KERNELS, SCALAR: the definition                               >>kernels-scalar
+ * [32] KERNELS, SCALAR: the definition                               >>kernels-scalar
  *
  * Written from the equations; every other ISA is tested against these.  Operands, strides and what
  * may alias stand with the structs in TYPES; here is what the numbers are.
@@ -14081,7 +14178,7 @@ static Q3N__UNUSED void q3n__conv_shift(const q3n__conv *c)
 }
 
 /* =====================================================================================
- * [31] KERNELS, AVX2                                                   >>kernels-avx2
+ * [33] KERNELS, AVX2                                                   >>kernels-avx2
  *
  * How the sections of AVX2, AVX-512 and NEON work.  An element of a product has one accumulator
  * vector that walks the columns in steps of one vector; a shorter last step reads zeros after the
@@ -14960,7 +15057,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [32] KERNELS, AVX-512                                              >>kernels-avx512
+ * [34] KERNELS, AVX-512                                              >>kernels-avx512
  *
  * As the AVX2 section, with vectors of 16, masks for all widths and 32 registers: tiles are wider,
  * so a weight that was loaded serves 6 tokens and not 3.  Sums of float products go over 16 lanes
@@ -15582,7 +15679,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [33] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
+ * [35] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
  *
  * Quantised matrices.  A vector of weights is 4 columns of 16 rows, so 16 lanes are 16 rows: four
  * activations are broadcast, multiplied and added to the lanes' 32-bit sums by one instruction
@@ -15829,7 +15926,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [34] KERNELS, NEON                                                   >>kernels-neon
+ * [36] KERNELS, NEON                                                   >>kernels-neon
  *
  * Baseline AArch64: no extension is asked for, so there is no target region.  32 registers of four
  * floats allow wider tiles than those of AVX2.  There are no masked loads: tails go through four
@@ -16578,7 +16675,7 @@ static void q3n__bind_neon(q3n__kernels *k)
 #endif
 
 /* =====================================================================================
- * [35] DISPATCH: one row per ISA                                           >>dispatch
+ * [37] DISPATCH: one row per ISA                                           >>dispatch
  *
  * Which kernels a table gets: names, what this machine has, binding.  The only code that knows all
  * ISAs; everything before it knows q3n__kernels_init, q3n_isa_best and the table.  Nothing is

@@ -40,10 +40,11 @@ ROOMS = (
     ("api", 950, ("api",), None),
     ("ground", 2100, ("platform", "memory", "errors", "files", "parallel"),
      r"q3n_model\b|q3n_session|q3n__layer|q3n_config\b|Q3N_TYPE_"),
-    ("formats", 3050, ("types", "tensors", "config", "loader", "state",
-                       "session-files"),
+    ("formats", 3050, ("types", "tensors", "config", "model-files", "loader",
+                       "state", "session-files"),
      r"q3n__engine|q3n__run\b|q3n__pool\b"),
-    ("words", 4500, ("unicode", "tokenizer"),       # JSON, chat, constraints are to come
+    # JSON, chat and constraints are to come.
+    ("words", 4500, ("unicode", "vocabulary", "tokenizer"),
      r"q3n_session|q3n__engine|q3n__run\b|q3n__layer|Q3N_TYPE_"),
     ("model", 1700, ("ops", "run", "attention", "deltanet", "model"),
      r"q3n_session\b|q3n__engine|q3n__file|q3n__input|q3n__output|Q3N_TYPE_|Q3N_ISA_"),
@@ -66,8 +67,7 @@ MAX_LINES = 18000
 
 # Functions that are used before their bodies: why that cannot be otherwise.
 FORWARD = {"q3n__weight": "kernels close the file, single values of a matrix are asked for before",
-           "q3n__kernels_init": "kernels close the file, the engine asks for their table",
-           "q3n__tokenizer_close": "the loader frees what the tokenizer made"}
+           "q3n__kernels_init": "kernels close the file, the engine asks for their table"}
 
 # What nobody in the field says, and what we say instead: names and sentences of the library and
 # of the programs.

@@ -1333,11 +1333,11 @@ static void q3n__writer_stats(const q3n__writer *w, q3n_model_stats *out)
         const q3n__writer_tensor *from = &w->tensors[i];
         q3n_tensor t;
         memset(&t, 0, sizeof t);
-        t.name = from->item.name;
         t.type = from->type;
         memcpy(t.dim, from->item.dim, sizeof t.dim);
         t.bytes = from->slice_bytes * (from->item.n_dims == 3 ? t.dim[0] : 1);
-        q3n__stats_add(&stats, w->o.config, &t);
+        q3n__stats_count(&stats, &t);
+        q3n__stats_read(&stats, w->o.config, &from->item, &t);
     }
     q3n__struct_write(out, sizeof stats, &stats);
 }
