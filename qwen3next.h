@@ -308,7 +308,7 @@ extern "C" {
     X(ERR_ARG,          -1, "argument out of range")                                    \
     X(ERR_MEMORY,       -2, "out of memory")                                            \
     X(ERR_IO,           -3, "cannot read or write the file")                            \
-    X(ERR_FORMAT,       -4, "not a valid model file")                                   \
+    X(ERR_FORMAT,       -4, "not a valid file of its kind")                             \
     X(ERR_CHECKSUM,     -5, "checksum does not match: the file is damaged")             \
     X(ERR_UNSUPPORTED,  -6, "not supported by this version or this model")              \
     X(ERR_FULL,         -7, "context is full")                                          \
@@ -939,11 +939,13 @@ Q3N_DEF q3n_result q3n_file_check(const char *path, q3n_error *err);
 typedef struct q3n_cache_options {       /* begin with Q3N_INIT; zero = default                  */
     size_t      size;
     size_t      max_bytes;               /* snapshots and the pages they hold, each page once; the
-                                            least recently used go first, unmarked before marked */
+                                            least recently used go first, unmarked before marked;
+                                            0 = 1 GiB                                            */
     const char *directory;               /* NULL = none.  What leaves the memory goes there, also
                                             when the cache is destroyed, and is found again; the
                                             directory must exist                                 */
-    int64_t     max_directory_bytes;     /* 0 = no bound; the oldest files go first              */
+    int64_t     max_directory_bytes;     /* 0 = no bound; the oldest files go first.  Of a directory
+                                            with more than 65,536 the others are not counted     */
     q3n_logger  logger;                  /* a directory that fails is a warning, never an error  */
 } q3n_cache_options;
 
@@ -953,14 +955,19 @@ typedef struct q3n_cache_stats {         /* begin with Q3N_INIT                 
     int     n_entries;
     int     n_files;                     /* in the directory                                     */
     int64_t file_bytes;
-    int64_t n_hits, n_misses;            /* calls of q3n_session_prefill, _reuse and _rewind that
-                                            began at a snapshot of the cache; at the empty text  */
-    int64_t n_evicted;
-    int64_t n_own;                       /* such calls that went on from the session's own text,
-                                            as a chat does that only grows; with hits and misses
-                                            all calls, but for _rewind to 0 or to where it is    */
+    int64_t n_hits;                      /* calls of q3n_session_prefill, _reuse and _rewind that
+                                            began at a snapshot of the cache                     */
+    int64_t n_misses;                    /* ... that began at the empty text                     */
+    int64_t n_evicted;                   /* snapshots that left the memory to make room          */
+    int64_t n_own;                       /* ... that went on from the session's own text, as a
+                                            chat does that only grows.  Calls that go back to 0,
+                                            or to where the session is, are not counted          */
 } q3n_cache_stats;
 
+/* Sessions find in it what sessions of the same kv_type, snapshot_type and instruction set put
+ * there, in this process or, by the directory, in others: with another instruction set the numbers
+ * of a state would differ in their last bits, and so would a text, by who came first.
+ * Errors: Q3N_ERR_ARG, _MEMORY, _THREAD. */
 Q3N_DEF q3n_result q3n_cache_create(q3n_cache **out, const q3n_model *m,
                                     const q3n_cache_options *o, q3n_error *err);
 Q3N_DEF void       q3n_cache_destroy(q3n_cache *c);    /* NULL is allowed; after its sessions */
@@ -2154,8 +2161,8 @@ static int q3n__cpu_has(q3n_isa isa) { return Q3N__ARM64 && isa == Q3N_ISA_NEON;
 /* =====================================================================================
  * [3] MEMORY                                                                 >>memory
  *
- * Sizes that cannot wrap, unaligned little-endian reads, the host's allocator, an arena that lays
- * out one allocation, sorting, CRC-32, a hash of 64 bits.
+ * Sizes that cannot wrap, unaligned little-endian reads, UTF-8, the host's allocator, an arena that
+ * lays out one allocation, buffers that grow, sorting, CRC-32, a hash of 64 bits.
  *
  * Later code may assume that what q3n__alloc or an arena gives starts at a multiple of 64 bytes,
  * and that nothing here is global: any thread may call any of it.  Knows nothing of files, models
@@ -2164,8 +2171,9 @@ static int q3n__cpu_has(q3n_isa isa) { return Q3N__ARM64 && isa == Q3N_ISA_NEON;
 
 /* ---- Sizes and reads ----
  *
- * Both return 0, and leave *out alone, where size_t does not hold the result.  The loads exist
- * because the numbers of a file may lie at any byte: a cast would be undefined there. */
+ * q3n__mul_size and _add_size return 0, and leave *out as it is, where size_t does not hold the
+ * result.  The loads exist because the numbers of a file may lie at any byte: reading them through
+ * a pointer of their type would be undefined there. */
 static int q3n__mul_size(size_t a, size_t b, size_t *out)
 {
     if (b != 0 && a > SIZE_MAX / b) return 0;
@@ -2186,45 +2194,108 @@ static uint64_t q3n__load_u64(const void *p) { uint64_t v; memcpy(&v, p, 8); ret
 static int64_t  q3n__load_i64(const void *p) { int64_t  v; memcpy(&v, p, 8); return v; }
 static double   q3n__load_f64(const void *p) { double   v; memcpy(&v, p, 8); return v; }
 
+/* ---- UTF-8 ----
+ *
+ * Valid are the sequences of Unicode 3.9, table 3-7: no overlong forms, no surrogates, nothing
+ * beyond U+10FFFF.
+ *
+ *     lead    00-7F   C2-DF   E0 (A0-BF)  E1-EC  ED (80-9F)  EE-EF   F0 (90-BF)  F1-F3  F4 (80-8F)
+ *     bytes   1       2       3, second byte within brackets, else 80-BF   4, the same */
+
+/* Bytes of the character that begins with lead; 0 if none does. */
+static int q3n__utf8_bytes(uint8_t lead)
+{
+    if (lead < 0x80) return 1;
+    if (lead < 0xC2 || lead > 0xF4) return 0;
+    return lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+}
+
+/* May b be byte n (1 .. 3) of the character that begins with lead? */
+static int q3n__utf8_continues(uint8_t lead, int n, uint8_t b)
+{
+    if (n == 1 && lead == 0xE0) return b >= 0xA0 && b <= 0xBF;
+    if (n == 1 && lead == 0xED) return b >= 0x80 && b <= 0x9F;
+    if (n == 1 && lead == 0xF0) return b >= 0x90 && b <= 0xBF;
+    if (n == 1 && lead == 0xF4) return b >= 0x80 && b <= 0x8F;
+    return (b & 0xC0) == 0x80;
+}
+
+/* Decode the character at p < end.  Returns its bytes, 1 to 4, or 0 if there is no valid one, or
+ * only its beginning; *cp is then the first byte. */
+static int q3n__utf8_decode(const uint8_t *p, const uint8_t *end, uint32_t *cp)
+{
+    const int n = q3n__utf8_bytes(p[0]);
+    *cp = p[0];
+    if (n < 2) return n;
+    if (end - p < n) return 0;
+    uint32_t c = p[0] & (0x7Fu >> n);
+    for (int i = 1; i < n; i++) {
+        if (!q3n__utf8_continues(p[0], i, p[i])) return 0;
+        c = c << 6 | (p[i] & 0x3Fu);
+    }
+    *cp = c;
+    return n;
+}
+
+/* cp as UTF-8 to out [4]; returns the bytes written, 1 .. 4.  cp is no surrogate, nor
+ * beyond U+10FFFF. */
+static int q3n__utf8_encode(uint8_t *out, uint32_t cp)
+{
+    if (cp < 0x80) {
+        out[0] = (uint8_t)cp;
+        return 1;
+    }
+    const int n = cp < 0x800 ? 2 : cp < 0x10000 ? 3 : 4;
+    for (int i = n - 1; i > 0; i--, cp >>= 6) out[i] = (uint8_t)(0x80 | (cp & 0x3F));
+    out[0] = (uint8_t)((0xF00u >> n & 0xF0u) | cp);
+    return n;
+}
+
 /* ---- Allocation ----
  *
- * Hosts promise malloc's alignment only, kernels want 64 bytes; a block therefore knows where it
+ * Hosts promise malloc's alignment only, kernels want 64 bytes; so each allocation knows where it
  * began:
  *
  *     base          p - 16              p, a multiple of 64
  *     | 0 .. 63     | base, total       | bytes that were asked for ...
- *                     q3n__block_head
+ *                     q3n__alloc_head
  *
- * total is what the host's free is told, as q3n_allocator promises.  That costs 80 bytes
- * a block (64-bit machines): no caller allocates for each token. */
+ * total is what the host's free is told, as q3n_allocator promises.  That costs 80 bytes each time
+ * (64-bit machines): no caller allocates for each token. */
 #define Q3N__ALIGN 64
 
 typedef struct {
     void  *base;
     size_t bytes;
-} q3n__block_head;
+} q3n__alloc_head;
 
-/* NULL = no memory, or a size that cannot be.  The bytes are not zeroed.  a NULL or without
- * functions: malloc. */
+/* What q3n__alloc asks of the host for so many bytes; for accounts: sizes that exist. */
+static size_t q3n__with_head(size_t bytes)
+{
+    return bytes + Q3N__ALIGN + sizeof(q3n__alloc_head);
+}
+
+/* NULL = no memory, or more bytes than size_t holds with the head.  They are not zeroed.  a NULL or
+ * without functions: malloc. */
 static void *q3n__alloc(const q3n_allocator *a, size_t bytes)
 {
     size_t total;
-    if (!q3n__add_size(bytes, Q3N__ALIGN + sizeof(q3n__block_head), &total)) return NULL;
+    if (!q3n__add_size(bytes, Q3N__ALIGN + sizeof(q3n__alloc_head), &total)) return NULL;
     void *base = a && a->alloc ? a->alloc(a->user, total) : malloc(total);
     if (!base) return NULL;
-    const uintptr_t first = (uintptr_t)base + sizeof(q3n__block_head);
+    const uintptr_t first = (uintptr_t)base + sizeof(q3n__alloc_head);
     uint8_t *p = (uint8_t *)base + ((first + Q3N__ALIGN - 1) / Q3N__ALIGN * Q3N__ALIGN
                                     - (uintptr_t)base);
-    const q3n__block_head head = { base, total };
+    const q3n__alloc_head head = { base, total };
     memcpy(p - sizeof head, &head, sizeof head);
     return p;
 }
 
-/* memory from q3n__alloc with the same allocator, or NULL. */
+/* memory is of q3n__alloc with the same allocator, or NULL. */
 static void q3n__free(const q3n_allocator *a, void *memory)
 {
     if (!memory) return;
-    q3n__block_head head;
+    q3n__alloc_head head;
     memcpy(&head, (uint8_t *)memory - sizeof head, sizeof head);
     if (a && a->alloc) (a->free)(a->user, head.base, head.bytes);
     else               free(head.base);
@@ -2258,6 +2329,31 @@ static void *q3n__arena_take(q3n__arena *a, size_t count, size_t elem)
     void *p = a->base ? a->base + a->used : NULL;
     a->used = (end + Q3N__ALIGN - 1) / Q3N__ALIGN * Q3N__ALIGN;
     return p;
+}
+
+/* ---- Buffers: arrays whose length nobody knows before ---- */
+
+/* Bytes that grow, twofold, so that appending n bytes copies at most 2 n; data is aligned for any
+ * element.  Whoever holds one frees data with the allocator that made it. */
+typedef struct {
+    uint8_t *data;
+    size_t   bytes, capacity;
+} q3n__buffer;
+
+/* Make room for more bytes.  0 = out of memory, the content stays. */
+static int q3n__reserve(q3n__buffer *b, size_t more, const q3n_allocator *a)
+{
+    if (b->capacity - b->bytes >= more) return 1;
+    size_t capacity = b->capacity < 256 ? 256 : b->capacity;
+    while (capacity - b->bytes < more)
+        if (!q3n__mul_size(capacity, 2, &capacity)) return 0;
+    uint8_t *data = (uint8_t *)q3n__alloc(a, capacity);
+    if (!data) return 0;
+    if (b->bytes) memcpy(data, b->data, b->bytes);
+    q3n__free(a, b->data);
+    b->data = data;
+    b->capacity = capacity;
+    return 1;
 }
 
 /* ---- Sorting and searching what comes from files ---- */
@@ -2343,7 +2439,7 @@ static uint32_t q3n__crc32_with(const q3n__crc_table *c, uint32_t crc, const voi
 }
 
 /* The table is made anew each call (about 10 microseconds): there is no writable global to hold it
- * in.  Long runs of small blocks make it once and use q3n__crc32_with. */
+ * in.  Callers with many small pieces make it once and use q3n__crc32_with. */
 static uint32_t q3n__crc32(uint32_t crc, const void *data, size_t bytes)
 {
     q3n__crc_table c;
@@ -2362,10 +2458,10 @@ static uint32_t q3n__crc32(uint32_t crc, const void *data, size_t bytes)
  *             x ^ x >> 31
  * Every step is a bijection of the lane and of the word: no change of one word goes unseen.
  *
- * For damage and for finding equal texts, not against forgery: who writes a file can make its hash.
+ * For damage and for finding equal texts, not against forgery: anyone can make a hash that fits.
  * Eight lanes, because a step is a multiplication that waits for the one before it in its lane: 17
  * GB/s in plain C on one core, 14 with four lanes (gcc 12 -O2); CRC-32 above is an eighth of that.
- * The lanes are local variables in q3n__hash_blocks so that they stay in registers. */
+ * The lanes are local variables in q3n__hash_lines so that they stay in registers. */
 #define Q3N__GOLDEN 0x9E3779B97F4A7C15ull
 
 /* A bijection of 64-bit words whose outputs for consecutive inputs look independent. */
@@ -2391,7 +2487,7 @@ static void q3n__hash_begin(q3n__hash *h, uint64_t seed)
     h->bytes = 0;
 }
 
-static void q3n__hash_blocks(q3n__hash *h, const uint8_t *p, size_t n)   /* n of 64 bytes */
+static void q3n__hash_lines(q3n__hash *h, const uint8_t *p, size_t n)   /* lines of 64 bytes */
 {
     uint64_t a = h->lane[0], b = h->lane[1], c = h->lane[2], d = h->lane[3];
     uint64_t e = h->lane[4], f = h->lane[5], g = h->lane[6], i = h->lane[7];
@@ -2414,17 +2510,17 @@ static void q3n__hash_add(q3n__hash *h, const void *data, size_t bytes)
 {
     Q3N_ASSERT(h->bytes % 64 == 0);
     const size_t whole = bytes / 64 * 64;
-    q3n__hash_blocks(h, (const uint8_t *)data, whole / 64);
+    q3n__hash_lines(h, (const uint8_t *)data, whole / 64);
     if (whole < bytes) {
         uint8_t last[64] = { 0 };
         memcpy(last, (const uint8_t *)data + whole, bytes - whole);
-        q3n__hash_blocks(h, last, 1);
+        q3n__hash_lines(h, last, 1);
     }
     h->bytes += bytes;
 }
 
 /* The lanes in order, so that words exchanged between lanes do not cancel.  bytes tells texts apart
- * that differ only in zeros at their end, with which the last block is filled up. */
+ * that differ only in zeros at their end, with which the last line is filled up. */
 static uint64_t q3n__hash_end(const q3n__hash *h)
 {
     uint64_t x = q3n__mix64(h->bytes ^ h->seed);
@@ -2454,30 +2550,6 @@ static uint64_t q3n__hash_of(uint64_t seed, const void *data, size_t bytes)
  * Later code may assume that %s takes any bytes of a file up to a 0, and that what it says first
  * and last arrives.  Knows nothing of files and models.
  * ===================================================================================== */
-
-/* Decode the character at p < end.  Returns its bytes, 1 to 4, or 0 if there is no valid UTF-8:
- * overlong forms, surrogates, numbers beyond U+10FFFF and unfinished characters are invalid.  *cp
- * is then the byte itself.  Valid are the sequences of Unicode 3.9, table 3-7:
- *
- *     lead    00-7F   C2-DF   E0 (A0-BF)  E1-EC  ED (80-9F)  EE-EF   F0 (90-BF)  F1-F3  F4 (80-8F)
- *     bytes   1       2       3, second byte within brackets, else 80-BF   4, the same */
-static int q3n__utf8_decode(const uint8_t *p, const uint8_t *end, uint32_t *cp)
-{
-    *cp = p[0];
-    if (p[0] < 0x80) return 1;
-    if (p[0] < 0xC2 || p[0] > 0xF4) return 0;
-    const int n = p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3 : 4;
-    if (end - p < n) return 0;
-    uint32_t c = p[0] & (0x7Fu >> n);
-    for (int i = 1; i < n; i++) {
-        if ((p[i] & 0xC0) != 0x80) return 0;
-        c = c << 6 | (p[i] & 0x3Fu);
-    }
-    if (n == 3 && (c < 0x800 || c >> 11 == 0x1B)) return 0;
-    if (n == 4 && (c < 0x10000 || c > 0x10FFFF)) return 0;
-    *cp = c;
-    return n;
-}
 
 /* Neither a control character (C0, DEL, C1: terminals obey them), nor a line or paragraph separator
  * (U+2028, 2029), nor one that overrides or isolates the direction of text (U+202A to 202E, 2066 to
@@ -2682,7 +2754,7 @@ static q3n_result q3n__check_zero(int zero, const char *name, q3n_error *err)
  * message, "PATH: cannot write: REASON".  After a failed write the others do nothing: a writer may
  * go on and look once, at the end.
  * Later code may assume that all of this links with Q3N_NO_STDIO too, where opening fails.  Knows
- * no format: bytes alone.
+ * no format, only bytes.
  * ===================================================================================== */
 typedef struct {
     q3n__file      file;
@@ -2802,7 +2874,7 @@ static q3n_result q3n__input_list(const char *path, const char *prefix, q3n__fil
 #define Q3N__PART_NAME     200           /* bytes of the file's name in the part's, of 255       */
 
 /* Where the path leads, and what is there; info is zeros if nothing is.  A file that may not be
- * written is not replaced either: rename asks for the permission of the directory alone. */
+ * written is not replaced either: rename asks only for the permission of the directory. */
 static int q3n__output_target(q3n__output *o, q3n__file_info *info)
 {
     const size_t bytes = strlen(o->path);
@@ -2861,8 +2933,8 @@ static q3n_result q3n__output_open(q3n__output *o, const char *path, const q3n__
     int code = q3n__output_target(o, &old);
     if (code == 0 && input && (old.id.volume || old.id.number)
         && old.id.volume == input->volume && old.id.number == input->number)
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "%s: is the file of the open model: give another"
-                         " name", path);
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "%s: is the file that is being read: give"
+                         " another name", path);
     if (code == 0) code = q3n__output_create(o, &old);
     return code ? q3n__file_fail(err, Q3N_ERR_IO, path, "cannot write", code) : Q3N_OK;
 }
@@ -4438,7 +4510,7 @@ typedef struct {
     size_t       meta_bytes;
     int          n_types, n_experts;     /* lengths of layer_types and layer_experts             */
     size_t       n_labels;               /* names in labels                                      */
-    uint8_t      seen[Q3N__N_OTHER_KEYS + Q3N__N_CONFIG_ROWS];   /* 1 = the key stood there      */
+    uint8_t      seen[Q3N__N_OTHER_KEYS + Q3N__N_CONFIG_ROWS];   /* 1 = the key has appeared     */
     q3n_error   *err;
 } q3n__load;
 
@@ -4516,12 +4588,12 @@ static q3n_result q3n__load_sections(q3n__load *ld)
         }
         if (ld->section[kind].data)
             return q3n__fail(ld->err, Q3N_ERR_FORMAT, (int64_t)at,
-                             "section of kind %u stands twice", kind);
+                             "section of kind %u appears twice", kind);
         ld->section[kind].data = p + offset;
         ld->section[kind].offset = (size_t)offset;
         ld->section[kind].bytes = (size_t)bytes;
     }
-    /* TOKENIZER alone may be missing. */
+    /* Only TOKENIZER may be missing. */
     static const char *const names[] = { "", "CONFIG", "TENSORS", "NAMES" };
     for (int kind = Q3N__SECTION_CONFIG; kind <= Q3N__SECTION_NAMES; kind++)
         if (!ld->section[kind].data)
@@ -4620,7 +4692,7 @@ static q3n_result q3n__load_layer_kinds(q3n__load *ld, const q3n__entry *e, unsi
 }
 
 /* Up to 16 ids.  Those around a text must be in the vocabulary (q3n__load_config): a session
- * evaluates them.  An end-of-text id that is not is never met. */
+ * evaluates them.  An end-of-text id outside it does no harm: no token is ever equal to it. */
 static q3n_result q3n__load_ids(q3n__load *ld, const q3n__entry *e, q3n__ids *out)
 {
     if (e->type != Q3N__VALUE_INT || e->n_values > Q3N__MAX_IDS)
@@ -4750,7 +4822,7 @@ static q3n_result q3n__load_other(q3n__load *ld, const q3n__entry *e, size_t key
     }
 }
 
-/* Unknown keys are ignored, however often they stand there; the others may stand once.  What has
+/* Unknown keys are ignored, however many; each of the others may appear once.  What has
  * been seen is an array of the known keys: comparing each with all before it would be quadratic in
  * a file of many. */
 static q3n_result q3n__load_entry(q3n__load *ld, const q3n__entry *e)
@@ -4760,7 +4832,7 @@ static q3n_result q3n__load_entry(q3n__load *ld, const q3n__entry *e)
     while (!row && key < Q3N__N_OTHER_KEYS && strcmp(q3n__other_keys[key], e->key) != 0) key++;
     if (key == Q3N__N_OTHER_KEYS) return Q3N_OK;
     const size_t number = row ? Q3N__N_OTHER_KEYS + (size_t)(row - q3n__config_rows) : key;
-    if (ld->seen[number]) return q3n__entry_error(ld, e, "each key once");
+    if (ld->seen[number]) return q3n__entry_error(ld, e, "it only once");
     ld->seen[number] = 1;
     return row ? q3n__load_field(ld, e, row) : q3n__load_other(ld, e, key);
 }
@@ -4955,7 +5027,7 @@ static q3n_result q3n__load_table_alloc(q3n__load *ld, uint32_t n)
     return Q3N_OK;
 }
 
-/* Sort the names; none may stand twice.  Records have record bytes and begin at byte `at`.  Equal
+/* Sort the names; none may appear twice.  Records have record bytes and begin at byte `at`.  Equal
  * names are neighbours once sorted, and the later record is the one that the message points at. */
 static q3n_result q3n__load_names(q3n__load *ld, int64_t at, uint32_t record)
 {
@@ -4966,7 +5038,7 @@ static q3n_result q3n__load_names(q3n__load *ld, int64_t at, uint32_t record)
         const q3n_tensor *t = m->by_name[i];
         if (strcmp(t->name, m->by_name[i - 1]->name) == 0)
             return q3n__fail(ld->err, Q3N_ERR_FORMAT, at + (t - m->tensors) * (int64_t)record,
-                             "%s: the name stands twice", t->name);
+                             "%s: the name appears twice", t->name);
     }
     return Q3N_OK;
 }
@@ -5391,8 +5463,9 @@ static uint8_t *q3n__kv_block(const q3n__kv_cache *kv, int layer, int block, int
 }
 
 /* Sizes that follow from the model and a session's options: states of one shape fit each other, and
- * those that differ in has_mtp alone too, for the module's layer is a page's last. */
+ * those too that differ only in has_mtp, since the module's layer is a page's last, or in isa. */
 typedef struct {
+    q3n_isa  isa;                /* whose bits they are, for caches; AUTO = not said             */
     q3n_type kv_type;
     int      has_mtp;            /* pages hold the MTP module's layer too                        */
     int      n_kv_layers, n_kv_heads, head_dim;
@@ -5452,7 +5525,7 @@ static q3n__page *q3n__page_alloc(const q3n_model *m, const q3n__shape *shape)
 {
     q3n__page *p = (q3n__page *)q3n__alloc(&m->allocator, shape->page_bytes);
     if (!p) return NULL;
-    memset(p, 0, shape->page_bytes);       /* what is never written goes into files as zeros */
+    memset(p, 0, shape->page_bytes);       /* slots that are never written are zeros in files */
     p->n_refs = 1;
     p->n_layers = shape->n_kv_layers;
     return p;
@@ -5910,7 +5983,7 @@ static q3n_result q3n__stream_raw(q3n__stream *s, void *data, size_t bytes)
 }
 
 /* A multiple of 64 bytes that counts for the hash: before it is written, after it is read. */
-static q3n_result q3n__stream_blocks(q3n__stream *s, void *data, size_t bytes)
+static q3n_result q3n__stream_hashed(q3n__stream *s, void *data, size_t bytes)
 {
     if (s->sink) q3n__hash_add(&s->hash, data, bytes);
     const q3n_result r = q3n__stream_raw(s, data, bytes);
@@ -5930,11 +6003,11 @@ static q3n_result q3n__stream_section(q3n__stream *s, void *data, size_t bytes)
     q3n_result r = Q3N_OK;
     for (size_t left = bytes - tail, count; left > 0 && r == Q3N_OK; left -= count, p += count) {
         count = left < Q3N__STREAM_STEP ? left : Q3N__STREAM_STEP;
-        r = q3n__stream_blocks(s, p, count);
+        r = q3n__stream_hashed(s, p, count);
     }
     if (tail == 0 || r != Q3N_OK) return r;
     if (s->sink) memcpy(last, p, tail);
-    r = q3n__stream_blocks(s, last, sizeof last);
+    r = q3n__stream_hashed(s, last, sizeof last);
     if (!s->sink && r == Q3N_OK) memcpy(p, last, tail);
     return r;
 }
@@ -5964,7 +6037,7 @@ static q3n_result q3n__stream_gap(q3n__stream *s, size_t bytes)
     q3n_result r = Q3N_OK;
     for (size_t count; bytes > 0 && r == Q3N_OK; bytes -= count) {
         count = bytes < sizeof zeros ? bytes : sizeof zeros;
-        r = q3n__stream_blocks(s, zeros, count);
+        r = q3n__stream_hashed(s, zeros, count);
     }
     return r;
 }
@@ -5988,7 +6061,6 @@ static q3n__page *q3n__snapshot_last_page(const q3n_snapshot *s)
 {
     q3n__page *p = q3n__page_alloc(s->model, &s->shape);
     if (!p) return NULL;
-    memset((uint8_t *)p + Q3N__PAGE_HEAD, 0, s->shape.page_bytes - Q3N__PAGE_HEAD);
     q3n__page_copy(&s->shape, p, s->page[s->n_pages - 1], s->length % Q3N__KV_BLOCK);
     return p;
 }
@@ -6165,11 +6237,11 @@ static q3n_result q3n__snapshot_open(q3n_snapshot **out, const q3n_model *m,
 /* =====================================================================================
  * [14] UNICODE                                                              >>unicode
  *
- * UTF-8, character classes and Normalization Form C for the tokenizer.  Bytes that are no UTF-8
- * count as characters of class OTHER, which normalisation leaves alone.  The tables are
- * printed by tools/unicode_tables.py and unpacked once per model: 14 KB of text become 60 KB.
+ * Character classes and Normalization Form C for the tokenizer.  Bytes that are no UTF-8 count as
+ * characters of class OTHER, which normalisation leaves as they are.  The tables are printed by
+ * tools/unicode_tables.py and unpacked once per model: 14 KB of text become 60 KB.
  *
- * Later code may assume that a character's class and its normalisation depend on the tables alone,
+ * Later code may assume that a character's class and its normalisation depend on the tables only,
  * not on the C library or a locale, and that both take any bytes.  Knows nothing of tokens.
  * ===================================================================================== */
 
@@ -6447,20 +6519,6 @@ static uint32_t q3n__char_props(const q3n__unicode *u, uint32_t cp)
     return u->run[i] & 1023;
 }
 
-/* cp as UTF-8 to out [4]; returns the bytes written, 1 .. 4.  cp is no surrogate: it comes from
- * q3n__utf8_decode or from the tables. */
-static int q3n__utf8_encode(uint8_t *out, uint32_t cp)
-{
-    if (cp < 0x80) {
-        out[0] = (uint8_t)cp;
-        return 1;
-    }
-    const int n = cp < 0x800 ? 2 : cp < 0x10000 ? 3 : 4;
-    for (int i = n - 1; i > 0; i--, cp >>= 6) out[i] = (uint8_t)(0x80 | (cp & 0x3F));
-    out[0] = (uint8_t)((0xF00u >> n & 0xF0u) | cp);
-    return n;
-}
-
 typedef struct {
     uint32_t cp;
     uint32_t props;
@@ -6494,31 +6552,6 @@ static const uint8_t *q3n__char_before(const uint8_t *begin, const uint8_t *p)
     for (int n = 1; n <= 4 && p - begin >= n; n++)
         if ((p[-n] & 0xC0) != 0x80) return q3n__utf8_decode(p - n, p, &cp) == n ? p - n : p - 1;
     return p - 1;
-}
-
-/* ---- Buffers ---- */
-
-/* Bytes that grow, twofold, so that appending n bytes copies at most 2 n; data is aligned for any
- * element.  Whoever holds one frees data with the allocator that made it. */
-typedef struct {
-    uint8_t *data;
-    size_t   bytes, capacity;
-} q3n__buffer;
-
-/* Make room for more bytes.  0 = out of memory, the content stays. */
-static int q3n__reserve(q3n__buffer *b, size_t more, const q3n_allocator *a)
-{
-    if (b->capacity - b->bytes >= more) return 1;
-    size_t capacity = b->capacity < 256 ? 256 : b->capacity;
-    while (capacity - b->bytes < more)
-        if (!q3n__mul_size(capacity, 2, &capacity)) return 0;
-    uint8_t *data = (uint8_t *)q3n__alloc(a, capacity);
-    if (!data) return 0;
-    if (b->bytes) memcpy(data, b->data, b->bytes);
-    q3n__free(a, b->data);
-    b->data = data;
-    b->capacity = capacity;
-    return 1;
 }
 
 /* ---- Normalization Form C ([UAX15]) ----
@@ -7632,18 +7665,6 @@ static q3n_result q3n__encode_text(q3n__encoder *e, const uint8_t *p, const uint
 
 static const char q3n__replacement[] = "\xEF\xBF\xBD";    /* U+FFFD */
 
-/* May b follow the unfinished character pending [n]?  After E0, ED, F0 and F4 not every
- * continuation byte may (overlong forms, surrogates, beyond U+10FFFF). */
-static int q3n__utf8_continues(const uint8_t *pending, int n, uint8_t b)
-{
-    const uint8_t lead = pending[0];
-    if (n == 1 && lead == 0xE0) return b >= 0xA0 && b <= 0xBF;
-    if (n == 1 && lead == 0xED) return b >= 0x80 && b <= 0x9F;
-    if (n == 1 && lead == 0xF0) return b >= 0x90 && b <= 0xBF;
-    if (n == 1 && lead == 0xF4) return b >= 0x80 && b <= 0x8F;
-    return (b & 0xC0) == 0x80;
-}
-
 /* Bytes after the `at` that out has already; returns how many it has then. */
 static size_t q3n__put(char *out, size_t at, const void *bytes, size_t n)   /* out NULL: count */
 {
@@ -7660,10 +7681,9 @@ static size_t q3n__decode_bytes(q3n_detokenizer *dec, const uint8_t *p, size_t b
     for (size_t i = 0; i < bytes; i++) {
         const uint8_t b = p[i];
         if (dec->n_pending > 0) {
-            if (q3n__utf8_continues(dec->pending, dec->n_pending, b)) {
-                const uint8_t lead = dec->pending[0];
+            if (q3n__utf8_continues(dec->pending[0], dec->n_pending, b)) {
                 dec->pending[dec->n_pending++] = b;
-                if (dec->n_pending < (lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4)) continue;
+                if (dec->n_pending < q3n__utf8_bytes(dec->pending[0])) continue;
                 n = q3n__put(out, n, dec->pending, (size_t)dec->n_pending);
                 dec->n_pending = 0;
                 continue;
@@ -7671,12 +7691,10 @@ static size_t q3n__decode_bytes(q3n_detokenizer *dec, const uint8_t *p, size_t b
             n = q3n__put(out, n, q3n__replacement, 3);
             dec->n_pending = 0;
         }
-        if (b < 0x80) {
-            n = q3n__put(out, n, &b, 1);
-        } else if (b >= 0xC2 && b <= 0xF4) {
-            dec->pending[dec->n_pending++] = b;
-        } else {
-            n = q3n__put(out, n, q3n__replacement, 3);
+        switch (q3n__utf8_bytes(b)) {
+        case 0:  n = q3n__put(out, n, q3n__replacement, 3); break;
+        case 1:  n = q3n__put(out, n, &b, 1); break;
+        default: dec->pending[dec->n_pending++] = b;
         }
     }
     return n;
@@ -9361,25 +9379,32 @@ static void q3n__logits(const q3n__run *r, const float *hidden, int n, float *lo
  *     chain(0) = Q3N__TEXT_START;  chain(i + 1) = step(chain(i), t_i);  text = mix(chain(length))
  *
  * One multiplication a token, as far as the longest item that could be found; the state after 512
- * tokens serves.  The way of an item:
+ * tokens serves.  The ways of an item, which is in one or two of these places, or is removed:
  *
- *     put            -> memory: its bytes count, a page that several snapshots hold counts once
- *     over max_bytes -> leaving: unmarked before marked, then the least recently used first
- *     drain          -> file, if there is a directory that has room; else gone
- *     find           -> a file is read, compared, put into memory again, and stays
- *     directory full -> the oldest file is deleted
+ *             put               drop                  drain, with a directory
+ *     nothing -----> in memory -------> leaving ---------------------------------> file
+ *                        ^                 '-- drain, without: removed              | |
+ *                        '-------------------- find: read, compared, stays a file --' |
+ *                                              make_room: the oldest is deleted ------'
+ *
+ *     drop    bytes > max_bytes: unmarked before marked, the least recently used first; off the
+ *             account at once
+ *     drain   write and release what was dropped: without the lock, by the thread that dropped it
+ *     touch   what a session would put is in memory: it counts as used now
+ *     hold, unhold   on the account and off it: bytes of snapshots and pages in memory, a page that
+ *             several snapshots hold counted once
  *
  * Eviction promises: whenever the lock is free, bytes <= max_bytes; a state that could never fit is
- * not taken, so it drives out no other; who has found a snapshot holds it, whatever leaves
- * meanwhile.  One lock is over everything but snapshots, which do not change: it is never held
- * while a file is read, written or deleted.  What a directory holds may be hostile, of another
+ * not taken, so it drives out no other; a caller that has found a snapshot holds it, whatever
+ * leaves meanwhile.  One lock is over everything but snapshots, which do not change: it is never
+ * held while a file is read, written or deleted.  What a directory holds may be hostile, of another
  * program, or gone the next moment: a file that does not serve is forgotten with a warning, and is
  * never an error of the session.  Knows snapshots and their shapes, and no session.
  * ===================================================================================== */
 /* One text of one kind of state: in memory (snap), on its way out (leaving), in a file (has_file),
  * any of them together; in none of them it is removed (q3n__cache_item_tidy). */
 typedef struct {
-    uint64_t      key;           /* of model, kv_type, MTP and type of the matrices              */
+    uint64_t      key;           /* q3n__cache_key: the kind of state                            */
     uint64_t      text;          /* hash of the tokens                                           */
     int           length;
     int           marked;
@@ -9405,8 +9430,9 @@ struct q3n_cache {
     uint64_t          model_hash;      /* for the names of files; 0 without a directory           */
     q3n__mutex        mutex;     /* for all below                                                */
     size_t            max_bytes, bytes;
+    q3n__buffer       memory;    /* of the items                                                 */
     q3n__cache_item  *items;     /* [n_items] by length, key, text                               */
-    int               n_items, items_room;
+    int               n_items;
     int               n_leaving;
     q3n__cache_page  *pages;     /* [page_room] hash table, at most half full                    */
     size_t            n_pages, page_room;
@@ -9419,18 +9445,22 @@ struct q3n_cache {
     const char       *directory; /* NULL = none                                                  */
 };
 
-/* What an allocation takes besides its bytes. */
-#define Q3N__CACHE_HEAD (Q3N__ALIGN + sizeof(q3n__block_head))
+/* max_bytes if the options do not say it. */
+#define Q3N__CACHE_BYTES ((size_t)1 << 30)
 
 /* ---- Texts ---- */
 
-/* States of one key can take one another's place: same model, type of keys and values, MTP layer or
- * not, and, where there is DeltaNet, type of the matrices.  A cache without a directory is of one
- * model alone (model_hash is 0). */
+/* States of one key can take one another's place: same model, instruction set, type of keys and
+ * values, MTP layer or not, and, where there is DeltaNet, type of the matrices.  The instruction
+ * set is in it because it decides the bits: where sessions or processes of several sets share a
+ * cache, a text must not depend on who was there first.  Only a file's name tells it, and that is
+ * not checked: numbers of another set are as sound.  model_hash is 0 without a directory: the cache
+ * is of one model. */
 static uint64_t q3n__cache_key(const q3n_cache *c, const q3n__shape *shape, q3n_type delta_type)
 {
     const int type = shape->delta_len ? (int)delta_type : 0;
-    return q3n__mix64(c->model_hash ^ q3n__mix64((uint64_t)shape->kv_type << 16
+    return q3n__mix64(c->model_hash ^ q3n__mix64((uint64_t)shape->isa << 24
+                                                 | (uint64_t)shape->kv_type << 16
                                                  | (uint64_t)shape->has_mtp << 8 | (uint64_t)type));
 }
 
@@ -9520,16 +9550,10 @@ static int q3n__cache_is(const q3n_cache *c, int i, int length, uint64_t key)
 /* Room for one more item; 0 = no memory, and everything is as it was. */
 static int q3n__cache_items_reserve(q3n_cache *c)
 {
-    if (c->n_items < c->items_room) return 1;
-    if (c->items_room > INT_MAX / 2) return 0;
-    const int room = c->items_room ? 2 * c->items_room : 16;
-    const q3n_allocator *a = &c->model->allocator;
-    q3n__cache_item *items = (q3n__cache_item *)q3n__alloc(a, (size_t)room * sizeof *items);
-    if (!items) return 0;
-    if (c->n_items) memcpy(items, c->items, (size_t)c->n_items * sizeof *items);
-    q3n__free(a, c->items);
-    c->items = items;
-    c->items_room = room;
+    c->memory.bytes = (size_t)c->n_items * sizeof *c->items;
+    if (c->n_items == INT_MAX
+        || !q3n__reserve(&c->memory, sizeof *c->items, &c->model->allocator)) return 0;
+    c->items = (q3n__cache_item *)(void *)c->memory.data;
     return 1;
 }
 
@@ -9614,15 +9638,21 @@ static void q3n__cache_page_remove(q3n_cache *c, size_t hole)
     c->n_pages--;
 }
 
-/* Put a snapshot's pages and bytes on the account; room for its pages is there.  A page costs what
- * was allocated for it, by the layers that it has room for, which the shape need not know. */
+/* What a page costs: what was allocated for it, by the layers that it has room for, which may be
+ * more than the shape of a snapshot says. */
+static size_t q3n__cache_page_bytes(const q3n_snapshot *s, int i)
+{
+    return q3n__with_head(q3n__page_bytes(&s->shape, s->page[i]->n_layers));
+}
+
+/* Put a snapshot's bytes and pages on the account; room for its pages is there. */
 static void q3n__cache_hold(q3n_cache *c, const q3n_snapshot *s)
 {
-    c->bytes += s->bytes + Q3N__CACHE_HEAD;
+    c->bytes += q3n__with_head(s->bytes);
     for (int i = 0; i < s->n_pages; i++) {
         q3n__cache_page *p = &c->pages[q3n__cache_page_slot(c, s->page[i])];
         if (!p->page) {
-            c->bytes += q3n__page_bytes(&s->shape, s->page[i]->n_layers) + Q3N__CACHE_HEAD;
+            c->bytes += q3n__cache_page_bytes(s, i);
             c->n_pages++;
             p->page = s->page[i];
             p->n = 0;
@@ -9631,14 +9661,14 @@ static void q3n__cache_hold(q3n_cache *c, const q3n_snapshot *s)
     }
 }
 
-/* Take them off again: a page when the last snapshot that holds it goes. */
+/* The reverse: a page goes off the account with the last snapshot that holds it. */
 static void q3n__cache_unhold(q3n_cache *c, const q3n_snapshot *s)
 {
-    c->bytes -= s->bytes + Q3N__CACHE_HEAD;
+    c->bytes -= q3n__with_head(s->bytes);
     for (int i = 0; i < s->n_pages; i++) {
         const size_t slot = q3n__cache_page_slot(c, s->page[i]);
         if (--c->pages[slot].n > 0) continue;
-        c->bytes -= q3n__page_bytes(&s->shape, s->page[i]->n_layers) + Q3N__CACHE_HEAD;
+        c->bytes -= q3n__cache_page_bytes(s, i);
         q3n__cache_page_remove(c, slot);
     }
 }
@@ -9647,11 +9677,11 @@ static void q3n__cache_unhold(q3n_cache *c, const q3n_snapshot *s)
  *
  * A file's name is its item: q3n-<key>-<text>-<length>.session, numbers of 16 hexadecimal digits
  * and one of decimal ones; nothing else is kept there, so several processes may use one directory.
- * A name is a claim: key, length and every token are checked when the file is read. */
+ * A name is a hint: length, kind of state and every token are checked when the file is read. */
 #define Q3N__CACHE_PATH      4096
 #define Q3N__CACHE_NAME      64
 #define Q3N__CACHE_MAX_FILES 65536      /* that are taken note of                               */
-#define Q3N__CACHE_MAX_FILE_BYTES ((int64_t)1 << 46)   /* of each, so that their sum is a number */
+#define Q3N__CACHE_MAX_FILE_BYTES ((int64_t)1 << 46)   /* of each: then their sum fits 63 bits   */
 #define Q3N__CACHE_STALE      86400      /* seconds after which an unfinished file is abandoned  */
 
 static void q3n__cache_name(const q3n__cache_item *e, char name[Q3N__CACHE_NAME])
@@ -9928,16 +9958,16 @@ static void q3n__cache_drain(q3n_cache *c)
 /* ---- For sessions ---- */
 
 /* Take in a snapshot, unless its text is there; takes its own reference.  Where another text has
- * the same hash the newer one stays.  Any thread; fails silently without memory, or if it alone is
- * more than max_bytes: a cache is no promise to remember.  The loop ends: with everything but this
- * snapshot dropped, bytes is `alone`; and it is dropped itself if all others are marked. */
+ * the same hash the newer one stays.  Any thread.  Does nothing without memory, or if the snapshot
+ * by itself is more than max_bytes: a cache is no promise to remember.  The loop ends: with
+ * everything but this snapshot dropped, bytes is `alone`; and it is dropped itself if all others
+ * are marked. */
 static void q3n__cache_put(q3n_cache *c, q3n_snapshot *snap, int marked)
 {
     const uint64_t key = q3n__cache_key(c, &snap->shape, snap->delta_type);
     const uint64_t text = q3n__snapshot_text(snap);
-    size_t alone = snap->bytes + Q3N__CACHE_HEAD;
-    for (int i = 0; i < snap->n_pages; i++)
-        alone += q3n__page_bytes(&snap->shape, snap->page[i]->n_layers) + Q3N__CACHE_HEAD;
+    size_t alone = q3n__with_head(snap->bytes);
+    for (int i = 0; i < snap->n_pages; i++) alone += q3n__cache_page_bytes(snap, i);
     Q3N_ASSERT(snap->model == c->model);
     if (alone > c->max_bytes) return;
     q3n__mutex_lock(&c->mutex);
@@ -9989,17 +10019,18 @@ static int q3n__cache_touch(q3n_cache *c, const q3n__shape *shape, q3n_type delt
 }
 
 /* The longest item whose hash is that of the first tokens, more than min and at most n of them, of
- * equals the one under the first key; -1 = none.  One pass over the tokens, as far as there are
- * items.  Under the lock. */
+ * equals the one under the first key; -1 = none.  With files 0 it must be in memory.  One pass over
+ * the tokens, as far as there are items.  Under the lock. */
 static int q3n__cache_longest(const q3n_cache *c, const uint64_t key[2], const int32_t *tokens,
-                              int n, int min)
+                              int n, int min, int files)
 {
     uint64_t chain = Q3N__TEXT_START;
     int longest = -1, done = 0;
     for (int i = q3n__cache_lower(c, min + 1, 0, 0); i < c->n_items; i++) {
         const q3n__cache_item *e = &c->items[i];
         if (e->length > n) break;
-        if ((e->key != key[0] && e->key != key[1]) || (!e->snap && !e->has_file)) continue;
+        if ((e->key != key[0] && e->key != key[1]) || (!e->snap && !(files && e->has_file)))
+            continue;
         chain = q3n__text_chain(chain, tokens + done, e->length - done);
         done = e->length;
         if (q3n__mix64(chain) != e->text) continue;
@@ -10008,24 +10039,27 @@ static int q3n__cache_longest(const q3n_cache *c, const uint64_t key[2], const i
     return longest;
 }
 
-/* Files that a search looks into: those of a hostile directory may all hold something else. */
+/* Files that one search reads: a hostile directory may have one of each length, none of which holds
+ * what its name says. */
 #define Q3N__CACHE_TRIES 8
 
 /* The longest snapshot for this shape, of more than min and at most n tokens, whose text is a
- * prefix of tokens [n], with a reference for the caller; NULL = none.  Files are looked into where
- * they are longer than what is in memory; one that does not serve makes the search go on with
- * shorter items.  Counts a hit, or without one whether the caller begins at `min` tokens of its own
- * or at none.  The snapshot's shape may differ in has_mtp. */
+ * prefix of tokens [n], with a reference for the caller; NULL = none.  Its shape may differ in
+ * has_mtp.  A file is read where it is longer than what is in memory; if it does not serve, the
+ * search goes on with shorter items, after Q3N__CACHE_TRIES files with those in memory.
+ * n_hits counts what was found; else n_own the calls of sessions with `min` > 0 tokens of their own
+ * to go on from, n_misses the others. */
 static q3n_snapshot *q3n__cache_find(q3n_cache *c, const q3n__shape *shape, q3n_type delta_type,
                                      const int32_t *tokens, int n, int min)
 {
     uint64_t key[2];
     q3n_snapshot *snap = NULL;
+    int files = Q3N__CACHE_TRIES;
     q3n__cache_keys(c, shape, delta_type, key);
-    for (int max = n, tries = 0; !snap && tries < Q3N__CACHE_TRIES; tries++) {
+    for (int max = n; !snap;) {
         q3n__cache_item e;
         q3n__mutex_lock(&c->mutex);
-        const int i = q3n__cache_longest(c, key, tokens, max, min);
+        const int i = q3n__cache_longest(c, key, tokens, max, min, files);
         if (i >= 0) {
             e = c->items[i];
             if (e.snap && q3n__snapshot_is_prefix(e.snap, tokens, n)) {
@@ -10037,15 +10071,15 @@ static q3n_snapshot *q3n__cache_find(q3n_cache *c, const q3n__shape *shape, q3n_
         q3n__mutex_unlock(&c->mutex);
         if (i < 0) break;
         max = e.length - 1;
-        if (!snap && e.has_file) {
-            snap = q3n__cache_load(c, &e, shape, tokens);
-            if (snap) q3n__cache_put(c, snap, e.marked);
-        }
+        if (snap || !e.has_file || files == 0) continue;
+        files--;
+        snap = q3n__cache_load(c, &e, shape, tokens);
+        if (snap) q3n__cache_put(c, snap, e.marked);
     }
     q3n__mutex_lock(&c->mutex);
-    if (snap)           c->n_hits++;
+    if (snap)         c->n_hits++;
     else if (min > 0) c->n_own++;
-    else                c->n_misses++;
+    else              c->n_misses++;
     q3n__mutex_unlock(&c->mutex);
     return snap;
 }
@@ -10072,7 +10106,7 @@ Q3N_DEF q3n_result q3n_cache_create(q3n_cache **out, const q3n_model *m,
         return q3n__fail(err, Q3N_ERR_THREAD, -1, "no mutex");
     }
     c->model = m;
-    c->max_bytes = o.max_bytes;
+    c->max_bytes = o.max_bytes ? o.max_bytes : Q3N__CACHE_BYTES;
     c->max_directory_bytes = o.max_directory_bytes;
     c->logger = o.logger;
     if (o.directory) {
@@ -10103,7 +10137,7 @@ Q3N_DEF void q3n_cache_destroy(q3n_cache *c)
     if (!c) return;
     q3n_cache_clear(c);
     q3n__free(&c->model->allocator, c->pages);
-    q3n__free(&c->model->allocator, c->items);
+    q3n__free(&c->model->allocator, c->memory.data);
     q3n__mutex_free(&c->mutex);
     q3n__free(&c->model->allocator, c);
 }
@@ -13076,11 +13110,6 @@ Q3N_DEF q3n_result q3n_model_stats_get(const q3n_model *m, q3n_model_stats *out)
 }
 
 /* ---- Sessions ---- */
-static size_t q3n__with_head(size_t bytes)   /* what q3n__alloc asks of the allocator */
-{
-    return bytes + Q3N__ALIGN + sizeof(q3n__block_head);
-}
-
 /* A session's own engine serves no other, unless that gets on with the room of this one. */
 static q3n__engine_room q3n__own_engine_room(const q3n_session *s)
 {
@@ -13151,6 +13180,7 @@ Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
     q3n_result r = Q3N_OK;
     if (!s->engine) r = q3n__engine_make(&s->engine, m, &eo, q3n__own_engine_room(s), err);
     s->options.engine_options = s->options.engine || !s->engine ? NULL : &s->engine->options;
+    if (r == Q3N_OK) s->shape.isa = s->engine->options.isa;
     if (r == Q3N_OK) r = q3n__session_open_cache(s, err);
     if (r == Q3N_OK) *out = s;
     else             q3n_session_destroy(s);

@@ -779,8 +779,8 @@ static void test_input_is_output(void **state)
     assert_int_equal(link(model_path, in_folder(hard, "hard")), 0);
     const char *const paths[] = { model_path, spelled, soft, hard };
     for (int i = 0; i < COUNT(paths); i++) {
-        must_fail(0, paths[i], Q3N_ERR_ARG, "the open model");
-        must_fail(1, paths[i], Q3N_ERR_ARG, "the open model");
+        must_fail(0, paths[i], Q3N_ERR_ARG, "the file that is being read");
+        must_fail(1, paths[i], Q3N_ERR_ARG, "the file that is being read");
     }
     assert_int_equal(count_files(NULL), 2);
     char *again = get_file(model_path, &after);

@@ -406,7 +406,7 @@ static void test_sections(void **state)
     image f = fresh();
     size_t at = section_record(&f, 3);
     put_u32(&f, at, 1);
-    expect(f, Q3N_ERR_FORMAT, (int64_t)at, "kind 1 stands twice");
+    expect(f, Q3N_ERR_FORMAT, (int64_t)at, "kind 1 appears twice");
     f = with_section(&good, 900, 1, "abcdefg", 7);
     expect(f, Q3N_ERR_UNSUPPORTED, 64 + 3 * 32, "kind 900");
     f = with_section(&good, 0, 1, "abcdefg", 7);

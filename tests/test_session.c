@@ -1556,6 +1556,32 @@ static void test_cache_counts(void **state)
     q3n_model_close(m);
 }
 
+/* Bits are those of an instruction set, and so are the states of a cache. */
+static void test_cache_isa(void **state)
+{
+    if (q3n_isa_best() == Q3N_ISA_SCALAR) skip();
+    q3n_model *m = open_model((const char *)*state, NULL);
+    int32_t ids[60];
+    uint64_t rng = 44;
+    random_tokens(&rng, ids, COUNT(ids), q3n_model_config(m)->vocab_size);
+    q3n_engine_options eo = one_thread;
+    q3n_session_options o = plain_options(COUNT(ids));
+    const q3n_cache_options co = Q3N_INIT(q3n_cache_options);
+    assert_int_equal(q3n_cache_create(&o.cache, m, &co, NULL), Q3N_OK);
+    o.engine_options = &eo;
+    static const int reused[4] = { 0, 0, 40, 40 };       /* scalar, best, scalar, best */
+    for (int i = 0; i < 4; i++) {
+        int n_reused = -1;
+        eo.isa = i % 2 ? q3n_isa_best() : Q3N_ISA_SCALAR;
+        q3n_session *s = create_session(m, &o);
+        must(s, q3n_session_prefill(s, ids, 40, NULL, &n_reused), Q3N_OK);
+        assert_int_equal(n_reused, reused[i]);
+        q3n_session_destroy(s);
+    }
+    q3n_cache_destroy(o.cache);
+    q3n_model_close(m);
+}
+
 /* Texts with a common beginning, in several sessions: whoever comes later finds what is marked. */
 static void test_cache(void **state)
 {
@@ -1906,6 +1932,7 @@ int main(int argc, char **argv)
     };
     const struct CMUnitTest tests[] = {
         CASE(test_cache_counts, qwen3_next), CASE(test_cache_counts, qwen3_moe),
+        CASE(test_cache_isa, qwen3_next),
         CASE(test_cache, qwen3_moe),
         CASE(test_snapshot_every, qwen3_next),
         CASE(test_snapshot_every, qwen3_next_mtp),

@@ -987,8 +987,8 @@ static int has(q3n_cache *c, const q3n__shape *shape, int text, int n, int marke
 
 static size_t cost(const q3n__shape *shape, int length, int n_pages)
 {
-    return q3n__snapshot_measure(shape, Q3N_TYPE_F32, length, 0) + Q3N__CACHE_HEAD
-         + (size_t)n_pages * (shape->page_bytes + Q3N__CACHE_HEAD);
+    return q3n__with_head(q3n__snapshot_measure(shape, Q3N_TYPE_F32, length, 0))
+         + (size_t)n_pages * q3n__with_head(shape->page_bytes);
 }
 
 static void test_common_prefix(void **state)
@@ -1044,6 +1044,10 @@ static void test_longest(void **state)
     q3n__shape with_mtp = shape;
     with_mtp.has_mtp = 1;
     assert_false(has(c, &with_mtp, 0, 256, 0));
+    q3n__shape other_set = shape;                /* its numbers differ in their last bits */
+    other_set.isa = Q3N_ISA_NEON;
+    assert_false(has(c, &other_set, 0, 256, 0));
+    assert_int_equal(find(c, &other_set, 0, 256, 0), -1);
     int32_t tokens[256];
     tokens_of(0, tokens, 256);
     assert_null(q3n__cache_find(c, &shape, Q3N_TYPE_BF16, tokens, 256, 0));
@@ -1124,7 +1128,7 @@ static void test_budget(void **state)
             int64_t tables = 0;      /* what is not snapshots and pages */
             const void *table[] = { c, c->items, c->pages };
             for (int k = 0; k < COUNT(table); k++) {
-                q3n__block_head head;
+                q3n__alloc_head head;
                 memcpy(&head, (const uint8_t *)table[k] - sizeof head, sizeof head);
                 tables += (int64_t)head.bytes;
             }
@@ -1251,7 +1255,7 @@ static void test_cache_allocations(void **state)
         q3n_cache_destroy(c);
         assert_int_equal(h.live, live);
     }
-    assert_int_equal(failed, 6);         /* tables of 16, 32, 64 items; of 64, 128, 256 pages */
+    assert_int_equal(failed, 8);         /* 256, 512 .. 4096 bytes of items; 64, 128, 256 pages */
     h.fail_at = 0;
     for (int i = 0; i < COUNT(s); i++) q3n__snapshot_release(s[i]);
     close_model(&h, m);
@@ -1384,6 +1388,33 @@ static void test_damaged_files(void **state)
 }
 
 /* The name of a text's file is a pipe, a directory, a link to nowhere; empty; other names. */
+/* A search reads a bounded number of files, and then goes on with what is in memory. */
+static void test_many_damaged_files(void **state)
+{
+    (void)state;
+    host h;
+    char path[12][300], *directory = new_directory();
+    q3n_model *m = open_model(&h, "qwen3_next");
+    const q3n__shape shape = small_shape(Q3N_TYPE_F32);
+    q3n_cache *c = new_cache(&h, m, 0, directory, 0);
+    assert_true(c->max_bytes == (size_t)1 << 30);            /* the default */
+    for (int i = 0; i < COUNT(path); i++) put(c, &shape, 40, 101 + i, 0);
+    assert_int_equal(stats_of(c).n_entries, COUNT(path));
+    q3n_cache_destroy(c);
+    assert_int_equal(list_files(directory, path, COUNT(path)), COUNT(path));
+    for (int i = 0; i < COUNT(path); i++) write_file(path[i], "x", 1);
+    c = new_cache(&h, m, 0, directory, 0);
+    put(c, &shape, 40, 50, 0);
+    assert_int_equal(find(c, &shape, 40, 200, 0), 50);
+    assert_int_equal(h.warnings, Q3N__CACHE_TRIES);
+    assert_int_equal(stats_of(c).n_files, COUNT(path) - Q3N__CACHE_TRIES);
+    assert_int_equal(find(c, &shape, 40, 200, 50), -1);
+    assert_int_equal(stats_of(c).n_files, 0);
+    q3n_cache_destroy(c);
+    delete_directory(directory);
+    close_model(&h, m);
+}
+
 static void test_strange_files(void **state)
 {
     (void)state;
@@ -1646,6 +1677,7 @@ int main(void)
         cmocka_unit_test(test_cache_allocations),
         cmocka_unit_test(test_directory),
         cmocka_unit_test(test_damaged_files),
+        cmocka_unit_test(test_many_damaged_files),
         cmocka_unit_test(test_strange_files),
         cmocka_unit_test(test_no_directory),
         cmocka_unit_test(test_directory_bytes),
