@@ -10195,6 +10195,7 @@ typedef struct {
     q3n_session   *s;
     const int32_t *tokens;
     int            n, last;
+    int            item;              /* of the call                                              */
 } q3n__chunk;
 
 struct q3n_engine {
@@ -10213,7 +10214,7 @@ struct q3n_engine {
     float              *gathered;     /* [logit_rows, d] of a batch                               */
     float              *logits;       /* [logit_rows, vocab] of a batch                           */
     void               *split;        /* partial results of split attention, grows               */
-    q3n__atomic         cancel;       /* Q3N__IDLE, RUNNING or CANCELLED: a batch's request       */
+    q3n__atomic         cancel;       /* Q3N__IDLE, RUNNING or CANCELLED: the call under way      */
     q3n__costs          costs;
     q3n_error           error;
     q3n__chunk         *chunks;       /* [batch] of a pass                                        */
@@ -11341,9 +11342,6 @@ struct q3n_session {
     /* the call under way */
     q3n__state          state;        /* what the layers see                                      */
     int                 begun;        /* 1 = the work is in the other delta and conv              */
-    int                 in_batch;     /* 1 = in a batch's call: item, and tokens taken of it      */
-    int                 item, taken;
-    int                 seek_logits;  /* 1 = logits are those of the snapshot sought              */
     int                 deferred;     /* 1 = the MTP module reads this call's rows later          */
     float              *work_hidden;  /* [d] of token state.length - 1                            */
     int                 work_mtp;     /* as mtp_length                                            */
@@ -11484,10 +11482,10 @@ static int q3n__page_for_writing(q3n_session *s, int b, int used)
 }
 
 /* Pages for tokens [first, end), before any of them is evaluated. */
-static q3n_result q3n__session_reserve(q3n_session *s, q3n_engine *e, int first, int end)
+static q3n_result q3n__session_reserve(q3n_session *s, int first, int end)
 {
     int ok = 1;
-    q3n__engine_reserve(e, q3n__blocks_of(end));
+    q3n__engine_reserve(s->engine, q3n__blocks_of(end));
     for (int b = first / Q3N__KV_BLOCK; ok && b < q3n__blocks_of(end); b++)
         ok = q3n__page_for_writing(s, b, q3n__slots_of(first, b));
     return ok ? Q3N_OK
@@ -11534,10 +11532,9 @@ static void q3n__unread_drop(q3n_session *s, int n)
 
 /* ---- Transactions ---- */
 
-static void q3n__session_clear_counts(q3n_session *s)
+static size_t q3n__session_counts(const q3n_session *s)   /* of experts: [layer][E] */
 {
-    memset(s->counts, 0, (size_t)s->model->config.num_hidden_layers
-                         * (size_t)s->model->config.num_experts * sizeof *s->counts);
+    return (size_t)s->model->config.num_hidden_layers * (size_t)s->model->config.num_experts;
 }
 
 /* Back to nothing, as a new session is. */
@@ -11551,7 +11548,7 @@ static void q3n__session_clear(q3n_session *s)
         memset(s->delta[s->delta_now], 0, s->shape.delta_len * sizeof(float));
         memset(s->conv[s->conv_now], 0, s->shape.conv_len * sizeof(float));
     }
-    if (s->counts) q3n__session_clear_counts(s);
+    if (s->counts) memset(s->counts, 0, q3n__session_counts(s) * sizeof *s->counts);
     for (int b = 0; b < s->n_blocks; b++) {
         q3n__page *p = s->state.kv.page[b];
         if (!p || q3n__atomic_load(&p->n_refs) == 1) continue;
@@ -11566,19 +11563,19 @@ static int q3n__first_within(int first, int length)
     return first < length ? first : length > 0 ? length : 1;
 }
 
-static void q3n__session_flush(q3n_session *s, q3n_engine *e)
+static void q3n__session_flush(q3n_session *s)
 {
     s->state.delta = s->delta[s->delta_now];
-    q3n__flush(&e->run, &s->state, s->n_delta);
+    q3n__flush(&s->engine->run, &s->state, s->n_delta);
 }
 
 /* Begin a call after the session's text.  What a cancelled call did to the matrices is finished
  * first: it changes nothing that can be seen. */
-static void q3n__session_begin(q3n_session *s, q3n_engine *e)
+static void q3n__session_begin(q3n_session *s)
 {
     const size_t d = (size_t)s->shape.hidden_size;
     if (s->n_delta && memchr(s->state.pending.applied, 1, (size_t)s->n_delta))
-        q3n__session_flush(s, e);
+        q3n__session_flush(s);
     s->state.length = s->length;
     s->state.kv_valid = 0;
     s->state.lazy = 0;
@@ -11591,19 +11588,18 @@ static void q3n__session_begin(q3n_session *s, q3n_engine *e)
     if (s->unread.n > 0)
         memcpy(s->work_hidden, q3n__unread_row(s, s->unread.n - 1), d * sizeof(float));
     if (s->counts)
-        memset(s->state.expert_counts, 0, (size_t)s->model->config.num_hidden_layers
-               * (size_t)s->model->config.num_experts * sizeof *s->counts);
+        memset(s->state.expert_counts, 0, q3n__session_counts(s) * sizeof *s->counts);
 }
 
 /* The text becomes what was evaluated: its first n tokens if the call was lazy, all if n < 0. */
-static void q3n__session_commit(q3n_session *s, q3n_engine *e, int n)
+static void q3n__session_commit(q3n_session *s, int n)
 {
     q3n__state *st = &s->state;
     const int ran = st->length - s->length;
     const size_t d = (size_t)s->shape.hidden_size;
     if (n >= 0) st->length = s->length + n;
     if (st->lazy) {
-        if (n >= 0 && n < ran) q3n__conv_rewind(&e->run, st, s->n_delta, n);
+        if (n >= 0 && n < ran) q3n__conv_rewind(&s->engine->run, st, s->n_delta, n);
         s->conv_now ^= 1;
         st->pending.now ^= 1;
         st->pending.first = st->pending.n;
@@ -11615,11 +11611,8 @@ static void q3n__session_commit(q3n_session *s, q3n_engine *e, int n)
     }
     if (s->n_delta) memset(st->pending.applied, 0, (size_t)s->n_delta);
     if (s->has_saved) q3n__session_drop(s, s->saved_page);
-    if (s->counts && st->expert_counts) {               /* not in q3n__session_rewind */
-        const size_t n_counts = (size_t)s->model->config.num_hidden_layers
-                              * (size_t)s->model->config.num_experts;
-        for (size_t i = 0; i < n_counts; i++) s->counts[i] += st->expert_counts[i];
-    }
+    for (size_t i = 0; s->counts && st->expert_counts && i < q3n__session_counts(s); i++)
+        s->counts[i] += st->expert_counts[i];           /* NULL: what a rewind runs again */
     const int b = (st->length - 1) / Q3N__KV_BLOCK;
     if (n >= 0 && n < ran && st->length > 0) {          /* what was rejected may be written over */
         st->kv.page[b]->n_used = q3n__slots_of(st->length, b);
@@ -11697,9 +11690,10 @@ static int32_t *q3n__session_text(const q3n_session *s, int n)
 
 /* The MTP module over positions [first, first + n) of a session; see q3n__mtp_forward.  The last
  * chunk's rows are in run.a afterwards; returns the last one. */
-static const float *q3n__mtp_run(q3n_session *s, q3n_engine *e, const int32_t *tokens,
-                                 const float *hidden, int first, int n)
+static const float *q3n__mtp_run(q3n_session *s, const int32_t *tokens, const float *hidden,
+                                 int first, int n)
 {
+    q3n_engine *e = s->engine;
     const size_t d = (size_t)s->shape.hidden_size;
     q3n__state st = s->state;
     st.kv.skip = s->work_first;
@@ -11720,7 +11714,7 @@ static const float *q3n__mtp_run(q3n_session *s, q3n_engine *e, const int32_t *t
 }
 
 /* Keys of the module for all tokens of the text: afterwards one row of hidden is left. */
-static void q3n__mtp_flush(q3n_session *s, q3n_engine *e)
+static void q3n__mtp_flush(q3n_session *s)
 {
     int32_t tokens[Q3N__MAX_HIDDEN];
     const int n = s->unread.n - 1;
@@ -11730,14 +11724,16 @@ static void q3n__mtp_flush(q3n_session *s, q3n_engine *e)
         const int p = s->unread.mtp_length + i;
         tokens[i] = s->state.kv.page[p / Q3N__KV_BLOCK]->tokens[p % Q3N__KV_BLOCK];
     }
-    q3n__mtp_run(s, e, tokens, q3n__unread_row(s, 0), s->unread.mtp_length, n);
+    q3n__mtp_run(s, tokens, q3n__unread_row(s, 0), s->unread.mtp_length, n);
     q3n__unread_drop(s, n);
+    s->work_mtp = s->unread.mtp_length;
 }
 
 /* The module's keys of a pass's tokens, which begin at row0 of e->hidden's rows: each needs the row
  * before it, the first the session's work_hidden. */
-static void q3n__mtp_follow(q3n_session *s, q3n_engine *e, const int32_t *tokens, int row0, int n)
+static void q3n__mtp_follow(q3n_session *s, const int32_t *tokens, int row0, int n)
 {
+    q3n_engine *e = s->engine;
     const size_t d = (size_t)s->shape.hidden_size;
     const int p = s->state.length;                     /* before the pass */
     int first = s->work_mtp > p ? s->work_mtp : p;
@@ -11746,11 +11742,24 @@ static void q3n__mtp_follow(q3n_session *s, q3n_engine *e, const int32_t *tokens
         float *before = e->hidden + (size_t)row0 * d;  /* the row before row0: of another chunk */
         memcpy(e->row, before, d * sizeof(float));
         memcpy(before, s->work_hidden, d * sizeof(float));
-        q3n__mtp_run(s, e, tokens + (first - p), before + (size_t)(first - p) * d, first,
-                      p + n - first);
+        q3n__mtp_run(s, tokens + (first - p), before + (size_t)(first - p) * d, first,
+                     p + n - first);
         memcpy(before, e->row, d * sizeof(float));
     }
     if (s->work_mtp < p + n) s->work_mtp = p + n;
+}
+
+/* A module that is not asked does not follow the text: that would cost a share of a layer for each
+ * token.  Then it begins anew at the last rows, and sees no further back. */
+#define Q3N__MTP_RESTART 8
+
+static void q3n__mtp_restart(q3n_session *s)
+{
+    const int drop = s->unread.n - Q3N__MTP_RESTART;
+    if (drop <= 0) return;
+    q3n__unread_drop(s, drop);
+    s->work_first = s->unread.mtp_first = s->unread.mtp_length;
+    s->work_mtp = s->unread.mtp_length;
 }
 
 static int32_t q3n__largest_logit(const float *logits, int n)   /* the first of equals; no NaN */
@@ -11794,8 +11803,7 @@ static int q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, q
     const int rows = s->unread.n;                       /* the last is about `token` */
     q3n__session_copy_tokens(s, s->unread.mtp_length, rows - 1, tokens);
     tokens[rows - 1] = token;
-    const float *out = q3n__mtp_run(s, e, tokens, q3n__unread_row(s, 0), s->unread.mtp_length,
-                                    rows);
+    const float *out = q3n__mtp_run(s, tokens, q3n__unread_row(s, 0), s->unread.mtp_length, rows);
     q3n__unread_drop(s, rows - 1);
     s->work_mtp = s->length;
     for (int i = 0; i < n; i++) {
@@ -11810,7 +11818,7 @@ static int q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, q
         }
         after[i + 1] = draft[i].id;
         if (i + 1 < n)
-            out = q3n__mtp_run(s, e, &draft[i].id, s->draft_hidden, s->length + 1 + i, 1);
+            out = q3n__mtp_run(s, &draft[i].id, s->draft_hidden, s->length + 1 + i, 1);
     }
     return n;
 }
@@ -11854,13 +11862,13 @@ static void q3n__copy(q3n__pool *p, q3n__copy_arg arg)
 
 /* The state as a snapshot: of the text, or in a call of what is evaluated so far; with that of a
  * sampler, or of none (NULL).  NULL = no memory. */
-static q3n_snapshot *q3n__session_take(q3n_session *s, q3n_engine *e, q3n_type delta_type,
-                                       int in_call, const q3n_sampler *sampler)
+static q3n_snapshot *q3n__session_take(q3n_session *s, q3n_type delta_type, int in_call,
+                                       const q3n_sampler *sampler)
 {
     const q3n__shape *h = &s->shape;
     if (!in_call) {
-        q3n__session_flush(s, e);
-        q3n__mtp_flush(s, e);
+        q3n__session_flush(s);
+        q3n__mtp_flush(s);
     }
     q3n_snapshot *snap = q3n__snapshot_alloc(s->model, h, delta_type,
                                              in_call ? s->state.length : s->length,
@@ -11877,7 +11885,7 @@ static q3n_snapshot *q3n__session_take(q3n_session *s, q3n_engine *e, q3n_type d
                                  .to_f32 = bf16 ? NULL : (float *)snap->delta,
                                  .to_bf16 = bf16 ? (uint16_t *)snap->delta : NULL,
                                  .n = h->delta_len };
-    q3n__copy(&e->pool, copy);
+    q3n__copy(&s->engine->pool, copy);
     if (h->conv_len)
         memcpy(snap->conv, s->conv[s->conv_now ^ from], h->conv_len * sizeof(float));
     snap->mtp_first = q3n__first_within(in_call ? s->work_first : s->unread.mtp_first,
@@ -11893,7 +11901,7 @@ static q3n_snapshot *q3n__session_take(q3n_session *s, q3n_engine *e, q3n_type d
 
 /* Begin from a snapshot instead of the text; snap NULL = from nothing.  The pages are another
  * matter: q3n__session_adopt. */
-static void q3n__session_load_work(q3n_session *s, q3n_engine *e, const q3n_snapshot *snap)
+static void q3n__session_start(q3n_session *s, const q3n_snapshot *snap)
 {
     const q3n__shape *h = &s->shape;
     float *delta = s->delta[!s->delta_now], *conv = s->conv[!s->conv_now];
@@ -11913,14 +11921,20 @@ static void q3n__session_load_work(q3n_session *s, q3n_engine *e, const q3n_snap
     const q3n__copy_arg copy = { .from = bf16 ? NULL : (const float *)snap->delta,
                                  .from_bf16 = bf16 ? (const uint16_t *)snap->delta : NULL,
                                  .to_f32 = delta, .n = h->delta_len };
-    q3n__copy(&e->pool, copy);
+    q3n__copy(&s->engine->pool, copy);
     if (h->conv_len) memcpy(conv, snap->conv, h->conv_len * sizeof(float));
     memcpy(s->work_hidden, snap->hidden, (size_t)h->hidden_size * sizeof(float));
 }
 
+/* A call of its own, to begin with nothing and with no pages. */
+static void q3n__session_start_empty(q3n_session *s)
+{
+    q3n__session_start(s, NULL);
+    q3n__session_adopt(s, NULL, 0);
+}
+
 static q3n_result q3n__session_restore(q3n_session *s, const q3n_snapshot *snap)
 {
-    q3n_engine *e = s->engine;
     if (snap->model != s->model)
         return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "the snapshot is of another model");
     if (snap->shape.kv_type != s->shape.kv_type)
@@ -11930,10 +11944,10 @@ static q3n_result q3n__session_restore(q3n_session *s, const q3n_snapshot *snap)
     if (snap->length > s->options.capacity)
         return q3n__fail(&s->error, Q3N_ERR_FULL, -1, "the snapshot has %d tokens, the session "
                          "room for %d", snap->length, s->options.capacity);
-    q3n__session_begin(s, e);
-    q3n__session_load_work(s, e, snap);
+    q3n__session_begin(s);
+    q3n__session_start(s, snap);
     q3n__session_adopt(s, snap->page, snap->n_pages);
-    q3n__session_commit(s, e, -1);
+    q3n__session_commit(s, -1);
     s->has_logits = snap->has_logits;
     if (s->has_logits)
         memcpy(s->logits, snap->logits, (size_t)s->shape.vocab_size * sizeof(float));
@@ -11943,7 +11957,7 @@ static q3n_result q3n__session_restore(q3n_session *s, const q3n_snapshot *snap)
 }
 
 /* Put the state into the cache unless it is there.  0 = no memory. */
-static int q3n__session_put(q3n_session *s, q3n_engine *e, int in_call, int marked)
+static int q3n__session_put(q3n_session *s, int in_call, int marked)
 {
     const int n = in_call ? s->state.length : s->length;
     if (!s->cache || n == 0 || !s->model->config.causal) return 1;
@@ -11956,7 +11970,7 @@ static int q3n__session_put(q3n_session *s, q3n_engine *e, int in_call, int mark
                                        marked);
     q3n__free(&s->model->allocator, text);
     if (there) return 1;
-    q3n_snapshot *snap = q3n__session_take(s, e, s->options.snapshot_type, in_call, NULL);
+    q3n_snapshot *snap = q3n__session_take(s, s->options.snapshot_type, in_call, NULL);
     if (!snap) return 0;
     q3n__cache_put(s->cache, snap, marked);
     q3n__snapshot_release(snap);
@@ -11964,45 +11978,91 @@ static int q3n__session_put(q3n_session *s, q3n_engine *e, int in_call, int mark
 }
 
 /* Where snapshot_every wants one: in a call at its multiples, after a call that passed any. */
-static void q3n__session_put_due(q3n_session *s, q3n_engine *e, int in_call, int before)
+static void q3n__session_put_due(q3n_session *s, int in_call, int before)
 {
     const int every = s->options.snapshot_every;
     if (!s->cache || every <= 0) return;
     if (in_call ? s->state.length % every == 0 : s->length / every != before / every)
-        q3n__session_put(s, e, in_call, 0);
+        q3n__session_put(s, in_call, 0);
 }
 
 /* =====================================================================================
  * [28] EVALUATION                                                        >>evaluation
  *
- * Tokens of one session or of many through the model, as one transaction of all.
+ * Tokens of texts through the model.  Everything that evaluates is a call of items, from one
+ * session or from many; a session alone is a call of one item.  A call is one transaction of all
+ * its sessions:
+ *
+ *     q3n__call_begin    checks every item and begins its session     cancel: IDLE -> RUNNING
+ *     q3n__call_passes   until all items are done or the limit is reached
+ *                          plan      which sessions, how many tokens each: e->chunks
+ *                          reserve   pages for them
+ *                          pass      the forward over all their rows together
+ *                          collect   what the caller wants of the rows, before the next pass
+ *                                    writes over them
+ *                          put_due   snapshots at the multiples of snapshot_every
+ *     q3n__call_end      commits all sessions, or rolls all back      cancel: -> IDLE
+ *
+ * Until the end a text is what it was: passes work beside it (>>session), so to fail takes no more
+ * than to forget.  What is already with the caller then - rows of outputs - is undefined, as the
+ * manual says; snapshots that the cache has taken on the way stay there, for they are states of
+ * texts that were evaluated right.
+ *
+ * Calls of an engine follow one another on one thread; but cancel may come from any.  SPECULATION
+ * commits a part of its pass, and so has an end of its own.  Nobody else calls q3n__forward.
  * ===================================================================================== */
 
-/* ---- Calls ---- */
+/* What a call of one session gives besides the logits after its last token; NULL = not wanted.  All
+ * is the caller's memory, written as passes go. */
+typedef struct {
+    float      *all_logits;      /* [n, vocab] of the item's tokens                              */
+    float      *hidden;          /* [d] of the last token                                        */
+    float      *all_hidden;      /* [n, d]                                                       */
+    float      *pooled;          /* [d], zeros before the call                                   */
+    q3n_pooling pooling;
+    int         last;            /* which token pooling "last" reads                             */
+} q3n__wanted;
 
-/* One public function that evaluates is one call, from q3n__call_begin to q3n__call_end: requests
- * to cancel count between them.  The end comes before the commit, so that a call which took a
- * request is undone, and once more when the function returns, for calls that failed.  A call that
- * succeeds without it would have answered a request and gone on. */
-static void q3n__call_begin(q3n_session *s)
+/* The items are the caller's own array: no call allocates, however many they are.  `done` of an
+ * item changes with the commit alone. */
+typedef struct {
+    q3n_engine      *e;
+    q3n_engine_item *first;      /* n_items, stride bytes apart: their struct is as long as it is
+                                    in the caller's header                                       */
+    size_t           stride;
+    int              n_items;
+    int              n_begun;    /* the first of them, which the end is to touch                 */
+    int              alone;      /* 1 = one session's own call: errors are in its record         */
+    int              whole;      /* 1 = tokens are a text from its beginning, to be the session's;
+                                    0 = they follow what it has                                  */
+    const q3n_limit *limit;      /* NULL = none                                                  */
+    q3n__wanted      want;       /* if alone                                                     */
+} q3n__call;
+
+/* The fields that an item has had from the first: what it has beyond them may be missing. */
+#define Q3N__ITEM_MIN (offsetof(q3n_engine_item, logits) + sizeof(float *))
+
+static q3n_engine_item *q3n__item(const q3n__call *c, int i)
 {
-    q3n__atomic_store(&s->engine->cancel, Q3N__RUNNING);
-    q3n__atomic_store(&s->cancel, Q3N__RUNNING);
+    return (q3n_engine_item *)(void *)((uint8_t *)c->first + (size_t)i * c->stride);
 }
 
-static q3n_result q3n__call_end(q3n_session *s)
+/* Tokens [n] to a session alone. */
+static q3n_engine_item q3n__item_of(q3n_session *s, const int32_t *tokens, int n, float *logits)
 {
-    const int batch = q3n__leave(&s->engine->cancel), session = q3n__leave(&s->cancel);
-    return batch || session ? q3n__cancelled(&s->error) : Q3N_OK;
+    return (q3n_engine_item){ .size = sizeof(q3n_engine_item), .session = s, .tokens = tokens,
+                              .n = n, .logits = logits };
 }
 
-static q3n_result q3n__call_done(q3n_session *s, q3n_result r)
+static q3n__call q3n__call_alone(q3n_engine_item *it)
 {
-    q3n__leave(&s->engine->cancel);
-    q3n__leave(&s->cancel);
-    return r;
+    return (q3n__call){ .e = it->session->engine, .first = it, .stride = sizeof *it, .n_items = 1,
+                        .alone = 1 };
 }
 
+/* ---- What can be evaluated ---- */
+
+/* Tokens [n] after a text of `length`. */
 static q3n_result q3n__session_check(q3n_session *s, const int32_t *tokens, int n, int length)
 {
     const q3n_config *c = &s->model->config;
@@ -12038,6 +12098,138 @@ static q3n_result q3n__check_causal(q3n_session *s)
                      "the model attends both ways: its state cannot be continued");
 }
 
+/* ---- Items ---- */
+
+/* Items that are done already stay out of the call, even if their session is another's item. */
+static int q3n__item_is_in(const q3n__call *c, const q3n_engine_item *it)
+{
+    return c->alone || it->done < it->n;
+}
+
+/* How many of its tokens are evaluated, in calls before and in this one. */
+static int q3n__item_at(const q3n__call *c, const q3n_engine_item *it)
+{
+    const q3n_session *s = it->session;
+    return c->whole ? s->state.length : it->done + s->state.length - s->length;
+}
+
+static q3n_error *q3n__call_error(const q3n__call *c)
+{
+    return c->alone ? &c->first->session->error : &c->e->error;
+}
+
+/* A session has failed and said why; who called the engine is told there, with the item. */
+static q3n_result q3n__item_fail(const q3n__call *c, int i)
+{
+    const q3n_error *why = &q3n__item(c, i)->session->error;
+    return c->alone ? why->code
+                    : q3n__fail(&c->e->error, why->code, why->offset, "item %d: %s", i,
+                                why->message);
+}
+
+/* Whether item i can go on, and its session begun.  A session that is not IDLE has been begun by
+ * this same call: other calls of the engine have ended. */
+static q3n_result q3n__item_begin(q3n__call *c, int i)
+{
+    const q3n_engine_item *it = q3n__item(c, i);
+    q3n_session *s = it->session;
+    if (s->engine != c->e)
+        return q3n__fail(&c->e->error, Q3N_ERR_ARG, -1, "item %d: its session has another engine",
+                         i);
+    if (q3n__atomic_load(&s->cancel) != Q3N__IDLE)
+        return q3n__fail(q3n__call_error(c), Q3N_ERR_ARG, -1, "item %d: the session stands in "
+                         "another item too", i);
+    const int32_t *tokens = it->tokens ? it->tokens + it->done : NULL;
+    q3n_result r = c->alone ? Q3N_OK : q3n__check_causal(s);   /* batches may cut a text */
+    if (r == Q3N_OK) r = q3n__session_check(s, tokens, it->n - it->done, c->whole ? 0 : s->length);
+    if (r == Q3N_OK) r = q3n__check_head(s, it->logits || c->want.all_logits);
+    if (r != Q3N_OK) return q3n__item_fail(c, i);
+    q3n__atomic_store(&s->cancel, Q3N__RUNNING);
+    q3n__session_begin(s);
+    return Q3N_OK;
+}
+
+/* The text becomes what was evaluated.  A session that no pass came to is left as it is: its text
+ * may be a part of `tokens`, or the limit came first. */
+static void q3n__item_commit(const q3n__call *c, q3n_engine_item *it)
+{
+    q3n_session *s = it->session;
+    const int before = s->length, at = q3n__item_at(c, it);
+    if (!s->begun && !s->has_saved) return;
+    q3n__session_commit(s, -1);
+    it->done = at;
+    if (at == it->n && it->logits) {                    /* q3n__collect_logits has put them there */
+        s->has_logits = 1;
+        memcpy(it->logits, s->logits, (size_t)s->shape.vocab_size * sizeof *s->logits);
+    }
+    q3n__session_put_due(s, 0, before);
+}
+
+/* Pages for the next n tokens of item i.  Those whose keys and values are stored need none
+ * (q3n__session_seek).  To ask for the same pages again is to do nothing. */
+static q3n_result q3n__item_reserve(const q3n__call *c, int i, int n)
+{
+    q3n_session *s = q3n__item(c, i)->session;
+    const q3n__state *st = &s->state;
+    const int first = st->kv_valid > st->length ? st->kv_valid : st->length, end = st->length + n;
+    if (first >= end || q3n__session_reserve(s, first, end) == Q3N_OK) return Q3N_OK;
+    return q3n__item_fail(c, i);
+}
+
+/* ---- Begin and end ---- */
+
+/* From here on requests to cancel count.  The end comes before the commit, so that a call which
+ * took a request is undone: one that succeeds has taken none, and later ones are told that they
+ * came too late. */
+static q3n_result q3n__call_leave(q3n__call *c, q3n_result r)
+{
+    int cancelled = q3n__leave(&c->e->cancel);
+    for (int i = 0; i < c->n_begun; i++) {
+        const q3n_engine_item *it = q3n__item(c, i);
+        if (q3n__item_is_in(c, it) && q3n__leave(&it->session->cancel)) cancelled = 1;
+    }
+    return r == Q3N_OK && cancelled ? q3n__cancelled(q3n__call_error(c)) : r;
+}
+
+/* The end of every call that has begun: r is how it went. */
+static q3n_result q3n__call_end(q3n__call *c, q3n_result r)
+{
+    r = q3n__call_leave(c, r);
+    for (int i = 0; i < c->n_begun; i++) {
+        q3n_engine_item *it = q3n__item(c, i);
+        if (!q3n__item_is_in(c, it)) continue;
+        if (r == Q3N_OK) q3n__item_commit(c, it);
+        else             q3n__session_rollback(it->session);
+    }
+    return r;
+}
+
+/* Where it fails the call has ended: the item that is refused is not touched, those before it are
+ * rolled back. */
+static q3n_result q3n__call_begin(q3n__call *c)
+{
+    q3n_result r = Q3N_OK;
+    q3n__atomic_store(&c->e->cancel, Q3N__RUNNING);
+    for (c->n_begun = 0; c->n_begun < c->n_items; c->n_begun++) {
+        if (q3n__item_is_in(c, q3n__item(c, c->n_begun))) r = q3n__item_begin(c, c->n_begun);
+        if (r != Q3N_OK) return q3n__call_end(c, r);
+    }
+    return Q3N_OK;
+}
+
+/* Also of sessions that the pass under way leaves out: they stop it as well. */
+static int q3n__call_is_cancelled(const q3n__call *c)
+{
+    if (q3n__is_cancelled(&c->e->cancel)) return 1;
+    for (int i = 0; i < c->n_begun; i++) {
+        const q3n_engine_item *it = q3n__item(c, i);
+        if (q3n__item_is_in(c, it) && q3n__is_cancelled(&it->session->cancel)) return 1;
+    }
+    return 0;
+}
+
+/* ---- The plan of a pass ---- */
+
 /* How many of the next n tokens go into one pass: at most `max`, and no further than the next
  * point of snapshot_every. */
 static int q3n__session_stride(const q3n_session *s, int n, int max)
@@ -12048,21 +12240,74 @@ static int q3n__session_stride(const q3n_session *s, int n, int max)
     return n;
 }
 
-/* ---- Passes ---- */
+static int q3n__is_limited(const q3n_limit *limit)
+{
+    return limit && (limit->max_tokens > 0 || limit->max_microseconds > 0);
+}
 
-/* The final norms of a pass's rows. */
+/* The most rows that are expected to end in time, of a call that has evaluated `taken`; 0 = none.
+ * A first pass there always is: a bound below the cost of a token still gets that token. */
+static int q3n__call_rows(const q3n__call *c, int taken, int64_t elapsed)
+{
+    const q3n_engine *e = c->e;
+    const q3n_limit *limit = c->limit;
+    int rows = e->options.batch_size;
+    if (!q3n__is_limited(limit)) return rows;
+    if (limit->max_tokens > 0 && rows > limit->max_tokens - taken) rows = limit->max_tokens - taken;
+    if (limit->max_microseconds <= 0) return rows;
+    if (e->costs.pass[1] == 0.0 && e->costs.row == 0.0) return rows < 1 ? rows : 1;
+    const double left = (double)(limit->max_microseconds - elapsed);
+    while (rows > 1 && q3n__cost_of(&e->costs, rows) > left) rows /= 2;
+    if (taken > 0 && q3n__cost_of(&e->costs, 1) > left) return 0;
+    return rows;
+}
+
+/* Fill e->chunks with at most `rows` tokens: one of every item that is not done, then more of each
+ * in their order.  Returns the number of chunks.
+ *
+ *     items A: 1 left, B: 900 left, C: 1 left, rows 512      chunks A 1, B 510, C 1
+ *
+ * So sessions that decode go on while another one's prompt is read.  Where a pass has no room for
+ * one token of each, the engine remembers whose turn is next. */
+static int q3n__call_plan(const q3n__call *c, int rows)
+{
+    q3n_engine *e = c->e;
+    int n = 0, k = 0;
+    for (; k < c->n_items && n < rows; k++) {
+        const int i = (e->turn + k) % c->n_items;
+        const q3n_engine_item *it = q3n__item(c, i);
+        const int at = q3n__item_is_in(c, it) ? q3n__item_at(c, it) : it->n;
+        if (at >= it->n) continue;
+        e->chunks[n++] = (q3n__chunk){ it->session, it->tokens + at, 1, it->n - at == 1, i };
+    }
+    if (!c->alone) e->turn = k < c->n_items ? (e->turn + k) % c->n_items : 0;
+    rows -= n;
+    for (k = 0; k < n && rows > 0; k++) {
+        q3n__chunk *p = &e->chunks[k];
+        const q3n_engine_item *it = q3n__item(c, p->item);
+        const int left = it->n - q3n__item_at(c, it);
+        p->n = q3n__session_stride(p->s, left, rows + 1);
+        p->last = p->n == left;
+        rows -= p->n - 1;
+    }
+    return n;
+}
+
+/* ---- The pass ---- */
+
+/* The final norms of a pass's rows.  They stay until the next pass: an engine whose MTP module has
+ * run since, and used run.a itself, keeps them in `hidden`. */
 static const float *q3n__engine_rows(const q3n_engine *e)
 {
     return e->hidden ? e->hidden + e->model->config.hidden_size : e->run.a;
 }
 
 /* A pass has evaluated n tokens of s, rows from row0. */
-static void q3n__session_advance(q3n_session *s, q3n_engine *e, const int32_t *tokens, int row0,
-                                 int n)
+static void q3n__session_advance(q3n_session *s, const int32_t *tokens, int row0, int n)
 {
     q3n__state *st = &s->state;
     const size_t d = (size_t)s->shape.hidden_size;
-    const float *rows = q3n__engine_rows(e) + (size_t)row0 * d;
+    const float *rows = q3n__engine_rows(s->engine) + (size_t)row0 * d;
     const int end = st->length + n, first = st->kv_valid > st->length ? st->kv_valid : st->length;
     for (int p = first; p < end; p++)
         st->kv.page[p / Q3N__KV_BLOCK]->tokens[p % Q3N__KV_BLOCK] = tokens[p - st->length];
@@ -12072,7 +12317,7 @@ static void q3n__session_advance(q3n_session *s, q3n_engine *e, const int32_t *t
     if (s->deferred)
         memcpy(q3n__unread_row(s, s->unread.n), rows, (size_t)n * d * sizeof(float));
     else if (s->shape.has_mtp)
-        q3n__mtp_follow(s, e, tokens, row0, n);
+        q3n__mtp_follow(s, tokens, row0, n);
     memcpy(s->work_hidden, rows + (size_t)(n - 1) * d, d * sizeof(float));
     st->length = end;
     s->begun = 1;
@@ -12080,7 +12325,10 @@ static void q3n__session_advance(q3n_session *s, q3n_engine *e, const int32_t *t
 
 /* One pass over all chunks, at most batch_size tokens together; the sessions have begun and have
  * pages.  Afterwards q3n__engine_rows has the rows of all chunks, one after another.
- * Q3N_ERR_CANCELLED leaves the work undone: roll back. */
+ * Q3N_ERR_CANCELLED, of the engine or of a session of the pass, leaves the work undone: roll back.
+ *
+ * A session with more unread rows than its module's next run takes has them read first; not one
+ * whose text is being replaced, whose rows are of the text that it had. */
 static q3n_result q3n__engine_pass(q3n_engine *e, const q3n__chunk *chunk, int n_chunks)
 {
     q3n__run *r = &e->run;
@@ -12089,10 +12337,7 @@ static q3n_result q3n__engine_pass(q3n_engine *e, const q3n__chunk *chunk, int n
     for (int i = 0; i < n_chunks; i++) {
         q3n_session *s = chunk[i].s;
         q3n__session_point(s, chunk[i].n, chunk[i].last);
-        if (!s->deferred && !s->begun && !s->has_saved && s->unread.n > 1) {
-            q3n__mtp_flush(s, e);
-            s->work_mtp = s->unread.mtp_length;
-        }
+        if (!s->deferred && !s->begun && !s->has_saved) q3n__mtp_flush(s);
     }
     for (int i = 0; i < n_chunks; i++) {
         e->segments[i] = (q3n__segment){ &chunk[i].s->state, rows, chunk[i].n };
@@ -12108,31 +12353,122 @@ static q3n_result q3n__engine_pass(q3n_engine *e, const q3n__chunk *chunk, int n
     const size_t d = (size_t)e->model->config.hidden_size;
     if (e->hidden) memcpy(e->hidden + d, r->a, (size_t)rows * d * sizeof(float));
     for (int i = 0, row0 = 0; i < n_chunks; row0 += chunk[i++].n)
-        q3n__session_advance(chunk[i].s, e, chunk[i].tokens, row0, chunk[i].n);
+        q3n__session_advance(chunk[i].s, chunk[i].tokens, row0, chunk[i].n);
     q3n__engine_learn(e, rows, q3n__now() - start);
     return Q3N_OK;
 }
 
-/* ---- One session ---- */
+/* ---- Collectors: what the caller wants of a pass's rows ---- */
 
-/* Evaluate tokens [n] in the call under way; out is filled as far as it is wanted. */
-static q3n_result q3n__session_passes(q3n_session *s, const int32_t *tokens, int n,
-                                      const q3n_outputs *out)
+/* Add the rows of tokens [at, at + n) of the item to want.pooled: in f32 and by rising token, so
+ * that passes may cut the text anywhere. */
+static void q3n__collect_pooled(const q3n__call *c, const float *rows, int at, int n)
 {
-    q3n_engine *e = s->engine;
-    const size_t d = (size_t)s->shape.hidden_size, V = (size_t)s->shape.vocab_size;
-    for (int i = 0, count; i < n; i += count) {
-        count = q3n__session_stride(s, n - i, e->options.batch_size);
-        const q3n__chunk chunk = { s, tokens + i, count, i + count == n };
-        if (q3n__engine_pass(e, &chunk, 1) != Q3N_OK) return q3n__cancelled(&s->error);
-        const float *rows = q3n__engine_rows(e);
-        if (out->all_hidden)
-            memcpy(out->all_hidden + (size_t)i * d, rows, (size_t)count * d * sizeof *rows);
-        if (out->all_logits) q3n__logits(&e->run, rows, count, out->all_logits + (size_t)i * V);
-        if (i + count < n) q3n__session_put_due(s, e, 1, 0);
+    const q3n__wanted *w = &c->want;
+    const int d = c->e->model->config.hidden_size;
+    const float share = w->pooling == Q3N_POOLING_MEAN ? 1.0f / (float)c->first->n : 1.0f;
+    for (int t = 0; t < n; t++)
+        if (w->pooling == Q3N_POOLING_MEAN || (w->pooling == Q3N_POOLING_FIRST && at + t == 0)
+            || (w->pooling == Q3N_POOLING_LAST && at + t == w->last))
+            c->e->run.k->axpy(w->pooled, share, rows + (size_t)t * (size_t)d, d);
+}
+
+/* Of a session alone, whose chunk is the only one. */
+static void q3n__collect_rows(const q3n__call *c, const q3n__chunk *p)
+{
+    const q3n__wanted *w = &c->want;
+    const size_t d = (size_t)p->s->shape.hidden_size, V = (size_t)p->s->shape.vocab_size;
+    const size_t n = (size_t)p->n, at = (size_t)(q3n__item_at(c, c->first) - p->n);
+    const float *rows = q3n__engine_rows(c->e);
+    if (w->all_hidden) memcpy(w->all_hidden + at * d, rows, n * d * sizeof *rows);
+    if (w->all_logits) q3n__logits(&c->e->run, rows, p->n, w->all_logits + at * V);
+    if (w->pooled) q3n__collect_pooled(c, rows, (int)at, p->n);
+    if (w->hidden && p->last) memcpy(w->hidden, rows + (n - 1) * d, d * sizeof *rows);
+}
+
+/* The logits of rows that lie in e->gathered, to their sessions.  They are not the texts', until
+ * the call ends well. */
+static void q3n__give_logits(q3n_engine *e, q3n_session *const *to, int n)
+{
+    const size_t V = (size_t)e->model->config.vocab_size;
+    float *logits = n == 1 ? to[0]->logits : e->logits;
+    q3n__logits(&e->run, e->gathered, n, logits);
+    for (int i = 0; i < n; i++) {
+        if (n > 1) memcpy(to[i]->logits, logits + (size_t)i * V, V * sizeof *logits);
+        to[i]->has_logits = 0;
     }
+}
+
+/* The logits after items that this pass has ended, logit_rows at a time: the head, often a tenth of
+ * a model's bytes, is read once for all of them. */
+static void q3n__collect_logits(const q3n__call *c, int n_chunks)
+{
+    q3n_engine *e = c->e;
+    const size_t d = (size_t)e->model->config.hidden_size;
+    const float *row = q3n__engine_rows(e) - d;                /* after i: the last of chunk i */
+    q3n_session *to[Q3N__LOGIT_ROWS];
+    int n = 0;
+    for (int i = 0; i < n_chunks; i++) {
+        const q3n__chunk *p = &e->chunks[i];
+        row += (size_t)p->n * d;
+        if (!p->last || !q3n__item(c, p->item)->logits) continue;
+        memcpy(e->gathered + (size_t)n * d, row, d * sizeof *row);
+        to[n++] = p->s;
+        if (n < e->logit_rows) continue;
+        q3n__give_logits(e, to, n);
+        n = 0;
+    }
+    if (n > 0) q3n__give_logits(e, to, n);
+}
+
+/* ---- Passes ---- */
+
+/* A request that came during the pass is heard before the head is evaluated, which may take as long
+ * as several layers. */
+static q3n_result q3n__call_pass(const q3n__call *c, int n_chunks)
+{
+    q3n_engine *e = c->e;
+    for (int i = 0; i < n_chunks; i++) {
+        const q3n_result r = q3n__item_reserve(c, e->chunks[i].item, e->chunks[i].n);
+        if (r != Q3N_OK) return r;
+    }
+    if (q3n__call_is_cancelled(c) || q3n__engine_pass(e, e->chunks, n_chunks) != Q3N_OK
+        || q3n__call_is_cancelled(c)) return q3n__cancelled(q3n__call_error(c));
+    if (c->alone) q3n__collect_rows(c, e->chunks);
+    q3n__collect_logits(c, n_chunks);
+    for (int i = 0; i < n_chunks; i++)
+        if (!e->chunks[i].last) q3n__session_put_due(e->chunks[i].s, 1, 0);
     return Q3N_OK;
 }
+
+/* Without a limit it is known what will be evaluated: then all pages are there before the first
+ * pass, and a prompt that does not fit memory does not fail after minutes of work. */
+static q3n_result q3n__call_passes(q3n__call *c)
+{
+    const int64_t start = q3n__now();
+    int taken = 0;
+    for (int i = 0; i < c->n_items && !q3n__is_limited(c->limit); i++) {
+        const q3n_engine_item *it = q3n__item(c, i);
+        if (!q3n__item_is_in(c, it)) continue;
+        const q3n_result r = q3n__item_reserve(c, i, it->n - q3n__item_at(c, it));
+        if (r != Q3N_OK) return r;
+    }
+    for (;;) {
+        const int n_chunks = q3n__call_plan(c, q3n__call_rows(c, taken, q3n__now() - start));
+        if (n_chunks == 0) return Q3N_OK;
+        for (int i = 0; i < n_chunks; i++) taken += c->e->chunks[i].n;
+        const q3n_result r = q3n__call_pass(c, n_chunks);
+        if (r != Q3N_OK) return r;
+    }
+}
+
+static q3n_result q3n__call_eval(q3n__call *c)
+{
+    const q3n_result r = q3n__call_begin(c);
+    return r != Q3N_OK ? r : q3n__call_end(c, q3n__call_passes(c));
+}
+
+/* ---- One session ---- */
 
 /* The logits after the text, from what is kept of its last token. */
 static const float *q3n__session_last_logits(q3n_session *s)
@@ -12143,31 +12479,15 @@ static const float *q3n__session_last_logits(q3n_session *s)
     return s->logits;
 }
 
-/* The call is done: commit, give the last token's outputs, keep a snapshot where it is due. */
-static void q3n__session_finish(q3n_session *s, const q3n_outputs *out)
-{
-    const size_t d = (size_t)s->shape.hidden_size, V = (size_t)s->shape.vocab_size;
-    const int before = s->length;
-    q3n__session_commit(s, s->engine, -1);
-    if (out->hidden)
-        memcpy(out->hidden, q3n__unread_row(s, s->unread.n - 1), d * sizeof(float));
-    if (out->logits) memcpy(out->logits, q3n__session_last_logits(s), V * sizeof(float));
-    q3n__session_put_due(s, s->engine, 0, before);
-}
-
 static q3n_result q3n__session_eval(q3n_session *s, const int32_t *tokens, int n,
                                     const q3n_outputs *out)
 {
-    q3n_result r = q3n__session_check(s, tokens, n, s->length);
-    if (r == Q3N_OK) r = q3n__check_head(s, out->logits || out->all_logits);
-    if (r != Q3N_OK) return r;
-    q3n__session_begin(s, s->engine);
-    r = q3n__session_reserve(s, s->engine, s->length, s->length + n);
-    if (r == Q3N_OK) r = q3n__session_passes(s, tokens, n, out);
-    if (r == Q3N_OK) r = q3n__call_end(s);
-    if (r == Q3N_OK) q3n__session_finish(s, out);
-    else             q3n__session_rollback(s);
-    return r;
+    q3n_engine_item it = q3n__item_of(s, tokens, n, out->logits);
+    q3n__call c = q3n__call_alone(&it);
+    c.want.all_logits = out->all_logits;
+    c.want.hidden = out->hidden;
+    c.want.all_hidden = out->all_hidden;
+    return q3n__call_eval(&c);
 }
 
 /* The token that pooling "last" reads: the last that is no padding, the first if all are. */
@@ -12178,28 +12498,24 @@ static int q3n__last_token(const q3n_model *m, const int32_t *tokens, int n)
     return t;
 }
 
-/* Evaluate a text of n tokens; s->pooled becomes the hidden state that is classified. */
-static q3n_result q3n__classify_passes(q3n_session *s, const int32_t *tokens, int n)
+/* Evaluate a text of n tokens from nothing; it becomes the session's, and out [d] its hidden states
+ * pooled.  Counts of experts begin anew with it. */
+static q3n_result q3n__session_pool(q3n_session *s, const int32_t *tokens, int n,
+                                    q3n_pooling pooling, float *out)
 {
-    const q3n_config *c = &s->model->config;
-    q3n_engine *e = s->engine;
-    const size_t d = (size_t)c->hidden_size;
-    memset(s->pooled, 0, d * sizeof *s->pooled);
-    const int last = q3n__last_token(s->model, tokens, n);
-    for (int i = 0, count; i < n; i += count) {
-        count = n - i < e->options.batch_size ? n - i : e->options.batch_size;
-        const q3n__chunk chunk = { s, tokens + i, count, i + count == n };
-        if (q3n__engine_pass(e, &chunk, 1) != Q3N_OK) return q3n__cancelled(&s->error);
-        for (int t = 0; t < count; t++) {
-            const int wanted = c->pooling == Q3N_POOLING_MEAN
-                            || (c->pooling == Q3N_POOLING_FIRST && i + t == 0)
-                            || (c->pooling == Q3N_POOLING_LAST && i + t == last);
-            if (wanted)
-                e->run.k->axpy(s->pooled, c->pooling == Q3N_POOLING_MEAN ? 1.0f / (float)n : 1.0f,
-                               q3n__engine_rows(e) + (size_t)t * d, (int)d);
-        }
-    }
-    return Q3N_OK;
+    q3n_engine_item it = q3n__item_of(s, tokens, n, NULL);
+    q3n__call c = q3n__call_alone(&it);
+    c.whole = 1;
+    q3n_result r = q3n__call_begin(&c);
+    if (r != Q3N_OK) return r;
+    q3n__session_start_empty(s);
+    c.want = (q3n__wanted){ .pooled = out, .pooling = pooling,
+                            .last = q3n__last_token(s->model, tokens, n) };
+    memset(out, 0, (size_t)s->shape.hidden_size * sizeof *out);
+    r = q3n__call_end(&c, q3n__call_passes(&c));
+    if (r == Q3N_OK && s->counts)
+        memcpy(s->counts, s->state.expert_counts, q3n__session_counts(s) * sizeof *s->counts);
+    return r;
 }
 
 /* Scores from the pooled hidden state; a head over logits is linear in it, so it may pool first. */
@@ -12210,20 +12526,8 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
     if (c->num_labels == 0)
         return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1,
                          "the model has no classification head");
-    q3n_result r = q3n__session_check(s, tokens, n, 0);
+    const q3n_result r = q3n__session_pool(s, tokens, n, (q3n_pooling)c->pooling, s->pooled);
     if (r != Q3N_OK) return r;
-    q3n__session_begin(s, e);
-    q3n__session_load_work(s, e, NULL);
-    q3n__session_adopt(s, NULL, 0);
-    r = q3n__session_reserve(s, e, 0, n);
-    if (r == Q3N_OK) r = q3n__classify_passes(s, tokens, n);
-    if (r == Q3N_OK) r = q3n__call_end(s);
-    if (r != Q3N_OK) {
-        q3n__session_rollback(s);
-        return r;
-    }
-    if (s->counts) q3n__session_clear_counts(s);
-    q3n__session_commit(s, e, -1);
     const float *input = s->pooled;
     if (c->classifier_input == Q3N_CLASSIFIER_LOGITS) {
         q3n__logits(&e->run, s->pooled, 1, s->logits);
@@ -12238,253 +12542,75 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
 
 /* ---- Many sessions ---- */
 
-/* The fields that an item has had from the first: what it has beyond them may be missing. */
-#define Q3N__ITEM_MIN (offsetof(q3n_engine_item, logits) + sizeof(float *))
-
-/* The items of a call, whose stride is the size that the caller has of one. */
-typedef struct {
-    q3n_engine_item *first;
-    size_t           stride;
-    int              n;
-} q3n__items;
-
-static q3n_engine_item *q3n__item(const q3n__items *items, int i)
-{
-    return (q3n_engine_item *)(void *)((uint8_t *)items->first + (size_t)i * items->stride);
-}
-
-static q3n_result q3n__batch_fail(q3n_engine *e, const q3n_error *why, int item)
-{
-    return q3n__fail(&e->error, why->code, why->offset, "item %d: %s", item, why->message);
-}
-
-static int q3n__item_left(const q3n_engine_item *it) { return it->n - it->done; }
-
-/* Whether item i can go on, and its session begun. */
-static q3n_result q3n__batch_begin(q3n_engine *e, q3n_engine_item *it, int i)
-{
-    q3n_session *s = it->session;
-    const int n = q3n__item_left(it);
-    if (s->engine != e)
-        return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "item %d: its session has another engine", i);
-    if (s->in_batch)
-        return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "item %d: the session stands in another item "
-                         "too", i);
-    q3n_result r = q3n__check_causal(s);
-    if (r == Q3N_OK) r = q3n__session_check(s, it->tokens + it->done, n, s->length);
-    if (r == Q3N_OK) r = q3n__check_head(s, it->logits != NULL);
-    if (r != Q3N_OK) return q3n__batch_fail(e, &s->error, i);
-    q3n__session_begin(s, e);
-    q3n__atomic_store(&s->cancel, Q3N__RUNNING);
-    s->in_batch = 1;
-    s->taken = 0;
-    return Q3N_OK;
-}
-
-/* Fill e->chunks with at most `rows` tokens: one of every item that is not done, then more of each
- * in their order.  Returns the number of chunks. */
-static int q3n__batch_plan(q3n_engine *e, const q3n__items *items, int rows)
-{
-    int n = 0, k = 0;
-    for (; k < items->n && n < rows; k++) {
-        const int i = (e->turn + k) % items->n;
-        const q3n_engine_item *it = q3n__item(items, i);
-        q3n_session *s = it->session;
-        if (q3n__item_left(it) == 0) continue;
-        const int done = it->done + s->taken;
-        if (done == it->n) continue;
-        e->chunks[n++] = (q3n__chunk){ s, it->tokens + done, 1, it->n - done == 1 };
-        s->item = i;
-    }
-    e->turn = k < items->n ? (e->turn + k) % items->n : 0;    /* the others' turn comes next */
-    rows -= n;
-    for (k = 0; k < n && rows > 0; k++) {
-        q3n__chunk *p = &e->chunks[k];
-        const q3n_engine_item *it = q3n__item(items, p->s->item);
-        const int left = it->n - it->done - p->s->taken;
-        const int count = q3n__session_stride(p->s, left, rows + 1);
-        p->n = count;
-        p->last = count == left;
-        rows -= count - 1;
-    }
-    return n;
-}
-
-/* The most rows that are expected to end in time; 0 = none. */
-static int q3n__batch_rows(const q3n_engine *e, const q3n_limit *limit, int taken, int64_t elapsed)
-{
-    int rows = e->options.batch_size;
-    if (limit->max_tokens > 0 && rows > limit->max_tokens - taken) rows = limit->max_tokens - taken;
-    if (limit->max_microseconds <= 0) return rows;
-    if (e->costs.pass[1] == 0.0 && e->costs.row == 0.0) return rows < 1 ? rows : 1;
-    const double left = (double)(limit->max_microseconds - elapsed);
-    while (rows > 1 && q3n__cost_of(&e->costs, rows) > left) rows /= 2;
-    if (taken > 0 && q3n__cost_of(&e->costs, 1) > left) return 0;
-    return rows;
-}
-
-/* The logits of chunks that end their items, a few rows at a time, to their sessions. */
-static void q3n__batch_logits(q3n_engine *e, const q3n__items *items, int n_chunks)
-{
-    const size_t d = (size_t)e->model->config.hidden_size, V = (size_t)e->model->config.vocab_size;
-    const float *row = q3n__engine_rows(e) - d;
-    for (int i = 0, first = 0, n = 0; i <= n_chunks; i++) {
-        if (i == n_chunks || n == e->logit_rows) {
-            if (n > 0) q3n__logits(&e->run, e->gathered, n, e->logits);
-            for (int k = 0; first < i; first++) {
-                q3n_session *s = e->chunks[first].s;
-                if (!e->chunks[first].last || !q3n__item(items, s->item)->logits) continue;
-                memcpy(s->logits, e->logits + (size_t)k++ * V, V * sizeof(float));
-                s->has_logits = 0;                  /* not the text's, until the call ends well */
-            }
-            n = 0;
-        }
-        if (i == n_chunks) break;
-        row += (size_t)e->chunks[i].n * d;
-        if (e->chunks[i].last && q3n__item(items, e->chunks[i].s->item)->logits)
-            memcpy(e->gathered + (size_t)n++ * d, row, d * sizeof(float));
-    }
-}
-
-/* Pages, the pass, and the logits of items that it ends: q3n__engine_rows still has their rows, for
- * an engine whose MTP module has run since keeps them in e->hidden. */
-static q3n_result q3n__batch_pass(q3n_engine *e, const q3n__items *items, int n_chunks)
-{
-    for (int i = 0; i < n_chunks; i++) {
-        q3n_session *s = e->chunks[i].s;
-        const int from = s->state.length;
-        if (q3n__session_reserve(s, e, from, from + e->chunks[i].n) != Q3N_OK)
-            return q3n__batch_fail(e, &s->error, s->item);
-    }
-    if (q3n__engine_pass(e, e->chunks, n_chunks) != Q3N_OK) return q3n__cancelled(&e->error);
-    q3n__batch_logits(e, items, n_chunks);
-    for (int i = 0; i < n_chunks; i++) {
-        q3n_session *s = e->chunks[i].s;
-        s->taken += e->chunks[i].n;
-        if (!e->chunks[i].last) q3n__session_put_due(s, e, 1, 0);
-    }
-    return Q3N_OK;
-}
-
-static q3n_result q3n__batch_passes(q3n_engine *e, const q3n__items *items, const q3n_limit *limit)
-{
-    const int64_t start = q3n__now();
-    int taken = 0;
-    for (;;) {
-        const int rows = q3n__batch_rows(e, limit, taken, q3n__now() - start);
-        const int n_chunks = q3n__batch_plan(e, items, rows);
-        if (n_chunks == 0) return Q3N_OK;
-        for (int i = 0; i < n_chunks; i++) taken += e->chunks[i].n;
-        for (int i = 0; i < items->n; i++) {             /* also those that this pass leaves out */
-            const q3n_engine_item *it = q3n__item(items, i);
-            if (q3n__item_left(it) > 0 && q3n__is_cancelled(&it->session->cancel))
-                return q3n__cancelled(&e->error);
-        }
-        const q3n_result r = q3n__batch_pass(e, items, n_chunks);
-        if (r != Q3N_OK) return r;
-    }
-}
-
-/* As q3n__call_end, for the first n items and the engine. */
-static q3n_result q3n__batch_call_end(q3n_engine *e, const q3n__items *items, int n)
-{
-    int cancelled = q3n__leave(&e->cancel);
-    for (int i = 0; i < n; i++) {
-        q3n_session *s = q3n__item(items, i)->session;
-        if (s->in_batch && q3n__leave(&s->cancel)) cancelled = 1;
-    }
-    return cancelled ? q3n__cancelled(&e->error) : Q3N_OK;
-}
-
-/* Commit or roll back the first n items. */
-static void q3n__batch_end(q3n_engine *e, const q3n__items *items, int n, int commit)
-{
-    const size_t V = (size_t)e->model->config.vocab_size;
-    for (int i = 0; i < n; i++) {
-        q3n_engine_item *it = q3n__item(items, i);
-        q3n_session *s = it->session;
-        if (q3n__item_left(it) == 0 || !s->in_batch) continue;
-        const int before = s->length;
-        s->in_batch = 0;
-        if (!commit) {
-            q3n__session_rollback(s);
-            continue;
-        }
-        if (s->taken == 0) continue;
-        q3n__session_commit(s, e, -1);
-        it->done += s->taken;
-        if (q3n__item_left(it) == 0 && it->logits) {
-            s->has_logits = 1;
-            memcpy(it->logits, s->logits, V * sizeof(float));
-        }
-        q3n__session_put_due(s, e, 0, before);
-    }
-}
-
 /* What is wrong with an item whatever its session is. */
-static q3n_result q3n__item_check(q3n_engine *e, const q3n__items *items, int i)
+static q3n_result q3n__item_check(const q3n__call *c, int i)
 {
-    const q3n_engine_item *it = q3n__item(items, i);
+    const q3n_engine_item *it = q3n__item(c, i);
+    q3n_error *err = &c->e->error;
     char name[24];
     snprintf(name, sizeof name, "item %d", i);
-    if (it->size != items->stride)
-        return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "%s: size %zu, the first has %zu", name,
-                         it->size, items->stride);
-    const q3n_result r = q3n__struct_check(it, sizeof *it, name, &e->error);
+    if (it->size != c->stride)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "%s: size %zu, the first has %zu", name, it->size,
+                         c->stride);
+    const q3n_result r = q3n__struct_check(it, sizeof *it, name, err);
     if (r != Q3N_OK) return r;
     if (!it->session || it->done < 0 || it->done > it->n || (!it->tokens && it->done < it->n))
-        return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "item %d: no session, no tokens, or done "
-                         "%d of %d tokens", i, it->done, it->n);
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "item %d: no session, no tokens, or done %d of %d "
+                         "tokens", i, it->done, it->n);
     return Q3N_OK;
 }
 
-static q3n_result q3n__batch_eval(q3n_engine *e, const q3n__items *items, const q3n_limit *limit)
+/* All items are looked at before the first of their sessions is begun. */
+static q3n_result q3n__engine_eval(q3n__call *c)
 {
-    q3n_result r = Q3N_OK;
-    int begun = 0;
-    for (int i = 0; i < items->n && r == Q3N_OK; i++) r = q3n__item_check(e, items, i);
-    if (r != Q3N_OK) return r;
-    q3n__atomic_store(&e->cancel, Q3N__RUNNING);
-    for (; begun < items->n; begun++) {          /* one that is refused is not touched at the end */
-        q3n_engine_item *it = q3n__item(items, begun);
-        if (q3n__item_left(it) > 0) r = q3n__batch_begin(e, it, begun);
-        if (r != Q3N_OK) break;
+    for (int i = 0; i < c->n_items; i++) {
+        const q3n_result r = q3n__item_check(c, i);
+        if (r != Q3N_OK) return r;
     }
-    if (r == Q3N_OK) r = q3n__batch_passes(e, items, limit);
-    const q3n_result end = q3n__batch_call_end(e, items, begun);
-    if (r == Q3N_OK) r = end;
-    q3n__batch_end(e, items, begun, r == Q3N_OK);
-    return r;
+    return q3n__call_eval(c);
 }
 
 /* =====================================================================================
  * [29] REUSE                                                                  >>reuse
  *
- * Going back, and prompts that begin as something does that is known.
+ * Texts that begin as something does that is known: prompts, and going back.  What is known are
+ * states, not texts: attention can be cut anywhere, for its keys and values lie token by token in
+ * pages, but DeltaNet's matrices are those after one certain token and nowhere else.  So where a
+ * model has DeltaNet a text goes on from the session's end or from a snapshot, and what lies
+ * between is evaluated again; without, from any token that both texts share.
+ *
+ *     text of the session    a b c d e f            known: the end of it (6), snapshots at 2 and 4
+ *     wanted                 a b c d x y            shares 4
+ *     with DeltaNet          a b c d|x y            begins at the snapshot of 4; without that one
+ *                            a b|c d x y            at 2, where c d keep their keys and values
+ *                                                   (kv_valid) and run for the matrices alone
+ *     without DeltaNet       a b c d|x y            pages alone; no snapshot is needed
  * ===================================================================================== */
 
-/* Begin a call at the longest beginning of tokens [n] that costs nothing: the text itself, a
- * snapshot, or without DeltaNet any part of the text, of which the last token is evaluated again.
- * What the text's pages hold of tokens [0, kv_valid) is not stored again.  only_reuse: nothing is
- * evaluated after that.  Returns how many tokens are there.  Nothing is lost: the call can be
- * rolled back. */
-static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n, int only_reuse)
+/* Where a call begins: n tokens are there.  has_logits: s->logits are those of the snapshot, which
+ * is of all tokens, and become the session's when the call ends well. */
+typedef struct { int n, has_logits; } q3n__start;
+
+/* Let a call that has begun go on from the longest beginning of tokens [n] that costs nothing: the
+ * text itself, a snapshot, or without DeltaNet any part of the text, of which the last token is
+ * evaluated again.  What the text's pages hold of tokens [0, kv_valid) is not stored again.
+ * only_reuse: nothing is evaluated after that.  Nothing is lost: the call can be rolled back, for
+ * pages and matrices of the text wait beside those of the work. */
+static q3n__start q3n__session_seek(q3n_session *s, const int32_t *tokens, int n, int only_reuse)
 {
-    q3n_engine *e = s->engine;
     const int m = s->model->config.causal
                 ? q3n__common_prefix(s->state.kv.page, s->length, tokens, n) : 0;
     const int stay = m == s->length, any = s->n_delta == 0;
-    q3n__mtp_flush(s, e);
-    q3n__session_begin(s, e);
+    q3n__mtp_flush(s);                                   /* the module's keys are the text's too */
     int cut = m < n - 1 ? m : n - 1;
     if ((s->shape.has_mtp || only_reuse) && cut == m && cut > 0)
         cut--;                            /* token m, or the caller, needs the row of token m - 1 */
     const int min = stay ? s->length : any ? cut : 0;
     q3n_snapshot *snap = s->cache ? q3n__cache_find(s->cache, &s->shape, s->options.snapshot_type,
                                                     tokens, n, min) : NULL;
-    if (!snap && stay) return s->length;
-    const int own = !snap || snap->length <= m;
-    if (snap || !any) q3n__session_load_work(s, e, snap);
+    if (!snap && stay) return (q3n__start){ s->length, 0 };
+    const int own = !snap || snap->length <= m;          /* its pages reach further, or as far */
+    if (snap || !any) q3n__session_start(s, snap);
     else s->state.length = cut;
     if (own) q3n__session_adopt(s, s->state.kv.page, q3n__blocks_of(m));
     else     q3n__session_adopt(s, snap->page, snap->n_pages);
@@ -12493,86 +12619,70 @@ static int q3n__session_seek(q3n_session *s, const int32_t *tokens, int n, int o
         s->work_mtp = m;
         s->work_first = s->unread.mtp_first < m ? s->unread.mtp_first : m > 0 ? m : 1;
     }
-    s->seek_logits = snap && snap->has_logits && snap->length == n;
-    if (s->seek_logits) {
+    const int has_logits = snap && snap->has_logits && snap->length == n;
+    if (has_logits) {
         memcpy(s->logits, snap->logits, (size_t)s->shape.vocab_size * sizeof(float));
         s->has_logits = 0;                  /* not the text's, until the call ends well */
     }
     q3n__snapshot_release(snap);
-    return s->state.length;
+    return (q3n__start){ s->state.length, has_logits };
 }
 
-/* From where q3n__session_seek left off to tokens [n], and commit. */
-static q3n_result q3n__session_go_on(q3n_session *s, const int32_t *tokens, int from, int n,
-                                     const q3n_outputs *out)
-{
-    q3n_result r = Q3N_OK;
-    const int stored = s->state.kv_valid > from ? s->state.kv_valid : from;
-    const int stays = !s->has_saved && from == n;        /* the text is what was asked for */
-    if (stays && out->logits)
-        memcpy(out->logits, q3n__session_last_logits(s),
-               (size_t)s->shape.vocab_size * sizeof(float));
-    if (stored < n) r = q3n__session_reserve(s, s->engine, stored, n);
-    if (r == Q3N_OK && from < n) r = q3n__session_passes(s, tokens + from, n - from, out);
-    if (r == Q3N_OK) r = q3n__call_end(s);
-    if (r != Q3N_OK) {
-        q3n__session_rollback(s);
-        return r;
-    }
-    if (stays) return Q3N_OK;
-    const int has_logits = from == n && s->seek_logits;
-    const q3n_outputs none = Q3N_INIT(q3n_outputs);
-    q3n__session_finish(s, has_logits ? &none : out);
-    if (has_logits) {
-        s->has_logits = 1;
-        if (out->logits)
-            memcpy(out->logits, s->logits, (size_t)s->shape.vocab_size * sizeof(float));
-    }
-    return Q3N_OK;
-}
-
+/* The tokens are the session's own: what is evaluated again is not counted again, and nobody asks
+ * for logits. */
 static q3n_result q3n__session_rewind(q3n_session *s, int length)
 {
     if (length < 0 || length > s->length)
         return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "rewind to %d: the session has %d tokens",
                          length, s->length);
-    q3n_result r = q3n__check_causal(s);
-    if (r == Q3N_OK && (length == s->length || length == 0)) r = q3n__call_end(s);
-    if (r != Q3N_OK || length == s->length) return r;
-    const q3n_outputs none = Q3N_INIT(q3n_outputs);
-    if (length == 0) {
-        q3n__session_begin(s, s->engine);
-        q3n__session_load_work(s, s->engine, NULL);
-        q3n__session_adopt(s, NULL, 0);
-        q3n__session_commit(s, s->engine, -1);
+    const q3n_result causal = q3n__check_causal(s);
+    if (causal != Q3N_OK || length == s->length) return causal;
+    if (length == 0) {                                   /* takes no pass: nothing to cancel */
+        q3n__session_begin(s);
+        q3n__session_start_empty(s);
+        q3n__session_commit(s, -1);
         return Q3N_OK;
     }
     int32_t *text = q3n__session_text(s, length);
     if (!text) return q3n__fail(&s->error, Q3N_ERR_MEMORY, -1, "no memory for %d ids", length);
-    const int from = q3n__session_seek(s, text, length, 0);
-    int64_t *counts = s->state.expert_counts;             /* evaluating again is not counted */
-    s->state.expert_counts = NULL;
-    r = q3n__session_go_on(s, text, from, length, &none);
-    s->state.expert_counts = counts;
+    q3n_engine_item it = q3n__item_of(s, text, length, NULL);
+    q3n__call c = q3n__call_alone(&it);
+    c.whole = 1;
+    q3n_result r = q3n__call_begin(&c);
+    if (r == Q3N_OK) {
+        int64_t *counts = s->state.expert_counts;
+        q3n__session_seek(s, text, length, 0);
+        s->state.expert_counts = NULL;
+        r = q3n__call_end(&c, q3n__call_passes(&c));
+        s->state.expert_counts = counts;
+    }
     q3n__free(&s->model->allocator, text);
     return r;
 }
 
-/* tokens [n] from where that is cheapest; only_reuse: no further than what is there. */
+/* tokens [n] from where that is cheapest; only_reuse: no further than what is there.  n_reused is
+ * set before the first pass, for hooks that tell how much is done. */
 static q3n_result q3n__session_prefill(q3n_session *s, const int32_t *tokens, int n, float *logits,
-                                    int only_reuse, int *n_reused)
+                                       int only_reuse, int *n_reused)
 {
-    q3n_result r = q3n__session_check(s, tokens, n, 0);
-    if (r == Q3N_OK) r = q3n__check_head(s, logits != NULL);
+    q3n_engine_item it = q3n__item_of(s, tokens, n, logits);
+    q3n__call c = q3n__call_alone(&it);
+    c.whole = 1;
+    q3n_result r = q3n__call_begin(&c);
     if (r != Q3N_OK) return r;
-    const q3n_outputs out = { .logits = logits };
     const int m = s->model->config.causal
                 ? q3n__common_prefix(s->state.kv.page, s->length, tokens, n) : 0;
-    const int from = q3n__session_seek(s, tokens, n, only_reuse);
-    int end = n, reused = from;
-    if (only_reuse) end = reused = s->n_delta == 0 && m > from ? m : from;
+    const q3n__start start = q3n__session_seek(s, tokens, n, only_reuse);
+    int reused = start.n;
+    if (only_reuse) it.n = reused = s->n_delta == 0 && m > start.n ? m : start.n;
     if (n_reused) *n_reused = reused;
-    return q3n__session_go_on(s, tokens, from, end, &out);
+    const int passes = start.n < it.n;
+    if (!passes) it.logits = NULL;                       /* no pass computes them */
+    r = q3n__call_end(&c, q3n__call_passes(&c));
+    if (r == Q3N_OK && start.has_logits) s->has_logits = 1;
+    if (r == Q3N_OK && !passes && logits)
+        memcpy(logits, q3n__session_last_logits(s), (size_t)s->shape.vocab_size * sizeof *logits);
+    return r;
 }
 
 /* =====================================================================================
@@ -12742,20 +12852,13 @@ static void q3n__drafts_plan(q3n_session *s, int32_t token, int max, q3n__drafts
     s->learned.mtp_idle = pays && module > lookup ? 0 : s->learned.mtp_idle + 1;
 }
 
-/* A module whose drafts have not paid for a while does not follow the text: that would cost a share
- * of a layer for each token.  It begins anew at the last rows, and sees no further back. */
-#define Q3N__MTP_RESTART 8
-
-static void q3n__mtp_restart(q3n_session *s, const q3n__drafts *p)
+/* Whether the module is to begin anew instead of reading all that it has not read: its drafts have
+ * not paid for a while, and now it is to draft, or the rows would have no room. */
+static int q3n__mtp_lags(const q3n_session *s, const q3n__drafts *p)
 {
     const int reads = p->n > 0 && p->source == Q3N_SPECULATE_MTP;
-    const int drop = s->unread.n - Q3N__MTP_RESTART;
-    if (!s->shape.has_mtp || s->options.draft || drop <= 0) return;
-    if (s->learned.mtp_idle < Q3N__MTP_IDLE) return;
-    if (!reads && s->unread.n + p->n + 1 <= Q3N__MAX_HIDDEN) return;
-    q3n__unread_drop(s, drop);
-    s->work_first = s->unread.mtp_first = s->unread.mtp_length;
-    s->work_mtp = s->unread.mtp_length;
+    if (!s->shape.has_mtp || s->options.draft || s->learned.mtp_idle < Q3N__MTP_IDLE) return 0;
+    return reads || s->unread.n + p->n + 1 > Q3N__MAX_HIDDEN;
 }
 
 /* What a step of n drafts, of which `right` were accepted, teaches. */
@@ -12826,34 +12929,30 @@ static q3n_result q3n__drafts_choose(q3n_session *s, const int32_t *rows, const 
     }
 }
 
-/* The pass over token and drafts, the choice, which a hook may cancel, and the commit of what was
- * right. */
-static q3n_result q3n__step(q3n_session *s, const int32_t *rows, q3n__drafts *p, int32_t *tokens,
-                            int *n)
+/* The pass over token and drafts, and the choice, which a hook may cancel. */
+static q3n_result q3n__step(q3n_session *s, const int32_t *rows, const q3n__drafts *p,
+                            int32_t *tokens, int *n)
 {
     q3n_engine *e = s->engine;
-    const size_t d = (size_t)s->shape.hidden_size;
-    const int with_mtp = p->n > 0 && p->source == Q3N_SPECULATE_MTP;
-    const int64_t start = q3n__now();
-    if (s->unread.n + p->n + 1 > Q3N__MAX_HIDDEN) {
-        q3n__mtp_flush(s, e);
-        s->work_mtp = s->unread.mtp_length;
-    }
-    const q3n__chunk chunk = { s, rows, p->n + 1, 1 };
+    if (s->unread.n + p->n + 1 > Q3N__MAX_HIDDEN) q3n__mtp_flush(s);
+    const q3n__chunk chunk = { s, rows, p->n + 1, 1, 0 };
     if (q3n__engine_pass(e, &chunk, 1) != Q3N_OK) return q3n__cancelled(&s->error);
     float *logits = p->n > 0 ? s->draft_logits : s->logits;
     if (p->n == 0) s->has_logits = 0;                   /* not the text's, until the commit */
     q3n__logits(&e->run, q3n__engine_rows(e), p->n + 1, logits);
-    q3n_result r = q3n__drafts_choose(s, rows, p, logits, tokens, n);
-    if (r == Q3N_OK) r = q3n__call_end(s);
-    if (r != Q3N_OK) return r;
-    memcpy(s->work_hidden, q3n__engine_rows(e) + (size_t)(*n - 1) * d, d * sizeof(float));
-    q3n__session_commit(s, e, *n);
+    return q3n__drafts_choose(s, rows, p, logits, tokens, n);
+}
+
+/* The text becomes what was right: n rows of the pass. */
+static void q3n__step_commit(q3n_session *s, const q3n__drafts *p, int n)
+{
+    const size_t d = (size_t)s->shape.hidden_size;
+    memcpy(s->work_hidden, q3n__engine_rows(s->engine) + (size_t)(n - 1) * d, d * sizeof(float));
+    q3n__session_commit(s, n);
     s->has_logits = p->n == 0;
-    if (with_mtp) q3n__unread_drop(s, 1);               /* the module has seen `token` already */
+    if (p->n > 0 && p->source == Q3N_SPECULATE_MTP)
+        q3n__unread_drop(s, 1);                         /* the module has seen `token` already */
     if (p->n == 0) s->learned.since_plain = 0;
-    q3n__step_learn(&s->learned, p->n, (double)(q3n__now() - start));
-    return Q3N_OK;
 }
 
 static int q3n__max_drafts(const q3n_session *s, int max)
@@ -12876,22 +12975,23 @@ typedef struct {
 static q3n_result q3n__session_decode(q3n_session *s, int32_t token, int32_t *tokens, int max,
                                       int *n)
 {
+    q3n_engine_item it = q3n__item_of(s, &token, 1, NULL);
+    q3n__call c = q3n__call_alone(&it);
     q3n_result r = q3n__check_causal(s);
-    if (r == Q3N_OK) r = q3n__session_check(s, &token, 1, s->length);
     if (r == Q3N_OK) r = q3n__check_head(s, 1);
+    if (r == Q3N_OK) r = q3n__call_begin(&c);
     if (r != Q3N_OK) return r;
+    const q3n__step_mark mark = { s->learned, s->unread, q3n__sampler_save(s->sampler) };
     const int before = s->length;
     int32_t rows[Q3N_MAX_DRAFT + 1] = { token };
     q3n__drafts plan;
-    q3n__session_begin(s, s->engine);
-    const q3n__step_mark mark = { s->learned, s->unread, q3n__sampler_save(s->sampler) };
     q3n__drafts_plan(s, token, q3n__max_drafts(s, max), &plan);
-    q3n__mtp_restart(s, &plan);
-    r = q3n__session_reserve(s, s->engine, s->length, s->length + 1 + plan.n);
-    if (r == Q3N_OK) {
-        q3n__drafts_make(s, &plan, rows);
-        r = q3n__step(s, rows, &plan, tokens, n);
-    }
+    if (q3n__mtp_lags(s, &plan)) q3n__mtp_restart(s);
+    r = q3n__session_reserve(s, s->length, s->length + 1 + plan.n);
+    if (r == Q3N_OK) q3n__drafts_make(s, &plan, rows);
+    const int64_t start = q3n__now();
+    if (r == Q3N_OK) r = q3n__step(s, rows, &plan, tokens, n);
+    r = q3n__call_leave(&c, r);
     if (r != Q3N_OK) {
         q3n__session_rollback(s);
         q3n__sampler_restore(s->sampler, &mark.sampler);
@@ -12900,14 +13000,17 @@ static q3n_result q3n__session_decode(q3n_session *s, int32_t token, int32_t *to
         *n = 0;
         return r;
     }
+    q3n__step_commit(s, &plan, *n);
+    q3n__step_learn(&s->learned, plan.n, (double)(q3n__now() - start));
     q3n__drafts_learn(s, &plan, *n - 1);
     s->learned.spec.draft = plan.n;
     s->learned.spec.n_steps++;
     s->learned.spec.n_tokens += *n;
-    q3n__session_put_due(s, s->engine, 0, before);
+    q3n__session_put_due(s, 0, before);
     return Q3N_OK;
 }
 
+/* What decode would draft, and then everything is forgotten. */
 static q3n_result q3n__session_draft(q3n_session *s, int32_t token, int32_t *drafts, int n,
                                      float *logits)
 {
@@ -12917,21 +13020,22 @@ static q3n_result q3n__session_draft(q3n_session *s, int32_t token, int32_t *dra
                          "%d drafts after %d tokens: expected 1 .. %d after at least one, of a "
                          "model with an MTP module and a session that speculates with it", n,
                          s->length, Q3N_MAX_DRAFT);
-    q3n_result r = q3n__session_check(s, &token, 1, s->length);
-    if (r == Q3N_OK) r = q3n__check_head(s, 1);
+    q3n_engine_item it = q3n__item_of(s, &token, 1, NULL);
+    q3n__call c = q3n__call_alone(&it);
+    q3n_result r = q3n__check_head(s, 1);
     if (r == Q3N_OK && n > s->options.capacity - s->length)
         r = q3n__fail(&s->error, Q3N_ERR_FULL, -1, "%d drafts after %d tokens do not fit a session "
                       "of %d", n, s->length, s->options.capacity);
+    if (r == Q3N_OK) r = q3n__call_begin(&c);
     if (r != Q3N_OK) return r;
-    q3n__session_begin(s, s->engine);
-    r = q3n__session_reserve(s, s->engine, s->length, s->length + n);
+    r = q3n__session_reserve(s, s->length, s->length + n);
     if (r == Q3N_OK) {
         q3n__draft_mtp(s, NULL, token, draft, n);
         for (int i = 0; i < n; i++) drafts[i] = draft[i].id;
         if (logits)
             memcpy(logits, s->draft_logits, (size_t)s->shape.vocab_size * sizeof *logits);
-        r = q3n__call_end(s);
     }
+    r = q3n__call_leave(&c, r);
     q3n__session_rollback(s);
     return r;
 }
@@ -13210,16 +13314,14 @@ Q3N_DEF q3n_result q3n_session_eval_outputs(q3n_session *s, const int32_t *token
     if (!s) return Q3N_ERR_ARG;
     const q3n_result r = q3n__struct_read(&outputs, sizeof outputs, out, "q3n_outputs", &s->error);
     if (r != Q3N_OK) return r;
-    q3n__call_begin(s);
-    return q3n__call_done(s, q3n__session_eval(s, tokens, n, &outputs));
+    return q3n__session_eval(s, tokens, n, &outputs);
 }
 
 Q3N_DEF q3n_result q3n_session_classify(q3n_session *s, const int32_t *tokens, int n, float *scores)
 {
     if (!s) return Q3N_ERR_ARG;
     if (!scores) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no place for the scores");
-    q3n__call_begin(s);
-    return q3n__call_done(s, q3n__session_classify(s, tokens, n, scores));
+    return q3n__session_classify(s, tokens, n, scores);
 }
 
 Q3N_DEF q3n_result q3n_session_logits(q3n_session *s, float *logits)
@@ -13273,7 +13375,7 @@ static q3n_result q3n__session_snapshot(q3n_session *s, q3n_type delta_type, q3n
     *out = NULL;
     const q3n_result r = q3n__check_causal(s);
     if (r != Q3N_OK) return r;
-    *out = q3n__session_take(s, s->engine, delta_type, 0, s->sampler);
+    *out = q3n__session_take(s, delta_type, 0, s->sampler);
     if (*out) return Q3N_OK;
     return q3n__fail(&s->error, Q3N_ERR_MEMORY, -1, "no memory for a snapshot of %zu bytes",
                      q3n__snapshot_measure(&s->shape, delta_type, s->length,
@@ -13328,16 +13430,14 @@ Q3N_DEF q3n_result q3n_session_fork(q3n_session **out, q3n_session *s,
 
 Q3N_DEF q3n_result q3n_session_rewind(q3n_session *s, int length)
 {
-    if (!s) return Q3N_ERR_ARG;
-    q3n__call_begin(s);
-    return q3n__call_done(s, q3n__session_rewind(s, length));
+    return s ? q3n__session_rewind(s, length) : Q3N_ERR_ARG;
 }
 
 Q3N_DEF q3n_result q3n_session_checkpoint(q3n_session *s)
 {
     if (!s) return Q3N_ERR_ARG;
     const q3n_result r = q3n__check_causal(s);
-    if (r != Q3N_OK || q3n__session_put(s, s->engine, 0, 1)) return r;
+    if (r != Q3N_OK || q3n__session_put(s, 0, 1)) return r;
     return q3n__fail(&s->error, Q3N_ERR_MEMORY, -1, "no memory for a snapshot");
 }
 
@@ -13346,17 +13446,16 @@ static q3n_result q3n__session_reuse_call(q3n_session *s, const int32_t *tokens,
 {
     if (n_reused) *n_reused = 0;
     if (!s) return Q3N_ERR_ARG;
-    q3n__call_begin(s);
     const q3n_result r = q3n__session_prefill(s, tokens, n, logits, only_reuse, n_reused);
     if (r != Q3N_OK && n_reused) *n_reused = 0;
-    return q3n__call_done(s, r);
+    return r;
 }
 
 Q3N_DEF q3n_result q3n_session_prefill(q3n_session *s, const int32_t *tokens, int n, float *logits,
                                     int *n_reused)
 {
     const q3n_result r = q3n__session_reuse_call(s, tokens, n, logits, 0, n_reused);
-    if (r == Q3N_OK) q3n__session_put(s, s->engine, 0, 1);   /* without memory: not kept */
+    if (r == Q3N_OK) q3n__session_put(s, 0, 1);   /* without memory: not kept */
     return r;
 }
 
@@ -13465,11 +13564,12 @@ Q3N_DEF q3n_result q3n_engine_eval(q3n_engine *e, q3n_engine_item *items, int n_
     if (n_items < 0 || (n_items > 0 && !items) || l.max_tokens < 0)
         return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "%d items, at most %d tokens: out of range",
                          n_items, l.max_tokens);
-    const q3n__items all = { items, n_items ? q3n__struct_size(items) : 0, n_items };
-    if (n_items > 0 && (all.stride < Q3N__ITEM_MIN || all.stride % _Alignof(q3n_engine_item) != 0))
+    q3n__call c = { .e = e, .first = items, .stride = n_items ? q3n__struct_size(items) : 0,
+                    .n_items = n_items, .limit = &l };
+    if (n_items > 0 && (c.stride < Q3N__ITEM_MIN || c.stride % _Alignof(q3n_engine_item) != 0))
         return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "q3n_engine_item: its size is not set: begin "
                          "with Q3N_INIT or .size = sizeof");
-    return q3n__batch_eval(e, &all, &l);
+    return q3n__engine_eval(&c);
 }
 
 Q3N_DEF int q3n_engine_cancel(q3n_engine *e) { return e ? q3n__cancel(&e->cancel) : 0; }
@@ -13503,8 +13603,7 @@ Q3N_DEF q3n_result q3n_session_decode(q3n_session *s, int32_t token, int32_t *to
     if (!s->sampler)
         return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "the session has no sampler to choose tokens: "
                          "q3n_session_set_sampler gives it one");
-    q3n__call_begin(s);
-    return q3n__call_done(s, q3n__session_decode(s, token, tokens, max, n));
+    return q3n__session_decode(s, token, tokens, max, n);
 }
 
 Q3N_DEF q3n_result q3n_session_draft(q3n_session *s, int32_t token, int32_t *drafts, int n,
@@ -13512,8 +13611,7 @@ Q3N_DEF q3n_result q3n_session_draft(q3n_session *s, int32_t token, int32_t *dra
 {
     if (!s) return Q3N_ERR_ARG;
     if (!drafts) return q3n__fail(&s->error, Q3N_ERR_ARG, -1, "no place for the drafts");
-    q3n__call_begin(s);
-    return q3n__call_done(s, q3n__session_draft(s, token, drafts, n, logits));
+    return q3n__session_draft(s, token, drafts, n, logits);
 }
 
 Q3N_DEF q3n_result q3n_session_speculation(const q3n_session *s, q3n_speculation *out)
