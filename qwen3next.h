@@ -64,7 +64,7 @@
  *    [15] VOCABULARY                      >>vocabulary
  *    [16] TOKENIZER                       >>tokenizer
  *    [17] OPS                             >>ops
- *    [18] RUN                             >>run
+ *    [18] PASS                            >>pass
  *    [19] ATTENTION                       >>attention
  *    [20] DELTANET                        >>deltanet
  *    [21] MODEL                           >>model
@@ -3591,8 +3591,8 @@ typedef struct q3n__kernels {
                         float floor);              /* of those that are >= floor                 */
 } q3n__kernels;
 
-/* One weight, as block_weights has them. */
-static float q3n__weight(float x, float max, float scale);
+/* One of the numbers that block_weights gives. */
+static float q3n__sampler_weight(float x, float max, float scale);
 
 /* Fill k with the kernels of an instruction set that is supported; see >>dispatch. */
 static void q3n__kernels_init(q3n__kernels *k, q3n_isa isa);
@@ -5723,7 +5723,7 @@ static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t 
  *     52  u32    kv_type         id of Q3N_TYPE_LIST: f32, f16, bf16 or q8
  *     56  u32    delta_type      f32 or bf16
  *     60  u32    has_mtp         1 = pages hold the MTP module's layer too, as their last.  Readers
- *                                without the module pass over it; one that has the module and
+ *                                without the module ignore it; one that has the module and
  *                                reads a file without begins the module's keys after the text
  *     64  u32    has_hidden, has_logits      0 or 1; has_hidden is length > 0
  *     72  u32    page_tokens     256
@@ -6245,18 +6245,19 @@ static q3n_result q3n__snapshot_open(q3n_snapshot **out, const q3n_model *m,
  * not on the C library or a locale, and that both take any bytes.  Knows nothing of tokens.
  * ===================================================================================== */
 
-/* Numbers in printable characters, see q3n__unpack.  Runs: length and properties, over all code
- * points from 0 (classes of Unicode 16.0, normalisation of Unicode 9.0: what the published
- * tokenizers were made with, [HFT]).  Decompositions, sorted by character: 2 x step to it, + 1 if
- * it must not be composed again; zigzag step of the first part; second part - 0x2FF, 0 = none.
+/* Numbers in printable characters, '@' 0, 'A' 1, 'B' 2 ...: see q3n__unpack.  Spans: length and
+ * properties (below), over all code points from 0 (classes of Unicode 16.0, normalisation of
+ * Unicode 9.0: what the published tokenizers were made with, [HFT]).  Decompositions, sorted by
+ * character: 2 x step to it, + 1 if it must not be composed again; zigzag step of the first part;
+ * second part - 0x2FF, 0 = none.
  *
  *     "I@ ED R@"        9 code points of properties 0; 5, U+0009 to U+000D, of 4 (space); 18 of 0
  *     "(L $F A"         384 = 2 x 192, 130 = zigzag of 65, 1: U+00C0 = U+0041 U+0300
  *     "B @ B"           2 = 2 x 1, 0, 2: the next, U+00C1 = U+0041 U+0301 */
-#define Q3N__N_CHAR_RUNS      2394
+#define Q3N__N_CHAR_SPANS     2394
 #define Q3N__N_DECOMPOSITIONS 2060
 
-static const char q3n__packed_runs[][94] = {
+static const char q3n__packed_spans[][94] = {
     "I@EDR@ADO@JCG@ZAD@AEA@ZAJ@ADZ@ADI@AAG@BFA@AAC@AFAAA@CFA@WAA@`AA@)XAD@LAN@EAG@AAA@AAQ@U/DA/TD-",
     "qA/TA-PE-qB,oD-qB,oK-qEZD-qH/DA0FA/DC-qC/DB-qABC/DD-qA/DA/TB-qA/DA/eB/uA/eB/uA/eM/DDAAIA@BAB@",
     "DAAHAAF@AAAHCAA@AAA@TAA@#UAA@$OAA@E/DBB$kAA@gAB@AAF@jAH@A-qD/DA-qC/DA.BA-qF/DF-qB/DA-qB/DA.BA",
@@ -6435,13 +6436,13 @@ static const char q3n__packed_decompositions[][94] = {
 
 /* The tables unpacked, constant once made; 59,900 bytes.
  *
- *     class of U+0E01     page[0x0E] is the run that holds U+0E00; go on while the next one begins
+ *     class of U+0E01     first_span[0x0E] holds U+0E00; go on while the next span begins
  *                         at or before U+0E01 (at most 73 steps); its low 10 bits
  *     decompose           by_composed[hash(cp)], linear probing: 2060 entries in 4096 slots
  *     compose             by_parts[hash(first, second)]: 940 of them */
 typedef struct q3n__unicode {
-    uint32_t run[Q3N__N_CHAR_RUNS + 1];   /* first code point << 10 | properties, then 0x110000 */
-    uint16_t page[0x1100];                /* run that holds code point i << 8 */
+    uint32_t span[Q3N__N_CHAR_SPANS + 1]; /* first code point << 10 | properties, then 0x110000 */
+    uint16_t first_span[0x1100];          /* that which holds code point i << 8 */
     uint16_t latin[256];                  /* properties of the first code points */
     uint32_t composed[Q3N__N_DECOMPOSITIONS];
     uint32_t first[Q3N__N_DECOMPOSITIONS];
@@ -6478,24 +6479,24 @@ static void q3n__hash_put(uint16_t *table, uint32_t slot, uint32_t entry)
     table[slot] = (uint16_t)(entry + 1);
 }
 
-/* Unpack both tables.  A run sets page[i] for each page whose first code point it holds.  Cannot
+/* Unpack both tables.  A span is first_span[i] for each multiple of 256 that it holds.  Cannot
  * fail: the text was made by the tool and is compared with it by the tests. */
 static void q3n__unicode_init(q3n__unicode *u)
 {
     memset(u, 0, sizeof *u);
-    /* The rows of the array are one text: each is full but for its 0, which unpacking passes over.
+    /* The rows of the array are one text: each is full but for its 0, which unpacking skips.
      */
-    const char *p = q3n__packed_runs[0];
+    const char *p = q3n__packed_spans[0];
     uint32_t cp = 0;
-    for (uint32_t i = 0; i < Q3N__N_CHAR_RUNS; i++) {
+    for (uint32_t i = 0; i < Q3N__N_CHAR_SPANS; i++) {
         const uint32_t length = q3n__unpack(&p), props = q3n__unpack(&p);
-        u->run[i] = cp << 10 | props;
+        u->span[i] = cp << 10 | props;
         for (uint32_t c = cp; c < cp + length && c < 256; c++) u->latin[c] = (uint16_t)props;
-        for (uint32_t page = (cp + 255) >> 8; page << 8 < cp + length; page++)
-            u->page[page] = (uint16_t)i;
+        for (uint32_t k = (cp + 255) >> 8; k << 8 < cp + length; k++)
+            u->first_span[k] = (uint16_t)i;
         cp += length;
     }
-    u->run[Q3N__N_CHAR_RUNS] = cp << 10;
+    u->span[Q3N__N_CHAR_SPANS] = cp << 10;
 
     p = q3n__packed_decompositions[0];
     uint32_t composed = 0, first = 0;
@@ -6510,13 +6511,13 @@ static void q3n__unicode_init(q3n__unicode *u)
     }
 }
 
-/* cp is at most 0x10FFFF; the entry after the last run ends the search. */
+/* cp is at most 0x10FFFF; the entry after the last span ends the search. */
 static uint32_t q3n__char_props(const q3n__unicode *u, uint32_t cp)
 {
     if (cp < 256) return u->latin[cp];
-    uint32_t i = u->page[cp >> 8];
-    while (u->run[i + 1] >> 10 <= cp) i++;
-    return u->run[i] & 1023;
+    uint32_t i = u->first_span[cp >> 8];
+    while (u->span[i + 1] >> 10 <= cp) i++;
+    return u->span[i] & 1023;
 }
 
 typedef struct {
@@ -6563,11 +6564,11 @@ static const uint8_t *q3n__char_before(const uint8_t *begin, const uint8_t *p)
  *     1EB9 302       65 + 323 compose; the next mark looks at the starter that came of it
  *     1EC7           1EB9 + 302 compose
  *
- * Most text is in NFC, so only runs of unstable characters go through this, each with the starter
- * before it.  q3n__append_nfc on  "ab" e 302 323 "c":
+ * Most text is in NFC, so only stretches of unstable characters go through this, each with the
+ * starter before it.  q3n__append_nfc on  "ab" e 302 323 "c":
  *
  *     q3n__find_unstable -> 302; the character before it, e, goes along;  "ab" is copied
- *     e 302 323 -> z->chars -> q3n__flush_chars -> 1EC7;  "c" is stable: the run ends before it
+ *     e 302 323 -> z->chars -> q3n__flush_chars -> 1EC7;  "c" is stable: the stretch ends before it
  *
  * Of combining classes only the order matters: tables hold ranks, 0 to 54, in 8 bits above the code
  * point.  Text with a million marks on one letter takes linear time (q3n__sort_marks). */
@@ -6576,7 +6577,7 @@ typedef struct {
     const q3n__unicode  *unicode;
     const q3n_allocator *allocator;
     q3n__buffer          chars;     /* u32 rank << 24 | code point: what is being normalised */
-    q3n__buffer          sorted;    /* u32: scratch for a long run of marks */
+    q3n__buffer          sorted;    /* u32: scratch for a long row of marks */
     q3n__buffer          out;       /* UTF-8 */
 } q3n__normalizer;
 
@@ -6661,7 +6662,7 @@ static uint32_t q3n__compose(const q3n__unicode *u, uint32_t first, uint32_t sec
     return 0;
 }
 
-/* Stable sort of c [n] by rank.  Marks come in twos and threes; text made to be slow has runs of
+/* Stable sort of c [n] by rank.  Marks come in twos and threes; text made to be slow has rows of
  * any length, and those are distributed by counting: linear, where insertion is quadratic.  0 = out
  * of memory. */
 static int q3n__sort_marks(q3n__normalizer *z, uint32_t *c, size_t n)
@@ -6722,9 +6723,9 @@ static int q3n__flush_chars(q3n__normalizer *z)
     return 1;
 }
 
-/* Append [p, end) in NFC to z->out.  Each unstable run is normalised together with the stable
+/* Append [p, end) in NFC to z->out.  Each unstable stretch is normalised with the stable
  * character before it, which it may change; the rest is copied.  A byte that is no UTF-8 is stable
- * and ends a run: nothing composes across it.  0 = out of memory. */
+ * and ends a stretch: nothing composes across it.  0 = out of memory. */
 static int q3n__append_nfc(q3n__normalizer *z, const uint8_t *p, const uint8_t *end)
 {
     const q3n__unicode *u = z->unicode;
@@ -6738,7 +6739,7 @@ static int q3n__append_nfc(q3n__normalizer *z, const uint8_t *p, const uint8_t *
         if (!q3n__reserve(&z->out, (size_t)(q - p), z->allocator)) return 0;
         if (q > p) memcpy(z->out.data + z->out.bytes, p, (size_t)(q - p));
         z->out.bytes += (size_t)(q - p);
-        /* The run: the character at q whatever it is, then unstable ones. */
+        /* The stretch: the character at q whatever it is, then unstable ones. */
         for (p = q; p < end;) {
             const q3n__char c = q3n__char_at(u, p, end);
             if (!c.valid || (p > q && !(c.props & Q3N__UNSTABLE))) break;
@@ -7144,7 +7145,7 @@ static q3n_result q3n__normalize_added(q3n__tokenizer *t, uint32_t n_added, cons
 }
 
 /* Read and index the list of added tokens.  Their texts stay in the mapped section, but for those
- * that NFC may change.  An id may stand once, its text has 1 to 4096 bytes. */
+ * that NFC may change.  An id may appear once, its text has 1 to 4096 bytes. */
 static q3n_result q3n__tokenizer_add_added(q3n__tokenizer *t, const q3n__tokenizer_layout *l,
                                            const q3n_allocator *a)
 {
@@ -7286,7 +7287,7 @@ static void q3n__emit_ids(q3n__encoder *e, const q3n__ids *ids)
  *                                             neither a line end nor a number: a|(b|)
  *     one number          4|2
  *     others              " (",  ")!!\n\n"    after a blank; line ends after them go along
- *     white space         "  \n\n"            up to the last line end of a run
+ *     white space         "  \n\n"            up to its last line end
  *                         "  "| end           else all but the last, which a word may take along
  *
  *     "It's 42, a   (b)!!\n\n  end"  ->  It 's ' ' 4 2 , ' a' '  ' ' (' b ')!!\n\n' ' ' ' end'
@@ -7316,8 +7317,8 @@ static const uint8_t *q3n__skip(const q3n__unicode *u, const uint8_t *p, const u
     }
 }
 
-/* End of the word that begins with white space: up to the last line end of the run; else all but
- * its last character, which goes with the next word, if there is one. */
+/* End of the word that begins with white space: up to its last line end; else all of it but the
+ * last character, which goes with the next word, if there is one. */
 static const uint8_t *q3n__space_end(const q3n__unicode *u, const uint8_t *p, const uint8_t *end)
 {
     const uint8_t *q = p, *last = p, *line_end = NULL;
@@ -7407,7 +7408,7 @@ static int q3n__is_word_char(const q3n__unicode *u, const uint8_t *p, const uint
 }
 
 /* The next added token in [p, end) of a text that starts at begin.  A match that does not count (a
- * special token with no_special, a single_word beside a word character) is passed over whole: what
+ * special token with no_special, a single_word beside a word character) is skipped whole: what
  * lies inside it is plain text.  lstrip reaches back to p at most, where the token before ended. */
 static q3n__match q3n__next_added(const q3n__encoder *e, const q3n__added_index *x,
                                   const uint8_t *begin, const uint8_t *p, const uint8_t *end)
@@ -7822,13 +7823,13 @@ Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t
 /* ---- Linear layers: y = x W' (+ bias) ---- */
 
 /* W is [n_rows, n_cols], as a PyTorch Linear stores it.  Layers that read the same x (q, k and v;
- * qkvz and ba; router and shared gate) go into one parallel region as jobs, whose blocks of rows
- * are numbered through:
+ * qkvz and ba; router and shared gate) go into one parallel region as jobs, whose rows are cut into
+ * items that are numbered through:
  *
- *     job 0, 100 rows      job 1, 40 rows          rows_per_block 32
- *     [ 0 | 1 | 2 | 3 ]    [ 4 | 5 ]               first_block = 0, 4, 6
+ *     job 0, 100 rows      job 1, 40 rows          rows_per_item 32
+ *     [ 0 | 1 | 2 | 3 ]    [ 4 | 5 ]               first_item = 0, 4, 6
  *
- * A range of blocks may end in one job and begin in the one before it. */
+ * A range of items may begin in one job and end in a later one. */
 typedef struct {
     const q3n__mat *w;
     const float    *bias;        /* [n_rows] or NULL                                             */
@@ -7844,27 +7845,27 @@ typedef struct {
     const q3n__kernels *k;
     const q3n__linear  *job;
     int                 n_jobs, n;
-    int                 rows_per_block;
-    int first_block[Q3N__MAX_LINEARS + 1]; /* blocks of all jobs, one after another */
-} q3n__linear_run;
+    int                 rows_per_item;
+    int first_item[Q3N__MAX_LINEARS + 1];  /* of each job, and their number                      */
+} q3n__linear_arg;
 
-/* Tokens and rows of one kernel call in a long run: 48 tokens of 2048 floats (384 KiB) and 64 rows
+/* Tokens and rows of one kernel call in a long pass: 48 tokens of 2048 floats (384 KiB) and 64 rows
  * of bf16 (256 KiB) fit a 1 MiB second-level cache together.  Rows are a multiple of the 16 of a
  * quantised tile. */
-#define Q3N__TOKEN_TILE 48
-#define Q3N__ROW_TILE   64
+#define Q3N__CALL_TOKENS 48
+#define Q3N__CALL_ROWS   64
 
-/* whole, cut into tiles for the cache.  Rows are the outer loop: weights, of which there are more
- * than any cache holds, are read from memory once, and the tokens' inputs again for every 64 rows.
- * In decode there is one tile of tokens and this is a pass over the rows. */
-static void q3n__matmul_tiled(const q3n__kernels *k, q3n_type type, const q3n__matmul *whole)
+/* whole, cut into calls that fit the cache.  Rows are the outer loop: weights, of which there are
+ * more than any cache holds, are read from memory once, and the tokens' inputs again for every 64
+ * rows.  In decode the tokens of all calls are the same, and this walks over the rows. */
+static void q3n__matmul_calls(const q3n__kernels *k, q3n_type type, const q3n__matmul *whole)
 {
     q3n__matmul m = *whole;
-    for (int r = whole->row0; r < whole->row1; r += Q3N__ROW_TILE) {
+    for (int r = whole->row0; r < whole->row1; r += Q3N__CALL_ROWS) {
         m.row0 = r;
-        m.row1 = r + Q3N__ROW_TILE < whole->row1 ? r + Q3N__ROW_TILE : whole->row1;
-        for (int t = 0; t < whole->n; t += Q3N__TOKEN_TILE) {
-            m.n = whole->n - t < Q3N__TOKEN_TILE ? whole->n - t : Q3N__TOKEN_TILE;
+        m.row1 = r + Q3N__CALL_ROWS < whole->row1 ? r + Q3N__CALL_ROWS : whole->row1;
+        for (int t = 0; t < whole->n; t += Q3N__CALL_TOKENS) {
+            m.n = whole->n - t < Q3N__CALL_TOKENS ? whole->n - t : Q3N__CALL_TOKENS;
             m.y = whole->y + (size_t)t * (size_t)whole->y_stride;
             if (whole->x_rows) {
                 m.x_rows = whole->x_rows + t;
@@ -7878,24 +7879,24 @@ static void q3n__matmul_tiled(const q3n__kernels *k, q3n_type type, const q3n__m
     }
 }
 
-/* Items are blocks of rows, numbered over all jobs.  A block is a multiple of 16 rows, as quantised
- * matrices want it; only the last one of a matrix may be shorter. */
+/* An item is a multiple of 16 rows, as quantised matrices want it; only the last of a matrix may be
+ * shorter. */
 static void q3n__linear_task(void *arg, int begin, int end)
 {
-    const q3n__linear_run *run = (const q3n__linear_run *)arg;
-    for (int i = 0; i < run->n_jobs; i++) {
-        const int b0 = begin > run->first_block[i] ? begin : run->first_block[i];
-        const int b1 = end < run->first_block[i + 1] ? end : run->first_block[i + 1];
-        if (b0 >= b1) continue;
-        const q3n__linear *j = &run->job[i];
-        const int row1 = (b1 - run->first_block[i]) * run->rows_per_block;
+    const q3n__linear_arg *a = (const q3n__linear_arg *)arg;
+    for (int i = 0; i < a->n_jobs; i++) {
+        const int i0 = begin > a->first_item[i] ? begin : a->first_item[i];
+        const int i1 = end < a->first_item[i + 1] ? end : a->first_item[i + 1];
+        if (i0 >= i1) continue;
+        const q3n__linear *j = &a->job[i];
+        const int row1 = (i1 - a->first_item[i]) * a->rows_per_item;
         const q3n__matmul m = {
             .w = j->w->data, .x = j->x, .xq = j->xq, .bias = j->bias, .y = j->y,
-            .x_stride = j->x_stride, .y_stride = j->y_stride, .n = run->n, .n_cols = j->w->n_cols,
-            .row0 = (b0 - run->first_block[i]) * run->rows_per_block,
+            .x_stride = j->x_stride, .y_stride = j->y_stride, .n = a->n, .n_cols = j->w->n_cols,
+            .row0 = (i0 - a->first_item[i]) * a->rows_per_item,
             .row1 = row1 < j->w->n_rows ? row1 : j->w->n_rows,
         };
-        q3n__matmul_tiled(run->k, j->w->type, &m);
+        q3n__matmul_calls(a->k, j->w->type, &m);
     }
 }
 
@@ -7905,7 +7906,7 @@ static void q3n__linear_task(void *arg, int begin, int end)
 
 /* Rows of one range: enough ranges for every thread, none smaller than Q3N__RANGE_WORK for n
  * tokens, a multiple of 16. */
-static int q3n__rows_per_block(const q3n__pool *p, int64_t n_rows, int n_cols, int n)
+static int q3n__rows_per_item(const q3n__pool *p, int64_t n_rows, int n_cols, int n)
 {
     const int64_t row_work = (int64_t)n_cols * (n > 0 ? n : 1);
     const int min = (int)((Q3N__RANGE_WORK + row_work - 1) / row_work);
@@ -7919,14 +7920,14 @@ static int q3n__rows_per_block(const q3n__pool *p, int64_t n_rows, int n_cols, i
 static void q3n__linear_all(q3n__pool *p, const q3n__kernels *k, const q3n__linear *jobs,
                             int n_jobs, int n)
 {
-    q3n__linear_run run = { .k = k, .job = jobs, .n_jobs = n_jobs, .n = n };
+    q3n__linear_arg a = { .k = k, .job = jobs, .n_jobs = n_jobs, .n = n };
     int rows = 0;
     for (int i = 0; i < n_jobs; i++) rows += jobs[i].w->n_rows;
-    run.rows_per_block = q3n__rows_per_block(p, rows, jobs[0].w->n_cols, n);
+    a.rows_per_item = q3n__rows_per_item(p, rows, jobs[0].w->n_cols, n);
     for (int i = 0; i < n_jobs; i++)
-        run.first_block[i + 1] = run.first_block[i]
-                               + (jobs[i].w->n_rows + run.rows_per_block - 1) / run.rows_per_block;
-    q3n__parallel(p, run.first_block[n_jobs], 1, q3n__linear_task, &run);
+        a.first_item[i + 1] = a.first_item[i]
+                               + (jobs[i].w->n_rows + a.rows_per_item - 1) / a.rows_per_item;
+    q3n__parallel(p, a.first_item[n_jobs], 1, q3n__linear_task, &a);
 }
 
 /* 0 and 1 for -inf and +inf, without NaN: expf may be infinite. */
@@ -7983,63 +7984,74 @@ static void q3n__rope_rotate(float *x, const float *cosines, const float *sines,
  * block.  f32 rounds, so the order counts: it is by rising block, everywhere. */
 typedef struct { float m, l; } q3n__softmax_partial;
 
-/* Merge one block's part and o [dim] into run and O [dim]; a part without keys changes nothing. */
-static void q3n__attend_merge(q3n__softmax_partial *run, float *O, q3n__softmax_partial part,
+/* Merge one block's part and o [dim] into sum and O [dim]; a part without keys changes nothing. */
+static void q3n__attend_merge(q3n__softmax_partial *sum, float *O, q3n__softmax_partial part,
                               const float *o, int dim)
 {
     if (part.l == 0.0f) return;
-    const float m = run->m > part.m ? run->m : part.m;
-    const float a = run->l == 0.0f ? 0.0f : expf(run->m - m), b = expf(part.m - m);
-    run->l = run->l * a + part.l * b;
-    run->m = m;
+    const float m = sum->m > part.m ? sum->m : part.m;
+    const float a = sum->l == 0.0f ? 0.0f : expf(sum->m - m), b = expf(part.m - m);
+    sum->l = sum->l * a + part.l * b;
+    sum->m = m;
     for (int i = 0; i < dim; i++) O[i] = O[i] * a + o[i] * b;
 }
 
 /* =====================================================================================
- * [18] RUN                                                                      >>run
+ * [18] PASS                                                                    >>pass
  *
- * What one pass over some tokens works with: the sessions' states, activations, and the small steps
+ * What a pass over the layers works with: the sessions' states, activations, and the small steps
  * that go over all rows.  One path serves one token and five hundred, of one session or of several:
- * a run is a list of token rows, cut into segments of one session each.
+ * a pass is a list of token rows, cut into segments of one session each.
  *
  *     row        0    1    2    3    4    5    6      n = 7, three segments
  *     session    A    A    A    B    C    C    C
  *     position  40   41   42    7    0    1    2      their states' lengths are 40, 7, 0
  *
  * Prefill is one segment of many rows, decode one of a single row, verifying drafts one of a token
- * and its drafts; a batch mixes them.  Norms and matrices see rows alone; positions,
- * mixers and counts of experts ask which segment a row belongs to.  A row's numbers depend on its
- * own session's text and on nothing else in the run: batches, drafts and cuts of a text change no
- * bit.
+ * and its drafts; a batch mixes them.  Norms and matrices see only rows; positions, mixers and
+ * counts of experts ask which segment a row belongs to.  A row's numbers depend on its own
+ * session's text and on nothing else in the pass: batches, drafts and cuts of a text change no bit.
  *
- * Knows the shapes of states, not who owns them: sessions point them at their memory before a run
+ * Knows the shapes of states, not who owns them: sessions point them at their memory before a pass
  * and decide after it whether they count.
  * ===================================================================================== */
 
-/* DeltaNet's matrices lag after the text: reading and writing them is most of what they cost, so a
- * run of few tokens stores the state after the tokens of the call before, and keeps what its own
- * tokens do to it.  That takes no more traffic than storing at once; and until the next run these
- * tokens can be taken back, all or the last of them (cancelled calls, rejected drafts).
+/* ---- Pending rows of DeltaNet ----
+ *
+ * Between calls a session's matrices may lack the tokens of the last call.  What these do to a
+ * matrix (u, beta and g of each: its pending rows) is kept beside it, and the next pass applies it.
+ *
+ * Reading and writing the matrices is most of what a decoded token costs in DeltaNet.  A lazy pass,
+ * one of few tokens, reads them, applies the pending rows and stores that, in place; the states
+ * after its own tokens it uses and does not store.  That takes no more traffic than storing at
+ * once, and until the next pass its tokens can be taken back, all or the last of them (cancelled
+ * calls, rejected drafts).  A second copy of the matrices, one to read and one to write, took 12
+ * microseconds a head from memory in place of 6.
  *
  *     text       t0 .. t9  | t10 t11 t12 | t13         the last call evaluated t10 .. t12,
  *     delta      after t9                               this one evaluates t13
  *     u[now]                 rows 10 11 12              n = 3 pending rows from `first` on
- *     u[!now]                rows 10 11 12   13         made by this run; its first n are copies
+ *     u[!now]                rows 10 11 12   13         made by this pass; its first n are copies
  *
- * The run stores the state after t12 in place and leaves row 13 pending: commit sets now = !now,
- * first = 3, n = 1.  To take t13 back is to leave `now` alone.  A second copy of the matrices, one
- * to read and one to write, took 12 microseconds a head from memory in place of 6.
+ * The pass stores the state after t12 and leaves row 13 pending.
  *
- * A run that is cancelled has stored the old rows in some layers and not in others: `applied` says
- * in which, and q3n__flush does the rest before the next call.  That changes no text. */
+ *                between calls          during a lazy pass        committed      taken back
+ *     now        u[now] has the rows    the pass fills u[!now]    now = !now     as it was
+ *     first, n   0 and 3                0 and 3                   3 and 1        0 and 3
+ *     delta      after t9               layer by layer after t12  after t12      after t9 or t12
+ *     applied    0 in all layers        1 once a layer is done    0              1 where after t12
+ *
+ * After what was taken back q3n__flush does the layers that are not applied, before the next call:
+ * that changes no text.  A call of many tokens applies the pending rows in place too, then writes
+ * the state after its own ones to delta_out, and leaves none pending. */
 typedef struct {
-    float *u[2];                 /* [layer][max, C] q, k, v: of the call before, of this call    */
+    float *u[2];                 /* [layer][max, C] q, k, v                                      */
     float *ba[2];                /* [layer][max, 2 Hv] beta, g                                   */
-    float *x;                    /* [layer][max, C] this run's input of the convolution          */
-    unsigned char *applied;      /* [layer] 1 = the matrices hold the rows below                 */
-    int    now;                  /* 0 or 1: where the rows of the call before are                */
-    int    first, n;             /* rows that the matrices do not hold yet                       */
-    int    max;
+    float *x;                    /* [layer][max, C] this pass's input of the convolution         */
+    unsigned char *applied;      /* [layer] 1 = its matrices hold the pending rows               */
+    int    now;                  /* 0 or 1: where the pending rows are                           */
+    int    first, n;             /* they are rows [first, first + n)                             */
+    int    max;                  /* rows that each array has room for                            */
 } q3n__pending;
 
 /* What a session, and an engine, is doing.  A request to cancel turns RUNNING into CANCELLED and
@@ -8066,20 +8078,21 @@ static int q3n__leave(q3n__atomic *a)       /* the call ends; 1 = it was cancell
  * ones work in the second.  Pages are written only in slots from `length` on. */
 typedef struct {
     q3n__kv_cache kv;
-    float        *delta;         /* [DeltaNet layer][Hv][dk, dv] after all tokens but n_pending  */
-    float        *delta_out;     /* after this run, unless that is lazy; may be delta             */
+    float        *delta;         /* [DeltaNet layer][Hv][dk, dv] after all but n_pending tokens  */
+    float        *delta_out;     /* after this pass, unless that is lazy; may be delta           */
     const float  *conv;          /* [DeltaNet layer][width - 1, C]                               */
-    float        *conv_out;      /* after this run; may be conv                                  */
-    q3n__pending    pending;
-    int           lazy;          /* 1 = this run leaves its tokens pending                       */
-    int           n_pending;     /* pending rows that come before this run: pending.n or 0       */
+    float        *conv_out;      /* after this pass; may be conv                                 */
+    q3n__pending  pending;
+    int           lazy;          /* 1 = this pass leaves its tokens pending                      */
+    int           n_pending;     /* pending rows that this pass applies: pending.n in the first
+                                    of a call, 0 in the others, which find none left             */
     q3n__atomic  *cancel;        /* Q3N__CANCELLED: stop after the layer under way               */
-    int           length;        /* tokens before this run                                       */
+    int           length;        /* tokens before this pass                                      */
     int           kv_valid;      /* tokens whose keys and values the pages hold already          */
     int64_t      *expert_counts; /* [layer][E] or NULL                                           */
 } q3n__state;
 
-/* Rows [row0, row0 + n) of a run: the next n tokens of one session. */
+/* Rows [row0, row0 + n) of a pass: the next n tokens of one session. */
 typedef struct {
     q3n__state *state;
     int         row0, n;
@@ -8091,7 +8104,7 @@ typedef struct {
 typedef struct {
     q3n__mat     gate, up, down; /* of one expert: data points at its slice                      */
     const float *gate_bias, *up_bias, *down_bias;
-    const int   *rows;           /* [n] rows of the run, ascending; NULL = all                   */
+    const int   *rows;           /* [n] rows of the pass, ascending; NULL = all                  */
     const float *weight;         /* [n] factor of each row's output; NULL = 1                    */
     size_t       first;          /* its rows of r->ffn_gate and r->ffn_up begin here             */
     size_t       first_q;        /* its blocks of r->ffn_q begin here                            */
@@ -8099,7 +8112,7 @@ typedef struct {
     int          first_block;    /* its items begin here                                         */
 } q3n__ffn;
 
-/* Activations of a run of at most `max` tokens; [max, width] each unless said otherwise.  Arrays
+/* Activations of a pass of at most `max` tokens; [max, width] each unless said otherwise.  Arrays
  * are disjoint.  From layer to layer go x, and cos and sin of the rows; all others are scratch of
  * one mixer or FFN. */
 typedef struct {
@@ -8137,7 +8150,7 @@ typedef struct {
     q3n__x8 *mtp_in_q;
     q3n__atomic *cancel;         /* Q3N__CANCELLED: stop after the layer under way               */
     int    max;
-} q3n__run;
+} q3n__pass;
 
 /* ---- Small steps over all rows ----
  *
@@ -8145,7 +8158,7 @@ typedef struct {
  * its bytes (q3n__quantize_row), while the row is in the cache: once for all matrices that read
  * it. */
 typedef struct {
-    const q3n__run *r;
+    const q3n__pass *r;
     float          *y;
     q3n__x8        *q;
     const float    *x, *w;
@@ -8153,7 +8166,7 @@ typedef struct {
 } q3n__rows_arg;
 
 /* Row t of x [.., dim] to its blocks of q; nothing if no matrix of the model is quantised. */
-static void q3n__quantize_row(const q3n__run *r, q3n__x8 *q, const float *x, int t, int dim)
+static void q3n__quantize_row(const q3n__pass *r, q3n__x8 *q, const float *x, int t, int dim)
 {
     if (q) r->k->quantize_x(q + (size_t)t * (size_t)q3n__x8_blocks(dim),
                             x + (size_t)t * (size_t)dim, dim);
@@ -8170,7 +8183,7 @@ static void q3n__rms_norm_task(void *arg, int begin, int end)
 }
 
 /* r->a = norm(r->x), and quantised */
-static void q3n__rms_norm(const q3n__run *r, const float *w)
+static void q3n__rms_norm(const q3n__pass *r, const float *w)
 {
     q3n__rows_arg arg = { r, r->a, r->a_q, r->x, w, r->model->config.hidden_size };
     q3n__parallel(r->pool, r->n, 8, q3n__rms_norm_task, &arg);
@@ -8182,8 +8195,8 @@ static void q3n__quantize_task(void *arg, int begin, int end)
     for (int t = begin; t < end; t++) q3n__quantize_row(j->r, j->q, j->x, t, j->dim);
 }
 
-/* The first n rows of x [.., dim] to q, for inputs that no step of a run wrote. */
-static void q3n__quantize_rows(const q3n__run *r, q3n__x8 *q, const float *x, int n, int dim)
+/* The first n rows of x [.., dim] to q, for inputs that no step of a pass wrote. */
+static void q3n__quantize_rows(const q3n__pass *r, q3n__x8 *q, const float *x, int n, int dim)
 {
     q3n__rows_arg arg = { r, NULL, q, x, NULL, dim };
     q3n__parallel(r->pool, n, 8, q3n__quantize_task, &arg);
@@ -8199,7 +8212,7 @@ static void q3n__add_task(void *arg, int begin, int end)
 }
 
 /* y += x for all rows [n, d]: the residual connection. */
-static void q3n__add(const q3n__run *r, float *y, const float *x)
+static void q3n__add(const q3n__pass *r, float *y, const float *x)
 {
     q3n__rows_arg arg = { r, y, NULL, x, NULL, r->model->config.hidden_size };
     q3n__parallel(r->pool, r->n, 8, q3n__add_task, &arg);
@@ -8207,27 +8220,27 @@ static void q3n__add(const q3n__run *r, float *y, const float *x)
 
 /* The segment of row t; position in the text is the segment's length + t - row0.  Segments are few
  * and in order of rows. */
-static const q3n__segment *q3n__segment_of(const q3n__run *r, int t)
+static const q3n__segment *q3n__segment_of(const q3n__pass *r, int t)
 {
     int i = 0;
     while (t >= r->segments[i].row0 + r->segments[i].n) i++;
     return &r->segments[i];
 }
 
-static int q3n__position(const q3n__run *r, int t)
+static int q3n__position(const q3n__pass *r, int t)
 {
     const q3n__segment *s = q3n__segment_of(r, t);
     return s->state->length + t - s->row0;
 }
 
 typedef struct {
-    const q3n__run *r;
+    const q3n__pass *r;
     const int32_t  *tokens;
 } q3n__embed_arg;
 
 /* A token's embedding to x [d], and cos and sin of the position of row t: these are the same for
- * all heads and layers, so they are made once for a run. */
-static void q3n__embed_row(const q3n__run *r, int32_t token, int t, float *x)
+ * all heads and layers, so they are made once for a pass. */
+static void q3n__embed_row(const q3n__pass *r, int32_t token, int t, float *x)
 {
     const q3n__mat *w = &r->model->weights.embed_tokens;
     const size_t half = (size_t)r->model->config.rotary_dim / 2;
@@ -8249,7 +8262,7 @@ static void q3n__embed_task(void *arg, int begin, int end)
 }
 
 /* r->x = rows of the embedding, for tokens [n]; 0 <= id < vocab was checked before. */
-static void q3n__embed(const q3n__run *r, const int32_t *tokens)
+static void q3n__embed(const q3n__pass *r, const int32_t *tokens)
 {
     q3n__embed_arg arg = { r, tokens };
     q3n__parallel(r->pool, r->n, 8, q3n__embed_task, &arg);
@@ -8277,7 +8290,7 @@ static void q3n__embed(const q3n__run *r, const int32_t *tokens)
  * to share out.  Knows pages by q3n__kv_block alone and writes none but the slots of its own rows.
  * ===================================================================================== */
 typedef struct {
-    const q3n__run   *r;
+    const q3n__pass   *r;
     const q3n__layer *w;
     int               layer;         /* number among the attention layers                        */
     int               n_tiles;       /* of all segments, for one kv head                         */
@@ -8285,12 +8298,12 @@ typedef struct {
 } q3n__attention_arg;
 
 /* Items are rows: norm and rotate the heads of q and k, scale q, lay q out by kv head, store k and
- * v.  The region ends before the first query is answered: rows of a run see one another's keys.
+ * v.  The region ends before the first query is answered: rows of a pass see one another's keys.
  * Below kv_valid the pages have them already, and may be shared: they are not written again. */
 static void q3n__attention_prepare_task(void *arg, int begin, int end)
 {
     const q3n__attention_arg *j = (const q3n__attention_arg *)arg;
-    const q3n__run *r = j->r;
+    const q3n__pass *r = j->r;
     const q3n_config *c = &r->model->config;
     const int D = c->head_dim, H = c->num_attention_heads, K = c->num_key_value_heads, g = H / K;
     const int half = c->rotary_dim / 2, q_step = c->attn_output_gate ? 2 * D : D;
@@ -8347,9 +8360,9 @@ static int q3n__query_tile(const q3n_config *c)
     return n < Q3N__QUERY_TILE ? n : Q3N__QUERY_TILE;
 }
 
-/* Tile i of the run's tiles of one kv head: those of segment 0, then of 1, and so on.  A tile has
+/* Tile i of the pass's tiles of one kv head: those of segment 0, then of 1, and so on.  A tile has
  * queries of one segment, for others have other pages; (token, head) pairs are numbered t g + h. */
-static q3n__tile q3n__tile_get(const q3n__run *r, int i, int head)
+static q3n__tile q3n__tile_get(const q3n__pass *r, int i, int head)
 {
     const q3n_config *c = &r->model->config;
     const int g = c->num_attention_heads / c->num_key_value_heads, size = q3n__query_tile(c);
@@ -8365,7 +8378,7 @@ static q3n__tile q3n__tile_get(const q3n__run *r, int i, int head)
 
 /* Keys that query i of the tile may see: those of its own and earlier tokens, or all.  Its token is
  * row (first + i) / g; the count is that token's position + 1. */
-static int q3n__n_visible(const q3n__run *r, const q3n__tile *tile, int i)
+static int q3n__n_visible(const q3n__pass *r, const q3n__tile *tile, int i)
 {
     const q3n_config *c = &r->model->config;
     const q3n__segment *s = tile->s;
@@ -8380,7 +8393,7 @@ static int q3n__n_visible(const q3n__run *r, const q3n__tile *tile, int i)
 static void q3n__attend_block(const q3n__attention_arg *j, const q3n__tile *tile, int block,
                               q3n__softmax_partial *partial, float *o, int o_stride)
 {
-    const q3n__run *r = j->r;
+    const q3n__pass *r = j->r;
     const q3n__kv_cache *kv = &tile->s->state->kv;
     const int g = r->model->config.num_attention_heads / kv->n_kv_heads, D = kv->dim;
     float scores[Q3N__QUERY_TILE * Q3N__KV_BLOCK], m[Q3N__QUERY_TILE], l[Q3N__QUERY_TILE];
@@ -8417,7 +8430,7 @@ static void q3n__attend_block(const q3n__attention_arg *j, const q3n__tile *tile
 static void q3n__attend_task(void *arg, int begin, int end)
 {
     const q3n__attention_arg *j = (const q3n__attention_arg *)arg;
-    const q3n__run *r = j->r;
+    const q3n__pass *r = j->r;
     const q3n_config *c = &r->model->config;
     const int K = c->num_key_value_heads, g = c->num_attention_heads / K, D = c->head_dim;
     for (int i = begin; i < end; i++) {
@@ -8447,7 +8460,7 @@ static void q3n__attend_task(void *arg, int begin, int end)
 static void q3n__attend_split_task(void *arg, int begin, int end)
 {
     const q3n__attention_arg *j = (const q3n__attention_arg *)arg;
-    const q3n__run *r = j->r;
+    const q3n__pass *r = j->r;
     const q3n_config *c = &r->model->config;
     const int K = c->num_key_value_heads, g = c->num_attention_heads / K, D = c->head_dim;
     for (int i = begin; i < end; i++) {
@@ -8467,7 +8480,7 @@ static void q3n__attend_split_task(void *arg, int begin, int end)
 static void q3n__attend_merge_task(void *arg, int begin, int end)
 {
     const q3n__attention_arg *j = (const q3n__attention_arg *)arg;
-    const q3n__run *r = j->r;
+    const q3n__pass *r = j->r;
     const int D = r->model->config.head_dim;
     const int g = r->model->config.num_attention_heads / r->model->config.num_key_value_heads;
     for (int q = begin; q < end; q++) {
@@ -8491,7 +8504,7 @@ static void q3n__attend_merge_task(void *arg, int begin, int end)
 static void q3n__attention_gate_task(void *arg, int begin, int end)
 {
     const q3n__attention_arg *j = (const q3n__attention_arg *)arg;
-    const q3n__run *r = j->r;
+    const q3n__pass *r = j->r;
     const q3n_config *c = &r->model->config;
     const int D = c->head_dim, H = c->num_attention_heads, g = H / c->num_key_value_heads;
     for (int t = begin; t < end; t++) {
@@ -8522,7 +8535,7 @@ static void q3n__attention_gate_task(void *arg, int begin, int end)
  * and values of the n rows are in the pages afterwards.  Splitting is a matter of time alone, and
  * where there is no room for partial results (no memory) nothing is split.
  */
-static void q3n__attention(q3n__run *r, const q3n__layer *w, int layer)
+static void q3n__attention(q3n__pass *r, const q3n__layer *w, int layer)
 {
     const q3n_config *c = &r->model->config;
     const int K = c->num_key_value_heads, g = c->num_attention_heads / K, d = c->hidden_size;
@@ -8560,8 +8573,8 @@ static void q3n__attention(q3n__run *r, const q3n__layer *w, int layer)
 /* =====================================================================================
  * [20] DELTANET                                                            >>deltanet
  *
- * The gated delta rule with its convolution (q3n__deltanet, at the end), for runs that store their
- * states and for runs that leave them pending.
+ * The gated delta rule with its convolution (q3n__deltanet, at the end), for passes that store
+ * their states and for passes that leave them pending.
  *
  *     region    items                                   from, to
  *     in_proj   blocks of rows                          a [n, d] -> proj [n, C + Hv dv], ba
@@ -8574,7 +8587,7 @@ static void q3n__attention(q3n__run *r, const q3n__layer *w, int layer)
  * u = q [Hk, dk] | k [Hk, dk] | v [Hv, dv] has C elements.  The recurrence over tokens is a loop
  * within an item; parallel is what it does not mix: heads, and columns of S.
  *
- *                    a run that stores               a lazy run (decode, a token and drafts)
+ *                    a pass that stores               a lazy pass (decode, a token and drafts)
  *     first          pending rows -> delta,          nothing
  *                    in place
  *     rows of u      r->u: n                         pending.u[!now]: the pending ones, then n
@@ -8583,10 +8596,10 @@ static void q3n__attention(q3n__run *r, const q3n__layer *w, int layer)
  *     outputs        of all n                        of the n, not of the pending ones again
  *
  * A token's output has the same bits both ways: S is f32 in memory and in scratch, and the kernel
- * does the same operations.  Which way a run goes is the session's decision (state.lazy).
+ * does the same operations.  Which way a pass goes is the session's decision (state.lazy).
  * ===================================================================================== */
 typedef struct {
-    const q3n__run   *r;
+    const q3n__pass   *r;
     const q3n__layer *w;
     int               layer;         /* number among the DeltaNet layers                         */
     int               channels;      /* C                                                        */
@@ -8605,7 +8618,7 @@ typedef struct {
 #define Q3N__DELTA_SCRATCH 4096
 
 /* One segment's rows of u and beta, g: among the pending ones, after the n_pending there already,
- * or in the run's scratch.  Both begin with the pending rows, if the run is lazy. */
+ * or in the pass's scratch.  Both begin with the pending rows, if the pass is lazy. */
 typedef struct { float *u, *ba; } q3n__delta_rows;
 
 static q3n__delta_rows q3n__delta_rows_of(const q3n__delta_arg *j, const q3n__segment *s)
@@ -8643,13 +8656,13 @@ static int q3n__delta_before(const q3n__segment *s)
  * Items are channel tiles, each over all segments: no other item touches these channels, of rows or
  * of states.
  *
- * A lazy run also copies the pending rows before its own, convolved as they are, and saves its
+ * A lazy pass also copies the pending rows before its own, convolved as they are, and saves its
  * inputs: with them q3n__conv_rewind finds the columns after fewer tokens.  A single token needs no
  * inputs, for taken back it leaves the columns of before. */
 static void q3n__conv_task(void *arg, int begin, int end)
 {
     const q3n__delta_arg *j = (const q3n__delta_arg *)arg;
-    const q3n__run *r = j->r;
+    const q3n__pass *r = j->r;
     const q3n_config *c = &r->model->config;
     const int C = j->channels, width = c->linear_conv_kernel_dim, rows = j->w->in_proj_qkvz.n_rows;
     const int c0 = begin * Q3N__CONV_TILE;
@@ -8690,12 +8703,12 @@ static float q3n__softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
  *     q, k = x / sqrt(sum x^2 + 1e-6) per key head;  q /= sqrt(dk)      ([HF] l2norm: no mean)
  *     beta = sigmoid(b), in (0, 1);  g = -exp(A_log) softplus(a + dt_bias) <= 0, per value head
  *
- * In place where nothing is pending; a lazy run's row goes after the pending ones, which the first
+ * In place where nothing is pending; a lazy pass's row goes after the pending ones, which the first
  * row of a segment copies.  g stays a logarithm here: kernels take e^g. */
 static void q3n__delta_prepare_task(void *arg, int begin, int end)
 {
     const q3n__delta_arg *j = (const q3n__delta_arg *)arg;
-    const q3n__run *r = j->r;
+    const q3n__pass *r = j->r;
     const q3n_config *c = &r->model->config;
     const int Hk = c->linear_num_key_heads, Hv = c->linear_num_value_heads,
               dk = c->linear_key_head_dim;
@@ -8775,7 +8788,7 @@ static int q3n__delta_tiles(const q3n__delta_arg *j)
 static void q3n__delta_task(void *arg, int begin, int end)
 {
     const q3n__delta_arg *j = (const q3n__delta_arg *)arg;
-    const q3n__run *r = j->r;
+    const q3n__pass *r = j->r;
     const int Hv = r->model->config.linear_num_value_heads, tiles = q3n__delta_tiles(j);
     float scratch[Q3N__DELTA_SCRATCH];
     for (int i = begin; i < end; i++) {
@@ -8803,7 +8816,7 @@ static void q3n__delta_task(void *arg, int begin, int end)
 /* Columns of an item: a tile that stays in the cache for all tokens; whole rows for one token: it
  * needs no scratch, and memory is read in longer stretches (AVX-512: 5.5 microseconds a head, in
  * tiles 6.5). */
-static int q3n__delta_columns(const q3n__run *r, int items)
+static int q3n__delta_columns(const q3n__pass *r, int items)
 {
     const q3n_config *c = &r->model->config;
     const int dk = c->linear_key_head_dim, dv = c->linear_value_head_dim;
@@ -8827,8 +8840,8 @@ static void q3n__flush_task(void *arg, int begin, int end)
 }
 
 /* Make the matrices hold the whole text: no row is pending afterwards.  For what needs the state
- * itself (snapshots, files, forks), and after a cancelled run, whose layers stand at two places. */
-static void q3n__flush(q3n__run *r, q3n__state *s, int n_delta)
+ * itself (snapshots, files, forks), and after a cancelled pass, which did not do all layers. */
+static void q3n__flush(q3n__pass *r, q3n__state *s, int n_delta)
 {
     if (s->pending.n == 0) return;
     const q3n__segment segment = { s, 0, 0 };
@@ -8841,9 +8854,10 @@ static void q3n__flush(q3n__run *r, q3n__state *s, int n_delta)
     memset(s->pending.applied, 0, (size_t)n_delta);
 }
 
-/* The convolution's columns after the first n tokens of a lazy run, to conv_out: the last width - 1
- * columns of [columns before the run | inputs of its tokens 0 .. n - 1].  0 <= n < tokens of it. */
-static void q3n__conv_rewind(const q3n__run *r, q3n__state *s, int n_delta, int n)
+/* The convolution's columns after the first n tokens of a lazy pass, to conv_out: the last
+ * width - 1 columns of [columns before the pass | inputs of its tokens 0 .. n - 1].  0 <= n <
+ * tokens of it. */
+static void q3n__conv_rewind(const q3n__pass *r, q3n__state *s, int n_delta, int n)
 {
     const q3n_config *c = &r->model->config;
     const size_t C = (size_t)q3n__config_channels(c);
@@ -8864,7 +8878,7 @@ static void q3n__conv_rewind(const q3n__run *r, q3n__state *s, int n_delta, int 
 static void q3n__delta_gate_task(void *arg, int begin, int end)
 {
     const q3n__delta_arg *j = (const q3n__delta_arg *)arg;
-    const q3n__run *r = j->r;
+    const q3n__pass *r = j->r;
     const q3n_config *c = &r->model->config;
     const int Hv = c->linear_num_value_heads, dv = c->linear_value_head_dim;
     for (int t = begin; t < end; t++) {
@@ -8896,7 +8910,7 @@ static void q3n__delta_gate_task(void *arg, int begin, int end)
  *   [layer][Hv][dk, dv], conv [layer][width - 1, C]: 2 MiB and 96 KiB a layer in the 80B (Hk 16, Hv
  *   32, dk = dv = 128, width 4), whatever the length of the text
  */
-static void q3n__deltanet(q3n__run *r, const q3n__layer *w, int layer)
+static void q3n__deltanet(q3n__pass *r, const q3n__layer *w, int layer)
 {
     const q3n_config *c = &r->model->config;
     const int d = c->hidden_size, Hv = c->linear_num_value_heads;
@@ -8962,9 +8976,9 @@ static void q3n__deltanet(q3n__run *r, const q3n__layer *w, int layer)
  *
  * So an expert's weights are read once for all its rows; and an element of y is summed by one
  * thread in one order, experts by rising number and the shared one last, whatever else is in the
- * run. */
+ * pass. */
 typedef struct {
-    const q3n__run   *r;
+    const q3n__pass   *r;
     int               n_ffn, rows_per_block, n_blocks;
 } q3n__ffn_arg;
 
@@ -8975,7 +8989,7 @@ typedef struct {
 static void q3n__route_task(void *arg, int begin, int end)
 {
     const q3n__ffn_arg *j = (const q3n__ffn_arg *)arg;
-    const q3n__run *r = j->r;
+    const q3n__pass *r = j->r;
     const q3n_config *c = &r->model->config;
     const int E = c->num_experts, k = c->num_experts_per_tok;
     for (int t = begin; t < end; t++) {
@@ -9011,7 +9025,7 @@ static void q3n__route_task(void *arg, int begin, int end)
 /* Rows and weights by expert: counting sort over (row, choice), rows ascending within an expert;
  * see the picture above.  By the calling thread: n k steps.  l >= 0: each session counts the
  * choices of its own rows. */
-static void q3n__group_by_expert(const q3n__run *r, int l)
+static void q3n__group_by_expert(const q3n__pass *r, int l)
 {
     const int E = r->model->config.num_experts, k = r->model->config.num_experts_per_tok;
     int *first = r->expert_first;
@@ -9042,7 +9056,7 @@ static q3n__mat q3n__slice(const q3n__mat *w, int e)
 }
 
 /* Row t of an FFN in r->ffn_q; NULL if no matrix of the model is quantised. */
-static q3n__x8 *q3n__ffn_row_q(const q3n__run *r, const q3n__ffn *f, int t)
+static q3n__x8 *q3n__ffn_row_q(const q3n__pass *r, const q3n__ffn *f, int t)
 {
     if (!r->ffn_q) return NULL;
     return r->ffn_q + f->first_q + (size_t)t * (size_t)q3n__x8_blocks(f->up.n_rows);
@@ -9069,7 +9083,7 @@ static void q3n__ffn_half(const q3n__ffn_arg *j, const q3n__ffn *f, int is_up, i
         .row0 = row0,
         .row1 = row1,
     };
-    q3n__matmul_tiled(j->r->k, w->type, &m);
+    q3n__matmul_calls(j->r->k, w->type, &m);
 }
 
 /* up = up(x) * silu(gate(x)): items are row blocks of all FFNs, multiples of the columns of a
@@ -9079,7 +9093,7 @@ static void q3n__ffn_half(const q3n__ffn_arg *j, const q3n__ffn *f, int is_up, i
 static void q3n__ffn_up_task(void *arg, int begin, int end)
 {
     const q3n__ffn_arg *j = (const q3n__ffn_arg *)arg;
-    const q3n__run *r = j->r;
+    const q3n__pass *r = j->r;
     for (int i = 0; i < j->n_ffn; i++) {
         const q3n__ffn *f = &r->ffn[i];
         const int blocks = (f->up.n_rows + j->rows_per_block - 1) / j->rows_per_block;
@@ -9103,7 +9117,7 @@ static void q3n__ffn_up_task(void *arg, int begin, int end)
 /* With few tokens long ranges of one expert are read: where reading jumps, it stops.  768 rows at a
  * time instead of 64: 31 GB/s instead of 25, where reading gives 33 (Zen 4). */
 #define Q3N__FEW_TOKENS   4
-#define Q3N__FEW_ROW_TILE (Q3N__TOKEN_TILE * Q3N__ROW_TILE / Q3N__FEW_TOKENS)
+#define Q3N__FEW_CALL_ROWS (Q3N__CALL_TOKENS * Q3N__CALL_ROWS / Q3N__FEW_TOKENS)
 
 /* y[row] = sum over FFNs, in their order, of weight * down(up): items are blocks of the d outputs,
  * so each output is summed by one thread in one order.  `out` holds a job's products for a tile of
@@ -9111,10 +9125,10 @@ static void q3n__ffn_up_task(void *arg, int begin, int end)
 static void q3n__ffn_down_task(void *arg, int begin, int end)
 {
     const q3n__ffn_arg *j = (const q3n__ffn_arg *)arg;
-    const q3n__run *r = j->r;
+    const q3n__pass *r = j->r;
     const int d = r->model->config.hidden_size;
-    float out[Q3N__TOKEN_TILE * Q3N__ROW_TILE];
-    const int step = r->n <= Q3N__FEW_TOKENS ? Q3N__FEW_ROW_TILE : Q3N__ROW_TILE;
+    float out[Q3N__CALL_TOKENS * Q3N__CALL_ROWS];
+    const int step = r->n <= Q3N__FEW_TOKENS ? Q3N__FEW_CALL_ROWS : Q3N__CALL_ROWS;
     const int end_row = end * j->rows_per_block < d ? end * j->rows_per_block : d;
     for (int row0 = begin * j->rows_per_block; row0 < end_row; row0 += step) {
         const int row1 = row0 + step < end_row ? row0 + step : end_row;
@@ -9123,7 +9137,7 @@ static void q3n__ffn_down_task(void *arg, int begin, int end)
             memset(r->b + (size_t)t * (size_t)d + (size_t)row0, 0, (size_t)n_rows * sizeof *r->b);
         for (int i = 0; i < j->n_ffn; i++) {
             const q3n__ffn *f = &r->ffn[i];
-            for (int t = 0; t < f->n; t += Q3N__TOKEN_TILE) {
+            for (int t = 0; t < f->n; t += Q3N__CALL_TOKENS) {
                 const int width = f->down.n_cols;
                 const q3n__matmul m = {
                     .w = f->down.data + (size_t)row0 * q3n__row_bytes(f->down.type, width),
@@ -9133,7 +9147,7 @@ static void q3n__ffn_down_task(void *arg, int begin, int end)
                     .bias = f->down_bias ? f->down_bias + row0 : NULL,
                     .y = out,
                     .y_stride = step,
-                    .n = f->n - t < Q3N__TOKEN_TILE ? f->n - t : Q3N__TOKEN_TILE,
+                    .n = f->n - t < Q3N__CALL_TOKENS ? f->n - t : Q3N__CALL_TOKENS,
                     .n_cols = width,
                     .row0 = 0,
                     .row1 = n_rows,
@@ -9153,7 +9167,7 @@ static void q3n__ffn_down_task(void *arg, int begin, int end)
 /* r->b = the FFNs of r->ffn, n_ffn of them, of r->a: two parallel regions, for down needs all of
  * up.  Blocks are sized by the work in them: in the first region two matrices (2 d columns) times
  * the rows that a job has on average, in the second the rows of all jobs. */
-static void q3n__ffn_all(q3n__run *r, int n_ffn)
+static void q3n__ffn_all(q3n__pass *r, int n_ffn)
 {
     q3n__ffn_arg arg = { r, n_ffn, 0, 0 };
     int n_tokens = 0;
@@ -9163,7 +9177,7 @@ static void q3n__ffn_all(q3n__run *r, int n_ffn)
         n_tokens += r->ffn[i].n;
     }
     const int d = r->model->config.hidden_size;
-    arg.rows_per_block = q3n__rows_per_block(r->pool, rows, 2 * d, n_tokens / n_ffn);
+    arg.rows_per_block = q3n__rows_per_item(r->pool, rows, 2 * d, n_tokens / n_ffn);
     arg.rows_per_block = q3n__x8_blocks(arg.rows_per_block) * 2 * Q3N__GROUP;
     for (int i = 0; i < n_ffn; i++) {
         r->ffn[i].first_block = arg.n_blocks;
@@ -9171,13 +9185,13 @@ static void q3n__ffn_all(q3n__run *r, int n_ffn)
     }
     q3n__parallel(r->pool, arg.n_blocks, 1, q3n__ffn_up_task, &arg);
 
-    arg.rows_per_block = q3n__rows_per_block(r->pool, d, r->ffn[0].down.n_cols, n_tokens);
+    arg.rows_per_block = q3n__rows_per_item(r->pool, d, r->ffn[0].down.n_cols, n_tokens);
     q3n__parallel(r->pool, (d + arg.rows_per_block - 1) / arg.rows_per_block, 1, q3n__ffn_down_task,
                   &arg);
 }
 
 /* Dense FFN: y = down(silu(gate(x)) * up(x)), one job of all rows ([HF] Qwen3NextMLP.forward) */
-static void q3n__mlp(q3n__run *r, const q3n__layer *w)
+static void q3n__mlp(q3n__pass *r, const q3n__layer *w)
 {
     r->ffn[0] = (q3n__ffn){.gate = w->gate,
                            .up = w->up,
@@ -9197,7 +9211,7 @@ static void q3n__mlp(q3n__run *r, const q3n__layer *w)
  * summed by rising e, then the shared expert.  l is the layer's number for the counts, -1 = not
  * counted.  Router and shared gate are float matrices of f32 inputs: a choice of experts does not
  * hang on how activations are quantised within this layer. */
-static void q3n__moe(q3n__run *r, const q3n__layer *w, int l)
+static void q3n__moe(q3n__pass *r, const q3n__layer *w, int l)
 {
     const q3n_config *c = &r->model->config;
     const int E = c->num_experts, width = c->moe_intermediate_size;
@@ -9254,7 +9268,7 @@ static void q3n__moe(q3n__run *r, const q3n__layer *w, int l)
  * Every step reads r->a, which is a norm of r->x, and writes r->b, which is added to it.
  *
  * kind_index is the layer's number among those with its kind of state. */
-static void q3n__layer_forward(q3n__run *r, const q3n__layer *w, int l, int kind_index)
+static void q3n__layer_forward(q3n__pass *r, const q3n__layer *w, int l, int kind_index)
 {
     q3n__rms_norm(r, w->input_norm);
     if (w->is_delta) q3n__deltanet(r, w, kind_index);
@@ -9269,12 +9283,12 @@ static void q3n__layer_forward(q3n__run *r, const q3n__layer *w, int l, int kind
 
 /* The host's layer hook, if it has one: x [n, d] is the residual stream after layer l, the
  * embedding with l = -1, the final norm with l = the number of layers. */
-static void q3n__hook(const q3n__run *r, const q3n_layer_hook *hook, int l, const float *x)
+static void q3n__hook(const q3n__pass *r, const q3n_layer_hook *hook, int l, const float *x)
 {
     if (hook->layer) hook->layer(hook->user, l, x, r->n, r->model->config.hidden_size);
 }
 
-static int q3n__run_cancelled(const q3n__run *r)   /* the engine, or one of the sessions */
+static int q3n__run_cancelled(const q3n__pass *r)   /* the engine, or one of the sessions */
 {
     if (q3n__is_cancelled(r->cancel)) return 1;
     for (int i = 0; i < r->n_segments; i++)
@@ -9287,7 +9301,7 @@ static int q3n__run_cancelled(const q3n__run *r)   /* the engine, or one of the 
  * then slots after the text, delta_out and conv_out hold anything, and pending.applied says which
  * layers stored their pending rows.  n_kind counts layers of each kind: states are numbered within
  * one. */
-static int q3n__forward(q3n__run *r, const int32_t *tokens, const q3n_layer_hook *hook)
+static int q3n__forward(q3n__pass *r, const int32_t *tokens, const q3n_layer_hook *hook)
 {
     const q3n_model *m = r->model;
     int n_kind[2] = { 0, 0 };
@@ -9306,7 +9320,7 @@ static int q3n__forward(q3n__run *r, const int32_t *tokens, const q3n_layer_hook
 
 /* ---- Multi-token prediction ---- */
 typedef struct {
-    const q3n__run *r;
+    const q3n__pass *r;
     const int32_t  *tokens;      /* [n]                                                          */
     const float    *hidden;      /* [n, d]                                                       */
 } q3n__mtp_arg;
@@ -9316,7 +9330,7 @@ typedef struct {
 static void q3n__mtp_input_task(void *arg, int begin, int end)
 {
     const q3n__mtp_arg *j = (const q3n__mtp_arg *)arg;
-    const q3n__run *r = j->r;
+    const q3n__pass *r = j->r;
     const q3n__weights *w = &r->model->weights;
     const int d = r->model->config.hidden_size;
     const float eps = (float)r->model->config.rms_norm_eps;
@@ -9329,7 +9343,7 @@ static void q3n__mtp_input_task(void *arg, int begin, int end)
     }
 }
 
-/* The module over the rows of a run, which has one segment (transformers leaves mtp.* out; its
+/* The module over the rows of a pass, which has one segment (transformers leaves mtp.* out; its
  * tensors are those of the published checkpoints):
  *
  *     x = fc [norm(embed(token[p])); norm(h[p - 1])]     one decoder layer;  norm
@@ -9338,7 +9352,7 @@ static void q3n__mtp_input_task(void *arg, int begin, int end)
  * has none (kv.skip).  tokens [n] are those at the rows' positions, hidden [n, d] the trunk's final
  * norm of the positions before, or the module's own output there.  Afterwards r->a holds the
  * module's output. */
-static void q3n__mtp_forward(q3n__run *r, const int32_t *tokens, const float *hidden)
+static void q3n__mtp_forward(q3n__pass *r, const int32_t *tokens, const float *hidden)
 {
     const q3n_model *m = r->model;
     const int d = m->config.hidden_size;
@@ -9354,8 +9368,8 @@ static void q3n__mtp_forward(q3n__run *r, const int32_t *tokens, const float *hi
 
 /* logits [n, vocab] = hidden lm_head', of n rows [n, d] of normed hidden states.  lm_head is the
  * embedding where the file ties them.  r->mixed_q is free after the last layer and has room for a
- * row of d; logits must not be part of the run's activations. */
-static void q3n__logits(const q3n__run *r, const float *hidden, int n, float *logits)
+ * row of d; logits must not be part of the pass's activations. */
+static void q3n__logits(const q3n__pass *r, const float *hidden, int n, float *logits)
 {
     const q3n__mat *w = &r->model->weights.lm_head;
     const q3n__linear out = { w, NULL, hidden, r->mixed_q, logits, w->n_cols, w->n_rows };
@@ -9367,7 +9381,7 @@ static void q3n__logits(const q3n__run *r, const float *hidden, int n, float *lo
  * [22] CACHE                                                                  >>cache
  *
  * Snapshots by the text that led to them, for any number of threads.  An item is a text, in memory,
- * in a file, or both; items are sorted by length, so that one pass over a text finds the longest
+ * in a file, or both; items are sorted by length, so that one walk over a text finds the longest
  * that it begins with.  Texts are compared, hashes only point.
  *
  *     items, sorted          300 tokens       512 tokens        900 tokens
@@ -9477,7 +9491,7 @@ static void q3n__cache_keys(const q3n_cache *c, const q3n__shape *shape, q3n_typ
 }
 
 /* Takes up the chain after tokens that are in it; q3n__mix64 makes it a hash.  So the hashes of all
- * beginnings of a text cost one pass over it; one of q3n__hash for each would cost a pass each. */
+ * beginnings of a text cost one walk over it; one of q3n__hash for each would cost a walk each. */
 #define Q3N__TEXT_START Q3N__GOLDEN
 
 static uint64_t q3n__text_chain(uint64_t chain, const int32_t *tokens, int n)
@@ -9748,7 +9762,7 @@ static int q3n__cache_compare_age(const void *left, const void *right)
     return a->file_order == b->file_order ? 0 : a->file_order < b->file_order ? -1 : 1;
 }
 
-/* The item with the oldest file, -1 = none.  One pass over all items. */
+/* The item with the oldest file, -1 = none.  One walk over all items. */
 static int q3n__cache_oldest_file(const q3n_cache *c)
 {
     int oldest = -1;
@@ -9917,7 +9931,7 @@ static void q3n__cache_drop(q3n_cache *c, int i)
 }
 
 /* The item in memory that goes first, -1 = none: unmarked before marked, among equals the one that
- * was not used for the longest.  One pass over all items. */
+ * was not used for the longest.  One walk over all items. */
 static int q3n__cache_victim(const q3n_cache *c)
 {
     int first = -1;
@@ -10019,7 +10033,7 @@ static int q3n__cache_touch(q3n_cache *c, const q3n__shape *shape, q3n_type delt
 }
 
 /* The longest item whose hash is that of the first tokens, more than min and at most n of them, of
- * equals the one under the first key; -1 = none.  With files 0 it must be in memory.  One pass over
+ * equals the one under the first key; -1 = none.  With files 0 it must be in memory.  One walk over
  * the tokens, as far as there are items.  Under the lock. */
 static int q3n__cache_longest(const q3n_cache *c, const uint64_t key[2], const int32_t *tokens,
                               int n, int min, int files)
@@ -10205,9 +10219,9 @@ struct q3n_engine {
     int                 logit_rows;   /* of `logits`                                              */
     q3n__kernels        kernels;
     q3n__pool           pool;
-    q3n__run            run;
+    q3n__pass            run;
     q3n__segment       *segments;     /* [batch]                                                  */
-    int32_t            *tokens;       /* [batch] of a run                                         */
+    int32_t            *tokens;       /* [batch] of a pass                                        */
     float              *hidden;       /* [1 + batch, d] with an MTP module: the trunk's rows, one
                                          row further down                                         */
     float              *row;          /* [d]                                                      */
@@ -10225,8 +10239,8 @@ struct q3n_engine {
 
 /* Sizes of a session are multiplied freely: refuse those that a size_t of 32 bits does not hold.
  * Every array is then at most `limit` bytes, SIZE_MAX / 4 but in tests; with 64 bits
- * (Q3N_CONFIG_LIST) all are.  The arrays: a run's widest activations, pages, states, what attention
- * has of single blocks. */
+ * (Q3N_CONFIG_LIST) all are.  The arrays: a pass's widest activations, pages, states, what
+ * attention has of single blocks. */
 static q3n_result q3n__check_sizes(const q3n_config *c, const q3n_engine_options *o, int capacity,
                                    uint64_t limit, q3n_error *err)
 {
@@ -10346,7 +10360,7 @@ static int q3n__wants_mtp(const q3n_model *m, const q3n_session_options *o)
 static void q3n__run_layout_quantised(q3n__arena *a, q3n_engine *e)
 {
     const q3n_config *c = &e->model->config;
-    q3n__run *r = &e->run;
+    q3n__pass *r = &e->run;
     const size_t n = (size_t)e->options.batch_size, k = (size_t)c->num_experts_per_tok;
     const int HD = c->num_attention_heads * c->head_dim;
     const int v = c->linear_num_value_heads * c->linear_value_head_dim, d = c->hidden_size;
@@ -10364,11 +10378,11 @@ static void q3n__run_layout_quantised(q3n__arena *a, q3n_engine *e)
             a, n, sizeof *r->mtp_in_q * (size_t)q3n__x8_blocks(2 * d));
 }
 
-/* Activations of a run of at most e->options.batch_size tokens. */
+/* Activations of a pass of at most e->options.batch_size tokens. */
 static void q3n__run_layout(q3n__arena *a, q3n_engine *e)
 {
     const q3n_config *c = &e->model->config;
-    q3n__run *r = &e->run;
+    q3n__pass *r = &e->run;
     const size_t n = (size_t)e->options.batch_size, f = sizeof(float), d = (size_t)c->hidden_size;
     const size_t D = (size_t)c->head_dim, H = (size_t)c->num_attention_heads;
     const size_t KD = (size_t)c->num_key_value_heads * D, C = (size_t)q3n__config_channels(c);
@@ -11024,7 +11038,7 @@ static void q3n__sampler_few(q3n_sampler *s, const float *x, float max, int k)
     int n = q3n__sampler_top_k(s, x, k);
     double total = 0.0;
     for (int i = 0; i < n; i++) {
-        c[i].v = q3n__weight(c[i].v, max, s->scale);
+        c[i].v = q3n__sampler_weight(c[i].v, max, s->scale);
         total += c[i].v;
     }
     if (s->o.top_p < 1.0f) n = q3n__select(c, n, (double)s->o.top_p * total, 1);
@@ -11776,7 +11790,7 @@ static int32_t q3n__largest_logit(const float *logits, int n)   /* the first of 
 #define Q3N__DRAFT_VOCAB 4   /* one token in so many */
 #define Q3N__DRAFT_MIN 2048
 
-static void q3n__draft_logits(const q3n__run *r, const float *hidden, float *logits)
+static void q3n__draft_logits(const q3n__pass *r, const float *hidden, float *logits)
 {
     const int V = r->model->config.vocab_size;
     int n = (V / Q3N__DRAFT_VOCAB + 15) / 16 * 16;
@@ -12331,7 +12345,7 @@ static void q3n__session_advance(q3n_session *s, const int32_t *tokens, int row0
  * whose text is being replaced, whose rows are of the text that it had. */
 static q3n_result q3n__engine_pass(q3n_engine *e, const q3n__chunk *chunk, int n_chunks)
 {
-    q3n__run *r = &e->run;
+    q3n__pass *r = &e->run;
     int rows = 0;
     const int64_t start = q3n__now();
     for (int i = 0; i < n_chunks; i++) {
@@ -14030,7 +14044,7 @@ static float q3n__block_sum_scalar(const float *y)
 #define Q3N__EXP2_4     0x1.3cea88p-7f
 #define Q3N__EXP2_5     0x1.5bba14p-10f
 
-static float q3n__weight(float x, float max, float scale)
+static float q3n__sampler_weight(float x, float max, float scale)
 {
     float t = (x - max) * scale;
     if (!(t >= Q3N__WEIGHT_MIN)) return 0.0f;
@@ -14050,7 +14064,7 @@ static void q3n__block_weights_scalar(float *y, float *sum, const float *x, int 
                                       float scale)
 {
     for (int b = 0; b < n_blocks; b++, x += Q3N__SAMPLER_BLOCK, y += Q3N__SAMPLER_BLOCK) {
-        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++) y[i] = q3n__weight(x[i], max, scale);
+        for (int i = 0; i < Q3N__SAMPLER_BLOCK; i++) y[i] = q3n__sampler_weight(x[i], max, scale);
         sum[b] = q3n__block_sum_scalar(y);
     }
 }
@@ -14860,7 +14874,7 @@ static void q3n__block_max_avx2(float *max, const float *x, int n_blocks)
     }
 }
 
-/* q3n__weight: no multiply-add is fused, as scalar has none.  A comparison with NaN does not hold,
+/* q3n__sampler_weight: no multiply-add is fused, as scalar has none.  A comparison with NaN fails,
  * so its weight is masked to 0 as those below WEIGHT_MIN are. */
 Q3N__INLINE __m256 q3n__weight_avx2(__m256 x, __m256 max, __m256 scale)
 {
@@ -15717,7 +15731,7 @@ static void q3n__block_max_avx512(float *max, const float *x, int n_blocks)
     }
 }
 
-/* q3n__weight, unfused; the mask leaves 0 below WEIGHT_MIN and of NaN. */
+/* q3n__sampler_weight, unfused; the mask leaves 0 below WEIGHT_MIN and of NaN. */
 Q3N__INLINE __m512 q3n__weight_avx512(__m512 x, __m512 max, __m512 scale)
 {
     const __m512 round = _mm512_set1_ps(Q3N__ROUND);
@@ -16540,7 +16554,7 @@ Q3N__INLINE float q3n__halves_neon(const float32x4_t s[4])
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
 }
 
-/* q3n__weight, unfused: vmulq and vaddq apart.  NaN fails the comparison and becomes 0. */
+/* q3n__sampler_weight, unfused: vmulq and vaddq apart.  NaN fails the comparison and becomes 0. */
 Q3N__INLINE float32x4_t q3n__weight_neon(float32x4_t x, float32x4_t max, float32x4_t scale)
 {
     const float32x4_t round = vdupq_n_f32(Q3N__ROUND);

@@ -82,7 +82,7 @@ class Faults(unittest.TestCase):
                     "of the implementation's lines are comments")
         chatter = "\n".join(["/* Says nothing. */"] * 900)
         text = self.text
-        for tag in ("dispatch", "ops", "run", "memory", "errors", "types", "attention"):
+        for tag in ("dispatch", "ops", "pass", "memory", "errors", "types", "attention"):
             lines = text.split("\n")
             first = next(f for t, f, _ in lint.sections(lines) if t == tag)
             end = next(i for i in range(first, len(lines)) if lines[i].endswith("*/"))
@@ -101,7 +101,9 @@ class Faults(unittest.TestCase):
         for text, instead in (("/* the state beh" "ind a token */", "after"),
                               ("static int n_tr" "ail;", "pending"),
                               ("static int q3n__session_fe" "ed;", "prefill"),
-                              ("static int mo" "st = 1;", "min, max")):
+                              ("static int mo" "st = 1;", "min, max"),
+                              ("/* a name that st" "ands twice */", "appears"),
+                              ("static q3n__r" "un *r;", "pass")):
             self.expect(self.after_banner("dispatch", text), "the field says " + instead)
         same = self.after_banner(
             "dispatch", "/* a feed-forward network, at most 4 of them, one left beh" "ind */")

@@ -504,7 +504,7 @@ static void check_attention(void *user, int l, const float *x, int n, int d)
 {
     attention_check *c = (attention_check *)user;
     if (l != c->n_layers - 1) return;
-    const q3n__run *r = &c->s->engine->run;
+    const q3n__pass *r = &c->s->engine->run;
     const q3n__kv_cache *kv = &c->s->state.kv;
     const int g = r->model->config.num_attention_heads / kv->n_kv_heads, D = kv->dim;
     const size_t B = Q3N__KV_BLOCK;

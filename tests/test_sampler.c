@@ -77,7 +77,7 @@ static int plain_filter(const float *logits, int n, const q3n_sampler_options *o
     const float max = e[0].v;
     double total = 0.0, sum = 0.0;
     for (int i = 0; i < n; i++) {
-        e[i].v = q3n__weight(e[i].v, max, scale);
+        e[i].v = q3n__sampler_weight(e[i].v, max, scale);
         total += e[i].v;
     }
     qsort(e, (size_t)n, sizeof *e, by_rank);   /* equal probabilities from unequal logits */

@@ -733,8 +733,8 @@ static void test_character_tables(void **state)
         }
     for (uint32_t page = 1; page < 0x1100; page++) {
         uint32_t n = 0;
-        uint32_t i = unicode.page[page];
-        for (; unicode.run[i + 1] >> 10 <= (page << 8 | 255); i++) n++;
+        uint32_t i = unicode.first_span[page];
+        for (; unicode.span[i + 1] >> 10 <= (page << 8 | 255); i++) n++;
         assert_in_range(n, 0, 128);
     }
 }

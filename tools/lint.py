@@ -42,11 +42,11 @@ ROOMS = (
      r"q3n_model\b|q3n_session|q3n__layer|q3n_config\b|Q3N_TYPE_"),
     ("formats", 3050, ("types", "tensors", "config", "model-files", "loader",
                        "state", "session-files"),
-     r"q3n__engine|q3n__run\b|q3n__pool\b"),
+     r"q3n__engine|q3n__pass\b|q3n__pool\b"),
     # JSON, chat and constraints are to come.
     ("words", 4500, ("unicode", "vocabulary", "tokenizer"),
-     r"q3n_session|q3n__engine|q3n__run\b|q3n__layer|Q3N_TYPE_"),
-    ("model", 1700, ("ops", "run", "attention", "deltanet", "model"),
+     r"q3n_session|q3n__engine|q3n__pass\b|q3n__layer|Q3N_TYPE_"),
+    ("model", 1700, ("ops", "pass", "attention", "deltanet", "model"),
      r"q3n_session\b|q3n__engine|q3n__file|q3n__input|q3n__output|Q3N_TYPE_|Q3N_ISA_"),
     ("engine", 3750, ("cache", "engine", "sampler", "session", "mtp", "checkpoints", "evaluation",
                       "reuse", "speculation"),
@@ -66,7 +66,7 @@ HEADERS = {"qwen3next.h": (ROOMS, (0.16, 0.24)), "tools/q3n_make.h": (MAKE_ROOMS
 MAX_LINES = 18000
 
 # Functions that are used before their bodies: why that cannot be otherwise.
-FORWARD = {"q3n__weight": "kernels close the file, single values of a matrix are asked for before",
+FORWARD = {"q3n__sampler_weight": "kernels close the file, the sampler asks for single numbers",
            "q3n__kernels_init": "kernels close the file, the engine asks for their table"}
 
 # What nobody in the field says, and what we say instead: names and sentences of the library and
@@ -75,8 +75,10 @@ OTHER_WORDS = ((r"\b(?<!left )(?<!leaves )behind\b", "after"),
                (r"(\b|_)trail(s|ed|ing)?(\b|_)", "pending"),
                (r"(\b|_)feeds?(\b|_)(?!-forward)", "prefill"),
                (r"(\b|_)settles?(\b|_)", "flush"), (r"(\b|_)speaks\b", "has_output"),
-               (r"\b(?<!at )(least|most)\b(?= *(?:[-=<>+;,)\]]|\*/|$| and | or ))", "min, max"))
-ANY_OTHER = re.compile("behind|trail|feed|settle|speaks|least|most")
+               (r"\b(?<!at )(least|most)\b(?= *(?:[-=<>+;,)\]]|\*/|$| and | or ))", "min, max"),
+               (r"\b(stands?|stood) (once|twice)\b", "appears"),
+               (r"\b(?:q3n__run|lazy runs?)\b", "pass"), (r"\bq3n__weight\b", "sampler_weight"))
+ANY_OTHER = re.compile("behind|trail|feed|settle|speaks|least|most|stand|stood|run|weight")
 KERNELS_SIMD = ("kernels-avx2", "kernels-avx512", "kernels-avx512vnni", "kernels-neon")
 # Where a condition inside a function is the section's job.
 CONDITIONAL = ("platform", None) + KERNELS_SIMD

@@ -80,7 +80,7 @@ def char_class(cp):
     return NUMBER_ALONE if category == "No" else CLASS.get(category[0], 0)
 
 
-def runs(decomposed):
+def spans(decomposed):
     """[(length, value)] over all code points: value = class, UNSTABLE, rank of combining class.
 
     UNSTABLE marks characters that NFC may change or join to what precedes them: everything but
@@ -128,8 +128,8 @@ def table(name, text):
 
 def generate():
     decomposed = decompositions()
-    char_runs = runs(decomposed)
-    run_text = "".join(packed(length) + packed(value) for length, value in char_runs)
+    char_spans = spans(decomposed)
+    span_text = "".join(packed(length) + packed(value) for length, value in char_spans)
     text, last_cp, last_first = "", 0, 0
     for cp, (first, second, composes) in sorted(decomposed.items()):
         text += packed((cp - last_cp) * 2 + (second != 0 and not composes))
@@ -137,9 +137,9 @@ def generate():
         text += packed(second - 0x2FF if second >= 0x300 else 0)
         assert second == 0 or second >= 0x300
         last_cp, last_first = cp, first
-    return (f"#define Q3N__N_CHAR_RUNS      {len(char_runs)}\n"
+    return (f"#define Q3N__N_CHAR_SPANS     {len(char_spans)}\n"
             f"#define Q3N__N_DECOMPOSITIONS {len(decomposed)}\n\n"
-            + table("q3n__packed_runs", run_text) + "\n"
+            + table("q3n__packed_spans", span_text) + "\n"
             + table("q3n__packed_decompositions", text))
 
 
