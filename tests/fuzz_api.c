@@ -12,8 +12,8 @@
 #include "qwen3next.h"
 #include "q3n_make.h"
 #include "engines.h"
+#include "fuzz.h"
 #include "isas.h"
-#include "messages.h"
 
 #include <stdint.h>
 #include <stdio.h>
@@ -26,15 +26,6 @@
 #define MAX_WEIGHTS       60000         /* of a token: a hostile geometry may use a tensor often */
 #define MAX_SESSION_BYTES ((size_t)4 << 20)
 #define MAX_VOCAB         1024
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
-
-static void require(int condition, const char *what)
-{
-    if (condition) return;
-    fprintf(stderr, "fuzz_api: %s\n", what);
-    abort();
-}
 
 /* ---- The input: a byte at a time, zeros after its end ---- */
 typedef struct { const uint8_t *p, *end; } input;
@@ -241,12 +232,6 @@ typedef struct {
     file            saved;                /* by q3n_session_save_to */
     float          *row;                  /* [4, vocab] */
 } world;
-
-static void check_error(const q3n_error *e, q3n_result r)
-{
-    require(e->code == r, "the record has another code");
-    require(message_is_clean(e->message, sizeof e->message), "a message with other bytes");
-}
 
 static void check_session(const q3n_session *s, q3n_result r, int length)
 {
@@ -711,14 +696,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 }
 
 #ifdef Q3N_FUZZ_REPLAY
-
-static uint32_t next_random(uint32_t *state)    /* xorshift32 */
-{
-    *state ^= *state << 13;
-    *state ^= *state >> 17;
-    *state ^= *state << 5;
-    return *state;
-}
 
 int main(void)
 {

@@ -8,7 +8,7 @@
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
 #include "engines.h"
-#include "messages.h"
+#include "fuzz.h"
 
 #include <stdint.h>
 #include <stdio.h>
@@ -19,15 +19,6 @@
 #define MOST_SESSION_BYTES ((size_t)16 << 20)
 /* Multiply-adds of one token, roughly: a hostile geometry may name one tensor for many layers. */
 #define MOST_WEIGHTS 4000000
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
-
-static void require(int condition, const char *what)
-{
-    if (condition) return;
-    fprintf(stderr, "fuzz_loader: %s\n", what);
-    abort();
-}
 
 static void look_through(const q3n_model *m)
 {
@@ -115,8 +106,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
         evaluate(m);
         q3n_model_close(m);
     } else {
-        require(err.code == r, "the record has another code");
-        require(message_is_clean(err.message, sizeof err.message), "a message with other bytes");
+        check_error(&err, r);
         require(err.offset >= -1 && err.offset <= (int64_t)bytes, "an offset outside the file");
     }
     free(copy);
@@ -124,14 +114,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 }
 
 #ifdef Q3N_FUZZ_REPLAY
-
-static uint32_t next_random(uint32_t *state)    /* xorshift32 */
-{
-    *state ^= *state << 13;
-    *state ^= *state >> 17;
-    *state ^= *state << 5;
-    return *state;
-}
 
 /* Change some bytes of the metadata, mostly by little and mostly in place of other numbers. */
 static void mutate(uint8_t *data, size_t n, uint32_t *state)

@@ -9,21 +9,13 @@
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
 #include "q3n_make.h"
-#include "messages.h"
+#include "fuzz.h"
+#include "sign.h"
 
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
-
-static void require(int condition, const char *what)
-{
-    if (condition) return;
-    fprintf(stderr, "fuzz_session: %s\n", what);
-    abort();
-}
 
 typedef struct { uint8_t *data; size_t bytes, at; } memory;
 
@@ -116,17 +108,6 @@ static void make_files(void)
 }
 
 /* ---- One input ---- */
-static void sign(memory *m)
-{
-    q3n__session_header h;
-    if (m->bytes < sizeof h + 8) return;
-    memcpy(&h, m->data, sizeof h);
-    h.header_hash = q3n__session_header_hash(h);
-    memcpy(m->data, &h, sizeof h);
-    const uint64_t hash = q3n__hash_of(h.header_hash, m->data + sizeof h, m->bytes - sizeof h - 8);
-    memcpy(m->data + m->bytes - 8, &hash, sizeof hash);
-}
-
 static void load(const memory *m, int number)
 {
     const q3n_session_options o = options_of(number);
@@ -158,9 +139,7 @@ static void load(const memory *m, int number)
                     "a strange draft");
     } else {
         require(n == 1, "a failed load changed the session");
-        const q3n_error *e = q3n_session_error(s);
-        require(e->code == r, "the record has another code");
-        require(message_is_clean(e->message, sizeof e->message), "a message with other bytes");
+        check_error(q3n_session_error(s), r);
     }
     for (int i = 0; i < 3 && n + i < CAPACITY; i++)
         require(q3n_session_eval(s, &token, 1, logits) == Q3N_OK, "a session that is no more");
@@ -185,7 +164,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
         const size_t at = q3n__load_u16(data + i) % (data[i + 3] & 1 ? 128 : m.bytes);
         if (at < m.bytes) m.data[at] = data[i + 2];
     }
-    if (data[0] & 0x20) sign(&m);
+    if (data[0] & 0x20) sign_session(m.data, m.bytes);
     memory exact = { (uint8_t *)malloc(m.bytes ? m.bytes : 1), m.bytes, 0 };
     require(exact.data != NULL, "out of memory");
     memcpy(exact.data, m.data, m.bytes);
@@ -196,14 +175,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 }
 
 #ifdef Q3N_FUZZ_REPLAY
-
-static uint32_t next_random(uint32_t *state)    /* xorshift32 */
-{
-    *state ^= *state << 13;
-    *state ^= *state >> 17;
-    *state ^= *state << 5;
-    return *state;
-}
 
 int main(void)
 {

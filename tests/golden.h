@@ -3,6 +3,8 @@
 #ifndef Q3N_TEST_GOLDEN_H
 #define Q3N_TEST_GOLDEN_H
 
+#include "read.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -100,18 +102,8 @@ static inline int32_t *golden_ids(const char *array, int *n)
 /* The text of a file, with a 0 after.  Free it. */
 static inline char *golden_read(const char *path)
 {
-    FILE *f = fopen(path, "rb");
-    if (!f) fail_msg("%s: cannot open", path);
-    assert_int_equal(fseek(f, 0, SEEK_END), 0);
-    const long size = ftell(f);
-    assert_true(size > 0);
-    rewind(f);
-    char *text = (char *)malloc((size_t)size + 1);
-    assert_non_null(text);
-    assert_int_equal(fread(text, 1, (size_t)size, f), (size_t)size);
-    text[size] = 0;
-    fclose(f);
-    return text;
+    size_t bytes;
+    return (char *)read_file(path, &bytes);
 }
 
 #endif

@@ -37,6 +37,7 @@ int main(void)
 #include "q3n_make.h"
 #include "engines.h"
 #include "folder.h"
+#include "small.h"
 
 #define COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))
 #define PATIENCE 1800                    /* seconds until a test that waits for a pipe is ended  */
@@ -124,20 +125,6 @@ static void fail_call(int call, int at, int error)
 static void fail_nothing(void) { memset(&fault, 0, sizeof fault); }
 
 /* ---- What writes ---- */
-static q3n_config small_config(void)
-{
-    q3n_config c = Q3N_INIT(q3n_config);
-    assert_int_equal(q3n_config_preset("tiny", &c, NULL), Q3N_OK);
-    static const char *const set[][2] = {
-        { "vocab", "99" }, { "hidden", "32" }, { "layers", "2" }, { "context", "600" },
-        { "heads", "2" }, { "kv_heads", "1" }, { "head_dim", "16" }, { "rotary_dim", "16" },
-        { "experts", "4" }, { "moe_intermediate_size", "32" }, { "intermediate_size", "32" },
-    };
-    for (int i = 0; i < COUNT(set); i++)
-        assert_int_equal(q3n_config_set(&c, set[i][0], set[i][1], NULL), Q3N_OK);
-    return c;
-}
-
 /* A model in a file of its own, and a session with some text. */
 static char        model_path[400];
 static q3n_model  *model;

@@ -19,6 +19,7 @@
 #include "engines.h"
 #include "golden.h"
 #include "isas.h"
+#include "random.h"
 
 #define COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
 
@@ -767,14 +768,6 @@ static void test_names(void **state)
 }
 
 /* ---- Messages ---- */
-
-static uint32_t next_random(uint32_t *state)    /* xorshift32 */
-{
-    *state ^= *state << 13;
-    *state ^= *state >> 17;
-    *state ^= *state << 5;
-    return *state;
-}
 
 /* Any bytes, of any length, in any place: the message is clean, says the same when it is put into
  * another one, begins with where and ends with what was expected. */

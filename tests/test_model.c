@@ -289,14 +289,6 @@ static void test_golden_keras(void **state)
 
 /* ---- Not a bit depends on how the work is cut ---- */
 
-/* Runs tasks on the calling thread, the last one first. */
-static void run_backwards(void *user, int n, void (*task)(void *arg, int i), void *arg)
-{
-    int *calls = (int *)user;
-    *calls += n;
-    for (int i = n - 1; i >= 0; i--) task(arg, i);
-}
-
 /* Sizes of the pieces a text is given in, repeated until it ends. */
 typedef struct {
     const char *name;

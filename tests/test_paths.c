@@ -15,6 +15,7 @@
 #include "q3n_make.h"
 #include "engines.h"
 #include "folder.h"
+#include "small.h"
 
 #define COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))
 
@@ -33,17 +34,9 @@ static int begin(void **state)
 
 static void make_model(const char *name)
 {
-    q3n_config c = Q3N_INIT(q3n_config);
-    q3n_error err;
+    const q3n_config c = small_config();
     const q3n_init_options o = { .size = sizeof o, .n_threads = 1 };
-    static const char *const set[][2] = {
-        { "vocab", "99" }, { "hidden", "32" }, { "layers", "2" }, { "context", "600" },
-        { "heads", "2" }, { "kv_heads", "1" }, { "head_dim", "16" }, { "rotary_dim", "16" },
-        { "experts", "4" }, { "moe_intermediate_size", "32" }, { "intermediate_size", "32" },
-    };
-    assert_int_equal(q3n_config_preset("tiny", &c, NULL), Q3N_OK);
-    for (int i = 0; i < COUNT(set); i++)
-        assert_int_equal(q3n_config_set(&c, set[i][0], set[i][1], NULL), Q3N_OK);
+    q3n_error err;
     if (q3n_init_file(name, &c, &o, &err) != Q3N_OK) fail_msg("%s", err.message);
 }
 

@@ -13,6 +13,7 @@
 #include "q3n_make.h"
 #include "failing.h"
 #include "folder.h"
+#include "read.h"
 
 #define COUNT(a) (sizeof(a) / sizeof(a)[0])
 
@@ -326,20 +327,6 @@ static int name_files(void **state)
     return 0;
 }
 
-static uint8_t *read_file(size_t *bytes)
-{
-    FILE *f = fopen(path, "rb");
-    assert_non_null(f);
-    assert_int_equal(fseek(f, 0, SEEK_END), 0);
-    *bytes = (size_t)ftell(f);
-    rewind(f);
-    uint8_t *data = malloc(*bytes);
-    assert_non_null(data);
-    assert_int_equal(fread(data, 1, *bytes, f), *bytes);
-    fclose(f);
-    return data;
-}
-
 /* A small model in memory: attention, DeltaNet, experts, dense, MTP, odd lengths. */
 static q3n_model *open_small(q3n_type type, uint8_t **memory)
 {
@@ -442,7 +429,7 @@ static void test_bytes_of_copies(void **state)
         const q3n_quantize_options o = { .size = sizeof o, .recipe = "q3", .n_threads = threads };
         assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_OK);
         size_t bytes;
-        uint8_t *data = read_file(&bytes);
+        uint8_t *data = read_file(path, &bytes);
         if (first) assert_true(bytes == first_bytes && memcmp(data, first, bytes) == 0);
         free(first);
         first = data;
@@ -480,7 +467,7 @@ static void test_requantize(void **state)
     o.recipe = "q8";                    /* a copy */
     assert_int_equal(q3n_quantize_file(path, in, &o, &err), Q3N_OK);
     size_t bytes;
-    uint8_t *data = read_file(&bytes);
+    uint8_t *data = read_file(path, &bytes);
     assert_int_equal(bytes, in->bytes);
     assert_memory_equal(data, memory, bytes);
     free(data);

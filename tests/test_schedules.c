@@ -351,13 +351,6 @@ static slot *any_session(world *w)
 static int number(const world *w, const slot *s) { return (int)(s - w->slots); }
 
 /* ---- Making and forking sessions ---- */
-/* Runs tasks on the calling thread, the last one first. */
-static void run_backwards(void *user, int n, void (*task)(void *arg, int i), void *arg)
-{
-    *(int *)user += n;
-    for (int i = n - 1; i >= 0; i--) task(arg, i);
-}
-
 static q3n_session_options session_options(world *w)
 {
     static const int batches[] = { 1, 2, 5, 16, 64, 0 };

@@ -13,6 +13,8 @@
 #define Q3N_IMPLEMENTATION
 #include "qwen3next.h"
 #include "golden.h"
+#include "random.h"
+#include "sign.h"
 
 #include <signal.h>
 #include <sys/resource.h>
@@ -96,14 +98,6 @@ static q3n__shape small_shape(q3n_type kv_type)
     s.hidden_size = 7;
     s.vocab_size = 1000;
     return s;
-}
-
-static uint32_t next_random(uint32_t *state)    /* xorshift32 */
-{
-    *state ^= *state << 13;
-    *state ^= *state >> 17;
-    *state ^= *state << 5;
-    return *state;
 }
 
 static void fill(void *data, size_t bytes, uint32_t *state)
@@ -563,17 +557,6 @@ static void test_flipped(void **state)
     check_flipped(11);
 }
 
-/* Both hashes made right again after a change. */
-static void sign(bytes_io *b)
-{
-    q3n__session_header head;
-    memcpy(&head, b->data, sizeof head);
-    head.header_hash = q3n__session_header_hash(head);
-    memcpy(b->data, &head, sizeof head);
-    const uint64_t hash = q3n__hash_of(head.header_hash, b->data + 128, b->bytes - 136);
-    memcpy(b->data + b->bytes - 8, &hash, sizeof hash);
-}
-
 /* A field of 4 or 8 bytes is changed and everything signed.  That can be right only for a length
  * with as many pages, for another first token of the MTP module, or for as many tokens of the
  * sampler as take the same room. */
@@ -587,7 +570,7 @@ static q3n_result read_changed(const bytes_io *b, const q3n_snapshot *s, size_t 
     assert_non_null(changed.data);
     memcpy(changed.data, b->data, b->bytes);
     memcpy(changed.data + at, &value, width);
-    sign(&changed);
+    sign_session(changed.data, changed.bytes);
     const int same = memcmp(changed.data, b->data, b->bytes) == 0;
     const q3n_result r = read_back(&back, &changed, s, 600, err);
     const int length = at == 48 && (uint32_t)value > 256 && (uint32_t)value <= 512;
@@ -661,7 +644,7 @@ static void check_hostile(int n_sampler)
     assert_int_equal(q3n__load_u32(b.data + token_300), token_at(0, 300));
     for (int i = 0; i < COUNT(bad); i++) {
         memcpy(b.data + token_300, &bad[i], 4);
-        sign(&b);
+        sign_session(b.data, b.bytes);
         assert_int_equal(read_back(&back, &b, s, 600, &err), Q3N_ERR_FORMAT);
         assert_non_null(strstr(err.message, "token 300"));
         assert_int_equal(h.live, live);
@@ -674,7 +657,7 @@ static void check_hostile(int n_sampler)
         memcpy(b.data + token_300, &good, 4);
         for (int i = 0; i < COUNT(bad); i++) {
             memcpy(b.data + window + 12, &bad[i], 4);
-            sign(&b);
+            sign_session(b.data, b.bytes);
             assert_int_equal(read_back(&back, &b, s, 600, &err), Q3N_ERR_FORMAT);
             assert_non_null(strstr(err.message, "token 3 of the sampler"));
             assert_int_equal(h.live, live);
@@ -719,7 +702,7 @@ static bytes_io read_version_1(const q3n_model *m)
     assert_int_equal(q3n__load_u32(b.data + 124), 0);
     const uint64_t model[2] = { q3n__model_hash(m), m->bytes };
     memcpy(b.data + 32, model, sizeof model);
-    sign(&b);
+    sign_session(b.data, b.bytes);
     return b;
 }
 

@@ -15,6 +15,7 @@
 #include "q3n_make.h"
 #include "failing.h"
 #include "folder.h"
+#include "read.h"
 
 #define COUNT(a) (sizeof(a) / sizeof(a)[0])
 
@@ -26,20 +27,6 @@ static int name_files(void **state)
     if (make_folder("writer") != 0) return -1;
     in_folder(path, "x.q3n");
     return 0;
-}
-
-static uint8_t *read_file(const char *name, size_t *bytes)
-{
-    FILE *f = fopen(name, "rb");
-    assert_non_null(f);
-    assert_int_equal(fseek(f, 0, SEEK_END), 0);
-    *bytes = (size_t)ftell(f);
-    rewind(f);
-    uint8_t *data = malloc(*bytes + 1);
-    assert_non_null(data);
-    assert_int_equal(fread(data, 1, *bytes, f), *bytes);
-    fclose(f);
-    return data;
 }
 
 /* ---- Reading back: plain code for the FILE FORMAT comment ---- */
