@@ -22,17 +22,7 @@ STRICT_C=("${STRICT[@]}" -Wstrict-prototypes -Wmissing-prototypes)
 FRAME=-Wframe-larger-than=34816
 MODEL=build/models/qwen3_next.q3n
 BOTH=(-I. -DQ3N_IMPLEMENTATION -DQ3N_MAKE_IMPLEMENTATION)    # with -x c tools/q3n_make.h
-checks=0
-
-ok() {
-    checks=$((checks + 1))
-    printf 'ok  %s\n' "$*"
-}
-
-fail() {
-    printf 'FAILED  %s\n' "$*"
-    exit 1
-}
+. tests/checks.sh
 
 # Prompt and first greedy ids of the golden.
 read_golden() {

@@ -693,8 +693,8 @@ class StoriesTest(CliTest):
             self.assertNotEqual(got["logits"], exact)
 
 
-class StateTest(CliTest):
-    """States that outlive the program, and drafts: the text is what it is without them."""
+class ChatTest(CliTest):
+    """A text of the built-in model, and where a session with it may be saved."""
 
     def setUp(self):
         super().setUp()
@@ -702,6 +702,10 @@ class StateTest(CliTest):
         self.ids, case = golden["valid_ids"], golden["greedy"][0]
         self.prompt, self.output = case["prompt_ids"], case["output_ids"]
         self.path = os.path.join(self.folder, "chat.q3s")
+
+
+class StateTest(ChatTest):
+    """States that outlive the program, and drafts: the text is what it is without them."""
 
     def greedy(self, ids, n, *args):
         return self.json_lines("run", model("stories"), "--ids", id_list(ids), "-n", str(n),
@@ -821,14 +825,7 @@ def wait_until(condition):
 
 @unittest.skipIf(len(COMMAND) > 1 or not os.path.exists("/proc/self/status"),
                  "signals need the program itself, and /proc to see that they have come")
-class InterruptTest(CliTest):
-    def setUp(self):
-        super().setUp()
-        golden = load(STORIES)
-        self.ids, case = golden["valid_ids"], golden["greedy"][0]
-        self.prompt, self.output = case["prompt_ids"], case["output_ids"]
-        self.path = os.path.join(self.folder, "chat.q3s")
-
+class InterruptTest(ChatTest):
     def start(self, *args, **other):
         """Unbuffered: what read() has taken in beyond its answer, communicate() would not see."""
         run = subprocess.Popen(COMMAND + list(args), stdin=subprocess.DEVNULL, bufsize=0,

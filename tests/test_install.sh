@@ -12,17 +12,7 @@ ROOT=$PWD
 CC=${CC:-cc}
 MAKE=${MAKE:-make}
 MODEL=$ROOT/build/models/qwen3_dense.q3n
-checks=0
-
-ok() {
-    checks=$((checks + 1))
-    printf 'ok  %s\n' "$*"
-}
-
-fail() {
-    printf 'FAILED  %s\n' "$*"
-    exit 1
-}
+. tests/checks.sh
 
 has() {    # COMMAND NAME_OF_TEST
     if command -v "$1" > /dev/null; then return; fi

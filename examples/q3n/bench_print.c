@@ -5,19 +5,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-static int compare_reals(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 bench_spread bench_spread_of(const bench_samples *samples)
 {
     const int n = samples->n;
     double x[BENCH_REPEATS * BENCH_READS];
     if (n == 0) return (bench_spread){ 0.0, 0.0, 0.0 };
     memcpy(x, samples->x, (size_t)n * sizeof *x);
-    qsort(x, (size_t)n, sizeof *x, compare_reals);
+    cli_sort(x, (size_t)n);
     return (bench_spread){ (x[(n - 1) / 2] + x[n / 2]) / 2.0, x[0], x[n - 1] };
 }
 
@@ -47,8 +41,7 @@ static const char *compiler_name(char text[CLI_NAME_ROOM])
 
 static void json_text(const char *key, const char *text)
 {
-    printf("\"%s\": ", key);
-    cli_json_string(stdout, text, strlen(text));
+    cli_json_member(stdout, key, text);
     printf(", ");
 }
 

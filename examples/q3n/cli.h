@@ -193,6 +193,7 @@ q3n_type cli_type(const char *name);           /* of a CLI_TYPE; NULL is bf16 */
 size_t cli_character_length(const unsigned char *p, size_t n);
 
 void cli_json_string(FILE *f, const char *bytes, size_t n);   /* bad UTF-8 becomes U+FFFD */
+void cli_json_member(FILE *f, const char *key, const char *text);   /* "key": "text" */
 void cli_json_real(FILE *f, double x);                        /* 9 digits; null if not finite */
 void cli_json_reals(FILE *f, const float *x, size_t n);
 void cli_json_ids(FILE *f, const int32_t *ids, size_t n);
@@ -232,19 +233,25 @@ typedef struct cli_input {
     const char *model, *source;  /* for errors: the file, and which of these it is */
 } cli_input;
 
-#define CLI_ALONE_OPTION(in)                                                                      \
-    { "--no-add-special", NULL, CLI_FLAG, &(in).alone, 0, 0,                                      \
-      "without the ids that the tokenizer puts around a text" }
-
-#define CLI_INPUT_OPTIONS(in)                                                                     \
+#define CLI_TEXT_OPTIONS(in)                                                                      \
     { "-p --prompt", "TEXT", CLI_TEXT, &(in).prompt, 0, 0,                                        \
       "the text, if not the word after the model or stdin" },                                     \
-    { "-f --file", "FILE", CLI_TEXT, &(in).file, 0, 0, "the text from a file; - is stdin" },      \
-    { "--ids", "LIST", CLI_TEXT, &(in).ids, 0, 0, "token ids, separated by commas or spaces" },   \
-    { "--ids-file", "FILE", CLI_TEXT, &(in).ids_file, 0, 0, "token ids, one case a line" },       \
-    CLI_ALONE_OPTION(in),                                                                         \
+    { "-f --file", "FILE", CLI_TEXT, &(in).file, 0, 0, "the text from a file; - is stdin" }
+
+#define CLI_SPECIAL_OPTIONS(in)                                                                   \
+    { "--no-add-special", NULL, CLI_FLAG, &(in).alone, 0, 0,                                      \
+      "without the ids that the tokenizer puts around a text" },                                  \
     { "--no-special", NULL, CLI_FLAG, &(in).no_special, 0, 0,                                     \
       "special tokens in the text are plain text" }
+
+#define CLI_IDS_OPTION(in)                                                                        \
+    { "--ids", "LIST", CLI_TEXT, &(in).ids, 0, 0, "token ids, separated by commas or spaces" }
+
+#define CLI_INPUT_OPTIONS(in)                                                                     \
+    CLI_TEXT_OPTIONS(in),                                                                         \
+    CLI_IDS_OPTION(in),                                                                           \
+    { "--ids-file", "FILE", CLI_TEXT, &(in).ids_file, 0, 0, "token ids, one case a line" },       \
+    CLI_SPECIAL_OPTIONS(in)
 
 void cli_ids_add(cli_ids *ids, int32_t id);
 /* Numbers between commas and blanks, also as a JSON array; where names the place in errors. */
@@ -340,6 +347,7 @@ typedef void (*cli_pair_fn)(void *user, int position, const float *first, const 
 /* The same for both at once: fn gets the logits of sides[0] and sides[1]. */
 void cli_eval_pairs(const cli_side sides[2], const cli_ids *ids, cli_pair_fn fn, void *user);
 
+void   cli_sort(double *x, size_t n);                   /* the smallest first */
 int    cli_argmax(const float *x, int n);               /* the first of the largest */
 double cli_log_sum_exp(const float *x, int n);
 

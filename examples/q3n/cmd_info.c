@@ -231,12 +231,6 @@ static void print_isas(void)
 
 /* ---- For programs ---- */
 
-static void json_text(const char *key, const char *text)
-{
-    printf("\"%s\": ", key);
-    cli_json_string(stdout, text, strlen(text));
-}
-
 static void json_config(const q3n_config *c)
 {
     char text[64];
@@ -247,7 +241,7 @@ static void json_config(const q3n_config *c)
         (void)strtod(text, &end);
         printf("%s", i ? ", " : "");
         if (text[0] && *end == 0) printf("\"%s\": %s", name, text);
-        else                      json_text(name, text);
+        else                      cli_json_member(stdout, name, text);
     }
     const unsigned char *const kinds[] = { c->layer_types, c->layer_experts };
     const char *const names[] = { "layer_types", "layer_experts" };
@@ -285,7 +279,7 @@ static void json_tensors(const q3n_model *m)
     for (int i = 0; i < q3n_model_n_tensors(m); i++) {
         const q3n_tensor t = *q3n_model_tensor(m, i);
         printf("%s{", i ? ", " : "");
-        json_text("name", t.name);
+        cli_json_member(stdout, "name", t.name);
         printf(", \"type\": \"%s\", \"shape\": [", q3n_type_name(t.type));
         for (int d = 0; d < t.n_dims; d++) printf("%s%lld", d ? ", " : "", (long long)t.dim[d]);
         printf("], \"offset\": %lld, \"bytes\": %lld}", (long long)t.offset, (long long)t.bytes);
@@ -314,7 +308,7 @@ static void json_rest(const q3n_model *m, const plan *p)
     printf("\"tokens\": %d, \"eos_ids\": ", q3n_model_n_tokens(m));
     cli_json_ids(stdout, eos, (size_t)n_eos);
     printf(", ");
-    json_text("chat", q3n_model_chat_kind(m));
+    cli_json_member(stdout, "chat", q3n_model_chat_kind(m));
     printf(", \"labels\": [");
     for (int i = 0; q3n_model_label(m, i); i++) {
         const char *name = q3n_model_label(m, i);
@@ -356,7 +350,7 @@ int cmd_info(int argc, char **argv)
     const plan p = make_plan(m, &o, snapshots);
     if (json) {
         printf("{");
-        json_text("name", q3n_model_name(m));
+        cli_json_member(stdout, "name", q3n_model_name(m));
         printf(", ");
         json_config(q3n_model_config(m));
         json_sizes(m);

@@ -91,12 +91,6 @@ static void add_pair(void *user, int position, const float *logits, const float 
     s->agree += cli_argmax(logits, s->vocab) == cli_argmax(base, s->vocab);
 }
 
-static int compare_reals(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 /* Of x [n], sorted: between two values it is on the line that joins them. */
 static double quantile(const double *x, int64_t n, double share)
 {
@@ -186,7 +180,7 @@ static size_t measure_windows(measure *s, const cli_side sides[2], const cli_ids
         cli_bar_update(&bar, (int64_t)(at + ids.n), (int64_t)text->n, note);
     }
     cli_bar_end(&bar);
-    if (s->kl) qsort(s->kl, (size_t)s->model.n, sizeof *s->kl, compare_reals);
+    if (s->kl) cli_sort(s->kl, (size_t)s->model.n);
     return windows;
 }
 

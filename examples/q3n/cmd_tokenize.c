@@ -53,12 +53,8 @@ int cmd_tokenize(int argc, char **argv)
     token_options o = { .in = { .around = Q3N_TOKENIZE_WHOLE } };
     const cli_option options[] = {
         CLI_MODEL_OPTIONS(o.setup),
-        { "-p --prompt", "TEXT", CLI_TEXT, &o.in.prompt, 0, 0,
-          "the text, if not the word after the model or stdin" },
-        { "-f --file", "FILE", CLI_TEXT, &o.in.file, 0, 0, "the text from a file; - is stdin" },
-        { "--no-special", NULL, CLI_FLAG, &o.in.no_special, 0, 0,
-          "special tokens in the text are plain text" },
-        CLI_ALONE_OPTION(o.in),
+        CLI_TEXT_OPTIONS(o.in),
+        CLI_SPECIAL_OPTIONS(o.in),
         { "--json", NULL, CLI_FLAG, &o.json, 0, 0, "print an array" },
         { "--show", NULL, CLI_FLAG, &o.show, 0, 0, "print one token a line, with its text" },
         { "--jsonl", NULL, CLI_FLAG, &o.jsonl, 0, 0,
@@ -164,7 +160,7 @@ int cmd_detokenize(int argc, char **argv)
     token_options o = { 0 };
     const cli_option options[] = {
         CLI_MODEL_OPTIONS(o.setup),
-        { "--ids", "LIST", CLI_TEXT, &o.in.ids, 0, 0, "token ids, separated by commas or spaces" },
+        CLI_IDS_OPTION(o.in),
         { "-f --file", "FILE", CLI_TEXT, &o.in.file, 0, 0, "the ids from a file; - is stdin" },
         { "--json", NULL, CLI_FLAG, &o.json, 0, 0, "print a JSON string" },
         { "--jsonl", NULL, CLI_FLAG, &o.jsonl, 0, 0,

@@ -50,6 +50,12 @@ void cli_json_string(FILE *f, const char *bytes, size_t n)
     putc('"', f);
 }
 
+void cli_json_member(FILE *f, const char *key, const char *text)
+{
+    fprintf(f, "\"%s\": ", key);
+    cli_json_string(f, text, strlen(text));
+}
+
 void cli_json_real(FILE *f, double x)
 {
     if (isfinite(x)) fprintf(f, "%.9g", x);

@@ -244,7 +244,18 @@ void cli_eval_pairs(const cli_side sides[2], const cli_ids *ids, cli_pair_fn fn,
     for (int k = 0; k < 2; k++) free(rows[k]);
 }
 
-/* ---- Rows of logits ---- */
+/* ---- Numbers ---- */
+
+static int compare_reals(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+void cli_sort(double *x, size_t n)
+{
+    qsort(x, n, sizeof *x, compare_reals);
+}
 
 int cli_argmax(const float *x, int n)
 {
