@@ -3280,7 +3280,8 @@ static const q3n__type_info q3n__types[Q3N_TYPE_COUNT] = {
 #undef Q3N__X
 };
 
-_Static_assert(Q3N_TYPE_COUNT <= 32, "types are bits of masks and places in q3n_model_stats");
+/* Types are bits of masks and places in q3n_model_stats. */
+typedef char q3n__types_are_32[Q3N_TYPE_COUNT <= 32 ? 1 : -1];
 
 Q3N_DEF const char *q3n_type_name(q3n_type t)
 {
