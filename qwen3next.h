@@ -694,10 +694,11 @@ typedef struct q3n_engine_options {      /* begin with Q3N_INIT; zero = default 
 } q3n_engine_options;
 
 /* Threads, kernels and the scratch of one pass, for any number of sessions (option engine).  One
- * thread at a time, with all its sessions, but for q3n_engine_cancel; it outlives them.  Takes
- * q3n_engine_bytes of memory, and with several threads room for partial results of attention, up to
- * 4 (head_dim + 2) num_attention_heads floats for every 256 tokens of the longest session's text,
- * rounded up to a power of two.  o NULL = defaults. */
+ * thread at a time, with all its sessions, but for q3n_engine_cancel; it outlives them.
+ * q3n_engine_bytes is what it takes when it is made.  With several threads it later takes room for
+ * partial results of attention too, not counted there, as it depends on the sessions: up to
+ * 4 (head_dim + 2) num_attention_heads floats for every 256 tokens of the longest text, rounded up
+ * to a power of two (Qwen3-Next-80B at 262,144 tokens: 68 MB).  o NULL = defaults. */
 Q3N_DEF size_t     q3n_engine_bytes(const q3n_model *m, const q3n_engine_options *o);
 Q3N_DEF q3n_result q3n_engine_create(q3n_engine **out, const q3n_model *m,
                                      const q3n_engine_options *o, q3n_error *err);
@@ -5102,6 +5103,7 @@ static q3n_result q3n__bind_check(q3n__load *ld, const q3n__plan_item *item, con
 {
     char found[80], expected[80];
     int same = t->n_dims == item->n_dims;
+    /* Unused dimensions are 1 in both. */
     for (int i = 0; i < 3; i++) if (item->dim[i] != 0 && item->dim[i] != t->dim[i]) same = 0;
     if (!same)
         return q3n__fail(ld->err, Q3N_ERR_FORMAT, t->offset, "%s: shape %s, expected %s", t->name,
@@ -5147,12 +5149,14 @@ static q3n_result q3n__bind(void *user, const q3n__plan_item *item)
     return Q3N_OK;
 }
 
-/* Layers first, then the plan.  With tied embeddings lm_head is the embedding's matrix itself.
- * Tables of rope may have any number of positions, cos and sin the same. */
+/* Room for the layers, then the plan, then what it does not say: with tied embeddings lm_head is
+ * the embedding's matrix itself; tables of rope may have any number of positions, but both the
+ * same. */
 static q3n_result q3n__load_weights(q3n__load *ld)
 {
     q3n_model *m = ld->m;
     q3n_config *c = &m->config;
+    /* The MTP module's layer follows the trunk's, in whose arrays of kinds it has no entry. */
     const int n_layers = c->num_hidden_layers + c->num_mtp_layers;
     m->layers = (q3n__layer *)q3n__alloc(&m->allocator, (size_t)n_layers * sizeof *m->layers);
     if (!m->layers)
@@ -5180,7 +5184,8 @@ static q3n_result q3n__load_weights(q3n__load *ld)
     return Q3N_OK;
 }
 
-/* Room for the frequencies, and these; positions and their angles come with evaluation. */
+/* Room for the frequencies, and these: angles are made of them for the positions of each pass, as
+ * no table of positions would fit every context. */
 static q3n_result q3n__load_rope(q3n__load *ld)
 {
     q3n_model *m = ld->m;
@@ -5218,7 +5223,7 @@ static q3n_result q3n__model_load(q3n_model *m, int skip_checksum, q3n_error *er
 {
     /* Steps in their order; the first that fails has filled err, and nothing after it runs. */
     q3n__load ld;
-    memset(&ld, 0, sizeof ld);
+    memset(&ld, 0, sizeof ld);           /* no section, no key seen */
     ld.m = m;
     ld.err = err;
     q3n_result r = q3n__load_header(&ld, skip_checksum);
@@ -5246,8 +5251,8 @@ static void q3n__model_free(q3n_model *m)
     q3n__free(&a, m);
 }
 
-/* An empty model with the host's hooks and the values of keys that a file may leave out.  The
- * caller sets data and bytes. */
+/* An empty model with the host's hooks and the values of keys that a file may leave out.  All else
+ * is zero, so that q3n__model_free can be called from here on.  The caller sets data and bytes. */
 static q3n_result q3n__model_create(q3n_model **out, const q3n_model_options *o, q3n_error *err)
 {
     *out = NULL;
@@ -5395,12 +5400,13 @@ static q3n_result q3n__model_verify(const q3n_model *m, const q3n_progress *prog
  *
  *     position p of a text is slot p % 256 of page p / 256
  *
- *     page    n_refs, n_used, n_layers, tokens[256] | block | block | ... | block
- *             (Q3N__PAGE_HEAD bytes)                  layer 0,      ...    last layer,
- *                                                     kv head 0            last kv head
- *     block   k [D, 256]   scales f32[256] if q8      one "side"
- *             v [256, D]   scales f32[256] if q8      the other, of as many bytes
+ *     page      n_refs, n_used, n_layers, tokens[256] | KV block | KV block | ... | KV block
+ *               (Q3N__PAGE_HEAD bytes)                  layer 0,         ...       last layer,
+ *                                                       kv head 0                  last kv head
+ *     KV block  k [D, 256]   scales f32[256] if q8      one side
+ *               v [256, D]   scales f32[256] if q8      the other, of as many bytes
  *
+ * A slot is the place of one token: in tokens, in a column of k and a row of v of every KV block.
  * Layers are those with attention, counted among themselves.  Sides are multiples of 256 bytes and
  * pages aligned to 64, so both begin on a cache line.  Keys are transposed so that neighbouring
  * lanes of a vector are the scores of neighbouring keys and nothing is summed across lanes; values
@@ -5421,7 +5427,7 @@ typedef struct q3n__page {
 #define Q3N__PAGE_HEAD ((sizeof(q3n__page) + Q3N__ALIGN - 1) / Q3N__ALIGN * Q3N__ALIGN)
 
 typedef struct {
-    q3n__page **page;            /* [blocks], as far as the text goes                            */
+    q3n__page **page;            /* [pages], as far as the text goes                             */
     q3n_type    type;
     int         n_kv_heads, dim;
     int         skip;            /* leading tokens that have no key, as in the MTP module        */
@@ -5433,19 +5439,19 @@ static size_t q3n__kv_element(q3n_type t)
     return q3n__is_quantised(t) ? 1 : (size_t)q3n__types[t].block_bytes;
 }
 
-/* Where the scales of a block's keys or values lie, in bytes from their start. */
+/* Where the scales of a side lie, in bytes from its start. */
 static size_t q3n__kv_scales_at(q3n_type t, int dim)
 {
     return Q3N__KV_BLOCK * (size_t)dim * q3n__kv_element(t);
 }
 
-/* Bytes of the keys of a block, scales included; the values take as many. */
+/* Bytes of one side, the keys or the values of a KV block, scales included. */
 static size_t q3n__kv_side_bytes(q3n_type t, int dim)
 {
     return q3n__kv_scales_at(t, dim) + (q3n__is_quantised(t) ? Q3N__KV_BLOCK * sizeof(float) : 0);
 }
 
-/* Bytes of one layer and head: the keys, and after them as many of values. */
+/* Bytes of a KV block: the keys, and after them as many of values. */
 static size_t q3n__kv_block_bytes(q3n_type type, int dim)
 {
     return 2 * q3n__kv_side_bytes(type, dim);
@@ -5475,8 +5481,8 @@ typedef struct {
     int      hidden_size, vocab_size;
 } q3n__shape;
 
-/* Pages of n tokens: n / 256, rounded up; n up to INT_MAX. */
-static int q3n__blocks_of(int n_tokens)
+/* Pages of n tokens: n / 256, rounded up; for n up to INT_MAX, where n + 255 would not fit. */
+static int q3n__pages_of(int n_tokens)
 {
     return n_tokens / Q3N__KV_BLOCK + (n_tokens % Q3N__KV_BLOCK != 0);
 }
@@ -5591,7 +5597,7 @@ struct q3n_snapshot {
     size_t           bytes;      /* of this allocation                                           */
     q3n_type         delta_type; /* f32 or bf16                                                  */
     int              length;     /* tokens                                                       */
-    int              n_pages;    /* q3n__blocks_of(length)                                       */
+    int              n_pages;    /* q3n__pages_of(length)                                       */
     int              mtp_first;  /* the MTP module's keys begin at this token, 1 or more; 1
                                     without the module                                           */
     int              has_hidden; /* not at length 0                                              */
@@ -5627,7 +5633,7 @@ static size_t q3n__snapshot_measure(const q3n__shape *shape, q3n_type delta_type
     memset(&s, 0, sizeof s);
     s.shape = *shape;
     s.delta_type = delta_type;
-    s.n_pages = q3n__blocks_of(length);
+    s.n_pages = q3n__pages_of(length);
     s.n_sampler = n_sampler;
     q3n__arena a = { NULL, 0, 0 };
     q3n__arena_take(&a, 1, sizeof s);
@@ -5652,7 +5658,7 @@ static q3n_snapshot *q3n__snapshot_alloc(const q3n_model *m, const q3n__shape *s
     s->delta_type = delta_type;
     s->length = length;
     s->mtp_first = 1;
-    s->n_pages = q3n__blocks_of(length);
+    s->n_pages = q3n__pages_of(length);
     s->n_sampler = n_sampler;
     q3n__snapshot_layout(&a, s);
     if (s->n_pages) memset(s->page, 0, (size_t)s->n_pages * sizeof *s->page);
@@ -5700,8 +5706,8 @@ static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t 
  * hostile: sizes come from the shape, which comes from the model; the file's numbers are compared
  * with those and believed in nothing but length and flags.  Arrays are made after the header has
  * passed, pages as their bytes arrive, and nothing is handed out before the last hash is right.
- * Hashes find damage, not forgery: what a made-up state computes is its maker's affair, but every
- * token in it is checked to be one.
+ * Hashes find damage, not forgery: what a made-up state computes may be nonsense, but every token
+ * in it is checked to be one.
  * Knows models by their hash and size, and nothing of sessions but shape and capacity.
  * ===================================================================================== */
 
@@ -5796,7 +5802,7 @@ static uint64_t q3n__snapshot_file_bytes(const q3n_snapshot *s)
          + (s->has_hidden ? q3n__padded((uint64_t)h->hidden_size, sizeof(float)) : 0)
          + (s->has_logits ? q3n__padded((uint64_t)h->vocab_size, sizeof(float)) : 0)
          + q3n__padded(q3n__sampler_state_bytes(s->n_sampler), 1)
-         + (uint64_t)q3n__blocks_of(s->length) * q3n__page_file_bytes(h) + sizeof(uint64_t);
+         + (uint64_t)q3n__pages_of(s->length) * q3n__page_file_bytes(h) + sizeof(uint64_t);
 }
 
 /* ---- Header ---- */
@@ -6044,7 +6050,7 @@ static q3n_result q3n__stream_gap(q3n__stream *s, size_t bytes)
 }
 
 /* One page: tokens, then what memory and file both have of keys and values.  The MTP module's
- * layer, the last, may be in the file alone. */
+ * layer, the last, may be only in the file. */
 static q3n_result q3n__stream_page(q3n__stream *s, const q3n__shape *shape, q3n__page *page)
 {
     const size_t room = q3n__page_bytes(shape, page->n_layers) - Q3N__PAGE_HEAD;
@@ -6428,8 +6434,8 @@ static const char q3n__packed_decompositions[][94] = {
 #define Q3N__CLASS_WORD   (Q3N__CLASS_LETTER | Q3N__CLASS_MARK | 8u | 32u)    /* \w */
 
 /* Properties of a code point: class number (bits 0-2), unstable (bit 3), rank of its canonical
- * combining class (bits 4-9; 0 = starter).  A stable character is a starter that NFC leaves alone
- * and that joins nothing before it: normalisation may begin anew at each. */
+ * combining class (bits 4-9; 0 = starter).  A stable character is a starter that NFC does not
+ * change and that joins nothing before it: normalisation may begin anew at each. */
 #define Q3N__UNSTABLE     8u
 #define Q3N__RANK_SHIFT   4
 
@@ -6447,7 +6453,7 @@ typedef struct q3n__unicode {
     uint16_t latin[256];                  /* properties of the first code points */
     uint32_t composed[Q3N__N_DECOMPOSITIONS];
     uint32_t first[Q3N__N_DECOMPOSITIONS];
-    uint32_t second[Q3N__N_DECOMPOSITIONS];   /* 0 = decomposes to `first` alone */
+    uint32_t second[Q3N__N_DECOMPOSITIONS];   /* 0 = `first` is all of it */
     uint16_t by_composed[Q3N__HASH_SIZE];     /* entry + 1, 0 = empty */
     uint16_t by_parts[Q3N__HASH_SIZE];        /* those that may be composed again */
 } q3n__unicode;
@@ -11451,7 +11457,7 @@ static size_t q3n__session_measure(const q3n_model *m, const q3n_session_options
     }
     q3n__shape_make(m, s->options.kv_type, q3n__wants_mtp(m, &s->options), &s->shape);
     for (int l = 0; l < m->config.num_hidden_layers; l++) s->n_delta += m->config.layer_types[l];
-    s->n_blocks = q3n__blocks_of(s->options.capacity);
+    s->n_blocks = q3n__pages_of(s->options.capacity);
     s->state.kv.type = s->options.kv_type;
     s->state.kv.n_kv_heads = m->config.num_key_value_heads;
     s->state.kv.dim = m->config.head_dim;
@@ -11500,8 +11506,8 @@ static int q3n__page_for_writing(q3n_session *s, int b, int used)
 static q3n_result q3n__session_reserve(q3n_session *s, int first, int end)
 {
     int ok = 1;
-    q3n__engine_reserve(s->engine, q3n__blocks_of(end));
-    for (int b = first / Q3N__KV_BLOCK; ok && b < q3n__blocks_of(end); b++)
+    q3n__engine_reserve(s->engine, q3n__pages_of(end));
+    for (int b = first / Q3N__KV_BLOCK; ok && b < q3n__pages_of(end); b++)
         ok = q3n__page_for_writing(s, b, q3n__slots_of(first, b));
     return ok ? Q3N_OK
               : q3n__fail(&s->error, Q3N_ERR_MEMORY, -1, "no memory for %d tokens: a page of %d "
@@ -11631,7 +11637,7 @@ static void q3n__session_commit(q3n_session *s, int n)
     const int b = (st->length - 1) / Q3N__KV_BLOCK;
     if (n >= 0 && n < ran && st->length > 0) {          /* what was rejected may be written over */
         st->kv.page[b]->n_used = q3n__slots_of(st->length, b);
-        for (int i = b + 1; i < q3n__blocks_of(s->length + ran); i++) st->kv.page[i]->n_used = 0;
+        for (int i = b + 1; i < q3n__pages_of(s->length + ran); i++) st->kv.page[i]->n_used = 0;
     }
     s->has_saved = s->begun = st->lazy = s->has_logits = 0;
     s->length = st->length;
@@ -11976,7 +11982,7 @@ static int q3n__session_put(q3n_session *s, int in_call, int marked)
 {
     const int n = in_call ? s->state.length : s->length;
     if (!s->cache || n == 0 || !s->model->config.causal) return 1;
-    const size_t pages = (size_t)q3n__blocks_of(n) * s->shape.page_bytes;
+    const size_t pages = (size_t)q3n__pages_of(n) * s->shape.page_bytes;
     if (pages + q3n__snapshot_measure(&s->shape, s->options.snapshot_type, n, 0)
         > s->cache->max_bytes) return 1;             /* it would not be kept */
     int32_t *text = q3n__session_text(s, n);
@@ -12327,7 +12333,7 @@ static void q3n__session_advance(q3n_session *s, const int32_t *tokens, int row0
     for (int p = first; p < end; p++)
         st->kv.page[p / Q3N__KV_BLOCK]->tokens[p % Q3N__KV_BLOCK] = tokens[p - st->length];
     if (first < end)
-        for (int b = first / Q3N__KV_BLOCK; b < q3n__blocks_of(end); b++)
+        for (int b = first / Q3N__KV_BLOCK; b < q3n__pages_of(end); b++)
             st->kv.page[b]->n_used = q3n__slots_of(end, b);
     if (s->deferred)
         memcpy(q3n__unread_row(s, s->unread.n), rows, (size_t)n * d * sizeof(float));
@@ -12627,7 +12633,7 @@ static q3n__start q3n__session_seek(q3n_session *s, const int32_t *tokens, int n
     const int own = !snap || snap->length <= m;          /* its pages reach further, or as far */
     if (snap || !any) q3n__session_start(s, snap);
     else s->state.length = cut;
-    if (own) q3n__session_adopt(s, s->state.kv.page, q3n__blocks_of(m));
+    if (own) q3n__session_adopt(s, s->state.kv.page, q3n__pages_of(m));
     else     q3n__session_adopt(s, snap->page, snap->n_pages);
     s->state.kv_valid = own ? m : s->state.length;
     if (own) {                                           /* the module's keys, or what is left */
@@ -13058,7 +13064,9 @@ static q3n_result q3n__session_draft(q3n_session *s, int32_t token, int32_t *dra
 /* =====================================================================================
  * [31] PUBLIC                                                                >>public
  *
- * Public functions of models, sessions and engines: check, delegate.
+ * Public functions of models, sessions and engines: check, delegate.  Those of types, of
+ * configurations, of the tokenizer, of caches and of samplers close their sections, since they need
+ * nothing beyond.
  * ===================================================================================== */
 static q3n_result q3n__model_options_read(q3n_model_options *o, const q3n_model_options *in,
                                           q3n_error *err)
