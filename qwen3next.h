@@ -1014,7 +1014,7 @@ Q3N_DEF int q3n_model_n_tokens(const q3n_model *m);   /* ids with a text; 0 = no
 /* Text to ids.
  *
  *   text     [bytes]   UTF-8; invalid bytes are encoded as the bytes they are
- *   flags              0: the ids of the text alone, wherever in a prompt it stands; or a sum of
+ *   flags              0: only the ids of the text, for a part of a prompt; or a sum of
  *                      NO_SPECIAL (special tokens in the text are plain text), PREFIX and SUFFIX
  *                      (ids that the tokenizer's post-processor puts before and after a text).
  *                      A prompt to be continued gets PREFIX, a text to be classified or embedded
@@ -4462,7 +4462,7 @@ typedef enum q3n__pattern {
     Q3N__PATTERN_QWEN3_5      /* letters and marks [\p{L}\p{M}]; "qwen3_5" */
 } q3n__pattern;
 
-typedef struct q3n__tokenizer q3n__tokenizer;   /* section >>tokenizer */
+typedef struct q3n__tokenizer q3n__tokenizer;   /* section >>vocabulary */
 
 /* An open file.  Written while it is loaded, constant afterwards.  What points into `data`:
  * tensors, layers, weights, labels, the tokenizer's lists.  What is allocated: see q3n__model_free,
@@ -5078,7 +5078,7 @@ static q3n_result q3n__load_tensors(q3n__load *ld)
 
 /* ---- Binding ----
  *
- * The plan (section >>config) says which tensors this configuration has; each is looked up by name
+ * The plan (section >>tensors) says which tensors this configuration has; each is looked up by name
  * and its address stored at the plan's offset in q3n__layer or q3n__weights:
  *
  *     plan  "layers.3.self_attn.k_proj.weight"  MAT  [KD, d]  offsetof(q3n__layer, k_proj)
@@ -5845,8 +5845,8 @@ static void q3n__session_header_make(q3n__session_header *h, const q3n_model *m,
     h->header_hash = q3n__session_header_hash(*h);
 }
 
-/* Whether this is a header at all, undamaged, of this version: magic before version before hash,
- * so that a file of a later version is told apart from a damaged one. */
+/* Whether this is a header at all, undamaged, of a version that is known: magic before version
+ * before hash, so that a file of a later version is told apart from a damaged one. */
 static q3n_result q3n__session_header_open(const q3n__session_header *h, q3n_error *err)
 {
     if (memcmp(h->magic, q3n__session_magic, sizeof h->magic) != 0)
@@ -5892,9 +5892,8 @@ static q3n_result q3n__session_header_fits(const q3n__session_header *h,
     return Q3N_OK;
 }
 
-/* Numbers that follow from the model, and from what the file says of itself: equal in a header
- * that this library writes, so any other file is none of its own.  file_bytes stands last, for it
- * follows from the others. */
+/* Numbers that follow from the model, and from what the file says of itself: a header with other
+ * ones was not written by this library.  file_bytes comes last, as it follows from the rest. */
 static q3n_result q3n__session_header_numbers(const q3n__session_header *h,
                                               const q3n__session_header *want, q3n_error *err)
 {
@@ -5918,8 +5917,8 @@ static q3n_result q3n__session_header_numbers(const q3n__session_header *h,
 
 /* Fill `like`, a snapshot without arrays, from a header that a session of like->shape can take; it
  * gets the shape of the file, which may have an MTP module where the session has none.  `want` is
- * the header that this library would have written; it is made twice as far as it is needed: the
- * file's size is known when length and flags have been found to be possible.  After Q3N_OK: length
+ * the header that this library would have written: first with the numbers that follow from the
+ * model, its file_bytes once length and flags have been found to be possible.  After Q3N_OK: length
  * 0 .. capacity, mtp_first 1 .. length (1 without the module), n_sampler 0 .. 1 + 2^24, and every
  * other size is the model's. */
 static q3n_result q3n__session_header_check(const q3n__session_header *h, const q3n_model *m,
@@ -9423,7 +9422,7 @@ static void q3n__logits(const q3n__pass *r, const float *hidden, int n, float *l
  * never an error of the session.  Knows snapshots and their shapes, and no session.
  * ===================================================================================== */
 /* One text of one kind of state: in memory (snap), on its way out (leaving), in a file (has_file),
- * any of them together; in none of them it is removed (q3n__cache_item_tidy). */
+ * or in several of them; in none it is removed (q3n__cache_item_tidy). */
 typedef struct {
     uint64_t      key;           /* q3n__cache_key: the kind of state                            */
     uint64_t      text;          /* hash of the tokens                                           */

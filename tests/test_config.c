@@ -1,5 +1,5 @@
 /* test_config.c - presets and their sizes, overrides, which fields contradict each other, and the
- * tensor plan against the list in the header's FILE FORMAT. */
+ * tensor plan against the header's list of TENSORS BY NAME. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>

@@ -62,7 +62,7 @@ MAKE_ROOMS = (
 )
 # What users include: rooms, and the share of comments: of the lines of the implementation that are
 # not blank, those that are nothing but one.
-HEADERS = {"qwen3next.h": (ROOMS, (0.16, 0.24)), "tools/q3n_make.h": (MAKE_ROOMS, (0.08, 0.24))}
+HEADERS = {"qwen3next.h": (ROOMS, (0.18, 0.24)), "tools/q3n_make.h": (MAKE_ROOMS, (0.08, 0.24))}
 MAX_LINES = 18000
 
 # Functions that are used before their bodies: why that cannot be otherwise.
