@@ -536,6 +536,7 @@ class Builder:
 
 
 def reason(name):
+    """Why a variable that the model does not use is passed over; None if nobody knows it."""
     if "/noise_dense/" in name:
         return "used in training only"
     if name.startswith("optimizer/"):
