@@ -10180,37 +10180,53 @@ Q3N_DEF q3n_result q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out)
  *
  * What evaluates: threads, kernels and the scratch of one pass, in one allocation that is measured
  * first and then handed out.  A session makes one for itself, or many are given the same.  Options
- * of engines and sessions.
+ * of engines and sessions.  Who owns whom:
+ *
+ *     q3n_model       weights, configuration, vocabulary: all read it, nobody changes it
+ *        ^    ^
+ *        |    +--------------------------------+
+ *        |                                     |
+ *     q3n_engine  <- owns one, or uses -  q3n_session  - owns one, or none ->  q3n_sampler
+ *       threads, kernels, costs             a text and its state: pages of       options, random
+ *       q3n__pass: activations of a         keys and values, matrices, rows      numbers, last
+ *       pass, gone with the next            what drafts have taught it           tokens
+ *                                           |    ^
+ *                                     takes v    | restores
+ *                                         q3n_snapshot  <- finds by its text -  q3n_cache
+ *                                           a state that does not change;        of many sessions,
+ *                                           pages are counted and shared         on any threads
+ *                                           |    ^
+ *                                    writes v    | reads
+ *                                         session file
+ *
+ * Who calls whom, only downwards, and so the sections stand in the file, the last one first:
+ *
+ *     PUBLIC         checks arguments and delegates
+ *     SPECULATION    decode: drafts, one pass over them, commit of what was right
+ *     REUSE          prefill and rewind: where a text begins
+ *     EVALUATION     calls of one session or many; alone calls the model's forward
+ *     CHECKPOINTS    a session's snapshots, into the cache and out of it
+ *     MTP            the module's keys and drafts; alone calls the module's forward
+ *     SESSION        a text, and what a call does beside it until it commits
+ *     SAMPLER   ENGINE   CACHE        no session's inside; of these no one knows another
+ *     MODEL     STATE                 one pass over rows; what can be kept
+ *
+ * An engine and its sessions belong to one thread at a time: their calls follow one another, and so
+ * one scratch serves all.  What other threads may touch is atomic: requests to cancel, counts of
+ * pages and snapshots; and the cache, which has a lock.
  * ===================================================================================== */
 
-/* Measured microseconds of passes, by their rows: drafts and bounded steps are chosen by them. */
+/* Measured microseconds of passes, by their rows: bounded calls are planned by them.  They are of
+ * this machine under what it has to do now, and of whichever sessions came; nothing but the cut of
+ * passes hangs on them, and that changes no bit. */
 #define Q3N__COST_ROWS 16
 typedef struct {
     double pass[Q3N__COST_ROWS + 1];  /* by rows; 0 = not known                                   */
     double row;                       /* one row of longer passes; 0 = not known                  */
 } q3n__costs;
 
-/* What is known of one source of drafts. */
-typedef struct {
-    double accept[Q3N_MAX_DRAFT];     /* the i-th is right if those before are                    */
-    double weight[Q3N_MAX_DRAFT];     /* of what was seen of it                                   */
-} q3n__acceptance;
-
-/* What steps with and without drafts have taught a session; one that fails teaches nothing. */
-typedef struct {
-    q3n_speculation spec;
-    q3n__acceptance acceptance[Q3N_SPECULATE_COUNT];
-    double          step_us;                     /* a step without drafts would take now          */
-    double          step_cost[Q3N_MAX_DRAFT + 1];    /* by drafts, in step_us; 0 = unknown        */
-    int             step_tries[Q3N_MAX_DRAFT + 1];
-    double          draft_cost[2];               /* of the module, in step_us: first, each more   */
-    double          try_credit;                  /* steps to spend on drafts that seem not to pay */
-    int             try_left;
-    int             since_plain;                 /* steps since one without drafts                */
-    int             mtp_idle;                    /* steps since drafts of the module paid         */
-} q3n__learned;
-
-/* The next n tokens of one session in a pass; last: the call takes no more of this session. */
+/* The next n tokens of one session in a pass.  last: the call takes no more of this session, so
+ * that its rows may be left pending, and the logits wanted are those of its last row. */
 typedef struct {
     q3n_session   *s;
     const int32_t *tokens;
@@ -10225,14 +10241,14 @@ struct q3n_engine {
     int                 logit_rows;   /* of `logits`                                              */
     q3n__kernels        kernels;
     q3n__pool           pool;
-    q3n__pass            run;
+    q3n__pass           run;
     q3n__segment       *segments;     /* [batch]                                                  */
     int32_t            *tokens;       /* [batch] of a pass                                        */
     float              *hidden;       /* [1 + batch, d] with an MTP module: the trunk's rows, one
                                          row further down                                         */
-    float              *row;          /* [d]                                                      */
-    float              *gathered;     /* [logit_rows, d] of a batch                               */
-    float              *logits;       /* [logit_rows, vocab] of a batch                           */
+    float              *row;          /* [d] for q3n__mtp_follow                                  */
+    float              *gathered;     /* [logit_rows, d] rows whose logits are wanted             */
+    float              *logits;       /* [logit_rows, vocab]                                      */
     void               *split;        /* partial results of split attention, grows               */
     q3n__atomic         cancel;       /* Q3N__IDLE, RUNNING or CANCELLED: the call under way      */
     q3n__costs          costs;
@@ -10362,7 +10378,8 @@ static int q3n__wants_mtp(const q3n_model *m, const q3n_session_options *o)
                                             || o->speculate == Q3N_SPECULATE_AUTO);
 }
 
-/* The quantised copies of inputs, for models that have quantised matrices. */
+/* The quantised copies of inputs, for models that have quantised matrices: one of each input that a
+ * matrix reads, as wide as the widest. */
 static void q3n__run_layout_quantised(q3n__arena *a, q3n_engine *e)
 {
     const q3n_config *c = &e->model->config;
@@ -10384,7 +10401,9 @@ static void q3n__run_layout_quantised(q3n__arena *a, q3n_engine *e)
             a, n, sizeof *r->mtp_in_q * (size_t)q3n__x8_blocks(2 * d));
 }
 
-/* Activations of a pass of at most e->options.batch_size tokens. */
+/* Activations of a pass of at most e->options.batch_size tokens; see q3n__pass.  Experts have k
+ * rows for each token; those of the shared expert lie after them at a multiple of its own width,
+ * for which one row more is taken. */
 static void q3n__run_layout(q3n__arena *a, q3n_engine *e)
 {
     const q3n_config *c = &e->model->config;
@@ -10428,7 +10447,8 @@ static void q3n__run_layout(q3n__arena *a, q3n_engine *e)
     if (e->model->has_quantised) q3n__run_layout_quantised(a, e);
 }
 
-/* Everything after the engine's struct; threads come last: *threads gets their bytes. */
+/* Everything after the engine's struct, measured (a->base NULL) or handed out.  The threads come
+ * last: *threads gets their bytes, for q3n_session_bytes tells scratch from the rest. */
 static void q3n__engine_layout(q3n__arena *a, q3n_engine *e, size_t *threads)
 {
     const size_t n = (size_t)e->options.batch_size, d = (size_t)e->model->config.hidden_size;
@@ -10447,7 +10467,9 @@ static void q3n__engine_layout(q3n__arena *a, q3n_engine *e, size_t *threads)
     *threads = a->used - at;
 }
 
-/* Split attention keeps a partial result for each query and block. */
+/* Split attention keeps a partial result for each query and block of keys, which is a page of 256
+ * tokens.  It is the one scratch that grows with the text: for a capacity of 262,144 tokens and 16
+ * heads of 256 it takes 68 MB, for most sessions in vain. */
 static size_t q3n__split_queries(const q3n_engine *e)
 {
     const int max = e->options.batch_size, n = max < Q3N__SPLIT_TOKENS ? max : Q3N__SPLIT_TOKENS;
@@ -10470,7 +10492,8 @@ static int q3n__split_room(const q3n_engine *e, int n_blocks)
     return room;
 }
 
-/* Room for split attention over n_blocks; without memory nothing is split. */
+/* Room for split attention over n_blocks, before the pass: the threads allocate nothing.  Without
+ * memory nothing is split, which is slower and has the same bits. */
 static void q3n__engine_reserve(q3n_engine *e, int n_blocks)
 {
     const int room = q3n__split_room(e, n_blocks);
@@ -10511,6 +10534,7 @@ static size_t q3n__engine_measure(q3n_engine *e, const q3n_model *m, const q3n_e
     return a.overflow ? 0 : a.used;
 }
 
+/* Threads begin last: until then there is one allocation to free. */
 static q3n_result q3n__engine_make(q3n_engine **out, const q3n_model *m,
                                    const q3n_engine_options *o, q3n__engine_room room,
                                    q3n_error *err)
@@ -11315,9 +11339,21 @@ Q3N_DEF const q3n_error *q3n_sampler_error(const q3n_sampler *s)
 /* =====================================================================================
  * [25] SESSION                                                              >>session
  *
- * Evaluation as transactions.  Between calls a session holds its text; a call works beside it -
- * in a second set of matrices, in slots of pages after the text, in pending rows - and ends with
- * q3n__session_commit, or with q3n__session_rollback, which takes no more than forgetting.
+ * A text, and transactions on it.  Between calls a session holds its text; a call works beside it,
+ * and ends with q3n__session_commit or q3n__session_rollback:
+ *
+ *                         the text                  the call beside it          commit
+ *     matrices            delta[delta_now]          delta[!delta_now]           delta_now flips
+ *       few tokens        delta, pending rows       the other set of rows       pending.now flips
+ *     columns             conv[conv_now]            conv[!conv_now]             conv_now flips
+ *     keys and values     slots below length        slots from length on        length grows
+ *       another text      saved_page                state.kv.page               saved are released
+ *     module's rows       unread rows of hidden     work_hidden, work_mtp;      become unread
+ *                                                   if deferred rows after them
+ *     logits              logits, if has_logits     logits, has_logits = 0      has_logits is set
+ *
+ * So rollback takes no more than forgetting.  What a failed call may leave, and nobody sees: logits
+ * to be computed again, pages with room, and rows that the matrices hold already (`applied`).
  * ===================================================================================== */
 
 /* Rows of hidden states that a session with an MTP module collects before the module reads them.
@@ -11335,6 +11371,28 @@ typedef struct {
     int mtp_first;
 } q3n__unread;
 
+/* What is known of one source of drafts. */
+typedef struct {
+    double accept[Q3N_MAX_DRAFT];     /* the i-th is right if those before are                    */
+    double weight[Q3N_MAX_DRAFT];     /* of what was seen of it                                   */
+} q3n__acceptance;
+
+/* What steps with and without drafts have taught a session; one that fails teaches nothing. */
+typedef struct {
+    q3n_speculation spec;
+    q3n__acceptance acceptance[Q3N_SPECULATE_COUNT];
+    double          step_us;                     /* a step without drafts would take now          */
+    double          step_cost[Q3N_MAX_DRAFT + 1];    /* by drafts, in step_us; 0 = unknown        */
+    int             step_tries[Q3N_MAX_DRAFT + 1];
+    double          draft_cost[2];               /* of the module, in step_us: first, each more   */
+    double          try_credit;                  /* steps to spend on drafts that seem not to pay */
+    int             try_left;
+    int             since_plain;                 /* steps since one without drafts                */
+    int             mtp_idle;                    /* steps since drafts of the module paid         */
+} q3n__learned;
+
+/* Three parts: what it is, the text between calls, and the call under way.  A function that is not
+ * in a call reads the first two alone. */
 struct q3n_session {
     const q3n_model    *model;
     q3n_session_options options;      /* with the defaults filled in                              */
@@ -11345,14 +11403,14 @@ struct q3n_session {
     q3n_error           error;
     q3n__atomic         cancel;       /* Q3N__IDLE, RUNNING or CANCELLED                          */
     int                 n_delta;      /* layers                                                   */
-    int                 n_blocks;     /* pages at full capacity                                   */
+    int                 n_pages;      /* at full capacity                                         */
 
     /* the text between calls */
     int                 length;
     int                 delta_now, conv_now;   /* which of the two is meant                       */
     float              *delta[2];     /* [shape.delta_len]                                        */
     float              *conv[2];      /* [shape.conv_len]                                         */
-    unsigned char      *owned;        /* [n_blocks] 1 = no other session appends to the page      */
+    unsigned char      *owned;        /* [n_pages] 1 = no other session appends to the page      */
     float              *hidden;       /* [Q3N__HIDDEN_ROWS, d], without a module [1, d]           */
     q3n__unread         unread;
     float              *logits;       /* [vocab] after the last token                             */
@@ -11367,7 +11425,7 @@ struct q3n_session {
     int                 work_mtp;     /* as mtp_length                                            */
     int                 work_first;   /* as mtp_first                                             */
     int                 has_saved;    /* 1 = the pages of the text are in saved_page              */
-    q3n__page         **saved_page;   /* [n_blocks]                                               */
+    q3n__page         **saved_page;   /* [n_pages]                                               */
     unsigned char      *saved_owned;
 
     float              *pooled;       /* [d] classification                                       */
@@ -11402,7 +11460,7 @@ static void q3n__session_layout(q3n__arena *a, q3n_session *s, q3n_session_memor
 {
     const q3n_config *c = &s->model->config;
     const size_t f = sizeof(float), d = (size_t)c->hidden_size, V = (size_t)c->vocab_size;
-    const size_t blocks = (size_t)s->n_blocks;
+    const size_t n_pages = (size_t)s->n_pages;
     size_t at = a->used;
     for (int i = 0; i < 2; i++) s->delta[i] = (float *)q3n__arena_take(a, s->shape.delta_len, f);
     m->delta_state = a->used - at;
@@ -11420,10 +11478,10 @@ static void q3n__session_layout(q3n__arena *a, q3n_session *s, q3n_session_memor
         s->draft_hidden = (float *)q3n__arena_take(a, d, f);
     }
     m->scratch = a->used - at;
-    s->state.kv.page = (q3n__page **)q3n__arena_take(a, blocks, sizeof *s->state.kv.page);
-    s->saved_page = (q3n__page **)q3n__arena_take(a, blocks, sizeof *s->saved_page);
-    s->owned = (unsigned char *)q3n__arena_take(a, blocks, 1);
-    s->saved_owned = (unsigned char *)q3n__arena_take(a, blocks, 1);
+    s->state.kv.page = (q3n__page **)q3n__arena_take(a, n_pages, sizeof *s->state.kv.page);
+    s->saved_page = (q3n__page **)q3n__arena_take(a, n_pages, sizeof *s->saved_page);
+    s->owned = (unsigned char *)q3n__arena_take(a, n_pages, 1);
+    s->saved_owned = (unsigned char *)q3n__arena_take(a, n_pages, 1);
     if (s->options.count_experts && c->num_experts > 0) {
         const size_t n = (size_t)c->num_hidden_layers * (size_t)c->num_experts;
         s->counts = (int64_t *)q3n__arena_take(a, n, sizeof *s->counts);
@@ -11456,7 +11514,7 @@ static size_t q3n__session_measure(const q3n_model *m, const q3n_session_options
     }
     q3n__shape_make(m, s->options.kv_type, q3n__wants_mtp(m, &s->options), &s->shape);
     for (int l = 0; l < m->config.num_hidden_layers; l++) s->n_delta += m->config.layer_types[l];
-    s->n_blocks = q3n__pages_of(s->options.capacity);
+    s->n_pages = q3n__pages_of(s->options.capacity);
     s->state.kv.type = s->options.kv_type;
     s->state.kv.n_kv_heads = m->config.num_key_value_heads;
     s->state.kv.dim = m->config.head_dim;
@@ -11473,70 +11531,76 @@ static size_t q3n__session_measure(const q3n_model *m, const q3n_session_options
 
 /* ---- Pages of a session ---- */
 
-/* How many slots of block b the first n tokens of a text fill. */
-static int q3n__slots_of(int n, int b)
+/* How many slots of page i the first n tokens of a text fill. */
+static int q3n__slots_of(int n, int i)
 {
-    const int64_t left = (int64_t)n - (int64_t)b * Q3N__KV_BLOCK;
+    const int64_t left = (int64_t)n - (int64_t)i * Q3N__KV_BLOCK;
     return left < 0 ? 0 : left > Q3N__KV_BLOCK ? Q3N__KV_BLOCK : (int)left;
 }
 
-/* Make block b one that this session may write from slot `used` on; 0 = no memory.  A page is
+/* Make page i one that this session may write from slot `used` on; 0 = no memory.  A page is
  * written by one session alone: by the only one that holds it, or by the one that made it if it has
- * written exactly what the session knows - who shares it knows less, and does not look further. */
-static int q3n__page_for_writing(q3n_session *s, int b, int used)
+ * written exactly what the session knows - who shares it knows less, and does not look further.
+ * Otherwise the session gets a copy of the slots that it uses. */
+static int q3n__page_for_writing(q3n_session *s, int i, int used)
 {
-    q3n__page **page = &s->state.kv.page[b];
+    q3n__page **page = &s->state.kv.page[i];
     const int room = *page && (*page)->n_layers >= s->shape.n_kv_layers;
     if (room && q3n__atomic_load(&(*page)->n_refs) == 1) {
-        s->owned[b] = 1;
+        s->owned[i] = 1;
         return 1;
     }
-    if (room && s->owned[b] && (*page)->n_used == used) return 1;
+    if (room && s->owned[i] && (*page)->n_used == used) return 1;
     q3n__page *copy = q3n__page_alloc(s->model, &s->shape);
     if (!copy) return 0;
     if (*page) q3n__page_copy(&s->shape, copy, *page, used);
     q3n__page_release(s->model, *page);
     *page = copy;
-    s->owned[b] = 1;
+    s->owned[i] = 1;
     return 1;
 }
 
-/* Pages for tokens [first, end), before any of them is evaluated. */
+/* Pages for tokens [first, end), before any of them is evaluated.  What is there when this fails
+ * stays with the session, for the next call or its end. */
 static q3n_result q3n__session_reserve(q3n_session *s, int first, int end)
 {
     int ok = 1;
     q3n__engine_reserve(s->engine, q3n__pages_of(end));
-    for (int b = first / Q3N__KV_BLOCK; ok && b < q3n__pages_of(end); b++)
-        ok = q3n__page_for_writing(s, b, q3n__slots_of(first, b));
+    for (int i = first / Q3N__KV_BLOCK; ok && i < q3n__pages_of(end); i++)
+        ok = q3n__page_for_writing(s, i, q3n__slots_of(first, i));
     return ok ? Q3N_OK
               : q3n__fail(&s->error, Q3N_ERR_MEMORY, -1, "no memory for %d tokens: a page of %d "
                           "takes %zu bytes", end, Q3N__KV_BLOCK, s->shape.page_bytes);
 }
 
-/* Work with the given pages instead of the text's, which are kept for commit or rollback. */
+/* Work with the given pages instead of the text's, which are kept for commit or rollback: until
+ * then the session holds both.  A page of both is still its own; others may be of another session,
+ * and are copied before they are written. */
 static void q3n__session_adopt(q3n_session *s, q3n__page *const *page, int n_pages)
 {
-    const size_t n = (size_t)s->n_blocks;
+    const size_t n = (size_t)s->n_pages;
     memcpy(s->saved_page, s->state.kv.page, n * sizeof *s->saved_page);
     memcpy(s->saved_owned, s->owned, n);
     s->has_saved = 1;
-    for (int b = 0; b < s->n_blocks; b++) {
-        q3n__page *p = b < n_pages ? page[b] : NULL;
+    for (int i = 0; i < s->n_pages; i++) {
+        q3n__page *p = i < n_pages ? page[i] : NULL;
         if (p) q3n__page_retain(p);
-        s->owned[b] = p && p == s->saved_page[b] && s->saved_owned[b];
-        s->state.kv.page[b] = p;
+        s->owned[i] = p && p == s->saved_page[i] && s->saved_owned[i];
+        s->state.kv.page[i] = p;
     }
 }
 
 static void q3n__session_drop(q3n_session *s, q3n__page **page)
 {
-    for (int b = 0; b < s->n_blocks; b++) {
-        q3n__page_release(s->model, page[b]);
-        page[b] = NULL;
+    for (int i = 0; i < s->n_pages; i++) {
+        q3n__page_release(s->model, page[i]);
+        page[i] = NULL;
     }
 }
 
 /* ---- Rows that the MTP module has not read ---- */
+
+/* The i-th of them; i = unread.n and on: where a deferred call's rows go. */
 static float *q3n__unread_row(const q3n_session *s, int i)
 {
     return s->hidden + (size_t)(s->unread.at + i) * (size_t)s->shape.hidden_size;
@@ -11557,7 +11621,8 @@ static size_t q3n__session_counts(const q3n_session *s)   /* of experts: [layer]
     return (size_t)s->model->config.num_hidden_layers * (size_t)s->model->config.num_experts;
 }
 
-/* Back to nothing, as a new session is. */
+/* Back to nothing, as a new session is.  Pages that nobody else holds stay, to be written again:
+ * a reset costs the next text no allocation. */
 static void q3n__session_clear(q3n_session *s)
 {
     s->length = s->has_logits = 0;
@@ -11569,20 +11634,22 @@ static void q3n__session_clear(q3n_session *s)
         memset(s->conv[s->conv_now], 0, s->shape.conv_len * sizeof(float));
     }
     if (s->counts) memset(s->counts, 0, q3n__session_counts(s) * sizeof *s->counts);
-    for (int b = 0; b < s->n_blocks; b++) {
-        q3n__page *p = s->state.kv.page[b];
+    for (int i = 0; i < s->n_pages; i++) {
+        q3n__page *p = s->state.kv.page[i];
         if (!p || q3n__atomic_load(&p->n_refs) == 1) continue;
         q3n__page_release(s->model, p);
-        s->state.kv.page[b] = NULL;
+        s->state.kv.page[i] = NULL;
     }
 }
 
-/* Where the MTP module's keys begin in a text of so many tokens. */
+/* Where the MTP module's keys begin in a text of so many tokens: at `first`, or not yet.  Slot 0
+ * never has one. */
 static int q3n__first_within(int first, int length)
 {
     return first < length ? first : length > 0 ? length : 1;
 }
 
+/* Nothing is pending afterwards; the text is the same. */
 static void q3n__session_flush(q3n_session *s)
 {
     s->state.delta = s->delta[s->delta_now];
@@ -11590,7 +11657,8 @@ static void q3n__session_flush(q3n_session *s)
 }
 
 /* Begin a call after the session's text.  What a cancelled call did to the matrices is finished
- * first: it changes nothing that can be seen. */
+ * first: it changes nothing that can be seen.  Rows that the module has read go only now, so that a
+ * call which failed had them back. */
 static void q3n__session_begin(q3n_session *s)
 {
     const size_t d = (size_t)s->shape.hidden_size;
@@ -11611,7 +11679,12 @@ static void q3n__session_begin(q3n_session *s)
         memset(s->state.expert_counts, 0, q3n__session_counts(s) * sizeof *s->counts);
 }
 
-/* The text becomes what was evaluated: its first n tokens if the call was lazy, all if n < 0. */
+/* The text becomes what was evaluated: all if n < 0, else the first n tokens of one pass, which was
+ * lazy if the model has DeltaNet - matrices once stored cannot go back.  Then the rest is a failed
+ * call's: the columns of the convolutions go back, pending rows and slots are not counted, and
+ * slots of rejected tokens may be written again although others share the page (n_used).
+ *
+ * Takes no memory and cannot fail. */
 static void q3n__session_commit(q3n_session *s, int n)
 {
     q3n__state *st = &s->state;
@@ -11633,10 +11706,10 @@ static void q3n__session_commit(q3n_session *s, int n)
     if (s->has_saved) q3n__session_drop(s, s->saved_page);
     for (size_t i = 0; s->counts && st->expert_counts && i < q3n__session_counts(s); i++)
         s->counts[i] += st->expert_counts[i];           /* NULL: what a rewind runs again */
-    const int b = (st->length - 1) / Q3N__KV_BLOCK;
-    if (n >= 0 && n < ran && st->length > 0) {          /* what was rejected may be written over */
-        st->kv.page[b]->n_used = q3n__slots_of(st->length, b);
-        for (int i = b + 1; i < q3n__pages_of(s->length + ran); i++) st->kv.page[i]->n_used = 0;
+    const int last = (st->length - 1) / Q3N__KV_BLOCK;
+    if (n >= 0 && n < ran && st->length > 0) {
+        st->kv.page[last]->n_used = q3n__slots_of(st->length, last);
+        for (int i = last + 1; i < q3n__pages_of(s->length + ran); i++) st->kv.page[i]->n_used = 0;
     }
     s->has_saved = s->begun = st->lazy = s->has_logits = 0;
     s->length = st->length;
@@ -11652,19 +11725,24 @@ static void q3n__session_commit(q3n_session *s, int n)
     s->deferred = 0;
 }
 
-/* The text stays what it was. */
+/* The text stays what it was.  Nothing of the other matrices, columns, rows and slots is undone:
+ * they are written before they are read again. */
 static void q3n__session_rollback(q3n_session *s)
 {
     if (s->has_saved) {
         q3n__session_drop(s, s->state.kv.page);
-        memcpy(s->state.kv.page, s->saved_page, (size_t)s->n_blocks * sizeof *s->saved_page);
-        memcpy(s->owned, s->saved_owned, (size_t)s->n_blocks);
+        memcpy(s->state.kv.page, s->saved_page, (size_t)s->n_pages * sizeof *s->saved_page);
+        memcpy(s->owned, s->saved_owned, (size_t)s->n_pages);
     }
     s->has_saved = s->begun = s->deferred = s->state.lazy = 0;
     s->state.length = s->length;
 }
 
-/* Point the layers at the state that the pass reads and at the one that it writes. */
+/* Point the layers at the state that the pass reads and at the one that it writes: a call's first
+ * pass reads the text's and writes the other, later ones stay in the other.
+ *
+ *   lazy       few tokens, and the last of the call: they are left pending
+ *   deferred   the same for the module, if its unread rows have room; else it reads them now */
 static void q3n__session_point(q3n_session *s, int n, int last)
 {
     q3n__state *st = &s->state;
@@ -11683,6 +11761,7 @@ static void q3n__session_point(q3n_session *s, int n, int last)
 
 /* ---- The text ---- */
 
+/* Tokens [first, first + n), page by page; the caller knows that they are there. */
 static void q3n__session_copy_tokens(const q3n_session *s, int first, int n, int32_t *tokens)
 {
     for (int i = 0, count; i < n; i += count) {
@@ -11693,7 +11772,8 @@ static void q3n__session_copy_tokens(const q3n_session *s, int first, int n, int
     }
 }
 
-/* The first n tokens in one array, to be freed; NULL = no memory. */
+/* The first n tokens in one array, to be freed; NULL = no memory.  Pages are where a text lives: an
+ * array of the capacity beside them would be memory that few calls need. */
 static int32_t *q3n__session_text(const q3n_session *s, int n)
 {
     int32_t *text = (int32_t *)q3n__alloc(&s->model->allocator, (size_t)n * sizeof *text);
@@ -11706,11 +11786,21 @@ static int32_t *q3n__session_text(const q3n_session *s, int n)
  *
  * The model's multi-token-prediction module in a session: it follows the text a few rows late, and
  * drafts what may come next.  Whether drafts are right is no matter here.
+ *
+ *     row p of the module reads    token p, and the trunk's hidden state of token p - 1
+ *     its key and value            slot p of the pages' last layer
+ *     its output                   about token p + 1
+ *
+ * In decode each call would run the module's layer for one row; rows wait (unread) until a draft
+ * needs them or they have no more room, and are read in one go.  Long passes are followed at once,
+ * for their rows are in the scratch.  The scratch is the engine's, and q3n__mtp_forward writes over
+ * run.a: what a pass has left there is copied before (e->hidden).
  * ===================================================================================== */
 
-/* The MTP module over positions [first, first + n) of a session; see q3n__mtp_forward.  The last
- * chunk's rows are in run.a afterwards; returns the last one. */
-static const float *q3n__mtp_run(q3n_session *s, const int32_t *tokens, const float *hidden,
+/* The MTP module over positions [first, first + n) of a session, batch_size at a time; see
+ * q3n__mtp_forward.  It works on a copy of the state, of which it writes slots of pages alone.
+ * Returns its last row, in run.a. */
+static const float *q3n__mtp_pass(q3n_session *s, const int32_t *tokens, const float *hidden,
                                  int first, int n)
 {
     q3n_engine *e = s->engine;
@@ -11733,7 +11823,9 @@ static const float *q3n__mtp_run(q3n_session *s, const int32_t *tokens, const fl
     return e->run.a + (size_t)(count - 1) * d;
 }
 
-/* Keys of the module for all tokens of the text: afterwards one row of hidden is left. */
+/* Keys of the module for all tokens of the text: afterwards one row of hidden is left, which waits
+ * for the token after it.  Changes nothing that can be seen, in a call or between calls; if the
+ * call fails the keys stay right. */
 static void q3n__mtp_flush(q3n_session *s)
 {
     int32_t tokens[Q3N__MAX_HIDDEN];
@@ -11744,13 +11836,14 @@ static void q3n__mtp_flush(q3n_session *s)
         const int p = s->unread.mtp_length + i;
         tokens[i] = s->state.kv.page[p / Q3N__KV_BLOCK]->tokens[p % Q3N__KV_BLOCK];
     }
-    q3n__mtp_run(s, tokens, q3n__unread_row(s, 0), s->unread.mtp_length, n);
+    q3n__mtp_pass(s, tokens, q3n__unread_row(s, 0), s->unread.mtp_length, n);
     q3n__unread_drop(s, n);
     s->work_mtp = s->unread.mtp_length;
 }
 
 /* The module's keys of a pass's tokens, which begin at row0 of e->hidden's rows: each needs the row
- * before it, the first the session's work_hidden. */
+ * before it, the first the session's work_hidden, which takes that place while the module reads.
+ * Tokens whose keys the pages hold (work_mtp) are passed over. */
 static void q3n__mtp_follow(q3n_session *s, const int32_t *tokens, int row0, int n)
 {
     q3n_engine *e = s->engine;
@@ -11762,7 +11855,7 @@ static void q3n__mtp_follow(q3n_session *s, const int32_t *tokens, int row0, int
         float *before = e->hidden + (size_t)row0 * d;  /* the row before row0: of another chunk */
         memcpy(e->row, before, d * sizeof(float));
         memcpy(before, s->work_hidden, d * sizeof(float));
-        q3n__mtp_run(s, tokens + (first - p), before + (size_t)(first - p) * d, first,
+        q3n__mtp_pass(s, tokens + (first - p), before + (size_t)(first - p) * d, first,
                      p + n - first);
         memcpy(before, e->row, d * sizeof(float));
     }
@@ -11823,7 +11916,7 @@ static int q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, q
     const int rows = s->unread.n;                       /* the last is about `token` */
     q3n__session_copy_tokens(s, s->unread.mtp_length, rows - 1, tokens);
     tokens[rows - 1] = token;
-    const float *out = q3n__mtp_run(s, tokens, q3n__unread_row(s, 0), s->unread.mtp_length, rows);
+    const float *out = q3n__mtp_pass(s, tokens, q3n__unread_row(s, 0), s->unread.mtp_length, rows);
     q3n__unread_drop(s, rows - 1);
     s->work_mtp = s->length;
     for (int i = 0; i < n; i++) {
@@ -11838,7 +11931,7 @@ static int q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, q
         }
         after[i + 1] = draft[i].id;
         if (i + 1 < n)
-            out = q3n__mtp_run(s, &draft[i].id, s->draft_hidden, s->length + 1 + i, 1);
+            out = q3n__mtp_pass(s, &draft[i].id, s->draft_hidden, s->length + 1 + i, 1);
     }
     return n;
 }
@@ -11847,9 +11940,13 @@ static int q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, q
  * [27] CHECKPOINTS                                                      >>checkpoints
  *
  * Snapshots of a session, into the cache and out of it: between calls, and in a call of what is
- * evaluated so far.
+ * evaluated so far.  A snapshot is whole - nothing pending, no rows unread - so that whoever
+ * restores it needs no other's buffers.  Pages are held, not copied; copied are matrices, which
+ * change in place: 75 MB for 36 layers of 32 heads of 128 x 128, by all threads.
  * ===================================================================================== */
 
+/* Floats from f32 or bf16 to f32, or to bf16: the pointers that are not NULL say which.  A copy is
+ * cut into ranges for the threads, however many layers lie in one. */
 typedef struct {
     const float *from;
     float       *to_f32;
@@ -11858,7 +11955,7 @@ typedef struct {
     size_t       n;
 } q3n__copy_arg;
 
-#define Q3N__COPY_RANGE 65536   /* floats */
+#define Q3N__COPY_RANGE 65536   /* floats: 256 KB, more than waking a thread costs */
 
 static void q3n__copy_task(void *arg, int begin, int end)
 {
@@ -11881,7 +11978,11 @@ static void q3n__copy(q3n__pool *p, q3n__copy_arg arg)
 }
 
 /* The state as a snapshot: of the text, or in a call of what is evaluated so far; with that of a
- * sampler, or of none (NULL).  NULL = no memory. */
+ * sampler, or of none (NULL).  NULL = no memory, and the session is as before.
+ *
+ * In a call it comes after a pass that was not the last: such a pass is neither lazy nor deferred,
+ * so that the matrices are complete and the module has read its rows.  Logits are of the text
+ * alone. */
 static q3n_snapshot *q3n__session_take(q3n_session *s, q3n_type delta_type, int in_call,
                                        const q3n_sampler *sampler)
 {
@@ -11900,7 +12001,7 @@ static q3n_snapshot *q3n__session_take(q3n_session *s, q3n_type delta_type, int 
         q3n__page_retain(snap->page[b]);
     }
     const int bf16 = snap->delta_type == Q3N_TYPE_BF16;
-    const int from = in_call && s->begun;
+    const int from = in_call && s->begun;               /* 1 = the other of the two */
     const q3n__copy_arg copy = { .from = s->delta[s->delta_now ^ from],
                                  .to_f32 = bf16 ? NULL : (float *)snap->delta,
                                  .to_bf16 = bf16 ? (uint16_t *)snap->delta : NULL,
@@ -11919,8 +12020,9 @@ static q3n_snapshot *q3n__session_take(q3n_session *s, q3n_type delta_type, int 
     return snap;
 }
 
-/* Begin from a snapshot instead of the text; snap NULL = from nothing.  The pages are another
- * matter: q3n__session_adopt. */
+/* Let a call that has begun go on from a snapshot instead of the text; snap NULL = from nothing.
+ * Matrices and columns go where the call works, so that the text's wait beside them.  The pages are
+ * another matter: q3n__session_adopt. */
 static void q3n__session_start(q3n_session *s, const q3n_snapshot *snap)
 {
     const q3n__shape *h = &s->shape;
@@ -11946,13 +12048,15 @@ static void q3n__session_start(q3n_session *s, const q3n_snapshot *snap)
     memcpy(s->work_hidden, snap->hidden, (size_t)h->hidden_size * sizeof(float));
 }
 
-/* A call of its own, to begin with nothing and with no pages. */
+/* The same from nothing, and with no pages: a text of its own. */
 static void q3n__session_start_empty(q3n_session *s)
 {
     q3n__session_start(s, NULL);
     q3n__session_adopt(s, NULL, 0);
 }
 
+/* The session becomes what snap is: begin and commit, with no pass between.  All checks come first.
+ * A sampler takes on the state of another if there is one. */
 static q3n_result q3n__session_restore(q3n_session *s, const q3n_snapshot *snap)
 {
     if (snap->model != s->model)
@@ -11976,7 +12080,8 @@ static q3n_result q3n__session_restore(q3n_session *s, const q3n_snapshot *snap)
     return Q3N_OK;
 }
 
-/* Put the state into the cache unless it is there.  0 = no memory. */
+/* Put the state into the cache unless it is there: then it counts as used, and marked if this is.
+ * 0 = no memory: whoever was not asked to keep anything goes on without. */
 static int q3n__session_put(q3n_session *s, int in_call, int marked)
 {
     const int n = in_call ? s->state.length : s->length;
@@ -11997,7 +12102,8 @@ static int q3n__session_put(q3n_session *s, int in_call, int marked)
     return 1;
 }
 
-/* Where snapshot_every wants one: in a call at its multiples, after a call that passed any. */
+/* Where snapshot_every wants one: in a call at its multiples, where q3n__session_stride has ended
+ * the pass; after a call that passed any of them (`before`: length at its beginning). */
 static void q3n__session_put_due(q3n_session *s, int in_call, int before)
 {
     const int every = s->options.snapshot_every;
@@ -12711,7 +12817,18 @@ static q3n_result q3n__session_prefill(q3n_session *s, const int32_t *tokens, in
  * Several tokens a pass: drafts come from the model's MTP module or from the text itself, one pass
  * of the trunk checks them, and what is rejected is forgotten like a cancelled call.  How many
  * drafts a step tries is chosen from measured times and acceptance, none included.
+ *
+ *     text, token     | draft 1, draft 2, draft 3       one pass over token and drafts: 4 rows
+ *     sampler            a        b        x             chooses from each row in turn
+ *     draft 1 = a, draft 2 = b, draft 3 is not x         tokens a b x; the text grows by token a b
+ *
+ * A pass of few rows reads the weights once, as a pass of one does: right drafts are nearly free,
+ * and with experts each row reads some of its own.  The step is a call with an end of its own: it
+ * commits the rows that were right, and if it fails gives back what the sampler, the module and the
+ * estimates were (q3n__step_mark).
  * ===================================================================================== */
+
+/* The drafts of a step: planned, then made, then without those after the first end of text. */
 typedef struct {
     q3n__draft    draft[Q3N_MAX_DRAFT];
     int           n;
@@ -12733,7 +12850,8 @@ static int32_t q3n__text_at(const q3n_session *s, int32_t token, int i)   /* tok
 }
 
 /* What followed the longest earlier match of the text's end, the latest of equals, and then again
- * what followed that; returns how many of draft [n] there are: n or none. */
+ * what followed that; returns how many of draft [n] there are: n or none.  Looks back from the end
+ * at each token once, and compares further only where it is `token`. */
 static int q3n__draft_lookup(const q3n_session *s, int32_t token, q3n__draft *draft, int n)
 {
     int best = Q3N__LOOKUP_MIN - 1, best_at = -1;
@@ -12839,7 +12957,9 @@ static int q3n__try_drafts(q3n__learned *k, double rate, int mtp)
 /* Steps with drafts in a row before one without: it keeps the unit of costs right. */
 #define Q3N__PLAIN_GAP   16
 
-/* Choose source and number of drafts: at most `max`, fixed by the options or by what pays. */
+/* Choose source and number of drafts: at most `max`, fixed by the options or by what pays.  Drafts
+ * that are looked up cost nothing and are there already; the module's are made after the choice.
+ * The first steps, and one after every Q3N__PLAIN_GAP, are without drafts. */
 static void q3n__drafts_plan(q3n_session *s, int32_t token, int max, q3n__drafts *plan)
 {
     const q3n_speculate want = s->options.speculate;
@@ -12881,7 +13001,8 @@ static int q3n__mtp_lags(const q3n_session *s, const q3n__drafts *p)
     return reads || s->unread.n + p->n + 1 > Q3N__MAX_HIDDEN;
 }
 
-/* What a step of n drafts, of which `right` were accepted, teaches. */
+/* What a step of n drafts, of which `right` were accepted, teaches: of those after the first wrong
+ * one nothing is known.  The last 24 or so count. */
 static void q3n__drafts_learn(q3n_session *s, const q3n__drafts *p, int right)
 {
     q3n__acceptance *a = &s->learned.acceptance[p->source];
@@ -12893,6 +13014,7 @@ static void q3n__drafts_learn(q3n_session *s, const q3n__drafts *p, int right)
     s->learned.spec.n_accepted += right;
 }
 
+/* A new session takes six in ten drafts for right, so that it tries some. */
 static void q3n__speculation_reset(q3n_session *s)
 {
     memset(&s->learned.spec, 0, sizeof s->learned.spec);
@@ -12905,7 +13027,8 @@ static void q3n__speculation_reset(q3n_session *s)
 
 /* ---- A step ---- */
 
-/* n drafts of the module took so many plain steps. */
+/* n drafts of the module took so many plain steps: the first has the unread rows to read, each more
+ * is one row and a part of the head. */
 static void q3n__draft_learn(q3n__learned *k, int n, double cost)
 {
     double *first = &k->draft_cost[0], *more = &k->draft_cost[1];
@@ -12914,7 +13037,9 @@ static void q3n__draft_learn(q3n__learned *k, int n, double cost)
     if (n > 1) q3n__ratio_learn(more, cost > *first ? (cost - *first) / (n - 1) : 0.01, 0.125);
 }
 
-/* Make the drafts that the plan wants and put token and drafts into tokens; returns the rows. */
+/* Make the drafts that the plan wants and put token and drafts into tokens; returns the rows.  What
+ * comes after the end of a text is no draft.  Where many rows had been unread the time says nothing
+ * about drafts. */
 static int q3n__drafts_make(q3n_session *s, q3n__drafts *p, int32_t *tokens)
 {
     const int64_t start = q3n__now();
@@ -12963,7 +13088,9 @@ static q3n_result q3n__step(q3n_session *s, const int32_t *rows, const q3n__draf
     return q3n__drafts_choose(s, rows, p, logits, tokens, n);
 }
 
-/* The text becomes what was right: n rows of the pass. */
+/* The text becomes what was right: n rows of the pass.  A step without drafts has the logits after
+ * its token, and keeps them; else the last row's are not worth a copy, for the next step has a
+ * token already. */
 static void q3n__step_commit(q3n_session *s, const q3n__drafts *p, int n)
 {
     const size_t d = (size_t)s->shape.hidden_size;
@@ -12975,6 +13102,8 @@ static void q3n__step_commit(q3n_session *s, const q3n__drafts *p, int n)
     if (p->n == 0) s->learned.since_plain = 0;
 }
 
+/* As many as the caller has room for, the session and the pass.  Where experts are counted none:
+ * the pass would count those of rejected rows. */
 static int q3n__max_drafts(const q3n_session *s, int max)
 {
     int n = Q3N_MAX_DRAFT;
@@ -12992,6 +13121,8 @@ typedef struct {
     q3n__sampler_mark sampler;
 } q3n__step_mark;
 
+/* One step, as q3n_session_decode promises.  Pages come before the drafts, which write into their
+ * slots; time is taken from the pass to the commit. */
 static q3n_result q3n__session_decode(q3n_session *s, int32_t token, int32_t *tokens, int max,
                                       int *n)
 {
@@ -13255,14 +13386,14 @@ Q3N_DEF size_t q3n_session_bytes(const q3n_model *m, const q3n_session_options *
         q3n_engine e;
         engine = q3n__engine_measure(&e, m, &eo, q3n__own_engine_room(&s), &threads);
         if (engine == 0) return 0;
-        const int room = q3n__split_room(&e, s.n_blocks);
+        const int room = q3n__split_room(&e, s.n_pages);
         split = room ? q3n__with_head(q3n__split_bytes(&e, room)) : 0;
     }
     parts.page = q3n__with_head(s.shape.page_bytes);
     parts.snapshot = q3n__with_head(q3n__snapshot_measure(&s.shape, s.options.snapshot_type,
                                                           s.options.capacity, 0));
     parts.initial = q3n__with_head(bytes) + (engine ? q3n__with_head(engine) : 0);
-    if (!q3n__mul_size(parts.page, (size_t)s.n_blocks, &parts.kv_cache)
+    if (!q3n__mul_size(parts.page, (size_t)s.n_pages, &parts.kv_cache)
         || !q3n__add_size(parts.initial + split, parts.kv_cache, &parts.total)) return 0;
     parts.scratch += engine - threads;
     parts.other = parts.initial - parts.delta_state - parts.conv_state - parts.scratch;
@@ -13297,8 +13428,8 @@ Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
     q3n_session *s = (q3n_session *)q3n__arena_take(&arena, 1, sizeof *s);
     *s = measured;
     q3n__session_layout(&arena, s, &memory);
-    memset(s->state.kv.page, 0, (size_t)s->n_blocks * sizeof *s->state.kv.page);
-    memset(s->owned, 0, (size_t)s->n_blocks);
+    memset(s->state.kv.page, 0, (size_t)s->n_pages * sizeof *s->state.kv.page);
+    memset(s->owned, 0, (size_t)s->n_pages);
     s->state.cancel = &s->cancel;
     q3n__session_clear(s);
     q3n__speculation_reset(s);

@@ -48,7 +48,7 @@ ROOMS = (
      r"q3n_session|q3n__engine|q3n__pass\b|q3n__layer|Q3N_TYPE_"),
     ("model", 1700, ("ops", "pass", "attention", "deltanet", "model"),
      r"q3n_session\b|q3n__engine|q3n__file|q3n__input|q3n__output|Q3N_TYPE_|Q3N_ISA_"),
-    ("engine", 3750, ("cache", "engine", "sampler", "session", "mtp", "checkpoints", "evaluation",
+    ("engine", 3850, ("cache", "engine", "sampler", "session", "mtp", "checkpoints", "evaluation",
                       "reuse", "speculation"),
      r"Q3N_ISA_(?!AUTO|SCALAR)|q3n__tokenizer"),
     ("public", 700, ("public",), None),
