@@ -92,6 +92,7 @@ static void test_results(void **state)
 #undef Q3N__X
     assert_non_null(q3n_result_string((q3n_result)-100));
     assert_int_equal(q3n_version(), Q3N_VERSION);
+    assert_int_equal(q3n_abi_version(), Q3N_ABI);
 }
 
 static void test_types_and_isas(void **state)
@@ -183,6 +184,34 @@ static void test_config_fields(void **state)
     assert_int_equal(q3n_config_check(&c, NULL), Q3N_ERR_ARG);
 }
 
+/* Every field of the list by its name, each with a value of its own. */
+static void test_config_values(void **state)
+{
+    (void)state;
+    q3n_config c = Q3N_INIT(q3n_config);
+    char text[64];
+    double v = -1.0;
+    int n = 0;
+#define Q3N__X(kind, name, min, max) c.name = ++n;
+    Q3N_CONFIG_LIST(Q3N__X)
+#undef Q3N__X
+    n = 0;
+#define Q3N__X(kind, name, min, max)                                                    \
+    assert_string_equal(q3n_config_field(&c, n++, text), #name);                        \
+    assert_int_equal(q3n_config_value(&c, #name, &v), Q3N_OK);                          \
+    if (v != n) fail_msg("%s is %g, expected %d", #name, v, n);
+    Q3N_CONFIG_LIST(Q3N__X)
+#undef Q3N__X
+    assert_null(q3n_config_field(&c, n, text));
+    c.rms_norm_eps = 1e-6;
+    assert_int_equal(q3n_config_value(&c, "rms_norm_eps", &v), Q3N_OK);
+    assert_true(v == 1e-6);
+    static const char *const none[] = { "", "layer_types", "size", "vocab_siz", "vocab_size " };
+    for (int i = 0; i < COUNT(none); i++)
+        assert_int_equal(q3n_config_value(&c, none[i], &v), Q3N_ERR_ARG);
+    assert_true(v == 1e-6);
+}
+
 /* ---- Model ---- */
 
 static void test_open_errors(void **state)
@@ -218,7 +247,16 @@ static void test_model_getters(void **state)
     q3n_model *m = open_model(STORIES);
     const q3n_config *c = q3n_model_config(m);
     assert_int_equal(c->family, Q3N_FAMILY_QWEN3_NEXT);
+    assert_int_equal(q3n_model_n_layers(m), 8);          /* examples/stories/config.json */
     assert_int_equal(c->num_hidden_layers, 8);
+    assert_int_equal(q3n_model_vocab_size(m), 4096);
+    assert_int_equal(q3n_model_hidden_size(m), 192);
+    assert_int_equal(q3n_model_context_length(m), 2048);
+    assert_int_equal(q3n_model_n_labels(m), 0);
+    for (int l = -1; l <= 8; l++) {
+        assert_int_equal(q3n_model_layer_is_delta(m, l), l >= 0 && l < 8 && l % 4 != 3);
+        assert_int_equal(q3n_model_layer_has_experts(m, l), l >= 0 && l < 8);
+    }
     assert_non_null(q3n_model_name(m));
     assert_non_null(q3n_model_chat_kind(m));
     int n_eos = -1;
@@ -235,6 +273,11 @@ static void test_model_getters(void **state)
     assert_true(stats.mtp_weights > 800000 && stats.mtp_weights < 1000000);
     assert_true(stats.decode_bytes >= 2 * stats.n_weights_active - 100000);
     assert_true(stats.file_bytes > 2 * stats.n_weights);
+    q3n_model_close(m);
+
+    m = open_model("build/models/qwen3_dense.q3n");
+    assert_false(q3n_model_layer_has_experts(m, 0));
+    assert_false(q3n_model_layer_is_delta(m, 0));
     q3n_model_close(m);
 }
 
@@ -631,6 +674,67 @@ static void test_session_options(void **state)
     q3n_model_close(m);
 }
 
+/* What an engine says that it is; a session on it names it. */
+static void check_engine(const q3n_model *m, const q3n_engine_options *o, int n_threads,
+                         int batch_size, q3n_isa isa)
+{
+    q3n_engine *e = NULL;
+    q3n_error err = { .code = Q3N_OK };
+    if (q3n_engine_create(&e, m, o, &err) != Q3N_OK) fail_msg("engine: %s", err.message);
+    assert_true(q3n_engine_bytes(m, o) > 0);
+    assert_int_equal(q3n_engine_n_threads(e), n_threads);
+    assert_int_equal(q3n_engine_batch_size(e), batch_size);
+    assert_int_equal(q3n_engine_isa(e), isa);
+    assert_int_equal(q3n_engine_error(e)->code, Q3N_OK);
+    const q3n_session_options so = { .size = sizeof so, .capacity = 16, .engine = e };
+    q3n_session *s = create_session(m, &so);
+    assert_ptr_equal(q3n_session_engine(s), e);
+    q3n_session_destroy(s);
+    q3n_engine_destroy(e);
+}
+
+static void test_engine(void **state)
+{
+    (void)state;
+    q3n_model *m = open_model(HYBRID);
+    q3n_engine_options o = { .size = sizeof o, .n_threads = 2, .batch_size = 7 };
+    for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {     /* this or none */
+        q3n_engine *e = NULL;
+        q3n_error err = { .code = Q3N_OK };
+        o.isa = isa;
+        if (q3n_isa_supported(isa)) {
+            check_engine(m, &o, 2, 7, isa);
+            continue;
+        }
+        assert_int_equal(q3n_engine_bytes(m, &o), 0);
+        assert_error(q3n_engine_create(&e, m, &o, &err), Q3N_ERR_UNSUPPORTED, &err);
+        assert_non_null(strstr(err.message, q3n_isa_name(q3n_isa_best())));
+        assert_null(e);
+    }
+    o.isa = Q3N_ISA_AUTO;
+    o.executor = (q3n_executor){ run_backwards, NULL, 3 };
+    check_engine(m, &o, 3, 7, q3n_isa_best());
+
+    q3n_session *s = create_session(m, NULL);        /* without options: as a session's own */
+    check_engine(m, NULL, q3n_engine_n_threads(q3n_session_engine(s)), 512, q3n_isa_best());
+    q3n_session_destroy(s);
+
+    q3n_engine_options bad[] = {
+        { .batch_size = -1 }, { .batch_size = (1 << 16) + 1 }, { .n_threads = -1 },
+        { .n_threads = 1 << 30 }, { .isa = (q3n_isa)2 }, { .isa = (q3n_isa)-1 },
+        { .executor = { run_backwards, NULL, 0 } } };
+    for (int i = 0; i < COUNT(bad); i++) {
+        q3n_engine *e = (q3n_engine *)8;
+        q3n_error err = { .code = Q3N_OK };
+        bad[i].size = sizeof bad[i];
+        assert_int_equal(q3n_engine_bytes(m, &bad[i]), 0);
+        assert_error(q3n_engine_create(&e, m, &bad[i], &err), Q3N_ERR_ARG, &err);
+        assert_null(e);
+    }
+    q3n_engine_destroy(NULL);
+    q3n_model_close(m);
+}
+
 static void test_greedy(void **state)
 {
     (void)state;
@@ -767,6 +871,7 @@ static void test_classify(void **state)
     q3n_session *s = create_session(m, &o);
     const size_t n = (size_t)q3n_model_config(m)->num_labels;
     assert_true(n > 1);
+    assert_int_equal(q3n_model_n_labels(m), n);
     float *first = new_floats(n), *again = new_floats(n);
     assert_int_equal(q3n_session_classify(s, golden_prompt, 9, first), Q3N_OK);
     assert_int_equal(q3n_session_classify(s, golden_prompt, 9, again), Q3N_OK);
@@ -1031,6 +1136,7 @@ int main(void)
         cmocka_unit_test(test_types_and_isas),
         cmocka_unit_test(test_presets),
         cmocka_unit_test(test_config_fields),
+        cmocka_unit_test(test_config_values),
         cmocka_unit_test(test_open_errors),
         cmocka_unit_test(test_model_getters),
         cmocka_unit_test(test_tensors),
@@ -1041,6 +1147,7 @@ int main(void)
         cmocka_unit_test(test_concurrent_sessions),
         cmocka_unit_test(test_layer_hook),
         cmocka_unit_test(test_session_options),
+        cmocka_unit_test(test_engine),
         cmocka_unit_test(test_greedy),
         cmocka_unit_test(test_eval_errors),
         cmocka_unit_test(test_outputs),
