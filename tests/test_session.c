@@ -12,6 +12,7 @@
 
 #include "qwen3next.h"
 #include "failing.h"
+#include "sample.h"
 #include "sessions.h"
 
 #include <pthread.h>
@@ -1661,8 +1662,23 @@ static void test_reuse(void **state)
     q3n_model_close(m);
 }
 
+/* Overwrite the scratch of an engine, NULL = of none: with another text, of another session. */
+static void use_otherwise(const q3n_model *m, q3n_engine *e, q3n_speculate speculate)
+{
+    if (!e) return;
+    q3n_session_options o = plain_options(300);
+    int32_t ids[280];
+    uint64_t rng = 61;
+    random_tokens(&rng, ids, COUNT(ids), q3n_model_config(m)->vocab_size);
+    set_engine(&o, e, NULL);
+    o.speculate = speculate;
+    q3n_session *s = create_session(m, &o);
+    must(s, q3n_session_eval(s, ids, COUNT(ids), NULL), Q3N_OK);
+    q3n_session_destroy(s);
+}
+
 /* A session that got its text from elsewhere evaluates over several pages with several threads
- * before it has ever stored a token itself. */
+ * before it has ever stored a token itself; also where another overwrites what they share. */
 static void test_reevaluate(void **state)
 {
     q3n_model *m = open_model((const char *)*state, NULL);
@@ -1681,21 +1697,27 @@ static void test_reevaluate(void **state)
     q3n_snapshot *snap = NULL;
     must(from, q3n_session_snapshot(from, &snap), Q3N_OK);
     eo.n_threads = 2;
-    for (int i = 0; i < 3; i++) {
+    q3n_engine *shared = create_engine(m, &eo);
+    for (int i = 0; i < 6; i++) {
+        set_engine(&o, i < 3 ? NULL : shared, &eo);
         q3n_session *s = create_session(m, &o);
         must(s, q3n_session_restore(s, snap), Q3N_OK);
-        if (i == 1 && q3n_model_config(m)->num_mtp_layers > 0)
+        use_otherwise(m, o.engine, o.speculate);
+        if (i % 3 == 1 && q3n_model_config(m)->num_mtp_layers > 0)
             must(s, q3n_session_draft(s, 1, drafts, 2, NULL), Q3N_OK);
-        if (i == 2) {                /* in a call of many */
+        if (i % 3 == 2) {            /* in a call of many */
             q3n_engine_item item = { .size = sizeof item, .session = s,
                                      .tokens = ids + COUNT(ids) - 2, .n = 1 };
             assert_int_equal(q3n_engine_eval(q3n_session_engine(s), &item, 1, NULL), Q3N_OK);
         }
+        use_otherwise(m, o.engine, o.speculate);
         must(s, q3n_session_rewind(s, COUNT(ids) - 3), Q3N_OK);
+        use_otherwise(m, o.engine, o.speculate);
         must(s, q3n_session_eval(s, ids + COUNT(ids) - 3, 1, want + V), Q3N_OK);
         check_same(want + V, want, V, "restored, gone back and on");
         q3n_session_destroy(s);
     }
+    q3n_engine_destroy(shared);
     q3n_snapshot_free(snap);
     q3n_session_destroy(from);
     free(want);
@@ -1918,13 +1940,66 @@ static void test_sampler(void **state)
     assert_int_equal(h.live, 0);
 }
 
+/* The session chooses ten tokens, and its sampler's twin the same from the same logits. */
+static void check_choices(q3n_session *s, q3n_sampler *twin)
+{
+    float *logits = new_floats((size_t)q3n_model_vocab_size(q3n_session_model(s)));
+    int32_t token = 4;
+    for (int i = 0; i < 10; i++) {
+        int n = 0;
+        must(s, q3n_session_decode(s, token, &token, 1, &n), Q3N_OK);
+        must(s, q3n_session_logits(s, logits), Q3N_OK);
+        assert_int_equal(token, sample(twin, logits));
+    }
+    free(logits);
+}
+
+/* A sampler begins anew where it takes the place of another; what changes the text leaves it as it
+ * is, but for a reset. */
+static void test_another_sampler(void **state)
+{
+    (void)state;
+    static const q3n_sampler_options so[2] = {
+        { .size = sizeof *so, .temperature = 2.0f, .seed = 3, .repetition_penalty = 1.5f },
+        { .size = sizeof *so, .temperature = 1.5f, .seed = 4, .top_k = 50 } };
+    const int32_t ids[6] = { 1, 2, 3, 7, 8, 9 };
+    heap h = { 0 };
+    q3n_model *m = open_model("qwen3_next", &h);
+    const q3n_session_options o = plain_options(40);
+    q3n_session *s = create_session(m, &o);
+    must(s, q3n_session_eval(s, ids, 6, NULL), Q3N_OK);
+    const int live = h.live;
+    for (int i = 0; i < 4; i++) {
+        q3n_sampler *twin = NULL;
+        set_sampler(s, so[i % 2]);
+        assert_int_equal(h.live, live + 1);
+        assert_int_equal(q3n_sampler_create(&twin, m, &so[i % 2], NULL), Q3N_OK);
+        check_choices(s, twin);
+        must(s, q3n_session_prefill(s, ids, 3, NULL, NULL), Q3N_OK);
+        check_choices(s, twin);
+        must(s, q3n_session_rewind(s, 2), Q3N_OK);
+        must(s, q3n_session_eval(s, ids + 2, 4, NULL), Q3N_OK);
+        check_choices(s, twin);
+        q3n_session_reset(s);
+        q3n_sampler_reset(twin);
+        must(s, q3n_session_prefill(s, ids, 6, NULL, NULL), Q3N_OK);
+        check_choices(s, twin);
+        q3n_sampler_destroy(twin);
+    }
+    q3n_session_destroy(s);
+    q3n_model_close(m);
+    assert_int_equal(h.live, 0);
+}
+
 /* ---- All of them ---- */
 int main(int argc, char **argv)
 {
     const struct CMUnitTest threaded[] = {
-        CASE(test_cache, qwen3_next),
         CASE(test_batch_tokens, qwen3_next),
+        CASE(test_batch_few, qwen3_next),
         CASE(test_batch_turns, qwen3_next),
+        CASE(test_many_pages, qwen3_moe),
+        CASE(test_reevaluate, qwen3_next_mtp),
         CASE(test_cancel, qwen3_moe),
         CASE(test_threads, qwen3_next),
         CASE(test_threads, qwen3_next_mtp),
@@ -1933,6 +2008,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         CASE(test_cache_counts, qwen3_next), CASE(test_cache_counts, qwen3_moe),
         CASE(test_cache_isa, qwen3_next),
+        CASE(test_cache, qwen3_next),
         CASE(test_cache, qwen3_moe),
         CASE(test_snapshot_every, qwen3_next),
         CASE(test_snapshot_every, qwen3_next_mtp),
@@ -1942,20 +2018,18 @@ int main(int argc, char **argv)
         CASE(test_reuse, qwen3_next_mtp),
         CASE(test_reevaluate, qwen3_next),
         CASE(test_reevaluate, qwen3_dense),
-        CASE(test_reevaluate, qwen3_next_mtp),
-        CASE(test_many_pages, qwen3_moe),
         CASE(test_cache_bound, qwen3_next),
         CASE(test_cache_bound, qwen3_dense),
         cmocka_unit_test(test_snapshots_bf16),
         cmocka_unit_test(test_strangers),
         cmocka_unit_test(test_sampler),
+        cmocka_unit_test(test_another_sampler),
         cmocka_unit_test(test_options),
         cmocka_unit_test(test_both_ways),
         cmocka_unit_test(test_classifier),
         cmocka_unit_test(test_expert_counts),
         cmocka_unit_test(test_memory),
         CASE(test_batch_tokens, qwen3_moe),
-        CASE(test_batch_few, qwen3_next),
         CASE(test_batch_time, qwen3_next),
         cmocka_unit_test(test_batch_errors),
         CASE(test_cancel, qwen3_next_mtp),
