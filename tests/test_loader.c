@@ -827,7 +827,9 @@ static void test_messages_about_names(void **state)
 }
 
 /* ---- As many tensors as there may be, with names made to be slow ---- */
-typedef enum { NAMES_ASCENDING, NAMES_DESCENDING, NAMES_MIXED, NAMES_LONG, NAMES_KINDS } name_kind;
+typedef enum {
+    NAMES_ASCENDING, NAMES_DESCENDING, NAMES_MIXED, NAMES_LONG, NAMES_KINDS, NAMES_KNOWN
+} name_kind;
 
 #define NAME_BYTES 250
 
@@ -838,6 +840,8 @@ static void flood_name(char *name, name_kind kind, uint32_t i, uint32_t n)
     memset(name, 'x', NAME_BYTES);
     snprintf(name + (kind == NAMES_LONG ? NAME_BYTES - 8 : 0), 9, "%08x", number);
     if (kind != NAMES_LONG) name[8] = '.';
+    if (kind == NAMES_KNOWN) memcpy(name + 9, ".mlp.experts.", 13);
+    if (kind == NAMES_KNOWN && i % 2) memcpy(name, "mtp.", 4);
 }
 
 /* The good file with n more tensors, all where the first one lies. */
@@ -900,6 +904,35 @@ static void test_many_names(void **state)
         q3n_model_close(m);
         free(f.data);
     }
+}
+
+/* What a token reads is decided by the plan: not by names that look like its tensors'. */
+static void test_strange_tensors(void **state)
+{
+    (void)state;
+    const image plain = fresh(), f = with_flood(NAMES_KNOWN, 4);
+    q3n_model_stats want = Q3N_INIT(q3n_model_stats), got = Q3N_INIT(q3n_model_stats);
+    const image *images[2] = { &plain, &f };
+    for (int i = 0; i < 2; i++) {
+        q3n_error err;
+        q3n_model *m;
+        seal(images[i]);
+        if (open_image(&m, images[i], 0, &err) != Q3N_OK) fail_msg("%s", err.message);
+        assert_int_equal(q3n_model_stats_get(m, i ? &got : &want), Q3N_OK);
+        if (i) {
+            const q3n_tensor *first = q3n_model_tensor(m, 0);
+            const int64_t n = first->dim[0] * first->dim[1] * first->dim[2];
+            assert_int_equal(got.n_weights, want.n_weights + 4 * n);
+            assert_int_equal(got.types[first->type].n_tensors,
+                             want.types[first->type].n_tensors + 4);
+        }
+        q3n_model_close(m);
+        free(images[i]->data);
+    }
+    assert_true(want.n_weights_active > 0);
+    assert_int_equal(got.n_weights_active, want.n_weights_active);
+    assert_int_equal(got.decode_bytes, want.decode_bytes);
+    assert_int_equal(got.mtp_weights, want.mtp_weights);
 }
 
 static void test_records(void **state)
@@ -1396,6 +1429,7 @@ int main(void)
         cmocka_unit_test(test_many_names),
         cmocka_unit_test(test_messages),
         cmocka_unit_test(test_messages_about_names),
+        cmocka_unit_test(test_strange_tensors),
         cmocka_unit_test(test_records),
         cmocka_unit_test(test_plan),
         cmocka_unit_test(test_rope_tables),
