@@ -7911,7 +7911,7 @@ static void q3n__linear_task(void *arg, int begin, int end)
 #define Q3N__RANGE_WORK 32768
 
 /* Rows of one range: enough ranges for every thread, none smaller than Q3N__RANGE_WORK for n
- * tokens, a multiple of 16. */
+ * tokens, a multiple of 32: kernels of AVX-512 VNNI take two tiles of 16 rows at once. */
 static int q3n__rows_per_item(const q3n__pool *p, int64_t n_rows, int n_cols, int n)
 {
     const int64_t row_work = (int64_t)n_cols * (n > 0 ? n : 1);
@@ -7919,7 +7919,7 @@ static int q3n__rows_per_item(const q3n__pool *p, int64_t n_rows, int n_cols, in
     const int64_t wanted = n_rows / (p->n_threads * 4);
     int rows = wanted > 256 ? 256 : (int)wanted;
     if (rows < min) rows = min;
-    return (rows + 15) / 16 * 16;
+    return (rows + 31) / 32 * 32;
 }
 
 /* All jobs in one parallel region, n tokens each. */
@@ -15160,18 +15160,25 @@ Q3N__INLINE int q3n__zero_avx2(q3n_type type)
          : type == Q3N_TYPE_Q6 ? Q3N__Q6_ZERO : 0;
 }
 
-/* The sums of a group for 8 rows whose unpacked weights are u, u + 2, ...: exact integers, so their
- * order is free.  vpmaddwd with ones adds pairs of 16 bits to 32. */
-Q3N__INLINE __m256i q3n__group_avx2(q3n_type type, const __m256i *u, const q3n__x8 *x, int g)
+/* Activations of columns 4 s .. 4 s + 3, in all lanes.  One load of 4 bytes each: from 8 bytes at
+ * once gcc takes the fours by way of a general register, half as slow again. */
+Q3N__INLINE __m256i q3n__four_avx2(const q3n__x8 *x, int g, int s)
+{
+    int32_t four;
+    memcpy(&four, x->q + Q3N__GROUP * g + 4 * s, sizeof four);
+    return _mm256_set1_epi32(four);
+}
+
+/* The sums of a group for 8 rows: exact integers, so their order is free.  vpmaddwd with ones adds
+ * pairs of 16 bits to 32. */
+Q3N__INLINE __m256i q3n__group_avx2(q3n_type type, const __m256i u[8], const q3n__x8 *x, int g)
 {
     const __m256i one = _mm256_set1_epi16(1);
     __m256i sum = _mm256_set1_epi32(x->minus_sum[g] * q3n__zero_avx2(type));
     Q3N__UNROLL
     for (int s = 0; s < 8; s += 2) {
-        int32_t four[2];
-        memcpy(four, x->q + Q3N__GROUP * g + 4 * s, sizeof four);
-        const __m256i a = q3n__products_avx2(type, u[2 * s], _mm256_set1_epi32(four[0]));
-        const __m256i b = q3n__products_avx2(type, u[2 * s + 2], _mm256_set1_epi32(four[1]));
+        const __m256i a = q3n__products_avx2(type, u[s], q3n__four_avx2(x, g, s));
+        const __m256i b = q3n__products_avx2(type, u[s + 1], q3n__four_avx2(x, g, s + 1));
         if (type == Q3N_TYPE_Q6) {
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_add_epi16(a, b), one));
         } else {
@@ -15183,7 +15190,7 @@ Q3N__INLINE __m256i q3n__group_avx2(q3n_type type, const __m256i *u, const q3n__
 }
 
 /* Rows [r, r + 16) of token t, as far as they are wanted. */
-Q3N__INLINE void q3n__put_rows_avx2(const q3n__matmul *m, int r, int t, const __m256 acc[2])
+static void q3n__put_rows_avx2(const q3n__matmul *m, int r, int t, const __m256 acc[2])
 {
     float *y = m->y + (size_t)t * (size_t)m->y_stride + r;
     for (int h = 0; h < 2 && r + 8 * h < m->row1; h++) {
@@ -15198,12 +15205,14 @@ Q3N__INLINE void q3n__put_rows_avx2(const q3n__matmul *m, int r, int t, const __
  *
  *     w   scales f16[2][16], 64 bytes | codes of group 0 | codes of group 1       (64 columns)
  *
- * A group is unpacked once for all tokens; then h, the half of 8 rows, and the tokens.  The tile of
- * the first tokens fetches ahead, the others find its weights in the cache. */
+ * Half a group, 8 rows, is unpacked once for all tokens, which it meets in registers:
+ *
+ *     8 of weights, 1 of ones, the rest a token's: sum, product, scales
+ *
+ * The tile of the first tokens fetches ahead, the others find its weights in the cache. */
 Q3N__INLINE void q3n__quant_tile_avx2(q3n_type type, int T, const q3n__matmul *m, int r, int t0)
 {
     const size_t block_bytes = (size_t)q3n__types[type].block_bytes * Q3N__TILE_ROWS;
-    const size_t group_bytes = (block_bytes - 64) / 2;
     const uint8_t *w = (const uint8_t *)m->w + (size_t)r * q3n__row_bytes(type, m->n_cols);
     const q3n__x8 *x[Q3N__TOKENS_QUANT_AVX2];
     __m256 acc[Q3N__TOKENS_QUANT_AVX2][2];
@@ -15215,26 +15224,20 @@ Q3N__INLINE void q3n__quant_tile_avx2(q3n_type type, int T, const q3n__matmul *m
     for (int b = 0; b < blocks; b++, w += block_bytes) {
         for (size_t i = 0; i < block_bytes && t0 == 0; i += 64)
             _mm_prefetch((const char *)w + Q3N__AHEAD_AVX2 + i, _MM_HINT_T0);
-        for (int g = 0; g < 2; g++) {
-            __m256i u[16];
-            const uint8_t *codes = w + 64 + (size_t)g * group_bytes;
-            Q3N__UNROLL
-            for (int s = 0; s < 8; s++) {
-                u[2 * s]     = q3n__unpack_avx2(type, codes, s);
-                u[2 * s + 1] = q3n__unpack_avx2(type, codes + 32, s);
-            }
-            Q3N__UNROLL
+        for (int g = 0; g < 2; g++)
             for (int h = 0; h < 2; h++) {
+                __m256i u[8];
+                const uint8_t *codes = w + 64 + (size_t)g * q3n__group_bytes(type) + 32 * h;
+                Q3N__UNROLL
+                for (int s = 0; s < 8; s++) u[s] = q3n__unpack_avx2(type, codes, s);
                 const __m256 scales = _mm256_cvtph_ps(
                     _mm_loadu_si128((const __m128i *)(const void *)(w + 32 * g + 16 * h)));
                 for (int t = 0; t < T; t++) {
-                    const __m256 sum =
-                        _mm256_cvtepi32_ps(q3n__group_avx2(type, u + h, x[t] + b, g));
+                    const __m256i sum = q3n__group_avx2(type, u, x[t] + b, g);
                     const __m256 scale = _mm256_mul_ps(scales, _mm256_set1_ps(x[t][b].scale[g]));
-                    acc[t][h] = _mm256_fmadd_ps(sum, scale, acc[t][h]);
+                    acc[t][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc[t][h]);
                 }
             }
-        }
     }
     for (int t = 0; t < T; t++) q3n__put_rows_avx2(m, r, t0 + t, acc[t]);
 }
@@ -15242,13 +15245,12 @@ Q3N__INLINE void q3n__quant_tile_avx2(q3n_type type, int T, const q3n__matmul *m
 Q3N__INLINE void q3n__matmul_quantised_avx2(q3n_type type, const q3n__matmul *m)
 {
     for (int r = m->row0; r < m->row1; r += Q3N__TILE_ROWS)
-        for (int t = 0; t < m->n; ) {
+        for (int t = 0, T; t < m->n; t += T) {
             /* two or three of q8 are faster one by one: it has little to unpack */
             const int left = m->n - t, apart = left == 1 || (type == Q3N_TYPE_Q8 && left < 4);
-            const int T = apart ? 1 : q3n__tile_tokens(left, Q3N__TOKENS_QUANT_AVX2);
+            T = apart ? 1 : q3n__tile_tokens(left, Q3N__TOKENS_QUANT_AVX2);
             if (apart) q3n__quant_tile_avx2(type, 1, m, r, t);
             else       q3n__quant_tile_avx2(type, T, m, r, t);
-            t += T;
         }
 }
 
@@ -16088,71 +16090,122 @@ Q3N__INLINE __m512 q3n__scale_add_avx512vnni(__m512i sum, __m512 scales, const q
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc);
 }
 
-/* Rows [r, r + 16) of token t, as far as they are wanted. */
-Q3N__INLINE void q3n__put_avx512vnni(const q3n__matmul *m, int r, int t, __m512 v)
-{
-    float *y = m->y + (size_t)t * (size_t)m->y_stride + r;
-    const __mmask16 k = q3n__mask_avx512(m->row1 - r);
-    if (m->bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(k, m->bias + r));
-    _mm512_mask_storeu_ps(y, k, v);
-}
-
-/* ---- Tiles: 16 rows and some tokens; the weights of a group are unpacked once for them ---- */
-#define Q3N__TOKENS_AVX512VNNI 16        /* their accumulators live in the first-level cache     */
+/* ---- Tiles: 32 rows and some tokens; the weights of a group are unpacked once for them ----
+ *
+ * Two of the file's tiles of 16 rows, so that four activations that were broadcast serve two
+ * products:
+ *
+ *     rows r .. r + 15         u[0 .. 7]    x four --> even, odd    acc[t][0]
+ *     rows r + 16 .. r + 31    u[8 .. 15]   x four --> even, odd    acc[t][1]
+ *
+ * A token's 16 vpdpbusd find their weights in registers; accumulators live in the first-level cache
+ * so that one body serves any number of tokens, and adding to them is one load and one store of
+ * about 40 instructions.  What limits it is how many instructions wait for a sum (5 cycles each):
+ * even and odd steps have sums of their own.  Against one tile of two groups with one sum each
+ * (Cascade Lake, q4, weights in the second level): 1.26 times as fast with 2 tokens, 1.33 with 4,
+ * 1.37 with 48; one token takes 1.1 times as long there, but 0.93 from memory, where two tiles are
+ * two streams. */
+#define Q3N__TOKENS_AVX512VNNI 16
+#define Q3N__ROWS_AVX512VNNI   (2 * Q3N__TILE_ROWS)
 
 /* Bytes between what is being read and what is fetched: the hardware's prefetch ends at pages.  The
  * longer blocks of q8 and q6 go to the second level: with q8 22 instead of 20.5 GB/s on a core of
  * Zen 4 that reads 23; q4 goes to the first, 21.7 instead of 20.7. */
 #define Q3N__AHEAD_AVX512VNNI 4096
 
-/* type is a constant in every use, T where it is 1.  Two groups at once: one by one a tile of 4
- * tokens takes 20 % longer (q4, Cascade Lake). */
+/* A block of both tiles: the second begins `second` bytes after the first. */
+Q3N__INLINE void q3n__fetch_avx512vnni(const uint8_t *w, size_t second, size_t block_bytes)
+{
+    for (size_t i = 0; i < block_bytes; i += 64) {
+        const char *ahead = (const char *)w + Q3N__AHEAD_AVX512VNNI + i;
+        if (block_bytes > 576) {                                        /* q6 and q8 */
+            _mm_prefetch(ahead, _MM_HINT_T1);
+            _mm_prefetch(ahead + second, _MM_HINT_T1);
+        } else {
+            _mm_prefetch(ahead, _MM_HINT_T0);
+            _mm_prefetch(ahead + second, _MM_HINT_T0);
+        }
+    }
+}
+
+typedef struct {
+    const q3n__x8 *x[Q3N__TOKENS_AVX512VNNI];
+    __m512         acc[Q3N__TOKENS_AVX512VNNI][2];       /* of both tiles' rows                  */
+    size_t         second;
+    int            n;                                    /* tokens                               */
+} q3n__tile_args_avx512vnni;
+
+/* acc += group g of block b, whose scales begin at w.  Sums are exact, so even and odd steps may be
+ * added apart; each element's groups are added in rising order. */
+Q3N__INLINE void q3n__group_avx512vnni(q3n_type type, q3n__tile_args_avx512vnni *p,
+                                       const uint8_t *w, int b, int g)
+{
+    __m512i u[16];
+    const uint8_t *codes = w + 64 + (size_t)g * q3n__group_bytes(type);
+    q3n__unpack_avx512vnni(type, codes, u);
+    q3n__unpack_avx512vnni(type, codes + p->second, u + 8);
+    const __m512 scales0 = q3n__scales_avx512vnni(w, g);
+    const __m512 scales1 = q3n__scales_avx512vnni(w + p->second, g);
+    for (int t = 0; t < p->n; t++) {
+        const q3n__x8 *x = p->x[t] + b;
+        __m512i even0 = q3n__start_avx512vnni(type, x, g), odd0 = _mm512_setzero_si512();
+        __m512i even1 = even0, odd1 = odd0;
+        Q3N__UNROLL
+        for (int s = 0; s < 8; s += 2) {
+            const __m512i a = q3n__four_avx512vnni(x, g, s), c = q3n__four_avx512vnni(x, g, s + 1);
+            even0 = _mm512_dpbusd_epi32(even0, u[s], a);
+            even1 = _mm512_dpbusd_epi32(even1, u[8 + s], a);
+            odd0 = _mm512_dpbusd_epi32(odd0, u[s + 1], c);
+            odd1 = _mm512_dpbusd_epi32(odd1, u[9 + s], c);
+        }
+        even0 = _mm512_add_epi32(even0, odd0);
+        even1 = _mm512_add_epi32(even1, odd1);
+        p->acc[t][0] = q3n__scale_add_avx512vnni(even0, scales0, x, g, p->acc[t][0]);
+        p->acc[t][1] = q3n__scale_add_avx512vnni(even1, scales1, x, g, p->acc[t][1]);
+    }
+}
+
+/* Rows [r, r + 32) of token t, as far as they are wanted. */
+static void q3n__put_avx512vnni(const q3n__matmul *m, int r, int t, const __m512 acc[2])
+{
+    float *y = m->y + (size_t)t * (size_t)m->y_stride + r;
+    for (int i = 0; i < 2 && r + 16 * i < m->row1; i++) {
+        const __mmask16 k = q3n__mask_avx512(m->row1 - r - 16 * i);
+        __m512 v = acc[i];
+        if (m->bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(k, m->bias + r + 16 * i));
+        _mm512_mask_storeu_ps(y + 16 * i, k, v);
+    }
+}
+
+/* type is a constant in every use.  Without a second tile the first takes its place, and what it
+ * gives is not stored.  The tile of the first tokens fetches ahead. */
 Q3N__INLINE void q3n__tile_avx512vnni(q3n_type type, int T, const q3n__matmul *m, int r, int t0)
 {
     const size_t block_bytes = (size_t)q3n__types[type].block_bytes * Q3N__TILE_ROWS;
-    const size_t group_bytes = (block_bytes - 64) / 2;
-    const uint8_t *w = (const uint8_t *)m->w + (size_t)r * q3n__row_bytes(type, m->n_cols);
-    const q3n__x8 *x[Q3N__TOKENS_AVX512VNNI];
-    __m512 acc[Q3N__TOKENS_AVX512VNNI];
+    const size_t row_bytes = q3n__row_bytes(type, m->n_cols);
+    const uint8_t *w = (const uint8_t *)m->w + (size_t)r * row_bytes;
+    q3n__tile_args_avx512vnni p;
+    p.n = T;
+    p.second = r + Q3N__TILE_ROWS < m->row1 ? Q3N__TILE_ROWS * row_bytes : 0;
     for (int t = 0; t < T; t++) {
-        x[t] = q3n__matmul_xq(m, t0 + t);
-        acc[t] = _mm512_setzero_ps();
+        p.x[t] = q3n__matmul_xq(m, t0 + t);
+        p.acc[t][0] = p.acc[t][1] = _mm512_setzero_ps();
     }
     const int blocks = q3n__x8_blocks(m->n_cols);
     for (int b = 0; b < blocks; b++, w += block_bytes) {
-        for (size_t i = 0; i < block_bytes && t0 == 0; i += 64) {
-            const char *ahead = (const char *)w + Q3N__AHEAD_AVX512VNNI + i;
-            if (group_bytes > 256) _mm_prefetch(ahead, _MM_HINT_T1);
-            else                   _mm_prefetch(ahead, _MM_HINT_T0);
-        }
-        __m512i u[16];
-        q3n__unpack_avx512vnni(type, w + 64, u);
-        q3n__unpack_avx512vnni(type, w + 64 + group_bytes, u + 8);
-        const __m512 scales0 = q3n__scales_avx512vnni(w, 0), scales1 = q3n__scales_avx512vnni(w, 1);
-        for (int t = 0; t < T; t++) {
-            const q3n__x8 *xb = x[t] + b;
-            __m512i sum0 = q3n__start_avx512vnni(type, xb, 0);
-            __m512i sum1 = q3n__start_avx512vnni(type, xb, 1);
-            Q3N__UNROLL
-            for (int s = 0; s < 8; s++) {
-                sum0 = _mm512_dpbusd_epi32(sum0, u[s], q3n__four_avx512vnni(xb, 0, s));
-                sum1 = _mm512_dpbusd_epi32(sum1, u[8 + s], q3n__four_avx512vnni(xb, 1, s));
-            }
-            acc[t] = q3n__scale_add_avx512vnni(sum0, scales0, xb, 0, acc[t]);
-            acc[t] = q3n__scale_add_avx512vnni(sum1, scales1, xb, 1, acc[t]);
-        }
+        if (t0 == 0) q3n__fetch_avx512vnni(w, p.second, block_bytes);
+        q3n__group_avx512vnni(type, &p, w, b, 0);
+        q3n__group_avx512vnni(type, &p, w, b, 1);
     }
-    for (int t = 0; t < T; t++) q3n__put_avx512vnni(m, r, t0 + t, acc[t]);
+    for (int t = 0; t < T; t++) q3n__put_avx512vnni(m, r, t0 + t, p.acc[t]);
 }
 
 Q3N__INLINE void q3n__matmul_quantised_avx512vnni(q3n_type type, const q3n__matmul *m)
 {
-    for (int r = m->row0; r < m->row1; r += Q3N__TILE_ROWS)
-        for (int t = 0; t < m->n; ) {
-            const int T = q3n__tile_tokens(m->n - t, Q3N__TOKENS_AVX512VNNI);
-            if (T == 1) q3n__tile_avx512vnni(type, 1, m, r, t);
-            else        q3n__tile_avx512vnni(type, T, m, r, t);
-            t += T;
+    for (int r = m->row0; r < m->row1; r += Q3N__ROWS_AVX512VNNI)
+        for (int t = 0, T; t < m->n; t += T) {
+            T = q3n__tile_tokens(m->n - t, Q3N__TOKENS_AVX512VNNI);
+            q3n__tile_avx512vnni(type, T, m, r, t);
         }
 }
 
