@@ -273,6 +273,26 @@ static void test_layers_keep_the_pattern(void **state)
     for (int l = 0; l < 256; l++) assert_int_equal(c.layer_types[l] + 2 * c.layer_experts[l], 2);
 }
 
+/* Of the output the size alone is read: what is larger than the library's, and holds anything. */
+static void test_preset_reads_the_size(void **state)
+{
+    (void)state;
+    struct { q3n_config c; uint8_t more[64]; } out;
+    const q3n_config want = preset("g1");
+    q3n_error err;
+    memset(&out, 0x7f, sizeof out);
+    out.c.size = sizeof out;
+    assert_int_equal(q3n_config_preset("g1", &out.c, &err), Q3N_OK);
+    assert_int_equal(out.c.size, sizeof out);
+    out.c.size = sizeof out.c;
+    assert_memory_equal(&out.c, &want, sizeof want);
+    for (size_t i = 0; i < sizeof out.more; i++) assert_int_equal(out.more[i], 0);
+
+    out.c.size = 0;
+    assert_int_equal(q3n_config_preset("g1", &out.c, &err), Q3N_ERR_ARG);
+    assert_non_null(strstr(err.message, "q3n_config: its size is not set"));
+}
+
 static void test_set_survives_a_broken_struct(void **state)
 {
     (void)state;
@@ -689,6 +709,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_presets_are_valid), cmocka_unit_test(test_preset_sizes),
+        cmocka_unit_test(test_preset_reads_the_size),
         cmocka_unit_test(test_preset_active_weights), cmocka_unit_test(test_design_presets),
         cmocka_unit_test(test_hybrid_preset), cmocka_unit_test(test_unknown_preset),
         cmocka_unit_test(test_set), cmocka_unit_test(test_set_errors),

@@ -313,9 +313,9 @@ Q3N_DEF const char *q3n_config_preset_name(int i)
 Q3N_DEF q3n_result q3n_config_preset(const char *name, q3n_config *out, q3n_error *err)
 {
     if (!name || !out) return q3n__fail(err, Q3N_ERR_ARG, -1, "no name, or no configuration");
-    if (q3n__struct_size(out) == 0)
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "q3n_config: its size is not set: begin with "
-                         "Q3N_INIT or .size = sizeof");
+    /* The size alone: what else is in it is not read. */
+    const q3n_result r = q3n__struct_check(out, Q3N__MAX_STRUCT, "q3n_config", err);
+    if (r != Q3N_OK) return r;
     for (size_t i = 0; i < Q3N__N_PRESETS; i++)
         if (strcmp(q3n__presets[i].name, name) == 0) {
             q3n_config c;
