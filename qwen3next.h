@@ -13719,7 +13719,7 @@ Q3N_DEF q3n_result q3n_engine_eval(q3n_engine *e, q3n_engine_item *items, int n_
                          n_items, l.max_tokens);
     q3n__call c = { .e = e, .first = items, .stride = n_items ? q3n__struct_size(items) : 0,
                     .n_items = n_items, .limit = &l };
-    if (n_items > 0 && (c.stride < Q3N__ITEM_MIN || c.stride % _Alignof(q3n_engine_item) != 0))
+    if (n_items > 0 && (c.stride < Q3N__ITEM_MIN || c.stride % sizeof(void *) != 0))
         return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "q3n_engine_item: its size is not set: begin "
                          "with Q3N_INIT or .size = sizeof");
     return q3n__engine_eval(&c);

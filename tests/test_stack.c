@@ -72,7 +72,7 @@ static void keep(q3n_session *s, const q3n_model *m, const char *path)
     must(s, q3n_session_load(s, path), Q3N_OK);
     remove(path);
     batch = create_engine(m, o.engine_options);
-    o.engine = batch;
+    set_engine(&o, batch, NULL);
     assert_int_equal(q3n_session_create(&other, m, &o, &err), Q3N_OK);
     q3n_engine_item item = { .size = sizeof item, .session = other, .tokens = tokens, .n = 3 };
     assert_int_equal(q3n_engine_eval(batch, &item, 1, NULL), Q3N_OK);
