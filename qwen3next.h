@@ -2214,11 +2214,15 @@ static int q3n__utf8_bytes(uint8_t lead)
 /* May b be byte n (1 .. 3) of the character that begins with lead? */
 static int q3n__utf8_continues(uint8_t lead, int n, uint8_t b)
 {
-    if (n == 1 && lead == 0xE0) return b >= 0xA0 && b <= 0xBF;
-    if (n == 1 && lead == 0xED) return b >= 0x80 && b <= 0x9F;
-    if (n == 1 && lead == 0xF0) return b >= 0x90 && b <= 0xBF;
-    if (n == 1 && lead == 0xF4) return b >= 0x80 && b <= 0x8F;
-    return (b & 0xC0) == 0x80;
+    if ((b & 0xC0) != 0x80) return 0;
+    if (n > 1) return 1;
+    switch (lead) {
+    case 0xE0: return b >= 0xA0;         /* else overlong */
+    case 0xED: return b < 0xA0;          /* surrogates */
+    case 0xF0: return b >= 0x90;
+    case 0xF4: return b < 0x90;          /* beyond U+10FFFF */
+    default:   return 1;
+    }
 }
 
 /* Decode the character at p < end.  Returns its bytes, 1 to 4, or 0 if there is no valid one, or
