@@ -48,42 +48,50 @@
  * CONTENTS                                                    (search for >>tag to jump)
  *
  *     [1] API                             >>api
- *     [2] PLATFORM                        >>platform
- *     [3] MEMORY                          >>memory
- *     [4] ERRORS                          >>errors
- *     [5] FILES                           >>files
- *     [6] PARALLEL                        >>parallel
- *     [7] TYPES                           >>types
- *     [8] TENSORS                         >>tensors
- *     [9] CONFIG                          >>config
- *    [10] MODEL FILES                     >>model-files
- *    [11] LOADER                          >>loader
- *    [12] STATE                           >>state
- *    [13] SESSION FILES                   >>session-files
- *    [14] UNICODE                         >>unicode
- *    [15] VOCABULARY                      >>vocabulary
- *    [16] TOKENIZER                       >>tokenizer
- *    [17] OPS                             >>ops
- *    [18] PASS                            >>pass
- *    [19] ATTENTION                       >>attention
- *    [20] DELTANET                        >>deltanet
- *    [21] MODEL                           >>model
- *    [22] CACHE                           >>cache
- *    [23] ENGINE                          >>engine
- *    [24] SAMPLER                         >>sampler
- *    [25] SESSION                         >>session
- *    [26] MTP                             >>mtp
- *    [27] CHECKPOINTS                     >>checkpoints
- *    [28] EVALUATION                      >>evaluation
- *    [29] REUSE                           >>reuse
- *    [30] SPECULATION                     >>speculation
- *    [31] PUBLIC                          >>public
- *    [32] KERNELS, SCALAR: the definition >>kernels-scalar
- *    [33] KERNELS, AVX2                   >>kernels-avx2
- *    [34] KERNELS, AVX-512                >>kernels-avx512
- *    [35] KERNELS, AVX-512 VNNI           >>kernels-avx512vnni
- *    [36] KERNELS, NEON                   >>kernels-neon
- *    [37] DISPATCH: one row per ISA       >>dispatch
+ *     [2] API, CHAT                       >>api-chat
+ *     [3] PLATFORM                        >>platform
+ *     [4] MEMORY                          >>memory
+ *     [5] ERRORS                          >>errors
+ *     [6] FILES                           >>files
+ *     [7] PARALLEL                        >>parallel
+ *     [8] TYPES                           >>types
+ *     [9] TENSORS                         >>tensors
+ *    [10] CONFIG                         >>config
+ *    [11] MODEL FILES                     >>model-files
+ *    [12] LOADER                          >>loader
+ *    [13] STATE                           >>state
+ *    [14] SESSION FILES                   >>session-files
+ *    [15] UNICODE                         >>unicode
+ *    [16] VOCABULARY                      >>vocabulary
+ *    [17] TOKENIZER                       >>tokenizer
+ *    [18] VALUES                          >>values
+ *    [19] JSON                            >>json
+ *    [20] FILTERS                         >>filters
+ *    [21] LEXER                           >>lexer
+ *    [22] TEMPLATE                        >>template
+ *    [23] RENDER                          >>render
+ *    [24] CHAT                            >>chat
+ *    [25] OPS                             >>ops
+ *    [26] PASS                            >>pass
+ *    [27] ATTENTION                       >>attention
+ *    [28] DELTANET                        >>deltanet
+ *    [29] MODEL                           >>model
+ *    [30] CACHE                           >>cache
+ *    [31] ENGINE                          >>engine
+ *    [32] SAMPLER                         >>sampler
+ *    [33] SESSION                         >>session
+ *    [34] MTP                             >>mtp
+ *    [35] CHECKPOINTS                     >>checkpoints
+ *    [36] EVALUATION                      >>evaluation
+ *    [37] REUSE                           >>reuse
+ *    [38] SPECULATION                     >>speculation
+ *    [39] PUBLIC                          >>public
+ *    [40] KERNELS, SCALAR: the definition >>kernels-scalar
+ *    [41] KERNELS, AVX2                   >>kernels-avx2
+ *    [42] KERNELS, AVX-512                >>kernels-avx512
+ *    [43] KERNELS, AVX-512 VNNI           >>kernels-avx512vnni
+ *    [44] KERNELS, NEON                   >>kernels-neon
+ *    [45] DISPATCH: one row per ISA       >>dispatch
  *
  * THE MODEL ON ONE PAGE.  Shapes are row-major, slowest first; x W' is a linear layer with W
  * [out, in].
@@ -146,15 +154,17 @@
  *     Q3N_NO_STDIO       no files: models open from memory only, none are written
  *     Q3N_NO_THREADS     no threads of its own: the calling thread or your executor does the work;
  *                        your threads may share models and caches all the same
+ *     Q3N_NO_CHAT        no chat templates (section >>api-chat and all that does it)
  *     Q3N_NO_AVX2, Q3N_NO_AVX512, Q3N_NO_NEON, Q3N_NO_SIMD   leave kernels out
  *
- *     KB of code and constants, x86-64, gcc 12 -O2 (make compile-cost): 275; without SIMD 193, AVX2
- *     231, AVX-512 238, files 268, threads 274.  Compiling takes 10 CPU seconds and 260 MB on a
- *     Xeon of 2.5 GHz, 131 MB without SIMD.
+ *     KB of code and constants, x86-64, gcc 12 -O2 (make compile-cost): 353; without chat templates
+ *     267, SIMD 280, AVX2 316, AVX-512 319, files 347, threads 351.  Compiling takes 13 CPU seconds
+ *     and 300 MB on a Xeon of 2.5 GHz, 171 MB without SIMD.
  *
- * THREADS.  A model is immutable: share it.  A session belongs to one thread at a time and has a
- * pool of threads of its own, or your executor, or evaluates with an engine that it is given: then
- * engine and sessions belong to one thread together.  There is no writable global state.
+ * THREADS.  A model and a chat template are immutable: share them.  A session belongs to one
+ * thread at a time and has a pool of threads of its own, or your executor, or evaluates with an
+ * engine that it is given: then engine and sessions belong to one thread together.  There is no
+ * writable global state.
  *
  * MEMORY.  Weights are mapped: the system keeps what is used and may drop it again.  Do not
  * truncate an open file: reading beyond its new end is a fault that no library can catch.  A
@@ -224,6 +234,8 @@
  *     [SDM]  Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1
  *     [UAX15] Unicode Standard Annex 15: normalisation forms
  *     [HFT]  Hugging Face tokenizers 0.23: what byte-level BPE does with added tokens
+ *     [JINJA] Jinja 3.1, template designer documentation, and its lexer and parser: what a template
+ *            means; Python 3.11 where its values show
  *     [CRC]  Kounavis, Berry: A systematic approach to building high performance software-based CRC
  *            generators, ISCC 2005
  *
@@ -315,7 +327,8 @@ extern "C" {
     X(ERR_THREAD,       -8, "cannot start a thread")                                    \
     X(ERR_CANCELLED,    -9, "cancelled by the caller")                                  \
     X(ERR_NO_FILE,     -10, "there is no such file")                                    \
-    X(ERR_NUMERIC,     -11, "no logit is a number: the weights hold NaN or infinities")
+    X(ERR_NUMERIC,     -11, "no logit is a number: the weights hold NaN or infinities") \
+    X(ERR_TEMPLATE,    -12, "the chat template refuses, or is no valid one")
 
 typedef enum q3n_result {
 #define Q3N__X(name, value, message) Q3N_##name = value,
@@ -1163,6 +1176,98 @@ typedef struct q3n_speculation {         /* begin with Q3N_INIT                 
 /* Errors: Q3N_ERR_ARG (NULL, or the size of *out is 0). */
 Q3N_DEF q3n_result q3n_session_speculation(const q3n_session *s, q3n_speculation *out);
 
+/* =====================================================================================
+ * [2] API, CHAT                                                             >>api-chat
+ *
+ * Messages to prompts; left out by Q3N_NO_CHAT, with all that does it.
+ * ===================================================================================== */
+#ifndef Q3N_NO_CHAT
+
+/* A chat template, ready to render.  Immutable: any number of threads may use it.  To be closed
+ * before its model. */
+typedef struct q3n_chat q3n_chat;
+
+/* What a template made of messages.  Immutable; it may outlive its q3n_chat, not its model. */
+typedef struct q3n_prompt q3n_prompt;
+
+typedef struct q3n_chat_options {        /* begin with Q3N_INIT; zero = default                  */
+    size_t        size;
+    const char   *template_text;         /* Jinja, as tokenizer_config.json has it: UTF-8, read
+                                            while opening only                                   */
+    size_t        template_bytes;        /* 0 = it ends with 0; at most 1 MiB                    */
+    const char   *bos_token;             /* texts of these variables; NULL = undefined           */
+    const char   *eos_token;
+    const char   *pad_token;
+    q3n_allocator allocator;             /* none = the model's                                   */
+    size_t        max_memory;            /* bytes of one rendering; 0 = 256 MiB                  */
+    size_t        max_text;              /* bytes that it writes; 0 = 64 MiB                     */
+    int64_t       max_steps;             /* a step is an operation of the template, an item or 16
+                                            bytes of text; 0 = 100 million: seconds              */
+    int           max_depth;             /* calls of macros within calls; 0 = 200                */
+    int           zero;                  /* 0                                                    */
+} q3n_chat_options;
+
+/* Compile a template.
+ *
+ *   m    its tokenizer makes ids, its allocator is used; NULL = text only
+ *   o    template_text must be given
+ *
+ * A tag, filter, test, method or function that is not known is an error here, not while rendering;
+ * messages name the line and what it is.
+ * Errors: Q3N_ERR_TEMPLATE (no valid template), Q3N_ERR_UNSUPPORTED (something unknown in it),
+ * Q3N_ERR_ARG, Q3N_ERR_MEMORY. */
+Q3N_DEF q3n_result q3n_chat_open(q3n_chat **out, const q3n_model *m, const q3n_chat_options *o,
+                                 q3n_error *err);
+Q3N_DEF void       q3n_chat_close(q3n_chat *c);        /* NULL is allowed */
+
+typedef struct q3n_chat_message {        /* frozen; UTF-8, ended by 0                            */
+    const char *role, *content;
+} q3n_chat_message;
+
+/* What a template is rendered with: read during the call only.  JSON ends with 0.  messages, tools
+ * and options count more than those of request. */
+typedef struct q3n_chat_input {          /* begin with Q3N_INIT                                  */
+    size_t      size;
+    const char *request;                 /* JSON {"messages": [..], "tools": [..], "options": {..}}
+                                            as OpenAI and [HF] have them; fields may lack        */
+    const q3n_chat_message *messages;    /* [n_messages] the common case, without JSON           */
+    int         n_messages;
+    int         no_generation_prompt;    /* 1 = do not end with the begin of an answer           */
+    const char *tools;                   /* JSON list                                            */
+    const char *options;                 /* JSON dict: variables of the template by name         */
+    int64_t     now;                     /* local time for strftime_now in seconds since 1970;
+                                            0 = the clock's                                      */
+    int         trust_messages;          /* 1 = special tokens in messages count, as in [HF]     */
+    int         zero;                    /* 0                                                    */
+} q3n_chat_input;
+
+/* Render.  The prompt is the caller's, who frees it.
+ * Errors: Q3N_ERR_ARG (what should be JSON is not, or of another kind; err->offset is the byte),
+ * Q3N_ERR_TEMPLATE (raise_exception, an error of the template, a limit), Q3N_ERR_MEMORY. */
+Q3N_DEF q3n_result q3n_chat_render(const q3n_chat *c, const q3n_chat_input *in, q3n_prompt **out,
+                                   q3n_error *err);
+
+/* Flags of a span: where its bytes come from. */
+#define Q3N_SPAN_MESSAGE    1            /* messages, tools or options, not the template         */
+#define Q3N_SPAN_GENERATION 2            /* within {% generation %}: what the model writes       */
+
+typedef struct q3n_span {                /* frozen; bytes [begin, end) of the text               */
+    size_t begin, end;
+    int    flags, zero;
+} q3n_span;
+
+/* The text, ended by a 0 that *bytes does not count, and the spans that it consists of, in order.
+ * They live as long as the prompt. */
+Q3N_DEF const char     *q3n_prompt_text(const q3n_prompt *p, size_t *bytes);
+Q3N_DEF const q3n_span *q3n_prompt_spans(const q3n_prompt *p, size_t *n);
+
+/* The ids of the text: [HF]'s, but for special tokens, which are found only where all their bytes
+ * come from the template, however messages were cut and joined (unless trust_messages).  ids [max]
+ * and n as in q3n_tokenize.  Errors: as q3n_tokenize. */
+Q3N_DEF q3n_result q3n_prompt_ids(const q3n_prompt *p, int32_t *ids, size_t max, size_t *n);
+Q3N_DEF void       q3n_prompt_free(q3n_prompt *p);     /* NULL is allowed */
+#endif
+
 #ifdef __cplusplus
 }
 #endif
@@ -1176,7 +1281,7 @@ Q3N_DEF q3n_result q3n_session_speculation(const q3n_session *s, q3n_speculation
 #define Q3N__IMPLEMENTED
 
 /* =====================================================================================
- * [2] PLATFORM                                                             >>platform
+ * [3] PLATFORM                                                             >>platform
  *
  * Everything that differs between compilers and systems: macros with their defaults, target
  * regions, atomics, threads, mapped and written files.  The only #ifdefs for a system or compiler
@@ -1251,11 +1356,15 @@ Q3N_DEF q3n_result q3n_session_speculation(const q3n_session *s, q3n_speculation
 #  define Q3N__CLOCK 1                   /* CLOCK_MONOTONIC */
 long syscall(long number, ...);
 int  clock_gettime(int clock, struct timespec *t);
+struct tm *localtime_r(const time_t *t, struct tm *out);
+struct tm *gmtime_r(const time_t *t, struct tm *out);
 #elif defined(__wasi__)
 #  define Q3N__CLOCK (&_CLOCK_MONOTONIC)
 struct __clockid;
 extern const struct __clockid _CLOCK_MONOTONIC;
 int  clock_gettime(const struct __clockid *clock, struct timespec *t);
+struct tm *localtime_r(const time_t *t, struct tm *out);
+struct tm *gmtime_r(const time_t *t, struct tm *out);
 #elif !defined(_WIN32)
 #  define Q3N__CLOCK CLOCK_MONOTONIC
 #endif
@@ -1263,6 +1372,14 @@ int  clock_gettime(const struct __clockid *clock, struct timespec *t);
 #  define Q3N__O_CLOEXEC O_CLOEXEC
 #else
 #  define Q3N__O_CLOEXEC 02000000        /* asm-generic/fcntl.h: every machine that is supported */
+#endif
+
+#if defined(_WIN32)
+#  define Q3N__LOCALTIME(t, out) (localtime_s(out, t) == 0)
+#  define Q3N__GMTIME(t, out)    (gmtime_s(out, t) == 0)
+#else
+#  define Q3N__LOCALTIME(t, out) (localtime_r(t, out) != NULL)
+#  define Q3N__GMTIME(t, out)    (gmtime_r(t, out) != NULL)
 #endif
 
 #define Q3N__INFINITY HUGE_VALF    /* Linux's <sys/vlimit.h> makes an int of INFINITY */
@@ -2160,7 +2277,7 @@ static int q3n__cpu_has(q3n_isa isa) { return Q3N__ARM64 && isa == Q3N_ISA_NEON;
 #endif
 
 /* =====================================================================================
- * [3] MEMORY                                                                 >>memory
+ * [4] MEMORY                                                                 >>memory
  *
  * Sizes that cannot wrap, unaligned little-endian reads, UTF-8, the host's allocator, an arena that
  * lays out one allocation, buffers that grow, sorting, CRC-32, a hash of 64 bits.
@@ -2542,7 +2659,7 @@ static uint64_t q3n__hash_of(uint64_t seed, const void *data, size_t bytes)
 }
 
 /* =====================================================================================
- * [4] ERRORS                                                                 >>errors
+ * [5] ERRORS                                                                 >>errors
  *
  * Error records and notes.  Names, words and paths in them may be hostile, so every message is made
  * here, and is valid UTF-8 without control characters whatever went into it.
@@ -2745,7 +2862,7 @@ static q3n_result q3n__check_zero(int zero, const char *name, q3n_error *err)
 }
 
 /* =====================================================================================
- * [5] FILES                                                                   >>files
+ * [6] FILES                                                                   >>files
  *
  * One way to read a file and one to write it, for models, sessions and caches.  What is read is a
  * regular file, and opening never waits.  What is written has a name of its own until it is whole:
@@ -3045,7 +3162,7 @@ static q3n_result q3n__input_list(const char *path, const char *prefix, q3n__fil
 #endif
 
 /* =====================================================================================
- * [6] PARALLEL                                                             >>parallel
+ * [7] PARALLEL                                                             >>parallel
  *
  * One primitive: q3n__parallel runs a task over [0, n) in ranges and waits.  Threads claim ranges
  * from a counter, so a thread that waits for a CPU holds up no others; which thread computes a
@@ -3263,7 +3380,7 @@ static q3n_result q3n__pool_open(q3n__pool *p, int n_threads, const q3n_executor
 }
 
 /* =====================================================================================
- * [7] TYPES                                                                   >>types
+ * [8] TYPES                                                                   >>types
  *
  * What a tensor type is, and the kernel table: every function that the model needs from an
  * instruction set.  The scalar section defines what each entry computes; the model knows only this
@@ -3604,7 +3721,7 @@ static float q3n__sampler_weight(float x, float max, float scale);
 static void q3n__kernels_init(q3n__kernels *k, q3n_isa isa);
 
 /* =====================================================================================
- * [8] TENSORS                                                               >>tensors
+ * [9] TENSORS                                                               >>tensors
  *
  * Which tensors a model of some geometry has, in the order of the file, and what they are bound to.
  * The loader binds by this plan and writers of files write by it, so they cannot differ.
@@ -4031,7 +4148,7 @@ static q3n_result q3n__plan_visit(const q3n_config *c, q3n__plan_fn fn, void *us
 }
 
 /* =====================================================================================
- * [9] CONFIG                                                                 >>config
+ *    [10] CONFIG                                                                 >>config
  *
  * The geometry of a model: its fields by name, and what may go together.  Knows nothing of files or
  * memory.
@@ -4345,7 +4462,7 @@ static double q3n__rope_scale(const q3n_config *c)
 }
 
 /* =====================================================================================
- * [10] MODEL FILES                                                      >>model-files
+ * [11] MODEL FILES                                                      >>model-files
  *
  * The bytes of a .q3n file, and an open file as all later code knows it (q3n_model).  Here are the
  * format and the first steps of loading; the LOADER binds what they find.  The input is hostile.
@@ -4888,7 +5005,7 @@ static q3n_result q3n__load_config(q3n__load *ld)
 }
 
 /* =====================================================================================
- * [11] LOADER                                                                >>loader
+ * [12] LOADER                                                                >>loader
  *
  * The tensors of a model file: their records become a table, and each tensor of the plan is bound
  * to its field, with type, shape and place checked.  After q3n__load_weights nothing looks up a
@@ -5385,7 +5502,7 @@ static q3n_result q3n__model_verify(const q3n_model *m, const q3n_progress *prog
 }
 
 /* =====================================================================================
- * [12] STATE                                                                  >>state
+ * [13] STATE                                                                  >>state
  *
  * What a session knows of its text, as things that can be kept and passed on: pages, which are
  * counted and shared, and snapshots, which do not change.  Knows nothing of evaluation.
@@ -5696,7 +5813,7 @@ static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t 
 }
 
 /* =====================================================================================
- * [13] SESSION FILES                                                  >>session-files
+ * [14] SESSION FILES                                                  >>session-files
  *
  * A snapshot to bytes and back (SESSION FILE FORMAT).  One walk over its sections serves both ways:
  *
@@ -6245,7 +6362,7 @@ static q3n_result q3n__snapshot_open(q3n_snapshot **out, const q3n_model *m,
 }
 
 /* =====================================================================================
- * [14] UNICODE                                                              >>unicode
+ * [15] UNICODE                                                              >>unicode
  *
  * Character classes and Normalization Form C for the tokenizer.  Bytes that are no UTF-8 count as
  * characters of class OTHER, which normalisation leaves as they are.  The tables are printed by
@@ -6775,7 +6892,7 @@ static void q3n__normalizer_end(q3n__normalizer *z)
 }
 
 /* =====================================================================================
- * [15] VOCABULARY                                                        >>vocabulary
+ * [16] VOCABULARY                                                        >>vocabulary
  *
  * What the tokenizer knows of a model: tokens, merges and added tokens, in lists of the file, and
  * the tables that make them quick to search.  The section of the file is hostile.
@@ -7244,7 +7361,7 @@ static q3n_result q3n__model_open_tokenizer(q3n_model *m, q3n_error *err)
 }
 
 /* =====================================================================================
- * [16] TOKENIZER                                                          >>tokenizer
+ * [17] TOKENIZER                                                          >>tokenizer
  *
  * Byte-level BPE.  Text goes through four steps, each a subsection: added tokens are cut out, the
  * rest is brought to NFC and cut into words by the pattern, each word's bytes are merged pair by
@@ -7265,6 +7382,9 @@ static q3n_result q3n__model_open_tokenizer(q3n_model *m, q3n_error *err)
 typedef struct {
     const q3n__tokenizer *t;
     int                   no_special;   /* special tokens in the text are plain text */
+    const uint8_t        *text;         /* as given */
+    const uint8_t        *marks;        /* of its bytes: 1 = no special token here; NULL = all 0 */
+    int                   mixed;        /* a byte of what is normalised now is marked */
     q3n__normalizer       nfc;
     q3n__buffer           work;         /* a long word */
     int32_t              *ids;          /* [max] */
@@ -7411,10 +7531,35 @@ static const q3n__added *q3n__added_at(const q3n__added_index *x, const uint8_t 
     return best;
 }
 
+/* The first marked byte of [s, end) of the text as given, end if none. */
+static const uint8_t *q3n__unmarked(const q3n__encoder *e, const uint8_t *s, const uint8_t *end)
+{
+    while (s < end && !(e->marks[s - e->text] & 1)) s++;
+    return s;
+}
+
 /* \w of [HFT]'s regular expressions, for single_word; no character at end. */
 static int q3n__is_word_char(const q3n__unicode *u, const uint8_t *p, const uint8_t *end)
 {
     return (q3n__char_at(u, p, end).mask & Q3N__CLASS_WORD) != 0;
+}
+
+/* Whether a special token at s may not count because of marks. */
+static int q3n__is_marked(const q3n__encoder *e, const q3n__added_index *x,
+                          const q3n__added *token, const uint8_t *s)
+{
+    if (!e->marks || !(token->flags & Q3N__TOKEN_SPECIAL)) return 0;
+    if (x != &e->t->raw) return e->mixed;
+    return q3n__unmarked(e, s, s + token->bytes) < s + token->bytes;
+}
+
+/* The longest token at s that may count although one does not that is longer; NULL = none. */
+static const q3n__added *q3n__unmarked_at(const q3n__encoder *e, const q3n__added_index *x,
+                                          const uint8_t *s, const uint8_t *end)
+{
+    if (x != &e->t->raw) return NULL;
+    const uint8_t *stop = q3n__unmarked(e, s, end);
+    return stop > s ? q3n__added_at(x, s, stop) : NULL;
 }
 
 /* The next added token in [p, end) of a text that starts at begin.  A match that does not count (a
@@ -7427,6 +7572,7 @@ static q3n__match q3n__next_added(const q3n__encoder *e, const q3n__added_index 
     for (const uint8_t *s = p; s < end; s++) {
         if (x->first[*s] == x->first[*s + 1]) continue;
         const q3n__added *token = q3n__added_at(x, s, end);
+        if (token && q3n__is_marked(e, x, token, s)) token = q3n__unmarked_at(e, x, s, end);
         if (!token) continue;
         q3n__match m = { token, s, s + token->bytes };
         const int alone = (s == begin || !q3n__is_word_char(u, q3n__char_before(begin, s), s))
@@ -7641,6 +7787,7 @@ static q3n_result q3n__encode_plain(q3n__encoder *e, const uint8_t *p, const uin
     const int whole = !t->nfc || t->normalized.first[256] > 0;
     while (p < end) {
         const uint8_t *q = whole ? end : q3n__text_chunk_end(t->unicode, p, end);
+        e->mixed = e->marks && q3n__unmarked(e, p, q) < q;
         if (!t->nfc || q3n__find_unstable(t->unicode, p, q) == q) {
             if (q3n__encode_normal(e, p, q) != Q3N_OK) return Q3N_ERR_MEMORY;
         } else {
@@ -7728,7 +7875,26 @@ Q3N_DEF int q3n_model_n_tokens(const q3n_model *m)
     return m && m->tokenizer ? (int)m->tokenizer->n_tokens : 0;
 }
 
-/* One encoder on the stack; it allocates for long words and for text that NFC changes only. */
+/* Text to the ids of e, which has room, flags and marks; it allocates for long words and for text
+ * that NFC changes only. */
+static q3n_result q3n__tokenize(const q3n_model *m, q3n__encoder *e, const char *text, size_t bytes,
+                                int around, size_t *n)
+{
+    const uint8_t *p = (const uint8_t *)text;
+    e->t = m->tokenizer;
+    e->nfc = q3n__normalizer_begin(m->tokenizer->unicode, &m->allocator);
+    e->text = p;
+    if (around & Q3N_TOKENIZE_PREFIX) q3n__emit_ids(e, &m->prefix);
+    const q3n_result r = bytes ? q3n__encode_text(e, p, p + bytes) : Q3N_OK;
+    if (around & Q3N_TOKENIZE_SUFFIX) q3n__emit_ids(e, &m->suffix);
+    q3n__normalizer_end(&e->nfc);
+    q3n__free(&m->allocator, e->work.data);
+    if (r != Q3N_OK) return r;
+    *n = e->n;
+    return e->n > e->max ? Q3N_ERR_FULL : Q3N_OK;
+}
+
+/* One encoder on the stack. */
 Q3N_DEF q3n_result q3n_tokenize(const q3n_model *m, const char *text, size_t bytes, int flags,
                                 int32_t *ids, size_t max, size_t *n)
 {
@@ -7736,18 +7902,9 @@ Q3N_DEF q3n_result q3n_tokenize(const q3n_model *m, const char *text, size_t byt
     if (!m || !n || (!text && bytes) || (!ids && max)
         || (flags & ~(Q3N_TOKENIZE_NO_SPECIAL | Q3N_TOKENIZE_WHOLE))) return Q3N_ERR_ARG;
     if (!m->tokenizer) return Q3N_ERR_UNSUPPORTED;
-    q3n__encoder e = { m->tokenizer, (flags & Q3N_TOKENIZE_NO_SPECIAL) != 0,
-                       q3n__normalizer_begin(m->tokenizer->unicode, &m->allocator),
-                       { NULL, 0, 0 }, ids, max, 0 };
-    const uint8_t *p = (const uint8_t *)text;
-    if (flags & Q3N_TOKENIZE_PREFIX) q3n__emit_ids(&e, &m->prefix);
-    const q3n_result r = bytes ? q3n__encode_text(&e, p, p + bytes) : Q3N_OK;
-    if (flags & Q3N_TOKENIZE_SUFFIX) q3n__emit_ids(&e, &m->suffix);
-    q3n__normalizer_end(&e.nfc);
-    q3n__free(&m->allocator, e.work.data);
-    if (r != Q3N_OK) return r;
-    *n = e.n;
-    return e.n > max ? Q3N_ERR_FULL : Q3N_OK;
+    q3n__encoder e = { .no_special = (flags & Q3N_TOKENIZE_NO_SPECIAL) != 0, .ids = ids,
+                       .max = max };
+    return q3n__tokenize(m, &e, text, bytes, flags, n);
 }
 
 /* Bytes of the file, perhaps not whole characters and without a 0 after them. */
@@ -7822,7 +7979,3940 @@ Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t
 }
 
 /* =====================================================================================
- * [17] OPS                                                                      >>ops
+ * [18] VALUES                                                                 >>values
+ *
+ * What chat templates work on: strings that know where each of their bytes comes from, numbers,
+ * lists, maps.  What a rendering makes lies in a region and goes at its end as a whole.
+ *
+ *     {"role": "user", "content": "Hi"}   is   MAP [STRING role, STRING user, STRING content, ...]
+ *     " Hi " from a message, trimmed      is   a STRING at the same bytes, marked as a message's
+ *     "<|im_start|>" ~ " Hi "             is   a STRING with a mark for each byte
+ *
+ *     script   region   chunk -> chunk -> ...        all of it is freed at once
+ *              stack    v v v v v                    lists and maps take their values from its top
+ *              out      bytes and marks              strings take theirs from its end
+ *
+ * So nothing is counted or collected: a rendering is short, and its memory is bounded.
+ *
+ * Later code may assume that strings are valid UTF-8, that a value never changes (but for
+ * namespaces and streams), and that the first error stays in s->result, after which everything may
+ * be called and does nothing.  Knows nothing of templates.
+ * ===================================================================================== */
+#ifndef Q3N_NO_CHAT
+
+#define Q3N__MAX_NESTING 100     /* values in values, expressions in expressions */
+#define Q3N__MAX_DIGITS  4300    /* of an integer, as in Python */
+
+/* Kinds of values and what messages call them, Python's names. */
+#define Q3N__KIND_LIST(X)                                                               \
+    X(MISSING, "nothing")      X(UNDEFINED, "undefined")  X(NONE, "None")               \
+    X(BOOL, "bool")            X(INT, "int")              X(BIG, "int")                 \
+    X(REAL, "float")           X(STRING, "str")           X(LIST, "list")               \
+    X(TUPLE, "tuple")          X(STREAM, "generator")     X(MAP, "dict")                \
+    X(NAMESPACE, "namespace")  X(LOOP, "loop")            X(MACRO, "macro")             \
+    X(METHOD, "method")        X(FUNCTION, "function")
+
+typedef enum q3n__kind {
+#define Q3N__X(ID, name) Q3N__V_##ID,
+    Q3N__KIND_LIST(Q3N__X)
+#undef Q3N__X
+    Q3N__N_KINDS
+} q3n__kind;
+
+static const char *const q3n__kind_names[Q3N__N_KINDS] = {
+#define Q3N__X(ID, name) name,
+    Q3N__KIND_LIST(Q3N__X)
+#undef Q3N__X
+};
+
+typedef struct q3n__text {
+    const uint8_t *p;               /* [n] UTF-8 */
+    const uint8_t *marks;           /* [n] Q3N_SPAN_* of each byte; NULL = all have `mark` */
+    size_t         n;
+    uint8_t        mark;
+} q3n__text;
+
+typedef struct q3n__value q3n__value;
+
+typedef struct { q3n__value *v; size_t n; } q3n__list;
+
+/* Keys and values by turns, in the order in which they were written. */
+typedef struct {
+    q3n__value        *pairs;       /* [2 n] */
+    size_t             n, room;     /* room: of a namespace, which grows */
+    const q3n__value **sorted;      /* [n] keys in order; NULL = few, look through them */
+} q3n__map;
+
+struct q3n__value {
+    q3n__kind kind;
+    union {
+        int64_t          i;         /* BOOL, INT; METHOD, FUNCTION: row of a table */
+        double           f;
+        const q3n__text *s;         /* STRING; BIG: its digits; UNDEFINED: of what name */
+        q3n__list       *list;      /* LIST, TUPLE; STREAM: what has not been taken yet */
+        q3n__map        *map;       /* MAP, NAMESPACE */
+        struct q3n__loop        *loop;
+        const struct q3n__macro *macro;
+    } u;
+};
+
+/* ---- Script: what everything that makes values carries along ---- */
+
+typedef struct q3n__region_chunk { struct q3n__region_chunk *next; } q3n__region_chunk;
+
+/* Memory that is freed as a whole. */
+typedef struct {
+    q3n_allocator allocator;
+    q3n__region_chunk   *chunks;
+    uint8_t      *at;
+    size_t        left, total, limit;     /* bytes */
+} q3n__region;
+
+typedef struct q3n__script {
+    q3n__region region;
+    q3n__value *stack;              /* [n_stack] */
+    size_t      n_stack, stack_room;
+    uint8_t    *out, *marks;        /* [n_out] the text so far; strings are made at its end */
+    size_t      n_out, out_room, out_limit;
+    uint8_t     mark;               /* added to whatever is written */
+    int64_t     steps, max_steps;
+    int         line;               /* of the template; 0 = none */
+    int64_t     now;                /* seconds since 1970 of the local clock, 0 = the system's */
+    q3n_result  result;
+    q3n_error  *err;
+} q3n__script;
+
+static const q3n__text q3n__no_text = { (const uint8_t *)"", NULL, 0, 0 };
+
+/* The first error counts.  Returns 0. */
+static Q3N__PRINTF(2, 3)
+int q3n__err(q3n__script *s, const char *format, ...)
+{
+    char text[400];
+    va_list args;
+    if (s->result != Q3N_OK) return 0;
+    s->result = Q3N_ERR_TEMPLATE;
+    va_start(args, format);
+    q3n__message(text, sizeof text, format, args);
+    va_end(args);
+    q3n__fail(s->err, s->result, -1, "chat template, line %d: %s", s->line, text);
+    return 0;
+}
+
+/* Every loop whose length a template or a message chooses pays for it. */
+static int q3n__pay(q3n__script *s, size_t n)
+{
+    if (n <= (uint64_t)s->steps) s->steps -= (int64_t)n;
+    else q3n__err(s, "more than %lld steps", (long long)s->max_steps);
+    return s->result == Q3N_OK;
+}
+
+/* Zeroed memory of the region, aligned for anything here; NULL = error.  Chunks grow with what was
+ * taken, from 16 KiB to 1 MiB, so that a short chat takes little and a long one few of them; what
+ * does not fit the chunk at hand starts a new one, and the rest of the old one is not used.  The
+ * limit counts chunks, not what is taken of them. */
+static void *q3n__take(q3n__script *s, size_t count, size_t elem)
+{
+    q3n__region *g = &s->region;
+    size_t bytes;
+    if (s->result != Q3N_OK) return NULL;
+    if (!q3n__mul_size(count, elem, &bytes) || bytes > g->limit - g->total) {
+        q3n__err(s, "more than %zu bytes of memory", g->limit);
+        return NULL;
+    }
+    bytes = bytes ? (bytes + 15) / 16 * 16 : 16;
+    if (bytes > g->left) {
+        size_t room = g->total < 16384 ? 16384 : g->total < 1u << 20 ? g->total : 1u << 20;
+        if (room < bytes) room = bytes;
+        q3n__region_chunk *chunk = (q3n__region_chunk *)q3n__alloc(&g->allocator, room + 16);
+        if (!chunk) {
+            s->result = q3n__fail(s->err, Q3N_ERR_MEMORY, -1, "out of memory");
+            return NULL;
+        }
+        chunk->next = g->chunks;
+        g->chunks = chunk;
+        g->at = (uint8_t *)chunk + 16;
+        g->left = room;
+        g->total += room < g->limit - g->total ? room : g->limit - g->total;
+    }
+    void *p = g->at;
+    g->at += bytes;
+    g->left -= bytes;
+    return memset(p, 0, bytes);
+}
+
+/* Everything that was taken from it is gone. */
+static void q3n__region_free(q3n__region *g)
+{
+    while (g->chunks) {
+        q3n__region_chunk *next = g->chunks->next;
+        q3n__free(&g->allocator, g->chunks);
+        g->chunks = next;
+    }
+    g->left = 0;
+}
+
+/* On the stack, from which lists and maps are made and on which templates compute. */
+static void q3n__push(q3n__script *s, q3n__value v)
+{
+    if (s->n_stack == s->stack_room) {
+        const size_t room = s->stack_room ? 2 * s->stack_room : 64;
+        q3n__value *stack = (q3n__value *)q3n__take(s, room, sizeof *stack);
+        if (!stack) return;
+        if (s->n_stack) memcpy(stack, s->stack, s->n_stack * sizeof *stack);
+        s->stack = stack;
+        s->stack_room = room;
+    }
+    s->stack[s->n_stack++] = v;
+}
+
+static q3n__value q3n__plain(q3n__kind kind) { return (q3n__value){ kind, { 0 } }; }
+static q3n__value q3n__bool(int x) { return (q3n__value){ Q3N__V_BOOL, { .i = x != 0 } }; }
+static q3n__value q3n__int(int64_t x) { return (q3n__value){ Q3N__V_INT, { .i = x } }; }
+static q3n__value q3n__real(double x) { return (q3n__value){ Q3N__V_REAL, { .f = x } }; }
+
+/* ---- Text ---- */
+
+/* Room for n more bytes of output.  The old place stays in the region: together the old ones are as
+ * large as the new one. */
+static int q3n__out_reserve(q3n__script *s, size_t n)
+{
+    if (!q3n__pay(s, n / 16)) return 0;
+    if (n > s->out_limit - s->n_out)
+        return q3n__err(s, "more than %zu bytes of text", s->out_limit);
+    if (s->n_out + n <= s->out_room) return 1;
+    const size_t room = 2 * (s->n_out + n) + 1024;
+    uint8_t *out = (uint8_t *)q3n__take(s, room, 2);
+    if (!out) return 0;
+    if (s->n_out) {
+        memcpy(out, s->out, s->n_out);
+        memcpy(out + room, s->marks, s->n_out);
+    }
+    s->out = out;
+    s->marks = out + room;
+    s->out_room = room;
+    return 1;
+}
+
+/* n bytes that all have one mark. */
+static void q3n__put_bytes(q3n__script *s, const void *p, size_t n, unsigned mark)
+{
+    if (n == 0 || !q3n__out_reserve(s, n)) return;
+    memcpy(s->out + s->n_out, p, n);
+    memset(s->marks + s->n_out, (int)(mark | s->mark), n);
+    s->n_out += n;
+}
+
+/* A text of this file: it counts as the template's. */
+static void q3n__put_str(q3n__script *s, const char *text)
+{
+    q3n__put_bytes(s, text, strlen(text), 0);
+}
+
+/* Where byte i of t comes from. */
+static uint8_t q3n__mark_at(const q3n__text *t, size_t i)
+{
+    return t->marks ? t->marks[i] : t->mark;
+}
+
+/* Bytes [at, at + n) of t with their marks. */
+static void q3n__put_part(q3n__script *s, const q3n__text *t, size_t at, size_t n)
+{
+    const size_t begin = s->n_out;
+    q3n__put_bytes(s, t->p + at, n, t->mark);
+    if (t->marks && s->n_out == begin + n)
+        for (size_t i = 0; i < n; i++) s->marks[begin + i] = t->marks[at + i] | s->mark;
+}
+
+static void q3n__put_text(q3n__script *s, const q3n__text *t) { q3n__put_part(s, t, 0, t->n); }
+
+/* The UTF-8 of a character. */
+static void q3n__put_char(q3n__script *s, uint32_t c, unsigned mark)
+{
+    uint8_t b[4];
+    const int n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    for (int i = n - 1; i > 0; i--, c >>= 6) b[i] = (uint8_t)(0x80 | (c & 63));
+    b[0] = (uint8_t)(n == 1 ? c : (0xF00u >> n & 0xF0) | c);
+    q3n__put_bytes(s, b, (size_t)n, mark);
+}
+
+/* A string of n bytes that stay where they are. */
+static q3n__value q3n__string_of(q3n__script *s, const uint8_t *p, const uint8_t *marks, size_t n,
+                                 unsigned mark)
+{
+    q3n__text *t = (q3n__text *)q3n__take(s, 1, sizeof *t);
+    if (t) *t = (q3n__text){ p, marks, n, (uint8_t)mark };
+    return (q3n__value){ Q3N__V_STRING, { .s = t ? t : &q3n__no_text } };
+}
+
+static q3n__value q3n__string(q3n__script *s, const char *text)   /* text stays */
+{
+    return q3n__string_of(s, (const uint8_t *)text, NULL, strlen(text), 0);
+}
+
+/* A string that is bytes [at, at + n) of another: nothing is copied. */
+static q3n__value q3n__part(q3n__script *s, const q3n__text *t, size_t at, size_t n)
+{
+    return q3n__string_of(s, t->p + at, t->marks ? t->marks + at : NULL, n, t->mark);
+}
+
+/* What was written since the output had `start` bytes becomes a string instead. */
+static q3n__value q3n__taken(q3n__script *s, size_t start)
+{
+    if (s->result != Q3N_OK) start = s->n_out;
+    const size_t n = s->n_out - start;
+    if (n == 0) return (q3n__value){ Q3N__V_STRING, { .s = &q3n__no_text } };
+    const uint8_t *marks = s->marks + start;
+    size_t same = 0;
+    while (same < n && marks[same] == marks[0]) same++;
+    uint8_t *p = (uint8_t *)q3n__take(s, same == n ? n : 2 * n, 1);
+    if (!p) return (q3n__value){ Q3N__V_STRING, { .s = &q3n__no_text } };
+    memcpy(p, s->out + start, n);
+    if (same < n) memcpy(p + n, marks, n);
+    s->n_out = start;
+    return q3n__string_of(s, p, same < n ? p + n : NULL, n, marks[0]);
+}
+
+/* ---- Numbers ----
+ *
+ * snprintf and strtod have the point of the program's locale. */
+
+/* -1, 0, 1: how a compares with b; 2 = one is no number. */
+static int q3n__compare_reals(double a, double b)
+{
+    return a < b ? -1 : a > b ? 1 : a == b ? 0 : 2;
+}
+
+/* A number in JSON's grammar; too large ones are infinite, as in Python. */
+static double q3n__parse_real(q3n__script *s, const uint8_t *p, size_t n)
+{
+    char point[16];
+    const int wide = snprintf(point, sizeof point, "%.1f", 0.5) - 2;   /* "0,5" */
+    char *text = (char *)q3n__take(s, n + sizeof point, 1);
+    if (!text || wide < 1) return 0.0;
+    size_t k = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (p[i] != '.') text[k++] = (char)p[i];
+        else             for (int j = 0; j < wide; j++) text[k++] = point[1 + j];
+    }
+    return strtod(text, NULL);
+}
+
+/* As Python's repr: the fewest digits that give x again; with an exponent below 1e-4 and from 1e16
+ * on, and with a point in any case. */
+static void q3n__put_real(q3n__script *s, double x, int json)
+{
+    char text[40], digits[20];
+    int n = 0, exponent = 0;
+    if (x != x || x - x != 0.0) {
+        q3n__put_str(s, x != x ? json ? "NaN" : "nan" : x < 0 ? json ? "-Infinity" : "-inf"
+                                                              : json ? "Infinity" : "inf");
+        return;
+    }
+    for (int precision = 0; precision < 17; precision++) {
+        snprintf(text, sizeof text, "%.*e", precision, x);
+        if (strtod(text, NULL) == x) break;
+    }
+    for (const char *p = text; *p && *p != 'e'; p++)
+        if (*p >= '0' && *p <= '9' && n < 17) digits[n++] = *p;
+    exponent = atoi(strchr(text, 'e') + 1);
+    q3n__put_str(s, text[0] == '-' ? "-" : "");
+    if (exponent < -4 || exponent >= 16) {
+        q3n__put_bytes(s, digits, 1, 0);
+        q3n__put_str(s, n > 1 ? "." : "");
+        q3n__put_bytes(s, digits + 1, (size_t)n - 1, 0);
+        snprintf(text, sizeof text, "e%c%02d", exponent < 0 ? '-' : '+', abs(exponent));
+        q3n__put_str(s, text);
+        return;
+    }
+    q3n__put_str(s, exponent < 0 ? "0." : "");
+    for (int i = exponent + 1; i < 0; i++) q3n__put_str(s, "0");
+    for (int i = 0; i < n || i <= exponent; i++) {
+        if (i > 0 && i == exponent + 1) q3n__put_str(s, ".");
+        q3n__put_bytes(s, i < n ? &digits[i] : "0", 1, 0);
+    }
+    q3n__put_str(s, n <= exponent + 1 ? ".0" : "");
+}
+
+/* Python's booleans are integers too. */
+static int q3n__is_number(const q3n__value *v)
+{
+    return v->kind >= Q3N__V_BOOL && v->kind <= Q3N__V_REAL;
+}
+
+/* Any number as a double; of large integers what is nearest. */
+static double q3n__as_real(q3n__script *s, const q3n__value *v)
+{
+    if (v->kind == Q3N__V_BIG) return q3n__parse_real(s, v->u.s->p, v->u.s->n);
+    return v->kind == Q3N__V_REAL ? v->u.f : (double)v->u.i;
+}
+
+/* Of bytes, which is the order of code points too. */
+static int q3n__compare_texts(const q3n__text *a, const q3n__text *b)
+{
+    const int c = memcmp(a->p, b->p, a->n < b->n ? a->n : b->n);
+    return c ? (c > 0) - (c < 0) : (a->n > b->n) - (a->n < b->n);
+}
+
+/* Integers exactly, unless one of them does not fit: then as doubles, as if it was a float. */
+static int q3n__compare_numbers(q3n__script *s, const q3n__value *a, const q3n__value *b)
+{
+    if (a->kind == Q3N__V_BIG && b->kind == Q3N__V_BIG && q3n__compare_texts(a->u.s, b->u.s) == 0)
+        return 0;
+    if (a->kind >= Q3N__V_BIG || b->kind >= Q3N__V_BIG)
+        return q3n__compare_reals(q3n__as_real(s, a), q3n__as_real(s, b));
+    return (a->u.i > b->u.i) - (a->u.i < b->u.i);
+}
+
+/* ---- Lists and maps ---- */
+
+/* The last n values of the stack become a list, tuple or stream. */
+static q3n__value q3n__make_list(q3n__script *s, q3n__kind kind, size_t n)
+{
+    q3n__list *list = (q3n__list *)q3n__take(s, 1, sizeof *list);
+    q3n__value *v = (q3n__value *)q3n__take(s, n, sizeof *v);
+    if (!list || !v) return q3n__plain(Q3N__V_NONE);
+    s->n_stack -= n;
+    if (n) memcpy(v, s->stack + s->n_stack, n * sizeof *v);
+    *list = (q3n__list){ v, n };
+    return (q3n__value){ kind, { .list = list } };
+}
+
+/* An order of keys; of numbers and texts that which they have anyway. */
+static int q3n__compare_keys(const q3n__value *a, const q3n__value *b)
+{
+    const int text_a = a->kind == Q3N__V_STRING, text_b = b->kind == Q3N__V_STRING;
+    if (text_a && text_b) return q3n__compare_texts(a->u.s, b->u.s);
+    if (text_a != text_b) return text_a - text_b;
+    if (a->kind == Q3N__V_NONE || b->kind == Q3N__V_NONE)
+        return (a->kind != Q3N__V_NONE) - (b->kind != Q3N__V_NONE);
+    return (a->u.i > b->u.i) - (a->u.i < b->u.i);
+}
+
+/* Pointers to keys: equal ones in the order in which they came. */
+static int q3n__compare_pairs(const void *a, const void *b)
+{
+    const q3n__value *const x = *(const q3n__value *const *)a;
+    const q3n__value *const y = *(const q3n__value *const *)b;
+    const int c = q3n__compare_keys(x, y);
+    return c ? c : (x > y) - (x < y);
+}
+
+/* The value of a key, NULL if there is none.  Keys are those that make_map allows. */
+static q3n__value *q3n__map_find(const q3n__map *m, const q3n__value *key)
+{
+    if (!m->sorted) {
+        for (size_t i = 0; i < m->n; i++)
+            if (q3n__compare_keys(&m->pairs[2 * i], key) == 0) return &m->pairs[2 * i + 1];
+        return NULL;
+    }
+    size_t lo = 0, hi = m->n;
+    while (lo < hi) {
+        const size_t mid = lo + (hi - lo) / 2;
+        const int c = q3n__compare_keys(m->sorted[mid], key);
+        if (c == 0) return (q3n__value *)(uintptr_t)(m->sorted[mid] + 1);
+        if (c < 0) lo = mid + 1;
+        else       hi = mid;
+    }
+    return NULL;
+}
+
+/* A key that is given twice stays where it was first and has the value that it got last, as in
+ * Python.  Sorted keys find doubles and, later, values in n log n steps whatever the keys are: a
+ * hash table would take n^2 for keys that are chosen against it. */
+static int q3n__map_sort(q3n__script *s, q3n__map *m)
+{
+    size_t kept = 0;
+    const q3n__value **sorted = (const q3n__value **)q3n__take(s, m->n, sizeof *sorted);
+    if (!sorted || !q3n__pay(s, m->n)) return 0;
+    for (size_t i = 0; i < m->n; i++) sorted[i] = &m->pairs[2 * i];
+    q3n__sort(sorted, m->n, sizeof *sorted, q3n__compare_pairs);
+    for (size_t i = 0, first = 0; i < m->n; i++) {
+        if (q3n__compare_keys(sorted[first], sorted[i]) != 0) first = i;
+        if (first == i) continue;
+        const size_t to = (size_t)(sorted[first] - m->pairs), from = (size_t)(sorted[i] - m->pairs);
+        m->pairs[to + 1] = m->pairs[from + 1];
+        m->pairs[from + 1].kind = Q3N__V_MISSING;
+    }
+    for (size_t i = 0; i < m->n; i++) {
+        if (m->pairs[2 * i + 1].kind == Q3N__V_MISSING) continue;
+        memmove(&m->pairs[2 * kept], &m->pairs[2 * i], 2 * sizeof *m->pairs);
+        kept++;
+    }
+    if (kept < m->n) {
+        for (size_t i = 0; i < kept; i++) sorted[i] = &m->pairs[2 * i];
+        q3n__sort(sorted, kept, sizeof *sorted, q3n__compare_pairs);
+    }
+    m->n = kept;
+    m->sorted = sorted;
+    return 1;
+}
+
+/* The last 2 n values of the stack, keys and values by turns, become a map. */
+static q3n__value q3n__make_map(q3n__script *s, q3n__kind kind, size_t n)
+{
+    q3n__map *m = (q3n__map *)q3n__take(s, 1, sizeof *m);
+    q3n__value *pairs = (q3n__value *)q3n__take(s, n, 2 * sizeof *pairs);
+    if (!m || !pairs) return q3n__plain(Q3N__V_NONE);
+    s->n_stack -= 2 * n;
+    if (n) memcpy(pairs, s->stack + s->n_stack, 2 * n * sizeof *pairs);
+    for (size_t i = 0; i < n; i++) {
+        const q3n__kind k = pairs[2 * i].kind;
+        if (k != Q3N__V_STRING && k != Q3N__V_INT && k != Q3N__V_BOOL && k != Q3N__V_NONE)
+            q3n__err(s, "a %s as a key of a dict", q3n__kind_names[k]);
+    }
+    *m = (q3n__map){ pairs, n, n, NULL };
+    if (n > 1 && s->result == Q3N_OK) q3n__map_sort(s, m);
+    return (q3n__value){ kind, { .map = m } };
+}
+
+/* ---- Values as operands ---- */
+
+/* What is empty, zero or nothing is false.  A stream is true whatever it holds, as Python's
+ * generators are. */
+static int q3n__truth(const q3n__value *v)
+{
+    switch (v->kind) {
+    case Q3N__V_MISSING: case Q3N__V_UNDEFINED: case Q3N__V_NONE: return 0;
+    case Q3N__V_BOOL: case Q3N__V_INT: return v->u.i != 0;
+    case Q3N__V_REAL:   return v->u.f != 0.0;
+    case Q3N__V_STRING: return v->u.s->n > 0;
+    case Q3N__V_LIST: case Q3N__V_TUPLE: return v->u.list->n > 0;
+    case Q3N__V_MAP:    return v->u.map->n > 0;
+    default:            return 1;
+    }
+}
+
+/* What has items by number; streams have not. */
+static int q3n__is_sequence(const q3n__value *v)
+{
+    return v->kind == Q3N__V_LIST || v->kind == Q3N__V_TUPLE;
+}
+
+/* Python's ==: numbers by value whatever their type, lists and maps by what they hold, functions
+ * and streams by what they are. */
+static int q3n__equal(q3n__script *s, const q3n__value *a, const q3n__value *b, int depth)
+{
+    if (!q3n__pay(s, 1)) return 0;
+    if (q3n__is_number(a) && q3n__is_number(b)) return q3n__compare_numbers(s, a, b) == 0;
+    if (a->kind != b->kind) return 0;
+    if (depth == Q3N__MAX_NESTING) return q3n__err(s, "values too deep");
+    switch (a->kind) {
+    case Q3N__V_UNDEFINED: case Q3N__V_NONE: return 1;
+    case Q3N__V_STRING:
+        q3n__pay(s, a->u.s->n / 16);
+        return q3n__compare_texts(a->u.s, b->u.s) == 0;
+    case Q3N__V_LIST: case Q3N__V_TUPLE:
+        if (a->u.list->n != b->u.list->n) return 0;
+        for (size_t i = 0; i < a->u.list->n; i++)
+            if (!q3n__equal(s, &a->u.list->v[i], &b->u.list->v[i], depth + 1)) return 0;
+        return 1;
+    case Q3N__V_MAP:
+        if (a->u.map->n != b->u.map->n) return 0;
+        for (size_t i = 0; i < a->u.map->n; i++) {
+            const q3n__value *x = &a->u.map->pairs[2 * i], *y = q3n__map_find(b->u.map, x);
+            if (!y || !q3n__equal(s, x + 1, y, depth + 1)) return 0;
+        }
+        return 1;
+    default: return a->u.s == b->u.s;
+    }
+}
+
+/* -1, 0, 1, or 2 = NaN.  What has no order is an error. */
+static int q3n__order(q3n__script *s, const q3n__value *a, const q3n__value *b, int depth)
+{
+    if (!q3n__pay(s, 1)) return 0;
+    if (q3n__is_number(a) && q3n__is_number(b)) return q3n__compare_numbers(s, a, b);
+    if (a->kind == Q3N__V_STRING && b->kind == Q3N__V_STRING) {
+        q3n__pay(s, a->u.s->n / 16);
+        return q3n__compare_texts(a->u.s, b->u.s);
+    }
+    if (a->kind != b->kind || !q3n__is_sequence(a) || depth == Q3N__MAX_NESTING)
+        return q3n__err(s, "a %s and a %s have no order",
+                        q3n__kind_names[a->kind], q3n__kind_names[b->kind]);
+    const q3n__list *x = a->u.list, *y = b->u.list;
+    for (size_t i = 0; i < x->n && i < y->n; i++)
+        if (!q3n__equal(s, &x->v[i], &y->v[i], depth + 1))
+            return q3n__order(s, &x->v[i], &y->v[i], depth + 1);
+    return (x->n > y->n) - (x->n < y->n);
+}
+
+/* ---- Characters of strings ---- */
+
+/* Bytes of the character at `at`: strings are valid. */
+static size_t q3n__char_bytes(const q3n__text *t, size_t at)
+{
+    const uint8_t c = t->p[at];
+    return c < 0x80 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
+}
+
+/* Lengths and places are characters, as in Python: this walks through them. */
+static size_t q3n__count_chars(q3n__script *s, const q3n__text *t)
+{
+    size_t n = 0;
+    q3n__pay(s, t->n / 16);
+    for (size_t i = 0; i < t->n; i++) n += (t->p[i] & 0xC0) != 0x80;
+    return n;
+}
+
+/* The character at byte `at`; *next is the byte after it. */
+static uint32_t q3n__char_of(const q3n__text *t, size_t at, size_t *next)
+{
+    uint32_t c;
+    const int n = q3n__utf8_decode(t->p + at, t->p + t->n, &c);
+    *next = at + (size_t)(n ? n : 1);
+    return c;
+}
+
+/* Python's str.isspace. */
+static int q3n__is_blank(uint32_t c)
+{
+    return c == ' ' || (c >= 9 && c <= 13) || (c >= 0x1C && c <= 0x1F) || c == 0x85 || c == 0xA0
+        || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029
+        || c == 0x202F || c == 0x205F || c == 0x3000;
+}
+
+/* Capital letters first .. last, every step-th, are `less` below their small ones. */
+static const struct { uint16_t first, last, step, less; } q3n__cases[] = {
+    { 'A', 'Z', 1, 32 },        { 0xC0, 0xD6, 1, 32 },      { 0xD8, 0xDE, 1, 32 },
+    { 0x100, 0x12E, 2, 1 },     { 0x132, 0x136, 2, 1 },     { 0x139, 0x147, 2, 1 },
+    { 0x14A, 0x176, 2, 1 },     { 0x179, 0x17D, 2, 1 },     { 0x386, 0x386, 1, 38 },
+    { 0x388, 0x38A, 1, 37 },    { 0x38C, 0x38C, 1, 64 },    { 0x38E, 0x38F, 1, 63 },
+    { 0x391, 0x3A1, 1, 32 },    { 0x3A3, 0x3AB, 1, 32 },    { 0x400, 0x40F, 1, 80 },
+    { 0x410, 0x42F, 1, 32 },    { 0x460, 0x480, 2, 1 },     { 0x48A, 0x4BE, 2, 1 },
+    { 0x4D0, 0x52E, 2, 1 },     { 0x531, 0x556, 1, 48 },    { 0x1E00, 0x1E94, 2, 1 },
+    { 0x1EA0, 0x1EFE, 2, 1 },
+};
+
+/* c as a capital (upper) or small letter. */
+static uint32_t q3n__to_case(uint32_t c, int upper)
+{
+    for (size_t i = 0; i < sizeof q3n__cases / sizeof *q3n__cases; i++) {
+        const uint32_t shift = upper ? q3n__cases[i].less : 0, first = q3n__cases[i].first + shift;
+        if (c < first || c > q3n__cases[i].last + shift || (c - first) % q3n__cases[i].step)
+            continue;
+        return upper ? c - q3n__cases[i].less : c + q3n__cases[i].less;
+    }
+    return c;
+}
+
+/* How letters are changed: all of them, or the first of each word as a capital. */
+typedef enum { Q3N__LOWER, Q3N__UPPER, Q3N__CAPITAL, Q3N__TITLE } q3n__casing;
+
+static q3n__value q3n__cased(q3n__script *s, const q3n__text *t, q3n__casing how)
+{
+    const size_t start = s->n_out;
+    int begins = how >= Q3N__CAPITAL;
+    for (size_t i = 0, next; i < t->n && q3n__pay(s, 1); i = next) {
+        const uint32_t c = q3n__char_of(t, i, &next);
+        const int upper = how == Q3N__UPPER || begins;
+        const unsigned mark = q3n__mark_at(t, i);
+        if (c == 0xDF && upper) q3n__put_bytes(s, begins ? "Ss" : "SS", 2, mark);
+        else                    q3n__put_char(s, q3n__to_case(c, upper), mark);
+        begins = how == Q3N__TITLE
+              && (q3n__is_blank(c) || (c > 0 && c < 128 && strchr("-({[<", (int)c)));
+    }
+    return q3n__taken(s, start);
+}
+
+/* Whether c is in set; NULL = a blank. */
+static int q3n__in_set(const q3n__text *set, uint32_t c)
+{
+    if (!set) return q3n__is_blank(c);
+    for (size_t i = 0; i < set->n;)
+        if (q3n__char_of(set, i, &i) == c) return 1;
+    return 0;
+}
+
+/* Without the characters of set (NULL = blanks) at its ends; which: 1 left, 2 right, 3 both. */
+static q3n__value q3n__strip(q3n__script *s, const q3n__text *t, const q3n__text *set, int which)
+{
+    size_t begin = 0, end = t->n, next;
+    q3n__pay(s, set ? set->n : 0);
+    while (which & 1 && begin < end && q3n__pay(s, 1)
+           && q3n__in_set(set, q3n__char_of(t, begin, &next))) begin = next;
+    while (which & 2 && begin < end && q3n__pay(s, 1)) {
+        size_t last = end - 1;
+        while ((t->p[last] & 0xC0) == 0x80) last--;
+        if (!q3n__in_set(set, q3n__char_of(t, last, &next))) break;
+        end = last;
+    }
+    return q3n__part(s, t, begin, end - begin);
+}
+
+/* Where part begins in t at or after byte `from`, t->n + 1 if nowhere; the last place if `last`. */
+static size_t q3n__find(q3n__script *s, const q3n__text *t, const q3n__text *part, size_t from,
+                        int last)
+{
+    size_t found = t->n + 1;
+    q3n__pay(s, 1);
+    for (size_t i = from; i + part->n <= t->n; i++) {
+        if (part->n == 0 || (t->p[i] == part->p[0] && memcmp(t->p + i, part->p, part->n) == 0)) {
+            found = part->n == 0 && last ? t->n : i;
+            if (!last || part->n == 0) break;
+        }
+        if (i % 16 == 0 && !q3n__pay(s, 1 + part->n / 16)) break;
+    }
+    return found;
+}
+#endif   /* Q3N_NO_CHAT */
+
+/* =====================================================================================
+ * [19] JSON                                                                     >>json
+ *
+ * Reads values from JSON (RFC 8259, strictly: no NaN, no control characters, no lone surrogates)
+ * and writes them as JSON or as Python's str and repr do.
+ *
+ * As Python reads it: a key that is given twice has its last value, at its first place; numbers
+ * without point and exponent are integers of any size, others doubles.  As [HF] writes it: "a": 1
+ * with blanks after colons and commas, keys in their order, what is not ASCII as it is.
+ *
+ * Later code may assume that strings without escapes lie in the input, which must stay.  The input
+ * is hostile: values are nested Q3N__MAX_NESTING deep at most, and so is the C stack.  Knows
+ * nothing of templates.
+ * ===================================================================================== */
+#ifndef Q3N_NO_CHAT
+
+/* ---- Reading JSON ---- */
+
+typedef struct {
+    q3n__script   *s;
+    const char    *what;            /* for messages: "messages" */
+    const uint8_t *begin, *p, *end;
+    uint8_t        mark;            /* of its strings */
+} q3n__json;
+
+/* The error names the byte, and what was expected there. */
+static int q3n__json_fail(q3n__json *j, const char *expected)
+{
+    if (j->s->result != Q3N_OK) return 0;
+    j->s->result = q3n__fail(j->s->err, Q3N_ERR_ARG, j->p - j->begin, "%s: JSON, byte %lld: "
+                             "expected %s", j->what, (long long)(j->p - j->begin), expected);
+    return 0;
+}
+
+/* Whether p is not at the end and its byte is one of set. */
+static int q3n__json_is(const q3n__json *j, const uint8_t *p, const char *set)
+{
+    return p < j->end && *p && strchr(set, *p) != NULL;
+}
+
+/* White space as JSON has it: not all that Unicode has. */
+static void q3n__json_blanks(q3n__json *j)
+{
+    while (q3n__json_is(j, j->p, " \t\r\n")) j->p++;
+}
+
+/* n hexadecimal digits; -1 = they are none. */
+static long q3n__hex(const uint8_t *p, const uint8_t *end, int n)
+{
+    long x = 0;
+    if (end - p < n) return -1;
+    for (int i = 0; i < n; i++) {
+        const int c = p[i] | 32, d = p[i] >= '0' && p[i] <= '9' ? p[i] - '0'
+                                   : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+        if (d < 0) return -1;
+        x = 16 * x + d;
+    }
+    return x;
+}
+
+/* After a backslash. */
+static int q3n__json_escape(q3n__json *j)
+{
+    static const char names[] = "\"\"\\\\//b\bf\fn\nr\rt\t";
+    if (j->p < j->end && *j->p == 'u') {
+        long c = q3n__hex(j->p + 1, j->end, 4);
+        size_t n = 5;
+        if (c >= 0xD800 && c < 0xDC00 && j->end - j->p > 6 && j->p[5] == '\\' && j->p[6] == 'u') {
+            const long low = q3n__hex(j->p + 7, j->end, 4);
+            if (low >= 0xDC00 && low < 0xE000) c = 0x10000 + ((c - 0xD800) << 10) + (low - 0xDC00);
+            n = 11;
+        }
+        if (c < 0) return q3n__json_fail(j, "four hexadecimal digits");
+        if (c >> 11 == 0x1B) return q3n__json_fail(j, "two surrogates that are one character");
+        q3n__put_char(j->s, (uint32_t)c, j->mark);
+        j->p += n;
+        return 1;
+    }
+    for (const char *e = names; j->p < j->end && *e; e += 2) {
+        if (*e != (char)*j->p) continue;
+        q3n__put_bytes(j->s, e + 1, 1, j->mark);
+        j->p++;
+        return 1;
+    }
+    return q3n__json_fail(j, "an escape");
+}
+
+/* A string without escapes stays where it is. */
+static int q3n__json_string(q3n__json *j)
+{
+    const size_t start = j->s->n_out;
+    int copied = 0;
+    const uint8_t *run = ++j->p;
+    while (j->p < j->end && *j->p != '"') {
+        uint32_t c;
+        if (*j->p == '\\') {
+            q3n__put_bytes(j->s, run, (size_t)(j->p - run), j->mark);
+            copied = 1;
+            j->p++;
+            if (!q3n__json_escape(j)) return 0;
+            run = j->p;
+            continue;
+        }
+        const int n = q3n__utf8_decode(j->p, j->end, &c);
+        if (n == 0 || c < 0x20) return q3n__json_fail(j, n ? "an escaped character" : "UTF-8");
+        j->p += n;
+    }
+    if (j->p == j->end) return q3n__json_fail(j, "a closing quote");
+    const size_t n = (size_t)(j->p++ - run);
+    if (copied) q3n__put_bytes(j->s, run, n, j->mark);
+    q3n__push(j->s, copied ? q3n__taken(j->s, start)
+                           : q3n__string_of(j->s, run, NULL, n, j->mark));
+    return j->s->result == Q3N_OK;
+}
+
+/* Integers that int64_t does not hold stay as they are written. */
+static int q3n__json_number(q3n__json *j)
+{
+    static const char digits[] = "0123456789";
+    const uint8_t *begin = j->p, *first;
+    int real = 0;
+    j->p += *j->p == '-';
+    first = j->p;
+    while (q3n__json_is(j, j->p, digits)) j->p++;
+    const size_t n_digits = (size_t)(j->p - first);
+    if (n_digits == 0 || (n_digits > 1 && *first == '0')) {
+        j->p = first;
+        return q3n__json_fail(j, n_digits ? "a number without zeros before it" : "a value");
+    }
+    for (int part = 0; part < 2; part++) {                /* ".5", "e-5" */
+        if (!q3n__json_is(j, j->p, part ? "eE" : ".")) continue;
+        j->p++;
+        j->p += part && q3n__json_is(j, j->p, "+-");
+        if (!q3n__json_is(j, j->p, digits)) return q3n__json_fail(j, "a digit");
+        while (q3n__json_is(j, j->p, digits)) j->p++;
+        real = 1;
+    }
+    const size_t n = (size_t)(j->p - begin);
+    if (real) {
+        q3n__push(j->s, q3n__real(q3n__parse_real(j->s, begin, n)));
+    } else if (n_digits > Q3N__MAX_DIGITS) {
+        return q3n__json_fail(j, "an integer of fewer digits");
+    } else if (n_digits > 18) {
+        q3n__value v = q3n__string_of(j->s, begin, NULL, n, j->mark);
+        v.kind = Q3N__V_BIG;
+        q3n__push(j->s, v);
+    } else {
+        int64_t x = 0;
+        for (const uint8_t *p = first; p < j->p; p++) x = 10 * x + (*p - '0');
+        q3n__push(j->s, q3n__int(*begin == '-' ? -x : x));
+    }
+    return j->s->result == Q3N_OK;
+}
+
+/* null, true, false. */
+static int q3n__json_word(q3n__json *j)
+{
+    static const char *const words[] = { "null", "false", "true" };
+    for (int i = 0; i < 3; i++) {
+        const size_t n = strlen(words[i]);
+        if ((size_t)(j->end - j->p) < n || memcmp(j->p, words[i], n) != 0) continue;
+        j->p += n;
+        q3n__push(j->s, i ? q3n__bool(i - 1) : q3n__plain(Q3N__V_NONE));
+        return 1;
+    }
+    return q3n__json_fail(j, "a value");
+}
+
+/* Pushes one value. */
+static int q3n__json_value(q3n__json *j, int depth)
+{
+    size_t n = 0;
+    q3n__json_blanks(j);
+    if (!q3n__pay(j->s, 1)) return 0;
+    if (q3n__json_is(j, j->p, "\"")) return q3n__json_string(j);
+    if (q3n__json_is(j, j->p, "-0123456789")) return q3n__json_number(j);
+    if (!q3n__json_is(j, j->p, "[{")) return q3n__json_word(j);
+    const int map = *j->p == '{';
+    const char *const close = map ? "}" : "]";
+    if (depth == Q3N__MAX_NESTING) return q3n__json_fail(j, "values that are not as deep");
+    j->p++;
+    for (q3n__json_blanks(j); n || !q3n__json_is(j, j->p, close); n++) {
+        q3n__json_blanks(j);
+        if (map) {
+            if (!q3n__json_is(j, j->p, "\"")) return q3n__json_fail(j, "a key in quotes");
+            if (!q3n__json_string(j)) return 0;
+            q3n__json_blanks(j);
+            if (!q3n__json_is(j, j->p, ":")) return q3n__json_fail(j, "a colon");
+            j->p++;
+        }
+        if (!q3n__json_value(j, depth + 1)) return 0;
+        q3n__json_blanks(j);
+        if (!q3n__json_is(j, j->p, ",")) {
+            n++;
+            break;
+        }
+        j->p++;
+    }
+    if (!q3n__json_is(j, j->p, close)) return q3n__json_fail(j, map ? "',' or '}'" : "',' or ']'");
+    j->p++;
+    q3n__push(j->s, map ? q3n__make_map(j->s, Q3N__V_MAP, n)
+                        : q3n__make_list(j->s, Q3N__V_LIST, n));
+    return j->s->result == Q3N_OK;
+}
+
+/* A text that is one value; strings point into it. */
+static q3n__value q3n__json_read(q3n__script *s, const char *what, const char *text, size_t bytes,
+                                 unsigned mark)
+{
+    const uint8_t *p = (const uint8_t *)text;
+    q3n__json j = { s, what, p, p, p + bytes, (uint8_t)mark };
+    if (!q3n__json_value(&j, 0)) return q3n__plain(Q3N__V_NONE);
+    q3n__json_blanks(&j);
+    if (j.p < j.end) q3n__json_fail(&j, "nothing more");
+    return s->stack[--s->n_stack];
+}
+
+/* ---- Writing values ---- */
+
+typedef struct {
+    int        json;                /* 0 = as Python's repr */
+    int        ascii, sort;
+    int        indent;              /* < 0 = all on one line */
+    const q3n__text *between, *colon;
+} q3n__style;
+
+/* An escape of a character by its number. */
+static void q3n__put_hex(q3n__script *s, const char *format, uint32_t c, unsigned mark)
+{
+    char text[16];
+    const int n = snprintf(text, sizeof text, format, (unsigned)c);
+    q3n__put_bytes(s, text, (size_t)n, mark);
+}
+
+/* A string in quotes: JSON's double ones, or those that Python chooses, single ones unless the
+ * string has single ones and no double ones.  Runs of characters that need no escape are copied
+ * with their marks; an escape has the mark of what it stands for. */
+static void q3n__put_quoted(q3n__script *s, const q3n__text *t, const q3n__style *style)
+{
+    static const char names[] = "n\nr\rt\tb\bf\f";
+    const int single = !style->json && (!memchr(t->p, '\'', t->n) || memchr(t->p, '"', t->n));
+    const char quote = single ? '\'' : '"';
+    size_t run = 0, n;
+    q3n__put_bytes(s, &quote, 1, t->mark);
+    for (size_t i = 0; i < t->n; i += n) {
+        uint32_t c;
+        char escape = 0;
+        n = (size_t)q3n__utf8_decode(t->p + i, t->p + t->n, &c);
+        n = n ? n : 1;
+        for (const char *e = names; *e && e < names + (style->json ? 10 : 6); e += 2)
+            if ((char)c == e[1] && c < 32) escape = e[0];
+        if (c == '\\' || c == (uint32_t)quote) escape = (char)c;
+        const int blank = c == 0xA0 || c == 0xAD || c == 0x3000 || c == 0xFEFF
+                       || (c >= 0x2000 && c <= 0x200F) || (c >= 0xE000 && c <= 0xF8FF);
+        const int bare = style->json ? c >= 32 && (c < 128 || !style->ascii)
+                                     : q3n__is_printable(c) && !blank;
+        if (!escape && bare) continue;
+        const unsigned mark = q3n__mark_at(t, i);
+        q3n__put_part(s, t, run, i - run);
+        run = i + n;
+        if (escape) {
+            const char two[2] = { '\\', escape };
+            q3n__put_bytes(s, two, 2, mark);
+        } else if (!style->json) {
+            q3n__put_hex(s, c < 256 ? "\\x%02x" : c < 65536 ? "\\u%04x" : "\\U%08x", c, mark);
+        } else {
+            if (c >= 0x10000) q3n__put_hex(s, "\\u%04x", 0xD7C0 + (c >> 10), mark);
+            q3n__put_hex(s, "\\u%04x", c < 0x10000 ? c : 0xDC00 + (c & 1023), mark);
+        }
+    }
+    q3n__put_part(s, t, run, t->n - run);
+    q3n__put_bytes(s, &quote, 1, t->mark);
+}
+
+/* What is no string and holds no other values. */
+static void q3n__put_scalar(q3n__script *s, const q3n__value *v, int json)
+{
+    static const char *const words[2][3] = { { "None", "False", "True" },
+                                             { "null", "false", "true" } };
+    char text[32];
+    switch (v->kind) {
+    case Q3N__V_NONE: q3n__put_str(s, words[json][0]); return;
+    case Q3N__V_BOOL: q3n__put_str(s, words[json][1 + v->u.i]); return;
+    case Q3N__V_BIG:  q3n__put_text(s, v->u.s); return;
+    case Q3N__V_REAL: q3n__put_real(s, v->u.f, json); return;
+    case Q3N__V_INT:
+        snprintf(text, sizeof text, "%lld", (long long)v->u.i);
+        q3n__put_str(s, text);
+        return;
+    default: break;
+    }
+    if (json) q3n__err(s, "tojson: a value of type %s", q3n__kind_names[v->kind]);
+    else if (v->kind != Q3N__V_UNDEFINED) {
+        snprintf(text, sizeof text, "<%s>", q3n__kind_names[v->kind]);
+        q3n__put_str(s, text);
+    }
+}
+
+/* The begin of an item on a line of its own, where the style has lines. */
+static void q3n__put_line(q3n__script *s, const q3n__style *style, int depth)
+{
+    if (style->indent < 0) return;
+    q3n__put_str(s, "\n");
+    for (int i = 0; i < depth * style->indent && q3n__pay(s, 1); i++) q3n__put_str(s, " ");
+}
+
+/* A value in a value, as JSON or as Python's repr:
+ *
+ *     JSON    {"a": [1, 1.0, null, true, "it's"], "b": {}}      keys that are no strings in quotes
+ *     repr    {'a': [1, 1.0, None, True, "it's"], 'b': {}}      tuples as (1,)
+ *
+ * With an indent every item has a line of its own, but what is empty stays [] or {}. */
+static void q3n__put_value(q3n__script *s, const q3n__value *v, const q3n__style *style, int depth)
+{
+    const int json = style->json, map = v->kind == Q3N__V_MAP || v->kind == Q3N__V_NAMESPACE;
+    if (!q3n__pay(s, 1)) return;
+    if (v->kind == Q3N__V_STRING) { q3n__put_quoted(s, v->u.s, style); return; }
+    if (!map && v->kind != Q3N__V_LIST && v->kind != Q3N__V_TUPLE) {
+        q3n__put_scalar(s, v, json);
+        if (v->kind == Q3N__V_UNDEFINED) q3n__put_str(s, "Undefined");
+        return;
+    }
+    const int tuple = v->kind == Q3N__V_TUPLE && !json;
+    const size_t n = map ? v->u.map->n : v->u.list->n;
+    const q3n__value *const *sorted = map && style->sort ? v->u.map->sorted : NULL;
+    if (depth == Q3N__MAX_NESTING) { q3n__err(s, "values too deep"); return; }
+    q3n__put_str(s, map ? "{" : tuple ? "(" : "[");
+    for (size_t i = 0; i < n && s->result == Q3N_OK; i++) {
+        const q3n__value *item = map ? sorted ? sorted[i] : &v->u.map->pairs[2 * i]
+                                     : &v->u.list->v[i];
+        if (i) q3n__put_text(s, style->between);
+        q3n__put_line(s, style, depth + 1);
+        if (map) {
+            const int quoted = json && item->kind != Q3N__V_STRING;
+            q3n__put_str(s, quoted ? "\"" : "");
+            q3n__put_value(s, item++, style, depth + 1);
+            q3n__put_str(s, quoted ? "\"" : "");
+            q3n__put_text(s, style->colon);
+        }
+        q3n__put_value(s, item, style, depth + 1);
+    }
+    if (n) q3n__put_line(s, style, depth);
+    q3n__put_str(s, map ? "}" : tuple ? n == 1 ? ",)" : ")" : "]");
+}
+
+static const q3n__text q3n__comma = { (const uint8_t *)", ", NULL, 2, 0 };
+static const q3n__text q3n__colon = { (const uint8_t *)": ", NULL, 2, 0 };
+static const q3n__style q3n__repr = { 0, 0, 0, -1, &q3n__comma, &q3n__colon };
+
+/* As str() and {{ }} do. */
+static void q3n__put_str_of(q3n__script *s, const q3n__value *v)
+{
+    if (v->kind == Q3N__V_STRING)         q3n__put_text(s, v->u.s);
+    else if (v->kind != Q3N__V_UNDEFINED) q3n__put_value(s, v, &q3n__repr, 0);
+}
+
+/* str(v). */
+static const q3n__text *q3n__text_of(q3n__script *s, const q3n__value *v)
+{
+    if (v->kind == Q3N__V_STRING) return v->u.s;
+    const size_t start = s->n_out;
+    q3n__put_str_of(s, v);
+    return q3n__taken(s, start).u.s;
+}
+#endif   /* Q3N_NO_CHAT */
+
+/* =====================================================================================
+ * [20] FILTERS                                                               >>filters
+ *
+ * What a template may apply to values: attributes and items, operators, and one table of functions
+ * by name: filters, tests, methods of strings and maps, global functions.  They do what Jinja2 and
+ * Python do ([JINJA]); what is not in the table a template cannot name.
+ *
+ * Where this is not what Python does:
+ *
+ *     - integers of more than 64 bits are printed and compared, not computed with
+ *     - upper, lower, title and capitalize know Latin, Greek, Cyrillic and Armenian letters
+ *     - range, keys, values and items give lists
+ *     - lists, dicts and strings have no methods that change them: nor has the sandbox of [HF]
+ *     - HTML is not escaped, and `safe` does nothing: [HF] renders so
+ *     - a stream (of map, select, items, reverse ...) is made at once, not item by item
+ *
+ * Later code may assume that every function takes at least the values that its row says and that
+ * results are new values.  Knows nothing of how templates are written.
+ * ===================================================================================== */
+#ifndef Q3N_NO_CHAT
+
+/* ---- The table: what templates can name ----
+ *
+ * Where it is used, name, parameters after the value itself, how many of them must be given, what
+ * it does.  "*": takes any.  Methods of one name stand together. */
+enum { Q3N__FILTER, Q3N__TEST, Q3N__GLOBAL, Q3N__METHOD };   /* + kind of value */
+#define Q3N__OF_STRING (Q3N__METHOD + Q3N__V_STRING)
+#define Q3N__OF_LIST   (Q3N__METHOD + Q3N__V_LIST)
+#define Q3N__OF_MAP    (Q3N__METHOD + Q3N__V_MAP)
+#define Q3N__OF_LOOP   (Q3N__METHOD + Q3N__V_LOOP)
+
+typedef enum q3n__do {
+    /* on text */ Q3N__DO_UPPER, Q3N__DO_LOWER, Q3N__DO_CAPITALIZE, Q3N__DO_TITLE, Q3N__DO_STRIP,
+    Q3N__DO_LSTRIP, Q3N__DO_RSTRIP, Q3N__DO_SPLIT, Q3N__DO_RSPLIT, Q3N__DO_STARTSWITH,
+    Q3N__DO_ENDSWITH, Q3N__DO_REPLACE, Q3N__DO_FIND, Q3N__DO_RFIND, Q3N__DO_INDEX, Q3N__DO_COUNT,
+    Q3N__DO_REMOVEPREFIX, Q3N__DO_REMOVESUFFIX, Q3N__DO_INDENT, Q3N__DO_STRING,
+    /* tests */ Q3N__DO_DEFINED, Q3N__DO_UNDEFINED, Q3N__DO_NONE, Q3N__DO_BOOLEAN, Q3N__DO_TRUE,
+    Q3N__DO_FALSE, Q3N__DO_INTEGER, Q3N__DO_REAL, Q3N__DO_NUMBER, Q3N__DO_IS_STRING,
+    Q3N__DO_MAPPING, Q3N__DO_ITERABLE, Q3N__DO_SEQUENCE, Q3N__DO_CALLABLE, Q3N__DO_EQ, Q3N__DO_NE,
+    Q3N__DO_LT, Q3N__DO_LE, Q3N__DO_GT, Q3N__DO_GE, Q3N__DO_IN, Q3N__DO_SAMEAS, Q3N__DO_ODD,
+    Q3N__DO_EVEN, Q3N__DO_DIVISIBLE,
+    /* on lists and maps */ Q3N__DO_FIRST, Q3N__DO_LAST, Q3N__DO_LIST, Q3N__DO_REVERSE,
+    Q3N__DO_JOIN, Q3N__DO_JOIN_OF, Q3N__DO_SORT, Q3N__DO_DICTSORT, Q3N__DO_ITEMS, Q3N__DO_ITEM_LIST,
+    Q3N__DO_KEYS, Q3N__DO_VALUES, Q3N__DO_GET,
+    /* the rest */ Q3N__DO_LENGTH, Q3N__DO_DEFAULT, Q3N__DO_INT, Q3N__DO_FLOAT, Q3N__DO_TOJSON,
+    Q3N__DO_CYCLE, Q3N__DO_RANGE, Q3N__DO_DICT, Q3N__DO_NAMESPACE, Q3N__DO_RAISE, Q3N__DO_STRFTIME,
+    /* those that apply others */ Q3N__DO_MAP, Q3N__DO_SELECT, Q3N__DO_REJECT, Q3N__DO_SELECTATTR,
+    Q3N__DO_REJECTATTR
+} q3n__do;
+
+typedef struct {
+    uint8_t     where, min, what;       /* what: q3n__do */
+    const char *names, *params;
+} q3n__builtin;
+
+#define Q3N__BUILTIN_LIST(X)                                                                      \
+    X(FILTER, 0, CAPITALIZE, "capitalize", "") X(FILTER, 0, LENGTH, "count length", "")           \
+    X(FILTER, 0, DEFAULT, "d default", "default_value boolean")                                   \
+    X(FILTER, 0, DICTSORT, "dictsort", "case_sensitive by reverse")                               \
+    X(FILTER, 0, FIRST, "first", "") X(FILTER, 0, FLOAT, "float", "default")                      \
+    X(FILTER, 0, INDENT, "indent", "width first blank")                                           \
+    X(FILTER, 0, INT, "int", "default base") X(FILTER, 0, ITEMS, "items", "")                     \
+    X(FILTER, 0, JOIN, "join", "d attribute") X(FILTER, 0, LAST, "last", "")                      \
+    X(FILTER, 0, LIST, "list", "") X(FILTER, 0, LOWER, "lower", "")                               \
+    X(FILTER, 0, MAP, "map", "*") X(FILTER, 0, REJECT, "reject", "*")                             \
+    X(FILTER, 1, REJECTATTR, "rejectattr", "*")                                                   \
+    X(FILTER, 2, REPLACE, "replace", "old new count") X(FILTER, 0, REVERSE, "reverse", "")        \
+    X(FILTER, 0, STRING, "safe string", "") X(FILTER, 0, SELECT, "select", "*")                   \
+    X(FILTER, 1, SELECTATTR, "selectattr", "*")                                                   \
+    X(FILTER, 0, SORT, "sort", "reverse case_sensitive attribute")                                \
+    X(FILTER, 0, TITLE, "title", "")                                                              \
+    X(FILTER, 0, TOJSON, "tojson", "ensure_ascii indent separators sort_keys")                    \
+    X(FILTER, 0, STRIP, "trim", "chars") X(FILTER, 0, UPPER, "upper", "")                         \
+    X(TEST, 0, BOOLEAN, "boolean", "") X(TEST, 0, CALLABLE, "callable", "")                       \
+    X(TEST, 0, DEFINED, "defined", "") X(TEST, 1, DIVISIBLE, "divisibleby", "num")                \
+    X(TEST, 1, EQ, "eq equalto ==", "other") X(TEST, 0, EVEN, "even", "")                         \
+    X(TEST, 0, FALSE, "false", "") X(TEST, 0, REAL, "float", "")                                  \
+    X(TEST, 1, GE, "ge >=", "other") X(TEST, 1, GT, "gt greaterthan >", "other")                  \
+    X(TEST, 1, IN, "in", "seq") X(TEST, 0, INTEGER, "integer", "")                                \
+    X(TEST, 0, ITERABLE, "iterable", "") X(TEST, 1, LE, "le <=", "other")                         \
+    X(TEST, 1, LT, "lt lessthan <", "other") X(TEST, 0, MAPPING, "mapping", "")                   \
+    X(TEST, 1, NE, "ne !=", "other") X(TEST, 0, NONE, "none", "")                                 \
+    X(TEST, 0, NUMBER, "number", "") X(TEST, 0, ODD, "odd", "")                                   \
+    X(TEST, 1, SAMEAS, "sameas", "other") X(TEST, 0, SEQUENCE, "sequence", "")                    \
+    X(TEST, 0, IS_STRING, "string", "") X(TEST, 0, TRUE, "true", "")                              \
+    X(TEST, 0, UNDEFINED, "undefined", "") X(GLOBAL, 0, DICT, "dict", "*")                        \
+    X(GLOBAL, 0, NAMESPACE, "namespace", "*") X(GLOBAL, 1, RAISE, "raise_exception", "message")   \
+    X(GLOBAL, 1, RANGE, "range", "start stop step")                                               \
+    X(GLOBAL, 1, STRFTIME, "strftime_now", "format")                                              \
+    X(OF_STRING, 0, CAPITALIZE, "capitalize", "") X(OF_STRING, 1, COUNT, "count", "sub")          \
+    X(OF_STRING, 1, ENDSWITH, "endswith", "suffix") X(OF_STRING, 1, FIND, "find", "sub")          \
+    X(OF_STRING, 1, INDEX, "index", "sub") X(OF_STRING, 1, JOIN_OF, "join", "iterable")           \
+    X(OF_STRING, 0, LOWER, "lower", "") X(OF_STRING, 0, LSTRIP, "lstrip", "chars")                \
+    X(OF_STRING, 1, REMOVEPREFIX, "removeprefix", "prefix")                                       \
+    X(OF_STRING, 1, REMOVESUFFIX, "removesuffix", "suffix")                                       \
+    X(OF_STRING, 2, REPLACE, "replace", "old new count") X(OF_STRING, 1, RFIND, "rfind", "sub")   \
+    X(OF_STRING, 0, RSPLIT, "rsplit", "sep maxsplit")                                             \
+    X(OF_STRING, 0, RSTRIP, "rstrip", "chars") X(OF_STRING, 0, SPLIT, "split", "sep maxsplit")    \
+    X(OF_STRING, 1, STARTSWITH, "startswith", "prefix")                                           \
+    X(OF_STRING, 0, STRIP, "strip", "chars") X(OF_STRING, 0, UPPER, "upper", "")                  \
+    X(OF_MAP, 1, GET, "get", "key default") X(OF_MAP, 0, ITEM_LIST, "items", "")                  \
+    X(OF_MAP, 0, KEYS, "keys", "") X(OF_MAP, 0, VALUES, "values", "")                             \
+    X(OF_LOOP, 1, CYCLE, "cycle", "*")
+
+static const q3n__builtin q3n__builtins[] = {
+#define Q3N__X(where, min, what, names, params) \
+    { Q3N__##where, min, Q3N__DO_##what, names, params },
+    Q3N__BUILTIN_LIST(Q3N__X)
+#undef Q3N__X
+};
+#define Q3N__N_BUILTINS ((int32_t)(sizeof q3n__builtins / sizeof *q3n__builtins))
+
+/* Whether a word is one of words, which blanks separate. */
+static int q3n__has_word(const char *words, const uint8_t *word, size_t n)
+{
+    for (size_t len; *words; words += len + (words[len] == ' ')) {
+        len = strcspn(words, " ");
+        if (len == n && memcmp(words, word, n) == 0) return 1;
+    }
+    return 0;
+}
+
+/* The row of that name; -1 = none.  where Q3N__METHOD: of any kind. */
+static int32_t q3n__builtin_row(int where, const uint8_t *name, size_t n)
+{
+    for (int32_t i = 0; i < Q3N__N_BUILTINS; i++) {
+        const q3n__builtin *b = &q3n__builtins[i];
+        if ((where == Q3N__METHOD ? b->where >= where : b->where == where)
+            && q3n__has_word(b->names, name, n)) return i;
+    }
+    return -1;
+}
+
+/* ---- Attributes, items, what can be iterated ---- */
+
+typedef struct q3n__loop {
+    q3n__list   items;
+    size_t      i, kept;            /* i: the item, from 1 on once the loop runs */
+    int         depth;              /* of recursion, from 1 on */
+    int32_t     entry;              /* of a recursive loop; 0 = it is none */
+    struct q3n__scope *scope;       /* in which it stands */
+} q3n__loop;
+
+/* What Jinja calls an undefined value: it prints as nothing, but has no attributes. */
+static q3n__value q3n__undefined(const q3n__text *name)
+{
+    return (q3n__value){ Q3N__V_UNDEFINED, { .s = name ? name : &q3n__no_text } };
+}
+
+/* loop.index and its kin; loop.previtem and loop.nextitem are undefined at the ends. */
+static q3n__value q3n__loop_attr(const q3n__loop *l, const q3n__text *name)
+{
+    static const char *const names[] = { "index", "index0", "revindex", "revindex0", "length",
+                                         "depth", "depth0", "first", "last", "previtem",
+                                         "nextitem" };
+    const int64_t i = (int64_t)l->i, n = (int64_t)l->items.n;
+    const int64_t values[] = { i, i - 1, n - i + 1, n - i, n, l->depth, l->depth - 1 };
+    int k = 0;
+    while (k < 11 && (strlen(names[k]) != name->n || memcmp(names[k], name->p, name->n) != 0)) k++;
+    if (k < 7) return q3n__int(values[k]);
+    if (k < 9) return q3n__bool(k == 7 ? i == 1 : i == n);
+    if (k == 9 && i > 1) return l->items.v[i - 2];
+    if (k == 10 && i < n) return l->items.v[i];
+    return q3n__undefined(name);
+}
+
+/* v.name: a method of that name goes first, as getattr does, so that d.items is never an item. */
+static q3n__value q3n__attr(q3n__script *s, const q3n__value *v, const q3n__text *name)
+{
+    const q3n__value key = { Q3N__V_STRING, { .s = name } };
+    if (v->kind == Q3N__V_UNDEFINED || v->kind == Q3N__V_MISSING) {
+        q3n__err(s, "'%.*s' is undefined: it has no attribute '%.*s'",
+                 (int)v->u.s->n, v->u.s->p, (int)name->n, name->p);
+        return q3n__undefined(name);
+    }
+    const int kind = v->kind == Q3N__V_TUPLE ? Q3N__V_LIST : (int)v->kind;
+    const int32_t row = q3n__builtin_row(Q3N__METHOD + kind, name->p, name->n);
+    if (row >= 0) return (q3n__value){ Q3N__V_METHOD, { .i = row } };
+    if (v->kind == Q3N__V_LOOP) return q3n__loop_attr(v->u.loop, name);
+    if (v->kind != Q3N__V_MAP && v->kind != Q3N__V_NAMESPACE) return q3n__undefined(name);
+    if (v->kind == Q3N__V_NAMESPACE) q3n__pay(s, v->u.map->n);
+    const q3n__value *found = q3n__map_find(v->u.map, &key);
+    return found ? *found : q3n__undefined(name);
+}
+
+/* What can be looked up in a map; other keys are in none. */
+static int q3n__is_key(const q3n__value *v)
+{
+    return v->kind == Q3N__V_STRING || v->kind == Q3N__V_INT || v->kind == Q3N__V_BOOL
+        || v->kind == Q3N__V_NONE;
+}
+
+/* Where character i begins, from the end if i < 0; t->n if it is not there. */
+static size_t q3n__char_place(q3n__script *s, const q3n__text *t, int64_t i)
+{
+    const int64_t n = (int64_t)q3n__count_chars(s, t);
+    size_t at = 0;
+    if (i < 0) i += n;
+    if (i < 0 || i >= n) return t->n;
+    for (; i > 0; i--) at += q3n__char_bytes(t, at);
+    return at;
+}
+
+/* v[key]; what is not there is undefined, an attribute is found too. */
+static q3n__value q3n__subscript(q3n__script *s, const q3n__value *v, const q3n__value *key)
+{
+    if (v->kind == Q3N__V_MAP && q3n__is_key(key)) {
+        const q3n__value *found = q3n__map_find(v->u.map, key);
+        if (found) return *found;
+    }
+    if (key->kind == Q3N__V_INT && q3n__is_sequence(v)) {
+        const int64_t n = (int64_t)v->u.list->n, i = key->u.i < 0 ? key->u.i + n : key->u.i;
+        if (i >= 0 && i < n) return v->u.list->v[i];
+    }
+    if (key->kind == Q3N__V_INT && v->kind == Q3N__V_STRING) {
+        const size_t at = q3n__char_place(s, v->u.s, key->u.i);
+        if (at < v->u.s->n) return q3n__part(s, v->u.s, at, q3n__char_bytes(v->u.s, at));
+    }
+    const int nothing = v->kind == Q3N__V_UNDEFINED;
+    if (nothing || (key->kind == Q3N__V_STRING && v->kind != Q3N__V_MAP))
+        return q3n__attr(s, v, q3n__text_of(s, key));
+    return q3n__undefined(q3n__text_of(s, key));
+}
+
+/* v[from:to:step], as Python has it; a bound that is not given is NONE.  Of n items these are
+ * meant, with negative bounds counted from the end and all bounds brought into the range:
+ *
+ *     step > 0    from, from + step, ...  below to      default 0 and n,      range 0 .. n
+ *     step < 0    from, from + step, ...  above to      default n - 1 and -1, range -1 .. n - 1
+ *
+ * Of a string with a step of 1 nothing is copied. */
+static q3n__value q3n__slice_of(q3n__script *s, const q3n__value *v, const q3n__value bound[3])
+{
+    const int text = v->kind == Q3N__V_STRING;
+    int64_t n = text ? (int64_t)q3n__count_chars(s, v->u.s) : 0, at[2];
+    const int64_t step = bound[2].kind == Q3N__V_INT ? bound[2].u.i : 1;
+    const size_t start = s->n_out, base = s->n_stack;
+    if (!text && !q3n__is_sequence(v)) {
+        if (v->kind == Q3N__V_UNDEFINED && v->u.s->n) q3n__attr(s, v, &q3n__no_text);
+        return q3n__undefined(NULL);
+    }
+    n = text ? n : (int64_t)v->u.list->n;
+    if (step == 0) q3n__err(s, "a slice with a step of 0");
+    const int64_t low = step > 0 ? 0 : -1, high = step > 0 ? n : n - 1;
+    for (int i = 0; i < 2; i++) {
+        if (bound[i].kind != Q3N__V_INT && bound[i].kind != Q3N__V_NONE)
+            q3n__err(s, "a bound of a slice is a %s", q3n__kind_names[bound[i].kind]);
+        at[i] = (i == 0) == (step > 0) ? low : high;
+        if (bound[i].kind != Q3N__V_INT) continue;
+        at[i] = bound[i].u.i < 0 ? bound[i].u.i + n : bound[i].u.i;
+        if (at[i] < low) at[i] = low;
+        if (at[i] > high) at[i] = high;
+    }
+    if (s->result != Q3N_OK) return q3n__undefined(NULL);
+    if (text && step == 1) {
+        const size_t from = q3n__char_place(s, v->u.s, at[0]);
+        const size_t to = at[1] == n ? v->u.s->n : q3n__char_place(s, v->u.s, at[1]);
+        return q3n__part(s, v->u.s, from, from < to ? to - from : 0);
+    }
+    while ((step > 0 ? at[0] < at[1] : at[0] > at[1]) && q3n__pay(s, 1)) {
+        if (text) {
+            const size_t from = q3n__char_place(s, v->u.s, at[0]);
+            q3n__put_part(s, v->u.s, from, q3n__char_bytes(v->u.s, from));
+        } else {
+            q3n__push(s, v->u.list->v[at[0]]);
+        }
+        if (step > 0 ? step >= at[1] - at[0] : step <= at[1] - at[0]) break;
+        at[0] += step;
+    }
+    return text ? q3n__taken(s, start) : q3n__make_list(s, v->kind, s->n_stack - base);
+}
+
+/* The items of what can be iterated.  A stream has none afterwards. */
+static q3n__list q3n__iterate(q3n__script *s, const q3n__value *v)
+{
+    const size_t base = s->n_stack;
+    q3n__list items = { NULL, 0 };
+    switch (v->kind) {
+    case Q3N__V_UNDEFINED: break;
+    case Q3N__V_LIST: case Q3N__V_TUPLE: items = *v->u.list; break;
+    case Q3N__V_STREAM:
+        items = *v->u.list;
+        v->u.list->n = 0;
+        break;
+    case Q3N__V_MAP:
+        for (size_t i = 0; i < v->u.map->n; i++) q3n__push(s, v->u.map->pairs[2 * i]);
+        break;
+    case Q3N__V_STRING:
+        for (size_t i = 0; i < v->u.s->n; i += q3n__char_bytes(v->u.s, i))
+            q3n__push(s, q3n__part(s, v->u.s, i, q3n__char_bytes(v->u.s, i)));
+        break;
+    default:
+        q3n__err(s, "a %s cannot be iterated", q3n__kind_names[v->kind]);
+    }
+    if (s->n_stack > base) {
+        const q3n__value made = q3n__make_list(s, Q3N__V_LIST, s->n_stack - base);
+        if (made.kind == Q3N__V_LIST) items = *made.u.list;
+    }
+    q3n__pay(s, items.n);
+    return s->result == Q3N_OK ? items : (q3n__list){ NULL, 0 };
+}
+
+/* x in v. */
+static int q3n__contains(q3n__script *s, const q3n__value *v, const q3n__value *x)
+{
+    if (v->kind == Q3N__V_STRING) {
+        if (x->kind != Q3N__V_STRING)
+            return q3n__err(s, "'in' of a string takes a string, not a %s",
+                            q3n__kind_names[x->kind]);
+        return q3n__find(s, v->u.s, x->u.s, 0, 0) <= v->u.s->n;
+    }
+    if (v->kind == Q3N__V_MAP) return q3n__is_key(x) && q3n__map_find(v->u.map, x) != NULL;
+    const q3n__list items = q3n__iterate(s, v);
+    for (size_t i = 0; i < items.n; i++)
+        if (q3n__equal(s, &items.v[i], x, 0)) return 1;
+    return 0;
+}
+
+/* "a.b.0" of v, as filters take it in their parameter attribute; MISSING = v itself. */
+static q3n__value q3n__path(q3n__script *s, q3n__value v, const q3n__value *path)
+{
+    if (path->kind == Q3N__V_INT) return q3n__subscript(s, &v, path);
+    if (path->kind != Q3N__V_STRING) return v;
+    const q3n__text *t = path->u.s;
+    for (size_t i = 0, end; i <= t->n && s->result == Q3N_OK; i = end + 1) {
+        int64_t x = 0;
+        int number = 1;
+        for (end = i; end < t->n && t->p[end] != '.'; end++) {
+            number &= t->p[end] >= '0' && t->p[end] <= '9' && end - i < 9;
+            x = 10 * (x % 1000000000) + t->p[end] - '0';
+        }
+        const q3n__value key = number && end > i ? q3n__int(x) : q3n__part(s, t, i, end - i);
+        v = q3n__subscript(s, &v, &key);
+    }
+    return v;
+}
+
+/* ---- Operators ---- */
+
+/* An operator that these kinds do not have: an undefined value is named. */
+static q3n__value q3n__no_operator(q3n__script *s, const char *op, const q3n__value *a,
+                                   const q3n__value *b)
+{
+    const q3n__value *bad = a->kind == Q3N__V_UNDEFINED ? a : b;
+    if (bad->kind == Q3N__V_UNDEFINED)
+        q3n__err(s, "'%.*s' is undefined", (int)bad->u.s->n, bad->u.s->p);
+    q3n__err(s, "'%s' of a %s and a %s", op, q3n__kind_names[a->kind],
+             q3n__kind_names[b->kind]);
+    return q3n__plain(Q3N__V_NONE);
+}
+
+/* + - * / (true division: 't') // ('/') % ** ('^').  Division rounds down, as Python's. */
+static q3n__value q3n__number_operator(q3n__script *s, char op, const q3n__value *a,
+                                       const q3n__value *b)
+{
+    const double x = q3n__as_real(s, a), y = q3n__as_real(s, b);
+    const int divides = op == 't' || op == '/' || op == '%';
+    const double made = op == '+' ? x + y : op == '-' ? x - y : op == '*' ? x * y
+                      : op == '^' ? pow(x, y) : y == 0.0 ? 0.0 : op == 't' ? x / y : floor(x / y);
+    if (divides && y == 0.0) q3n__err(s, "division by zero");
+    if (a->kind == Q3N__V_REAL || b->kind == Q3N__V_REAL || op == 't' || (op == '^' && y < 0.0))
+        return q3n__real(op == '%' ? x - made * y : made);
+    if (a->kind == Q3N__V_BIG || b->kind == Q3N__V_BIG || fabs(made) > (op == '^' ? 9e15 : 9.2e18))
+        q3n__err(s, "integers of more than 64 bits are only printed");
+    if (s->result != Q3N_OK) return q3n__int(0);
+    const int64_t i = a->u.i, k = b->u.i;
+    if (!divides)
+        return q3n__int(op == '+' ? i + k : op == '-' ? i - k : op == '*' ? i * k : (int64_t)made);
+    const int64_t down = i / k - (i % k != 0 && (i < 0) != (k < 0));
+    return q3n__int(op == '/' ? down : i - down * k);
+}
+
+/* v * n of a string or a list. */
+static q3n__value q3n__repeat(q3n__script *s, const q3n__value *v, int64_t n)
+{
+    const size_t start = s->n_out, base = s->n_stack;
+    for (; n > 0 && q3n__pay(s, 1); n--) {
+        if (v->kind == Q3N__V_STRING) q3n__put_text(s, v->u.s);
+        else for (size_t i = 0; i < v->u.list->n && q3n__pay(s, 1); i++)
+            q3n__push(s, v->u.list->v[i]);
+    }
+    return v->kind == Q3N__V_STRING ? q3n__taken(s, start)
+                                    : q3n__make_list(s, v->kind, s->n_stack - base);
+}
+
+/* a op b: '~' joins what str() gives, '+' strings, lists and numbers. */
+static q3n__value q3n__operator(q3n__script *s, char op, const q3n__value *a, const q3n__value *b)
+{
+    const size_t start = s->n_out;
+    const char name[3] = { op == 't' ? '/' : op == '^' ? '*' : op,
+                           op == '/' ? '/' : op == '^' ? '*' : 0, 0 };
+    if (op == '~' || (op == '+' && a->kind == Q3N__V_STRING && b->kind == Q3N__V_STRING)) {
+        q3n__put_str_of(s, a);
+        q3n__put_str_of(s, b);
+        return q3n__taken(s, start);
+    }
+    if (q3n__is_number(a) && q3n__is_number(b)) return q3n__number_operator(s, op, a, b);
+    if (op == '+' && q3n__is_sequence(a) && a->kind == b->kind) {
+        const q3n__list *const both[2] = { a->u.list, b->u.list };
+        const size_t base = s->n_stack;
+        for (int k = 0; k < 2; k++)
+            for (size_t i = 0; i < both[k]->n && q3n__pay(s, 1); i++) q3n__push(s, both[k]->v[i]);
+        return q3n__make_list(s, a->kind, s->n_stack - base);
+    }
+    if (op == '*' && (a->kind == Q3N__V_STRING || q3n__is_sequence(a)) && b->kind == Q3N__V_INT)
+        return q3n__repeat(s, a, b->u.i);
+    if (op == '*' && (b->kind == Q3N__V_STRING || q3n__is_sequence(b)) && a->kind == Q3N__V_INT)
+        return q3n__repeat(s, b, a->u.i);
+    return q3n__no_operator(s, name, a, b);
+}
+
+/* ---- Arguments ---- */
+
+typedef struct {
+    q3n__value v[8];                /* the value itself, then the parameters; MISSING = not given */
+    size_t     base;                /* on the stack: arguments by place, ... */
+    int        n, n_named;          /* ... then names and values by turns */
+} q3n__args;
+
+/* Distribute n values and n_named pairs from s->stack[base] on to the parameters of a row. */
+static int q3n__bind_args(q3n__script *s, const q3n__builtin *b, q3n__args *x)
+{
+    int count = 0;
+    if (b->params[0] == '*') return x->n >= b->min;
+    for (const char *p = b->params; *p; count++) {
+        const size_t len = strcspn(p, " ");
+        if (count < x->n) x->v[1 + count] = s->stack[x->base + (size_t)count];
+        for (int i = 0; i < x->n_named; i++) {
+            const q3n__value *pair = &s->stack[x->base + (size_t)(x->n + 2 * i)];
+            if (pair->u.s->n == len && memcmp(pair->u.s->p, p, len) == 0) x->v[1 + count] = pair[1];
+        }
+        p += len + (p[len] == ' ');
+    }
+    if (x->n > count) q3n__err(s, "%s takes %d arguments", b->names, count);
+    for (int i = 1; i <= b->min; i++)
+        if (x->v[i].kind == Q3N__V_MISSING)
+            q3n__err(s, "%s needs %d arguments", b->names, b->min);
+    return s->result == Q3N_OK;
+}
+
+/* Parameter i as an integer or as text; what it is when it was not given. */
+static int64_t q3n__arg_int(q3n__script *s, const q3n__args *x, int i, int64_t missing)
+{
+    if (x->v[i].kind == Q3N__V_INT || x->v[i].kind == Q3N__V_BOOL) return x->v[i].u.i;
+    if (x->v[i].kind != Q3N__V_MISSING && x->v[i].kind != Q3N__V_NONE)
+        q3n__err(s, "a %s as an integer", q3n__kind_names[x->v[i].kind]);
+    return missing;
+}
+
+static const q3n__text *q3n__arg_text(q3n__script *s, const q3n__args *x, int i,
+                                      const q3n__text *missing)
+{
+    if (x->v[i].kind == Q3N__V_STRING) return x->v[i].u.s;
+    if (x->v[i].kind != Q3N__V_MISSING && x->v[i].kind != Q3N__V_NONE)
+        q3n__err(s, "a %s as a string", q3n__kind_names[x->v[i].kind]);
+    return missing;
+}
+
+/* ---- Functions on text ---- */
+
+/* What lies between separators, at most max cuts (negative = all), from the right if `right`:
+ *
+ *     "a,,b"  ","      "a" "" "b"           " a  b " NULL        "a" "b"
+ *     ""      ","      ""                   ""       NULL        nothing
+ *     "a,b,c" ",", 1   "a" "b,c"            from the right       "a,b" "c"
+ *
+ * A separator that is NULL stands for runs of blanks, of which those at the ends count for nothing.
+ *
+ * The pieces are parts of t, with its marks: nothing is copied.  From the right they come in the
+ * wrong order and are turned round at the end. */
+static q3n__value q3n__split(q3n__script *s, const q3n__text *t, const q3n__text *sep, int64_t max,
+                             int right)
+{
+    const size_t base = s->n_stack;
+    size_t begin = 0, end = t->n;
+    if (sep && sep->n == 0) q3n__err(s, "split: an empty separator");
+    if (max < 0) max = INT64_MAX;
+    while (s->result == Q3N_OK) {
+        if (!sep) {
+            const q3n__value rest = q3n__part(s, t, begin, end - begin);
+            const q3n__text *left = q3n__strip(s, rest.u.s, NULL, right ? 2 : 1).u.s;
+            if (right) end = begin + left->n;
+            else       begin = end - left->n;
+            if (begin == end) break;
+        }
+        const q3n__text *rest = q3n__part(s, t, begin, end - begin).u.s;
+        size_t at = rest->n + 1, next = 0, wide = sep ? sep->n : 0;
+        if (max > 0 && sep) {
+            at = q3n__find(s, rest, sep, 0, right);
+        } else if (max > 0) {
+            for (size_t i = 0; i < rest->n && q3n__pay(s, 1) && (right || at > rest->n); i = next)
+                if (q3n__is_blank(q3n__char_of(rest, i, &next))) { at = i; wide = next - i; }
+        }
+        const int cut = at <= rest->n;
+        q3n__push(s, right && cut ? q3n__part(s, rest, at + wide, rest->n - at - wide)
+                                  : q3n__part(s, rest, 0, cut ? at : rest->n));
+        if (!cut) break;
+        if (right) end = begin + at;
+        else       begin += at + wide;
+        max--;
+    }
+    const q3n__value list = q3n__make_list(s, Q3N__V_LIST, s->n_stack - base);
+    for (size_t i = 0; right && list.kind == Q3N__V_LIST && i < list.u.list->n / 2; i++) {
+        const q3n__value first = list.u.list->v[i];
+        list.u.list->v[i] = list.u.list->v[list.u.list->n - 1 - i];
+        list.u.list->v[list.u.list->n - 1 - i] = first;
+    }
+    return list;
+}
+
+/* str.replace: an empty `old` is found before every character and at the end. */
+static q3n__value q3n__replace(q3n__script *s, const q3n__text *t, const q3n__text *old,
+                               const q3n__text *new, int64_t count)
+{
+    const size_t start = s->n_out;
+    size_t from = 0;
+    for (; count != 0 && s->result == Q3N_OK; count--) {
+        const size_t at = q3n__find(s, t, old, from, 0);
+        if (at > t->n) break;
+        q3n__put_part(s, t, from, at - from);
+        q3n__put_text(s, new);
+        from = at + old->n;
+        if (old->n > 0) continue;
+        if (at == t->n) break;
+        from += q3n__char_bytes(t, at);
+        q3n__put_part(s, t, at, from - at);
+    }
+    q3n__put_part(s, t, from, t->n - from);
+    return q3n__taken(s, start);
+}
+
+/* Every line but the first, and but blank ones, moves to the right. */
+static q3n__value q3n__indent(q3n__script *s, const q3n__text *t, const q3n__args *x)
+{
+    const size_t start = s->n_out;
+    const int first = q3n__truth(&x->v[2]), blank = q3n__truth(&x->v[3]);
+    for (size_t i = 0, end; i <= t->n && q3n__pay(s, 1); i = end + 1) {
+        for (end = i; end < t->n && t->p[end] != '\n'; end++) {}
+        if ((i > 0 || first) && (end > i || (blank && i < t->n) || (i == 0 && first))) {
+            if (x->v[1].kind == Q3N__V_STRING) q3n__put_text(s, x->v[1].u.s);
+            else for (int64_t n = q3n__arg_int(s, x, 1, 4); n > 0 && q3n__pay(s, 1); n--)
+                q3n__put_str(s, " ");
+        }
+        q3n__put_part(s, t, i, end + (end < t->n) - i);
+    }
+    return q3n__taken(s, start);
+}
+
+/* t begins (or ends) with x, or with one of a tuple. */
+static int q3n__begins(q3n__script *s, const q3n__text *t, const q3n__value *x, int ends)
+{
+    if (x->kind == Q3N__V_TUPLE) {
+        for (size_t i = 0; i < x->u.list->n && q3n__pay(s, 1); i++)
+            if (x->u.list->v[i].kind == Q3N__V_STRING && q3n__begins(s, t, &x->u.list->v[i], ends))
+                return 1;
+        return 0;
+    }
+    if (x->kind != Q3N__V_STRING)
+        return q3n__err(s, "a %s as a string", q3n__kind_names[x->kind]);
+    const q3n__text *part = x->u.s;
+    return part->n <= t->n && memcmp(t->p + (ends ? t->n - part->n : 0), part->p, part->n) == 0;
+}
+
+/* What is done to a string; of a filter's value what str() gives. */
+static q3n__value q3n__apply_text(q3n__script *s, int what, const q3n__args *x)
+{
+    const q3n__text *t = q3n__text_of(s, &x->v[0]);
+    const q3n__text *a = NULL;
+    size_t at;
+    if (what != Q3N__DO_STARTSWITH && what != Q3N__DO_ENDSWITH && x->v[1].kind == Q3N__V_STRING)
+        a = x->v[1].u.s;
+    switch (what) {
+    case Q3N__DO_UPPER:       return q3n__cased(s, t, Q3N__UPPER);
+    case Q3N__DO_LOWER:       return q3n__cased(s, t, Q3N__LOWER);
+    case Q3N__DO_CAPITALIZE:  return q3n__cased(s, t, Q3N__CAPITAL);
+    case Q3N__DO_STRIP:       return q3n__strip(s, t, q3n__arg_text(s, x, 1, NULL), 3);
+    case Q3N__DO_LSTRIP:      return q3n__strip(s, t, q3n__arg_text(s, x, 1, NULL), 1);
+    case Q3N__DO_RSTRIP:      return q3n__strip(s, t, q3n__arg_text(s, x, 1, NULL), 2);
+    case Q3N__DO_SPLIT: case Q3N__DO_RSPLIT:
+        return q3n__split(s, t, q3n__arg_text(s, x, 1, NULL), q3n__arg_int(s, x, 2, -1),
+                          what == Q3N__DO_RSPLIT);
+    case Q3N__DO_STARTSWITH:  return q3n__bool(q3n__begins(s, t, &x->v[1], 0));
+    case Q3N__DO_ENDSWITH:    return q3n__bool(q3n__begins(s, t, &x->v[1], 1));
+    case Q3N__DO_REPLACE:
+        return q3n__replace(s, t, q3n__text_of(s, &x->v[1]), q3n__text_of(s, &x->v[2]),
+                            q3n__arg_int(s, x, 3, -1));
+    case Q3N__DO_FIND: case Q3N__DO_RFIND: case Q3N__DO_INDEX:
+        at = q3n__find(s, t, q3n__arg_text(s, x, 1, &q3n__no_text), 0, what == Q3N__DO_RFIND);
+        if (at > t->n && what == Q3N__DO_INDEX) q3n__err(s, "index: not found");
+        if (at > t->n) return q3n__int(-1);
+        return q3n__int((int64_t)q3n__count_chars(s, q3n__part(s, t, 0, at).u.s));
+    case Q3N__DO_COUNT: {
+        int64_t n = 0;
+        a = q3n__arg_text(s, x, 1, &q3n__no_text);
+        if (a->n == 0) return q3n__int((int64_t)q3n__count_chars(s, t) + 1);
+        for (at = 0; (at = q3n__find(s, t, a, at, 0)) <= t->n; at += a->n) n++;
+        return q3n__int(n);
+    }
+    case Q3N__DO_REMOVEPREFIX:
+        at = q3n__begins(s, t, &x->v[1], 0) ? a->n : 0;
+        return q3n__part(s, t, at, t->n - at);
+    case Q3N__DO_REMOVESUFFIX:
+        return q3n__part(s, t, 0, t->n - (q3n__begins(s, t, &x->v[1], 1) ? a->n : 0));
+    case Q3N__DO_INDENT:    return q3n__indent(s, t, x);
+    case Q3N__DO_STRING:    return q3n__part(s, t, 0, t->n);
+    default: return q3n__cased(s, t, Q3N__TITLE);
+    }
+}
+
+/* ---- Tests ---- */
+
+/* `is` something, and the operators that compare. */
+static int q3n__apply_test(q3n__script *s, int what, const q3n__value *v, const q3n__value *other)
+{
+    const q3n__kind k = v->kind;
+    const int whole = k == Q3N__V_INT || k == Q3N__V_BOOL;
+    int order;
+    switch (what) {
+    case Q3N__DO_DEFINED:   return k != Q3N__V_UNDEFINED;
+    case Q3N__DO_UNDEFINED: return k == Q3N__V_UNDEFINED;
+    case Q3N__DO_NONE:      return k == Q3N__V_NONE;
+    case Q3N__DO_BOOLEAN:   return k == Q3N__V_BOOL;
+    case Q3N__DO_TRUE:      return k == Q3N__V_BOOL && v->u.i;
+    case Q3N__DO_FALSE:     return k == Q3N__V_BOOL && !v->u.i;
+    case Q3N__DO_INTEGER:   return k == Q3N__V_INT || k == Q3N__V_BIG;
+    case Q3N__DO_REAL:      return k == Q3N__V_REAL;
+    case Q3N__DO_NUMBER:    return q3n__is_number(v);
+    case Q3N__DO_IS_STRING: return k == Q3N__V_STRING;
+    case Q3N__DO_MAPPING:   return k == Q3N__V_MAP;
+    case Q3N__DO_ITERABLE:
+        return k == Q3N__V_UNDEFINED || (k >= Q3N__V_STRING && k <= Q3N__V_MAP) || k == Q3N__V_LOOP;
+    case Q3N__DO_SEQUENCE:
+        return k == Q3N__V_UNDEFINED || k == Q3N__V_STRING || k == Q3N__V_MAP
+            || q3n__is_sequence(v);
+    case Q3N__DO_CALLABLE:
+        return k == Q3N__V_MACRO || k == Q3N__V_METHOD || k == Q3N__V_FUNCTION || k == Q3N__V_LOOP;
+    case Q3N__DO_EQ:     return q3n__equal(s, v, other, 0);
+    case Q3N__DO_NE:     return !q3n__equal(s, v, other, 0);
+    case Q3N__DO_LT:     return q3n__order(s, v, other, 0) == -1;
+    case Q3N__DO_GT:     return q3n__order(s, v, other, 0) == 1;
+    case Q3N__DO_LE:     return q3n__order(s, v, other, 0) <= 0;
+    case Q3N__DO_GE:     order = q3n__order(s, v, other, 0); return order == 0 || order == 1;
+    case Q3N__DO_IN:     return q3n__contains(s, other, v);
+    case Q3N__DO_SAMEAS:
+        return k == other->kind && (k < Q3N__V_STRING ? q3n__equal(s, v, other, 0)
+                                                      : v->u.s == other->u.s);
+    default: break;
+    }
+    if (!whole || (other->kind != Q3N__V_INT && what == Q3N__DO_DIVISIBLE)
+        || (what == Q3N__DO_DIVISIBLE && other->u.i == 0))
+        return q3n__err(s, "a test of numbers of a %s", q3n__kind_names[k]);
+    if (what == Q3N__DO_DIVISIBLE) return other->u.i == -1 || v->u.i % other->u.i == 0;
+    return (v->u.i % 2 == 0) == (what == Q3N__DO_EVEN);
+}
+
+/* ---- Functions on lists and maps ---- */
+
+/* An item that is sorted, by its key; equal keys in the order in which they came. */
+typedef struct {
+    q3n__script *s;
+    q3n__value   key, item;
+    size_t       i;
+    int          reverse;
+} q3n__sorted;
+
+/* Stable: equal keys stay in their order, also in reverse. */
+static int q3n__compare_sorted(const void *a, const void *b)
+{
+    const q3n__sorted *x = (const q3n__sorted *)a, *y = (const q3n__sorted *)b;
+    const int c = q3n__order(x->s, &x->key, &y->key, 0);
+    return c == 1 || c == -1 ? x->reverse ? -c : c : (x->i > y->i) - (x->i < y->i);
+}
+
+/* Jinja compares texts without regard to case unless it is told otherwise, and Python sorts stably.
+ * What an item is compared by: an attribute, in small letters unless case counts. */
+static q3n__value q3n__key_of(q3n__script *s, q3n__value item, const q3n__value *attribute,
+                              int case_counts)
+{
+    const q3n__value key = q3n__path(s, item, attribute);
+    return key.kind == Q3N__V_STRING && !case_counts ? q3n__cased(s, key.u.s, Q3N__LOWER) : key;
+}
+
+/* [items.n] sorted, in the region; NULL = none or an error. */
+static q3n__sorted *q3n__sort_items(q3n__script *s, q3n__list items, const q3n__value *attribute,
+                                    int case_counts, int reverse)
+{
+    q3n__sorted *x = (q3n__sorted *)q3n__take(s, items.n, sizeof *x);
+    for (size_t i = 0; x && i < items.n; i++)
+        x[i] = (q3n__sorted){ s, q3n__key_of(s, items.v[i], attribute, case_counts), items.v[i], i,
+                              reverse };
+    if (x && s->result == Q3N_OK) q3n__sort(x, items.n, sizeof *x, q3n__compare_sorted);
+    return s->result == Q3N_OK && items.n ? x : NULL;
+}
+
+/* The items as a list; x as sort_items gave it. */
+static q3n__value q3n__sorted_list(q3n__script *s, q3n__list items, const q3n__sorted *x)
+{
+    for (size_t i = 0; x && i < items.n; i++) q3n__push(s, x[i].item);
+    return q3n__make_list(s, Q3N__V_LIST, x ? items.n : 0);
+}
+
+/* Keys (1), values (2) or both as pairs (3) of a map. */
+static q3n__value q3n__pairs(q3n__script *s, const q3n__value *v, int which, q3n__kind kind)
+{
+    if (v->kind == Q3N__V_UNDEFINED) return q3n__make_list(s, kind, 0);
+    if (v->kind != Q3N__V_MAP) {
+        q3n__err(s, "items of a %s", q3n__kind_names[v->kind]);
+        return q3n__plain(Q3N__V_NONE);
+    }
+    for (size_t i = 0; i < v->u.map->n && q3n__pay(s, 1); i++) {
+        for (int k = 0; k < 2; k++)
+            if (which & (1 << k)) q3n__push(s, v->u.map->pairs[2 * i + (size_t)k]);
+        if (which == 3) q3n__push(s, q3n__make_list(s, Q3N__V_TUPLE, 2));
+    }
+    return q3n__make_list(s, kind, s->result == Q3N_OK ? v->u.map->n : 0);
+}
+
+/* strict: str.join, which takes strings only; else the filter, which takes anything. */
+static q3n__value q3n__join(q3n__script *s, q3n__list items, const q3n__text *between,
+                            const q3n__value *attribute, int strict)
+{
+    const size_t start = s->n_out;
+    for (size_t i = 0; i < items.n && q3n__pay(s, 1); i++) {
+        const q3n__value v = q3n__path(s, items.v[i], attribute);
+        if (strict && v.kind != Q3N__V_STRING)
+            q3n__err(s, "join of a %s", q3n__kind_names[v.kind]);
+        if (i) q3n__put_text(s, between);
+        q3n__put_str_of(s, &v);
+    }
+    return q3n__taken(s, start);
+}
+
+/* What is done to what can be iterated, and to maps. */
+static q3n__value q3n__apply_list(q3n__script *s, int what, const q3n__args *x)
+{
+    const q3n__value *v = &x->v[0], *a = &x->v[1];
+    static const q3n__value none = { Q3N__V_MISSING, { 0 } };
+    size_t i = 0;
+    switch (what) {
+    case Q3N__DO_ITEMS:     return q3n__pairs(s, v, 3, Q3N__V_STREAM);
+    case Q3N__DO_ITEM_LIST: return q3n__pairs(s, v, 3, Q3N__V_LIST);
+    case Q3N__DO_KEYS:      return q3n__pairs(s, v, 1, Q3N__V_LIST);
+    case Q3N__DO_VALUES:    return q3n__pairs(s, v, 2, Q3N__V_LIST);
+    case Q3N__DO_GET: {
+        const q3n__value *found = q3n__is_key(a) ? q3n__map_find(v->u.map, a) : NULL;
+        return found ? *found : x->v[2].kind ? x->v[2] : q3n__plain(Q3N__V_NONE);
+    }
+    case Q3N__DO_DICTSORT: {
+        const q3n__text *by = q3n__arg_text(s, x, 2, &q3n__no_text);
+        const q3n__value pairs = q3n__pairs(s, v, 3, Q3N__V_LIST);
+        const q3n__value place = q3n__int(by->n == 5);             /* "value" */
+        if (s->result != Q3N_OK) return pairs;
+        return q3n__sorted_list(s, *pairs.u.list, q3n__sort_items(
+            s, *pairs.u.list, &place, q3n__truth(a), q3n__truth(&x->v[3])));
+    }
+    case Q3N__DO_REVERSE:
+        if (v->kind != Q3N__V_STRING) break;
+        return q3n__slice_of(s, v, (const q3n__value[3]){ q3n__plain(Q3N__V_NONE),
+                          q3n__plain(Q3N__V_NONE), q3n__int(-1) });
+    default: break;
+    }
+    const q3n__list items = q3n__iterate(s, what == Q3N__DO_JOIN_OF ? a : v);
+    switch (what) {
+    case Q3N__DO_FIRST: return items.n ? items.v[0] : q3n__undefined(NULL);
+    case Q3N__DO_LAST:  return items.n ? items.v[items.n - 1] : q3n__undefined(NULL);
+    case Q3N__DO_LIST: case Q3N__DO_REVERSE:
+        for (i = 0; i < items.n; i++)
+            q3n__push(s, items.v[what == Q3N__DO_LIST ? i : items.n - 1 - i]);
+        return q3n__make_list(s, what == Q3N__DO_LIST ? Q3N__V_LIST : Q3N__V_STREAM, items.n);
+    case Q3N__DO_JOIN:
+        return q3n__join(s, items, q3n__text_of(s, a->kind ? a : &(q3n__value){ Q3N__V_STRING,
+                         { .s = &q3n__no_text } }), &x->v[2], 0);
+    case Q3N__DO_JOIN_OF: return q3n__join(s, items, v->u.s, &none, 1);
+    case Q3N__DO_SORT:
+        return q3n__sorted_list(s, items, q3n__sort_items(s, items, &x->v[3], q3n__truth(&x->v[2]),
+                                                          q3n__truth(a)));
+    default: return q3n__plain(Q3N__V_NONE);
+    }
+}
+
+/* ---- The rest ---- */
+
+/* int() and float() of a value; MISSING = it is none, for which the filters have a default.  A text
+ * is read by JSON's grammar, with white space around it, a plus sign and zeros before it allowed:
+ * int of "4.7" is 4, as the filter has it, not an error, as Python has it. */
+static q3n__value q3n__to_number(q3n__script *s, const q3n__value *v, int real)
+{
+    if (v->kind == Q3N__V_UNDEFINED) q3n__no_operator(s, "int", v, v);
+    if (q3n__is_number(v)) {
+        const double x = q3n__as_real(s, v);
+        if (real) return q3n__real(x);
+        if (v->kind == Q3N__V_BIG) return *v;
+        if (v->kind != Q3N__V_REAL) return q3n__int(v->u.i);
+        return x > -9.2e18 && x < 9.2e18 ? q3n__int((int64_t)x) : q3n__plain(Q3N__V_MISSING);
+    }
+    if (v->kind != Q3N__V_STRING) return q3n__plain(Q3N__V_MISSING);
+    const q3n__text *t = q3n__strip(s, v->u.s, NULL, 3).u.s;
+    const size_t plus = t->n > 0 && t->p[0] == '+';
+    q3n__script trial = *s;                       /* JSON's grammar; its errors do not count */
+    q3n__json j = { &trial, "", t->p + plus, t->p + plus, t->p + t->n, 0 };
+    trial.err = NULL;
+    while (j.p + 1 < j.end && j.p[0] == '0' && j.p[1] >= '0' && j.p[1] <= '9') j.p++;
+    const int read = j.p < j.end && q3n__json_is(&j, j.p, "-0123456789") && q3n__json_number(&j)
+                  && j.p == j.end;
+    const q3n__value found = read ? trial.stack[trial.n_stack - 1] : q3n__plain(Q3N__V_MISSING);
+    s->region = trial.region;
+    s->stack = trial.stack;
+    s->stack_room = trial.stack_room;
+    return read && (real || found.kind == Q3N__V_REAL) ? q3n__to_number(s, &found, real) : found;
+}
+
+/* [HF]'s filter: json.dumps with ensure_ascii off and no escapes for HTML. */
+static q3n__value q3n__tojson(q3n__script *s, const q3n__args *x)
+{
+    const size_t start = s->n_out;
+    static const q3n__text comma = { (const uint8_t *)",", NULL, 1, 0 };
+    q3n__style style = { 1, q3n__truth(&x->v[1]), q3n__truth(&x->v[4]),
+                         (int)q3n__arg_int(s, x, 2, -1), &q3n__comma, &q3n__colon };
+    if (style.indent > 64) q3n__err(s, "an indent of %d", style.indent);
+    if (x->v[2].kind == Q3N__V_INT) style.between = &comma;
+    if (q3n__is_sequence(&x->v[3]) && x->v[3].u.list->n == 2) {
+        style.between = q3n__text_of(s, &x->v[3].u.list->v[0]);
+        style.colon = q3n__text_of(s, &x->v[3].u.list->v[1]);
+    }
+    q3n__put_value(s, &x->v[0], &style, 0);
+    return q3n__taken(s, start);
+}
+
+/* range(stop), range(start, stop, step): a list, of as many items as Jinja's sandbox allows. */
+static q3n__value q3n__range(q3n__script *s, const q3n__args *x)
+{
+    const int two = x->v[2].kind != Q3N__V_MISSING;
+    const int64_t start = two ? q3n__arg_int(s, x, 1, 0) : 0, step = q3n__arg_int(s, x, 3, 1);
+    const int64_t stop = q3n__arg_int(s, x, two ? 2 : 1, 0), far = INT64_MAX / 4;
+    const size_t base = s->n_stack;
+    if (step == 0 || start < -far || start > far || stop < -far || stop > far || step < -far
+        || step > far) q3n__err(s, "range: out of range");
+    for (int64_t i = start; s->result == Q3N_OK && (step > 0 ? i < stop : i > stop); i += step) {
+        if (s->n_stack - base == 100000) q3n__err(s, "range: over 100000 items");
+        if (q3n__pay(s, 1)) q3n__push(s, q3n__int(i));
+    }
+    return q3n__make_list(s, Q3N__V_LIST, s->n_stack - base);
+}
+
+/* dict(a=1), namespace(a=1): the pairs are on the stack; of a map before them a copy. */
+static q3n__value q3n__named_map(q3n__script *s, const q3n__args *x, q3n__kind kind)
+{
+    const size_t base = s->n_stack;
+    if (x->n > 1 || (x->n == 1 && s->stack[x->base].kind != Q3N__V_MAP))
+        q3n__err(s, "%s takes a dict and names", q3n__kind_names[kind]);
+    if (s->result != Q3N_OK) return q3n__plain(Q3N__V_NONE);
+    const q3n__map *from = x->n ? s->stack[x->base].u.map : NULL;
+    for (size_t i = 0; from && i < 2 * from->n && q3n__pay(s, 1); i++) q3n__push(s, from->pairs[i]);
+    for (size_t i = 0; i < 2 * (size_t)x->n_named; i++)
+        q3n__push(s, s->stack[x->base + (size_t)x->n + i]);
+    q3n__value made = q3n__make_map(s, kind, (s->n_stack - base) / 2);
+    if (kind == Q3N__V_NAMESPACE && made.kind == kind) made.u.map->sorted = NULL;
+    return made;
+}
+
+/* As C's strftime, which Python calls too.  What a message had in its format stays a message's. */
+static q3n__value q3n__strftime(q3n__script *s, const q3n__text *format)
+{
+    const time_t now = s->now ? (time_t)s->now : time(NULL);
+    struct tm here;
+    char pattern[64] = "", text[256];
+    const int known = s->now ? Q3N__GMTIME(&now, &here) : Q3N__LOCALTIME(&now, &here);
+    int fits = known && format->n < sizeof pattern - 1;
+    if (fits) memcpy(pattern, format->p, format->n);
+    for (const char *p = pattern; fits && (p = strchr(p, '%')) != NULL; p++) {
+        p += 1 + (p[1] == '-');
+        fits = *p && strchr("aAbBcdeHIjmMpSUwWxXyYZz%", *p);
+    }
+    const size_t start = s->n_out, n = fits ? strftime(text, sizeof text, pattern, &here) : 0;
+    unsigned mark = 0;
+    for (size_t i = 0; i < format->n && q3n__pay(s, 1); i++) mark |= q3n__mark_at(format, i);
+    if (n == 0 && format->n) q3n__err(s, "strftime_now: format '%s'", pattern);
+    q3n__put_bytes(s, text, n, mark);
+    return q3n__taken(s, start);
+}
+
+/* Conversions, and functions that templates call by name. */
+static q3n__value q3n__apply_rest(q3n__script *s, int what, const q3n__args *x)
+{
+    const q3n__value *v = &x->v[0], *a = &x->v[1];
+    q3n__value made;
+    switch (what) {
+    case Q3N__DO_LENGTH:
+        if (v->kind == Q3N__V_STRING) return q3n__int((int64_t)q3n__count_chars(s, v->u.s));
+        if (q3n__is_sequence(v)) return q3n__int((int64_t)v->u.list->n);
+        if (v->kind == Q3N__V_MAP) return q3n__int((int64_t)v->u.map->n);
+        if (v->kind == Q3N__V_LOOP) return q3n__int((int64_t)v->u.loop->items.n);
+        if (v->kind != Q3N__V_UNDEFINED)
+            q3n__err(s, "a %s has no length", q3n__kind_names[v->kind]);
+        return q3n__int(0);
+    case Q3N__DO_DEFAULT:
+        if (v->kind != Q3N__V_UNDEFINED && (q3n__truth(v) || !q3n__truth(&x->v[2]))) return *v;
+        return a->kind == Q3N__V_MISSING ? q3n__string(s, "") : *a;
+    case Q3N__DO_INT: case Q3N__DO_FLOAT:
+        made = q3n__to_number(s, v, what == Q3N__DO_FLOAT);
+        if (made.kind != Q3N__V_MISSING) return made;
+        return a->kind != Q3N__V_MISSING ? *a : what == Q3N__DO_INT ? q3n__int(0) : q3n__real(0.0);
+    case Q3N__DO_TOJSON:        return q3n__tojson(s, x);
+    case Q3N__DO_CYCLE:         return s->stack[x->base + (v->u.loop->i - 1) % (size_t)x->n];
+    case Q3N__DO_RANGE:     return q3n__range(s, x);
+    case Q3N__DO_DICT:      return q3n__named_map(s, x, Q3N__V_MAP);
+    case Q3N__DO_NAMESPACE: return q3n__named_map(s, x, Q3N__V_NAMESPACE);
+    case Q3N__DO_STRFTIME:  return q3n__strftime(s, q3n__arg_text(s, x, 1, &q3n__no_text));
+    default:
+        s->line = 0;
+        if (s->result == Q3N_OK)
+            s->result = q3n__fail(s->err, Q3N_ERR_TEMPLATE, -1, "%.*s",
+                                  (int)(q3n__text_of(s, a)->n % 4096), q3n__text_of(s, a)->p);
+        return q3n__plain(Q3N__V_NONE);
+    }
+}
+
+/* ---- What the table's rows do ----
+ *
+ * Rows may apply others, one deep:
+ *
+ *     {{ messages | selectattr('role', 'in', ['user', 'tool']) | map(attribute='content') | join }}
+ *
+ *     APPLY selectattr     items, 'role', 'in', [...]     rows that take any find their arguments
+ *         APPLY in         item.role, [...]               on the stack, the others in x->v
+ *     APPLY map            items; attribute 'content'
+ *     APPLY join           items
+ */
+
+/* The named argument of a row that takes any; MISSING = not given. */
+static q3n__value q3n__named(const q3n__script *s, const q3n__args *x, const char *name)
+{
+    for (int i = 0; i < x->n_named; i++) {
+        const q3n__value *pair = &s->stack[x->base + (size_t)(x->n + 2 * i)];
+        if (pair->u.s->n == strlen(name) && memcmp(pair->u.s->p, name, pair->u.s->n) == 0)
+            return pair[1];
+    }
+    return q3n__plain(Q3N__V_MISSING);
+}
+
+/* Does what the row says.  map, select and their kin apply another to every item: it is named by
+ * their first argument, or by the second after an attribute, and gets the arguments after it. */
+static q3n__value q3n__apply(q3n__script *s, int what, const q3n__args *x)
+{
+    if (s->result != Q3N_OK) return q3n__plain(Q3N__V_NONE);
+    if (what < Q3N__DO_DEFINED) return q3n__apply_text(s, what, x);
+    if (what < Q3N__DO_FIRST) return q3n__bool(q3n__apply_test(s, what, &x->v[0], &x->v[1]));
+    if (what < Q3N__DO_LENGTH) return q3n__apply_list(s, what, x);
+    if (what < Q3N__DO_MAP) return q3n__apply_rest(s, what, x);
+    const int of_attr = what >= Q3N__DO_SELECTATTR, skip = of_attr + 1, map = what == Q3N__DO_MAP;
+    const size_t base = s->n_stack;
+    q3n__value path = q3n__plain(Q3N__V_MISSING), missing = q3n__named(s, x, "default");
+    if (of_attr) path = s->stack[x->base];
+    if (map) path = q3n__named(s, x, "attribute");
+    const q3n__list items = q3n__iterate(s, &x->v[0]);
+    const q3n__builtin *b = NULL;
+    q3n__args each = { { { Q3N__V_MISSING, { 0 } } }, x->base + (size_t)skip, x->n - skip, 0 };
+    if (x->n >= skip) {
+        const q3n__text *name = q3n__text_of(s, &s->stack[x->base + (size_t)skip - 1]);
+        const int32_t row = q3n__builtin_row(map ? Q3N__FILTER : Q3N__TEST, name->p, name->n);
+        if (row < 0) q3n__err(s, "no filter or test '%.*s'", (int)name->n, name->p);
+        else         b = &q3n__builtins[row];
+        each.n_named = x->n_named;
+        if (b) q3n__bind_args(s, b, &each);
+    } else if (map && path.kind == Q3N__V_MISSING) {
+        q3n__err(s, "map needs a filter or an attribute");
+    }
+    for (size_t i = 0; i < items.n && s->result == Q3N_OK; i++) {
+        each.v[0] = q3n__path(s, items.v[i], &path);
+        if (map && each.v[0].kind == Q3N__V_UNDEFINED && missing.kind) each.v[0] = missing;
+        const q3n__value made = b ? q3n__apply(s, b->what, &each) : each.v[0];
+        const int no = what == Q3N__DO_REJECT || what == Q3N__DO_REJECTATTR;
+        if (map)                          q3n__push(s, made);
+        else if (q3n__truth(&made) != no) q3n__push(s, items.v[i]);
+    }
+    return q3n__make_list(s, Q3N__V_STREAM, s->n_stack - base);
+}
+#endif   /* Q3N_NO_CHAT */
+
+/* =====================================================================================
+ * [21] LEXER                                                                   >>lexer
+ *
+ * The text of a template as tokens: text between tags, and what stands in tags.  White space around
+ * tags goes as Jinja takes it with trim_blocks and lstrip_blocks, which [HF] sets.
+ *
+ *     "a\n  {%- if x %}\nb"    is    TEXT "a"   TAG   NAME if   NAME x   CLOSE   TEXT "b"
+ *
+ * What a tag takes of the text around it:
+ *
+ *     {%- {#- {{-      all white space before it
+ *     {%  {#           blanks before it, if nothing else stands before it in its line
+ *     {%+ {#+ {{       nothing
+ *     -%} -#} -}}      all white space after it
+ *     %}  #}           one newline after it
+ *     +%} +#} }}       nothing
+ *
+ * Newlines of any kind are \n before all this, and the last of the text does not count.
+ *
+ * Later code may assume that a token's text is UTF-8 and stays.  After an error every token is END.
+ * ===================================================================================== */
+#ifndef Q3N_NO_CHAT
+
+/* Kinds of tokens that are no operator; an operator is its characters, first << 8 | second. */
+enum { Q3N__T_END = 1, Q3N__T_TEXT, Q3N__T_NAME, Q3N__T_CONST, Q3N__T_PRINT, Q3N__T_TAG,
+       Q3N__T_CLOSE };
+
+typedef struct {
+    const uint8_t *p;               /* what has not been read */
+    int            line, kind, within, brackets;   /* within: '}' or '%' = a tag that ends so */
+    q3n__text      text;            /* of a name or of text between tags */
+    q3n__value     value;           /* of a constant */
+} q3n__lexer;
+
+/* What the compiler carries along: its upper part is the lexer's. */
+typedef struct {
+    q3n__script          *s;
+    const uint8_t        *begin, *end;     /* the whole text */
+    q3n__lexer            x;
+    int                   raw;             /* 1 = up to {% endraw %} all is text */
+    int                   depth, n_blocks; /* expressions and tags that are open */
+    struct q3n__block    *blocks;          /* [Q3N__MAX_BLOCKS] */
+    struct q3n__template *t;
+} q3n__compiler;
+
+/* Ends the compilation.  Returns 0. */
+static int q3n__syntax(q3n__compiler *c, const char *what)
+{
+    c->x.kind = Q3N__T_END;
+    return q3n__err(c->s, "%s", what);
+}
+
+/* What this interpreter does not know is an error when a template is opened. */
+static void q3n__unknown(q3n__script *s, const char *what, const q3n__text *name)
+{
+    if (s->result != Q3N_OK) return;
+    q3n__err(s, "unknown %s '%.*s'", what, (int)name->n, name->p);
+    s->result = Q3N_ERR_UNSUPPORTED;
+    if (s->err) s->err->code = s->result;
+}
+
+/* Go on to `to`, counting lines. */
+static void q3n__advance(q3n__compiler *c, const uint8_t *to)
+{
+    for (; c->x.p < to; c->x.p++) c->x.line += *c->x.p == '\n';
+}
+
+/* The first byte from p on that is no white space. */
+static const uint8_t *q3n__skip_blanks(const q3n__compiler *c, const uint8_t *p)
+{
+    const q3n__text rest = { p, NULL, (size_t)(c->end - p), 0 };
+    size_t at = 0, next;
+    while (at < rest.n && q3n__is_blank(q3n__char_of(&rest, at, &next))) at = next;
+    return p + at;
+}
+
+/* Whether text stands at p. */
+static int q3n__starts(const q3n__compiler *c, const uint8_t *p, const char *text)
+{
+    const size_t n = strlen(text);
+    return (size_t)(c->end - p) >= n && memcmp(p, text, n) == 0;
+}
+
+/* "raw" or "endraw" in a tag at p: where its percent sign or the sign before it is. */
+static const uint8_t *q3n__raw_tag(const q3n__compiler *c, const uint8_t *p, const char *word)
+{
+    if (!q3n__starts(c, p, "{%")) return NULL;
+    p += 2;
+    p = q3n__skip_blanks(c, p + (p < c->end && (*p == '-' || *p == '+')));
+    if (!q3n__starts(c, p, word)) return NULL;
+    p = q3n__skip_blanks(c, p + strlen(word));
+    const uint8_t *percent = p + (p < c->end && (*p == '-' || *p == '+'));
+    return q3n__starts(c, percent, "%}") ? p : NULL;
+}
+
+/* Leave a tag or comment at its end p, whose sign stands there: "-" takes all blanks after it
+ * along, "+" nothing, none one newline where trim_blocks counts. */
+static void q3n__leave_tag(q3n__compiler *c, const uint8_t *p, int trims)
+{
+    const int sign = *p == '-' || *p == '+' ? *p++ : 0;
+    p += 2;
+    if (sign == '-') p = q3n__skip_blanks(c, p);
+    else if (!sign && trims && p < c->end && *p == '\n') p++;
+    q3n__advance(c, p);
+}
+
+/* Text up to the next tag, without the blanks that this takes from it; 0 = there is none. */
+static int q3n__lex_text(q3n__compiler *c)
+{
+    const uint8_t *p = c->x.p, *end;
+    if (c->raw) while (p < c->end && !q3n__raw_tag(c, p, "endraw")) p++;
+    else while (p < c->end && !(p[0] == '{' && p + 1 < c->end && memchr("{%#", p[1], 3))) p++;
+    end = p;
+    if (p < c->end && p + 2 < c->end && p[2] == '-') {
+        const q3n__text all = { c->x.p, NULL, (size_t)(p - c->x.p), 0 };
+        end = c->x.p + q3n__strip(c->s, &all, NULL, 2).u.s->n;
+    } else if (p < c->end && p[1] != '{' && !(p + 2 < c->end && p[2] == '+')) {
+        const uint8_t *line = p;
+        while (line > c->x.p && line[-1] != '\n') line--;
+        if ((line == c->begin || line[-1] == '\n') && q3n__skip_blanks(c, line) >= p) end = line;
+    }
+    c->x.text = (q3n__text){ c->x.p, NULL, (size_t)(end - c->x.p), 0 };
+    q3n__advance(c, p);
+    return end > c->x.text.p;
+}
+
+/* What stands where text ends: comments are passed over, raw text begins and ends. */
+static void q3n__lex_tag(q3n__compiler *c)
+{
+    const uint8_t *p = c->x.p, *at;
+    c->s->line = c->x.line;
+    c->x.kind = p == c->end ? Q3N__T_END : Q3N__T_TEXT;
+    if (c->raw) {
+        if (p == c->end) q3n__syntax(c, "raw is not ended");
+        else             q3n__leave_tag(c, q3n__raw_tag(c, p, "endraw"), 1);
+        c->raw = 0;
+    } else if (p == c->end) {
+        return;
+    } else if (p[1] == '#') {
+        p += 2 + (p + 2 < c->end && (p[2] == '-' || p[2] == '+'));
+        for (at = p; at < c->end && !q3n__starts(c, at, "#}"); at++) {}
+        if (at == c->end) q3n__syntax(c, "a comment is not ended");
+        else q3n__leave_tag(c, at - (at > p && (at[-1] == '-' || at[-1] == '+')), 1);
+    } else if ((at = q3n__raw_tag(c, p, "raw")) != NULL) {
+        q3n__leave_tag(c, at, 0);
+        c->raw = 1;
+    } else {
+        c->x.kind = p[1] == '{' ? Q3N__T_PRINT : Q3N__T_TAG;
+        c->x.within = p[1] == '{' ? '}' : '%';
+        c->x.p += 2 + (p + 2 < c->end && (p[2] == '-' || (p[2] == '+' && p[1] == '%')));
+    }
+}
+
+/* An escape of a Python string at p[0] = '\\'; returns the byte after it. */
+static const uint8_t *q3n__lex_escape(q3n__compiler *c, const uint8_t *p)
+{
+    static const char names[] = "\\\\''\"\"n\nt\tr\ra\ab\bf\fv\v";
+    const int digits = p[1] == 'x' ? 2 : p[1] == 'u' ? 4 : p[1] == 'U' ? 8 : 0;
+    if (digits) {
+        const long x = q3n__hex(p + 2, c->end, digits);
+        if (x >= 0 && x <= 0x10FFFF && x >> 11 != 0x1B) q3n__put_char(c->s, (uint32_t)x, 0);
+        else q3n__syntax(c, "an escape that is no character");
+        return p + 2 + digits;
+    }
+    if (p[1] == '\n') return p + 2;
+    if ((p[1] >= '0' && p[1] <= '7') || p[1] == 'N') {
+        q3n__unknown(c->s, "escape", &(q3n__text){ p, NULL, 2, 0 });
+        return p + 2;
+    }
+    for (const char *e = names; *e; e += 2)
+        if (*e == (char)p[1]) { q3n__put_bytes(c->s, e + 1, 1, 0); return p + 2; }
+    q3n__put_bytes(c->s, p, 2, 0);
+    return p + 2;
+}
+
+/* A string in either kind of quotes, as Python has them. */
+static void q3n__lex_string(q3n__compiler *c)
+{
+    const uint8_t quote = *c->x.p, *p = c->x.p + 1, *run = p;
+    const size_t start = c->s->n_out;
+    while (p < c->end && *p != quote && c->s->result == Q3N_OK) {
+        if (*p != '\\' || p + 1 == c->end) { p++; continue; }
+        q3n__put_bytes(c->s, run, (size_t)(p - run), 0);
+        run = p = q3n__lex_escape(c, p);
+    }
+    if (p >= c->end) { q3n__syntax(c, "a string is not ended"); return; }
+    q3n__put_bytes(c->s, run, (size_t)(p - run), 0);
+    c->x.value = q3n__taken(c->s, start);
+    c->x.kind = Q3N__T_CONST;
+    q3n__advance(c, p + 1);
+}
+
+/* As JSON has them, but without signs. */
+static void q3n__lex_number(q3n__compiler *c)
+{
+    q3n__json j = { c->s, "chat template", c->x.p, c->x.p, c->x.p, 0 };
+    while (j.end < c->end && *j.end && strchr("0123456789.", *j.end)) j.end++;
+    if (j.end + 1 < c->end && (*j.end | 32) == 'e') {
+        j.end += 1 + (j.end[1] == '-' || j.end[1] == '+');
+        while (j.end < c->end && *j.end >= '0' && *j.end <= '9') j.end++;
+    } else if (j.end[-1] == '.') {
+        j.end--;
+    }
+    if (!q3n__json_number(&j) || j.p < j.end) {
+        q3n__syntax(c, "a number of a form that is unknown");
+        return;
+    }
+    c->x.value = c->s->stack[--c->s->n_stack];
+    c->x.kind = Q3N__T_CONST;
+    c->x.p = j.p;
+}
+
+/* Names are ASCII's letters, digits and _, and whatever is beyond ASCII. */
+static int q3n__is_name_byte(uint8_t b)
+{
+    return ((b | 32) >= 'a' && (b | 32) <= 'z') || (b >= '0' && b <= '9') || b == '_' || b >= 0x80;
+}
+
+/* The next token, into c->x. */
+static void q3n__next(q3n__compiler *c)
+{
+    q3n__lexer *x = &c->x;
+    if (c->s->result != Q3N_OK) { x->kind = Q3N__T_END; return; }
+    q3n__pay(c->s, 1);
+    while (!x->within) {
+        x->kind = Q3N__T_TEXT;
+        if (q3n__lex_text(c)) return;
+        q3n__lex_tag(c);
+        if (x->kind != Q3N__T_TEXT) return;
+    }
+    q3n__advance(c, q3n__skip_blanks(c, x->p));
+    const uint8_t *p = x->p;
+    const size_t left = (size_t)(c->end - p);
+    c->s->line = x->line;
+    if (left == 0) { q3n__syntax(c, "a tag is not ended"); return; }
+    const size_t sign = *p == '-' || (*p == '+' && x->within == '%');
+    if (!x->brackets && left > sign + 1 && p[sign] == x->within && p[sign + 1] == '}') {
+        const int trims = x->within == '%';
+        x->within = 0;
+        x->kind = Q3N__T_CLOSE;
+        q3n__leave_tag(c, p, trims);
+        return;
+    }
+    if (*p == '"' || *p == '\'') { q3n__lex_string(c); return; }
+    if (*p >= '0' && *p <= '9') { q3n__lex_number(c); return; }
+    while (x->p < c->end && q3n__is_name_byte(*x->p)) x->p++;
+    x->text = (q3n__text){ p, NULL, (size_t)(x->p - p), 0 };
+    x->kind = Q3N__T_NAME;
+    if (x->p > p) return;
+    if (!*p || !strchr("+-/*%~[](){}><=!.:|,;", *p)) {
+        q3n__syntax(c, "a character that has no place here");
+        return;
+    }
+    x->brackets += *p == '(' || *p == '[' || *p == '{';
+    x->brackets -= *p == ')' || *p == ']' || *p == '}';
+    const int two = left > 1 && ((p[1] == '=' && strchr("=!<>", *p))
+                                 || (p[1] == *p && strchr("*/", *p)));
+    x->kind = *p << 8 | (two ? p[1] : 0);
+    x->p += 1 + two;
+}
+
+/* Whether the token is an operator, or a name; skip: and if so the next one is read. */
+static int q3n__is_op(const q3n__compiler *c, const char *op)
+{
+    return c->x.kind == (op[0] << 8 | op[1]);
+}
+
+static int q3n__skip_op(q3n__compiler *c, const char *op)
+{
+    const int is = q3n__is_op(c, op);
+    if (is) q3n__next(c);
+    return is;
+}
+
+/* Whether the token is a name, and one of words. */
+static int q3n__is_word(const q3n__compiler *c, const char *words)
+{
+    return c->x.kind == Q3N__T_NAME && q3n__has_word(words, c->x.text.p, c->x.text.n);
+}
+
+static int q3n__skip_word(q3n__compiler *c, const char *word)
+{
+    const int is = q3n__is_word(c, word);
+    if (is) q3n__next(c);
+    return is;
+}
+
+/* The token must be op; it is passed over. */
+static void q3n__expect_op(q3n__compiler *c, const char *op)
+{
+    if (!q3n__skip_op(c, op))
+        q3n__err(c->s, "expected '%s'", op);
+}
+#endif   /* Q3N_NO_CHAT */
+
+/* =====================================================================================
+ * [22] TEMPLATE                                                             >>template
+ *
+ * The part of Jinja that chat templates use ([JINJA]): compiled in one pass.
+ *
+ *     {% for m in messages if m.x %}{{ m.role }}{% endfor %}   becomes
+ *         LOAD messages;  FOR;  NEXT;  STORE m;  LOAD m;  ATTR x;  KEEP;  JUMP to NEXT
+ *         FOR;  NEXT;  STORE m;  LOAD m;  ATTR role;  PRINT;  JUMP to NEXT
+ *
+ * Jumps are relative, so that code which runs later than it is read is cut out and put in where it
+ * belongs: a in "a if b", targets of loops, filters of blocks.  Calls of macros are frames of the
+ * machine, in the region: a template deepens the C stack by its brackets only, while it is
+ * compiled.  Template and values are hostile.  Knows nothing of models.
+ * ===================================================================================== */
+#ifndef Q3N_NO_CHAT
+
+#define Q3N__MAX_BRACKETS 32        /* expressions in expressions of a template */
+#define Q3N__MAX_BLOCKS   64        /* tags in tags */
+#define Q3N__MAX_VARIABLES 1024     /* names of one template */
+
+/* What the machine does: op, what a and b are, what it takes from the stack -> leaves there.
+ *
+ *     CONST        a constant            -> v
+ *     LOAD         a name                -> v, undefined if nobody has set it
+ *     UNDEFINED                          -> undefined: an if without else
+ *     ATTR         a constant          v -> v.name
+ *     ITEM                        v, key -> v[key]
+ *     SLICE           v, from, to, step  -> v[from:to:step]
+ *     LIST         a count, flag kind    a values -> a list or tuple of them
+ *     MAP          a count           2 a values -> a dict of them
+ *     NEG POS NOT                      v -> v
+ *     ARITHMETIC   a operator       x, y -> x op y
+ *     COMPARE      b test           x, y -> whether it holds; flag: does not
+ *     APPLY        a row          v, ... -> of n arguments by place and `named` by name; flag: not
+ *
+ *     STORE        a name              v ->
+ *     STORE_ATTR   a constant, b name  v ->           name.constant = v
+ *     UNPACK       a count         v -> its items, the first on top
+ *     JUMP         a ops
+ *     JUMP_FALSE   a ops               v ->           jumps if v is false
+ *     AND OR       a ops               v -> v         and jumps if it decides; else nothing is left
+ *     CHAIN        a ops, b test    x, y -> y         if it holds, else False, and jumps
+ *     PRINT                            v ->           to the output
+ *     SCOPE END_SCOPE
+ *     CAPTURE                            -> place     where the output is
+ *     END_CAPTURE                  place -> text      what was written since
+ *     MARK         a 0 or 1                           what is written is of a generation block
+ *     FOR          flag            items ->           begins a loop in a scope
+ *     NEXT         a, b ops, flag        -> item      or ends it: jumps by a, b if it had no item
+ *     KEEP                             v ->           a filter: the item stays if v is true
+ *     RECURSE      a ops           items -> items     calls the loop that follows, returns after it
+ *     MACRO        a ops, b names, n     -> macro     whose code follows and is jumped over
+ *     DEFAULT      a ops, b name                      jumps if the parameter was given
+ *     CALL         n, named       f, ... -> what it returns; flag: below f is caller
+ *     RETURN                             -> text      what was written since the call
+ *     END */
+typedef enum {
+    Q3N__OP_CONST, Q3N__OP_LOAD, Q3N__OP_UNDEFINED, Q3N__OP_ATTR, Q3N__OP_ITEM, Q3N__OP_SLICE,
+    Q3N__OP_LIST, Q3N__OP_MAP, Q3N__OP_NEG, Q3N__OP_POS, Q3N__OP_NOT, Q3N__OP_ARITHMETIC,
+    Q3N__OP_COMPARE, Q3N__OP_APPLY,
+    Q3N__OP_STORE, Q3N__OP_STORE_ATTR, Q3N__OP_UNPACK, Q3N__OP_JUMP, Q3N__OP_JUMP_FALSE,
+    Q3N__OP_AND, Q3N__OP_OR, Q3N__OP_CHAIN, Q3N__OP_PRINT, Q3N__OP_SCOPE, Q3N__OP_END_SCOPE,
+    Q3N__OP_CAPTURE, Q3N__OP_END_CAPTURE, Q3N__OP_MARK, Q3N__OP_FOR, Q3N__OP_NEXT, Q3N__OP_KEEP,
+    Q3N__OP_RECURSE, Q3N__OP_MACRO, Q3N__OP_DEFAULT, Q3N__OP_CALL, Q3N__OP_RETURN, Q3N__OP_END
+} q3n__op_code;
+
+typedef struct {
+    uint8_t  code, flag;
+    uint16_t n, named;              /* arguments: by place, by name */
+    int32_t  a, b, line;            /* a: of a constant, a name, a jump from the next op, a count */
+} q3n__op;
+
+typedef struct {
+    q3n__text text;
+    int       assigned, called;     /* called: in which line first, 0 = never */
+} q3n__name;
+
+/* Arrays in the region, which grow. */
+typedef struct q3n__template {
+    q3n__op    *code;
+    q3n__value *consts;
+    q3n__name  *names;
+    int32_t    *params;             /* names of all macros' parameters */
+    size_t      n_code, n_consts, n_names, n_params;
+    size_t      code_room, consts_room, names_room, params_room;
+    int32_t     loop, caller;       /* names */
+} q3n__template;
+
+/* A tag that is open. */
+enum { Q3N__IF, Q3N__FOR, Q3N__SET, Q3N__MACRO, Q3N__CALL, Q3N__GENERATION };
+
+typedef struct q3n__block {
+    const char *name;
+    int         kind, line, else_seen;
+    size_t      at, breaks, ends;   /* ops: of the loop's NEXT, of the last jump to be patched */
+    q3n__op    *cut[2];             /* code for its end: the target, filters */
+    size_t      n_cut[2];
+} q3n__block;
+
+/* ---- Code ---- */
+
+/* An array of the region with room for one more. */
+static void *q3n__grow(q3n__script *s, void *array, size_t n, size_t *room, size_t elem)
+{
+    if (n < *room) return array;
+    const size_t more = *room ? 2 * *room : 8;
+    void *grown = q3n__take(s, more, elem);
+    if (!grown) return array;
+    if (n) memcpy(grown, array, n * elem);
+    *room = more;
+    return grown;
+}
+
+/* Returns its place. */
+static size_t q3n__emit_op(q3n__compiler *c, q3n__op_code code, int32_t a)
+{
+    q3n__template *t = c->t;
+    t->code = (q3n__op *)q3n__grow(c->s, t->code, t->n_code, &t->code_room, sizeof *t->code);
+    if (c->s->result != Q3N_OK) return 0;
+    t->code[t->n_code] = (q3n__op){ (uint8_t)code, 0, 0, 0, a, 0, c->s->line };
+    return t->n_code++;
+}
+
+/* Its place among the constants. */
+static int32_t q3n__const(q3n__compiler *c, q3n__value v)
+{
+    q3n__template *t = c->t;
+    t->consts = (q3n__value *)q3n__grow(c->s, t->consts, t->n_consts, &t->consts_room,
+                                        sizeof *t->consts);
+    if (c->s->result != Q3N_OK) return 0;
+    t->consts[t->n_consts] = v;
+    return (int32_t)t->n_consts++;
+}
+
+/* The same of a string whose bytes stay. */
+static int32_t q3n__const_text(q3n__compiler *c, const q3n__text *text)
+{
+    return q3n__const(c, q3n__part(c->s, text, 0, text->n));
+}
+
+/* The number of a name, a new one if it was not met before. */
+static int32_t q3n__name_id(q3n__compiler *c, const q3n__text *text)
+{
+    q3n__template *t = c->t;
+    for (size_t i = 0; i < t->n_names; i++)
+        if (t->names[i].text.n == text->n && memcmp(t->names[i].text.p, text->p, text->n) == 0)
+            return (int32_t)i;
+    if (t->n_names == Q3N__MAX_VARIABLES) return q3n__syntax(c, "too many names");
+    t->names = (q3n__name *)q3n__grow(c->s, t->names, t->n_names, &t->names_room, sizeof *t->names);
+    if (c->s->result != Q3N_OK) return 0;
+    t->names[t->n_names] = (q3n__name){ *text, 0, 0 };
+    return (int32_t)t->n_names++;
+}
+
+/* The name that is the token becomes known and is passed over. */
+static int32_t q3n__take_name(q3n__compiler *c, int assigned)
+{
+    if (c->x.kind != Q3N__T_NAME
+        || q3n__is_word(c, "and or not in is if else true false none True False None"))
+        return q3n__syntax(c, "expected a name");
+    const int32_t id = q3n__name_id(c, &c->x.text);
+    if (c->s->result == Q3N_OK) c->t->names[id].assigned |= assigned;
+    q3n__next(c);
+    return id;
+}
+
+static void q3n__patch(q3n__compiler *c, size_t at)   /* the jump at `at` leads here */
+{
+    if (c->s->result == Q3N_OK) c->t->code[at].a = (int32_t)(c->t->n_code - at - 1);
+}
+
+/* A jump to a place that is not known yet joins the chain that ends in *last. */
+static void q3n__emit_chained(q3n__compiler *c, q3n__op_code code, size_t *last)
+{
+    const size_t at = q3n__emit_op(c, code, (int32_t)*last);
+    *last = at + 1;
+}
+
+static void q3n__patch_chain(q3n__compiler *c, size_t last)
+{
+    while (last && c->s->result == Q3N_OK) {
+        const size_t before = (size_t)c->t->code[last - 1].a;
+        q3n__patch(c, last - 1);
+        last = before;
+    }
+}
+
+/* Code from `from` on is cut out, and put in again where it belongs. */
+static q3n__op *q3n__cut(q3n__compiler *c, size_t from, size_t *n)
+{
+    *n = c->t->n_code > from ? c->t->n_code - from : 0;
+    q3n__op *ops = (q3n__op *)q3n__take(c->s, *n, sizeof *ops);
+    if (!ops) *n = 0;
+    if (*n) memcpy(ops, c->t->code + from, *n * sizeof *ops);
+    c->t->n_code -= *n;
+    return ops;
+}
+
+/* Append code that was cut out. */
+static void q3n__paste(q3n__compiler *c, const q3n__op *ops, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        const size_t at = q3n__emit_op(c, Q3N__OP_END, 0);
+        if (c->s->result == Q3N_OK) c->t->code[at] = ops[i];
+    }
+}
+
+/* ---- Expressions ---- */
+
+/* How strongly operators bind, the weakest first, as Jinja has them:
+ *
+ *     a if b else c     or     and     not     == != < <= > >= in not-in     + -     ~     * / // %
+ *     **     -a +a     a.b a[b] a(b)     a|filter     a is test
+ *
+ * All of them group from the left, ** too; comparisons are chained, as in Python.  A sign binds
+ * stronger than **: -2 ** 2 is 4, and a filter is applied to the signed value.  OPERAND: a value
+ * with what follows it, but no filter. */
+enum { Q3N__LEVEL_IF, Q3N__LEVEL_OR, Q3N__LEVEL_AND, Q3N__LEVEL_NOT, Q3N__LEVEL_COMPARE,
+       Q3N__LEVEL_ADD, Q3N__LEVEL_CONCAT, Q3N__LEVEL_MULTIPLY, Q3N__LEVEL_POWER,
+       Q3N__LEVEL_UNARY, Q3N__LEVEL_OPERAND };
+
+static void q3n__expression(q3n__compiler *c, int level);      /* brackets hold expressions */
+
+/* "a, b" is a tuple, "a" is not.  Ends before what cannot begin an expression. */
+static void q3n__tuple(q3n__compiler *c)
+{
+    int32_t n = 0;
+    int comma = 0;
+    while (!q3n__is_op(c, ")") && c->x.kind != Q3N__T_CLOSE && c->s->result == Q3N_OK) {
+        q3n__expression(c, Q3N__LEVEL_IF);
+        n++;
+        if (!q3n__skip_op(c, ",")) break;
+        comma = 1;
+    }
+    if (n == 0 && !q3n__is_op(c, ")")) q3n__syntax(c, "expected an expression");
+    if (comma || n == 0) {
+        const size_t at = q3n__emit_op(c, Q3N__OP_LIST, n);
+        if (c->s->result == Q3N_OK) c->t->code[at].flag = Q3N__V_TUPLE;
+    }
+}
+
+/* "(a, b=c)": code of the arguments; op->n and op->named say how many there are.  row >= 0: whose.
+ * first [2]: where the code of the first two begins. */
+static void q3n__arguments(q3n__compiler *c, q3n__op *op, int32_t row, size_t first[3])
+{
+    const q3n__builtin *b = row >= 0 ? &q3n__builtins[row] : NULL;
+    q3n__expect_op(c, "(");
+    while (!q3n__is_op(c, ")") && c->s->result == Q3N_OK) {
+        const q3n__lexer before = c->x;
+        const q3n__text name = c->x.text;
+        int named = 0;
+        if (op->n < 3 && first) first[op->n] = c->t->n_code;
+        if (c->x.kind == Q3N__T_NAME) {
+            q3n__next(c);
+            named = q3n__is_op(c, "=");
+            if (!named) c->x = before;
+        }
+        if (q3n__is_op(c, "*") || q3n__is_op(c, "**"))
+            q3n__unknown(c->s, "argument", &(q3n__text){ (const uint8_t *)"*", NULL, 1, 0 });
+        if (named) {
+            if (b && b->params[0] != '*' && !q3n__has_word(b->params, name.p, name.n))
+                q3n__unknown(c->s, "argument", &name);
+            q3n__emit_op(c, Q3N__OP_CONST, q3n__const_text(c, &name));
+            q3n__next(c);
+        }
+        q3n__expression(c, Q3N__LEVEL_IF);
+        if (named) op->named++;
+        else       op->n++;
+        if (op->n + op->named > 64) q3n__syntax(c, "too many arguments");
+        if (op->named && !named) q3n__syntax(c, "an argument without a name after one with a name");
+        if (!q3n__skip_op(c, ",")) break;
+    }
+    if (first && op->n < 3) first[op->n] = c->t->n_code;
+    q3n__expect_op(c, ")");
+}
+
+/* The call of a row of the table, whose value is on the stack: "name" or "name(arguments)". */
+static void q3n__apply_code(q3n__compiler *c, int where, const char *what, int negated)
+{
+    q3n__op op = { Q3N__OP_APPLY, (uint8_t)negated, 0, 0, -1, 0, c->x.line };
+    size_t first[3] = { 0, 0, 0 };
+    const q3n__text name = c->x.text;
+    if (c->x.kind == Q3N__T_NAME) op.a = q3n__builtin_row(where, name.p, name.n);
+    if (op.a < 0)
+        q3n__unknown(c->s, what, &name);
+    if (c->s->result != Q3N_OK) return;
+    const q3n__builtin *b = &q3n__builtins[op.a];
+    q3n__next(c);
+    if (q3n__is_op(c, "(")) {
+        q3n__arguments(c, &op, op.a, first);
+    } else if (where == Q3N__TEST && b->min == 1 && c->x.kind != Q3N__T_CLOSE) {
+        op.n = 1;                                            /* "x is divisibleby 3" */
+        q3n__expression(c, Q3N__LEVEL_OPERAND);
+    }
+    /* "map('upper')": what it names is known, or this is an error now. */
+    const size_t k = b->what >= Q3N__DO_SELECTATTR;
+    if (b->what >= Q3N__DO_MAP && op.n > k && first[k + 1] == first[k] + 1
+        && c->s->result == Q3N_OK && c->t->code[first[k]].code == Q3N__OP_CONST) {
+        const q3n__value *v = &c->t->consts[c->t->code[first[k]].a];
+        const int of = b->what == Q3N__DO_MAP ? Q3N__FILTER : Q3N__TEST;
+        if (v->kind == Q3N__V_STRING && q3n__builtin_row(of, v->u.s->p, v->u.s->n) < 0)
+            q3n__unknown(c->s, of == Q3N__FILTER ? "filter" : "test", v->u.s);
+    }
+    q3n__paste(c, &op, 1);
+}
+
+/* ".name", "[item]", "[from:to:step]" and calls after a value, whose code begins at `from`. */
+static void q3n__postfix(q3n__compiler *c, size_t from)
+{
+    for (;;) {
+        if (q3n__skip_op(c, ".")) {
+            if (c->x.kind == Q3N__T_CONST) {
+                q3n__emit_op(c, Q3N__OP_CONST, q3n__const(c, c->x.value));
+                q3n__emit_op(c, Q3N__OP_ITEM, 0);
+                q3n__next(c);
+                continue;
+            }
+            const q3n__lexer before = c->x;
+            if (c->x.kind != Q3N__T_NAME) q3n__syntax(c, "expected a name after '.'");
+            q3n__next(c);
+            if (q3n__is_op(c, "(")) {
+                c->x = before;
+                q3n__apply_code(c, Q3N__METHOD, "method", 0);
+            } else {
+                q3n__emit_op(c, Q3N__OP_ATTR, q3n__const_text(c, &before.text));
+            }
+        } else if (q3n__skip_op(c, "[")) {
+            int bounds = 0, slice = 0;
+            for (; bounds < 3 && (bounds == 0 || slice); bounds++) {
+                if (q3n__is_op(c, ":") || (bounds && q3n__is_op(c, "]")))
+                    q3n__emit_op(c, Q3N__OP_CONST, q3n__const(c, q3n__plain(Q3N__V_NONE)));
+                else
+                    q3n__expression(c, Q3N__LEVEL_IF);
+                if (bounds < 2) slice |= q3n__skip_op(c, ":");
+            }
+            q3n__emit_op(c, slice ? Q3N__OP_SLICE : Q3N__OP_ITEM, 0);
+            q3n__expect_op(c, "]");
+        } else if (q3n__is_op(c, "(")) {
+            q3n__op op = { Q3N__OP_CALL, 0, 0, 0, 0, 0, c->x.line };
+            const q3n__op *last = c->t->n_code == from + 1 ? &c->t->code[from] : NULL;
+            int32_t row = -1;
+            if (last && last->code == Q3N__OP_LOAD) {
+                q3n__name *name = &c->t->names[last->a];
+                if (!name->called) name->called = c->x.line;
+                row = q3n__builtin_row(Q3N__GLOBAL, name->text.p, name->text.n);
+            }
+            q3n__arguments(c, &op, row, NULL);
+            q3n__paste(c, &op, 1);
+        } else {
+            return;
+        }
+    }
+}
+
+/* A constant, a name, or what stands in brackets. */
+static void q3n__primary(q3n__compiler *c)
+{
+    static const char *const words[] = { "true True", "false False", "none None" };
+    const q3n__value values[] = { q3n__bool(1), q3n__bool(0), q3n__plain(Q3N__V_NONE) };
+    int32_t n = 0;
+    for (int i = 0; i < 3; i++)
+        if (q3n__skip_word(c, words[i])) {
+            q3n__emit_op(c, Q3N__OP_CONST, q3n__const(c, values[i]));
+            return;
+        }
+    if (c->x.kind == Q3N__T_CONST) {
+        q3n__value v = c->x.value;
+        q3n__next(c);
+        while (v.kind == Q3N__V_STRING && c->x.kind == Q3N__T_CONST
+               && c->x.value.kind == Q3N__V_STRING) {            /* 'a' 'b' is 'ab' */
+            v = q3n__operator(c->s, '~', &v, &c->x.value);
+            q3n__next(c);
+        }
+        q3n__emit_op(c, Q3N__OP_CONST, q3n__const(c, v));
+    } else if (q3n__skip_op(c, "(")) {
+        q3n__tuple(c);
+        q3n__expect_op(c, ")");
+    } else if (q3n__is_op(c, "[") || q3n__is_op(c, "{")) {
+        const int map = q3n__is_op(c, "{");
+        const char *const close = map ? "}" : "]";
+        q3n__next(c);
+        for (; !q3n__is_op(c, close) && c->s->result == Q3N_OK; n++) {
+            q3n__expression(c, Q3N__LEVEL_IF);
+            if (map) {
+                q3n__expect_op(c, ":");
+                q3n__expression(c, Q3N__LEVEL_IF);
+            }
+            if (!q3n__skip_op(c, ",")) { n++; break; }
+        }
+        q3n__expect_op(c, close);
+        const size_t at = q3n__emit_op(c, map ? Q3N__OP_MAP : Q3N__OP_LIST, n);
+        if (!map && c->s->result == Q3N_OK) c->t->code[at].flag = Q3N__V_LIST;
+    } else {
+        q3n__emit_op(c, Q3N__OP_LOAD, q3n__take_name(c, 0));
+    }
+}
+
+/* A value with signs, what follows it, filters and tests. */
+static void q3n__unary(q3n__compiler *c, int filters)
+{
+    const size_t from = c->t->n_code;
+    const int minus = q3n__is_op(c, "-");
+    if (minus || q3n__is_op(c, "+")) {
+        q3n__next(c);
+        q3n__expression(c, Q3N__LEVEL_OPERAND);
+        q3n__emit_op(c, minus ? Q3N__OP_NEG : Q3N__OP_POS, 0);
+    } else {
+        q3n__primary(c);
+    }
+    q3n__postfix(c, from);
+    while (filters && c->s->result == Q3N_OK) {
+        if (q3n__skip_op(c, "|")) {
+            q3n__apply_code(c, Q3N__FILTER, "filter", 0);
+        } else if (q3n__skip_word(c, "is")) {
+            const int negated = q3n__skip_word(c, "not");
+            q3n__apply_code(c, Q3N__TEST, "test", negated);
+        } else {
+            break;
+        }
+        q3n__postfix(c, c->t->n_code);
+    }
+}
+
+/* The operator that the token is: how strongly it binds, *what it does.  0 = it is none. */
+static int q3n__infix(q3n__compiler *c, int *what)
+{
+    static const struct { char op[3]; uint8_t level; int what; } ops[] = {
+        { "+", Q3N__LEVEL_ADD, '+' },      { "-", Q3N__LEVEL_ADD, '-' },
+        { "~", Q3N__LEVEL_CONCAT, '~' },   { "*", Q3N__LEVEL_MULTIPLY, '*' },
+        { "/", Q3N__LEVEL_MULTIPLY, 't' }, { "//", Q3N__LEVEL_MULTIPLY, '/' },
+        { "%", Q3N__LEVEL_MULTIPLY, '%' }, { "**", Q3N__LEVEL_POWER, '^' },
+        { "==", Q3N__LEVEL_COMPARE, Q3N__DO_EQ }, { "!=", Q3N__LEVEL_COMPARE, Q3N__DO_NE },
+        { "<", Q3N__LEVEL_COMPARE, Q3N__DO_LT },  { "<=", Q3N__LEVEL_COMPARE, Q3N__DO_LE },
+        { ">", Q3N__LEVEL_COMPARE, Q3N__DO_GT },  { ">=", Q3N__LEVEL_COMPARE, Q3N__DO_GE },
+    };
+    for (size_t i = 0; i < sizeof ops / sizeof *ops; i++) {
+        if (!q3n__is_op(c, ops[i].op)) continue;
+        *what = ops[i].what;
+        return ops[i].level;
+    }
+    *what = Q3N__DO_IN;
+    if (q3n__is_word(c, "in")) return Q3N__LEVEL_COMPARE;
+    if (q3n__is_word(c, "or")) return Q3N__LEVEL_OR;
+    if (q3n__is_word(c, "and")) return Q3N__LEVEL_AND;
+    if (!q3n__is_word(c, "not")) return 0;
+    const q3n__lexer before = c->x;
+    q3n__next(c);
+    if (q3n__is_word(c, "in")) { *what = -Q3N__DO_IN; return Q3N__LEVEL_COMPARE; }
+    c->x = before;
+    return 0;
+}
+
+/* "a < b < c": each comparison but the last leaves b, or false and goes to the end. */
+static void q3n__comparison(q3n__compiler *c, int what)
+{
+    size_t ends = 0;
+    for (;;) {
+        q3n__next(c);
+        q3n__expression(c, Q3N__LEVEL_ADD);
+        int next = 0;
+        const int more = q3n__infix(c, &next) == Q3N__LEVEL_COMPARE;
+        const size_t at = c->t->n_code;
+        if (more) q3n__emit_chained(c, Q3N__OP_CHAIN, &ends);
+        else      q3n__emit_op(c, Q3N__OP_COMPARE, 0);
+        if (c->s->result != Q3N_OK) return;
+        c->t->code[at].b = what < 0 ? -what : what;
+        c->t->code[at].flag = what < 0;
+        if (!more) break;
+        what = next;
+    }
+    q3n__patch_chain(c, ends);
+}
+
+/* "a if b else c", of which a has been read: its code begins at `from`. */
+static void q3n__conditional(q3n__compiler *c, size_t from)
+{
+    while (q3n__skip_word(c, "if")) {
+        size_t n, at, end;
+        q3n__op *value = q3n__cut(c, from, &n);
+        q3n__expression(c, Q3N__LEVEL_OR);
+        at = q3n__emit_op(c, Q3N__OP_JUMP_FALSE, 0);
+        q3n__paste(c, value, n);
+        end = q3n__emit_op(c, Q3N__OP_JUMP, 0);
+        q3n__patch(c, at);
+        if (q3n__skip_word(c, "else")) q3n__expression(c, Q3N__LEVEL_IF);
+        else q3n__emit_op(c, Q3N__OP_UNDEFINED, 0);
+        q3n__patch(c, end);
+    }
+}
+
+/* An expression of operators that bind at least as strongly as level. */
+static void q3n__expression(q3n__compiler *c, int level)
+{
+    const size_t from = c->t->n_code;
+    int binds, what;
+    if (++c->depth > Q3N__MAX_BRACKETS) q3n__syntax(c, "expressions too deep");
+    if (c->s->result != Q3N_OK) return;
+    if (level <= Q3N__LEVEL_NOT && q3n__skip_word(c, "not")) {
+        q3n__expression(c, Q3N__LEVEL_NOT);
+        q3n__emit_op(c, Q3N__OP_NOT, 0);
+    } else {
+        q3n__unary(c, level < Q3N__LEVEL_OPERAND);
+    }
+    while (level <= Q3N__LEVEL_POWER && c->s->result == Q3N_OK
+           && (binds = q3n__infix(c, &what)) != 0 && binds >= level) {
+        if (binds == Q3N__LEVEL_COMPARE) { q3n__comparison(c, what); continue; }
+        q3n__next(c);
+        if (binds > Q3N__LEVEL_COMPARE) {
+            q3n__expression(c, binds + 1);
+            q3n__emit_op(c, Q3N__OP_ARITHMETIC, what);
+        } else {
+            const size_t at = q3n__emit_op(c, binds == Q3N__LEVEL_OR ? Q3N__OP_OR : Q3N__OP_AND, 0);
+            q3n__expression(c, binds + 1);
+            q3n__patch(c, at);
+        }
+    }
+    if (level == Q3N__LEVEL_IF) q3n__conditional(c, from);
+    c->depth--;
+}
+
+/* ---- Tags ----
+ *
+ * Tags nest without recursion: what is open is in c->blocks.  A jump whose end is not known yet
+ * holds the place of the one before it that waits for the same end, so a block needs one number for
+ * all of them:
+ *
+ *     {% if a %} A {% elif b %} B {% else %} C {% endif %}
+ *
+ *         a;  JUMP_FALSE --+             at: patched by the next branch
+ *         A;  JUMP ---------------+      ends: patched by endif, in a chain
+ *         b;  JUMP_FALSE --+ <-+  |
+ *         B;  JUMP ---------------+
+ *         C  <-------------+      |
+ *         ...  <------------------+
+ *
+ * Names are set in the scope in which the tag stands.  Loops, macros, {% set %} ... {% endset %}
+ * and generation blocks have one of their own, if has not: what is set in a loop is gone after it,
+ * and templates count in a namespace. */
+
+/* What a value is stored in: code that takes it from the stack. */
+static q3n__op *q3n__target(q3n__compiler *c, size_t *n_ops)
+{
+    const size_t from = c->t->n_code, unpack = q3n__emit_op(c, Q3N__OP_UNPACK, 1);
+    const int bracket = q3n__skip_op(c, "(");
+    int32_t n = 0, comma = bracket;
+    do {
+        if (n && (c->x.kind != Q3N__T_NAME || q3n__is_word(c, "in"))) break;
+        const q3n__lexer before = c->x;
+        const int32_t id = q3n__take_name(c, 1);
+        if (q3n__skip_op(c, ".")) {
+            const size_t at = q3n__emit_op(c, Q3N__OP_STORE_ATTR, q3n__const_text(c, &c->x.text));
+            if (c->s->result == Q3N_OK) c->t->code[at].b = q3n__name_id(c, &before.text);
+            if (c->x.kind != Q3N__T_NAME) q3n__syntax(c, "expected a name after '.'");
+            q3n__next(c);
+        } else {
+            q3n__emit_op(c, Q3N__OP_STORE, id);
+        }
+        n++;
+        comma |= q3n__is_op(c, ",");
+    } while (q3n__skip_op(c, ",") && c->s->result == Q3N_OK);
+    if (bracket) q3n__expect_op(c, ")");
+    if (c->s->result == Q3N_OK) c->t->code[unpack].a = n;
+    q3n__op *ops = q3n__cut(c, from, n_ops);
+    if (ops && n == 1 && !comma) { ops++; (*n_ops)--; }     /* one name takes the value itself */
+    return ops;
+}
+
+static const char *const q3n__block_names[] = { "if", "for", "set", "macro", "call", "generation" };
+
+/* A tag that an end tag must follow. */
+static q3n__block *q3n__open_block(q3n__compiler *c, int kind)
+{
+    if (c->n_blocks == Q3N__MAX_BLOCKS) q3n__syntax(c, "tags too deep");
+    q3n__block *b = &c->blocks[c->n_blocks < Q3N__MAX_BLOCKS ? c->n_blocks++ : 0];
+    memset(b, 0, sizeof *b);
+    b->name = q3n__block_names[kind];
+    b->kind = kind;
+    b->line = c->s->line;
+    return b;
+}
+
+/* {% if %}: at is the jump to the next branch, + 1; ends the jumps to {% endif %}. */
+static void q3n__tag_if(q3n__compiler *c)
+{
+    q3n__block *b = q3n__open_block(c, Q3N__IF);
+    q3n__expression(c, Q3N__LEVEL_OR);
+    b->at = q3n__emit_op(c, Q3N__OP_JUMP_FALSE, 0) + 1;
+}
+
+/* The loop proper, whose list is on the stack. */
+static size_t q3n__loop_code(q3n__compiler *c, const q3n__block *b, int flag)
+{
+    const size_t at = q3n__emit_op(c, Q3N__OP_FOR, 0), next = q3n__emit_op(c, Q3N__OP_NEXT, 0);
+    if (c->s->result == Q3N_OK) c->t->code[at].flag = c->t->code[next].flag = (uint8_t)flag;
+    q3n__paste(c, b->cut[0], b->n_cut[0]);
+    return next;
+}
+
+/* A jump to an op that is there already. */
+static void q3n__jump_back(q3n__compiler *c, size_t to)
+{
+    const size_t at = q3n__emit_op(c, Q3N__OP_JUMP, 0);
+    if (c->s->result == Q3N_OK) c->t->code[at].a = (int32_t)to - (int32_t)at - 1;
+}
+
+enum { Q3N__FOR_RECURSIVE = 1, Q3N__FOR_FILTER = 2 };
+
+/* {% for target in items if filter recursive %}.  A filter is a loop of its own, before, whose
+ * result is a list: loop.length counts what is left.  A recursive loop is a piece of code that is
+ * called, by RECURSE here and by loop(items) in it. */
+static void q3n__tag_for(q3n__compiler *c)
+{
+    q3n__block *b = q3n__open_block(c, Q3N__FOR);
+    q3n__op *filter = NULL;
+    size_t n_filter = 0;
+    b->cut[0] = q3n__target(c, &b->n_cut[0]);
+    if (!q3n__skip_word(c, "in")) q3n__syntax(c, "expected 'in'");
+    q3n__expression(c, Q3N__LEVEL_OR);
+    if (q3n__is_op(c, ",")) {
+        int32_t n = 1;
+        while (q3n__skip_op(c, ",") && c->x.kind != Q3N__T_CLOSE && c->s->result == Q3N_OK) {
+            q3n__expression(c, Q3N__LEVEL_OR);
+            n++;
+        }
+        q3n__emit_op(c, Q3N__OP_LIST, n);
+        if (c->s->result == Q3N_OK) c->t->code[c->t->n_code - 1].flag = Q3N__V_TUPLE;
+    }
+    if (q3n__skip_word(c, "if")) {
+        const size_t at = c->t->n_code;
+        q3n__expression(c, Q3N__LEVEL_IF);
+        filter = q3n__cut(c, at, &n_filter);
+    }
+    if (q3n__skip_word(c, "recursive")) b->else_seen = 2;
+    const int recursive = b->else_seen == 2;
+    if (recursive) b->ends = q3n__emit_op(c, Q3N__OP_RECURSE, 0) + 1;
+    if (n_filter) {
+        const size_t next = q3n__loop_code(c, b, Q3N__FOR_FILTER);
+        q3n__paste(c, filter, n_filter);
+        q3n__emit_op(c, Q3N__OP_KEEP, 0);
+        q3n__jump_back(c, next);
+        q3n__patch(c, next);
+        if (c->s->result == Q3N_OK) c->t->code[next].b = c->t->code[next].a;
+    }
+    b->at = q3n__loop_code(c, b, recursive) + 1;
+}
+
+/* The parameters of a macro, after its op at `at`: the missing ones are set first. */
+static void q3n__parameters(q3n__compiler *c, size_t at)
+{
+    int32_t ids[64], n = 0;
+    size_t n_default[64];
+    q3n__op *value[64];
+    q3n__expect_op(c, "(");
+    while (!q3n__is_op(c, ")") && c->s->result == Q3N_OK) {
+        if (n == 64) { q3n__syntax(c, "too many parameters"); break; }
+        const size_t from = c->t->n_code;
+        ids[n] = q3n__take_name(c, 1);
+        if (q3n__skip_op(c, "=")) q3n__expression(c, Q3N__LEVEL_IF);
+        else q3n__emit_op(c, Q3N__OP_UNDEFINED, 0);
+        value[n] = q3n__cut(c, from, &n_default[n]);
+        n++;
+        if (!q3n__skip_op(c, ",")) break;
+    }
+    q3n__expect_op(c, ")");
+    if (c->s->result != Q3N_OK) return;
+    c->t->code[at].b = (int32_t)c->t->n_params;
+    c->t->code[at].n = (uint16_t)n;
+    for (int32_t i = 0; i < n && c->s->result == Q3N_OK; i++) {
+        q3n__template *t = c->t;
+        t->params = (int32_t *)q3n__grow(c->s, t->params, t->n_params, &t->params_room,
+                                         sizeof *t->params);
+        if (c->s->result != Q3N_OK) return;
+        t->params[t->n_params++] = ids[i];
+        const size_t jump = q3n__emit_op(c, Q3N__OP_DEFAULT, 0);
+        if (c->s->result != Q3N_OK) return;
+        c->t->code[jump].b = ids[i];
+        q3n__paste(c, value[i], n_default[i]);
+        q3n__emit_op(c, Q3N__OP_STORE, ids[i]);
+        q3n__patch(c, jump);
+    }
+}
+
+/* {% macro name(parameters) %}: `ends` holds the name. */
+static void q3n__tag_macro(q3n__compiler *c)
+{
+    q3n__block *b = q3n__open_block(c, Q3N__MACRO);
+    const int32_t name = q3n__take_name(c, 1);
+    b->at = q3n__emit_op(c, Q3N__OP_MACRO, 0) + 1;
+    b->ends = (size_t)name;
+    q3n__parameters(c, b->at - 1);
+}
+
+/* {% call(x) m(y) %}: the body is a macro, m gets it as `caller`. */
+static void q3n__tag_call(q3n__compiler *c)
+{
+    q3n__block *b = q3n__open_block(c, Q3N__CALL);
+    const size_t at = q3n__emit_op(c, Q3N__OP_MACRO, 0);
+    b->at = at + 1;
+    if (q3n__is_op(c, "(")) q3n__parameters(c, at);
+    const size_t from = c->t->n_code;
+    q3n__expression(c, Q3N__LEVEL_OPERAND);
+    if (c->s->result == Q3N_OK && (c->t->n_code == from
+                                   || c->t->code[c->t->n_code - 1].code != Q3N__OP_CALL))
+        q3n__syntax(c, "call needs the call of a macro");
+    if (c->s->result == Q3N_OK) c->t->code[c->t->n_code - 1].flag = 1;
+    b->cut[1] = q3n__cut(c, from, &b->n_cut[1]);
+}
+
+/* "f | g(x)" as code for the end of a block. */
+static void q3n__filters(q3n__compiler *c, q3n__block *b)
+{
+    const size_t from = c->t->n_code;
+    do q3n__apply_code(c, Q3N__FILTER, "filter", 0); while (q3n__skip_op(c, "|"));
+    b->cut[1] = q3n__cut(c, from, &b->n_cut[1]);
+}
+
+/* {% set a, b = x %}, {% set space.a = x %}, or {% set a | filter %} up to {% endset %}. */
+static void q3n__tag_set(q3n__compiler *c)
+{
+    size_t n;
+    q3n__op *target = q3n__target(c, &n);
+    if (q3n__skip_op(c, "=")) {
+        q3n__tuple(c);
+        q3n__paste(c, target, n);
+        return;
+    }
+    q3n__block *b = q3n__open_block(c, Q3N__SET);
+    b->cut[0] = target;
+    b->n_cut[0] = n;
+    if (q3n__skip_op(c, "|")) q3n__filters(c, b);
+    q3n__emit_op(c, Q3N__OP_CAPTURE, 0);
+    q3n__emit_op(c, Q3N__OP_SCOPE, 0);
+}
+
+/* [HF]'s tag around what the model is to write: its text is marked. */
+static void q3n__tag_generation(q3n__compiler *c)
+{
+    q3n__open_block(c, Q3N__GENERATION);
+    q3n__emit_op(c, Q3N__OP_SCOPE, 0);
+    q3n__emit_op(c, Q3N__OP_MARK, 1);
+}
+
+/* What leaving a block takes, besides its code. */
+static void q3n__leave_block(q3n__compiler *c, const q3n__block *b)
+{
+    if (b->kind != Q3N__GENERATION && b->kind != Q3N__SET) return;
+    q3n__emit_op(c, Q3N__OP_END_SCOPE, 0);
+    q3n__emit_op(c, b->kind == Q3N__SET ? Q3N__OP_END_CAPTURE : Q3N__OP_MARK, 0);
+}
+
+/* break and continue: whatever is open within the loop is left. */
+static void q3n__tag_break(q3n__compiler *c, int go_on)
+{
+    q3n__block *b = NULL;
+    for (int i = c->n_blocks; i-- > 0 && !b;) {
+        q3n__block *around = &c->blocks[i];
+        if (around->kind == Q3N__FOR && around->else_seen != 1) b = around;
+        if (around->kind == Q3N__MACRO || around->kind == Q3N__CALL) break;
+        q3n__leave_block(c, around);
+        if (around->kind == Q3N__SET) q3n__emit_op(c, Q3N__OP_JUMP_FALSE, 0);   /* drops its text */
+    }
+    if (!b) { q3n__syntax(c, go_on ? "continue outside a loop" : "break outside a loop"); return; }
+    if (go_on) { q3n__jump_back(c, b->at - 1); return; }
+    q3n__emit_op(c, Q3N__OP_END_SCOPE, 0);
+    q3n__emit_chained(c, Q3N__OP_JUMP, &b->breaks);
+}
+
+/* {% else %} and {% elif %} of an if, {% else %} of a loop, which runs if there was no item. */
+static void q3n__tag_else(q3n__compiler *c, int elif)
+{
+    q3n__block *b = c->n_blocks ? &c->blocks[c->n_blocks - 1] : NULL;
+    const int loop = b && b->kind == Q3N__FOR, branch = b && b->kind == Q3N__IF;
+    if ((!loop && !branch) || b->else_seen == 1 || (loop && elif)) {
+        q3n__syntax(c, "elif or else without if or for");
+        return;
+    }
+    if (loop) {
+        if (b->else_seen == 2) q3n__syntax(c, "else of a recursive loop");
+        q3n__jump_back(c, b->at - 1);
+        if (c->s->result == Q3N_OK)
+            c->t->code[b->at - 1].b = (int32_t)(c->t->n_code - b->at);
+    } else {
+        q3n__emit_chained(c, Q3N__OP_JUMP, &b->ends);
+        q3n__patch(c, b->at - 1);
+        b->at = 0;
+    }
+    b->else_seen = !elif;
+    if (!elif) return;
+    q3n__expression(c, Q3N__LEVEL_OR);
+    b->at = q3n__emit_op(c, Q3N__OP_JUMP_FALSE, 0) + 1;
+}
+
+/* An end tag: jumps that waited for it lead here, code that was cut out for it follows. */
+static void q3n__tag_end(q3n__compiler *c, const q3n__text *name)
+{
+    q3n__block *b = c->n_blocks ? &c->blocks[--c->n_blocks] : NULL;
+    const int known = b && strlen(b->name) + 3 == name->n
+                   && memcmp(b->name, name->p + 3, name->n - 3) == 0;
+    if (!known) {
+        q3n__err(c->s, "'%.*s' without its begin", (int)name->n, name->p);
+        return;
+    }
+    q3n__leave_block(c, b);
+    if (b->kind == Q3N__IF) {
+        if (b->at) q3n__patch(c, b->at - 1);
+        q3n__patch_chain(c, b->ends);
+    } else if (b->kind == Q3N__FOR) {
+        q3n__op *next = c->s->result == Q3N_OK ? &c->t->code[b->at - 1] : NULL;
+        if (b->else_seen != 1) q3n__jump_back(c, b->at - 1);
+        q3n__patch(c, b->at - 1);
+        q3n__patch_chain(c, b->breaks);
+        if (next) next = &c->t->code[b->at - 1];
+        if (next && b->else_seen != 1) next->b = next->a;
+        if (b->else_seen != 2) return;
+        q3n__emit_op(c, Q3N__OP_RETURN, 0);
+        q3n__patch(c, b->ends - 1);
+        q3n__emit_op(c, Q3N__OP_PRINT, 0);
+    } else if (b->kind == Q3N__MACRO || b->kind == Q3N__CALL) {
+        q3n__emit_op(c, Q3N__OP_RETURN, 0);
+        q3n__patch(c, b->at - 1);
+        q3n__paste(c, b->cut[1], b->n_cut[1]);
+        if (b->kind == Q3N__MACRO) q3n__emit_op(c, Q3N__OP_STORE, (int32_t)b->ends);
+        else                       q3n__emit_op(c, Q3N__OP_PRINT, 0);
+    } else if (b->kind == Q3N__SET) {
+        q3n__paste(c, b->cut[1], b->n_cut[1]);
+        q3n__paste(c, b->cut[0], b->n_cut[0]);
+    }
+}
+
+/* What stands between {% and %}. */
+static void q3n__tag(q3n__compiler *c)
+{
+    static const struct { const char *name; void (*tag)(q3n__compiler *c); } tags[] = {
+        { "if", q3n__tag_if }, { "for", q3n__tag_for }, { "macro", q3n__tag_macro },
+        { "call", q3n__tag_call }, { "set", q3n__tag_set }, { "generation", q3n__tag_generation },
+    };
+    const q3n__text name = c->x.text;
+    const int named = c->x.kind == Q3N__T_NAME;
+    c->s->line = c->x.line;
+    if (!named) { q3n__syntax(c, "a tag without a name"); return; }
+    for (size_t i = 0; i < sizeof tags / sizeof *tags; i++)
+        if (q3n__skip_word(c, tags[i].name)) { (tags[i].tag)(c); return; }
+    if (q3n__skip_word(c, "elif")) q3n__tag_else(c, 1);
+    else if (q3n__skip_word(c, "else")) q3n__tag_else(c, 0);
+    else if (q3n__skip_word(c, "break")) q3n__tag_break(c, 0);
+    else if (q3n__skip_word(c, "continue")) q3n__tag_break(c, 1);
+    else if (q3n__is_word(c, "endif endfor endmacro endcall endset endgeneration")) {
+        q3n__next(c);
+        q3n__tag_end(c, &name);
+    } else {
+        q3n__unknown(c->s, "tag", &name);
+    }
+}
+
+/* Compile text, which is copied: with \n at the ends of its lines, without one at its own. */
+static int q3n__compile(q3n__script *s, q3n__template *t, const char *text, size_t bytes)
+{
+    uint8_t *source = (uint8_t *)q3n__take(s, bytes, 1), *end = source;
+    q3n__compiler *all = (q3n__compiler *)q3n__take(s, 1, sizeof *all);
+    q3n__block *blocks = (q3n__block *)q3n__take(s, Q3N__MAX_BLOCKS, sizeof *blocks);
+    uint32_t x;
+    int32_t i;
+    if (!source || !all || !blocks) return 0;
+    for (size_t k = 0; k < bytes; k++) {
+        *end++ = (uint8_t)(text[k] == '\r' ? '\n' : text[k]);
+        k += text[k] == '\r' && k + 1 < bytes && text[k + 1] == '\n';
+    }
+    end -= end > source && end[-1] == '\n';
+    *all = (q3n__compiler){ .s = s, .t = t, .begin = source, .end = end, .blocks = blocks };
+    all->x.p = source;
+    all->x.line = s->line = 1;
+    for (const uint8_t *p = source; p < end; p += i, s->line += p[-1] == '\n')
+        if ((i = q3n__utf8_decode(p, end, &x)) == 0) return q3n__syntax(all, "it is not UTF-8");
+    t->loop = q3n__name_id(all, &(q3n__text){ (const uint8_t *)"loop", NULL, 4, 0 });
+    t->caller = q3n__name_id(all, &(q3n__text){ (const uint8_t *)"caller", NULL, 6, 0 });
+    if (s->result == Q3N_OK) t->names[0].assigned = t->names[1].assigned = 1;
+    for (q3n__next(all); all->x.kind != Q3N__T_END && s->result == Q3N_OK; q3n__next(all)) {
+        const int kind = all->x.kind;
+        s->line = all->x.line;
+        if (kind == Q3N__T_TEXT) {
+            q3n__emit_op(all, Q3N__OP_CONST, q3n__const_text(all, &all->x.text));
+            q3n__emit_op(all, Q3N__OP_PRINT, 0);
+            continue;
+        }
+        q3n__next(all);
+        if (kind == Q3N__T_TAG) {
+            q3n__tag(all);
+        } else {
+            q3n__tuple(all);
+            q3n__emit_op(all, Q3N__OP_PRINT, 0);
+        }
+        if (all->x.kind != Q3N__T_CLOSE) q3n__syntax(all, "expected an operator or the tag's end");
+    }
+    q3n__emit_op(all, Q3N__OP_END, 0);
+    if (all->n_blocks && s->result == Q3N_OK) {
+        s->line = all->blocks[all->n_blocks - 1].line;
+        q3n__err(s, "'%s' is not ended", all->blocks[all->n_blocks - 1].name);
+    }
+    for (size_t k = 0; k < t->n_names && s->result == Q3N_OK; k++) {
+        const q3n__name *name = &t->names[k];
+        s->line = name->called;
+        if (name->called && !name->assigned
+            && q3n__builtin_row(Q3N__GLOBAL, name->text.p, name->text.n) < 0)
+            q3n__unknown(s, "function", &name->text);
+    }
+    return s->result == Q3N_OK;
+}
+#endif   /* Q3N_NO_CHAT */
+
+/* =====================================================================================
+ * [23] RENDER                                                                 >>render
+ *
+ * The machine that runs the code of a template.  Values are on a stack, names in scopes, text is
+ * written to one output: a macro's, from where its frame began, becomes its value.
+ *
+ *     scopes   for {name: value} -> around it -> ... -> the template's own, an array by name
+ *     frames   macro or recursive loop -> its caller -> ...
+ *
+ * A name is looked up when it is used, so macros may be called before they are defined and see what
+ * their scope holds by then.  A loop sets its scope afresh for every item.
+ *
+ * Calls do not deepen the C stack.  Every op is a step, and steps, memory, text and frames are
+ * bounded.
+ * ===================================================================================== */
+#ifndef Q3N_NO_CHAT
+
+/* Names that have a value here; what is not here is looked for in the scope around. */
+typedef struct q3n__scope {
+    struct q3n__scope *around;      /* NULL = that of the whole template, an array by name */
+    q3n__loop   *loop;              /* that runs in it, NULL = none */
+    int32_t     *ids;
+    q3n__value  *values;            /* [n] */
+    size_t       n, room;
+} q3n__scope;
+
+typedef struct q3n__macro {
+    const q3n__op *op;              /* its code follows */
+    q3n__scope    *scope;           /* in which it was defined */
+} q3n__macro;
+
+/* A macro or a recursive loop that runs. */
+typedef struct q3n__frame {
+    struct q3n__frame *caller;
+    q3n__scope *scope;
+    size_t      start;              /* of what it writes */
+    int32_t     back, entry;        /* where to go on; of a recursive loop where it begins */
+    int         depth;
+} q3n__frame;
+
+typedef struct {
+    q3n__script         *s;
+    const q3n__template *t;
+    q3n__value          *globals;   /* [n_names] */
+    q3n__scope          *scope;
+    q3n__frame          *frame;
+    int32_t              pc;
+    int                  depth, max_depth;
+} q3n__machine;
+
+/* Code that was compiled leaves the stack as it should be: this never finds it empty. */
+static q3n__value q3n__pop(q3n__script *s)
+{
+    Q3N_ASSERT(s->n_stack > 0 || s->result != Q3N_OK);
+    return s->n_stack ? s->stack[--s->n_stack] : q3n__plain(Q3N__V_NONE);
+}
+
+/* Where a name has its value: the innermost scope that has one, at last the template's own. */
+static q3n__value *q3n__lookup(q3n__machine *m, int32_t id)
+{
+    for (const q3n__scope *scope = m->scope; scope; scope = scope->around)
+        for (size_t i = 0; i < scope->n; i++)
+            if (scope->ids[i] == id && scope->values[i].kind != Q3N__V_MISSING)
+                return &scope->values[i];
+    return &m->globals[id];
+}
+
+/* Set a name in a scope; NULL = the template's own. */
+static void q3n__store(q3n__machine *m, q3n__scope *to, int32_t id, q3n__value v)
+{
+    size_t i = 0;
+    if (!to) { m->globals[id] = v; return; }
+    while (i < to->n && to->ids[i] != id) i++;
+    if (i == to->n) {
+        size_t room = to->room;
+        to->ids = (int32_t *)q3n__grow(m->s, to->ids, to->n, &room, sizeof *to->ids);
+        to->values = (q3n__value *)q3n__grow(m->s, to->values, to->n, &to->room,
+                                                sizeof *to->values);
+        if (m->s->result != Q3N_OK) return;
+        to->n++;
+    }
+    to->ids[i] = id;
+    to->values[i] = v;
+}
+
+/* On failure the scope that there is, so that nobody needs to ask. */
+static q3n__scope *q3n__new_scope(q3n__machine *m, q3n__scope *around)
+{
+    q3n__scope *scope = (q3n__scope *)q3n__take(m->s, 1, sizeof *scope);
+    if (scope) scope->around = around;
+    return scope ? scope : m->scope;
+}
+
+/* What calls look like on the stack, and where their text goes:
+ *
+ *     before   ... f  arg arg name value        out: the text so far
+ *     during   ...                              out: the text so far | the callee's
+ *     after    ... text                         out: the text so far
+ *
+ * Arguments are in the callee's scope by then.  A recursive loop keeps its one argument, the items,
+ * on the stack, where FOR expects them.
+ *
+ * Go to `entry`; RETURN comes back, with what was written meanwhile as a string. */
+static q3n__frame *q3n__enter(q3n__machine *m, q3n__scope *scope, int32_t entry, int32_t back)
+{
+    q3n__frame *f = (q3n__frame *)q3n__take(m->s, 1, sizeof *f);
+    if (++m->depth > m->max_depth)
+        q3n__err(m->s, "more than %d calls within calls", m->max_depth);
+    if (!f || m->s->result != Q3N_OK) return NULL;
+    *f = (q3n__frame){ m->frame, m->scope, m->s->n_out, back, entry, 1 };
+    m->frame = f;
+    m->scope = scope;
+    m->pc = entry;
+    return f;
+}
+
+/* A macro's scope lies in that where it was defined.  Parameters that are not given have no value
+ * yet: DEFAULT, at the begin of its code, gives them one. */
+static void q3n__call_macro(q3n__machine *m, const q3n__macro *macro, const q3n__args *x,
+                            const q3n__value *caller)
+{
+    q3n__script *s = m->s;
+    const int n = macro->op->n;
+    const int32_t *ids = n ? m->t->params + macro->op->b : NULL;
+    q3n__scope *scope = q3n__new_scope(m, macro->scope);
+    if (x->n > n) q3n__err(s, "a macro of %d parameters gets %d", n, x->n);
+    for (int i = 0; i < n && s->result == Q3N_OK; i++)
+        q3n__store(m, scope, ids[i], i < x->n ? s->stack[x->base + (size_t)i]
+                                              : q3n__plain(Q3N__V_MISSING));
+    for (int k = 0; k < x->n_named && s->result == Q3N_OK; k++) {
+        const q3n__value *pair = &s->stack[x->base + (size_t)(x->n + 2 * k)];
+        int i = 0;
+        while (i < n && q3n__compare_texts(&m->t->names[ids[i]].text, pair->u.s) != 0) i++;
+        if (i < n) q3n__store(m, scope, ids[i], pair[1]);
+        else q3n__err(s, "a macro without a parameter '%.*s'", (int)pair->u.s->n,
+                      pair->u.s->p);
+    }
+    if (caller) q3n__store(m, scope, m->t->caller, *caller);
+    q3n__enter(m, scope, (int32_t)(macro->op - m->t->code) + 1, m->pc);
+}
+
+/* CALL: what is called lies below its arguments, and below that the body of {% call %}. */
+static void q3n__call_value(q3n__machine *m, const q3n__op *op)
+{
+    q3n__script *s = m->s;
+    const size_t base = s->n_stack - op->n - 2u * op->named;
+    const q3n__value callee = s->stack[base - 1];
+    q3n__args x = { .base = base, .n = op->n, .n_named = op->named };
+    const q3n__value caller = op->flag ? s->stack[base - 2] : callee;
+    q3n__value made = q3n__plain(Q3N__V_NONE);
+    if (callee.kind == Q3N__V_FUNCTION) {
+        const q3n__builtin *b = &q3n__builtins[callee.u.i];
+        if (q3n__bind_args(s, b, &x)) made = q3n__apply(s, b->what, &x);
+    } else if (callee.kind == Q3N__V_MACRO) {
+        q3n__call_macro(m, callee.u.macro, &x, op->flag ? &caller : NULL);
+    } else if (callee.kind == Q3N__V_LOOP && callee.u.loop->entry && x.n == 1) {
+        const q3n__loop *l = callee.u.loop;
+        q3n__frame *f = q3n__enter(m, l->scope, l->entry, m->pc);
+        made = s->stack[base];
+        if (f) f->depth = l->depth + 1;
+    } else if (callee.kind == Q3N__V_UNDEFINED) {
+        q3n__err(s, "'%.*s' is undefined", (int)callee.u.s->n, callee.u.s->p);
+    } else {
+        q3n__err(s, "a %s cannot be called so", q3n__kind_names[callee.kind]);
+    }
+    if (s->result != Q3N_OK) return;
+    s->n_stack = base - 1 - op->flag;
+    if (callee.kind != Q3N__V_MACRO) q3n__push(s, made);
+}
+
+/* APPLY: a filter, test or method, whose value lies below its arguments. */
+static void q3n__apply_op(q3n__machine *m, const q3n__op *op)
+{
+    q3n__script *s = m->s;
+    const q3n__builtin *b = &q3n__builtins[op->a];
+    const size_t base = s->n_stack - op->n - 2u * op->named;
+    q3n__args x = { .base = base, .n = op->n, .n_named = op->named };
+    x.v[0] = s->stack[base - 1];
+    const q3n__value *v = &x.v[0];
+    if (b->where >= Q3N__METHOD && (int)v->kind != b->where - Q3N__METHOD) {
+        if (v->kind == Q3N__V_UNDEFINED)
+            q3n__err(s, "'%.*s' is undefined", (int)v->u.s->n, v->u.s->p);
+        q3n__err(s, "a %s has no method %s", q3n__kind_names[v->kind], b->names);
+    }
+    if (!q3n__bind_args(s, b, &x)) return;
+    q3n__value made = q3n__apply(s, b->what, &x);
+    if (op->flag) made = q3n__bool(!q3n__truth(&made));
+    s->n_stack = base - 1;
+    q3n__push(s, made);
+}
+
+/* What makes a value of those on the stack. */
+static void q3n__run_value(q3n__machine *m, const q3n__op *op)
+{
+    q3n__script *s = m->s;
+    q3n__value *top = s->n_stack ? &s->stack[s->n_stack - 1] : NULL, a;
+    switch (op->code) {
+    case Q3N__OP_CONST: q3n__push(s, m->t->consts[op->a]); return;
+    case Q3N__OP_LOAD:
+        a = *q3n__lookup(m, op->a);
+        q3n__push(s, a.kind ? a : q3n__undefined(&m->t->names[op->a].text));
+        return;
+    case Q3N__OP_UNDEFINED: q3n__push(s, q3n__undefined(NULL)); return;
+    case Q3N__OP_ATTR: *top = q3n__attr(s, top, m->t->consts[op->a].u.s); return;
+    case Q3N__OP_ITEM:
+        a = q3n__subscript(s, top - 1, top);
+        s->n_stack--;
+        s->stack[s->n_stack - 1] = a;
+        return;
+    case Q3N__OP_SLICE:
+        a = top[-3];
+        a = q3n__slice_of(s, &a, (const q3n__value[3]){ top[-2], top[-1], top[0] });
+        s->n_stack -= 3;
+        s->stack[s->n_stack - 1] = a;
+        return;
+    case Q3N__OP_LIST: q3n__push(s, q3n__make_list(s, (q3n__kind)op->flag, (size_t)op->a)); return;
+    case Q3N__OP_MAP:  q3n__push(s, q3n__make_map(s, Q3N__V_MAP, (size_t)op->a)); return;
+    case Q3N__OP_NEG: case Q3N__OP_POS:
+        a = q3n__int(0);
+        *top = top->kind == Q3N__V_REAL && op->code == Q3N__OP_NEG ? q3n__real(-top->u.f)
+             : q3n__operator(s, op->code == Q3N__OP_NEG ? '-' : '+', &a, top);
+        return;
+    case Q3N__OP_NOT: *top = q3n__bool(!q3n__truth(top)); return;
+    case Q3N__OP_ARITHMETIC: case Q3N__OP_COMPARE: {
+        const q3n__value x = top[-1], y = top[0];
+        a = op->code == Q3N__OP_ARITHMETIC ? q3n__operator(s, (char)op->a, &x, &y)
+          : q3n__bool(q3n__apply_test(s, op->b, &x, &y) != op->flag);
+        s->n_stack--;
+        s->stack[s->n_stack - 1] = a;
+        return;
+    }
+    default: q3n__apply_op(m, op); return;
+    }
+}
+
+/* The next item of the innermost loop, or its end.  The scope is emptied and used again: names that
+ * an item has set are gone, and `loop` is set afresh.  A macro that was defined in the loop sees
+ * the names of the item that is being done when it is called, as Python's closures do. */
+static void q3n__next_item(q3n__machine *m, const q3n__op *op)
+{
+    q3n__scope *scope = m->scope;
+    q3n__loop *l = scope->loop;
+    if (l->i < l->items.n) {
+        scope->n = 0;
+        if (op->flag != Q3N__FOR_FILTER)
+            q3n__store(m, scope, m->t->loop, (q3n__value){ Q3N__V_LOOP, { .loop = l } });
+        q3n__push(m->s, l->items.v[l->i++]);
+        return;
+    }
+    m->scope = scope->around;
+    m->pc += l->items.n ? op->a : op->b;
+    if (op->flag != Q3N__FOR_FILTER) return;
+    l->items.n = l->kept;
+    q3n__push(m->s, (q3n__value){ Q3N__V_LIST, { .list = &l->items } });
+}
+
+/* FOR: a loop over what is on the stack, in a scope of its own.  A filter writes into its list. */
+static void q3n__begin_loop(q3n__machine *m, const q3n__op *op)
+{
+    q3n__script *s = m->s;
+    q3n__loop *l = (q3n__loop *)q3n__take(s, 1, sizeof *l);
+    const q3n__value v = q3n__pop(s);
+    q3n__list items = q3n__iterate(s, &v);
+    if (op->flag == Q3N__FOR_FILTER) {
+        q3n__value *copy = (q3n__value *)q3n__take(s, items.n, sizeof *copy);
+        if (copy && items.n) memcpy(copy, items.v, items.n * sizeof *copy);
+        items.v = copy;
+    }
+    if (s->result != Q3N_OK) return;
+    *l = (q3n__loop){ .items = items, .depth = 1, .scope = m->scope };
+    if (op->flag == Q3N__FOR_RECURSIVE) {
+        l->entry = m->frame->entry;
+        l->depth = m->frame->depth;
+    }
+    m->scope = q3n__new_scope(m, m->scope);
+    m->scope->loop = l;
+}
+
+/* As many values as there are names, the first on top. */
+static void q3n__unpack_value(q3n__script *s, size_t n)
+{
+    const q3n__value v = q3n__pop(s);
+    const q3n__list items = q3n__iterate(s, &v);
+    if (items.n != n) q3n__err(s, "%zu values for %zu names", items.n, n);
+    for (size_t i = items.n; i-- > 0 && s->result == Q3N_OK;) q3n__push(s, items.v[i]);
+}
+
+/* {% set space.name = v %}: namespaces alone change. */
+static void q3n__store_attr(q3n__machine *m, const q3n__op *op)
+{
+    const q3n__value v = q3n__pop(m->s), *space = q3n__lookup(m, op->b);
+    const q3n__value key = m->t->consts[op->a];
+    if (space->kind != Q3N__V_NAMESPACE) {
+        q3n__err(m->s, "only attributes of a namespace can be set");
+        return;
+    }
+    q3n__map *map = space->u.map;
+    q3n__value *old = q3n__map_find(map, &key);
+    if (!q3n__pay(m->s, map->n)) return;
+    if (old) { *old = v; return; }
+    map->pairs = (q3n__value *)q3n__grow(m->s, map->pairs, map->n, &map->room, 2 * sizeof v);
+    if (m->s->result != Q3N_OK) return;
+    map->pairs[2 * map->n] = key;
+    map->pairs[2 * map->n + 1] = v;
+    map->n++;
+}
+
+/* Names, jumps, output, loops and calls.  Returns 0 at the end. */
+static int q3n__run_op(q3n__machine *m, const q3n__op *op)
+{
+    q3n__script *s = m->s;
+    q3n__value v = { Q3N__V_MISSING, { 0 } };
+    switch (op->code) {
+    case Q3N__OP_STORE:      q3n__store(m, m->scope, op->a, q3n__pop(s)); break;
+    case Q3N__OP_STORE_ATTR: q3n__store_attr(m, op); break;
+    case Q3N__OP_UNPACK:     q3n__unpack_value(s, (size_t)op->a); break;
+    case Q3N__OP_JUMP:       m->pc += op->a; break;
+    case Q3N__OP_JUMP_FALSE:
+        v = q3n__pop(s);
+        if (!q3n__truth(&v)) m->pc += op->a;
+        break;
+    case Q3N__OP_AND: case Q3N__OP_OR:
+        if (q3n__truth(&s->stack[s->n_stack - 1]) == (op->code == Q3N__OP_OR)) m->pc += op->a;
+        else q3n__pop(s);
+        break;
+    case Q3N__OP_CHAIN: {
+        const q3n__value b = q3n__pop(s), a = q3n__pop(s);
+        const int holds = q3n__apply_test(s, op->b, &a, &b) != op->flag;
+        q3n__push(s, holds ? b : q3n__bool(0));
+        if (!holds) m->pc += op->a;
+        break;
+    }
+    case Q3N__OP_PRINT:
+        v = q3n__pop(s);
+        q3n__put_str_of(s, &v);
+        break;
+    case Q3N__OP_SCOPE:       m->scope = q3n__new_scope(m, m->scope); break;
+    case Q3N__OP_END_SCOPE:   m->scope = m->scope->around; break;
+    case Q3N__OP_CAPTURE:
+        q3n__push(s, q3n__int((int64_t)s->n_out));
+        break;
+    case Q3N__OP_END_CAPTURE:
+        v = q3n__pop(s);
+        q3n__push(s, q3n__taken(s, (size_t)v.u.i));
+        break;
+    case Q3N__OP_MARK: s->mark = op->a ? Q3N_SPAN_GENERATION : 0; break;
+    case Q3N__OP_FOR:  q3n__begin_loop(m, op); break;
+    case Q3N__OP_NEXT: q3n__next_item(m, op); break;
+    case Q3N__OP_KEEP: {
+        q3n__loop *l = m->scope->loop;
+        v = q3n__pop(s);
+        if (q3n__truth(&v)) l->items.v[l->kept++] = l->items.v[l->i - 1];
+        break;
+    }
+    case Q3N__OP_RECURSE: q3n__enter(m, m->scope, m->pc, m->pc + op->a); break;
+    case Q3N__OP_MACRO: {
+        q3n__macro *macro = (q3n__macro *)q3n__take(s, 1, sizeof *macro);
+        if (!macro) break;
+        *macro = (q3n__macro){ op, m->scope };
+        q3n__push(s, (q3n__value){ Q3N__V_MACRO, { .macro = macro } });
+        m->pc += op->a;
+        break;
+    }
+    case Q3N__OP_DEFAULT:
+        for (size_t i = 0; i < m->scope->n; i++)
+            if (m->scope->ids[i] == op->b && m->scope->values[i].kind != Q3N__V_MISSING)
+                m->pc += op->a;
+        break;
+    case Q3N__OP_CALL: q3n__call_value(m, op); break;
+    case Q3N__OP_RETURN: {
+        const q3n__frame *f = m->frame;
+        q3n__push(s, q3n__taken(s, f->start));
+        m->frame = f->caller;
+        m->scope = f->scope;
+        m->pc = f->back;
+        m->depth--;
+        break;
+    }
+    default: return 0;
+    }
+    return 1;
+}
+
+/* Run a template with the variables of a map: the text is s->out then. */
+static int q3n__render(q3n__script *s, const q3n__template *t, const q3n__map *variables,
+                       int max_depth)
+{
+    q3n__machine m = { .s = s, .t = t, .max_depth = max_depth };
+    m.globals = (q3n__value *)q3n__take(s, t->n_names, sizeof *m.globals);
+    for (size_t i = 0; m.globals && i < t->n_names; i++) {
+        const q3n__value key = { Q3N__V_STRING, { .s = &t->names[i].text } };
+        const q3n__value *found = q3n__map_find(variables, &key);
+        const int32_t row = q3n__builtin_row(Q3N__GLOBAL, key.u.s->p, key.u.s->n);
+        if (found)         m.globals[i] = *found;
+        else if (row >= 0) m.globals[i] = (q3n__value){ Q3N__V_FUNCTION, { .i = row } };
+    }
+    for (int go_on = 1; go_on && q3n__pay(s, 1);) {
+        const q3n__op *op = &t->code[m.pc++];
+        s->line = op->line;
+        if (op->code < Q3N__OP_STORE) q3n__run_value(&m, op);
+        else go_on = q3n__run_op(&m, op);
+    }
+    return s->result == Q3N_OK;
+}
+#endif   /* Q3N_NO_CHAT */
+
+/* =====================================================================================
+ * [24] CHAT                                                                     >>chat
+ *
+ * Messages to a prompt: opens a template once, renders it with what a host gives, and says of every
+ * byte of the text whether it came from the template.  Special tokens are found only where it did.
+ *
+ *     request, messages, tools, options  ->  map of variables  ->  text and marks  ->  spans, ids
+ *
+ * How special tokens are found, if the first <|im_end|> is a user's:
+ *
+ *     text     <|im_start|>user.Hi <|im_end|><|im_end|>
+ *     marks    0000000000000000011111111111110000000000
+ *     ids      <|im_start|>                  <|im_end|>   where no byte is marked
+ *                          user.Hi <|im_end|>           the rest: words
+ *
+ * The text is tokenized as a whole: words may lie across the borders of spans, as [HF] has them.
+ *
+ * Knows of a model its allocator and its tokenizer.
+ * ===================================================================================== */
+#ifndef Q3N_NO_CHAT
+
+#define Q3N__MAX_TEMPLATE (1 << 20)
+
+struct q3n_chat {
+    const q3n_model *model;         /* NULL = none */
+    q3n_allocator    allocator;
+    q3n_chat_options limits;        /* of options: the limits */
+    q3n__region      region;        /* of what follows */
+    q3n__template    code;
+    q3n__value       tokens[6];     /* names and texts of bos, eos, pad by turns; MISSING = none */
+};
+
+struct q3n_prompt {
+    const q3n_model *model;
+    q3n_allocator    allocator;
+    char            *text;          /* [bytes] and a 0 */
+    uint8_t         *marks;         /* [bytes] */
+    size_t           bytes, n_spans;
+    q3n_span        *spans;
+    int              trusted;
+};
+
+/* What a compilation or a rendering starts with. */
+static q3n__script q3n__new_script(const q3n_allocator *a, const q3n_chat_options *limits,
+                                   q3n_error *err)
+{
+    q3n__script s = { .err = err, .steps = limits->max_steps, .max_steps = limits->max_steps,
+                      .out_limit = limits->max_text, .result = Q3N_OK };
+    s.region.allocator = *a;
+    s.region.limit = limits->max_memory;
+    return s;
+}
+
+/* Options with their defaults. */
+static q3n_result q3n__chat_options_read(q3n_chat_options *o, const q3n_chat_options *in,
+                                         q3n_error *err)
+{
+    q3n_result r = q3n__struct_read(o, sizeof *o, in, "q3n_chat_options", err);
+    if (r == Q3N_OK) r = q3n__check_zero(o->zero, "q3n_chat_options", err);
+    if (r != Q3N_OK) return r;
+    if (!o->template_text || o->max_steps < 0 || o->max_depth < 0
+        || !o->allocator.alloc != !o->allocator.free)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "q3n_chat_options: no template_text, a negative "
+                         "limit or half an allocator");
+    if (!o->template_bytes) o->template_bytes = strlen(o->template_text);
+    if (!o->max_memory) o->max_memory = (size_t)256 << 20;
+    if (!o->max_text) o->max_text = (size_t)64 << 20;
+    if (!o->max_steps) o->max_steps = 100000000;
+    if (!o->max_depth) o->max_depth = 200;
+    if (o->template_bytes > Q3N__MAX_TEMPLATE)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "a chat template of %zu bytes, at most %d",
+                         o->template_bytes, Q3N__MAX_TEMPLATE);
+    return Q3N_OK;
+}
+
+/* The names and texts of the special tokens, copied. */
+static void q3n__chat_tokens(q3n_chat *c, q3n__script *s, const q3n_chat_options *o)
+{
+    static const char *const names[] = { "bos_token", "eos_token", "pad_token" };
+    const char *const texts[] = { o->bos_token, o->eos_token, o->pad_token };
+    for (int i = 0; i < 3; i++) {
+        if (!texts[i]) continue;
+        const size_t start = s->n_out;
+        q3n__put_str(s, texts[i]);
+        c->tokens[2 * i] = q3n__string(s, names[i]);
+        c->tokens[2 * i + 1] = q3n__taken(s, start);
+    }
+}
+
+/* What is made so far is freed by q3n_chat_close, also of a template that is no good. */
+Q3N_DEF q3n_result q3n_chat_open(q3n_chat **out, const q3n_model *m, const q3n_chat_options *o,
+                                 q3n_error *err)
+{
+    q3n_chat_options options;
+    if (out) *out = NULL;
+    if (!out) return q3n__fail(err, Q3N_ERR_ARG, -1, "NULL was given for an output");
+    const q3n_result r = q3n__chat_options_read(&options, o, err);
+    if (r != Q3N_OK) return r;
+    const q3n_allocator a = options.allocator.alloc || !m ? options.allocator : m->allocator;
+    q3n_chat *c = (q3n_chat *)q3n__alloc(&a, sizeof *c);
+    if (!c) return q3n__fail(err, Q3N_ERR_MEMORY, -1, "out of memory for a chat template");
+    memset(c, 0, sizeof *c);
+    c->model = m;
+    c->allocator = a;
+    c->limits = options;
+    q3n__script s = q3n__new_script(&a, &options, err);
+    q3n__chat_tokens(c, &s, &options);
+    q3n__compile(&s, &c->code, options.template_text, options.template_bytes);
+    c->region = s.region;
+    if (s.result == Q3N_OK) *out = c;
+    else                    q3n_chat_close(c);
+    return s.result;
+}
+
+Q3N_DEF void q3n_chat_close(q3n_chat *c)
+{
+    if (!c) return;
+    q3n__region_free(&c->region);
+    const q3n_allocator a = c->allocator;
+    q3n__free(&a, c);
+}
+
+/* ---- Variables ---- */
+
+/* A variable for make_map. */
+static void q3n__push_pair(q3n__script *s, const char *name, q3n__value v)
+{
+    const q3n__value key = q3n__string(s, name);
+    q3n__push(s, key);
+    q3n__push(s, v);
+}
+
+/* Of the C calls: [{"role": ..., "content": ...}, ...]. */
+static q3n__value q3n__message_list(q3n__script *s, const q3n_chat_input *in)
+{
+    for (int i = 0; i < in->n_messages && s->result == Q3N_OK; i++) {
+        const char *const fields[] = { "role", in->messages[i].role, "content",
+                                       in->messages[i].content };
+        for (int k = 0; k < 4; k++) {
+            const uint8_t *p = (const uint8_t *)fields[k];
+            const size_t n = p ? strlen(fields[k]) : 0;
+            uint32_t c;
+            for (size_t at = 0, step; p && at < n; at += step)
+                if ((step = (size_t)q3n__utf8_decode(p + at, p + n, &c)) == 0) p = NULL;
+            if (!p) {
+                s->result = q3n__fail(s->err, Q3N_ERR_ARG, -1, "message %d: NULL, or not UTF-8", i);
+                return q3n__plain(Q3N__V_NONE);
+            }
+            q3n__push(s, q3n__string_of(s, p, NULL, n, k % 2 ? Q3N_SPAN_MESSAGE : 0));
+        }
+        q3n__push(s, q3n__make_map(s, Q3N__V_MAP, 2));
+    }
+    return q3n__make_list(s, Q3N__V_LIST, s->result == Q3N_OK ? (size_t)in->n_messages : 0);
+}
+
+/* A text of JSON, if there is one. */
+static q3n__value q3n__json_field(q3n__script *s, const char *what, const char *text,
+                                  q3n__value missing)
+{
+    if (!text || s->result != Q3N_OK) return missing;
+    return q3n__json_read(s, what, text, strlen(text), Q3N_SPAN_MESSAGE);
+}
+
+/* A field of a map, None if it has none or is no map. */
+static q3n__value q3n__field_of(q3n__script *s, const q3n__value *map, const char *name)
+{
+    const q3n__value key = q3n__string(s, name);
+    const q3n__value *v = map->kind == Q3N__V_MAP ? q3n__map_find(map->u.map, &key) : NULL;
+    return v ? *v : q3n__plain(Q3N__V_NONE);
+}
+
+/* What the template sees, as [HF] passes it; a later one hides an earlier one of the same name:
+ *
+ *     bos_token, eos_token, pad_token      where the host gave them, else they are undefined
+ *     add_generation_prompt                true unless the host says otherwise
+ *     tools, documents                     None where there are none: they are defined
+ *     messages
+ *     whatever options has */
+static q3n__value q3n__variables(const q3n_chat *c, q3n__script *s, const q3n_chat_input *in)
+{
+    const q3n__value none = q3n__plain(Q3N__V_NONE);
+    const q3n__value request = q3n__json_field(s, "request", in->request, none);
+    q3n__value messages = q3n__field_of(s, &request, "messages");
+    const q3n__value tools = q3n__json_field(s, "tools", in->tools,
+                                             q3n__field_of(s, &request, "tools"));
+    const q3n__value options = q3n__json_field(s, "options", in->options,
+                                               q3n__field_of(s, &request, "options"));
+    if (in->messages) messages = q3n__message_list(s, in);
+    if (s->result == Q3N_OK
+        && ((in->request && request.kind != Q3N__V_MAP) || messages.kind != Q3N__V_LIST
+            || (tools.kind != Q3N__V_LIST && tools.kind != Q3N__V_NONE)
+            || (options.kind != Q3N__V_MAP && options.kind != Q3N__V_NONE)))
+        s->result = q3n__fail(s->err, Q3N_ERR_ARG, -1, "expected a list of messages, a list of "
+                              "tools or none, a dict of options or none");
+    if (s->result != Q3N_OK) return none;
+    const size_t base = s->n_stack;
+    for (int i = 0; i < 6; i++)
+        if (c->tokens[i].kind) q3n__push(s, c->tokens[i]);
+    q3n__push_pair(s, "add_generation_prompt", q3n__bool(!in->no_generation_prompt));
+    q3n__push_pair(s, "tools", tools);
+    q3n__push_pair(s, "documents", none);
+    q3n__push_pair(s, "messages", messages);
+    for (size_t i = 0; options.kind == Q3N__V_MAP && i < 2 * options.u.map->n; i++)
+        q3n__push(s, options.u.map->pairs[i]);
+    return q3n__make_map(s, Q3N__V_MAP, (s->n_stack - base) / 2);
+}
+
+/* ---- The prompt ---- */
+
+/* Spans of equal marks, as few as can be: neighbours differ.  spans NULL: only count. */
+static size_t q3n__find_spans(const uint8_t *marks, size_t bytes, q3n_span *spans)
+{
+    size_t n = 0;
+    for (size_t i = 0, end; i < bytes; i = end, n++) {
+        for (end = i + 1; end < bytes && marks[end] == marks[i]; end++) {}
+        if (spans) spans[n] = (q3n_span){ i, end, marks[i], 0 };
+    }
+    return n;
+}
+
+/* One allocation, laid out twice: see q3n__arena.  What the script wrote is copied. */
+static q3n_prompt *q3n__new_prompt(const q3n_chat *c, q3n__script *s, int trusted)
+{
+    const size_t n = q3n__find_spans(s->marks, s->n_out, NULL);
+    q3n__arena a = { NULL, 0, 0 };
+    q3n_prompt *p = NULL;
+    for (int made = 0; made < 2; made++) {
+        p = (q3n_prompt *)q3n__arena_take(&a, 1, sizeof *p);
+        q3n_span *spans = (q3n_span *)q3n__arena_take(&a, n, sizeof *spans);
+        char *text = (char *)q3n__arena_take(&a, s->n_out + 1, 1);
+        uint8_t *marks = (uint8_t *)q3n__arena_take(&a, s->n_out, 1);
+        if (made) {
+            *p = (q3n_prompt){ c->model, c->allocator, text, marks, s->n_out, n, spans, trusted };
+            break;
+        }
+        if (a.overflow || !(a.base = (uint8_t *)q3n__alloc(&c->allocator, a.used))) {
+            s->result = q3n__fail(s->err, Q3N_ERR_MEMORY, -1, "out of memory for a prompt");
+            return NULL;
+        }
+        a.used = 0;
+    }
+    if (s->n_out) memcpy(p->text, s->out, s->n_out);
+    if (s->n_out) memcpy(p->marks, s->marks, s->n_out);
+    p->text[s->n_out] = 0;
+    q3n__find_spans(p->marks, p->bytes, p->spans);
+    return p;
+}
+
+/* Everything that a rendering makes goes with its region; a prompt is copied out of it. */
+Q3N_DEF q3n_result q3n_chat_render(const q3n_chat *c, const q3n_chat_input *in, q3n_prompt **out,
+                                   q3n_error *err)
+{
+    q3n_chat_input input;
+    if (out) *out = NULL;
+    if (!c || !in || !out) return q3n__fail(err, Q3N_ERR_ARG, -1, "NULL was given for an object");
+    q3n_result r = q3n__struct_read(&input, sizeof input, in, "q3n_chat_input", err);
+    if (r == Q3N_OK) r = q3n__check_zero(input.zero, "q3n_chat_input", err);
+    if (r != Q3N_OK) return r;
+    if (input.n_messages < 0)
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "n_messages is %d", input.n_messages);
+    q3n__script s = q3n__new_script(&c->allocator, &c->limits, err);
+    s.now = input.now;
+    const q3n__value variables = q3n__variables(c, &s, &input);
+    if (s.result == Q3N_OK) q3n__render(&s, &c->code, variables.u.map, c->limits.max_depth);
+    if (s.result == Q3N_OK) *out = q3n__new_prompt(c, &s, input.trust_messages);
+    q3n__region_free(&s.region);
+    return s.result;
+}
+
+Q3N_DEF const char *q3n_prompt_text(const q3n_prompt *p, size_t *bytes)
+{
+    if (bytes) *bytes = p ? p->bytes : 0;
+    return p ? p->text : "";
+}
+
+Q3N_DEF const q3n_span *q3n_prompt_spans(const q3n_prompt *p, size_t *n)
+{
+    if (n) *n = p ? p->n_spans : 0;
+    return p ? p->spans : NULL;
+}
+
+/* Marks hide special tokens in what came from messages; a trusted prompt has none. */
+Q3N_DEF q3n_result q3n_prompt_ids(const q3n_prompt *p, int32_t *ids, size_t max, size_t *n)
+{
+    if (n) *n = 0;
+    if (!p || !n || (!ids && max)) return Q3N_ERR_ARG;
+    if (!p->model || !p->model->tokenizer) return Q3N_ERR_UNSUPPORTED;
+    q3n__encoder e = { .ids = ids, .max = max, .marks = p->trusted ? NULL : p->marks };
+    return q3n__tokenize(p->model, &e, p->text, p->bytes, 0, n);
+}
+
+Q3N_DEF void q3n_prompt_free(q3n_prompt *p)
+{
+    if (!p) return;
+    const q3n_allocator a = p->allocator;
+    q3n__free(&a, p);
+}
+#endif   /* Q3N_NO_CHAT */
+
+/* =====================================================================================
+ * [25] OPS                                                                      >>ops
  *
  * Portable drivers over the kernel table: linear layers, rotary embedding, the merge of partial
  * softmaxes.  Each is one parallel region or less.  They know shapes and items of work, not the
@@ -8007,7 +12097,7 @@ static void q3n__attend_merge(q3n__softmax_partial *sum, float *O, q3n__softmax_
 }
 
 /* =====================================================================================
- * [18] PASS                                                                    >>pass
+ * [26] PASS                                                                    >>pass
  *
  * What a pass over the layers works with: the sessions' states, activations, and the small steps
  * that go over all rows.  One path serves one token and five hundred, of one session or of several:
@@ -8279,7 +12369,7 @@ static void q3n__embed(const q3n__pass *r, const int32_t *tokens)
 }
 
 /* =====================================================================================
- * [19] ATTENTION                                                          >>attention
+ * [27] ATTENTION                                                          >>attention
  *
  * Grouped-query attention over pages of keys and values (q3n__attention, at the end).  g = H / K
  * query heads share a kv head, so their queries lie together and read each key and value once:
@@ -8581,7 +12671,7 @@ static void q3n__attention(q3n__pass *r, const q3n__layer *w, int layer)
 }
 
 /* =====================================================================================
- * [20] DELTANET                                                            >>deltanet
+ * [28] DELTANET                                                            >>deltanet
  *
  * The gated delta rule with its convolution (q3n__deltanet, at the end), for passes that store
  * their states and for passes that leave them pending.
@@ -8948,7 +13038,7 @@ static void q3n__deltanet(q3n__pass *r, const q3n__layer *w, int layer)
 }
 
 /* =====================================================================================
- * [21] MODEL                                                                  >>model
+ * [29] MODEL                                                                  >>model
  *
  * The forward pass, in the words and letters of the reference: feed-forward networks and experts,
  * layers, the trunk, multi-token prediction.  Knows no instruction set, no file, and of types only
@@ -9388,7 +13478,7 @@ static void q3n__logits(const q3n__pass *r, const float *hidden, int n, float *l
 }
 
 /* =====================================================================================
- * [22] CACHE                                                                  >>cache
+ * [30] CACHE                                                                  >>cache
  *
  * Snapshots by the text that led to them, for any number of threads.  An item is a text, in memory,
  * in a file, or both; items are sorted by length, so that one walk over a text finds the longest
@@ -10180,7 +14270,7 @@ Q3N_DEF q3n_result q3n_cache_stats_get(q3n_cache *c, q3n_cache_stats *out)
 }
 
 /* =====================================================================================
- * [23] ENGINE                                                                >>engine
+ * [31] ENGINE                                                                >>engine
  *
  * What evaluates: threads, kernels and the scratch of one pass, in one allocation that is measured
  * first and then handed out.  A session makes one for itself, or many are given the same.  Options
@@ -10596,7 +14686,7 @@ static void q3n__engine_learn(q3n_engine *e, int rows, int64_t us)
 }
 
 /* =====================================================================================
- * [24] SAMPLER                                                              >>sampler
+ * [32] SAMPLER                                                              >>sampler
  *
  * Chooses the next token from logits.  Each filter keeps the tokens ranked before some place in
  * the order "larger first, lower id among equals", so finding that place takes a selection, not a
@@ -11341,7 +15431,7 @@ Q3N_DEF const q3n_error *q3n_sampler_error(const q3n_sampler *s)
 }
 
 /* =====================================================================================
- * [25] SESSION                                                              >>session
+ * [33] SESSION                                                              >>session
  *
  * A text, and transactions on it.  Between calls a session holds its text; a call works beside it,
  * and ends with q3n__session_commit or q3n__session_rollback:
@@ -11786,7 +15876,7 @@ static int32_t *q3n__session_text(const q3n_session *s, int n)
 }
 
 /* =====================================================================================
- * [26] MTP                                                                      >>mtp
+ * [34] MTP                                                                      >>mtp
  *
  * The model's multi-token-prediction module in a session: it follows the text a few rows late, and
  * drafts what may come next.  Whether drafts are right is no matter here.
@@ -11941,7 +16031,7 @@ static int q3n__draft_mtp(q3n_session *s, q3n_sampler *sampler, int32_t token, q
 }
 
 /* =====================================================================================
- * [27] CHECKPOINTS                                                      >>checkpoints
+ * [35] CHECKPOINTS                                                      >>checkpoints
  *
  * Snapshots of a session, into the cache and out of it: between calls, and in a call of what is
  * evaluated so far.  A snapshot is whole - nothing pending, no rows unread - so that whoever
@@ -12117,7 +16207,7 @@ static void q3n__session_put_due(q3n_session *s, int in_call, int before)
 }
 
 /* =====================================================================================
- * [28] EVALUATION                                                        >>evaluation
+ * [36] EVALUATION                                                        >>evaluation
  *
  * Tokens of texts through the model.  Everything that evaluates is a call of items, from one
  * session or from many; a session alone is a call of one item.  A call is one transaction of all
@@ -12701,7 +16791,7 @@ static q3n_result q3n__engine_eval(q3n__call *c)
 }
 
 /* =====================================================================================
- * [29] REUSE                                                                  >>reuse
+ * [37] REUSE                                                                  >>reuse
  *
  * Texts that begin as something does that is known: prompts, and going back.  What is known are
  * states, not texts: attention can be cut anywhere, for its keys and values lie token by token in
@@ -12816,7 +16906,7 @@ static q3n_result q3n__session_prefill(q3n_session *s, const int32_t *tokens, in
 }
 
 /* =====================================================================================
- * [30] SPECULATION                                                      >>speculation
+ * [38] SPECULATION                                                      >>speculation
  *
  * Several tokens a pass: drafts come from the model's MTP module or from the text itself, one pass
  * of the trunk checks them, and what is rejected is forgotten like a cancelled call.  How many
@@ -13196,7 +17286,7 @@ static q3n_result q3n__session_draft(q3n_session *s, int32_t token, int32_t *dra
 }
 
 /* =====================================================================================
- * [31] PUBLIC                                                                >>public
+ * [39] PUBLIC                                                                >>public
  *
  * Public functions of models, sessions and engines: check, delegate.  Those of types, of
  * configurations, of the tokenizer, of caches and of samplers close their sections, since they need
@@ -13778,7 +17868,7 @@ Q3N_DEF q3n_result q3n_session_speculation(const q3n_session *s, q3n_speculation
 }
 
 /* =====================================================================================
- * [32] KERNELS, SCALAR: the definition                               >>kernels-scalar
+ * [40] KERNELS, SCALAR: the definition                               >>kernels-scalar
  *
  * Written from the equations; every other ISA is tested against these.  Operands, strides and what
  * may alias stand with the structs in TYPES; here is what the numbers are.
@@ -14463,7 +18553,7 @@ static Q3N__UNUSED void q3n__conv_shift(const q3n__conv *c)
 }
 
 /* =====================================================================================
- * [33] KERNELS, AVX2                                                   >>kernels-avx2
+ * [41] KERNELS, AVX2                                                   >>kernels-avx2
  *
  * How the sections of AVX2, AVX-512 and NEON work.  An element of a product has one accumulator
  * vector that walks the columns in steps of one vector; a shorter last step reads zeros after the
@@ -15344,7 +19434,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [34] KERNELS, AVX-512                                              >>kernels-avx512
+ * [42] KERNELS, AVX-512                                              >>kernels-avx512
  *
  * As the AVX2 section, with vectors of 16, masks for all widths and 32 registers: tiles are wider,
  * so a weight that was loaded serves 6 tokens and not 3.  Sums of float products go over 16 lanes
@@ -15966,7 +20056,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [35] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
+ * [43] KERNELS, AVX-512 VNNI                                     >>kernels-avx512vnni
  *
  * Quantised matrices.  A vector of weights is 4 columns of 16 rows, so 16 lanes are 16 rows: four
  * activations are broadcast, multiplied and added to the lanes' 32-bit sums by one instruction
@@ -16264,7 +20354,7 @@ Q3N__TARGET_END
 #endif
 
 /* =====================================================================================
- * [36] KERNELS, NEON                                                   >>kernels-neon
+ * [44] KERNELS, NEON                                                   >>kernels-neon
  *
  * Baseline AArch64: no extension is asked for, so there is no target region.  32 registers of four
  * floats allow wider tiles than those of AVX2.  There are no masked loads: tails go through four
@@ -17013,7 +21103,7 @@ static void q3n__bind_neon(q3n__kernels *k)
 #endif
 
 /* =====================================================================================
- * [37] DISPATCH: one row per ISA                                           >>dispatch
+ * [45] DISPATCH: one row per ISA                                           >>dispatch
  *
  * Which kernels a table gets: names, what this machine has, binding.  The only code that knows all
  * ISAs; everything before it knows q3n__kernels_init, q3n_isa_best and the table.  Nothing is

@@ -148,6 +148,48 @@ static void words(const job *j)
     q3n_model_close(m);
 }
 
+/* Templates as deep as they may be, values as deep, in everything that walks through them. */
+static void chat(const job *j)
+{
+    static const char uses[] = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+        "{{ f(150) }}{{ x }}{{ x | tojson }}{{ x == y }}{{ x < y }}{{ x | string | sort | length }}"
+        "{% for i in x recursive %}{% if i %}{{ loop(i) }}{% endif %}{% endfor %}"
+        "{{ messages[0].content.split() }}";
+    char text[2000] = "", json[1000] = "{\"messages\": [{\"content\": \"a b\"}], \"options\": "
+    "{\"x\": ";
+    q3n_model *m = open_model(j->model, NULL);
+    int32_t ids[4000];
+    size_t n;
+    for (int i = 0; i < 2; i++) {
+        for (int k = 0; k < 90; k++) strcat(json, "[");
+        strcat(json, i ? "1" : "0");
+        for (int k = 0; k < 90; k++) strcat(json, "]");
+        strcat(json, i ? "}}" : ", \"y\": ");
+    }
+    for (int opened = 0; opened < 2; opened++) {
+        text[0] = 0;
+        if (opened) strcpy(text, "{{ ");
+        for (int k = 0; opened && k < 30; k++) strcat(text, "([x if not ");
+        strcat(text, opened ? "x" : uses);
+        for (int k = 0; opened && k < 30; k++) strcat(text, "])");
+        if (opened) strcat(text, " }}");
+        const q3n_chat_options o = { .size = sizeof o, .template_text = text };
+        const q3n_chat_input in = { .size = sizeof in, .request = json };
+        q3n_chat *c;
+        q3n_prompt *p;
+        q3n_error err;
+        const q3n_result r = q3n_chat_open(&c, m, &o, &err);
+        assert_int_equal(r, opened ? Q3N_ERR_TEMPLATE : Q3N_OK);            /* too deep */
+        if (r == Q3N_OK) {
+            assert_int_equal(q3n_chat_render(c, &in, &p, &err), Q3N_OK);
+            assert_int_equal(q3n_prompt_ids(p, ids, COUNT(ids), &n), Q3N_OK);
+            q3n_prompt_free(p);
+        }
+        q3n_chat_close(c);
+    }
+    q3n_model_close(m);
+}
+
 /* ---- Measuring ---- */
 
 typedef struct {
@@ -220,9 +262,17 @@ static void test_words(void **state)
     check("words", words, &j, 20000);
 }
 
+static void test_chat(void **state)
+{
+    (void)state;
+    const job j = { "tokenizer_qwen3", Q3N_ISA_SCALAR, Q3N_TYPE_F32 };
+    check("chat", chat, &j, 20000);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_chat),
         cmocka_unit_test(test_sessions),
         cmocka_unit_test(test_files),
         cmocka_unit_test(test_words),

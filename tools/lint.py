@@ -37,14 +37,16 @@ HEAD = re.compile(r"^(?:static|extern|Q3N_DEF|Q3N__\w+|[A-Za-z_]\w*[\s*]).*\(")
 # section may have MAX_SECTION_LINES.
 ROOMS = (
     ("manual", 280, (), None),
-    ("api", 950, ("api",), None),
+    ("api", 1050, ("api", "api-chat"), None),
     ("ground", 2100, ("platform", "memory", "errors", "files", "parallel"),
      r"q3n_model\b|q3n_session|q3n__layer|q3n_config\b|Q3N_TYPE_"),
     ("formats", 3050, ("types", "tensors", "config", "model-files", "loader",
                        "state", "session-files"),
      r"q3n__engine|q3n__pass\b|q3n__pool\b"),
-    # JSON, chat and constraints are to come.
-    ("words", 4500, ("unicode", "vocabulary", "tokenizer"),
+    # Constraints and generating are to come.  Chat templates take 3,900 lines: a third is what
+    # filters, tests and methods mean in Python, a third the language, a third values and JSON.
+    ("words", 5600, ("unicode", "vocabulary", "tokenizer", "values", "json", "filters", "lexer",
+                     "template", "render", "chat"),
      r"q3n_session|q3n__engine|q3n__pass\b|q3n__layer|Q3N_TYPE_"),
     ("model", 1700, ("ops", "pass", "attention", "deltanet", "model"),
      r"q3n_session\b|q3n__engine|q3n__file|q3n__input|q3n__output|Q3N_TYPE_|Q3N_ISA_"),
@@ -63,10 +65,11 @@ MAKE_ROOMS = (
 # What users include: rooms, and the share of comments: of the lines of the implementation that are
 # not blank, those that are nothing but one.
 HEADERS = {"qwen3next.h": (ROOMS, (0.18, 0.24)), "tools/q3n_make.h": (MAKE_ROOMS, (0.08, 0.24))}
-MAX_LINES = 18000
+MAX_LINES = 21300
 
 # Functions that are used before their bodies: why that cannot be otherwise.
-FORWARD = {"q3n__sampler_weight": "kernels close the file, the sampler asks for single numbers",
+FORWARD = {"q3n__expression": "expressions stand in brackets of expressions",
+           "q3n__sampler_weight": "kernels close the file, the sampler asks for single numbers",
            "q3n__kernels_init": "kernels close the file, the engine asks for their table"}
 
 # What nobody in the field says, and what we say instead: names and sentences of the library and
@@ -262,7 +265,7 @@ def comment_share(lines):
 
 
 def check_comments(lines, wanted, report, show):
-    first = next((first for tag, first, _ in sections(lines) if tag != "api"), None)
+    first = next((first for tag, first, _ in sections(lines) if not tag.startswith("api")), None)
     share = comment_share(lines[first - 1:]) if first else 0.0
     low, high = wanted
     if show:
