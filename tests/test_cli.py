@@ -107,8 +107,8 @@ class CliTest(unittest.TestCase):
 class UsageTest(CliTest):
     def test_help(self):
         text = self.run_cli("--help").decode()
-        commands = ["run", "info", "logits", "tokenize", "detokenize", "classify", "perplexity",
-                    "experts", "init", "bench", "verify"]
+        commands = ["run", "info", "logits", "tokenize", "detokenize", "render", "classify",
+                    "perplexity", "experts", "init", "bench", "verify"]
         for name in commands:
             self.assertIn("\n  %s " % name, text)
             self.assertIn("Usage: q3n %s" % name, self.run_cli(name, "--help").decode())
@@ -238,8 +238,8 @@ class UsageTest(CliTest):
 class ChoiceTest(CliTest):
     """Options whose value is a name: the table that parses it is the one that --help lists."""
 
-    COMMANDS = ["run", "info", "logits", "tokenize", "detokenize", "classify", "perplexity",
-                "experts", "init", "quantize", "bench", "verify", "help"]
+    COMMANDS = ["run", "info", "logits", "tokenize", "detokenize", "render", "classify",
+                "perplexity", "experts", "init", "quantize", "bench", "verify", "help"]
 
     def choices(self, command):
         """[option, names] of every option that refuses "no such name" by naming a table."""

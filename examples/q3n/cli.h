@@ -378,6 +378,7 @@ int cmd_info(int argc, char **argv);
 int cmd_logits(int argc, char **argv);
 int cmd_tokenize(int argc, char **argv);
 int cmd_detokenize(int argc, char **argv);
+int cmd_render(int argc, char **argv);
 int cmd_classify(int argc, char **argv);
 int cmd_perplexity(int argc, char **argv);
 int cmd_experts(int argc, char **argv);

@@ -15,6 +15,7 @@ static const cli_command commands[] = {
     { "logits",     cmd_logits,     "logits, argmax and log-probabilities for token ids" },
     { "tokenize",   cmd_tokenize,   "text to token ids" },
     { "detokenize", cmd_detokenize, "token ids to text" },
+    { "render",     cmd_render,     "messages to a prompt, by a chat template" },
     { "classify",   cmd_classify,   "scores of a classification model" },
     { "perplexity", cmd_perplexity, "how well the model predicts a text" },
     { "experts",    cmd_experts,    "how often each expert is chosen on a text" },
