@@ -103,7 +103,7 @@ C_TESTS       := $(filter $(LONG_TESTS),$(C_TESTS)) $(filter-out $(LONG_TESTS),$
 FUZZ_TARGETS  := $(patsubst tests/fuzz_%.c,%,$(wildcard tests/fuzz_*.c))
 PYTHON_TESTS  := $(patsubst tests/test_%.py,%,$(wildcard tests/test_*.py))
 # Tests that start threads and are short: these run under the thread sanitizer too.
-THREAD_TESTS  := $(filter parallel public memory quantize storage session schedules,$(C_TESTS))
+THREAD_TESTS  := $(filter chat parallel public memory quantize storage session schedules,$(C_TESTS))
 HF_GOLDENS    := $(patsubst tests/golden/%/config.json,%,$(wildcard tests/golden/*/config.json))
 KERAS_GOLDENS := $(patsubst tests/golden/keras/%.keras,%,$(wildcard tests/golden/keras/*.keras))
 STORIES       := build/models/stories.q3n
@@ -271,9 +271,10 @@ $(TOKENIZER): tests/make_tokenizer_model.py build/qwen3-tokenizer/tokenizer.json
 	@mkdir -p $(@D)
 	$(PY) tests/make_tokenizer_model.py build/qwen3-tokenizer $@
 
-# Small model files with everything in them, where the fuzzer starts.
-build/corpus.made: tests/make_fuzz_corpus.py tests/synthetic.py $(CONVERTER)
-	@rm -rf build/corpus
+# Small model files with everything in them, and chat templates: where the fuzzers start.
+build/corpus.made: tests/make_fuzz_corpus.py tests/synthetic.py tests/golden/chat/golden.json \
+                   $(CONVERTER)
+	@rm -rf build/corpus build/corpus-chat
 	@mkdir -p build/corpus
 	$(PY) tests/make_fuzz_corpus.py build/corpus
 	@touch $@
@@ -321,7 +322,7 @@ $(RESULTS)/test_%.py: tests/test_%.py $(PROGRAMS) $(SUITE_INPUTS) always
 	    tests/run.sh $(SHOWN) $@ $(PY) -m unittest discover -v -s tests -p test_$*.py
 
 $(RESULTS)/replay_%: $(B)/tests/replay_% $(SUITE_INPUTS) always
-	@tests/run.sh $(SHOWN) $@ $(RUN) $< build/corpus/*.q3n
+	@tests/run.sh $(SHOWN) $@ $(RUN) $< $(if $(filter chat,$*),build/corpus-chat/*,build/corpus/*.q3n)
 
 $(RESULTS)/build_%: tests/test_build.sh $(SUITE_INPUTS) always
 	@tests/run.sh $(SHOWN) $@ tests/test_build.sh $* build/matrix
@@ -388,12 +389,13 @@ compile-cost:   ## CPU seconds, peak memory and size of the implementation, by w
 	@$(PY) tools/compile_cost.py --cc "$(CC)"
 
 FUZZ_SECONDS ?= 60
-fuzz: build/corpus.made   ## Fuzz what reads files with libFuzzer (clang) for FUZZ_SECONDS=60
+fuzz: build/corpus.made   ## Fuzz what reads files, templates (libFuzzer, clang), FUZZ_SECONDS=60
 	+@$(SUBMAKE) config=fuzz $(FUZZ_TARGETS:%=build/fuzz/fuzz_%)
 	@mkdir -p $(FUZZ_TARGETS:%=build/fuzz/found_%) build/fuzz/crashes
 	for t in $(FUZZ_TARGETS); do build/fuzz/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) \
 	    -max_len=262144 -timeout=10 -rss_limit_mb=2048 -artifact_prefix=build/fuzz/crashes/ \
-	    -print_final_stats=1 build/fuzz/found_$$t $$([ $$t != loader ] || echo build/corpus) \
+	    -print_final_stats=1 build/fuzz/found_$$t $$(case $$t in \
+	        loader) echo build/corpus ;; chat) echo build/corpus-chat ;; esac) \
 	    || exit 1; done
 
 # Not position-independent: tables of pointers are then constant data, as they are in a program.

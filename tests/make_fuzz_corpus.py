@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Small model files in which every kind of tensor, setting and section occurs: the fuzzer's start.
+"""Small model files in which every kind of tensor, setting and section occurs, and chat templates
+with what they are rendered with: where the fuzzers start.
 
-usage: make_fuzz_corpus.py OUT_DIR
+usage: make_fuzz_corpus.py OUT_DIR      templates in OUT_DIR-chat
 """
+import json
 import os
 import random
 import subprocess
@@ -140,7 +142,22 @@ def make(out_dir):
         convert(os.path.join(top, "dense"), os.path.join(out_dir, "ids_only.q3n"), "--no-tokenizer")
 
 
+def make_templates(out_dir):
+    """The golden templates that have tags: text, a byte 0, the request."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden", "chat", "golden.json")
+    with open(path, encoding="utf-8") as f:
+        golden = json.load(f)
+    options = dict(golden["context"])
+    request = json.dumps({"messages": options.pop("messages"), "options": options})
+    os.makedirs(out_dir, exist_ok=True)
+    texts = [case["template"] for case in golden["cases"] if "{%" in case["template"]]
+    for i, text in enumerate(texts):
+        with open(os.path.join(out_dir, "%03d" % i), "wb") as f:
+            f.write(text.encode() + b"\0" + request.encode())
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: make_fuzz_corpus.py OUT_DIR")
     make(sys.argv[1])
+    make_templates(sys.argv[1] + "-chat")
