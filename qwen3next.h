@@ -1256,8 +1256,8 @@ typedef struct q3n_span {                /* frozen; bytes [begin, end) of the te
     int    flags, zero;
 } q3n_span;
 
-/* The text, ended by a 0 that *bytes does not count, and the spans that it consists of, in order.
- * They live as long as the prompt. */
+/* The text, ended by a 0 that *bytes does not count, and the *n spans that it consists of, in
+ * order.  They live as long as the prompt.  bytes, n: NULL = not wanted. */
 Q3N_DEF const char     *q3n_prompt_text(const q3n_prompt *p, size_t *bytes);
 Q3N_DEF const q3n_span *q3n_prompt_spans(const q3n_prompt *p, size_t *n);
 

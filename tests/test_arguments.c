@@ -35,6 +35,8 @@ static struct {
     q3n_cache        *cache;
     q3n_engine        *engine;
     q3n_sampler      *sampler;
+    q3n_chat         *chat;
+    q3n_prompt       *prompt;
     q3n_type          type;
     q3n_isa           isa;
     q3n_config        config;
@@ -66,6 +68,10 @@ static const q3n_cache_options cache_options = { .size = sizeof cache_options,
                                                  .max_bytes = 1 << 20 };
 static const q3n_sampler_options sampler_options = { .size = sizeof sampler_options,
                                                       .top_k = 3 };
+static const q3n_chat_options chat_options = { .size = sizeof chat_options,
+                                               .template_text = "{{ messages }}" };
+static const q3n_chat_input chat_input = { .size = sizeof chat_input,
+                                           .request = "{\"messages\": [1]}" };
 static const q3n_rows rows = { zeros, 2, 64, NULL };
 static q3n_engine_item item[2];           /* the second has no session                            */
 static _Alignas(64) unsigned char file[2 << 20], place[16 << 20];    /* of the two _memory       */
@@ -97,6 +103,8 @@ static struct {
     q3n_cache    *cache;
     q3n_engine    *engine;
     q3n_snapshot *snap;
+    q3n_chat     *chat;
+    q3n_prompt   *prompt;
 } f;
 
 /* A geometry of some megabytes. */
@@ -132,6 +140,8 @@ static void fixture_open(const char *path)
     assert_int_equal(q3n_session_set_sampler(f.s, &sampler_options), Q3N_OK);
     assert_int_equal(q3n_session_eval(f.s, five_ids, LENGTH, NULL), Q3N_OK);
     assert_int_equal(q3n_session_snapshot(f.s, &f.snap), Q3N_OK);
+    assert_int_equal(q3n_chat_open(&f.chat, f.m, &chat_options, NULL), Q3N_OK);
+    assert_int_equal(q3n_chat_render(f.chat, &chat_input, &f.prompt, NULL), Q3N_OK);
     assert_int_equal(q3n_session_save(f.s, to.path), Q3N_OK);
     assert_non_null(saved = fopen(to.path, "rb"));
     small_config(&to.config);
@@ -142,6 +152,8 @@ static void fixture_open(const char *path)
 
 static void fixture_close(void)
 {
+    q3n_prompt_free(f.prompt);
+    q3n_chat_close(f.chat);
     q3n_snapshot_free(f.snap);
     q3n_session_destroy(f.s);
     q3n_sampler_destroy(f.sampler);
@@ -161,7 +173,8 @@ typedef union {
 
 typedef enum {
     NONE,                        /* no more parameters                                           */
-    MODEL, SESSION, SAMPLER, CACHE, ENGINE, SNAPSHOT,    /* the fixture's; NULL is wrong          */
+    MODEL, SESSION, SAMPLER, CACHE, ENGINE, CHAT, PROMPT, SNAPSHOT,   /* the fixture's; NULL is
+                                                            wrong                                */
     NEEDED,                      /* a pointer; NULL is wrong                                     */
     MAYBE,                       /* a pointer that may be NULL                                   */
     ARRAY,                       /* NULL is wrong unless the parameter that counts it is 0       */
@@ -193,6 +206,8 @@ static void destroy_session(void) { q3n_session_destroy(to.session); }
 static void free_snapshot(void)   { q3n_snapshot_free(to.snapshot); }
 static void destroy_cache(void)   { q3n_cache_destroy(to.cache); }
 static void destroy_engine(void)   { q3n_engine_destroy(to.engine); }
+static void close_chat(void)      { q3n_chat_close(to.chat); }
+static void free_prompt(void)     { q3n_prompt_free(to.prompt); }
 static void destroy_sampler(void) { q3n_sampler_destroy(to.sampler); }
 
 #define P(k)    a[k].p
@@ -290,6 +305,13 @@ CALL(q3n_token_is_special, q3n_token_is_special(P(0), N(1)))
 CALL(q3n_detokenizer_next, q3n_detokenizer_next(P(0), P(1), N(2), P(3), SIZE(4), P(5)))
 DO(q3n_detokenizer_finish, q3n_detokenizer_finish(P(0), P(1), P(2)))
 CALL(q3n_detokenize, q3n_detokenize(P(0), P(1), SIZE(2), P(3), SIZE(4), P(5)))
+CALL(q3n_chat_open, q3n_chat_open(P(0), P(1), P(2), P(3)))
+DO(q3n_chat_close, q3n_chat_close(P(0)))
+CALL(q3n_chat_render, q3n_chat_render(P(0), P(1), P(2), P(3)))
+CALL(q3n_prompt_text, q3n_prompt_text(P(0), P(1))[0] != 0)
+CALL(q3n_prompt_spans, q3n_prompt_spans(P(0), P(1)) != NULL)
+CALL(q3n_prompt_ids, q3n_prompt_ids(P(0), P(1), SIZE(2), P(3)))
+DO(q3n_prompt_free, q3n_prompt_free(P(0)))
 CALL(q3n_sampler_create, q3n_sampler_create(P(0), P(1), P(2), P(3)))
 DO(q3n_sampler_destroy, q3n_sampler_destroy(P(0)))
 DO(q3n_sampler_accept, q3n_sampler_accept(P(0), N(1)))
@@ -432,6 +454,15 @@ static const row table[] = {
         CNT(&to.n)),
     ROW(q3n_detokenize, RESULT, NULL, STORIES, THE(MODEL), ARR(five_ids, 2), LEN(5),
         ARR(to.text, 4), LEN(400), CNT(&to.n)),
+    ROW(q3n_chat_open, RESULT, close_chat, STORIES, NEW(&to.chat), MAY(NULL), IN(&chat_options),
+        MAY(&to.err)),
+    ROW(q3n_chat_close, NOTHING, NULL, DRAFTS, MAY(NULL)),
+    ROW(q3n_chat_render, RESULT, free_prompt, STORIES, THE(CHAT), IN(&chat_input),
+        NEW(&to.prompt), MAY(&to.err)),
+    ROW(q3n_prompt_text, ANSWER, NULL, STORIES, THE(PROMPT), CNT_OR_NULL(&to.n)),
+    ROW(q3n_prompt_spans, ANSWER, NULL, STORIES, THE(PROMPT), CNT_OR_NULL(&to.n)),
+    ROW(q3n_prompt_ids, RESULT, NULL, STORIES, THE(PROMPT), ARR(to.ids, 2), LEN(64), CNT(&to.n)),
+    ROW(q3n_prompt_free, NOTHING, NULL, DRAFTS, MAY(NULL)),
     ROW(q3n_sampler_create, RESULT, destroy_sampler, DRAFTS, NEW(&to.sampler), THE(MODEL),
         MAY(NULL), MAY(&to.err)),
     ROW(q3n_sampler_destroy, NOTHING, NULL, DRAFTS, MAY(NULL)),
@@ -470,6 +501,8 @@ static void *object(kind k)
     case SAMPLER:  return f.sampler;
     case CACHE:    return f.cache;
     case ENGINE:   return f.engine;
+    case CHAT:     return f.chat;
+    case PROMPT:   return f.prompt;
     case SNAPSHOT: return f.snap;
     default:       return NULL;
     }
@@ -608,6 +641,9 @@ static void test_members(void **state)
     assert_int_equal(q3n_session_load_from(f.s, &no_read), Q3N_ERR_ARG);
     assert_int_equal(q3n_quantize_rows(Q3N_TYPE_F32, &no_rows, to.bytes, 512, NULL), Q3N_ERR_ARG);
     assert_int_equal(q3n_model_open(&to.model, STORIES, &lone, NULL), Q3N_ERR_ARG);
+    q3n_chat_options chat = chat_options;
+    chat.allocator = lone.allocator;
+    assert_int_equal(q3n_chat_open(&to.chat, NULL, &chat, NULL), Q3N_ERR_ARG);
     assert_int_equal(q3n_engine_eval(f.engine, item + 1, 1, NULL), Q3N_ERR_ARG);
     item[1].size = sizeof item[1];
     assert_int_equal(q3n_engine_eval(f.engine, item + 1, 1, NULL), Q3N_ERR_ARG);

@@ -76,9 +76,9 @@ class Faults(unittest.TestCase):
         self.expect(text, "section types of room formats stands after room")
 
     def test_comments(self):
-        bare = re.sub(r"^ *(/\*| \*).*\n", "", self.text[self.text.index("[2] PLATFORM"):],
+        bare = re.sub(r"^ *(/\*| \*).*\n", "", self.text[self.text.index("[3] PLATFORM"):],
                       flags=re.M)
-        self.expect(self.text[:self.text.index("[2] PLATFORM")] + "\n */\n" + bare,
+        self.expect(self.text[:self.text.index("[3] PLATFORM")] + "\n */\n" + bare,
                     "of the implementation's lines are comments")
         chatter = "\n".join(["/* Says nothing. */"] * 900)
         text = self.text
@@ -111,7 +111,7 @@ class Faults(unittest.TestCase):
 
     def test_contents(self):
         self.expect(self.change(r"^ \*    \[\d+\] OPS .*\n", ""), "is not in the contents list")
-        self.expect(self.change(r"^(.*)\[2\] PLATFORM(.*>>platform)$", r"\1[2] PLATFORMS\2"),
+        self.expect(self.change(r"^(.*)\[3\] PLATFORM(.*>>platform)$", r"\1[3] PLATFORMS\2"),
                     "no such banner")
 
     def test_functions(self):

@@ -93,6 +93,41 @@ static q3n_result create_sampler_with(void *o)
     return r;
 }
 
+/* Both need one field: without it, which is an error of its own, there is nothing to see. */
+static q3n_result open_chat_with(void *o)
+{
+    static const char *const text = "x";
+    const size_t place = offsetof(q3n_chat_options, template_text);
+    size_t size;
+    q3n_chat *c = NULL;
+    set_field(o, place, &text, sizeof text);
+    memcpy(&size, o, sizeof size);
+    const q3n_result r = q3n_chat_open(&c, NULL, o, NULL);
+    q3n_chat_close(c);
+    if (size < sizeof size || size >= place + sizeof text) return r;
+    assert_int_equal(r, Q3N_ERR_ARG);
+    return Q3N_OK;
+}
+
+static q3n_result render_with(void *in)
+{
+    static const char *const request = "{\"messages\": []}";
+    const q3n_chat_options o = { .size = sizeof o, .template_text = "x" };
+    const size_t place = offsetof(q3n_chat_input, request);
+    size_t size;
+    q3n_chat *c = NULL;
+    q3n_prompt *p = NULL;
+    set_field(in, place, &request, sizeof request);
+    memcpy(&size, in, sizeof size);
+    assert_int_equal(q3n_chat_open(&c, NULL, &o, NULL), Q3N_OK);
+    const q3n_result r = q3n_chat_render(c, in, &p, NULL);
+    q3n_prompt_free(p);
+    q3n_chat_close(c);
+    if (size < sizeof size || size >= place + sizeof request) return r;
+    assert_int_equal(r, Q3N_ERR_ARG);
+    return Q3N_OK;
+}
+
 static q3n_result eval_with_outputs(void *o)
 {
     const q3n_result r = q3n_session_eval_outputs(with.s, one_id, 1, o);
@@ -169,6 +204,8 @@ static const struct {
     { SIZED(q3n_engine_options), create_engine_with },
     { SIZED(q3n_cache_options), create_cache_with },
     { SIZED(q3n_sampler_options), create_sampler_with },
+    { SIZED(q3n_chat_options), open_chat_with },
+    { SIZED(q3n_chat_input), render_with },
     { SIZED(q3n_outputs), eval_with_outputs },
     { SIZED(q3n_limit), eval_with_limit },
     { SIZED(q3n_config), read_config },
