@@ -9856,10 +9856,10 @@ static q3n__value q3n__range(q3n__script *s, const q3n__args *x)
 {
     const int two = x->v[2].kind != Q3N__V_MISSING;
     const int64_t start = two ? q3n__arg_int(s, x, 1, 0) : 0, step = q3n__arg_int(s, x, 3, 1);
-    const int64_t stop = q3n__arg_int(s, x, two ? 2 : 1, 0), far = INT64_MAX / 4;
+    const int64_t stop = q3n__arg_int(s, x, two ? 2 : 1, 0), bound = INT64_MAX / 4;
     const size_t base = s->n_stack;
-    if (step == 0 || start < -far || start > far || stop < -far || stop > far || step < -far
-        || step > far) q3n__err(s, "range: out of range");
+    if (step == 0 || start < -bound || start > bound || stop < -bound || stop > bound
+        || step < -bound || step > bound) q3n__err(s, "range: out of range");
     for (int64_t i = start; s->result == Q3N_OK && (step > 0 ? i < stop : i > stop); i += step) {
         if (s->n_stack - base == 100000) q3n__err(s, "range: over 100000 items");
         if (q3n__pay(s, 1)) q3n__push(s, q3n__int(i));
