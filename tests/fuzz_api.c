@@ -334,7 +334,10 @@ static void call_state(world *w, q3n_session *s)
     float scores[64];
     const int length = q3n_session_length(s), n = take_count(w->in, 8);
     q3n_result r = Q3N_OK;
-    switch (take_int(w->in, 10)) {
+    double log_probs[8];
+    const q3n_embed_options eo = { .size = sizeof eo, .pooling = (q3n_pooling)(n % 4),
+                                   .raw = n & 1 };
+    switch (take_int(w->in, 12)) {
     case 0: r = q3n_session_rewind(s, take_count(w->in, length)); break;
     case 1: q3n_snapshot_free(w->snap);
             w->snap = NULL;
@@ -355,6 +358,21 @@ static void call_state(world *w, q3n_session *s)
                 r = q3n_session_draft(s, w->last, tokens, n, w->row);
             break;
     case 8: q3n_session_cancel(s); break;                 /* nothing is under way */
+    case 9:
+        if (w->tokens_left < 8) break;
+        for (int i = 0; i < 8; i++) tokens[i] = i * n % w->vocab;
+        w->tokens_left -= 8;
+        r = q3n_session_score(s, tokens, n < 8 ? n : 8, log_probs);
+        if (r != Q3N_OK) check_session(s, r, length);
+        else require(!(log_probs[n < 8 ? n - 1 : 7] > 0.0), "a probability above one");
+        return;
+    case 10:
+        if (q3n_model_hidden_size(w->m) > 4 * w->vocab || w->tokens_left < 8) break;
+        for (int i = 0; i < 8; i++) tokens[i] = i;
+        w->tokens_left -= 8;
+        r = q3n_session_embed(s, tokens, n < 8 ? n : 8, &eo, w->row);
+        if (r != Q3N_OK) check_session(s, r, length);
+        return;
     default:
         if (q3n_model_config(w->m)->num_labels > 64 || w->tokens_left < 8) break;
         for (int i = 0; i < 8; i++) tokens[i] = i;

@@ -51,7 +51,7 @@ static struct {
     float             floats[MAX_VOCAB];
     int32_t           ids[64];
     size_t            n;
-    double            number;
+    double            number, numbers[CAPACITY];
     int               i;
     unsigned char     bytes[4096];
     char              path[64];
@@ -73,6 +73,8 @@ static const q3n_chat_options chat_options = { .size = sizeof chat_options,
 static const q3n_chat_input chat_input = { .size = sizeof chat_input,
                                            .request = "{\"messages\": [1]}" };
 static const q3n_rows rows = { zeros, 2, 64, NULL };
+static const q3n_embed_options embed_options = { .size = sizeof embed_options,
+                                                 .pooling = Q3N_POOLING_MEAN };
 static q3n_engine_item item[2];           /* the second has no session                            */
 static _Alignas(64) unsigned char file[2 << 20], place[16 << 20];    /* of the two _memory       */
 static size_t file_bytes, init_bytes;
@@ -259,6 +261,8 @@ CALL(q3n_session_create, q3n_session_create(P(0), P(1), P(2), P(3)))
 DO(q3n_session_destroy, q3n_session_destroy(P(0)))
 CALL(q3n_session_eval, q3n_session_eval(P(0), P(1), N(2), P(3)))
 CALL(q3n_session_eval_outputs, q3n_session_eval_outputs(P(0), P(1), N(2), P(3)))
+CALL(q3n_session_score, q3n_session_score(P(0), P(1), N(2), P(3)))
+CALL(q3n_session_embed, q3n_session_embed(P(0), P(1), N(2), P(3), P(4)))
 CALL(q3n_session_classify, q3n_session_classify(P(0), P(1), N(2), P(3)))
 CALL(q3n_session_logits, q3n_session_logits(P(0), P(1)))
 CALL(q3n_session_tokens, q3n_session_tokens(P(0), N(1), N(2), P(3)))
@@ -396,6 +400,10 @@ static const row table[] = {
         NUM(3, 1, CAPACITY - LENGTH), MAY(to.floats)),
     ROW(q3n_session_eval_outputs, RESULT, NULL, DRAFTS, THE(SESSION), IN(five_ids),
         NUM(3, 1, CAPACITY - LENGTH), MAY(&to.outputs)),
+    ROW(q3n_session_score, RESULT, NULL, DRAFTS, THE(SESSION), IN(five_ids),
+        NUM(3, 1, CAPACITY - LENGTH), IN(to.numbers)),
+    ROW(q3n_session_embed, RESULT, NULL, DRAFTS, THE(SESSION), IN(five_ids), NUM(3, 1, CAPACITY),
+        MAY(&embed_options), IN(to.floats)),
     ROW(q3n_session_classify, RESULT, NULL, CLASSIFIER, THE(SESSION), IN(five_ids),
         NUM(3, 1, CAPACITY), IN(to.floats)),
     ROW(q3n_session_logits, RESULT, NULL, DRAFTS, THE(SESSION), IN(to.floats)),

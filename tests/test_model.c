@@ -143,6 +143,50 @@ static void check_logits(const q3n_model *m, const float *logits, int n, const i
     free(best);
 }
 
+/* The session's log-probabilities: those of its logits, and near the recorded ones. */
+static void check_log_probs(q3n_session *s, const float *logits, int n, const int32_t *ids,
+                            const char *golden, const char *what)
+{
+    const int V = q3n_model_config(q3n_session_model(s))->vocab_size;
+    int count;
+    double *want = golden_numbers(golden_member(golden, "token_logprobs"), &count);
+    double *got = (double *)malloc((size_t)n * sizeof *got);
+    assert_non_null(got);
+    assert_int_equal(q3n_session_score(s, ids, n, got), Q3N_OK);
+    assert_true(got[0] == 0.0);
+    for (int t = 0; t < count; t++) {
+        const double p = log_probability(logits + (size_t)t * (size_t)V, V, ids[t + 1]);
+        if (!(fabs(got[t + 1] - p) <= 1e-12 * fabs(p)))
+            fail_msg("%s: log probability %d is %.17g, by logits %.17g", what, t, got[t + 1], p);
+        if (!(fabs(got[t + 1] - want[t]) <= 1e-3))
+            fail_msg("%s: log probability %d is %g, expected %g", what, t, got[t + 1], want[t]);
+    }
+    free(got);
+    free(want);
+}
+
+/* The last token's vector: as recorded, and of length 1. */
+static void check_embedding(q3n_session *s, int n, const int32_t *ids, const char *hidden,
+                            const char *what)
+{
+    const int d = q3n_model_hidden_size(q3n_session_model(s));
+    const q3n_embed_options raw = { .size = sizeof raw, .raw = 1 };
+    const char *row = NULL, *next;
+    int count;
+    while ((next = golden_next(&hidden)) != NULL) row = next;
+    double *want = golden_numbers(row, &count), sum = 0.0;
+    float *got = new_floats((size_t)d);
+    assert_int_equal(count, d);
+    assert_int_equal(q3n_session_embed(s, ids, n, &raw, got), Q3N_OK);
+    check_near(got, want, d, HIDDEN_BOUND(largest(want, d)), what);
+    for (int i = 0; i < d; i++) sum += (double)got[i] * (double)got[i];
+    for (int i = 0; i < d; i++) want[i] = (double)got[i] / sqrt(sum);
+    assert_int_equal(q3n_session_embed(s, ids, n, NULL, got), Q3N_OK);
+    check_near(got, want, d, 1e-7, "of length 1");
+    free(got);
+    free(want);
+}
+
 static void check_case(const q3n_model *m, q3n_isa isa, const char *golden, const char *name)
 {
     int n;
@@ -160,6 +204,11 @@ static void check_case(const q3n_model *m, q3n_isa isa, const char *golden, cons
     const char *hidden = golden_member(golden, "hidden_last_token");
     if (hidden) check_hidden(m, &t, hidden, what);
     check_logits(m, logits, n, ids, golden, what);
+    q3n_session_destroy(s);
+    eo.layer_hook = (q3n_layer_hook){ NULL, NULL };
+    s = create_session(m, &o);
+    check_log_probs(s, logits, n, ids, golden, what);
+    if (hidden) check_embedding(s, n, ids, hidden, what);
     q3n_session_destroy(s);
     free(t.rows);
     free(logits);
@@ -726,6 +775,136 @@ static void test_errors_change_nothing(void **state)
     q3n_model_close(m);
 }
 
+/* ---- Scores and vectors of texts ---- */
+
+/* The text cut into calls of so many tokens; each goes on from the logits of the one before. */
+static void check_scores_cut(q3n_session *s, const int32_t *ids, int n, int step,
+                             const double *want)
+{
+    double *got = (double *)malloc((size_t)n * sizeof *got);
+    assert_non_null(got);
+    q3n_session_reset(s);
+    for (int i = 0; i < n; i += step)
+        assert_int_equal(q3n_session_score(s, ids + i, n - i < step ? n - i : step, got + i),
+                         Q3N_OK);
+    assert_int_equal(q3n_session_length(s), n);
+    assert_memory_equal(got, want, (size_t)n * sizeof *got);
+    free(got);
+}
+
+/* The same bits however the text is cut, on engines of their own with room for few rows of logits
+ * and on one for many sessions; afterwards the session is one that has evaluated the text. */
+static void test_scores(void **state)
+{
+    enum { N = 70 };
+    q3n_model *m = open_model((const char *)*state, NULL);
+    const size_t V = (size_t)q3n_model_config(m)->vocab_size;
+    int32_t *ids = random_ids(N, (int)V);
+    float *rows = new_logits(m, N), *last = new_logits(m, 1);
+    double want[N];
+    static const int batches[] = { 1, 5, 64 }, steps[] = { 1, 7, 33, N };
+    for (int own = 0; own < 2; own++)
+        for (int k = 0; k < COUNT(batches); k++) {
+            q3n_engine_options eo = engine_of(q3n_isa_best());
+            eo.batch_size = batches[k];
+            eo.n_threads = 1 + k;
+            q3n_session_options o = options_of(&eo);
+            q3n_engine *e = NULL;
+            if (!own) {
+                assert_int_equal(q3n_engine_create(&e, m, &eo, NULL), Q3N_OK);
+                o.engine = e;
+                o.engine_options = NULL;
+            }
+            q3n_session *s = create_session(m, &o);
+            if (!own && k == 0) {
+                evaluate(s, ids, N, rows);
+                want[0] = 0.0;
+                for (int t = 1; t < N; t++)
+                    want[t] = log_probability(rows + (size_t)(t - 1) * V, (int)V, ids[t]);
+                q3n_session_reset(s);
+                double first[N];
+                assert_int_equal(q3n_session_score(s, ids, N, first), Q3N_OK);
+                for (int t = 0; t < N; t++)
+                    assert_true(fabs(first[t] - want[t]) <= 1e-12 * fabs(want[t]));
+                memcpy(want, first, sizeof want);
+            }
+            for (int i = 0; i < COUNT(steps); i++) check_scores_cut(s, ids, N, steps[i], want);
+            assert_int_equal(q3n_session_logits(s, last), Q3N_OK);
+            check_same(last, rows + (N - 1) * V, V, "logits after a score");
+            q3n_session_destroy(s);
+            q3n_engine_destroy(e);
+        }
+    free(last);
+    free(rows);
+    free(ids);
+    q3n_model_close(m);
+}
+
+/* Pooled by hand from all hidden states. */
+static void test_embeddings(void **state)
+{
+    enum { N = 41 };
+    q3n_model *m = open_model((const char *)*state, NULL);
+    const size_t d = (size_t)q3n_model_hidden_size(m);
+    int32_t *ids = random_ids(N, q3n_model_vocab_size(m));
+    float *rows = new_floats(N * d), *got = new_floats(d), *again = new_floats(d);
+    double *mean = (double *)calloc(d, sizeof *mean), sum = 0.0;
+    assert_non_null(mean);
+    q3n_engine_options eo = engine_of(q3n_isa_best());
+    q3n_session_options o = options_of(&eo);
+    q3n_session *s = create_session(m, &o);
+    const q3n_outputs out = { .size = sizeof out, .all_hidden = rows };
+    assert_int_equal(q3n_session_eval_outputs(s, ids, N, &out), Q3N_OK);
+    q3n_embed_options raw = { .size = sizeof raw, .raw = 1 };
+    assert_int_equal(q3n_session_embed(s, ids, N, &raw, got), Q3N_OK);
+    check_same(got, rows + (N - 1) * d, d, "last");
+    assert_int_equal(q3n_session_length(s), N);
+    raw.pooling = Q3N_POOLING_FIRST;
+    assert_int_equal(q3n_session_embed(s, ids, N, &raw, got), Q3N_OK);
+    check_same(got, rows, d, "first");
+    raw.pooling = Q3N_POOLING_MEAN;
+    assert_int_equal(q3n_session_embed(s, ids, N, &raw, got), Q3N_OK);
+    for (size_t i = 0; i < N * d; i++) mean[i % d] += (double)rows[i] / N;
+    check_near(got, mean, (int)d, N * 1.2e-7 * largest(mean, (int)d) + 1e-6, "mean");
+    if (q3n_model_config(m)->causal) {
+        eo.batch_size = 3;                               /* cut into passes: the same bits */
+        q3n_session *small = create_session(m, &o);
+        assert_int_equal(q3n_session_embed(small, ids, N, &raw, again), Q3N_OK);
+        check_same(again, got, d, "mean, in passes of 3");
+        q3n_session_destroy(small);
+    }
+    for (size_t i = 0; i < d; i++) sum += (double)got[i] * (double)got[i];
+    for (size_t i = 0; i < d; i++) mean[i] = (double)got[i] / sqrt(sum);
+    raw.raw = 0;
+    assert_int_equal(q3n_session_embed(s, ids, N, &raw, got), Q3N_OK);
+    check_near(got, mean, (int)d, 1e-7, "of length 1");
+    raw.pooling = Q3N_POOLING_COUNT;
+    assert_int_equal(q3n_session_embed(s, ids, N, &raw, got), Q3N_ERR_ARG);
+    assert_int_equal(q3n_session_length(s), N);
+    q3n_session_destroy(s);
+    free(mean);
+    free(again);
+    free(got);
+    free(rows);
+    free(ids);
+    q3n_model_close(m);
+}
+
+/* Who attends both ways has no probability of what comes next. */
+static void test_no_scores(void **state)
+{
+    q3n_model *m = open_model((const char *)*state, NULL);
+    const q3n_engine_options eo = engine_of(q3n_isa_best());
+    const q3n_session_options o = options_of(&eo);
+    q3n_session *s = create_session(m, &o);
+    const int32_t ids[3] = { 1, 2, 3 };
+    double log_probs[3];
+    assert_int_equal(q3n_session_score(s, ids, 3, log_probs), Q3N_ERR_UNSUPPORTED);
+    assert_int_equal(q3n_session_length(s), 0);
+    q3n_session_destroy(s);
+    q3n_model_close(m);
+}
+
 /* ---- All of them ---- */
 int main(void)
 {
@@ -749,6 +928,13 @@ int main(void)
         CASE(test_kv_types, qwen3_dense_yarn),
         CASE(test_errors_change_nothing, qwen3_next),
         CASE(test_errors_change_nothing, qwen3_moe),
+        CASE(test_scores, qwen3_next),
+        CASE(test_scores, qwen3_next_mtp),
+        CASE(test_scores, qwen3_moe),
+        CASE(test_no_scores, seed_patched_real_rope),
+        CASE(test_embeddings, qwen3_next),
+        CASE(test_embeddings, qwen3_next_cls),
+        CASE(test_embeddings, seed_patched_real_rope),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -187,6 +187,32 @@ class Golden(unittest.TestCase):
         self.assertEqual([max(range(len(r)), key=r.__getitem__) for r in rows], case["argmax"])
         self.assert_logits(rows[-1], case["last_logits"])
 
+    def test_score(self):
+        case = self.golden["cases"][2]
+        ids, want = case["input_ids"], [0.0] + case["token_logprobs"]
+        with self.model.session(capacity=256) as session:
+            got = session.score(ids[:2]) + session.score(ids[2:])
+            self.assertEqual(session.tokens(), ids)
+        self.assertEqual(len(got), len(ids))
+        for x, y in zip(got, want):
+            self.assertAlmostEqual(x, y, delta=1e-3)
+
+    def test_embed(self):
+        ids = self.golden["cases"][1]["input_ids"]
+        want = self.golden["cases"][1]["hidden_last_token"][-1]
+        with self.model.session(capacity=256) as session:
+            raw = session.embed(ids, raw=True)
+            for x, y in zip(raw, want):
+                self.assertAlmostEqual(x, y, delta=1e-4)
+            length = math.sqrt(math.fsum(x * x for x in raw))
+            for x, y in zip(session.embed(ids), raw):
+                self.assertAlmostEqual(x, y / length, delta=1e-6)
+            self.assertEqual(session.tokens(), ids)
+            self.assertEqual(len(session.embed(ids, pooling="mean")), len(raw))
+            self.assertNotEqual(session.embed(ids, pooling="first"), session.embed(ids))
+            with self.assertRaises(ValueError):
+                session.embed(ids, pooling="none such")
+
     def test_greedy(self):
         case = self.golden["greedy"]
         with self.model.session(capacity=256) as session:
@@ -779,7 +805,7 @@ class Interrupts(unittest.TestCase):
 
     def test_every_call_that_evaluates(self):
         with self.model.session(**self.options) as session:
-            for call in (session.logits, session.prefill, session.all_logits,
+            for call in (session.logits, session.prefill, session.all_logits, session.score,
                          lambda ids: next(session.generate_ids(ids, 5))):
                 session.reset()
                 session._pace = qwen3next._Pace()

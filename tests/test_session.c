@@ -109,10 +109,25 @@ static q3n_result run_batch(q3n_session *s, q3n_engine *b, const int32_t *ids)
     return r;
 }
 
+static q3n_result run_score(q3n_session *s, q3n_engine *b, const int32_t *ids)
+{
+    double log_probs[20];
+    (void)b;
+    return q3n_session_score(s, ids + 40, 20, log_probs);
+}
+
+static q3n_result run_embed(q3n_session *s, q3n_engine *b, const int32_t *ids)
+{
+    float vector[256];
+    (void)b;
+    assert_true(q3n_model_hidden_size(q3n_session_model(s)) <= COUNT(vector));
+    return q3n_session_embed(s, ids + 7, 30, NULL, vector);
+}
+
 static const cancellable cancellables[] = {
     { "eval", run_eval }, { "prefill of another text", run_prefill },
     { "prefill of more", run_prefill_more }, { "rewind", run_rewind }, { "decode", run_decode },
-    { "batch_eval", run_batch },
+    { "batch_eval", run_batch }, { "score", run_score }, { "embed", run_embed },
 };
 
 typedef struct {

@@ -27,6 +27,7 @@ static struct {
     q3n_model   *small;
     void        *bytes;          /* its file                                                     */
     size_t       n_bytes;
+    float        vector[256];    /* [hidden_size]                                                */
 } with;
 
 static const int32_t one_id[1] = { 1 };
@@ -136,6 +137,14 @@ static q3n_result eval_with_outputs(void *o)
     return r;
 }
 
+static q3n_result embed_with(void *o)
+{
+    const q3n_result r = q3n_session_embed(with.s, one_id, 1, o, with.vector);
+    assert_int_equal(q3n_session_length(with.s), r == Q3N_OK);
+    q3n_session_reset(with.s);
+    return r;
+}
+
 static q3n_result eval_with_limit(void *o)
 {
     q3n_engine_item item = { .size = sizeof item, .session = with.s, .tokens = one_id, .n = 1 };
@@ -207,6 +216,7 @@ static const struct {
     { SIZED(q3n_chat_options), open_chat_with },
     { SIZED(q3n_chat_input), render_with },
     { SIZED(q3n_outputs), eval_with_outputs },
+    { SIZED(q3n_embed_options), embed_with },
     { SIZED(q3n_limit), eval_with_limit },
     { SIZED(q3n_config), read_config },
     { SIZED(q3n_init_options), init_with },
@@ -226,6 +236,7 @@ static int setup(void **state)
     q3n_session_options o = { .size = sizeof o, .capacity = 8 };
     const q3n_cache_options co = { .size = sizeof co, .max_bytes = 1 << 20 };
     with.m = open_model("qwen3_next", NULL);
+    assert_true(q3n_model_hidden_size(with.m) <= COUNT(with.vector));
     o.engine = with.engine = create_engine(with.m, &one_thread);
     with.s = create_session(with.m, &o);
     with.config = small_config();

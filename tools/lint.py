@@ -50,7 +50,7 @@ ROOMS = (
      r"q3n_session|q3n__engine|q3n__pass\b|q3n__layer|Q3N_TYPE_"),
     ("model", 1700, ("ops", "pass", "attention", "deltanet", "model"),
      r"q3n_session\b|q3n__engine|q3n__file|q3n__input|q3n__output|Q3N_TYPE_|Q3N_ISA_"),
-    ("engine", 3850, ("cache", "engine", "sampler", "session", "mtp", "checkpoints", "evaluation",
+    ("engine", 3950, ("cache", "engine", "sampler", "session", "mtp", "checkpoints", "evaluation",
                       "reuse", "speculation"),
      r"Q3N_ISA_(?!AUTO|SCALAR)|q3n__tokenizer"),
     ("public", 700, ("public",), None),
@@ -65,7 +65,7 @@ MAKE_ROOMS = (
 # What users include: rooms, and the share of comments: of the lines of the implementation that are
 # not blank, those that are nothing but one.
 HEADERS = {"qwen3next.h": (ROOMS, (0.18, 0.24)), "tools/q3n_make.h": (MAKE_ROOMS, (0.08, 0.24))}
-MAX_LINES = 21300
+MAX_LINES = 21400
 
 # Functions that are used before their bodies: why that cannot be otherwise.
 FORWARD = {"q3n__expression": "expressions stand in brackets of expressions",

@@ -60,12 +60,12 @@ static double perplexity_error(const losses *l)
 
 /* ---- Positions ---- */
 
-static void add_row(void *user, int position, const float *logits)
+/* A window from a fresh state, without its first token. */
+static void add_window(measure *s, q3n_session *session, double *log_probs)
 {
-    measure *s = user;
-    if ((size_t)position + 1 == s->ids->n) return;
-    const double x = (double)logits[s->ids->id[position + 1]];
-    add_loss(&s->model, cli_log_sum_exp(logits, s->vocab) - x);
+    q3n_session_reset(session);
+    cli_check(q3n_session_score(session, s->ids->id, (int)s->ids->n, log_probs), session);
+    for (size_t i = 1; i < s->ids->n; i++) add_loss(&s->model, -log_probs[i]);
 }
 
 static void add_pair(void *user, int position, const float *logits, const float *base)
@@ -164,7 +164,7 @@ static void print_text(const measure *s, size_t windows, size_t window)
 static size_t measure_windows(measure *s, const cli_side sides[2], const cli_ids *text,
                               size_t window)
 {
-    const cli_pieces whole = { .n = 0 };
+    double *log_probs = cli_alloc(window < text->n ? window : text->n, sizeof *log_probs);
     cli_bar bar = cli_bar_begin("perplexity", "tokens");
     size_t windows = 0;
     for (size_t at = 0; at + 1 < text->n; at += window) {
@@ -172,7 +172,7 @@ static size_t measure_windows(measure *s, const cli_side sides[2], const cli_ids
         const cli_ids ids = { text->id + at, left < window ? left : window, 0 };
         s->ids = &ids;
         if (s->kl) cli_eval_pairs(sides, &ids, add_pair, s);
-        else       cli_eval_rows(sides[0].s, sides[0].m, &ids, &whole, add_row, s);
+        else       add_window(s, sides[0].s, log_probs);
         windows++;
         char note[80];
         int n = snprintf(note, sizeof note, "perplexity %.4f", perplexity(&s->model));
@@ -180,6 +180,7 @@ static size_t measure_windows(measure *s, const cli_side sides[2], const cli_ids
         cli_bar_update(&bar, (int64_t)(at + ids.n), (int64_t)text->n, note);
     }
     cli_bar_end(&bar);
+    free(log_probs);
     if (s->kl) cli_sort(s->kl, (size_t)s->model.n);
     return windows;
 }

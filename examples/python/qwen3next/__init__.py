@@ -59,6 +59,7 @@ PROBLEM_TYPES = ("none", "regression", "single_label_classification",
                  "multi_label_classification")  # q3n_problem_type in order
 MAX_DRAFT = 8                   # most tokens that are drafted in a step
 SPECULATE = ("off", "auto", "mtp", "lookup")    # q3n_speculate in order
+POOLING = ("last", "first", "mean")             # q3n_pooling in order
 _REAL_FIELDS = ("rms_norm_eps", "rope_theta", "rope_factor", "rope_beta_fast", "rope_beta_slow",
                 "rope_attention_factor")        # of q3n_config; the others are whole numbers
 _OK, _ERR_FULL = 0, -7
@@ -146,6 +147,7 @@ class _Sized(ctypes.Structure):
 
 _IDS = ctypes.POINTER(ctypes.c_int32)
 _FLOATS = ctypes.POINTER(_C_FLOAT)
+_DOUBLES = ctypes.POINTER(ctypes.c_double)
 
 
 class _Record(ctypes.Structure):
@@ -197,6 +199,10 @@ class _SessionMemory(_Sized):
 class _Outputs(_Sized):
     _fields_ = [("size", _C_SIZE)] + [(name, _FLOATS) for name in
                                       ("logits", "all_logits", "hidden", "all_hidden")]
+
+
+class _EmbedOptions(_Sized):
+    _fields_ = [("size", _C_SIZE), ("pooling", _C_INT), ("raw", _C_INT)]
 
 
 class _CacheOptions(_Sized):
@@ -279,6 +285,8 @@ _FUNCTIONS = {                  # name: (result, arguments...)
     "q3n_session_destroy": (None, _P),
     "q3n_session_eval": (_C_INT, _P, _IDS, _C_INT, _FLOATS),
     "q3n_session_eval_outputs": (_C_INT, _P, _IDS, _C_INT, _R(_Outputs)),
+    "q3n_session_score": (_C_INT, _P, _IDS, _C_INT, _DOUBLES),
+    "q3n_session_embed": (_C_INT, _P, _IDS, _C_INT, _R(_EmbedOptions), _FLOATS),
     "q3n_session_classify": (_C_INT, _P, _IDS, _C_INT, _FLOATS),
     "q3n_session_length": (_C_INT, _P),
     "q3n_session_capacity": (_C_INT, _P),
@@ -988,6 +996,28 @@ class Session(_Owner):
         outputs = _Outputs(all_logits=ctypes.cast(c_flat, _FLOATS))
         self._evaluate(n, load().q3n_session_eval_outputs, c_ids, n, ctypes.byref(outputs))
         return [flat[i * vocab:(i + 1) * vocab] for i in range(n)]
+
+    def score(self, ids: Ids) -> List[float]:
+        """Append tokens; the natural logarithm of the probability of each after all before it, of
+        which the first is 0 where nothing comes before."""
+        c_ids, n = _id_array(ids)
+        log_probs = (ctypes.c_double * max(n, 1))()
+        self._evaluate(n, load().q3n_session_score, c_ids, n, log_probs)
+        return log_probs[:n]
+
+    def embed(self, text: Union[Text, Ids], pooling: str = "last", raw: bool = False) -> Floats:
+        """A vector [hidden_size] of a whole text or its ids, of length 1 unless raw: the hidden
+        state of the "last" token that is no padding, of the "first", or the "mean" of all; the
+        session is reset first."""
+        if pooling not in POOLING:
+            raise ValueError("unknown name %r" % pooling)
+        if isinstance(text, _TEXT):
+            text = self.model.tokenize(text, prefix=True, suffix=True)
+        c_ids, n = _id_array(text)
+        options = _EmbedOptions(pooling=POOLING.index(pooling), raw=int(raw))
+        vector, c_vector = _floats(self.model.config["hidden_size"])
+        self._evaluate(n, load().q3n_session_embed, c_ids, n, ctypes.byref(options), c_vector)
+        return vector
 
     def classify(self, text: Union[Text, Ids]) -> Floats:
         """Scores [num_labels] of a whole text or its ids; the session is reset first."""
