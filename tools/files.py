@@ -123,14 +123,14 @@ class Output:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         try:
             fd = os.open(self.part, flags, 0o666 if self.old is None else 0o600)
-        except OSError as e:
-            self._fail(e)
-        try:
-            self._keep_mode(fd)
             self.file = os.fdopen(fd, "wb")
+            self._keep_mode(fd)
+        except OSError as e:
+            self._discard()
+            self._fail(e)
         except BaseException:
-            os.close(fd)
-            os.remove(self.part)
+            # Ctrl-C may come when the file is there and nothing else knows of it.
+            self._discard()
             raise
         return self.file
 
@@ -163,7 +163,8 @@ class Output:
 
     def _discard(self):
         with contextlib.suppress(OSError):               # what cannot be written is not wanted
-            self.file.close()
+            if self.file is not None:
+                self.file.close()
         with contextlib.suppress(FileNotFoundError):
             os.remove(self.part)
 
