@@ -494,8 +494,10 @@ class GoldenTest(CliTest):
         for name in FAMILIES:
             cases = load(GOLDEN, name, "golden.json")["cases"]
             path = self.file("ids", "".join(json.dumps(c["input_ids"]) + "\n" for c in cases))
-            for isa in self.isas():
-                for way in WAYS:
+            # test_model.c has every family with every instruction set, in pieces of all sizes.
+            first = name == FAMILIES[0]
+            for isa in self.isas() if first else self.isas()[-1:]:
+                for way in WAYS if first else WAYS[:1]:
                     what = "%s %s %s" % (name, isa, way)
                     with self.subTest(what):
                         lines = self.json_lines("logits", model(name), "--ids-file", path, "--json",
@@ -509,7 +511,7 @@ class GoldenTest(CliTest):
             greedy = load(GOLDEN, name, "golden.json").get("greedy")
             if not greedy:
                 continue
-            for isa in self.isas():
+            for isa in self.isas() if name == FAMILIES[0] else self.isas()[-1:]:
                 with self.subTest("%s %s" % (name, isa)):
                     got = self.json_lines("run", model(name), "--greedy", "--json", "--isa", isa,
                                           "--ids", id_list(greedy["prompt_ids"]),
@@ -1329,8 +1331,7 @@ class FileTest(CliTest):
             self.assertIn(word, text)
 
     def test_bench_read(self):
-        args = ["bench", "--read", "-t", "1,2", "-r", "1"]
-        got = self.json_lines(*args, "--json")[0]
+        got = self.json_lines("bench", "--read", "-t", "1,2", "-r", "1", "--json")[0]
         rows = got["bandwidth"]
         loops = {row["loop"] for row in rows}
         self.assertTrue({"stream", "stream-avx512"} & loops)
@@ -1342,8 +1343,8 @@ class FileTest(CliTest):
         memory = {row["bytes"] for row in rows if row["memory"]}
         self.assertEqual(len(memory), 1)
         self.assertGreaterEqual(max(memory), min(4 * (got["cache_bytes"] or 0), 1 << 28))
-        text = self.run_cli(*args).decode()
-        for word in ("1 threads, GB/s", "2 threads, GB/s", "128 MB", "memory", "stream"):
+        text = self.run_cli("bench", "--read", "-t", "1", "-r", "1").decode()
+        for word in ("1 threads, GB/s", "128 MB", "memory", "stream"):
             self.assertIn(word, text)
         self.run_cli("bench", "--read", model("stories"), status=2)
         self.run_cli("bench", "--read", "--mtp", status=2)
@@ -1407,9 +1408,9 @@ class FileTest(CliTest):
                 self.assertGreater(states[what]["bytes"], 0)
             self.assertAlmostEqual(got["memory"]["snapshot"], got["memory"]["snapshot_planned"],
                                    delta=0.1 * got["memory"]["snapshot"])
-            text = self.run_cli(*args, quiet=False).decode()
-            for word in ("turn 10", "all again", "the same bits", "rewind 230", "GB/s", "planned"):
-                self.assertIn(word, text)
+        text = self.run_cli(*args, quiet=False).decode()
+        for word in ("turn 10", "all again", "the same bits", "rewind 230", "GB/s", "planned"):
+            self.assertIn(word, text)
 
 
 # What a llama-bench program prints, here for any model; the speed is its first thread count.
@@ -1424,6 +1425,12 @@ def row(n_prompt, n_gen):
     return {"n_prompt": n_prompt, "n_gen": n_gen, "n_threads": int(args["-t"]),
             "samples_ts": [float(args["-speed"])] * int(args["-r"])}
 print(json.dumps([row(512, 0), row(0, 64)]))
+"""
+
+
+# Runs the command line: models that it makes are smaller than they were to be.
+SMALLER = """if [ "$1" = init ]; then set -- "$@" --vocab 2000 --hidden-size 64; fi
+exec %s "$@"
 """
 
 
@@ -1444,7 +1451,8 @@ class BenchToolsTest(CliTest):
         for name in ("tiny-bf16.gguf", "tiny-bf16-broken.gguf", "tiny-f16.gguf"):
             self.file(name, b"")
         out = os.path.join(self.folder, "out")
-        text = self.tool("bench_table.py", "--q3n", " ".join(COMMAND), "--geometries", "tiny",
+        smaller = self.file("q3n", SMALLER % " ".join(COMMAND))
+        text = self.tool("bench_table.py", "--q3n", "sh " + smaller, "--geometries", "tiny",
                          "--types", "q99 bf16", "--repeat", "2", "--rounds", "2", "--threads", "1",
                          "--models", self.folder, "--out", out, "--peer", "a=%s %s" % (peer, peer),
                          "--peer-models", self.folder, "--peer-args",
