@@ -382,10 +382,10 @@ static void check_identity(const identity *id, const q3n_session_options *o, con
     free(logits);
 }
 
-static uint32_t random_state = 7;
-
+/* The same for every test, whichever ran before. */
 static int32_t *random_ids(int n, int vocab)
 {
+    uint32_t random_state = 7;
     int32_t *ids = (int32_t *)malloc((size_t)n * sizeof *ids);
     assert_non_null(ids);
     for (int i = 0; i < n; i++) {
@@ -498,7 +498,7 @@ static void test_identity_long(void **state)
     static const cutting few = { "255, then few at a time", { 255, 2, 3, 4, 1, 2, 3, 5 } };
     static const cutting edges = { "over the edges of blocks", { 254, 4, 252, 4, 150 } };
     q3n_model *m = open_model((const char *)*state, NULL);
-    const int n = 700;
+    const int n = SLOW ? 530 : 700;
     int32_t *ids = random_ids(n, q3n_model_config(m)->vocab_size);
     for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
         if (is_too_slow(isa) || !isa_runs(isa, __func__)) continue;
@@ -510,11 +510,12 @@ static void test_identity_long(void **state)
         evaluate(s, ids, n, want);
         q3n_session_destroy(s);
         const identity id = { m, ids, n, want };
-        check_identity(&id, &o, &one);
+        const int alone = !SLOW || isa == q3n_isa_best();    /* a call in eight of few is, too */
+        if (alone) check_identity(&id, &o, &one);
         int calls = 0;
         eo.executor = (q3n_executor){ run_backwards, &calls, 4 };
         check_identity(&id, &o, &few);
-        check_identity(&id, &o, &one);
+        if (alone) check_identity(&id, &o, &one);
         assert_true(calls > 0);
         eo.executor.run = NULL;
         eo.n_threads = 2;
@@ -533,8 +534,14 @@ static void test_identity_long(void **state)
 /* ---- Attention over several blocks, against its definition ---- */
 typedef struct {
     q3n_session *s;
-    int          n_layers, n_attention, checked;
+    int          n_layers, n_attention, n, checked;      /* n: tokens of the whole text          */
 } attention_check;
+
+/* All tokens; under sanitizers, where comparing is most of the work, the last and one in seven. */
+static int is_compared(const attention_check *c, int token)
+{
+    return !SLOW || token % 7 == 0 || token >= c->n - 8;
+}
 
 /* After the last layer, which is an attention layer, the run still has its queries (scaled) and
  * outputs: [kv head][token][head of the group][D].  Each is compared with softmax(q k') v in double
@@ -553,6 +560,7 @@ static void check_attention(void *user, int l, const float *x, int n, int d)
     (void)d;
     for (int i = 0; i < kv->n_kv_heads * n * g; i++) {
         const int head = i / (n * g), last = c->s->state.length + i / g % n;
+        if (!is_compared(c, last)) continue;
         const float *q = r->q + (size_t)i * (size_t)D, *got = r->attn + (size_t)i * (size_t)D;
         double out[256] = { 0.0 }, sum = 0.0, top = 0.0, largest_value = 0.0;
         for (int pass = 0; pass < 2; pass++)
@@ -590,7 +598,7 @@ static void test_attention_long(void **state)
     for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {
         if (is_too_slow(isa) || !isa_runs(isa, __func__)) continue;
         for (int n_threads = 1; n_threads <= 2; n_threads++) {   /* two split few tokens */
-            attention_check c = { NULL, q3n_model_config(m)->num_hidden_layers, 0, 0 };
+            attention_check c = { .n_layers = q3n_model_config(m)->num_hidden_layers, .n = n };
             for (int l = 0; l < c.n_layers; l++) c.n_attention += !m->layers[l].is_delta;
             q3n_engine_options eo = engine_of(isa);
             eo.batch_size = 100;
@@ -603,7 +611,9 @@ static void test_attention_long(void **state)
             assert_int_equal(q3n_session_eval(c.s, ids, n - 4, NULL), Q3N_OK);
             assert_int_equal(q3n_session_eval(c.s, ids + n - 4, 3, NULL), Q3N_OK);
             assert_int_equal(q3n_session_eval(c.s, ids + n - 1, 1, NULL), Q3N_OK);
-            assert_int_equal(c.checked, n * q3n_model_config(m)->num_attention_heads);
+            int compared = 0;
+            for (int i = 0; i < n; i++) compared += is_compared(&c, i);
+            assert_int_equal(c.checked, compared * q3n_model_config(m)->num_attention_heads);
             q3n_session_destroy(c.s);
         }
     }
@@ -916,7 +926,7 @@ int main(void)
         CASE(test_golden_keras, seed_patched_real_rope),
         CASE(test_golden_keras, seed_patched_zero_rope),
 #define IDENTITY(model) CASE(test_identity, model),
-        FAMILIES(IDENTITY)
+        FAMILIES_TO_TRY(IDENTITY)
         CASE(test_identity_bidirectional, seed_patched_real_rope),
         CASE(test_identity_long, qwen3_next),
         CASE(test_identity_long, qwen3_moe),
