@@ -236,7 +236,7 @@ $(B)/obj/fuzz_%.o: tests/fuzz_%.c $(TEST_NEEDS)
 $(B)/fuzz_%: $(B)/obj/fuzz_%.o $(B)/obj/exposed.o
 	$(CC)++ $(MODE_FLAGS) -static-libstdc++ -static-libgcc $^ $(LDFLAGS) $(LIBRARIES) -o $@
 
--include $(wildcard $(B)/obj/*.d $(B)/obj/q3n/*.d $(B)/tests/*.d $(B)/*.d)
+-include $(wildcard $(B)/obj/*.d $(B)/obj/q3n/*.d $(B)/tests/*.d)
 
 # ---- Models ----
 
@@ -302,8 +302,8 @@ SUITES.release   := $(addprefix $(RESULTS)/build_,gcc clang musl mingw aarch64) 
                     $(RESULTS)/install \
                     $(PYTHON_TESTS:%=$(RESULTS)/test_%.py)
 SUITES.sanitize  := $(FUZZ_TARGETS:%=$(RESULTS)/replay_%)
-SUITES.coverage  := $(RESULTS)/test_cli.py $(FUZZ_TARGETS:%=$(RESULTS)/replay_%)
-SUITES.aarch64   := $(RESULTS)/test_cli.py $(FUZZ_TARGETS:%=$(RESULTS)/replay_%)
+SUITES.coverage  := $(RESULTS)/test_cli.py $(RESULTS)/test_chat.py $(FUZZ_TARGETS:%=$(RESULTS)/replay_%)
+SUITES.aarch64   := $(RESULTS)/test_cli.py $(RESULTS)/test_chat.py $(FUZZ_TARGETS:%=$(RESULTS)/replay_%)
 SUITES := $(SUITES.$(config)) $(SUITES)
 # name(config), as the reports show it
 SHOWN = $(@F)$(if $(filter release,$(config)),,\($(config)\))

@@ -149,19 +149,6 @@ static void replay(const uint8_t *data, size_t bytes)
     free(copy);
 }
 
-int main(int argc, char **argv)
-{
-    require(argc > 1, "no files to replay");
-    for (int i = 1; i < argc; i++) {
-        FILE *f = fopen(argv[i], "rb");
-        require(f != NULL, argv[i]);
-        static uint8_t data[1 << 20];
-        const size_t n = fread(data, 1, sizeof data, f);
-        fclose(f);
-        replay(data, n);
-        printf("%s: %zu bytes, replayed\n", argv[i], n);
-    }
-    return 0;
-}
+int main(int argc, char **argv) { return replay_files(argc, argv, replay); }
 
 #endif

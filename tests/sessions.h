@@ -152,13 +152,6 @@ static inline void random_tokens(uint64_t *state, int32_t *ids, int n, int vocab
     for (int i = 0; i < n; i++) ids[i] = random_below(state, vocab);
 }
 
-/* An executor on the calling thread that begins with the last task; user is an int that counts. */
-static inline void run_backwards(void *user, int n, void (*task)(void *arg, int i), void *arg)
-{
-    *(int *)user += n;
-    for (int i = n - 1; i >= 0; i--) task(arg, i);
-}
-
 /* ---- A directory, and a session file in memory ---- */
 static inline void remove_directory(const char *path)
 {

@@ -94,8 +94,11 @@ class RenderTest(unittest.TestCase):
             requests = [{"messages": c["messages"], "options": c["options"]} for c in group]
             got = self.lines("--template", os.path.join(PUBLISHED, "templates", name),
                              requests=requests)
+            self.assertEqual(len(got), len(group))
             for case, made in zip(group, got):
                 with self.subTest(template=name, case=case["name"]):
+                    self.assertEqual("prompt" in made, case.get("prompt") is not None)
+                    self.assertEqual("error" in made, case.get("prompt") is None)
                     self.assertEqual(made.get("prompt"), case.get("prompt"), made.get("error"))
         self.assertEqual(len(cases), 180)
 

@@ -311,6 +311,7 @@ static void test_eval_allocates_pages(void **state)
         }
         h.calls = 0;
         q3n_session_reset(s);
+        assert_int_equal(h.calls, 0);
         double log_probs[15];
         if (c->causal && c->num_labels == 0)
             assert_int_equal(q3n_session_score(s, ids, COUNT(log_probs), log_probs), Q3N_OK);

@@ -483,14 +483,6 @@ static void run_on_threads(void *user, int n, void (*task)(void *arg, int i), vo
     for (int i = 0; i < n; i++) pthread_join(thread[i], NULL);
 }
 
-/* One thread does all, last piece first. */
-static void run_backwards(void *user, int n, void (*task)(void *arg, int i), void *arg)
-{
-    (void)user;
-    n_runs++;
-    while (n-- > 0) task(arg, n);
-}
-
 static void evaluate_prompts(const q3n_model *m, const q3n_session_options *o, float *logits)
 {
     q3n_session *s = create_session(m, o);
@@ -657,24 +649,10 @@ static void test_session_options(void **state)
     assert_int_equal(q3n_engine_batch_size(q3n_session_engine(s)), 16);
     assert_int_equal(q3n_session_capacity(s), 16);
     q3n_session_destroy(s);
-
-    for (q3n_isa isa = isa_after(Q3N_ISA_AUTO); isa; isa = isa_after(isa)) {     /* this or none */
-        const q3n_session_options exact = { .size = sizeof exact, .capacity = 16,
-                                            .engine_options = OWN_ENGINE(.isa = isa) };
-        q3n_error err = { .code = Q3N_OK };
-        if (q3n_isa_supported(isa)) {
-            s = create_session(m, &exact);
-            assert_int_equal(q3n_engine_isa(q3n_session_engine(s)), isa);
-            q3n_session_destroy(s);
-        } else {
-            assert_error(q3n_session_create(&s, m, &exact, &err), Q3N_ERR_UNSUPPORTED, &err);
-            assert_non_null(strstr(err.message, q3n_isa_name(q3n_isa_best())));
-        }
-    }
     q3n_model_close(m);
 }
 
-/* What an engine says that it is; a session on it names it. */
+/* What an engine says that it is; a session names it, and makes itself one of the same options. */
 static void check_engine(const q3n_model *m, const q3n_engine_options *o, int n_threads,
                          int batch_size, q3n_isa isa)
 {
@@ -691,6 +669,11 @@ static void check_engine(const q3n_model *m, const q3n_engine_options *o, int n_
     assert_ptr_equal(q3n_session_engine(s), e);
     q3n_session_destroy(s);
     q3n_engine_destroy(e);
+    const q3n_session_options own = { .size = sizeof own, .capacity = 16, .engine_options = o };
+    s = create_session(m, &own);
+    assert_int_equal(q3n_engine_isa(q3n_session_engine(s)), isa);
+    assert_int_equal(q3n_engine_n_threads(q3n_session_engine(s)), n_threads);
+    q3n_session_destroy(s);
 }
 
 static void test_engine(void **state)
@@ -710,6 +693,9 @@ static void test_engine(void **state)
         assert_error(q3n_engine_create(&e, m, &o, &err), Q3N_ERR_UNSUPPORTED, &err);
         assert_non_null(strstr(err.message, q3n_isa_name(q3n_isa_best())));
         assert_null(e);
+        const q3n_session_options own = { .size = sizeof own, .engine_options = &o };
+        q3n_session *s = NULL;
+        assert_error(q3n_session_create(&s, m, &own, &err), Q3N_ERR_UNSUPPORTED, &err);
     }
     o.isa = Q3N_ISA_AUTO;
     o.executor = (q3n_executor){ run_backwards, NULL, 3 };

@@ -155,8 +155,8 @@ static void chat(const job *j)
         "{{ f(150) }}{{ x }}{{ x | tojson }}{{ x == y }}{{ x < y }}{{ x | string | sort | length }}"
         "{% for i in x recursive %}{% if i %}{{ loop(i) }}{% endif %}{% endfor %}"
         "{{ messages[0].content.split() }}";
-    char text[2000] = "", json[1000] = "{\"messages\": [{\"content\": \"a b\"}], \"options\": "
-    "{\"x\": ";
+    char text[2000] = "";
+    char json[1000] = "{\"messages\": [{\"content\": \"a b\"}], \"options\": {\"x\": ";
     q3n_model *m = open_model(j->model, NULL);
     int32_t ids[4000];
     size_t n;

@@ -1370,7 +1370,6 @@ static void test_damaged_files(void **state)
     close_model(&h, m);
 }
 
-/* The name of a text's file is a pipe, a directory, a link to nowhere; empty; other names. */
 /* A search reads a bounded number of files, and then goes on with what is in memory. */
 static void test_many_damaged_files(void **state)
 {
@@ -1398,6 +1397,7 @@ static void test_many_damaged_files(void **state)
     close_model(&h, m);
 }
 
+/* The name of a text's file is a pipe, a directory, a link to nowhere; empty; other names. */
 static void test_strange_files(void **state)
 {
     (void)state;

@@ -124,6 +124,7 @@ int cmd_render(int argc, char **argv)
     };
     cli_words words;
     if (!cli_parse(&syntax, argc, argv, &words)) return cli_finish();
+    if (o.spans && !o.jsonl) cli_misuse("--spans is for --jsonl");
     q3n_model *m = o.setup.model || words.n ? cli_open_model(&o.setup, &words) : NULL;
     q3n_chat *chat = open_chat(&o, m);
     if (o.jsonl) {
