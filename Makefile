@@ -302,8 +302,9 @@ SUITES.release   := $(addprefix $(RESULTS)/build_,gcc clang musl mingw aarch64) 
                     $(RESULTS)/install \
                     $(PYTHON_TESTS:%=$(RESULTS)/test_%.py)
 SUITES.sanitize  := $(FUZZ_TARGETS:%=$(RESULTS)/replay_%)
-SUITES.coverage  := $(RESULTS)/test_cli.py $(RESULTS)/test_chat.py $(FUZZ_TARGETS:%=$(RESULTS)/replay_%)
-SUITES.aarch64   := $(RESULTS)/test_cli.py $(RESULTS)/test_chat.py $(FUZZ_TARGETS:%=$(RESULTS)/replay_%)
+COMMAND_SUITES   := $(addprefix $(RESULTS)/test_,cli.py chat.py)
+SUITES.coverage  := $(COMMAND_SUITES) $(FUZZ_TARGETS:%=$(RESULTS)/replay_%)
+SUITES.aarch64   := $(COMMAND_SUITES) $(FUZZ_TARGETS:%=$(RESULTS)/replay_%)
 SUITES := $(SUITES.$(config)) $(SUITES)
 # name(config), as the reports show it
 SHOWN = $(@F)$(if $(filter release,$(config)),,\($(config)\))

@@ -211,7 +211,8 @@
  *     - Structs that the library hands out as `const T *` (a model's q3n_config, q3n_tensor) may
  *       grow at their end: read them through the pointer, do not make arrays of them.
  *     - Structs of a callback and its user pointer (allocator, logger, executor, progress, hooks,
- *       sink, source), q3n_error, q3n_type_stats and q3n_detokenizer do not change.
+ *       sink, source), q3n_error, q3n_type_stats, q3n_detokenizer, q3n_chat_message and q3n_span do
+ *       not change.
  *     - Values of enums and flags do not change and are not reused.  New ones may come, also as
  *       results of existing calls: treat a result that you do not know as a failure.  ..._COUNT is
  *       that of the header you compiled with.
@@ -409,7 +410,8 @@ Q3N_DEF q3n_isa     q3n_isa_best(void);
 /* These structs are frozen: anything new becomes a field of the options that hold them. */
 
 /* Memory.  Both functions or neither (then malloc and free).  malloc's alignment is enough.  free
- * is told the bytes that alloc was asked for.  Evaluation allocates one page for every 256 tokens.
+ * is told the bytes that alloc was asked for.  Evaluation allocates pages of 256 tokens, with a
+ * cache snapshots and their ids, with several threads room for partial results (q3n_engine_bytes).
  * Sessions on several threads may call both at once. */
 typedef struct q3n_allocator {
     void *(*alloc)(void *user, size_t bytes);            /* NULL = out of memory */
@@ -686,8 +688,9 @@ Q3N_DEF q3n_result q3n_model_stats_get(const q3n_model *m, q3n_model_stats *out)
 
 typedef struct q3n_engine q3n_engine;
 
-/* Called after each layer during evaluation, on the thread that called eval: x [n, d] is the
- * residual stream after layer l (l = -1: the embeddings; l = layers: after the final norm). */
+/* Called after each layer of a pass, not in the MTP module, on the thread that called: x [n, d] is
+ * the residual stream after layer l (l = -1: the embeddings; l = layers: after the final norm), the
+ * rows of the pass's sessions one after another. */
 typedef struct q3n_layer_hook {
     void (*layer)(void *user, int l, const float *x, int n, int d);
     void  *user;
@@ -695,7 +698,8 @@ typedef struct q3n_layer_hook {
 
 typedef struct q3n_engine_options {      /* begin with Q3N_INIT; zero = default                  */
     size_t         size;
-    int            n_threads;            /* 0 = one per CPU of the process, within its quota     */
+    int            n_threads;            /* 0 = one per CPU of the process, within its quota; at
+                                            most 1024, also of an executor                       */
     int            batch_size;           /* most tokens of one pass, at most 65536; 0 = 512.  A
                                             session's own engine takes its capacity if that is less,
                                             or 0 and the model attends both ways                 */
@@ -711,7 +715,8 @@ typedef struct q3n_engine_options {      /* begin with Q3N_INIT; zero = default 
  * q3n_engine_bytes is what it takes when it is made.  With several threads it later takes room for
  * partial results of attention too, not counted there, as it depends on the sessions: up to
  * 4 (head_dim + 2) num_attention_heads floats for every 256 tokens of the longest text, rounded up
- * to a power of two (Qwen3-Next-80B at 262,144 tokens: 68 MB).  o NULL = defaults. */
+ * to a power of two (Qwen3-Next-80B at 262,144 tokens: 68 MB).  o NULL = defaults.
+ * Errors: Q3N_ERR_ARG, _UNSUPPORTED (isa), _MEMORY, _THREAD. */
 Q3N_DEF size_t     q3n_engine_bytes(const q3n_model *m, const q3n_engine_options *o);
 Q3N_DEF q3n_result q3n_engine_create(q3n_engine **out, const q3n_model *m,
                                      const q3n_engine_options *o, q3n_error *err);
@@ -740,8 +745,9 @@ typedef enum q3n_speculate {
 
 typedef struct q3n_session_options {     /* begin with Q3N_INIT; zero = default                  */
     size_t         size;
-    int            capacity;             /* most tokens; 0 = max_position_embeddings.  Memory is
-                                            taken as they come, 256 at a time                    */
+    int            capacity;             /* most tokens, at most 2^30; 0 =
+                                            max_position_embeddings.  Memory is taken as they
+                                            come, 256 at a time                                  */
     q3n_type       kv_type;              /* KV cache: f32 (0, default), f16, bf16, or q8: bytes
                                             and one scale for each head's key and value          */
     q3n_engine    *engine;               /* evaluates, for other sessions too: they belong to one
@@ -776,7 +782,7 @@ typedef struct q3n_session_memory {      /* begin with Q3N_INIT                 
     size_t kv_cache;                     /* pages of `capacity` tokens: keys, values, ids        */
     size_t delta_state;                  /* DeltaNet matrices, before and after a call           */
     size_t conv_state;                   /* last columns before each convolution, the same       */
-    size_t scratch;                      /* activations of one batch, logits                     */
+    size_t scratch;                      /* activations of one pass, logits                      */
     size_t other;                        /* bookkeeping                                          */
     size_t total;                        /* all of these: the most that it holds between calls   */
     size_t initial;                      /* what q3n_session_create takes of it                  */
@@ -789,7 +795,8 @@ typedef struct q3n_session_memory {      /* begin with Q3N_INIT                 
  * 0 if the options are impossible.  memory (NULL = not wanted) explains it.  A call that gives the
  * session another text holds the pages of both until it ends.  Snapshots come on top: each takes
  * memory->snapshot, and pages that no session holds any more.  The threads' stacks are not
- * counted.  o NULL = defaults, here and in q3n_session_create. */
+ * counted.  o NULL = defaults, here and in q3n_session_create.
+ * Errors of that: Q3N_ERR_ARG, _UNSUPPORTED (isa, MTP), _MEMORY, _THREAD. */
 Q3N_DEF size_t     q3n_session_bytes(const q3n_model *m, const q3n_session_options *o,
                                      q3n_session_memory *memory);
 Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
@@ -835,8 +842,8 @@ Q3N_DEF q3n_result q3n_session_score(q3n_session *s, const int32_t *tokens, int 
 
 typedef struct q3n_embed_options {       /* begin with Q3N_INIT; zero = default                  */
     size_t      size;
-    q3n_pooling pooling;                 /* LAST (0): the last token, passing over padding as
-                                            q3n_session_classify does; FIRST; MEAN of all        */
+    q3n_pooling pooling;                 /* LAST (0): the last token, whatever it is; FIRST;
+                                            MEAN of all                                          */
     int         raw;                     /* 1 = as it is, 0 = divided by its length              */
 } q3n_embed_options;
 
@@ -857,18 +864,20 @@ Q3N_DEF q3n_result q3n_session_classify(q3n_session *s, const int32_t *tokens, i
                                         float *scores);
 
 /* The logits [vocab] after the session's last token once more: a copy if they were asked of eval,
- * else the head alone is evaluated.  Q3N_ERR_ARG at length 0. */
+ * else the head alone is evaluated.  Errors: Q3N_ERR_ARG (length 0), _UNSUPPORTED (no language
+ * head). */
 Q3N_DEF q3n_result       q3n_session_logits(q3n_session *s, float *logits);
 
-/* Tokens [first, first + n) of the session's text. */
+/* Tokens [first, first + n) of the session's text; Q3N_ERR_ARG if it has not so many. */
 Q3N_DEF q3n_result       q3n_session_tokens(const q3n_session *s, int first, int n,
                                             int32_t *tokens);
 
 /* Stop the evaluation under way, and nothing later: the call of q3n_session_eval, _eval_outputs,
  * _score, _embed, _classify, _prefill, _reuse, _rewind, _decode, _draft or q3n_engine_eval that the
- * session takes part in ends within the time of one layer, of one step's drafts or of a few rows of
- * logits, with Q3N_ERR_CANCELLED (unless something else fails first), and the session is as before
- * it.  A batch stops as a whole, after the pass under way if that has no tokens of the session.
+ * session takes part in ends within the time of one layer, of one step's drafts or of the logits of
+ * one pass, with Q3N_ERR_CANCELLED (unless something else fails first), and the session is as
+ * before it.  A batch stops as a whole, after the pass under way if that has no tokens of the
+ * session.
  *
  * Returns 1 if this request stops such a call, else 0: one that comes too early, too late or once
  * more does nothing.  Who must not miss a request between two calls keeps a flag of its own and
@@ -886,7 +895,8 @@ Q3N_DEF void             q3n_session_reset(q3n_session *s);           /* back to
 Q3N_DEF const q3n_error *q3n_session_error(const q3n_session *s);     /* of the last failure */
 
 /* How often layer l's router chose each expert since the session was made or reset: [num_experts],
- * or NULL if the layer has no experts or count_experts was not set. */
+ * or NULL if the layer has no experts or count_experts was not set.  It lives as long as the
+ * session. */
 Q3N_DEF const int64_t   *q3n_session_expert_counts(const q3n_session *s, int l);
 
 /* ---- Session: going back, copies ---- */
@@ -907,14 +917,16 @@ Q3N_DEF void       q3n_snapshot_free(q3n_snapshot *snap);          /* NULL is al
  * same kv_type.  Nothing is evaluated.  Where that session had no MTP module in use (speculate AUTO
  * or MTP) and this one has, the module begins with the text that follows.  A session with a sampler
  * takes on the state of one, the last tokens if its penalty_window is smaller; what one of the two
- * does not have is left alone.  Give it the same options to go on as that session would. */
+ * does not have is left alone.  Give it the same options to go on as that session would.
+ * Errors: Q3N_ERR_ARG (another model), _UNSUPPORTED (another kv_type), _FULL, _MEMORY; then the
+ * session is as before. */
 Q3N_DEF q3n_result q3n_session_restore(q3n_session *s, const q3n_snapshot *snap);
 
 /* A new session with the same text; o NULL = the options of s.  Pages are shared until one of the
  * two writes into them.  It gets a sampler of its own with options and state of that of s, if s has
  * one: both choose the same, until q3n_sampler_seed.  Its hook is called with the same user.
  * Without option engine it has an engine of its own, with snapshot_bytes a cache of its own, which
- * is empty. */
+ * is empty.  Errors: those of q3n_session_create, _snapshot and _restore. */
 Q3N_DEF q3n_result q3n_session_fork(q3n_session **out, q3n_session *s,
                                     const q3n_session_options *o, q3n_error *err);
 
@@ -933,14 +945,16 @@ Q3N_DEF q3n_result q3n_session_rewind(q3n_session *s, int length);
  *
  * Errors: as q3n_session_eval. */
 Q3N_DEF q3n_result q3n_session_prefill(q3n_session *s, const int32_t *tokens, int n, float *logits,
-                                    int *n_reused);
+                                       int *n_reused);
 
 /* The first step of q3n_session_prefill alone: afterwards the session's text is the *n_reused first
- * of tokens [n].  For callers that evaluate the rest in bounded steps (q3n_engine_eval). */
+ * of tokens [n].  For callers that evaluate the rest in bounded steps (q3n_engine_eval).
+ * Errors: as q3n_session_eval. */
 Q3N_DEF q3n_result q3n_session_reuse(q3n_session *s, const int32_t *tokens, int n, int *n_reused);
 
 /* Put a snapshot of the state into the cache; marked ones outlive those of snapshot_every.  Does
- * nothing without a cache.  The cache finds states by their text: it keeps no sampler's. */
+ * nothing without a cache.  The cache finds states by their text: it keeps no sampler's.
+ * Errors: Q3N_ERR_MEMORY, _UNSUPPORTED (a model that attends both ways). */
 Q3N_DEF q3n_result q3n_session_checkpoint(q3n_session *s);
 
 /* ---- Session files ---- */
@@ -976,7 +990,8 @@ Q3N_DEF q3n_result q3n_file_check(const char *path, q3n_error *err);
 
 /* ---- Prefix cache: states by the tokens that led to them ---- */
 
-/* Shared by any number of sessions of one model, on any threads. */
+/* Shared by any number of sessions of one model, on any threads; options NULL = defaults.  A state
+ * that came from another instruction set (q3n_session_restore, _load) counts as the session's. */
 typedef struct q3n_cache_options {       /* begin with Q3N_INIT; zero = default                  */
     size_t      size;
     size_t      max_bytes;               /* snapshots and the pages they hold, each page once; the
@@ -1129,14 +1144,14 @@ typedef struct q3n_sampler_options {     /* begin with Q3N_INIT; zero = default 
                                       together, at least one; 1 = off, and 0, as it is not set   */
     float    min_p;                /* 0 .. 1: keep p >= min_p x the largest p; 0 = off           */
     float    repetition_penalty;   /* 0 or 1 = off; [HF]'s: logit / r if > 0, else logit x r     */
-    int      penalty_window;       /* last tokens that count; 0 = 64                             */
+    int      penalty_window;       /* last tokens that count, at most 2^24; 0 = 64               */
     uint64_t seed;
     q3n_logits_hook logits_hook;   /* edit NULL = none; else vocab_size floats more of memory    */
 } q3n_sampler_options;
 
 /* One per text and thread.  Order: hook, repetition penalty, temperature, top-k, top-p, min-p.
  * What is chosen from the same logits is the same on every machine.  Tokens below e^-86 of the
- * largest probability do not come.
+ * largest probability do not come.  o NULL = defaults.
  * Errors: Q3N_ERR_ARG (an option out of its range, or NaN), Q3N_ERR_MEMORY. */
 Q3N_DEF q3n_result q3n_sampler_create(q3n_sampler **out, const q3n_model *m,
                                       const q3n_sampler_options *o, q3n_error *err);
@@ -1185,7 +1200,8 @@ Q3N_DEF q3n_result q3n_session_decode(q3n_session *s, int32_t token, int32_t *to
 /* What the MTP module would draft after `token`: drafts [n], n in 1 .. Q3N_MAX_DRAFT, each the
  * most probable one; logits [vocab] of the first (NULL = not wanted).  The session stays as it is,
  * and its sampler and hook are not asked.
- * Errors: Q3N_ERR_UNSUPPORTED (no module, or speculate is not AUTO or MTP), Q3N_ERR_FULL.
+ * Errors: Q3N_ERR_UNSUPPORTED (no module, or speculate is not AUTO or MTP), _FULL, _ARG (token, n,
+ * or length 0), _MEMORY, _CANCELLED.
  * After steps of q3n_session_decode the module may know the end of the text alone: one whose drafts
  * did not pay was left after. */
 Q3N_DEF q3n_result q3n_session_draft(q3n_session *s, int32_t token, int32_t *drafts, int n,
@@ -3618,7 +3634,7 @@ static void q3n__dequantize_row(q3n_type t, float *y, const void *w, int row, in
 /* ---- Operands of the kernels ---- */
 
 /* Activations against quantised weights: 64 of them as bytes, q scale ~ x, in groups of 32.  They
- * are quantised once per token, whatever else is in the batch.  After the last column: zeros. */
+ * are quantised once per token, whatever else is in the pass.  After the last column: zeros. */
 typedef struct {
     int8_t  q[2 * Q3N__GROUP];   /* -127 .. 127                                                  */
     float   scale[2];
@@ -4541,7 +4557,7 @@ static double q3n__rope_scale(const q3n_config *c)
  *     the fields of q3n_config by name (Q3N_CONFIG_LIST; family, rope_type, pooling,
  *     classifier_input and problem_type as strings), layer_types (ints, one a layer: 0 attention,
  *     1 DeltaNet), layer_experts (ints: 0 dense FFN, 1 experts), name (string, up to 255 bytes),
- *     eos_ids (ints, up to 16), pad_id (of a classifier: ignored at the end of a text), labels
+ *     eos_ids (ints, up to 16), pad_id (which a classifier passes over at the end), labels
  *     (string: num_labels names, a byte 0 after each), chat (string, up to 31 bytes: "none",
  *     "chatml", "qwen3", ...), tokenizer_pattern (string: "qwen2" or "qwen3_5"), tokenizer_nfc (int
  *     0 or 1), tokenizer_prefix, tokenizer_suffix (ints, up to 16: ids put before and after a
@@ -4856,7 +4872,7 @@ static q3n_result q3n__load_ids(q3n__load *ld, const q3n__entry *e, q3n__ids *ou
     return Q3N_OK;
 }
 
-/* The padding token: a classifier ignores those at the end of a text. */
+/* The padding token: a classifier passes over those at the end of a text. */
 static q3n_result q3n__load_pad_id(q3n__load *ld, const q3n__entry *e)
 {
     if (e->type != Q3N__VALUE_INT || e->n_values != 1) return q3n__entry_error(ld, e, "one int");
@@ -5635,6 +5651,13 @@ static int q3n__pages_of(int n_tokens)
     return n_tokens / Q3N__KV_BLOCK + (n_tokens % Q3N__KV_BLOCK != 0);
 }
 
+/* How many slots of page i the first n tokens of a text fill. */
+static int q3n__slots_of(int n, int i)
+{
+    const int64_t left = (int64_t)n - (int64_t)i * Q3N__KV_BLOCK;
+    return left < 0 ? 0 : left > Q3N__KV_BLOCK ? Q3N__KV_BLOCK : (int)left;
+}
+
 static size_t q3n__page_bytes(const q3n__shape *shape, int n_layers)
 {
     return Q3N__PAGE_HEAD + (size_t)n_layers * (size_t)shape->n_kv_heads
@@ -5852,8 +5875,9 @@ static int q3n__common_prefix(q3n__page *const *page, int length, const int32_t 
  *
  * A snapshot's arrays lie in memory as they lie in the file: nothing is converted.  What is read is
  * hostile: sizes come from the shape, which comes from the model; the file's numbers are compared
- * with those and believed in nothing but length and flags.  Arrays are made after the header has
- * passed, pages as their bytes arrive, and nothing is handed out before the last hash is right.
+ * with those and believed in nothing but length, flags and the sampler's tokens.  Arrays are made
+ * after the header has passed, pages as their bytes arrive, and nothing is handed out before the
+ * last hash is right.
  * Hashes find damage, not forgery: what a made-up state computes may be nonsense, but every token
  * in it is checked to be one.
  * Knows models by their hash and size, and nothing of sessions but shape and capacity.
@@ -6254,8 +6278,7 @@ static q3n_result q3n__stream_pages(q3n__stream *in, q3n_snapshot *s)
         if (!p)
             return q3n__fail(in->err, Q3N_ERR_MEMORY, -1, "no memory for page %d of %d, %zu bytes",
                              i + 1, s->n_pages, s->shape.page_bytes);
-        p->n_used = s->length - i * Q3N__KV_BLOCK;
-        if (p->n_used > Q3N__KV_BLOCK) p->n_used = Q3N__KV_BLOCK;
+        p->n_used = q3n__slots_of(s->length, i);
         r = q3n__stream_page(in, &s->shape, p);
     }
     return r;
@@ -12006,8 +12029,8 @@ static void q3n__matmul_calls(const q3n__kernels *k, q3n_type type, const q3n__m
     }
 }
 
-/* An item is a multiple of 16 rows, as quantised matrices want it; only the last of a matrix may be
- * shorter. */
+/* An item is a multiple of 32 rows (q3n__rows_per_item), of which quantised matrices want 16; only
+ * the last of a matrix may be shorter. */
 static void q3n__linear_task(void *arg, int begin, int end)
 {
     const q3n__linear_arg *a = (const q3n__linear_arg *)arg;
@@ -12181,6 +12204,8 @@ typedef struct {
     int    max;                  /* rows that each array has room for                            */
 } q3n__pending;
 
+/* ---- Requests to cancel ---- */
+
 /* What a session, and an engine, is doing.  A request to cancel turns RUNNING into CANCELLED and
  * nothing else, and every call ends at IDLE: no request outlives the call that it meant. */
 enum { Q3N__IDLE, Q3N__RUNNING, Q3N__CANCELLED };
@@ -12199,6 +12224,8 @@ static int q3n__leave(q3n__atomic *a)       /* the call ends; 1 = it was cancell
     q3n__atomic_store(a, Q3N__IDLE);
     return cancelled;
 }
+
+/* ---- States, segments, activations ---- */
 
 /* State of one session that the layers read and write.  What a call began with stays until it
  * commits: its first pass reads matrices and columns in one place and writes them in another, later
@@ -12239,7 +12266,7 @@ typedef struct {
     int          first_block;    /* its items begin here                                         */
 } q3n__ffn;
 
-/* Activations of a pass of at most `max` tokens; [max, width] each unless said otherwise.  Arrays
+/* Activations of a pass; [max, width] each unless said otherwise, max = option batch_size.  Arrays
  * are disjoint.  From layer to layer go x, and cos and sin of the rows; all others are scratch of
  * one mixer or FFN. */
 typedef struct {
@@ -12250,7 +12277,7 @@ typedef struct {
     int    n_segments, n;
     float *x;                    /* [d] residual stream                                          */
     float *a, *b;                /* [d] input and output of a mixer or FFN                       */
-    q3n__x8 *a_q;                /* a, quantised; this and the two below: NULL if no matrix is   */
+    q3n__x8 *a_q;                /* a, quantised; this and the other _q: NULL if no matrix is    */
     float *proj;                 /* [Q] or [QKVZ]                                                */
     float *key, *value;          /* [K D]                                                        */
     float *q;                    /* [K][n][H / K, D]: queries of a kv head together              */
@@ -12276,7 +12303,6 @@ typedef struct {
     float *mtp_in;               /* [2 d] input of the MTP module; NULL if there is none         */
     q3n__x8 *mtp_in_q;
     q3n__atomic *cancel;         /* Q3N__CANCELLED: stop after the layer under way               */
-    int    max;
 } q3n__pass;
 
 /* ---- Small steps over all rows ----
@@ -13415,7 +13441,7 @@ static void q3n__hook(const q3n__pass *r, const q3n_layer_hook *hook, int l, con
     if (hook->layer) hook->layer(hook->user, l, x, r->n, r->model->config.hidden_size);
 }
 
-static int q3n__run_cancelled(const q3n__pass *r)   /* the engine, or one of the sessions */
+static int q3n__pass_cancelled(const q3n__pass *r)   /* the engine, or one of the sessions */
 {
     if (q3n__is_cancelled(r->cancel)) return 1;
     for (int i = 0; i < r->n_segments; i++)
@@ -13436,7 +13462,7 @@ static int q3n__forward(q3n__pass *r, const int32_t *tokens, const q3n_layer_hoo
     q3n__hook(r, hook, -1, r->x);
     for (int l = 0; l < m->config.num_hidden_layers; l++) {
         const q3n__layer *w = &m->layers[l];
-        if (q3n__run_cancelled(r)) return 0;
+        if (q3n__pass_cancelled(r)) return 0;
         q3n__layer_forward(r, w, l, n_kind[w->is_delta]++);
         q3n__hook(r, hook, l, r->x);
     }
@@ -14231,7 +14257,7 @@ Q3N_DEF q3n_result q3n_cache_create(q3n_cache **out, const q3n_model *m,
 {
     if (!out) return q3n__fail(err, Q3N_ERR_ARG, -1, "no place for the cache");
     *out = NULL;
-    if (!m || !in) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model, or no options of the cache");
+    if (!m) return q3n__fail(err, Q3N_ERR_ARG, -1, "no model");
     q3n_cache_options o;
     const q3n_result r = q3n__struct_read(&o, sizeof o, in, "q3n_cache_options", err);
     if (r != Q3N_OK) return r;
@@ -14507,7 +14533,7 @@ static int q3n__wants_mtp(const q3n_model *m, const q3n_session_options *o)
 
 /* The quantised copies of inputs, for models that have quantised matrices: one of each input that a
  * matrix reads, as wide as the widest. */
-static void q3n__run_layout_quantised(q3n__arena *a, q3n_engine *e)
+static void q3n__pass_layout_quantised(q3n__arena *a, q3n_engine *e)
 {
     const q3n_config *c = &e->model->config;
     q3n__pass *r = &e->run;
@@ -14531,7 +14557,7 @@ static void q3n__run_layout_quantised(q3n__arena *a, q3n_engine *e)
 /* Activations of a pass of at most e->options.batch_size tokens; see q3n__pass.  Experts have k
  * rows for each token; those of the shared expert lie after them at a multiple of its own width,
  * for which one row more is taken.  Returns the floats of ffn_gate and ffn_up, one array. */
-static size_t q3n__run_layout(q3n__arena *a, q3n_engine *e)
+static size_t q3n__pass_layout(q3n__arena *a, q3n_engine *e)
 {
     const q3n_config *c = &e->model->config;
     q3n__pass *r = &e->run;
@@ -14542,7 +14568,6 @@ static size_t q3n__run_layout(q3n__arena *a, q3n_engine *e)
     const size_t q_rows = H * D * (c->attn_output_gate ? 2 : 1);
     const size_t E = (size_t)c->num_experts, k = (size_t)c->num_experts_per_tok;
     const size_t Is = (size_t)c->shared_expert_intermediate_size;
-    r->max = e->options.batch_size;
     r->x = (float *)q3n__arena_take(a, n * d, f);
     r->a = (float *)q3n__arena_take(a, n * d, f);
     r->b = (float *)q3n__arena_take(a, n * d, f);
@@ -14572,7 +14597,7 @@ static size_t q3n__run_layout(q3n__arena *a, q3n_engine *e)
     r->ffn_gate = (float *)q3n__arena_take(a, 2 * wide, f);
     r->ffn_up   = r->ffn_gate ? r->ffn_gate + wide : NULL;
     if (e->has_mtp) r->mtp_in = (float *)q3n__arena_take(a, n, f * 2 * d);
-    if (e->model->has_quantised) q3n__run_layout_quantised(a, e);
+    if (e->model->has_quantised) q3n__pass_layout_quantised(a, e);
     return 2 * wide;
 }
 
@@ -14597,7 +14622,7 @@ static void q3n__engine_layout(q3n__arena *a, q3n_engine *e, size_t *threads)
 {
     const size_t n = (size_t)e->options.batch_size, d = (size_t)e->model->config.hidden_size;
     const size_t V = (size_t)e->model->config.vocab_size, f = sizeof(float);
-    const size_t inner = q3n__run_layout(a, e);
+    const size_t inner = q3n__pass_layout(a, e);
     e->segments = (q3n__segment *)q3n__arena_take(a, n, sizeof *e->segments);
     e->tokens = (int32_t *)q3n__arena_take(a, n, sizeof *e->tokens);
     e->chunks = (q3n__chunk *)q3n__arena_take(a, n, sizeof *e->chunks);
@@ -15672,13 +15697,6 @@ static size_t q3n__session_measure(const q3n_model *m, const q3n_session_options
 
 /* ---- Pages of a session ---- */
 
-/* How many slots of page i the first n tokens of a text fill. */
-static int q3n__slots_of(int n, int i)
-{
-    const int64_t left = (int64_t)n - (int64_t)i * Q3N__KV_BLOCK;
-    return left < 0 ? 0 : left > Q3N__KV_BLOCK ? Q3N__KV_BLOCK : (int)left;
-}
-
 /* Make page i one that this session may write from slot `used` on; 0 = no memory.  A page is
  * written by one session alone: by the only one that holds it, or by the one that made it if it has
  * written exactly what the session knows - who shares it knows less, and does not look further.
@@ -15973,10 +15991,7 @@ static void q3n__mtp_flush(q3n_session *s)
     const int n = s->unread.n - 1;
     if (!s->shape.has_mtp || n < 1) return;
     s->work_first = s->unread.mtp_first;
-    for (int i = 0; i < n; i++) {
-        const int p = s->unread.mtp_length + i;
-        tokens[i] = s->state.kv.page[p / Q3N__KV_BLOCK]->tokens[p % Q3N__KV_BLOCK];
-    }
+    q3n__session_copy_tokens(s, s->unread.mtp_length, n, tokens);
     q3n__mtp_pass(s, tokens, q3n__unread_row(s, 0), s->unread.mtp_length, n);
     q3n__unread_drop(s, n);
     s->work_mtp = s->unread.mtp_length;
@@ -16837,9 +16852,10 @@ static int q3n__last_token(const q3n_model *m, const int32_t *tokens, int n)
 }
 
 /* Evaluate a text of n tokens from nothing; it becomes the session's, and out [d] its hidden states
- * pooled.  Counts of experts begin anew with it. */
+ * pooled.  "last" is the last that is no padding where skip_pad is set.  Embedders want the very
+ * last token, which ends a text and may be the padding token: here nobody pads. */
 static q3n_result q3n__session_pool(q3n_session *s, const int32_t *tokens, int n,
-                                    q3n_pooling pooling, float *out)
+                                    q3n_pooling pooling, int skip_pad, float *out)
 {
     q3n_engine_item it = q3n__item_of(s, tokens, n, NULL);
     q3n__call c = q3n__call_alone(&it);
@@ -16848,19 +16864,16 @@ static q3n_result q3n__session_pool(q3n_session *s, const int32_t *tokens, int n
     if (r != Q3N_OK) return r;
     q3n__session_start_empty(s);
     c.want = (q3n__wanted){ .pooled = out, .pooling = pooling,
-                            .last = q3n__last_token(s->model, tokens, n) };
+                            .last = skip_pad ? q3n__last_token(s->model, tokens, n) : n - 1 };
     memset(out, 0, (size_t)s->shape.hidden_size * sizeof *out);
-    r = q3n__call_end(&c, q3n__call_passes(&c));
-    if (r == Q3N_OK && s->counts)
-        memcpy(s->counts, s->state.expert_counts, q3n__session_counts(s) * sizeof *s->counts);
-    return r;
+    return q3n__call_end(&c, q3n__call_passes(&c));
 }
 
 /* The pooled state, divided by its length: in double, for squares of f32 may overflow it. */
 static q3n_result q3n__session_embed(q3n_session *s, const int32_t *tokens, int n,
                                      const q3n_embed_options *o, float *out)
 {
-    const q3n_result r = q3n__session_pool(s, tokens, n, o->pooling, out);
+    const q3n_result r = q3n__session_pool(s, tokens, n, o->pooling, 0, out);
     if (r != Q3N_OK || o->raw) return r;
     double sum = 0.0;
     for (int i = 0; i < s->shape.hidden_size; i++) sum += (double)out[i] * (double)out[i];
@@ -16878,7 +16891,7 @@ static q3n_result q3n__session_classify(q3n_session *s, const int32_t *tokens, i
     if (c->num_labels == 0)
         return q3n__fail(&s->error, Q3N_ERR_UNSUPPORTED, -1,
                          "the model has no classification head");
-    const q3n_result r = q3n__session_pool(s, tokens, n, (q3n_pooling)c->pooling, s->pooled);
+    const q3n_result r = q3n__session_pool(s, tokens, n, (q3n_pooling)c->pooling, 1, s->pooled);
     if (r != Q3N_OK) return r;
     const float *input = s->pooled;
     if (c->classifier_input == Q3N_CLASSIFIER_LOGITS) {
@@ -16969,7 +16982,7 @@ static q3n__start q3n__session_seek(q3n_session *s, const int32_t *tokens, int n
     s->state.kv_valid = own ? m : s->state.length;
     if (own) {                                           /* the module's keys, or what is left */
         s->work_mtp = m;
-        s->work_first = s->unread.mtp_first < m ? s->unread.mtp_first : m > 0 ? m : 1;
+        s->work_first = q3n__first_within(s->unread.mtp_first, m);
     }
     const int has_logits = snap && snap->has_logits && snap->length == n;
     if (has_logits) {
@@ -17186,10 +17199,9 @@ static int q3n__try_drafts(q3n__learned *k, double rate, int mtp)
 /* Choose source and number of drafts: at most `max`, fixed by the options or by what pays.  Drafts
  * that are looked up cost nothing and are there already; the module's are made after the choice.
  * The first steps, and one after every Q3N__PLAIN_GAP, are without drafts. */
-static void q3n__drafts_plan(q3n_session *s, int32_t token, int max, q3n__drafts *plan)
+static void q3n__drafts_plan(q3n_session *s, int32_t token, int max, q3n__drafts *p)
 {
     const q3n_speculate want = s->options.speculate;
-    q3n__drafts *p = plan;
     p->n = 0;
     p->source = Q3N_SPECULATE_LOOKUP;
     if (max < 1) return;
@@ -17241,9 +17253,8 @@ static void q3n__drafts_learn(q3n_session *s, const q3n__drafts *p, int right)
 }
 
 /* A new session takes six in ten drafts for right, so that it tries some. */
-static void q3n__speculation_reset(q3n_session *s)
+static void q3n__speculation_begin(q3n_session *s)
 {
-    memset(&s->learned.spec, 0, sizeof s->learned.spec);
     for (int i = 0; i < Q3N_SPECULATE_COUNT; i++)
         for (int k = 0; k < Q3N_MAX_DRAFT; k++) {
             s->learned.acceptance[i].accept[k] = 0.6;
@@ -17658,11 +17669,12 @@ Q3N_DEF q3n_result q3n_session_create(q3n_session **out, const q3n_model *m,
     memset(s->owned, 0, (size_t)s->n_pages);
     s->state.cancel = &s->cancel;
     q3n__session_clear(s);
-    q3n__speculation_reset(s);
+    q3n__speculation_begin(s);
     s->engine = s->options.engine;
     q3n_result r = Q3N_OK;
     if (!s->engine) r = q3n__engine_make(&s->engine, m, &eo, q3n__own_engine_room(s), err);
-    s->options.engine_options = s->options.engine || !s->engine ? NULL : &s->engine->options;
+    /* For forks, which have the options of s: the caller's may be gone by then. */
+    if (r == Q3N_OK && !s->options.engine) s->options.engine_options = &s->engine->options;
     if (r == Q3N_OK) s->shape.isa = s->engine->options.isa;
     if (r == Q3N_OK) r = q3n__session_open_cache(s, err);
     if (r == Q3N_OK) *out = s;
@@ -17963,9 +17975,10 @@ Q3N_DEF q3n_result q3n_engine_eval(q3n_engine *e, q3n_engine_item *items, int n_
     q3n_result r = q3n__struct_read(&l, sizeof l, limit, "q3n_limit", &e->error);
     if (r == Q3N_OK) r = q3n__check_zero(l.zero, "q3n_limit", &e->error);
     if (r != Q3N_OK) return r;
-    if (n_items < 0 || (n_items > 0 && !items) || l.max_tokens < 0)
-        return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "%d items, at most %d tokens: out of range",
-                         n_items, l.max_tokens);
+    if (n_items < 0 || (n_items > 0 && !items) || l.max_tokens < 0 || l.max_microseconds < 0)
+        return q3n__fail(&e->error, Q3N_ERR_ARG, -1, "%d items, at most %d tokens, %lld "
+                         "microseconds: out of range", n_items, l.max_tokens,
+                         (long long)l.max_microseconds);
     q3n__call c = { .e = e, .first = items, .stride = n_items ? q3n__struct_size(items) : 0,
                     .n_items = n_items, .limit = &l };
     if (n_items > 0 && (c.stride < Q3N__ITEM_MIN || c.stride % sizeof(void *) != 0))
@@ -18539,7 +18552,7 @@ typedef struct {
     const float *x;              /* [n, x_stride]                                                */
     float       *out;            /* [n, out_stride]                                              */
     size_t       m_stride, x_stride, out_stride;
-    int          n, step0, step1, width;   /* n is 1 to 4                                        */
+    int          n, step0, step1, width;   /* n is 1, 2 or 4                                     */
     q3n_type     type;
 } q3n__mix;
 

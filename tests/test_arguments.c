@@ -435,7 +435,7 @@ static const row table[] = {
     ROW(q3n_session_load_from, RESULT, NULL, DRAFTS, THE(SESSION), IN(&source)),
     ROW(q3n_file_check, RESULT, NULL, DRAFTS, IN(made), MAY(&to.err)),
     ROW(q3n_cache_create, RESULT, destroy_cache, DRAFTS, NEW(&to.cache), THE(MODEL),
-        IN(&cache_options), MAY(&to.err)),
+        MAY(&cache_options), MAY(&to.err)),
     ROW(q3n_cache_destroy, NOTHING, NULL, DRAFTS, MAY(NULL)),
     ROW(q3n_cache_clear, NOTHING, NULL, DRAFTS, THE(CACHE)),
     ROW(q3n_cache_stats_get, RESULT, NULL, DRAFTS, THE(CACHE), IN(&to.cache_stats)),

@@ -829,14 +829,19 @@ static void test_expert_counts(void **state)
     const q3n_config *c = q3n_model_config(m);
     q3n_session_options o = { .size = sizeof o, .capacity = 32, .count_experts = 1 };
     q3n_session *s = create_session(m, &o);
-    assert_int_equal(q3n_session_eval(s, golden_prompt, 9, NULL), Q3N_OK);
-    for (int l = 0; l < c->num_hidden_layers; l++) {
-        const int64_t *counts = q3n_session_expert_counts(s, l);
-        assert_non_null(counts);
-        int64_t sum = 0;
-        for (int e = 0; e < c->num_experts; e++) sum += counts[e];
-        assert_int_equal(sum, 9 * c->num_experts_per_tok);
+    float *vector = new_floats((size_t)c->hidden_size);
+    for (int n = 9; n <= 18; n += 9) {               /* another text adds to them, as prefill does */
+        assert_int_equal(n == 9 ? q3n_session_eval(s, golden_prompt, 9, NULL)
+                                : q3n_session_embed(s, golden_prompt, 9, NULL, vector), Q3N_OK);
+        for (int l = 0; l < c->num_hidden_layers; l++) {
+            const int64_t *counts = q3n_session_expert_counts(s, l);
+            assert_non_null(counts);
+            int64_t sum = 0;
+            for (int e = 0; e < c->num_experts; e++) sum += counts[e];
+            assert_int_equal(sum, n * c->num_experts_per_tok);
+        }
     }
+    free(vector);
     assert_null(q3n_session_expert_counts(s, -1));
     assert_null(q3n_session_expert_counts(s, c->num_hidden_layers));
     q3n_session_reset(s);

@@ -1073,7 +1073,9 @@ static void test_batch_time(void **state)
     crowd c;
     crowd_open(&c, (const char *)*state, 9, 250);
     const q3n_limit limit = { .size = sizeof limit, .max_microseconds = 1 };
+    const q3n_limit past = { .size = sizeof past, .max_microseconds = -1 };
     int calls = 0;
+    assert_int_equal(q3n_engine_eval(c.b, c.item, N_ITEMS, &past), Q3N_ERR_ARG);
     for (int before = 0; before < 265; calls++) {
         assert_int_equal(q3n_engine_eval(c.b, c.item, N_ITEMS, &limit), Q3N_OK);
         const int done = crowd_done(&c);

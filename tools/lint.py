@@ -37,7 +37,7 @@ HEAD = re.compile(r"^(?:static|extern|Q3N_DEF|Q3N__\w+|[A-Za-z_]\w*[\s*]).*\(")
 # section may have MAX_SECTION_LINES.
 ROOMS = (
     ("manual", 280, (), None),
-    ("api", 1050, ("api", "api-chat"), None),
+    ("api", 1060, ("api", "api-chat"), None),
     ("ground", 2100, ("platform", "memory", "errors", "files", "parallel"),
      r"q3n_model\b|q3n_session|q3n__layer|q3n_config\b|Q3N_TYPE_"),
     ("formats", 3050, ("types", "tensors", "config", "model-files", "loader",
@@ -80,7 +80,8 @@ OTHER_WORDS = ((r"\b(?<!left )(?<!leaves )behind\b", "after"),
                (r"(\b|_)settles?(\b|_)", "flush"), (r"(\b|_)speaks\b", "has_output"),
                (r"\b(?<!at )(least|most)\b(?= *(?:[-=<>+;,)\]]|\*/|$| and | or ))", "min, max"),
                (r"\b(stands?|stood) (once|twice)\b", "appears"),
-               (r"\b(?:q3n__run|lazy runs?)\b", "pass"), (r"\bq3n__weight\b", "sampler_weight"))
+               (r"\b(?:q3n__run(?!_value|_op)\w*|lazy runs?)\b", "pass"),
+               (r"\bq3n__weight\b", "sampler_weight"))
 ANY_OTHER = re.compile("behind|trail|feed|settle|speaks|least|most|stand|stood|run|weight")
 KERNELS_SIMD = ("kernels-avx2", "kernels-avx512", "kernels-avx512vnni", "kernels-neon")
 # Where a condition inside a function is the section's job.

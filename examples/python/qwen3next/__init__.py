@@ -1007,8 +1007,8 @@ class Session(_Owner):
 
     def embed(self, text: Union[Text, Ids], pooling: str = "last", raw: bool = False) -> Floats:
         """A vector [hidden_size] of a whole text or its ids, of length 1 unless raw: the hidden
-        state of the "last" token that is no padding, of the "first", or the "mean" of all; the
-        session is reset first."""
+        state of the "last" token, of the "first", or the "mean" of all; the session is reset
+        first."""
         if pooling not in POOLING:
             raise ValueError("unknown name %r" % pooling)
         if isinstance(text, _TEXT):
