@@ -2402,6 +2402,16 @@ static int q3n__utf8_decode(const uint8_t *p, const uint8_t *end, uint32_t *cp)
     return n;
 }
 
+/* Whether all of p [n] is valid UTF-8. */
+static Q3N__UNUSED int q3n__is_utf8(const void *p, size_t n)
+{
+    const uint8_t *at = (const uint8_t *)p, *const end = at + n;
+    uint32_t cp;
+    for (int bytes; at < end; at += bytes)
+        if ((bytes = q3n__utf8_decode(at, end, &cp)) == 0) return 0;
+    return 1;
+}
+
 /* cp as UTF-8 to out [4]; returns the bytes written, 1 .. 4.  cp is no surrogate, nor
  * beyond U+10FFFF. */
 static int q3n__utf8_encode(uint8_t *out, uint32_t cp)
@@ -8051,6 +8061,9 @@ Q3N_DEF q3n_result q3n_detokenize(const q3n_model *m, const int32_t *ids, size_t
 #ifndef Q3N_NO_CHAT
 
 #define Q3N__MAX_NESTING 100     /* values in values, expressions in expressions */
+#ifndef Q3N__CHUNK
+#  define Q3N__CHUNK 16384       /* bytes of the first; 0, for sanitizers: one for each value    */
+#endif
 #define Q3N__MAX_DIGITS  4300    /* of an integer, as in Python */
 
 /* Kinds of values and what messages call them, Python's names. */
@@ -8090,7 +8103,7 @@ typedef struct { q3n__value *v; size_t n; } q3n__list;
 typedef struct {
     q3n__value        *pairs;       /* [2 n] */
     size_t             n, room;     /* room: of a namespace, which grows */
-    const q3n__value **sorted;      /* [n] keys in order; NULL = few, look through them */
+    const q3n__value **sorted;      /* [n] keys in order; NULL = one at most, a namespace */
 } q3n__map;
 
 struct q3n__value {
@@ -8166,14 +8179,18 @@ static void *q3n__take(q3n__script *s, size_t count, size_t elem)
     q3n__region *g = &s->region;
     size_t bytes;
     if (s->result != Q3N_OK) return NULL;
-    if (!q3n__mul_size(count, elem, &bytes) || bytes > g->limit - g->total) {
-        q3n__err(s, "more than %zu bytes of memory", g->limit);
-        return NULL;
-    }
-    bytes = bytes ? (bytes + 15) / 16 * 16 : 16;
-    if (bytes > g->left) {
-        size_t room = g->total < 16384 ? 16384 : g->total < 1u << 20 ? g->total : 1u << 20;
+    const int fits = q3n__mul_size(count, elem, &bytes) && q3n__add_size(bytes, 16, &bytes);
+    bytes = bytes > 31 ? (bytes - 1) / 16 * 16 : 16;
+    if (!fits || bytes > g->left) {
+        const size_t rest = g->limit - g->total;
+        if (!fits || bytes > rest) {
+            q3n__err(s, "more than %zu bytes of memory", g->limit);
+            return NULL;
+        }
+        size_t room = Q3N__CHUNK == 0 || g->total > 1u << 20 ? Q3N__CHUNK << 6
+                    : g->total < Q3N__CHUNK ? Q3N__CHUNK : g->total;
         if (room < bytes) room = bytes;
+        if (room > rest) room = rest;
         q3n__region_chunk *chunk = (q3n__region_chunk *)q3n__alloc(&g->allocator, room + 16);
         if (!chunk) {
             s->result = q3n__fail(s->err, Q3N_ERR_MEMORY, -1, "out of memory");
@@ -8183,7 +8200,7 @@ static void *q3n__take(q3n__script *s, size_t count, size_t elem)
         g->chunks = chunk;
         g->at = (uint8_t *)chunk + 16;
         g->left = room;
-        g->total += room < g->limit - g->total ? room : g->limit - g->total;
+        g->total += room;
     }
     void *p = g->at;
     g->at += bytes;
@@ -8280,10 +8297,7 @@ static void q3n__put_text(q3n__script *s, const q3n__text *t) { q3n__put_part(s,
 static void q3n__put_char(q3n__script *s, uint32_t c, unsigned mark)
 {
     uint8_t b[4];
-    const int n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (int i = n - 1; i > 0; i--, c >>= 6) b[i] = (uint8_t)(0x80 | (c & 63));
-    b[0] = (uint8_t)(n == 1 ? c : (0xF00u >> n & 0xF0) | c);
-    q3n__put_bytes(s, b, (size_t)n, mark);
+    q3n__put_bytes(s, b, (size_t)q3n__utf8_encode(b, c), mark);
 }
 
 /* A string of n bytes that stay where they are. */
@@ -8449,8 +8463,9 @@ static int q3n__compare_pairs(const void *a, const void *b)
 }
 
 /* The value of a key, NULL if there is none.  Keys are those that make_map allows. */
-static q3n__value *q3n__map_find(const q3n__map *m, const q3n__value *key)
+static q3n__value *q3n__map_find(q3n__script *s, const q3n__map *m, const q3n__value *key)
 {
+    if (key->kind == Q3N__V_STRING && !q3n__pay(s, key->u.s->n / 16)) return NULL;
     if (!m->sorted) {
         for (size_t i = 0; i < m->n; i++)
             if (q3n__compare_keys(&m->pairs[2 * i], key) == 0) return &m->pairs[2 * i + 1];
@@ -8560,7 +8575,7 @@ static int q3n__equal(q3n__script *s, const q3n__value *a, const q3n__value *b, 
     case Q3N__V_MAP:
         if (a->u.map->n != b->u.map->n) return 0;
         for (size_t i = 0; i < a->u.map->n; i++) {
-            const q3n__value *x = &a->u.map->pairs[2 * i], *y = q3n__map_find(b->u.map, x);
+            const q3n__value *x = &a->u.map->pairs[2 * i], *y = q3n__map_find(s, b->u.map, x);
             if (!y || !q3n__equal(s, x + 1, y, depth + 1)) return 0;
         }
         return 1;
@@ -8589,7 +8604,7 @@ static int q3n__order(q3n__script *s, const q3n__value *a, const q3n__value *b, 
 
 /* ---- Characters of strings ---- */
 
-/* Bytes of the character at `at`: strings are valid. */
+/* Bytes of the character at `at`: strings are valid.  Never 0, so that every walk ends. */
 static size_t q3n__char_bytes(const q3n__text *t, size_t at)
 {
     const uint8_t c = t->p[at];
@@ -8678,10 +8693,10 @@ static int q3n__in_set(const q3n__text *set, uint32_t c)
 static q3n__value q3n__strip(q3n__script *s, const q3n__text *t, const q3n__text *set, int which)
 {
     size_t begin = 0, end = t->n, next;
-    q3n__pay(s, set ? set->n : 0);
-    while (which & 1 && begin < end && q3n__pay(s, 1)
+    const size_t cost = 1 + (set ? set->n / 8 : 0);      /* of looking for one character in it */
+    while (which & 1 && begin < end && q3n__pay(s, cost)
            && q3n__in_set(set, q3n__char_of(t, begin, &next))) begin = next;
-    while (which & 2 && begin < end && q3n__pay(s, 1)) {
+    while (which & 2 && begin < end && q3n__pay(s, cost)) {
         size_t last = end - 1;
         while ((t->p[last] & 0xC0) == 0x80) last--;
         if (!q3n__in_set(set, q3n__char_of(t, last, &next))) break;
@@ -8754,9 +8769,9 @@ static void q3n__json_blanks(q3n__json *j)
 }
 
 /* n hexadecimal digits; -1 = they are none. */
-static long q3n__hex(const uint8_t *p, const uint8_t *end, int n)
+static int64_t q3n__hex(const uint8_t *p, const uint8_t *end, int n)
 {
-    long x = 0;
+    int64_t x = 0;
     if (end - p < n) return -1;
     for (int i = 0; i < n; i++) {
         const int c = p[i] | 32, d = p[i] >= '0' && p[i] <= '9' ? p[i] - '0'
@@ -8772,10 +8787,10 @@ static int q3n__json_escape(q3n__json *j)
 {
     static const char names[] = "\"\"\\\\//b\bf\fn\nr\rt\t";
     if (j->p < j->end && *j->p == 'u') {
-        long c = q3n__hex(j->p + 1, j->end, 4);
+        int64_t c = q3n__hex(j->p + 1, j->end, 4);
         size_t n = 5;
         if (c >= 0xD800 && c < 0xDC00 && j->end - j->p > 6 && j->p[5] == '\\' && j->p[6] == 'u') {
-            const long low = q3n__hex(j->p + 7, j->end, 4);
+            const int64_t low = q3n__hex(j->p + 7, j->end, 4);
             if (low >= 0xDC00 && low < 0xE000) c = 0x10000 + ((c - 0xD800) << 10) + (low - 0xDC00);
             n = 11;
         }
@@ -8822,7 +8837,7 @@ static int q3n__json_string(q3n__json *j)
     return j->s->result == Q3N_OK;
 }
 
-/* Integers that int64_t does not hold stay as they are written. */
+/* Integers of more than 18 digits stay as they are written. */
 static int q3n__json_number(q3n__json *j)
 {
     static const char digits[] = "0123456789";
@@ -9082,7 +9097,7 @@ static const q3n__text *q3n__text_of(q3n__script *s, const q3n__value *v)
  *
  * Where this is not what Python does:
  *
- *     - integers of more than 64 bits are printed and compared, not computed with
+ *     - integers of more than 18 digits are printed and compared, not computed with
  *     - upper, lower, title and capitalize know Latin, Greek, Cyrillic and Armenian letters
  *     - range, keys, values and items give lists
  *     - lists, dicts and strings have no methods that change them: nor has the sandbox of [HF]
@@ -9097,10 +9112,9 @@ static const q3n__text *q3n__text_of(q3n__script *s, const q3n__value *v)
 /* ---- The table: what templates can name ----
  *
  * Where it is used, name, parameters after the value itself, how many of them must be given, what
- * it does.  "*": takes any.  Methods of one name stand together. */
+ * it does.  "*": takes any. */
 enum { Q3N__FILTER, Q3N__TEST, Q3N__GLOBAL, Q3N__METHOD };   /* + kind of value */
 #define Q3N__OF_STRING (Q3N__METHOD + Q3N__V_STRING)
-#define Q3N__OF_LIST   (Q3N__METHOD + Q3N__V_LIST)
 #define Q3N__OF_MAP    (Q3N__METHOD + Q3N__V_MAP)
 #define Q3N__OF_LOOP   (Q3N__METHOD + Q3N__V_LOOP)
 
@@ -9134,7 +9148,7 @@ typedef struct {
     X(FILTER, 0, DICTSORT, "dictsort", "case_sensitive by reverse")                               \
     X(FILTER, 0, FIRST, "first", "") X(FILTER, 0, FLOAT, "float", "default")                      \
     X(FILTER, 0, INDENT, "indent", "width first blank")                                           \
-    X(FILTER, 0, INT, "int", "default base") X(FILTER, 0, ITEMS, "items", "")                     \
+    X(FILTER, 0, INT, "int", "default")      X(FILTER, 0, ITEMS, "items", "")                     \
     X(FILTER, 0, JOIN, "join", "d attribute") X(FILTER, 0, LAST, "last", "")                      \
     X(FILTER, 0, LIST, "list", "") X(FILTER, 0, LOWER, "lower", "")                               \
     X(FILTER, 0, MAP, "map", "*") X(FILTER, 0, REJECT, "reject", "*")                             \
@@ -9248,13 +9262,12 @@ static q3n__value q3n__attr(q3n__script *s, const q3n__value *v, const q3n__text
                  (int)v->u.s->n, v->u.s->p, (int)name->n, name->p);
         return q3n__undefined(name);
     }
-    const int kind = v->kind == Q3N__V_TUPLE ? Q3N__V_LIST : (int)v->kind;
-    const int32_t row = q3n__builtin_row(Q3N__METHOD + kind, name->p, name->n);
+    const int32_t row = q3n__builtin_row(Q3N__METHOD + (int)v->kind, name->p, name->n);
     if (row >= 0) return (q3n__value){ Q3N__V_METHOD, { .i = row } };
     if (v->kind == Q3N__V_LOOP) return q3n__loop_attr(v->u.loop, name);
     if (v->kind != Q3N__V_MAP && v->kind != Q3N__V_NAMESPACE) return q3n__undefined(name);
     if (v->kind == Q3N__V_NAMESPACE) q3n__pay(s, v->u.map->n);
-    const q3n__value *found = q3n__map_find(v->u.map, &key);
+    const q3n__value *found = q3n__map_find(s, v->u.map, &key);
     return found ? *found : q3n__undefined(name);
 }
 
@@ -9280,7 +9293,7 @@ static size_t q3n__char_place(q3n__script *s, const q3n__text *t, int64_t i)
 static q3n__value q3n__subscript(q3n__script *s, const q3n__value *v, const q3n__value *key)
 {
     if (v->kind == Q3N__V_MAP && q3n__is_key(key)) {
-        const q3n__value *found = q3n__map_find(v->u.map, key);
+        const q3n__value *found = q3n__map_find(s, v->u.map, key);
         if (found) return *found;
     }
     if (key->kind == Q3N__V_INT && q3n__is_sequence(v)) {
@@ -9317,9 +9330,10 @@ static q3n__value q3n__slice_of(q3n__script *s, const q3n__value *v, const q3n__
     n = text ? n : (int64_t)v->u.list->n;
     if (step == 0) q3n__err(s, "a slice with a step of 0");
     const int64_t low = step > 0 ? 0 : -1, high = step > 0 ? n : n - 1;
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 3; i++)
         if (bound[i].kind != Q3N__V_INT && bound[i].kind != Q3N__V_NONE)
             q3n__err(s, "a bound of a slice is a %s", q3n__kind_names[bound[i].kind]);
+    for (int i = 0; i < 2; i++) {
         at[i] = (i == 0) == (step > 0) ? low : high;
         if (bound[i].kind != Q3N__V_INT) continue;
         at[i] = bound[i].u.i < 0 ? bound[i].u.i + n : bound[i].u.i;
@@ -9384,7 +9398,7 @@ static int q3n__contains(q3n__script *s, const q3n__value *v, const q3n__value *
                             q3n__kind_names[x->kind]);
         return q3n__find(s, v->u.s, x->u.s, 0, 0) <= v->u.s->n;
     }
-    if (v->kind == Q3N__V_MAP) return q3n__is_key(x) && q3n__map_find(v->u.map, x) != NULL;
+    if (v->kind == Q3N__V_MAP) return q3n__is_key(x) && q3n__map_find(s, v->u.map, x) != NULL;
     const q3n__list items = q3n__iterate(s, v);
     for (size_t i = 0; i < items.n; i++)
         if (q3n__equal(s, &items.v[i], x, 0)) return 1;
@@ -9496,7 +9510,8 @@ typedef struct {
 static int q3n__bind_args(q3n__script *s, const q3n__builtin *b, q3n__args *x)
 {
     int count = 0;
-    if (b->params[0] == '*') return x->n >= b->min;
+    if (b->params[0] == '*')
+        return x->n >= b->min || q3n__err(s, "%s needs %d arguments", b->names, b->min);
     for (const char *p = b->params; *p; count++) {
         const size_t len = strcspn(p, " ");
         if (count < x->n) x->v[1 + count] = s->stack[x->base + (size_t)count];
@@ -9633,17 +9648,16 @@ static int q3n__begins(q3n__script *s, const q3n__text *t, const q3n__value *x, 
     if (x->kind != Q3N__V_STRING)
         return q3n__err(s, "a %s as a string", q3n__kind_names[x->kind]);
     const q3n__text *part = x->u.s;
-    return part->n <= t->n && memcmp(t->p + (ends ? t->n - part->n : 0), part->p, part->n) == 0;
+    return part->n <= t->n && q3n__pay(s, part->n / 16)
+        && memcmp(t->p + (ends ? t->n - part->n : 0), part->p, part->n) == 0;
 }
 
 /* What is done to a string; of a filter's value what str() gives. */
 static q3n__value q3n__apply_text(q3n__script *s, int what, const q3n__args *x)
 {
     const q3n__text *t = q3n__text_of(s, &x->v[0]);
-    const q3n__text *a = NULL;
+    const q3n__text *a;
     size_t at;
-    if (what != Q3N__DO_STARTSWITH && what != Q3N__DO_ENDSWITH && x->v[1].kind == Q3N__V_STRING)
-        a = x->v[1].u.s;
     switch (what) {
     case Q3N__DO_UPPER:       return q3n__cased(s, t, Q3N__UPPER);
     case Q3N__DO_LOWER:       return q3n__cased(s, t, Q3N__LOWER);
@@ -9671,11 +9685,15 @@ static q3n__value q3n__apply_text(q3n__script *s, int what, const q3n__args *x)
         for (at = 0; (at = q3n__find(s, t, a, at, 0)) <= t->n; at += a->n) n++;
         return q3n__int(n);
     }
-    case Q3N__DO_REMOVEPREFIX:
-        at = q3n__begins(s, t, &x->v[1], 0) ? a->n : 0;
-        return q3n__part(s, t, at, t->n - at);
-    case Q3N__DO_REMOVESUFFIX:
-        return q3n__part(s, t, 0, t->n - (q3n__begins(s, t, &x->v[1], 1) ? a->n : 0));
+    case Q3N__DO_REMOVEPREFIX: case Q3N__DO_REMOVESUFFIX: {
+        const int ends = what == Q3N__DO_REMOVESUFFIX;
+        if (x->v[1].kind != Q3N__V_STRING)               /* a tuple is for startswith alone */
+            q3n__err(s, "a %s as a string", q3n__kind_names[x->v[1].kind]);
+        if (s->result != Q3N_OK || !q3n__begins(s, t, &x->v[1], ends))
+            return q3n__part(s, t, 0, t->n);
+        a = x->v[1].u.s;
+        return q3n__part(s, t, ends ? 0 : a->n, t->n - a->n);
+    }
     case Q3N__DO_INDENT:    return q3n__indent(s, t, x);
     case Q3N__DO_STRING:    return q3n__part(s, t, 0, t->n);
     default: return q3n__cased(s, t, Q3N__TITLE);
@@ -9817,13 +9835,16 @@ static q3n__value q3n__apply_list(q3n__script *s, int what, const q3n__args *x)
     case Q3N__DO_KEYS:      return q3n__pairs(s, v, 1, Q3N__V_LIST);
     case Q3N__DO_VALUES:    return q3n__pairs(s, v, 2, Q3N__V_LIST);
     case Q3N__DO_GET: {
-        const q3n__value *found = q3n__is_key(a) ? q3n__map_find(v->u.map, a) : NULL;
+        const q3n__value *found = q3n__is_key(a) ? q3n__map_find(s, v->u.map, a) : NULL;
         return found ? *found : x->v[2].kind ? x->v[2] : q3n__plain(Q3N__V_NONE);
     }
     case Q3N__DO_DICTSORT: {
         const q3n__text *by = q3n__arg_text(s, x, 2, &q3n__no_text);
         const q3n__value pairs = q3n__pairs(s, v, 3, Q3N__V_LIST);
-        const q3n__value place = q3n__int(by->n == 5);             /* "value" */
+        const int by_value = by->n == 5 && memcmp(by->p, "value", 5) == 0;
+        const q3n__value place = q3n__int(by_value);
+        if (by->n && !by_value && (by->n != 3 || memcmp(by->p, "key", 3) != 0))
+            q3n__err(s, "dictsort by '%.*s'", (int)by->n, by->p);
         if (s->result != Q3N_OK) return pairs;
         return q3n__sorted_list(s, *pairs.u.list, q3n__sort_items(
             s, *pairs.u.list, &place, q3n__truth(a), q3n__truth(&x->v[3])));
@@ -9881,6 +9902,10 @@ static q3n__value q3n__to_number(q3n__script *s, const q3n__value *v, int real)
     s->region = trial.region;
     s->stack = trial.stack;
     s->stack_room = trial.stack_room;
+    if (trial.result == Q3N_ERR_MEMORY)
+        s->result = q3n__fail(s->err, Q3N_ERR_MEMORY, -1, "out of memory");
+    else if (trial.result == Q3N_ERR_TEMPLATE)           /* a limit, not the text */
+        q3n__err(s, "no room for a number");
     return read && (real || found.kind == Q3N__V_REAL) ? q3n__to_number(s, &found, real) : found;
 }
 
@@ -9949,7 +9974,10 @@ static q3n__value q3n__strftime(q3n__script *s, const q3n__text *format)
     const size_t start = s->n_out, n = fits ? strftime(text, sizeof text, pattern, &here) : 0;
     unsigned mark = 0;
     for (size_t i = 0; i < format->n && q3n__pay(s, 1); i++) mark |= q3n__mark_at(format, i);
-    if (n == 0 && format->n) q3n__err(s, "strftime_now: format '%s'", pattern);
+    /* Names of days come in the locale's encoding. */
+    if ((n == 0 && format->n) || !q3n__is_utf8(text, n))
+        q3n__err(s, "strftime_now: format '%s'", pattern);
+    if (s->result != Q3N_OK) return q3n__string(s, "");
     q3n__put_bytes(s, text, n, mark);
     return q3n__taken(s, start);
 }
@@ -9981,18 +10009,19 @@ static q3n__value q3n__apply_rest(q3n__script *s, int what, const q3n__args *x)
     case Q3N__DO_DICT:      return q3n__named_map(s, x, Q3N__V_MAP);
     case Q3N__DO_NAMESPACE: return q3n__named_map(s, x, Q3N__V_NAMESPACE);
     case Q3N__DO_STRFTIME:  return q3n__strftime(s, q3n__arg_text(s, x, 1, &q3n__no_text));
-    default:
-        s->line = 0;
+    default: {
+        const q3n__text *t = q3n__text_of(s, a);
+        const int n = t->n < Q3N__MESSAGE_BYTES ? (int)t->n : Q3N__MESSAGE_BYTES;
         if (s->result == Q3N_OK)
-            s->result = q3n__fail(s->err, Q3N_ERR_TEMPLATE, -1, "%.*s",
-                                  (int)(q3n__text_of(s, a)->n % 4096), q3n__text_of(s, a)->p);
+            s->result = q3n__fail(s->err, Q3N_ERR_TEMPLATE, -1, "%.*s", n, t->p);
         return q3n__plain(Q3N__V_NONE);
+    }
     }
 }
 
 /* ---- What the table's rows do ----
  *
- * Rows may apply others, one deep:
+ * Rows may apply others, as deep as their arguments go:
  *
  *     {{ messages | selectattr('role', 'in', ['user', 'tool']) | map(attribute='content') | join }}
  *
@@ -10211,7 +10240,7 @@ static const uint8_t *q3n__lex_escape(q3n__compiler *c, const uint8_t *p)
     static const char names[] = "\\\\''\"\"n\nt\tr\ra\ab\bf\fv\v";
     const int digits = p[1] == 'x' ? 2 : p[1] == 'u' ? 4 : p[1] == 'U' ? 8 : 0;
     if (digits) {
-        const long x = q3n__hex(p + 2, c->end, digits);
+        const int64_t x = q3n__hex(p + 2, c->end, digits);
         if (x >= 0 && x <= 0x10FFFF && x >> 11 != 0x1B) q3n__put_char(c->s, (uint32_t)x, 0);
         else q3n__syntax(c, "an escape that is no character");
         return p + 2 + digits;
@@ -10256,6 +10285,7 @@ static void q3n__lex_number(q3n__compiler *c)
         j.end--;
     }
     if (!q3n__json_number(&j) || j.p < j.end) {
+        if (c->s->result == Q3N_ERR_ARG) c->s->result = Q3N_OK;     /* JSON's words say less */
         q3n__syntax(c, "a number of a form that is unknown");
         return;
     }
@@ -11317,7 +11347,7 @@ static q3n__value q3n__pop(q3n__script *s)
 static q3n__value *q3n__lookup(q3n__machine *m, int32_t id)
 {
     for (const q3n__scope *scope = m->scope; scope; scope = scope->around)
-        for (size_t i = 0; i < scope->n; i++)
+        for (size_t i = 0; i < scope->n && q3n__pay(m->s, i % 16 == 15); i++)
             if (scope->ids[i] == id && scope->values[i].kind != Q3N__V_MISSING)
                 return &scope->values[i];
     return &m->globals[id];
@@ -11328,7 +11358,8 @@ static void q3n__store(q3n__machine *m, q3n__scope *to, int32_t id, q3n__value v
 {
     size_t i = 0;
     if (!to) { m->globals[id] = v; return; }
-    while (i < to->n && to->ids[i] != id) i++;
+    while (i < to->n && to->ids[i] != id && q3n__pay(m->s, i % 16 == 15)) i++;
+    if (m->s->result != Q3N_OK) return;
     if (i == to->n) {
         size_t room = to->room;
         to->ids = (int32_t *)q3n__grow(m->s, to->ids, to->n, &room, sizeof *to->ids);
@@ -11341,7 +11372,7 @@ static void q3n__store(q3n__machine *m, q3n__scope *to, int32_t id, q3n__value v
     to->values[i] = v;
 }
 
-/* On failure the scope that there is, so that nobody needs to ask. */
+/* On failure the scope that there is, NULL outside of all: rendering ends then. */
 static q3n__scope *q3n__new_scope(q3n__machine *m, q3n__scope *around)
 {
     q3n__scope *scope = (q3n__scope *)q3n__take(m->s, 1, sizeof *scope);
@@ -11531,7 +11562,7 @@ static void q3n__begin_loop(q3n__machine *m, const q3n__op *op)
         l->depth = m->frame->depth;
     }
     m->scope = q3n__new_scope(m, m->scope);
-    m->scope->loop = l;
+    if (s->result == Q3N_OK) m->scope->loop = l;         /* else it may be NULL, or another's */
 }
 
 /* As many values as there are names, the first on top. */
@@ -11553,7 +11584,7 @@ static void q3n__store_attr(q3n__machine *m, const q3n__op *op)
         return;
     }
     q3n__map *map = space->u.map;
-    q3n__value *old = q3n__map_find(map, &key);
+    q3n__value *old = q3n__map_find(m->s, map, &key);
     if (!q3n__pay(m->s, map->n)) return;
     if (old) { *old = v; return; }
     map->pairs = (q3n__value *)q3n__grow(m->s, map->pairs, map->n, &map->room, 2 * sizeof v);
@@ -11647,7 +11678,7 @@ static int q3n__render(q3n__script *s, const q3n__template *t, const q3n__map *v
     m.globals = (q3n__value *)q3n__take(s, t->n_names, sizeof *m.globals);
     for (size_t i = 0; m.globals && i < t->n_names; i++) {
         const q3n__value key = { Q3N__V_STRING, { .s = &t->names[i].text } };
-        const q3n__value *found = q3n__map_find(variables, &key);
+        const q3n__value *found = q3n__map_find(s, variables, &key);
         const int32_t row = q3n__builtin_row(Q3N__GLOBAL, key.u.s->p, key.u.s->n);
         if (found)         m.globals[i] = *found;
         else if (row >= 0) m.globals[i] = (q3n__value){ Q3N__V_FUNCTION, { .i = row } };
@@ -11743,7 +11774,9 @@ static void q3n__chat_tokens(q3n_chat *c, q3n__script *s, const q3n_chat_options
     static const char *const names[] = { "bos_token", "eos_token", "pad_token" };
     const char *const texts[] = { o->bos_token, o->eos_token, o->pad_token };
     for (int i = 0; i < 3; i++) {
-        if (!texts[i]) continue;
+        if (!texts[i] || s->result != Q3N_OK) continue;
+        if (!q3n__is_utf8(texts[i], strlen(texts[i])))
+            s->result = q3n__fail(s->err, Q3N_ERR_ARG, -1, "%s is not UTF-8", names[i]);
         const size_t start = s->n_out;
         q3n__put_str(s, texts[i]);
         c->tokens[2 * i] = q3n__string(s, names[i]);
@@ -11803,10 +11836,7 @@ static q3n__value q3n__message_list(q3n__script *s, const q3n_chat_input *in)
         for (int k = 0; k < 4; k++) {
             const uint8_t *p = (const uint8_t *)fields[k];
             const size_t n = p ? strlen(fields[k]) : 0;
-            uint32_t c;
-            for (size_t at = 0, step; p && at < n; at += step)
-                if ((step = (size_t)q3n__utf8_decode(p + at, p + n, &c)) == 0) p = NULL;
-            if (!p) {
+            if (!p || !q3n__is_utf8(p, n)) {
                 s->result = q3n__fail(s->err, Q3N_ERR_ARG, -1, "message %d: NULL, or not UTF-8", i);
                 return q3n__plain(Q3N__V_NONE);
             }
@@ -11829,7 +11859,7 @@ static q3n__value q3n__json_field(q3n__script *s, const char *what, const char *
 static q3n__value q3n__field_of(q3n__script *s, const q3n__value *map, const char *name)
 {
     const q3n__value key = q3n__string(s, name);
-    const q3n__value *v = map->kind == Q3N__V_MAP ? q3n__map_find(map->u.map, &key) : NULL;
+    const q3n__value *v = map->kind == Q3N__V_MAP ? q3n__map_find(s, map->u.map, &key) : NULL;
     return v ? *v : q3n__plain(Q3N__V_NONE);
 }
 
@@ -11920,8 +11950,9 @@ Q3N_DEF q3n_result q3n_chat_render(const q3n_chat *c, const q3n_chat_input *in, 
     q3n_result r = q3n__struct_read(&input, sizeof input, in, "q3n_chat_input", err);
     if (r == Q3N_OK) r = q3n__check_zero(input.zero, "q3n_chat_input", err);
     if (r != Q3N_OK) return r;
-    if (input.n_messages < 0)
-        return q3n__fail(err, Q3N_ERR_ARG, -1, "n_messages is %d", input.n_messages);
+    if (input.n_messages < 0 || (input.n_messages > 0 && !input.messages))
+        return q3n__fail(err, Q3N_ERR_ARG, -1, "n_messages is %d, and there are %s",
+                         input.n_messages, input.messages ? "some" : "none");
     q3n__script s = q3n__new_script(&c->allocator, &c->limits, err);
     s.now = input.now;
     const q3n__value variables = q3n__variables(c, &s, &input);

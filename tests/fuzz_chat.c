@@ -11,10 +11,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char plain[] = "{\"messages\": [{\"role\": \"user\", \"content\": \"a <|x|>\"}], "
-    "\"options\": "
-                            "{\"d\": {\"b\": 2, \"a\": [1, 2.5, null]}, \"words\": [\"x\", "
-                            "\"Y\"]}}";
+static const char plain[] =
+    "{\"messages\": [{\"role\": \"user\", \"content\": \"a <|x|>\"}], "
+    "\"options\": {\"d\": {\"b\": 2, \"a\": [1, 2.5, null]}, \"words\": [\"x\", \"Y\"]}}";
 
 static void check_prompt(const q3n_prompt *p)
 {
@@ -30,7 +29,7 @@ static void check_prompt(const q3n_prompt *p)
     for (size_t i = 0, step; i < bytes; i += step) {
         uint32_t c;
         step = (size_t)q3n__utf8_decode((const uint8_t *)text + i, (const uint8_t *)text + bytes,
-        &c);
+                                        &c);
         require(step > 0, "text that is not UTF-8");
     }
 }
@@ -85,11 +84,11 @@ static void mutate(uint8_t *data, size_t n, uint32_t *state)
 {
     static const char *const parts[] = {
         "{{", "}}", "{%", "%}", "-%}", "{#", "#}", "(", ")", "[", "]", "{", "}", "|", ".", ",",
-        "\\", "'",
-        " if ", " else ", " in ", " not ", " is ", "loop", "loop(", "[::-1]", "\n", "x", "0", "~",
-        "**",
-        "{% endfor %}", "{% for x in d %}", "{% else %}", "{% break %}", "{% set x %}",
-        "\xC3\xA9", "\xFF",
+        "\\", "'", " if ", " else ", " in ", " not ", " is ", "loop", "loop(", "[::-1]", "\n",
+        "x", "0", "~", "**", "{% endfor %}", "{% for x in d %}", "{% else %}", "{% break %}",
+        "{% set x %}", "\xC3\xA9", "\xFF", "|map('", "|selectattr", "|sort", "|join", "|list",
+        "|tojson", ".split(", ".removeprefix(", ".startswith(", ".items()", "loop.cycle(",
+        "|dictsort(by=", "|int(", "|replace(", "namespace(", "range(9)", "strftime_now(",
     };
     for (uint32_t changes = 1 + next_random(state) % 3; changes > 0; changes--) {
         const size_t at = next_random(state) % n;

@@ -143,14 +143,14 @@ def make(out_dir):
 
 
 def make_templates(out_dir):
-    """The golden templates that have tags: text, a byte 0, the request."""
+    """The golden templates: text, a byte 0, the request."""
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden", "chat", "golden.json")
     with open(path, encoding="utf-8") as f:
         golden = json.load(f)
     options = dict(golden["context"])
     request = json.dumps({"messages": options.pop("messages"), "options": options})
     os.makedirs(out_dir, exist_ok=True)
-    texts = [case["template"] for case in golden["cases"] if "{%" in case["template"]]
+    texts = [case["template"] for case in golden["cases"]]
     for i, text in enumerate(texts):
         with open(os.path.join(out_dir, "%03d" % i), "wb") as f:
             f.write(text.encode() + b"\0" + request.encode())

@@ -164,6 +164,17 @@ static void test_messages_of_errors(void **state)
         { "{{ 9000000000000000000 * 9 }}", "64 bits", Q3N_ERR_TEMPLATE },
         { "{{ 10 ** 30 }}", "64 bits", Q3N_ERR_TEMPLATE },
         { "{{ strftime_now('%Q') }}", "strftime_now", Q3N_ERR_TEMPLATE },
+        { "{{ [1] | selectattr }}", "selectattr needs 1", Q3N_ERR_TEMPLATE },
+        { "{{ [[1]] | map('selectattr') | list }}", "selectattr needs 1", Q3N_ERR_TEMPLATE },
+        { "{{ 1 + ([1] | selectattr(x='a')) }}", "selectattr needs 1", Q3N_ERR_TEMPLATE },
+        { "{% for x in [1] %}{{ loop.cycle() }}{% endfor %}", "cycle needs 1", Q3N_ERR_TEMPLATE },
+        { "{{ 'abc'.removeprefix(('a', 'b')) }}", "a tuple as a string", Q3N_ERR_TEMPLATE },
+        { "{{ 'abc'.removesuffix(('b', 'c')) }}", "a tuple as a string", Q3N_ERR_TEMPLATE },
+        { "a\n{{ 007 }}", "line 2: a number", Q3N_ERR_TEMPLATE },
+        { "{{ 'abc'[::'a'] }}", "bound of a slice", Q3N_ERR_TEMPLATE },
+        { "{{ {'a': 1} | dictsort(by='house') }}", "dictsort by 'house'", Q3N_ERR_TEMPLATE },
+        { "{{ 'ff' | int(0, 16) }}", "int takes 1", Q3N_ERR_TEMPLATE },
+        { "{{ raise_exception('zebra' * 999) }}", "zebra", Q3N_ERR_TEMPLATE },
     };
     const q3n_chat_input in = { .size = sizeof in, .request = HI };
     for (int i = 0; i < COUNT(cases); i++) {
@@ -231,9 +242,14 @@ static void test_limits(void **state)
         { "{% for i in range(99999) %}{{ 'abcdefghijklmnopqrstuvwxyz' * 99 }}{% endfor %}",
           "text" },
         { "{{ 'a' * 99999999999 }}", "text" }, { "{{ '' * 99999999999 }}", "steps" },
-        { "{{ ('a' * 999999) * 999999 }}", "" },
+        { "{{ ('a' * 999999) * 999999 }}", "text" },
+        { "{% set x = 'ab' * 30000 %}{{ ('b' * 60000).strip(x) }}", "steps" },
+        { "{% set x = 'a' * 500000 %}{% for i in range(9999) %}{{ x.startswith(x) }}{% endfor %}",
+          "steps" },
+        { "{% set d = {'a' * 500000: 1} %}{% set x = 'a' * 500000 %}{% for i in range(9999) %}"
+          "{{ x in d }}{% endfor %}", "steps" },
         { "{% set ns = namespace(x=['abc']) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}"
-          "{% endfor %}", "" },
+          "{% endfor %}", "memory" },
         { "{% set ns = namespace(x=1) %}{% for i in range(999) %}{% set ns.x = [ns.x] %}"
           "{% endfor %}{{ ns.x }}", "deep" },
         { "{% set ns = namespace(x=1) %}{% for i in range(999) %}{% set ns.x = [ns.x] %}"
@@ -241,11 +257,11 @@ static void test_limits(void **state)
         { "{% set ns = namespace(x=1, y=1) %}{% for i in range(999) %}{% set ns.x = [ns.x] %}"
           "{% set ns.y = [ns.y] %}{% endfor %}{{ ns.x == ns.y }}", "deep" },
         { "{% set ns = namespace(x=1, y=2) %}{% for i in range(999) %}{% set ns.x = [ns.x] %}"
-          "{% set ns.y = [ns.y] %}{% endfor %}{{ ns.x < ns.y }}", "" },
+          "{% set ns.y = [ns.y] %}{% endfor %}{{ ns.x < ns.y }}", "deep" },
         { "{% set ns = namespace(x={}) %}{% set ns.x = ns %}{{ ns }}", "deep" },
         { "{{ range(99999) | list | map('string') | join | length }}{{ range(100001) }}", "range" },
         { "{% set x = ('ab' * 99999).split('a') %}{% for i in range(9999) %}{{ x | sort | length }}"
-          "{% endfor %}", "" },
+          "{% endfor %}", "steps" },
     };
     const q3n_chat_input in = { .size = sizeof in, .request = HI };
     for (int i = 0; i < COUNT(cases); i++) {

@@ -830,7 +830,7 @@ static void test_expert_counts(void **state)
     q3n_session_options o = { .size = sizeof o, .capacity = 32, .count_experts = 1 };
     q3n_session *s = create_session(m, &o);
     float *vector = new_floats((size_t)c->hidden_size);
-    for (int n = 9; n <= 18; n += 9) {               /* another text adds to them, as prefill does */
+    for (int n = 9; n <= 18; n += 9) {                         /* another text adds to them */
         assert_int_equal(n == 9 ? q3n_session_eval(s, golden_prompt, 9, NULL)
                                 : q3n_session_embed(s, golden_prompt, 9, NULL, vector), Q3N_OK);
         for (int l = 0; l < c->num_hidden_layers; l++) {

@@ -38,7 +38,7 @@ HEAD = re.compile(r"^(?:static|extern|Q3N_DEF|Q3N__\w+|[A-Za-z_]\w*[\s*]).*\(")
 ROOMS = (
     ("manual", 280, (), None),
     ("api", 1060, ("api", "api-chat"), None),
-    ("ground", 2100, ("platform", "memory", "errors", "files", "parallel"),
+    ("ground", 2115, ("platform", "memory", "errors", "files", "parallel"),
      r"q3n_model\b|q3n_session|q3n__layer|q3n_config\b|Q3N_TYPE_"),
     ("formats", 3050, ("types", "tensors", "config", "model-files", "loader",
                        "state", "session-files"),

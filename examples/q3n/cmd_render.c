@@ -67,8 +67,8 @@ static void render(const render_options *o, const q3n_chat *chat, const q3n_mode
     if (strlen(in.request) < request->n) cli_fail("%s: a byte 0 in the request", where);
     if (q3n_chat_render(chat, &in, &p, &err)) {
         if (!o->jsonl) cli_fail("%s: %s", where, err.message);
-        printf("{\"error\": ");
-        cli_json_string(stdout, err.message, strlen(err.message));
+        printf("{");
+        cli_json_member(stdout, "error", err.message);
         printf("}\n");
         return;
     }
