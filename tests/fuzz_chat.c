@@ -113,8 +113,10 @@ static void replay(const uint8_t *data, size_t bytes)
     uint32_t state = 1;
     require(copy != NULL, "out of memory");
     LLVMFuzzerTestOneInput(data, bytes);
-    for (size_t cut = 0; cut < bytes; cut++) LLVMFuzzerTestOneInput(data, cut);
-    for (int i = 0; bytes > 0 && i < 300; i++) {          /* mostly the template: it comes first */
+    /* Requests are much alike: they are cut at some places of each file, others in another. */
+    for (size_t cut = 0; cut < bytes; cut += cut < template_bytes ? 1 : 1 + template_bytes)
+        LLVMFuzzerTestOneInput(data, cut);
+    for (int i = 0; bytes > 0 && i < 50; i++) {           /* mostly the template: it comes first */
         memcpy(copy, data, bytes);
         mutate(copy, i % 3 ? template_bytes : bytes, &state);
         LLVMFuzzerTestOneInput(copy, bytes);
