@@ -8177,7 +8177,7 @@ static int q3n__pay(q3n__script *s, size_t n)
 static void *q3n__take(q3n__script *s, size_t count, size_t elem)
 {
     q3n__region *g = &s->region;
-    size_t bytes;
+    size_t bytes = 0;
     if (s->result != Q3N_OK) return NULL;
     const int fits = q3n__mul_size(count, elem, &bytes) && q3n__add_size(bytes, 16, &bytes);
     bytes = bytes > 31 ? (bytes - 1) / 16 * 16 : 16;
